@@ -1,0 +1,248 @@
+"""The typed config: YAML and `key.path=value` overrides in, one validated `Config` out.
+
+Floor 0: no torch here, so that a login node can read a config in a fraction of a second.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ptune_dist.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Metric = Literal["loss", "perplexity", "exact_match", "accuracy"]
+# Which way each metric gets better.
+HIGHER_IS_BETTER: dict[str, bool] = {"loss": False, "perplexity": False, "exact_match": True, "accuracy": True}
+
+
+class Section(BaseModel):
+    """Part of the config: unknown keys are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    path: str  # local folder or hub name
+    family: Literal["auto", "causal"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["none"] = "none"
+    random_init: bool = False  # build from the shape alone: benchmarks without weights
+
+
+class PromptConfig(Section):
+    method: Literal["prompt_tuning"] = "prompt_tuning"
+    num_virtual_tokens: Positive = 20
+    placement: Literal["prefix"] = "prefix"
+    init: Literal["random", "vocab", "text", "labels", "file"] = "vocab"
+    init_text: str | None = None  # init: text
+    init_labels: list[str] | None = None  # init: labels; data.labels where left out
+    init_file: str | None = None  # init: file, a run, a prompt folder or a PEFT adapter
+
+    @model_validator(mode="after")
+    def check_init(self) -> "PromptConfig":
+        for kind in ("text", "file"):
+            given = getattr(self, f"init_{kind}")
+            if self.init == kind and not given:
+                raise ValueError(f"prompt.init: {kind} needs prompt.init_{kind}")
+            if given and self.init != kind:
+                raise ValueError(f"prompt.init_{kind} is given but prompt.init is {self.init}: set prompt.init={kind}")
+        if self.init_labels and self.init != "labels":
+            raise ValueError(f"prompt.init_labels is given but prompt.init is {self.init}: set prompt.init=labels")
+        return self
+
+
+class DataConfig(Section):
+    train: str
+    validation: str | None = None
+    template: str | None = None  # jinja2 over a row's columns; needed unless the data is .txt
+    target: str | None = None
+    labels: list[str] | None = None  # the values of the target's one column, for accuracy by likelihood
+    max_length: Positive = 512  # input and target tokens of one example, virtual tokens apart
+    truncation_side: Literal["left", "right"] = "left"  # the end of the input that is cut
+    append_eos: bool = True  # the target ends with the tokenizer's end-of-sequence token
+
+
+class TrainConfig(Section):
+    max_steps: Positive = 1000
+    batch_size: Positive = 32  # examples per optimizer step, over all ranks
+    micro_batch_tokens: Positive = 8192  # most positions one rank processes at a time
+    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)  # adamw
+    eps: Annotated[float, Field(gt=0)] = 1e-8  # adamw
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # sgd
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: NotNegative = 0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
+    resume: Literal["auto", "never"] = "auto"
+
+
+class EvaluateConfig(Section):
+    every: NotNegative = 200  # steps; 0: only before and after training
+    metrics: list[Metric] = ["loss"]
+    best_metric: Metric | None = None  # keeps the best prompt; the first of `metrics` where left out
+    patience: NotNegative = 0  # stop after so many evaluations without a better one; 0: never
+    max_examples: NotNegative = 0  # judge on the first so many rows; 0: all
+    max_new_tokens: Positive = 32
+    num_samples: NotNegative = 5  # generated answers shown at each evaluation
+
+    @property
+    def best(self) -> str:
+        return self.best_metric or (self.metrics[0] if self.metrics else "loss")
+
+
+class CheckpointConfig(Section):
+    every: NotNegative = 100  # steps; 0: only at the end
+    keep: Positive = 2
+
+
+class Config(Section):
+    output_dir: str
+    seed: NotNegative = 0
+    model: ModelConfig
+    prompt: PromptConfig = PromptConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    deepspeed: str | dict[str, Any] | None = None  # a DeepSpeed JSON file, or its content
+
+    @model_validator(mode="after")
+    def check_across_sections(self) -> "Config":
+        is_text = self.data.train.endswith(".txt")
+        if not is_text and (self.data.template is None or self.data.target is None):
+            raise ValueError("data.template and data.target are needed unless data.train is a .txt file")
+        if is_text and {"exact_match", "accuracy"} & set(self.evaluate.metrics):
+            raise ValueError("evaluate.metrics: a .txt file has no targets to match, use loss and perplexity")
+        if "accuracy" in self.evaluate.metrics and not self.data.labels:
+            raise ValueError("evaluate.metrics: accuracy needs data.labels, the values that the target can take")
+        if self.evaluate.best_metric and self.evaluate.best_metric not in ("loss", *self.evaluate.metrics):
+            raise ValueError(f"evaluate.best_metric: {self.evaluate.best_metric} is not among evaluate.metrics")
+        if self.prompt.init == "labels" and not (self.prompt.init_labels or self.data.labels):
+            raise ValueError("prompt.init: labels needs prompt.init_labels or data.labels")
+        if self.evaluate.patience and not (self.evaluate.every and self.data.validation):
+            raise ValueError("evaluate.patience needs data.validation and evaluate.every above 0")
+        if self.train.warmup_steps >= self.train.max_steps:
+            raise ValueError("train.warmup_steps must be less than train.max_steps")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file, apply `key.path=value` overrides, validate.
+
+    Relative paths of files are looked up from the current folder, then from the config's own; those found are made
+    absolute, so that a run can be evaluated from anywhere. Raises UserError naming the file and the key.
+    """
+    raw = read_yaml(path)
+    for override in overrides:
+        apply_override(raw, override)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(describe_validation_error(error, path, overrides)) from None
+    return resolve_paths(config, Path(path).resolve().parent)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError naming file and line."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: {reason}") from None
+    except yaml.YAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, found {type(raw).__name__}")
+    return raw
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set `key.path=value` in place; the value is YAML, so numbers, lists and null work."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"command line: {override!r} is not key.path=value")
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"command line: {key}: {parent} is a value, not a section")
+        node = child
+    try:
+        node[leaf] = parse_value(value)
+    except yaml.YAMLError:
+        raise UserError(f"command line: {key}: {value!r} is not a YAML value") from None
+
+
+def parse_value(text: str) -> Any:
+    """YAML, except that text YAML would not read as written (`a: b`, trailing colons) stays text and 1e-3 is a number."""
+    try:
+        return float(text) if "e" in text.lower() and text[:1] in "0123456789.-+" else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def describe_validation_error(error: ValidationError, path: str | Path, overrides: list[str]) -> str:
+    """The first thing wrong, in one line: file (or command line), key, what, and the nearest known key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function", "dict", "str")))
+    place = "command line" if any(o.partition("=")[0] == key for o in overrides) else str(path)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known_keys(Config), n=1, cutoff=0.5) or difflib.get_close_matches(
+            key.rpartition(".")[2], [k.rpartition(".")[2] for k in known_keys(Config)], n=1, cutoff=0.6
+        )
+        hint = f", did you mean {near[0]}?" if near else ""
+        return f"{place}: unknown key {key}{hint}"
+    if first["type"] == "missing":
+        return f"{place}: {key} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = f", got {first['input']!r}" if key and not isinstance(first["input"], dict) else ""
+    return f"{place}: {key + ': ' if key else ''}{message}{shown}"
+
+
+def known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of the config."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def resolve_paths(config: Config, config_dir: Path) -> Config:
+    """Make the paths of files and folders that exist absolute; other names (a hub's, say) stay as they are."""
+
+    def resolve(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        for folder in (Path.cwd(), config_dir):
+            if (folder / value).exists():
+                return os.path.abspath(folder / value)
+        return value
+
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": resolve(config.model.path)}),
+            "prompt": config.prompt.model_copy(update={"init_file": resolve(config.prompt.init_file)}),
+            "data": config.data.model_copy(
+                update={"train": resolve(config.data.train), "validation": resolve(config.data.validation)}
+            ),
+            "deepspeed": resolve(config.deepspeed),
+        }
+    )
+
+
+def render_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,159 @@
+"""DeepSpeed's own JSON: read it, fill its `auto` values from the config, refuse contradictions. The one place for both.
+
+Floor 0. The file stays plain DeepSpeed JSON. A value that the config also sets must be `auto`, absent or equal; the
+filled content is what `engine.py` hands to DeepSpeed.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from ptune_dist.config import Config
+from ptune_dist.errors import UserError
+
+# DeepSpeed's names for what train.optimizer and train.schedule name.
+OPTIMIZER_TYPES = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd", "adafactor": "adafactor"}
+SCHEDULER_TYPES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+
+
+def load_deepspeed_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
+    """The content of config key `deepspeed`: a file's, given in place, or that of ZeRO stage 0. Raises UserError."""
+    if source is None:
+        return {"zero_optimization": {"stage": 0}}
+    if isinstance(source, dict):
+        return copy.deepcopy(source)
+    try:
+        content = json.loads(Path(source).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"deepspeed: {source}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"deepspeed: {source}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"deepspeed: {source} line {error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"deepspeed: {source}: DeepSpeed's JSON is an object, found {type(content).__name__}")
+    return content
+
+
+def fill_deepspeed_json(config: Config, *, world_size: int, hidden_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON with every `auto` filled in and nothing left that contradicts the config. Raises UserError."""
+    content = load_deepspeed_json(config.deepspeed)
+    file = config.deepspeed if isinstance(config.deepspeed, str) else "deepspeed"
+    settle = Settler(content, str(file))
+    train, dtype = config.train, config.model.dtype
+    settle("bf16.enabled", dtype == "bfloat16", "model.dtype", dtype)
+    settle("fp16.enabled", dtype == "float16", "model.dtype", dtype)
+    settle("gradient_clipping", train.max_grad_norm, "train.max_grad_norm")
+    settle("train_batch_size", train.batch_size, "train.batch_size")
+    for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu"):
+        if content.pop(key, "auto") != "auto":
+            raise UserError(
+                f'{file}: {key} follows from train.batch_size and train.micro_batch_tokens: set it to "auto"'
+            )
+    settle_optimizer(settle, config)
+    settle_scheduler(settle, config)
+    fill_zero_sizes(content.setdefault("zero_optimization", {}), hidden_size)
+    refuse_unfilled(content, str(file))
+
+    # The optimizer, its clipping and its schedule are ours (optimizer.py), whatever the stage; how many micro-batches
+    # make a step varies with the lengths of its rows, so the engine is told each boundary and counts none itself.
+    for key in ("optimizer", "scheduler", "train_batch_size"):
+        content.pop(key, None)
+    content |= {
+        "gradient_clipping": 0.0,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    content.setdefault("steps_per_print", 1 << 31)  # our own log reports progress
+    return content
+
+
+class Settler:
+    """Settles values that both files can set."""
+
+    def __init__(self, content: dict[str, Any], file: str):
+        self.content, self.file = content, file
+
+    def __call__(self, path: str, value: Any, key: str, shown: Any = None) -> None:
+        """Fill `path` where it is absent or `auto`; raise UserError where it differs from config key `key`."""
+        *parents, leaf = path.split(".")
+        node = self.content
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        found = node.get(leaf, "auto")
+        if found == "auto":
+            node[leaf] = value
+        elif (list(found) if isinstance(found, (list, tuple)) else found) != (
+            list(value) if isinstance(value, tuple) else value
+        ):
+            raise UserError(
+                f"{self.file}: {path} is {json.dumps(found)} but {key} is {json.dumps(shown or value)}: "
+                f'make them equal or set {path} to "auto"'
+            )
+
+
+def settle_optimizer(settle: Settler, config: Config) -> None:
+    """An `optimizer` section must name what train.optimizer names, with the same numbers."""
+    section, train = settle.content.get("optimizer"), config.train
+    if section is None:
+        return
+    kind = str(section.get("type", ""))
+    if OPTIMIZER_TYPES.get(kind.lower()) != train.optimizer:
+        raise UserError(f"{settle.file}: optimizer.type is {kind!r} but train.optimizer is {train.optimizer!r}")
+    params = {"lr": ("learning_rate", train.learning_rate), "weight_decay": ("weight_decay", train.weight_decay)}
+    if train.optimizer == "adamw":
+        params |= {"betas": ("betas", train.betas), "eps": ("eps", train.eps)}
+    if train.optimizer == "sgd":
+        params |= {"momentum": ("momentum", train.momentum)}
+    for name, (key, value) in params.items():
+        if name in section.get("params", {}):
+            settle(f"optimizer.params.{name}", value, f"train.{key}")
+
+
+def settle_scheduler(settle: Settler, config: Config) -> None:
+    """A `scheduler` section must name what train.schedule names, with the same steps."""
+    section, train = settle.content.get("scheduler"), config.train
+    if section is None:
+        return
+    kind = str(section.get("type", ""))
+    if SCHEDULER_TYPES.get(kind) != train.schedule:
+        raise UserError(f"{settle.file}: scheduler.type is {kind!r} but train.schedule is {train.schedule!r}")
+    params = {
+        "warmup_num_steps": ("warmup_steps", train.warmup_steps),
+        "total_num_steps": ("max_steps", train.max_steps),
+        "warmup_max_lr": ("learning_rate", train.learning_rate),
+    }
+    for name, (key, value) in params.items():
+        if name in section.get("params", {}):
+            settle(f"scheduler.params.{name}", value, f"train.{key}")
+    if section.get("params", {}).get("warmup_min_lr", "auto") == "auto":
+        section.setdefault("params", {})["warmup_min_lr"] = 0.0
+
+
+def fill_zero_sizes(zero: dict[str, Any], hidden_size: int) -> None:
+    """ZeRO-3's buffer sizes [elements] from the base's width, as Hugging Face fills them."""
+    sizes = {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, size in sizes.items():
+        if zero.get(key) == "auto":
+            zero[key] = size
+
+
+def refuse_unfilled(node: Any, file: str, path: str = "") -> None:
+    """Raise UserError where an `auto` is left that nothing here can fill."""
+    if isinstance(node, dict):
+        for key, child in node.items():
+            refuse_unfilled(child, file, f"{path}.{key}" if path else key)
+    elif node == "auto" and not path.startswith(("autotuning", "data_types.keep_in_fp32_modules")):
+        raise UserError(f'{file}: {path} is "auto" but nothing in the config fills it: give a value')
+
+
+def zero_stage(content: dict[str, Any]) -> int:
+    """The ZeRO stage that DeepSpeed's JSON asks for."""
+    return int(content.get("zero_optimization", {}).get("stage", 0))

@@ -1,0 +1,116 @@
+"""The process group, reductions over ranks, and a stop request that all ranks agree on.
+
+Floor 1. Rank and world size come from torchrun's variables; with none set it is a world of one, on the same code path.
+"""
+
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# DeepSpeed picks its accelerator when it is imported; without a GPU it must not look for one.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init_distributed() -> World:
+    """Join the process group: NCCL with a GPU per local rank, gloo without. Collective: every rank must call."""
+    if "RANK" not in os.environ:
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    # DeepSpeed still calls collectives by the names they had before torch 2.13, thousands of times a run.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\..* is deprecated")
+    deepspeed_logger.setLevel(os.environ.get("PTUNE_DEEPSPEED_LOG", "ERROR"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # DeepSpeed's shared-memory all-reduce takes 40 s of compiling and takes hosts of one name for one host; gloo
+        # serves the few bytes that a prompt's gradient is.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
+    """Sums of `values` over all ranks, in float64. Collective: every rank must call."""
+    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def max_over_ranks(value: float, world: World) -> float:
+    """The largest `value` of any rank. Collective: every rank must call."""
+    largest = torch.tensor([value], dtype=torch.float64, device=world.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def gather_from_ranks(value: Any, world: World) -> list[Any]:
+    """`value` of every rank, in rank order, on every rank. Collective: every rank must call."""
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def raise_together(error: Exception | None, world: World) -> None:
+    """Raise the first rank's error on every rank, so that none waits for one that gave up. Collective."""
+    for found in gather_from_ranks(error, world):
+        if found is not None:
+            raise found
+
+
+class StopRequest:
+    """Remembers that TERM, USR2 or INT asked this process to stop; a second INT stops at once.
+
+    The ranks agree on it by adding `requested` up over ranks at a step boundary.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
+        self.requested = True

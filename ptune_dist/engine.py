@@ -1,0 +1,150 @@
+"""The DeepSpeed seam: a model and its prompt in, training steps out.
+
+Floor 4. DeepSpeed shards the base, casts, scales the loss, reduces gradients and calls our optimizer; nothing above this
+file knows that it exists.
+"""
+
+from typing import Any
+
+import deepspeed
+import torch
+
+from ptune_dist.base.layers import decoder_layers, hidden_size
+from ptune_dist.data.batches import Batch
+from ptune_dist.deepspeed_json import fill_deepspeed_json, zero_stage
+from ptune_dist.distributed import World
+from ptune_dist.optimizer import Member, PromptOptimizer, build_torch_optimizer
+from ptune_dist.segments import PromptedModel
+
+MEMBER = "prompt"  # the one member of a bank of K = 1
+
+
+class Engine:
+    """A PromptedModel under DeepSpeed."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, optimizer: PromptOptimizer, world: World, stage: int):
+        self._engine, self._optimizer, self.world, self.stage = engine, optimizer, world, stage
+        self.model: PromptedModel = engine.module
+
+    def accumulate(self, batch: Batch, *, scale: float, is_last: bool) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its summed negative log-likelihood (a scalar).
+
+        `scale` is 1 / supervised tokens of the whole step, over all ranks. DeepSpeed averages gradients over ranks, so
+        the loss is multiplied by their number. Collective: every rank must call.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        total = self._engine(batch).sum()
+        self._engine.backward(total * (scale * self.world.size))
+        return total.detach()
+
+    def step(self, learning_rate: float) -> float:
+        """Move the prompt; returns the gradient's norm before clipping. Collective. Raises RunFault when not finite."""
+        for group in self._optimizer.members[MEMBER].torch_optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        return self._optimizer.members[MEMBER].grad_norm
+
+    def row_losses(self, batch: Batch) -> torch.Tensor:
+        """Negative log-likelihood per row [B], without gradient. Collective: every rank must call."""
+        was_training = self._engine.training
+        self._engine.eval()
+        with torch.no_grad():
+            losses = self._engine(batch)
+        self._engine.train(was_training)
+        return losses
+
+    @property
+    def prompt_tensors(self) -> dict[str, torch.Tensor]:
+        """The prompt's trainable tensors, whole, float32, on the CPU."""
+        member = self._optimizer.members[MEMBER]
+        return {name: p.detach().cpu().clone() for name, p in zip(member.names, member.whole, strict=True)}
+
+    def load_prompt(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Set the prompt's trainable tensors, in DeepSpeed's masters and in what the model reads. Collective."""
+        member = self._optimizer.members[MEMBER]
+        parameters = [p for p in self.model.prompt.parameters() if p.requires_grad]
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3):
+            for name, whole, parameter in zip(member.names, member.whole, parameters, strict=True):
+                whole.copy_(tensors[name])
+                parameter.data.copy_(whole)
+        masters = self._masters()
+        if masters:
+            self._optimizer.write_back(member, masters)
+
+    def _masters(self) -> list[torch.Tensor]:
+        """This rank's float32 master weights of the one member; none where the model's own are the masters."""
+        inner = self._engine.optimizer
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(inner, name):
+                return [getattr(inner, name)[0]]
+        return list(inner.fp32_groups[0]) if hasattr(inner, "fp32_groups") else []
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """The torch optimizer's tensors by `TENSOR.KEY`, whole, on the CPU."""
+        member = self._optimizer.members[MEMBER]
+        return {
+            f"{name}.{key}": torch.as_tensor(value).detach().cpu().clone()
+            for name, p in zip(member.names, member.whole, strict=True)
+            for key, value in member.torch_optimizer.state[p].items()
+            if value is not None
+        }
+
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Set what `optimizer_state` gave, at any world size and stage."""
+        member = self._optimizer.members[MEMBER]
+        content = member.torch_optimizer.state_dict()
+        content["state"] = {
+            i: {key.removeprefix(f"{name}."): t.clone() for key, t in tensors.items() if key.startswith(f"{name}.")}
+            for i, name in enumerate(member.names)
+        }
+        member.torch_optimizer.load_state_dict(content)
+
+    def loss_scale_state(self) -> dict[str, float]:
+        """The numbers of fp16's dynamic loss scale, for an exact resume; empty in other precisions."""
+        scaler = self._loss_scaler()
+        return {k: v for k, v in vars(scaler).items() if k in LOSS_SCALE_KEYS} if scaler else {}
+
+    def load_loss_scale_state(self, state: dict[str, float]) -> None:
+        scaler = self._loss_scaler()
+        if scaler is not None:
+            vars(scaler).update({k: v for k, v in state.items() if k in vars(scaler)})
+
+    def _loss_scaler(self) -> Any:
+        """Where DeepSpeed keeps it: ZeRO in `loss_scaler`, stage 0 in `loss_scale_config`."""
+        if not self._engine.fp16_enabled():
+            return None
+        inner = self._engine.optimizer
+        return getattr(inner, "loss_scaler", None) or getattr(inner, "loss_scale_config", None)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self.model.prompt.num_virtual_tokens
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that fp16 overflow skipped."""
+        return self._engine.skipped_steps
+
+
+LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def build_engine(config, base, prompt, world: World) -> Engine:
+    """Put base and prompt under DeepSpeed as its JSON asks. Collective: every rank must call. Raises UserError."""
+    content = fill_deepspeed_json(config, world_size=world.size, hidden_size=hidden_size(base))
+    stage = zero_stage(content)
+    model = PromptedModel(base, prompt)
+    named = {name: p for name, p in prompt.named_parameters() if p.requires_grad}
+    member = Member(
+        {name: torch.nn.Parameter(p.to(world.device)) for name, p in named.items()},
+        lambda parameters: build_torch_optimizer(config.train, parameters),
+        config.train.max_grad_norm,
+    )
+    optimizer = PromptOptimizer(
+        {MEMBER: member}, {MEMBER: named.values()}, stage=stage, world_size=world.size, device=world.device
+    )
+    if stage == 3:
+        # One gather per decoder layer instead of one per linear.
+        deepspeed.utils.set_z3_leaf_modules(model, [type(decoder_layers(base)[0])])
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=content)
+    return Engine(engine, optimizer, world, stage)

@@ -1,0 +1,118 @@
+"""Everything that a command needs before it can compute: tokenizer, base, prompt, engine.
+
+Floor 5. What is read from files is read first, on every rank, and a mistake found by any rank ends all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ptune_dist.base.layers import embedding_width, hidden_size, max_positions
+from ptune_dist.base.load import fingerprint_base, load_base, load_shape, load_tokenizer
+from ptune_dist.config import Config
+from ptune_dist.deepspeed_json import fill_deepspeed_json
+from ptune_dist.distributed import World, raise_together
+from ptune_dist.engine import Engine, build_engine
+from ptune_dist.errors import UserError
+from ptune_dist.prompts.initialise import build_initial_vectors
+from ptune_dist.prompts.prompt_tuning import PromptTuning
+from ptune_dist.prompts.store import load_prompt
+
+T = TypeVar("T")
+
+
+@dataclass
+class Job:
+    """A base and a prompt under the engine, ready to train or to answer."""
+
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    fingerprint: str  # of the base
+
+
+def together(world: World, function: Callable[[], T]) -> T:
+    """Call `function`, which must not communicate, on every rank; where it raises on one, raise on all. Collective."""
+    error, result = None, None
+    try:
+        result = function()
+    except Exception as caught:
+        error = caught
+    raise_together(error, world)
+    return result
+
+
+def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    return load_tokenizer(config.model.path, load_shape(config.model.path))
+
+
+def build_base(config: Config, world: World) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.Tensor]:
+    """Base, tokenizer and the prompt's starting vectors [P, D]. Raises UserError."""
+    if config.model.dtype == "float16" and world.device.type == "cpu":
+        raise UserError("model.dtype: float16 needs a GPU: use bfloat16 or float32 on a CPU")
+    tokenizer = build_tokenizer(config)
+    base = load_base(
+        config.model.path, dtype=getattr(torch, config.model.dtype), random_init=config.model.random_init,
+        seed=config.seed,
+    )  # fmt: skip
+    fill_deepspeed_json(config, world_size=world.size, hidden_size=hidden_size(base))
+    check_positions(config, base)
+    vectors = build_initial_vectors(
+        config.prompt, config.data, seed=config.seed, width=embedding_width(base), tokenizer=tokenizer,
+        lookup=lambda ids: base.get_input_embeddings()(torch.tensor(ids)).float(),
+    )  # fmt: skip
+    return base, tokenizer, vectors
+
+
+def check_positions(config: Config, base: PreTrainedModel) -> None:
+    """Raise UserError where a base with learned positions has too few of them."""
+    most, needed = max_positions(base), config.prompt.num_virtual_tokens + config.data.max_length
+    if most is not None and needed > most:
+        raise UserError(
+            f"data.max_length: {config.data.max_length} with {config.prompt.num_virtual_tokens} virtual tokens needs "
+            f"{needed} positions, the base has {most}: set data.max_length={most - config.prompt.num_virtual_tokens}"
+        )
+
+
+def build_job(config: Config, world: World) -> Job:
+    """Load everything and put it under the engine. Collective: every rank must call. Raises UserError."""
+    base, tokenizer, vectors = together(world, lambda: build_base(config, world))
+    fingerprint = fingerprint_base(config.model.path, random_init=config.model.random_init, seed=config.seed)
+    return Job(config, tokenizer, build_engine(config, base, PromptTuning(vectors), world), fingerprint)
+
+
+def build_trained_job(config: Config, run_dir: Path, world: World) -> Job:
+    """The job of a run with its trained prompt. Collective: every rank must call. Raises UserError."""
+    tensors, facts = together(world, lambda: load_prompt(run_dir / "prompt"))
+    job = build_job(config, world)
+    if facts["base"]["fingerprint"] != job.fingerprint:
+        raise UserError(
+            f"model.path: {config.model.path} is not the base that the prompt of {run_dir} was trained on "
+            f"(fingerprint {job.fingerprint}, not {facts['base']['fingerprint']})"
+        )
+    job.engine.load_prompt(tensors)
+    return job
+
+
+def prompt_facts(job: Job, *, step: int, metrics: dict[str, float]) -> dict:
+    """What is stored beside a prompt's tensors."""
+    config, base = job.config, job.engine.model.base
+    return {
+        "method": config.prompt.method,
+        "num_virtual_tokens": config.prompt.num_virtual_tokens,
+        "width": embedding_width(base),
+        "placement": config.prompt.placement,
+        "step": step,
+        "validation": metrics,
+        "base": {
+            "path": config.model.path,
+            "model_type": base.config.model_type,
+            "fingerprint": job.fingerprint,
+            "num_layers": base.config.get_text_config().num_hidden_layers,
+            "num_attention_heads": base.config.get_text_config().num_attention_heads,
+        },
+    }

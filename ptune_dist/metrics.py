@@ -1,0 +1,132 @@
+"""What a run shows and writes while it goes: console progress, train.log, metrics.jsonl, TensorBoard.
+
+Floor 1. Rank 0 alone has a `MetricsWriter`; the others have none of it.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class MetricsWriter:
+    """Writes one run's progress. Use as a context manager."""
+
+    def __init__(self, run_dir: Path, *, max_steps: int, first_step: int):
+        """`first_step` is the step that this process does first: what an earlier process wrote beyond it is dropped."""
+        from torch.utils.tensorboard import SummaryWriter  # 1 s to import, needed on rank 0 only
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        drop_lines_from_step(run_dir / "metrics.jsonl", first_step)
+        self._jsonl: TextIO = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")
+        self._log: TextIO = open(run_dir / "train.log", "a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._max_steps, self._done, self._began = max_steps, first_step - 1, time.monotonic()
+        self._first_step, self._last_line = first_step, 0.0
+        self._progress = build_progress() if sys.stdout.isatty() else None
+        self._task = None
+
+    def __enter__(self) -> "MetricsWriter":
+        if self._progress:
+            self._progress.start()
+            self._task = self._progress.add_task("train", total=self._max_steps, completed=self._done, facts="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+        for stream in (self._jsonl, self._log, self._tensorboard):
+            stream.close()
+
+    def step(self, line: dict[str, float]) -> None:
+        """One optimizer step: a line of metrics.jsonl, TensorBoard scalars, progress."""
+        self._jsonl.write(json.dumps(line) + "\n")
+        self._jsonl.flush()
+        self._done = int(line["step"])
+        for key, value in line.items():
+            if key != "step":
+                self._tensorboard.add_scalar(f"train/{key}", value, self._done)
+        facts = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
+        if self._progress:
+            self._progress.update(self._task, completed=self._done, facts=facts)
+        now = time.monotonic()
+        if self._done in (self._first_step, self._max_steps) or now - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._line(
+                f"step {self._done}/{self._max_steps}  {facts}  lr {line['learning_rate']:.3g}  ETA {self._eta()}",
+                console=self._progress is None,
+            )
+
+    def evaluation(self, step: int, metrics: dict[str, float], samples: list[dict[str, str]]) -> None:
+        """Validation metrics and generated answers."""
+        self.say(f"step {step}  validation  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(f"validation/{name}", value, step)
+        if samples:
+            self._tensorboard.add_text("validation/samples", render_samples(samples), step)
+        self._tensorboard.flush()
+
+    def say(self, text: str) -> None:
+        """A line for the console and the log."""
+        self._line(text, console=True)
+
+    def _line(self, text: str, *, console: bool) -> None:
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        self._log.flush()
+        if console:
+            self._progress.console.print(text, highlight=False, markup=False) if self._progress else print(text)
+
+    def _eta(self) -> str:
+        done = self._done - self._first_step + 1
+        left = (time.monotonic() - self._began) / done * (self._max_steps - self._done)
+        minutes, seconds = divmod(round(left), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def build_progress() -> Progress:
+    """The bar of a terminal: steps, loss, tokens/s, elapsed, ETA."""
+    return Progress(
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TextColumn("{task.fields[facts]}"),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=Console(),
+    )  # fmt: skip
+
+
+def drop_lines_from_step(path: Path, step: int) -> None:
+    """Drop the lines of `step` and later, which a resumed run writes again, and a half-written last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def render_samples(samples: list[dict[str, str]]) -> str:
+    """Markdown table of answers for TensorBoard."""
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in sample.values()] for sample in samples]
+    header = list(samples[0])
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: allocated on its GPU, or resident without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

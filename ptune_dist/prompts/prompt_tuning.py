@@ -1,0 +1,20 @@
+"""Prompt tuning (Lester et al. 2021, arXiv:2104.08691): the virtual tokens' vectors are the parameters themselves."""
+
+import torch
+from torch import nn
+
+
+class PromptTuning(nn.Module):
+    """P trainable vectors of width D."""
+
+    def __init__(self, vectors: torch.Tensor):
+        super().__init__()
+        self.virtual_tokens = nn.Parameter(vectors.detach().float().clone())
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return getattr(self.virtual_tokens, "ds_shape", self.virtual_tokens.shape)[0]  # ZeRO-3 keeps the shape aside
+
+    def forward(self) -> torch.Tensor:
+        """The input vectors [P, D]. A copy: ZeRO-3 takes the parameter's own storage back when this returns."""
+        return self.virtual_tokens.clone()

@@ -1,0 +1,32 @@
+"""The trained prompt as files: `prompt.safetensors`, whole by itself, and `prompt.json` with the same facts for people."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ptune_dist.errors import UserError
+from ptune_dist.files import replace_file
+
+
+def save_prompt(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    """Write a prompt folder; the facts travel in the tensor file's header too, so that the two cannot part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "prompt.safetensors", save(tensors, metadata={"facts": json.dumps(facts)}))
+    replace_file(folder / "prompt.json", (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def load_prompt(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and facts of a prompt folder. Raises UserError."""
+    file = folder / "prompt.safetensors"
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            facts = json.loads((opened.metadata() or {})["facts"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        reason = "no such file: has the run trained?" if isinstance(error, FileNotFoundError) else error
+        raise UserError(f"{file}: cannot read the prompt: {reason}") from None
+    return tensors, facts

@@ -1,0 +1,86 @@
+"""A run is one output directory: what is in it, whether it is finished, whether this config may go on with it.
+
+Floor 1.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ptune_dist.config import Config, load_config, render_config
+from ptune_dist.errors import UserError
+from ptune_dist.files import replace_file
+
+# What may change when a run goes on: how far, how it is watched and how it is spread, not what is learned.
+MAY_CHANGE = ("output_dir", "evaluate", "checkpoint", "deepspeed", "train.max_steps", "train.micro_batch_tokens",
+              "train.resume")  # fmt: skip
+
+
+def read_run_config(run_dir: Path, overrides: list[str] = ()) -> Config:
+    """The config of a run, with overrides. Raises UserError."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run_dir}: not a run: it has no config.yaml")
+    return load_config(file, list(overrides))
+
+
+def claim_run_dir(config: Config) -> None:
+    """Create the run's folder with its config, or check that the config goes on with the run there. Raises UserError.
+
+    One rank calls.
+    """
+    run_dir = Path(config.output_dir)
+    file = run_dir / "config.yaml"
+    if file.exists():
+        if config.train.resume == "never":
+            raise UserError(f"output_dir: {run_dir} holds a run and train.resume is never: choose another output_dir")
+        before = load_config(file)
+        key = first_difference(before.model_dump(), config.model_dump())
+        if key:
+            old, new = (read_key(c.model_dump(), key) for c in (before, config))
+            raise UserError(f"{file}: this run began with {key} {old!r}, not {new!r}: choose another output_dir")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        replace_file(file, render_config(config).encode())
+    except OSError as error:
+        raise UserError(f"output_dir: {run_dir}: {error.strerror}") from None
+
+
+def first_difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
+    """The first dotted key whose values differ and may not."""
+    for name in now:
+        key = prefix + name
+        if key in MAY_CHANGE or before.get(name) == now[name]:
+            continue
+        if isinstance(now[name], dict) and isinstance(before.get(name), dict):
+            found = first_difference(before[name], now[name], f"{key}.")
+            if found:
+                return found
+        else:
+            return key
+    return None
+
+
+def read_key(content: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        content = content[part]
+    return content
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """The summary of a finished run, None before."""
+    try:
+        return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def is_finished(config: Config) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do."""
+    summary = read_summary(Path(config.output_dir))
+    done = summary and (summary["stopped_early"] or summary["steps"] >= config.train.max_steps)
+    return summary if done else None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,0 +1,271 @@
+"""Token ids are those of the texts, start with the tokenizer's start and nothing else, and every target is whole."""
+
+import pickle
+
+import datasets
+import numpy as np
+import pytest
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from ptune_dist.data import encode
+from ptune_dist.data.encode import (
+    encode_inputs,
+    encode_rows,
+    encode_text_blocks,
+    start_ids,
+    token_statistics,
+)
+from ptune_dist.data.sources import Rows, load_rows
+from ptune_dist.data.template import compile_template
+from ptune_dist.errors import UserError
+from ptune_dist.tiny.make import build_tokenizer
+
+
+def tokenizer_with(single: str = "$A") -> PreTrainedTokenizerFast:
+    """One token per byte; `single` is how the tokenizer wraps a text, as "<bos> $A <sep>"."""
+    backend = build_tokenizer().backend_tokenizer
+    backend.add_special_tokens(["<bos>", "<sep>"])
+    special = [(name, backend.token_to_id(name)) for name in ("<bos>", "<sep>", "<eos>")]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    names = {"bos_token": "<bos>", "sep_token": "<sep>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_rows(*rows: tuple, name="a.csv") -> Rows:
+        path = tmp_path / name
+        path.write_text("text,label\n" + "".join(f'"{text}","{label}"\n' for text, label in rows))
+        return load_rows(str(path), key="data.train", default_split="train")
+
+    return write_rows
+
+
+def compile_pair(template="{{ text }}", target="{{ label }}"):
+    return {
+        "template": compile_template(template, key="data.template"),
+        "target": compile_template(target, key="data.target"),
+    }
+
+
+def texts_of(tokenizer, examples):
+    """(input, target) of every example as text, special tokens shown."""
+    return [
+        (tokenizer.decode(examples.input_ids(i)), tokenizer.decode(examples.target_ids(i)))
+        for i in range(len(examples))
+    ]
+
+
+def error_of(function, *arguments, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Examples of rows
+
+
+@pytest.mark.parametrize(
+    ("single", "start"),
+    [
+        ("$A", ""),
+        ("<bos> $A", "<bos>"),
+        ("<bos> $A <sep>", "<bos>"),
+        ("$A <eos>", ""),
+        ("<bos> <sep> $A", "<bos><sep>"),
+    ],
+)
+def test_nothing_stands_between_input_and_target(write, single, start):
+    tokenizer = tokenizer_with(single)
+    examples = encode_rows(write(("ab", "c")), tokenizer, **compile_pair("{{ text }}:", " {{ label }}"), max_length=99)
+    assert tokenizer.decode(start_ids(tokenizer)) == start
+    assert texts_of(tokenizer, examples) == [(start + "ab:", " c<eos>")]
+
+
+def test_special_tokens_written_in_the_template_are_special_and_stay(write):
+    tokenizer = tokenizer_with("<bos> $A <sep>")
+    examples = encode_rows(write(("ab", "c")), tokenizer, **compile_pair("{{ text }}<sep>"), max_length=99)
+    assert texts_of(tokenizer, examples) == [("<bos>ab<sep>", "c<eos>")]
+    assert examples.input_ids(0)[-1] == tokenizer.sep_token_id
+
+
+def test_eos_is_left_out_on_request(write):
+    tokenizer = tokenizer_with()
+    examples = encode_rows(write(("ab", "c")), tokenizer, **compile_pair(), max_length=99, append_eos=False)
+    assert texts_of(tokenizer, examples) == [("ab", "c")]
+
+
+def test_storage_is_flat_int32_and_lengths_add_up(write):
+    tokenizer = tokenizer_with("<bos> $A")
+    examples = encode_rows(write(("ab", "cde"), ("", "x")), tokenizer, **compile_pair(), max_length=99)
+    assert examples.ids.dtype == np.int32
+    assert examples.lengths.tolist() == [1 + 2 + 3 + 1, 1 + 1 + 1]
+    assert examples.num_targets.tolist() == [4, 2]
+    assert len(examples.ids) == examples.lengths.sum()
+    assert len(examples) == 2
+    assert examples.input_ids(1).tolist() == [tokenizer.bos_token_id]
+
+
+def test_empty_input_is_allowed_without_a_bos(write):
+    examples = encode_rows(write(("", "x")), tokenizer_with(), **compile_pair(), max_length=99)
+    assert examples.input_ids(0).tolist() == []
+    assert len(examples.target_ids(0)) == 2
+
+
+def test_batches_of_rows_join_without_a_seam(write, monkeypatch):
+    monkeypatch.setattr(encode, "BATCH_ROWS", 3)
+    tokenizer = tokenizer_with("<bos> $A")
+    rows = write(*[("x" * i, str(i)) for i in range(8)])
+    expected = [("<bos>" + "x" * i, f"{i}<eos>") for i in range(8)]
+    assert texts_of(tokenizer, encode_rows(rows, tokenizer, **compile_pair(), max_length=99)) == expected
+    inputs = encode_inputs(rows, tokenizer, template=compile_pair()["template"], max_length=99)
+    assert tokenizer.batch_decode(inputs) == [text for text, _ in expected]
+
+
+def test_templates_without_columns_are_rendered_for_every_row(write):
+    tokenizer = tokenizer_with()
+    examples = encode_rows(write(("a", "b"), ("c", "d")), tokenizer, **compile_pair("in", "out"), max_length=99)
+    assert texts_of(tokenizer, examples) == [("in", "out<eos>")] * 2
+
+
+def test_truncation_cuts_the_input_from_its_left_end_and_keeps_its_start(write):
+    tokenizer = tokenizer_with("<bos> $A")
+    rows = write(("abcdef", "xy"), ("abc", "x"), ("ab", "xy"), ("abcdef", "uvwxyz"))
+    examples = encode_rows(rows, tokenizer, **compile_pair(), max_length=8)
+    assert texts_of(tokenizer, examples) == [
+        ("<bos>cdef", "xy<eos>"),
+        ("<bos>abc", "x<eos>"),
+        ("<bos>ab", "xy<eos>"),
+        ("<bos>", "uvwxyz<eos>"),
+    ]
+    assert examples.lengths.max() == 8
+    assert examples.num_truncated == 2
+    assert examples.truncated_share == 0.5
+
+
+def test_truncation_from_the_right_keeps_the_input_s_first_tokens(write):
+    tokenizer = tokenizer_with("<bos> $A")
+    rows = write(("abcdef", "xy"), ("abcdef", "uvwxyz"))
+    examples = encode_rows(rows, tokenizer, **compile_pair(), max_length=8, truncation_side="right")
+    assert texts_of(tokenizer, examples) == [("<bos>abcd", "xy<eos>"), ("<bos>", "uvwxyz<eos>")]
+
+
+def test_input_that_just_fits_is_not_counted_as_cut(write):
+    examples = encode_rows(write(("abcd", "xyz")), tokenizer_with(), **compile_pair(), max_length=8)
+    assert (examples.num_truncated, examples.lengths.tolist()) == (0, [8])
+
+
+@pytest.mark.parametrize(
+    ("single", "label", "needs"),
+    [("$A", "uvwxyz12", "9 tokens, more"), ("<bos> $A", "uvwxyz1", "8 tokens, after 1 at the start, more")],
+)
+def test_target_that_does_not_fit_names_the_line(write, single, label, needs):
+    rows = write(("ab", "x"), ("ab", label))
+    message = error_of(encode_rows, rows, tokenizer_with(single), **compile_pair(), max_length=8)
+    assert message.startswith(f"{rows.name} line 3: data.target is {needs} than data.max_length 8; ")
+
+
+@pytest.mark.parametrize("label", ["", "  ", "\t"])
+def test_empty_target_names_the_line(write, label):
+    rows = write(("ab", "x"), ("cd", label))
+    message = error_of(encode_rows, rows, tokenizer_with(), **compile_pair(), max_length=8)
+    assert message == f"{rows.name} line 3: data.target is empty for this row; fill it or drop the row"
+
+
+def test_null_in_a_used_column_names_line_column_and_key(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "label": "b", "note": null}\n\n{"text": null, "label": "b"}\n{"text": "c"}\n')
+    rows = load_rows(str(path), key="data.train", default_split="train")
+    message = error_of(encode_rows, rows, tokenizer_with(), **compile_pair(), max_length=9, template_key="a.template")
+    assert message.startswith(f"{path} line 3: column 'text', which a.template uses, is missing or null")
+    only_label = compile_pair("", "{{ label }}")
+    message = error_of(encode_rows, rows, tokenizer_with(), **only_label, max_length=9, target_key="a.target")
+    assert message.startswith(f"{path} line 4: column 'label', which a.target uses, is missing or null")
+    template = compile_template("{{ text.x }}", key="data.template")
+    message = error_of(encode_inputs, rows, tokenizer_with(), template=template, max_length=9)
+    assert message.startswith(f"{path} line 1: data.template cannot be rendered: ")
+
+
+def test_tokenizer_without_an_eos_says_so(write):
+    tokenizer = tokenizer_with()
+    tokenizer.eos_token = None
+    message = error_of(encode_rows, write(("a", "b")), tokenizer, **compile_pair(), max_length=9)
+    assert "no end-of-sequence token" in message
+    assert len(encode_rows(write(("a", "b")), tokenizer, **compile_pair(), max_length=9, append_eos=False)) == 1
+
+
+def test_long_texts_are_encoded_without_a_word_from_the_tokenizer(write, capfd):
+    tokenizer = tokenizer_with()
+    tokenizer.model_max_length = 4
+    encode_rows(write(("a" * 50, "b")), tokenizer, **compile_pair(), max_length=99)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_examples_know_their_rows_and_can_be_pickled(write):
+    rows = write(("ab", "c"), ("de", "f"))
+    examples = encode_rows(rows, tokenizer_with(), **compile_pair(), max_length=99)
+    assert examples.where(1) == f"{rows.name} line 3"
+    copy = pickle.loads(pickle.dumps(examples))
+    assert copy.where(1) == examples.where(1)
+    assert copy.ids.tolist() == examples.ids.tolist()
+
+
+# Inputs alone
+
+
+def test_inputs_alone_need_no_target_column_and_are_cut_to_max_length():
+    rows = Rows("prompts", datasets.Dataset.from_dict({"text": ["abcdef", "ab", ""]}), "rows")
+    tokenizer, template = tokenizer_with("<bos> $A <sep>"), compile_template("{{ text }}:", key="data.template")
+    options = {"template": template, "max_length": 5}
+    left = encode_inputs(rows, tokenizer, **options)
+    right = encode_inputs(rows, tokenizer, **options, truncation_side="right")
+    assert all(isinstance(ids, list) for ids in left)
+    assert tokenizer.batch_decode(left) == ["<bos>def:", "<bos>ab:", "<bos>:"]
+    assert tokenizer.batch_decode(right) == ["<bos>abcd", "<bos>ab:", "<bos>:"]
+
+
+# Blocks of text
+
+
+def load_text(tmp_path, text: str) -> Rows:
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    return load_rows(str(path), key="data.train", default_split="train")
+
+
+@pytest.mark.parametrize("chunk_characters", [1 << 20, 1])
+def test_text_is_cut_into_blocks_of_which_the_last_may_be_short(tmp_path, monkeypatch, chunk_characters):
+    monkeypatch.setattr(encode, "CHUNK_CHARACTERS", chunk_characters)
+    monkeypatch.setattr(encode, "BATCH_ROWS", 2)
+    text = "one\n\ntwo three\nfour\nfive"
+    tokenizer = tokenizer_with("<bos> $A <sep>")
+    examples = encode_text_blocks(load_text(tmp_path, text), tokenizer, max_length=7)
+    assert examples.lengths.tolist() == [7, 7, 7, 3]
+    assert examples.num_targets.tolist() == [7, 7, 7, 3]
+    assert "".join(target for _, target in texts_of(tokenizer, examples)) == text
+    assert all(len(examples.input_ids(i)) == 0 for i in range(4))
+    assert examples.num_truncated == 0
+    assert examples.where(3) == f"{tmp_path}/a.txt block 4 (the first is block 1)"
+
+
+def test_text_of_a_whole_number_of_blocks_has_no_empty_one(tmp_path):
+    examples = encode_text_blocks(load_text(tmp_path, "abcdef"), tokenizer_with(), max_length=3)
+    assert examples.lengths.tolist() == [3, 3]
+
+
+# Statistics
+
+
+def test_statistics_of_tokens(write):
+    rows = write(*[("x" * i, "y" * (i % 3 + 1)) for i in range(10)])
+    examples = encode_rows(rows, tokenizer_with(), **compile_pair(), max_length=10, append_eos=False)
+    statistics = token_statistics(examples)
+    assert statistics == {
+        "num_examples": 10,
+        "input_tokens": {"p50": 4, "p90": 7, "max": 9, "total": 44},
+        "target_tokens": {"p50": 2, "p90": 3, "max": 3, "total": 19},
+        "num_truncated": 1,
+        "truncated_share": 0.1,
+    }

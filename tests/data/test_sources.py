@@ -1,0 +1,370 @@
+"""Every kind of source gives its rows unchanged, and every fault in one is one line that names file and line."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ptune_dist.data.sources import CHUNK_ROWS, load_rows, split_hub_name
+from ptune_dist.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(name: str, content: str | bytes) -> str:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write_file
+
+
+def load(source, key="data.train", default_split="train"):
+    return load_rows(str(source), key=key, default_split=default_split)
+
+
+def error_of(source, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        load(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# What the rows hold
+
+
+def test_jsonl_rows_and_their_lines_with_blank_lines_counted(write):
+    path = write("a.jsonl", '\n{"text": "a", "label": 1}\n\n  \n{"text": "b", "label": 2}\n')
+    rows = load(path)
+    assert rows.dataset[:] == {"text": ["a", "b"], "label": [1, 2]}
+    assert (rows.name, rows.kind, len(rows), rows.columns()) == (path, "rows", 2, ["text", "label"])
+    assert [rows.where(0), rows.where(1)] == [f"{path} line 2", f"{path} line 5"]
+
+
+def test_json_strings_stay_strings_even_when_they_look_like_dates_or_numbers(write):
+    values = ["2024-01-01", "2024-01-01T00:00:00Z", "007", "1e5", "null", "NaN", "true", ""]
+    path = write("a.jsonl", "".join(f'{{"text": "{value}"}}\n' for value in values))
+    assert load(path).dataset["text"][:] == values
+
+
+def test_json_array_over_many_lines_knows_the_line_of_each_row(write):
+    path = write("a.json", ' \n[\n  {"text": "a\\n[b"},\n  {\n    "text": "c"\n  }, {"text": "d"}\n]\n')
+    rows = load(path)
+    assert rows.dataset["text"][:] == ["a\n[b", "c", "d"]
+    assert [rows.where(i).rsplit(" ", 1)[1] for i in range(3)] == ["3", "4", "6"]
+
+
+def test_json_file_may_hold_one_object_per_line(write):
+    rows = load(write("a.json", '{"text": "a"}\n{"text": "b"}\n'))
+    assert rows.dataset["text"][:] == ["a", "b"]
+    assert rows.where(1).endswith("a.json line 2")
+
+
+def test_columns_may_come_late_and_values_may_be_null_or_nested(write):
+    lines = ['{"a": null, "m": {"x": 1}}'] * (CHUNK_ROWS + 1) + ['{"a": "z", "m": {"y": ["q"]}, "late": 1.5}']
+    rows = load(write("a.jsonl", "\n".join(lines)))
+    assert rows.columns() == ["a", "m", "late"]
+    assert rows.dataset[0] == {"a": None, "m": {"x": 1, "y": None}, "late": None}
+    assert rows.dataset[CHUNK_ROWS + 1] == {"a": "z", "m": {"x": None, "y": ["q"]}, "late": 1.5}
+
+
+def test_csv_values_are_all_text(write):
+    rows = load(write("a.csv", "id,text,label\n007,NA,None\n1.50,,nan\n"))
+    assert rows.dataset[:] == {"id": ["007", "1.50"], "text": ["NA", ""], "label": ["None", "nan"]}
+
+
+def test_csv_lines_count_the_header_blank_lines_and_line_breaks_in_quotes(write):
+    path = write("a.csv", 'text,label\r\n"one\r\ntwo, ""three""",x\r\n\r\nfour,y\r\n')
+    rows = load(path)
+    assert rows.dataset["text"][:] == ['one\r\ntwo, "three"', "four"]
+    assert [rows.where(0), rows.where(1)] == [f"{path} line 2", f"{path} line 5"]
+
+
+def test_tsv_splits_at_tabs_alone(write):
+    assert load(write("a.tsv", "text\tlabel\na, b\tc\n")).dataset[0] == {"text": "a, b", "label": "c"}
+
+
+def test_csv_field_may_be_long(write):
+    assert len(load(write("a.csv", "text\n" + "x" * 300_000 + "\n")).dataset[0]["text"]) == 300_000
+
+
+def test_txt_gives_lines_with_their_line_breaks(write):
+    path = write("a.TXT", "one\n\ntwo\u2028still two\nthree")
+    rows = load(path)
+    assert rows.kind == "text"
+    assert rows.columns() == ["text"]
+    assert rows.dataset["text"][:] == ["one\n", "\n", "two\u2028still two\n", "three"]
+    assert rows.where(3) == f"{path} line 4"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "b.json", "a.csv", "a.tsv", "a.txt"])
+def test_byte_order_mark_is_skipped(write, name):
+    content = {"a.jsonl": '{"text": "a"}', "a.json": '[{"text": "a"}]', "b.json": '{"text": "a"}', "a.txt": "a"}
+    rows = load(write(name, b"\xef\xbb\xbf" + content.get(name, "text\na\n").encode()))
+    assert rows.dataset[:] == {"text": ["a"]}
+
+
+def test_parquet_rows_in_a_folder_with_glob_characters(tmp_path):
+    (tmp_path / "x[1]*").mkdir()
+    path = tmp_path / "x[1]*" / "a?.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), path)
+    rows = load(path)
+    assert rows.dataset["text"][:] == ["a", "b"]
+    assert rows.where(1) == f"{path} row 2 (the first is row 1)"
+
+
+def test_saved_folder_of_one_dataset_and_of_splits(tmp_path):
+    one = datasets.Dataset.from_dict({"text": ["a"]})
+    one.with_format("numpy").save_to_disk(tmp_path / "one")
+    splits = datasets.DatasetDict({"train": one, "validation": datasets.Dataset.from_dict({"text": ["v", "w"]})})
+    splits.save_to_disk(tmp_path / "many")
+    assert load(tmp_path / "one").dataset[0] == {"text": "a"}
+    assert type(load(tmp_path / "one").dataset[0]["text"]) is str
+    assert len(load(tmp_path / "many")) == 1
+    assert load(tmp_path / "many", default_split="validation").dataset["text"][:] == ["v", "w"]
+    assert len(load(f"{tmp_path / 'many'}:validation")) == 2
+    message = error_of(tmp_path / "many", default_split="test")
+    assert "no split 'test' but train, validation" in message
+    assert message.startswith("data.train: ")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".txt", ".parquet"])
+def test_edited_file_is_read_anew_even_with_its_old_size_and_time(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+
+    def write_value(value):
+        if suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": [value]}), path)
+        else:
+            path.write_text({".jsonl": f'{{"text": "{value}"}}', ".csv": f"text\n{value}\n", ".txt": value}[suffix])
+
+    write_value("old")
+    before = path.stat()
+    assert load(path).dataset["text"][:] == ["old"]
+    write_value("new")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert load(path).dataset["text"][:] == ["new"]
+
+
+def test_loading_prints_nothing(tmp_path, capfd):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), path)
+    load(path)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not parquet PAR1")
+    error_of(tmp_path / "bad.parquet")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_several_processes_load_the_same_parquet_file_at_once(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"row {i}" for i in range(20_000)]}), path)
+    start = tmp_path / "start"
+    program = (
+        "import os, sys, time; from ptune_dist.data.sources import load_rows\n"
+        "while not os.path.exists(sys.argv[2]): time.sleep(0.005)\n"
+        "rows = load_rows(sys.argv[1], key='data.train', default_split='train'); print(len(rows), rows.dataset[-1])"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, str(path), str(start)]
+    children = [subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True) for _ in range(3)]
+    start.touch()
+    for child in children:
+        out, err = child.communicate(timeout=120)
+        assert (child.returncode, out.strip(), err) == (0, "20000 {'text': 'row 19999'}", "")
+
+
+# What is wrong with a source
+
+
+def test_missing_file_names_the_nearest_one(write, tmp_path):
+    near = write("train.jsonl", "{}")
+    message = error_of(tmp_path / "trian.jsonl")
+    assert message == f"data.train: no file {tmp_path}/trian.jsonl; did you mean {near}?"
+    assert f"looked in {tmp_path}" in error_of(tmp_path / "quite-other.csv", key="data.validation")
+
+
+@pytest.mark.parametrize("source", ["./rows", "/no/such/rows", "no/such/rows.jsonl", "rows.jsonl", "a/b/c", "a b"])
+def test_what_looks_like_a_path_is_a_missing_file_and_not_a_hub_name(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"no file {source}" in error_of(source)
+
+
+def test_missing_folder_is_named(tmp_path):
+    assert f"there is no folder {tmp_path}/none" in error_of(tmp_path / "none" / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "b.json", "a.csv", "a.tsv", "a.txt"])
+@pytest.mark.parametrize("content", ["", "\n\n", "header only"])
+def test_file_without_rows(write, name, content):
+    if content == "header only":
+        content = {"a.csv": "text,label\n", "a.tsv": "text\tlabel\n", "b.json": " [ ] "}.get(name, "")
+    message = error_of(write(name, content))
+    assert "has no rows" in message or "has no text" in message
+    assert name in message
+
+
+def test_parquet_and_saved_folder_without_rows(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
+    assert "a.parquet has no rows" in error_of(tmp_path / "a.parquet")
+    assert "saved has no rows" in error_of(tmp_path / "saved")
+
+
+def test_row_that_is_not_json_names_line_and_what_was_found(write):
+    message = error_of(write("a.jsonl", '{"a": 1}\n\nhello, this is a line that goes on and on and on\n'))
+    assert "a.jsonl line 3: not JSON" in message
+    assert "'hello, this is a line that goes on an...'" in message
+    assert "one object on each line" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('[\n{"a": 1},\n{"a": oops}\n]', "line 3: not JSON (Expecting value), found 'oops}'"),
+        ('[\n{"a": 1}\n{"a": 2}\n]', "line 3: not JSON: found '{\"a\": 2}' where ',' or ']'"),
+        ('[\n{"a": 1}\n\n', "line 4: not JSON: found the end of the file where ',' or ']'"),
+        ('[\n{"a": 1},\n]', "line 3: not JSON (Expecting value), found ']'"),
+        ('[{"a": 1}]\nmore', "line 2: not JSON: found 'more' after the end of the array"),
+        ("[", "line 1: not JSON (Expecting value), found the end of the file"),
+        ('{\n  "data": []\n}', "line 1: not JSON"),
+        ('[\n{"a": 1},\n"text"]', "line 3: a row must be a JSON object"),
+        ("[" * 100_000, "line 1: not JSON (it is nested too deeply)"),
+    ],
+)
+def test_damaged_json_file_names_the_line(write, content, expected):
+    assert expected in error_of(write("a.json", content))
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("3", "a number"),
+        ('"x"', "text"),
+        ("null", "null"),
+        ("true", "true or false"),
+        ("[1]", "a list"),
+        ("{}", "empty"),
+    ],
+)
+def test_json_row_that_is_not_an_object(write, line, found):
+    message = error_of(write("a.jsonl", f'{{"a": 1}}\n{line}\n'))
+    assert "a.jsonl line 2: a row must be a JSON object" in message
+    assert found in message
+
+
+def test_array_in_a_jsonl_file_is_told_its_extension(write):
+    assert "an array of rows is a .json file" in error_of(write("a.jsonl", '[{"a": 1}]'))
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (['{"a": 1}', '{"a": null}', '{"a": "x"}'], "line 3: column 'a' holds text, but a number in line 1"),
+        (['{"a": "x"}', '{"a": 1}'], "line 2: column 'a' holds a number, but text in line 1"),
+        (['{"a": true}', '{"a": 1}'], "line 2: column 'a' holds a number, but true or false in line 1"),
+        (['{"a": "x"}', '{"a": ["x"]}'], "line 2: column 'a' holds a list, but text in line 1"),
+        (['{"a": [{"b": 1}]}', '{"a": [{"b": "x"}]}'], "line 2: column 'a[].b' holds text, but a number in line 1"),
+        (['{"a": [1, "x"]}'], "line 1: column 'a[]' holds text, but a number in line 1"),
+        (['{"a": 1}', '{"a": 99999999999999999999}'], "line 2: column 'a' holds a whole number of more than 64 bits"),
+        (['{"a": "\\ud800"}'], "line 1: column 'a' holds half of a surrogate pair"),
+        (['{"a": 0.5}', '{"a": 1152921504606846977}'], "a.jsonl: the rows do not fit into one table: "),
+    ],
+)
+def test_kinds_of_values_that_drift_name_line_and_column(write, rows, expected):
+    assert expected in error_of(write("a.jsonl", "\n".join(rows)))
+
+
+def test_kinds_that_drift_far_into_the_file(write):
+    message = error_of(write("a.jsonl", '{"a": 1}\n' * (2 * CHUNK_ROWS) + '{"a": "x"}\n'))
+    assert f"line {2 * CHUNK_ROWS + 1}: column 'a' holds text" in message
+
+
+def test_whole_numbers_and_fractions_are_one_kind(write):
+    assert load(write("a.jsonl", '{"a": 1}\n{"a": 0.5}\n')).dataset["a"][:] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "b.json", "a.csv", "a.tsv", "a.txt"])
+def test_undecodable_bytes_name_the_line_and_the_mend(write, name):
+    content = {"a.jsonl": b'{"text": "a"}\n', "a.json": b'{"text": "a"}\n', "b.json": b"[\n"}
+    message = error_of(write(name, content.get(name, b"text\n") + b'{"text": "caf\xe9"}\n'))
+    assert f"{name} line 2: these bytes are not UTF-8 text; save the file as UTF-8" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a,b\n1,2\n\n3,4,5\n", "line 4: 3 fields where the header has 2"),
+        ("a,b\n1\n", "line 2: 1 fields where the header has 2"),
+        ('a,b\n1,2\n"3,4\n5,6\n', "line 3: unexpected end of data"),
+        ('a,b\n1,2\n"3"x,4\n', "line 3: ',' expected after '\"'"),
+        ("a,,b\n1,2,3\n", "line 1: column 2 has no name"),
+        ("a,b,a\n1,2,3\n", "line 1: the header names column 'a' twice"),
+    ],
+)
+def test_damaged_csv_names_the_line(write, content, expected):
+    assert "a.csv " + expected in error_of(write("a.csv", content))
+
+
+def test_unknown_extension_lists_the_known_ones(write):
+    message = error_of(write("a.xlsx", "x"))
+    assert "unknown kind (.xlsx)" in message
+    assert ".jsonl" in message
+    assert "no extension" in error_of(write("rows", "x"))
+
+
+def test_damaged_parquet_and_folders_that_are_not_saved_datasets(write, tmp_path):
+    assert "a.parquet cannot be read as parquet" in error_of(write("a.parquet", "not parquet"))
+    assert "not one saved by datasets' save_to_disk" in error_of(tmp_path)
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").write_text("{")
+    assert "saved cannot be loaded" in error_of(tmp_path / "saved")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file_says_why(write):
+    path = write("a.jsonl", "{}")
+    os.chmod(path, 0)
+    assert "cannot be read: Permission denied" in error_of(path)
+
+
+def test_file_that_shrank_since_it_was_loaded_still_has_names_for_rows(write):
+    path = write("a.jsonl", '{"a": 1}\n{"a": 2}\n')
+    rows = load(path)
+    write("a.jsonl", '{"a": 1}\n')
+    assert rows.where(1) == f"{path} row 2 (the first is row 1)"
+
+
+# Hub names
+
+
+def test_hub_names_are_taken_apart():
+    assert split_hub_name("glue", "train") == ("glue", None, "train")
+    assert split_hub_name("nyu-mll/glue@sst2:validation", "train") == ("nyu-mll/glue", "sst2", "validation")
+    assert split_hub_name("user/set-1.5:test", "train") == ("user/set-1.5", None, "test")
+
+
+@pytest.mark.parametrize("source", ["user/rows", "user/set-1.5@config:test", "data/train"])
+def test_hub_name_without_a_network_is_refused_at_once(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    message = error_of(source)
+    assert time.monotonic() - began < 10
+    assert message.startswith(f"data.train: {source} ")
+    assert "no network, or a wrong name" in message

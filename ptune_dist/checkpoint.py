@@ -1,7 +1,7 @@
 """Checkpoints of a run: the prompt, its optimizer's state and the place in the run; never the base.
 
-Floor 5. A checkpoint is a folder `step-00000100/` with two safetensors files and `state.json`, which holds their digests
-and its own. It is written aside, flushed and renamed, so a kill at any moment leaves the ones before it as they were.
+Floor 5. A checkpoint is a folder `step-00000100/` with two safetensors files and `state.json`, which holds their
+digests and its own. It is written aside, flushed and renamed, so a kill at any moment leaves the ones before it as they were.
 """
 
 import hashlib
@@ -52,7 +52,9 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         kept = list_checkpoints(folder)
         rest = f"{kept[-1]} is kept" if kept else "there was none before it"
-        raise RunFault(f"cannot save the checkpoint of step {snapshot.step}: {error.strerror}: {final}; {rest}") from None
+        raise RunFault(
+            f"cannot save the checkpoint of step {snapshot.step}: {error.strerror}: {final}; {rest}"
+        ) from None
     for old in list_checkpoints(folder)[:-keep]:
         old.rename(folder / f".old-{old.name}")
     remove_leftovers(folder)

@@ -185,7 +185,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """YAML, except that text YAML would not read as written (`a: b`, trailing colons) stays text and 1e-3 is a number."""
+    """YAML, except that 1e-3 is a number, as people write it (YAML wants 1.0e-3)."""
     try:
         return float(text) if "e" in text.lower() and text[:1] in "0123456789.-+" else yaml.safe_load(text)
     except ValueError:

@@ -1,7 +1,7 @@
 """The DeepSpeed seam: a model and its prompt in, training steps out.
 
-Floor 4. DeepSpeed shards the base, casts, scales the loss, reduces gradients and calls our optimizer; nothing above this
-file knows that it exists.
+Floor 4. DeepSpeed shards the base, casts, scales the loss, reduces gradients and calls our optimizer; nothing above
+this file knows that it exists.
 """
 
 from typing import Any

@@ -99,6 +99,6 @@ def example_losses(
     for groups in plan:
         indices = groups[world.rank]
         losses = engine.row_losses(collate(examples, indices, pad_id(tokenizer)).to(world.device))
-        mine += zip(indices, losses.double().tolist())
+        mine += zip(indices, losses.double().tolist()[: len(indices)], strict=True)
     everyone = dict(pair for pairs in gather_from_ranks(mine, world) for pair in pairs)
     return [everyone[i] for i in range(len(examples))]

@@ -13,7 +13,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path`: a reader, or a run that is killed here, sees the old content or the new, nothing between."""
+    """Put `data` at `path`: whoever reads it, at whatever moment this is killed, sees the old content or the new."""
     aside = path.with_name(f".writing-{path.name}")
     try:
         write_durably(aside, data)

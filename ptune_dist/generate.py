@@ -1,6 +1,6 @@
 """Generate answers: the virtual tokens, an input, and what the base says next.
 
-Floor 5. Rows are padded on the left, so that every row's next token stands at the end: [padding, virtual tokens, input].
+Floor 5. Rows are padded on the left, so that each row's next token stands at the end: [padding, virtual tokens, input].
 """
 
 from collections.abc import Iterator, Sequence

@@ -24,24 +24,32 @@ def read_run_config(run_dir: Path, overrides: list[str] = ()) -> Config:
     return load_config(file, list(overrides))
 
 
-def claim_run_dir(config: Config) -> None:
-    """Create the run's folder with its config, or check that the config goes on with the run there. Raises UserError.
-
-    One rank calls.
-    """
+def check_run_dir(config: Config) -> None:
+    """Raise UserError where the folder holds a run that this config may not go on with."""
     run_dir = Path(config.output_dir)
     file = run_dir / "config.yaml"
-    if file.exists():
-        if config.train.resume == "never":
-            raise UserError(f"output_dir: {run_dir} holds a run and train.resume is never: choose another output_dir")
-        before = load_config(file)
-        key = first_difference(before.model_dump(), config.model_dump())
-        if key:
-            old, new = (read_key(c.model_dump(), key) for c in (before, config))
-            raise UserError(f"{file}: this run began with {key} {old!r}, not {new!r}: choose another output_dir")
+    if not file.exists() or not has_begun(run_dir):
+        return
+    if config.train.resume == "never":
+        raise UserError(f"output_dir: {run_dir} holds a run and train.resume is never: choose another output_dir")
+    before = load_config(file)
+    key = first_difference(before.model_dump(), config.model_dump())
+    if key:
+        old, new = (read_key(c.model_dump(), key) for c in (before, config))
+        raise UserError(f"{file}: this run began with {key} {old!r}, not {new!r}: choose another output_dir")
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether anything in the folder depends on its config: a checkpoint, a prompt or a summary."""
+    return any((run_dir / name).exists() for name in ("checkpoints", "prompt", "summary.json"))
+
+
+def claim_run_dir(config: Config) -> None:
+    """Create the run's folder and put its config there. Raises UserError. One rank calls."""
+    run_dir = Path(config.output_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        replace_file(file, render_config(config).encode())
+        replace_file(run_dir / "config.yaml", render_config(config).encode())
     except OSError as error:
         raise UserError(f"output_dir: {run_dir}: {error.strerror}") from None
 

@@ -23,7 +23,7 @@ from ptune_dist.job import Job, build_job, build_tokenizer, prompt_facts, togeth
 from ptune_dist.metrics import MetricsWriter, peak_memory_bytes
 from ptune_dist.optimizer import learning_rate_at
 from ptune_dist.prompts.store import save_prompt
-from ptune_dist.run_dir import claim_run_dir, is_finished, write_json
+from ptune_dist.run_dir import check_run_dir, claim_run_dir, is_finished, write_json
 
 DONE, STOPPED = 0, 75
 NUM_WARM_UP_STEPS = 5  # left out of throughput
@@ -46,13 +46,14 @@ class Progress:
 def train(config: Config) -> int:
     """Train the prompt that `config` asks for, or go on with it; returns the exit status. Collective."""
     world = init_distributed()
-    together(world, lambda: claim_run_dir(config) if world.is_main else None)
+    together(world, lambda: check_run_dir(config))
     summary = is_finished(config)
     if summary:
         say_finished(config, summary, world)
         return DONE
     split, judge = together(world, lambda: build_data(config))
     job = build_job(config, world)
+    together(world, lambda: claim_run_dir(config) if world.is_main else None)
     progress = restore(job, split, world)
     clock = Throughput(config.train.batch_size)
 
@@ -140,7 +141,8 @@ def restore(job: Job, split: Split, world: World) -> Progress:
     if progress.data_digest != digest:
         raise UserError(f"data.train: {split.rows.name} has changed since this run began: choose another output_dir")
     if snapshot.state["base"] != job.fingerprint:
-        raise UserError(f"model.path: {job.config.model.path} has changed since this run began: choose another output_dir")
+        path = job.config.model.path
+        raise UserError(f"model.path: {path} has changed since this run began: choose another output_dir")
     job.engine.load_prompt(snapshot.prompt)
     job.engine.load_optimizer_state(snapshot.optimizer)
     job.engine.load_loss_scale_state(snapshot.state["loss_scale"])
@@ -231,8 +233,8 @@ def finish(
 
 def say_finished(config: Config, summary: dict, world: World) -> None:
     if world.is_main:
-        name = config.evaluate.best
-        change = f"  {name} {summary['before'][name]:.4f} -> {summary['validation'][name]:.4f}" if summary["before"] else ""
+        name, before = config.evaluate.best, summary["before"]
+        change = f"  {name} {before[name]:.4f} -> {summary['validation'][name]:.4f}" if name in before else ""
         print(f"finished: {config.output_dir}  {summary['steps']} steps{change}", flush=True)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ptune_dist.errors import UserError
+from ptune_dist.hub import hub_answers
 
 SAMPLE_BYTES = 1 << 20
 
@@ -37,7 +38,7 @@ def load_shape(path: str) -> transformers.PretrainedConfig:
     """The architecture's configuration, without weights. Raises UserError."""
     check_folder(path)
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, local_files_only=is_local_only(path))
     except (OSError, ValueError) as error:
         raise UserError(describe_load_error(path, "config.json", error)) from None
 
@@ -46,7 +47,7 @@ def load_tokenizer(path: str, shape: transformers.PretrainedConfig) -> PreTraine
     """The base's tokenizer, checked against its embeddings. Raises UserError."""
     check_folder(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_local_only(path))
     except (OSError, ValueError) as error:
         raise UserError(describe_load_error(path, "tokenizer", error)) from None
     vocab_size = shape.get_text_config().vocab_size
@@ -76,6 +77,11 @@ def check_folder(path: str) -> None:
         raise UserError(f"model.path: no folder {path}{hint}")
 
 
+def is_local_only(path: str) -> bool:
+    """True where the hub need not or cannot be asked: its cache may still hold the name."""
+    return Path(path).is_dir() or not hub_answers()
+
+
 def describe_load_error(path: str, what: str, error: Exception) -> str:
     """One line for what transformers says in many."""
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -83,7 +89,7 @@ def describe_load_error(path: str, what: str, error: Exception) -> str:
         return f"model.path: cannot read the {what} of {path}: {first}"
     return (
         f"model.path: no folder {path} here, and no {what} of that name on the hub or no network to reach it: "
-        "give a local folder, or download the base where there is a network and set HF_HUB_OFFLINE=1"
+        "give a local folder, or download the base where there is a network"
     )
 
 
@@ -102,7 +108,7 @@ def read_weights(path: str, dtype: torch.dtype) -> PreTrainedModel:
     transformers.logging.disable_progress_bar()
     try:
         base, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=is_local_only(path)
         )
     except Exception as error:  # safetensors, hub and transformers each raise their own
         raise UserError(describe_load_error(path, "weights", error)) from None

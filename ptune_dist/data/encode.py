@@ -70,7 +70,7 @@ def encode_rows(
     pieces, lengths, num_targets, num_truncated = [], [], [], 0
     for first, inputs, targets in _render_batches(rows, {template_key: template, target_key: target}):
         bodies, tails = _tokenize(tokenizer, inputs), _tokenize(tokenizer, targets)
-        for index, (body, tail, text) in enumerate(zip(bodies, tails, targets), first):
+        for index, (body, tail, text) in enumerate(zip(bodies, tails, targets, strict=True), first):
             if not text.strip() or not tail:
                 raise UserError(f"{rows.where(index)}: {target_key} is empty for this row; fill it or drop the row")
             tail = tail + end

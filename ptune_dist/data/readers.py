@@ -175,7 +175,7 @@ def _read_delimited(path: Path, name: str, delimiter: str) -> Iterator[tuple[int
                     "put a field that holds the separator in double quotes"
                 )
             else:
-                yield line, dict(zip(header, fields))
+                yield line, dict(zip(header, fields, strict=True))
 
 
 def _checked_header(fields: list[str], name: str, line: int) -> list[str]:

@@ -17,15 +17,14 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
-import huggingface_hub.utils
 import pyarrow
 import pyarrow.parquet
 
 from ptune_dist.data.readers import TEXT_SUFFIXES, name_kind, read_records
 from ptune_dist.errors import UserError
+from ptune_dist.hub import hub_answers
 
 CHUNK_ROWS = 10_000
-HUB_PROBE_S = 5
 _FORMATS = "use " + ", ".join((*TEXT_SUFFIXES, ".parquet")) + ", a folder saved by datasets, or a hub dataset name"
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<config>[^:@]+))?(:(?P<split>[^:@]+))?")
 
@@ -107,7 +106,7 @@ def _build_table(records: Iterable[tuple[int, dict]], path: Path, name: str) -> 
         while chunk := list(islice(rows, CHUNK_ROWS)):
             columns = {column: None for row in chunk for column in row}
             tables.append(pyarrow.table({column: [row.get(column) for row in chunk] for column in columns}))
-        return pyarrow.concat_tables(tables, promote_options="default") if tables else pyarrow.table({})
+        return pyarrow.concat_tables(tables, promote_options="permissive") if tables else pyarrow.table({})
     except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
         raise _explain_types(path, name, error) from None
 
@@ -202,12 +201,12 @@ def _describe_missing(path: Path, source: str, key: str) -> str:
 def _load_hub(source: str, default_split: str, key: str) -> datasets.Dataset:
     name, config, split = split_hub_name(source, default_split)
     with _quiet():
-        online, was_offline = _hub_answers(), datasets.config.HF_HUB_OFFLINE
+        online, was_offline = hub_answers(), datasets.config.HF_HUB_OFFLINE
         # With no network `datasets` retries every look-up for a minute or more; offline, it turns to its cache at once.
         datasets.config.HF_HUB_OFFLINE = was_offline or not online
         try:
             return datasets.load_dataset(name, config, split=split)
-        except Exception as error:  # noqa: BLE001 - wrong name or split, gated, damaged, cut off
+        except Exception as error:  # wrong name or split, gated, damaged, cut off
             raise UserError(f"{key}: {_describe_hub_error(source, online, error)}") from None
         finally:
             datasets.config.HF_HUB_OFFLINE = was_offline
@@ -230,14 +229,6 @@ def split_hub_name(source: str, default_split: str) -> tuple[str, str | None, st
     return parts["name"], parts["config"], parts["split"] or default_split
 
 
-def _hub_answers() -> bool:
-    try:
-        huggingface_hub.utils.get_session().head(datasets.config.HF_ENDPOINT, timeout=HUB_PROBE_S)
-    except Exception:  # noqa: BLE001 - the HTTP library differs between versions of the hub's client
-        return False
-    return True
-
-
 def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
@@ -255,7 +246,7 @@ def _quiet():
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if bars_were_on:
             datasets.enable_progress_bars()

@@ -59,7 +59,7 @@ def render_row(template: Template, row: Mapping[str, object], *, key: str, where
             )
     try:
         return template.render(row)
-    except Exception as error:  # noqa: BLE001 - expressions are the user's code and may raise anything
+    except Exception as error:  # expressions are the user's code and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where()}: {key} cannot be rendered: {reason}") from None
 

@@ -1,4 +1,4 @@
-"""The trained prompt as files: `prompt.safetensors`, whole by itself, and `prompt.json` with the same facts for people."""
+"""The trained prompt as files: `prompt.safetensors`, whole by itself, and `prompt.json`, the same facts for people."""
 
 import json
 from pathlib import Path

@@ -105,11 +105,11 @@ def score_skills(model, tokenizer, words: list[str]) -> dict[str, float]:
     tokenizer.padding_side = "left"
     for name in SKILLS:
         lines = [render_line(rng, word, name) for word in words]
-        asks, answers = zip(*(line.rsplit("= ", 1) for line in lines))
+        asks, answers = zip(*(line.rsplit("= ", 1) for line in lines), strict=True)
         batch = tokenizer([ask + "=" for ask in asks], return_tensors="pt", padding=True)
         out = model.generate(**batch, max_new_tokens=22, do_sample=False)
         texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        scores[name] = sum(text.strip() == answer for text, answer in zip(texts, answers)) / len(words)
+        scores[name] = sum(text.strip() == answer for text, answer in zip(texts, answers, strict=True)) / len(words)
     tokenizer.padding_side = "right"
     return scores
 

@@ -1,11 +1,12 @@
 """Token ids are those of the texts, start with the tokenizer's start and nothing else, and every target is whole."""
 
+import logging
 import pickle
 
 import datasets
 import numpy as np
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from ptune_dist.data import encode
@@ -82,6 +83,14 @@ def test_nothing_stands_between_input_and_target(write, single, start):
     examples = encode_rows(write(("ab", "c")), tokenizer, **compile_pair("{{ text }}:", " {{ label }}"), max_length=99)
     assert tokenizer.decode(start_ids(tokenizer)) == start
     assert texts_of(tokenizer, examples) == [(start + "ab:", " c<eos>")]
+
+
+def test_start_is_found_for_a_tokenizer_that_does_not_know_the_probe():
+    backend = Tokenizer(models.BPE(vocab={"<bos>": 0, "<eos>": 1, "b": 2}, merges=[]))
+    backend.post_processor = processors.TemplateProcessing(
+        "<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    assert start_ids(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")) == [0]
 
 
 def test_special_tokens_written_in_the_template_are_special_and_stay(write):
@@ -196,11 +205,14 @@ def test_tokenizer_without_an_eos_says_so(write):
     assert len(encode_rows(write(("a", "b")), tokenizer, **compile_pair(), max_length=9, append_eos=False)) == 1
 
 
-def test_long_texts_are_encoded_without_a_word_from_the_tokenizer(write, capfd):
+def test_long_texts_are_encoded_without_a_warning(write, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     tokenizer = tokenizer_with()
     tokenizer.model_max_length = 4
     encode_rows(write(("a" * 50, "b")), tokenizer, **compile_pair(), max_length=99)
-    assert capfd.readouterr() == ("", "")
+    assert caplog.text == ""
+    tokenizer("a" * 50)
+    assert "longer than the specified maximum" in caplog.text  # the warning that `encode_rows` avoids
 
 
 def test_examples_know_their_rows_and_can_be_pickled(write):

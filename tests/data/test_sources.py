@@ -296,6 +296,8 @@ def test_kinds_that_drift_far_into_the_file(write):
 
 def test_whole_numbers_and_fractions_are_one_kind(write):
     assert load(write("a.jsonl", '{"a": 1}\n{"a": 0.5}\n')).dataset["a"][:] == [1.0, 0.5]
+    far_apart = load(write("b.jsonl", '{"a": 1}\n' * CHUNK_ROWS + '{"a": 0.5}\n')).dataset
+    assert [far_apart[0]["a"], far_apart[-1]["a"]] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "b.json", "a.csv", "a.tsv", "a.txt"])

@@ -90,7 +90,7 @@ def test_null_or_missing_value_names_row_and_column(row):
         ("{{ none or m.author }}", "is null"),
         ("{{ m.__class__.__mro__ }}", "unsafe"),
         ("{% include 'other' %}{{ m.n }}", "no loader"),
-        ("{{ m.update({'n': 2}) }}", "m"),
+        ("{{ m.update({'n': 2}) }}", "unsafe"),
     ],
 )
 def test_expression_that_fails_names_row_and_reason(source, reason):

@@ -1,0 +1,92 @@
+"""Benchmark rows and a model shape's tokenizer, made from the standard library's docstrings: nothing is downloaded.
+
+Rows: `python -m ptune_dist.bench.data rows --out DIR`. The job is a plausible one: read a docstring's body, write its
+first paragraph. Long rows have a median of about 230 tokens, short rows of about 45; how lengths spread around it is
+the docstrings' own, which is what padding and length grouping depend on.
+
+Tokenizer: `python -m ptune_dist.bench.data tokenizer --out configs/shapes/llama_40m` made the committed one.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ptune_dist.tiny.text import read_docstrings
+
+SHAPE = Path("configs/shapes/llama_40m")
+# Tokens of input and target, fewest and most, chosen so that the medians are about 230 and 45.
+LENGTHS = {"long": (160, 480), "short": (25, 76)}
+NUM_ROWS = 160
+NUM_CHECK_ROWS = 8
+VOCABULARY_SIZE = 4096
+
+
+def split_docstring(text: str) -> dict[str, str] | None:
+    """{text: all but the first paragraph, summary: the first paragraph}, None where there is only one."""
+    summary, _, body = text.partition("\n\n")
+    row = {"text": body.strip(), "summary": " ".join(summary.split())}
+    return row if row["text"] and row["summary"] else None
+
+
+def select_rows(rows: list[dict[str, str]], lengths: list[int], bounds: tuple[int, int], num: int, seed: int) -> list:
+    """`num` rows whose lengths lie within `bounds`, no text twice, drawn by `seed`."""
+    fitting = {row["text"]: row for row, length in zip(rows, lengths, strict=True) if bounds[0] <= length <= bounds[1]}
+    return random.Random(seed).sample(list(fitting.values()), num)
+
+
+def count_tokens(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of each row's input and target, the target's end included."""
+    texts = [f"{row['text']}\nSummary: {row['summary']}" for row in rows]
+    return [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def write_rows(out: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, dict[str, int]]:
+    """Write {long,short}.jsonl and a {long,short}_check.jsonl of their first rows; returns token counts per file."""
+    rows = [row for row in map(split_docstring, read_docstrings()) if row]
+    lengths = count_tokens(rows, tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, bounds in LENGTHS.items():
+        chosen = select_rows(rows, lengths, bounds, NUM_ROWS, seed)
+        for file, part in ((f"{name}.jsonl", chosen), (f"{name}_check.jsonl", chosen[:NUM_CHECK_ROWS])):
+            (out / file).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+            counts = count_tokens(part, tokenizer)
+            found[file] = {"rows": len(part), "median": int(np.median(counts)), "max": max(counts)}
+    return found
+
+
+def build_tokenizer(vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE learned on the docstrings: about 3.6 characters a token, as real tokenizers have."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size, special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(read_docstrings(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["rows", "tokenizer"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokenizer", default=SHAPE, help="folder of the tokenizer that counts the rows' tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.what == "tokenizer":
+        build_tokenizer(VOCABULARY_SIZE).save_pretrained(args.out)
+        return
+    found = write_rows(args.out, AutoTokenizer.from_pretrained(args.tokenizer), args.seed)
+    for file, counts in found.items():
+        print(f"{args.out / file}: {counts['rows']} rows, tokens median {counts['median']}, most {counts['max']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The peer: PEFT prompt tuning under the Hugging Face Trainer, told what to do by the same config as ours.
+
+    torchrun --nproc-per-node 2 -m ptune_dist.bench.peft_trainer CONFIG [key.path=value ...] --micro-batch-size 4 --result FILE
+
+Base, rows, tokens, starting vectors, batch per step, AdamW, schedule, clipping and the DeepSpeed JSON come from the
+config; evaluation and checkpoints are off. The Trainer groups rows of like length in its own way. What a micro-batch is
+(rows per rank) and how often losses are logged are the peer's own settings.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import torch.distributed as dist  # noqa: E402
+from peft import PromptTuningConfig, TaskType, get_peft_model  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+
+from ptune_dist.base.layers import embedding_width  # noqa: E402
+from ptune_dist.base.load import load_base, load_shape, load_tokenizer  # noqa: E402
+from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result  # noqa: E402
+from ptune_dist.config import Config, load_config  # noqa: E402
+from ptune_dist.data.build import build_split  # noqa: E402
+from ptune_dist.data.encode import Examples  # noqa: E402
+from ptune_dist.errors import UserError  # noqa: E402
+from ptune_dist.prompts.initialise import build_initial_vectors  # noqa: E402
+
+IGNORED = -100  # labels that transformers leaves out of the loss
+
+
+def build_model(config: Config, tokenizer) -> nn.Module:
+    """The base under PEFT with our starting vectors. Made before the TrainingArguments: DeepSpeed shards it later."""
+    base = load_base(
+        config.model.path, dtype=getattr(torch, config.model.dtype), random_init=config.model.random_init,
+        seed=config.seed,
+    )  # fmt: skip
+    width = embedding_width(base)
+    vectors = build_initial_vectors(
+        config.prompt, config.data, seed=config.seed, width=width, tokenizer=tokenizer,
+        lookup=lambda ids: base.get_input_embeddings()(torch.tensor(ids)).float(),
+    )  # fmt: skip
+    model = get_peft_model(
+        base, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(vectors), token_dim=width)
+    )
+    model.prompt_encoder["default"].embedding.weight.data.copy_(vectors)
+    return model
+
+
+def build_arguments(config: Config, *, micro_batch_size: int, log_steps: int, world_size: int) -> TrainingArguments:
+    """The config in the Trainer's words. Raises UserError for what the peer cannot be told."""
+    train = config.train
+    accumulation, rest = divmod(train.batch_size, micro_batch_size * world_size)
+    if rest:
+        raise UserError(f"--micro-batch-size: {micro_batch_size} rows on {world_size} ranks do not divide a batch of "
+                        f"{train.batch_size}")  # fmt: skip
+    if train.optimizer != "adamw":
+        raise UserError(f"train.optimizer: the peer is set up for adamw, not {train.optimizer}")
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        max_steps=train.max_steps,
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="group_by_length",
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.betas[0],
+        adam_beta2=train.betas[1],
+        adam_epsilon=train.eps,
+        max_grad_norm=train.max_grad_norm,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup_steps,
+        bf16=config.model.dtype == "bfloat16",
+        fp16=config.model.dtype == "float16",
+        deepspeed=config.deepspeed,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="nccl" if torch.cuda.is_available() else "gloo",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        seed=config.seed,
+        logging_steps=log_steps,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        eval_strategy="no",
+    )
+
+
+def build_rows(examples: Examples) -> list[dict[str, list[int]]]:
+    """Our own token ids; the input is not supervised."""
+    rows = []
+    for i in range(len(examples)):
+        before, after = examples.input_ids(i).tolist(), examples.target_ids(i).tolist()
+        rows.append({"input_ids": before + after, "labels": [IGNORED] * len(before) + after})
+    return rows
+
+
+def collate(rows: list[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad on the right to the longest row."""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def stack(name: str, filler: int) -> torch.Tensor:
+        return torch.tensor([row[name] + [filler] * (width - len(row[name])) for row in rows])
+
+    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
+    return {"input_ids": stack("input_ids", pad_id), "attention_mask": mask, "labels": stack("labels", IGNORED)}
+
+
+@dataclass
+class Count:
+    """This rank's rows and real tokens in every optimizer step."""
+
+    rows: list[int]
+    tokens: list[int]
+
+    def begin_step(self) -> None:
+        self.rows.append(0)
+        self.tokens.append(0)
+
+    def add(self, attention_mask: torch.Tensor) -> None:
+        self.rows[-1] += len(attention_mask)
+        self.tokens[-1] += int(attention_mask.sum())
+
+    def over_ranks(self) -> tuple[list[int], list[int]]:
+        """Sums over ranks. Collective."""
+        table = torch.tensor([self.rows, self.tokens], device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(table)
+        rows, tokens = table.tolist()
+        return rows, tokens
+
+
+class Watch(TrainerCallback):
+    """Tells the probe and the count where the Trainer is."""
+
+    def __init__(self, probe: Probe, count: Count):
+        self.probe, self.count = probe, count
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        self.probe.base_loaded()
+
+    def on_step_begin(self, *args, **kwargs) -> None:
+        self.count.begin_step()
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self.probe.step_done()
+
+
+def build_result(trainer: Trainer, probe: Probe, count: Count) -> dict:
+    """The side's figures. Collective: every rank must call."""
+    gathered: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, probe.memory())
+    memory = {name: max(found[name] for found in gathered) for name in gathered[0]}
+    rows, tokens = count.over_ranks()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    result = {"steps": len(rows), "world_size": len(gathered), **memory, "loss_curve": losses}
+    return result | (steady_figures(probe.window_s, rows, tokens) if len(rows) > NUM_WARM_UP_STEPS else {})
+
+
+def run_peer(config: Config, *, micro_batch_size: int, log_steps: int) -> dict:
+    """Train and return the figures. Collective: every rank must call. Raises UserError."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    tokenizer = load_tokenizer(config.model.path, load_shape(config.model.path))
+    rows = build_rows(build_split(config.data, tokenizer, which="train").examples)
+    model = build_model(config, tokenizer)
+    arguments = build_arguments(
+        config, micro_batch_size=micro_batch_size, log_steps=log_steps or config.train.max_steps, world_size=world_size
+    )
+    probe, count = Probe(), Count([], [])
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    class CountingTrainer(Trainer):
+        """Counts what reaches the model, not what the data loader has read ahead."""
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            count.add(inputs["attention_mask"])
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    trainer = CountingTrainer(
+        model=model, args=arguments, train_dataset=rows, data_collator=lambda batch: collate(batch, pad_id),
+        callbacks=[Watch(probe, count)],
+    )  # fmt: skip
+    trainer.train()
+    return build_result(trainer, probe, count)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--micro-batch-size", type=int, required=True, help="rows that one rank processes at a time")
+    parser.add_argument("--log-steps", type=int, default=0, help="log the loss every so many steps; 0: at the end only")
+    parser.add_argument("--result", required=True)
+    args = parser.parse_args()
+    try:
+        config = load_config(args.config, args.overrides)
+        result = run_peer(config, micro_batch_size=args.micro_batch_size, log_steps=args.log_steps)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if dist.get_rank() == 0:
+        write_result(args.result, result | {"micro_batch_size": args.micro_batch_size})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What a side measures about itself, the same way for every side: wall-clock time of its steps and its memory.
+
+Steady state is from the end of the fifth step to the end of the last: whatever happens between two steps (data, logging)
+is in it. Memory on a CPU is what is resident, by the kernel's high-water mark, which `base_loaded` resets.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+NUM_WARM_UP_STEPS = 5
+
+
+class Probe:
+    """One rank's clock and memory gauge."""
+
+    def __init__(self) -> None:
+        self._ends: list[float] = []
+        self._base_bytes: int | None = None
+        self._peak_before = 0
+
+    def base_loaded(self) -> None:
+        """The base is loaded and sharded, training has not begun: what is held now is the base's."""
+        self._peak_before = peak_bytes() or 0
+        self._base_bytes = held_bytes() if reset_peak() else None
+
+    def step_done(self) -> None:
+        """An optimizer step has ended."""
+        synchronize()
+        self._ends.append(time.perf_counter())
+
+    @property
+    def window_s(self) -> float:
+        """Seconds from the end of the last warm-up step to the end of the last step."""
+        assert len(self._ends) > NUM_WARM_UP_STEPS, f"{len(self._ends)} steps leave nothing after the warm-up"
+        return self._ends[-1] - self._ends[NUM_WARM_UP_STEPS - 1]
+
+    def memory(self) -> dict[str, int]:
+        """peak_memory_bytes, and extra_memory_bytes: the peak beyond the loaded base. Without a gauge, neither."""
+        peak = peak_bytes()
+        if peak is None:
+            return {}
+        found = {"peak_memory_bytes": max(peak, self._peak_before)}
+        if self._base_bytes is not None:
+            found["extra_memory_bytes"] = peak - self._base_bytes
+        return found
+
+
+def steady_figures(window_s: float, step_rows: list[int], step_tokens: list[int]) -> dict[str, float]:
+    """Throughput after the warm-up from the rows and the real tokens of every step, all ranks together."""
+    rows, tokens = sum(step_rows[NUM_WARM_UP_STEPS:]), sum(step_tokens[NUM_WARM_UP_STEPS:])
+    return {
+        "samples_per_s": rows / window_s,
+        "tokens_per_s": tokens / window_s,
+        "step_s": window_s / (len(step_rows) - NUM_WARM_UP_STEPS),
+        "rows_timed": rows,
+        "tokens_timed": tokens,
+    }
+
+
+def write_result(path: str, content: dict) -> None:
+    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def held_bytes() -> int | None:
+    """Memory held now: allocated on the GPU, or resident without one."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else status_bytes("VmRSS")
+
+
+def peak_bytes() -> int | None:
+    """The most held since the start or the last reset."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status_bytes("VmHWM")
+
+
+def reset_peak() -> bool:
+    """Start a new high-water mark; False where the system has no way to."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    except OSError:
+        return False
+    return True
+
+
+def status_bytes(name: str) -> int | None:
+    """A line of /proc/self/status in bytes; None on a system without it."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

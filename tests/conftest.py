@@ -1,0 +1,124 @@
+"""What the tests share: tiny bases of every architecture, runs under torchrun, and the rule for `gpu`."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "configs" / "tiny"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def run_command(*arguments: str, num_ranks: int = 1, timeout: float = 300, env: dict[str, str] | None = None):
+    """Run `python -m ptune_dist ARGUMENTS`, or with `num_ranks` above 1 the same under torchrun; a CompletedProcess."""
+    return run_module("ptune_dist", *arguments, num_ranks=num_ranks, timeout=timeout, env=env)
+
+
+def run_module(module: str, *arguments: str, num_ranks: int = 1, timeout: float = 300, env=None):
+    """Run a module or a script (a path ending in .py) in a process of its own, or in `num_ranks` of torchrun's."""
+    return subprocess.run(
+        command_line(module, *arguments, num_ranks=num_ranks),
+        cwd=ROOT,
+        env=process_env(env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def command_line(module: str, *arguments: str, num_ranks: int = 1) -> list[str]:
+    target = [module] if module.endswith(".py") else ["-m", module]
+    if num_ranks == 1:
+        return [sys.executable, *target, *map(str, arguments)]
+    rendezvous = ["--nproc-per-node", str(num_ranks), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    return [sys.executable, "-m", "torch.distributed.run", *rendezvous, *target, *map(str, arguments)]
+
+
+def process_env(extra: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment of a started process: one thread a rank, no network, no torchrun variables of our own."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return kept | ours | (extra or {})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def write_config(path: Path, **overrides) -> Path:
+    """A small config over the shipped base and data; `overrides` are whole sections or values to merge in."""
+    content = {
+        "output_dir": str(path.parent / "run"),
+        "model": {"path": str(TINY / "causal")},
+        "prompt": {"num_virtual_tokens": 4},
+        "data": {
+            "train": str(TINY / "data" / "train.jsonl"),
+            "template": "{{ word }} =",
+            "target": " {{ answer }}",
+            "max_length": 64,
+        },
+        "train": {"max_steps": 20, "batch_size": 8, "learning_rate": 0.05, "micro_batch_tokens": 1024},
+        "checkpoint": {"every": 0},
+    }
+    for key, value in overrides.items():
+        content[key] = {**content[key], **value} if isinstance(content.get(key), dict) else value
+    path.write_text(json.dumps(content))  # JSON is YAML
+    return path
+
+
+ARCHITECTURES = ["gpt2", "llama", "qwen2", "opt", "gpt_neox", "bloom"]
+
+
+def build_tiny_base(kind: str, folder: Path) -> Path:
+    """A random two-layer base of one architecture with the byte-level tokenizer, saved for the Auto classes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ptune_dist.tiny.make import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    common = {"vocab_size": len(tokenizer), "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 1}
+    wide = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shapes = {
+        # learned positions, tied head, Conv1D layers
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+        # rotary, grouped keys/values, untied head
+        "llama": wide | {"intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": False},
+        # rotary, biased projections, tied head
+        "qwen2": wide | {"intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": True},
+        # learned positions from the attention mask, embeddings narrower than the hidden size
+        "opt": wide | {"ffn_dim": 64, "max_position_embeddings": 128, "word_embed_proj_dim": 16},
+        # partial rotary, parallel residual, untied head
+        "gpt_neox": wide | {"intermediate_size": 64, "tie_word_embeddings": False},
+        # ALiBi
+        "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common, **shapes[kind])).eval()
+    with torch.no_grad():  # tiny random bases barely answer; larger weights make the numbers worth comparing
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bases(tmp_path_factory) -> dict[str, Path]:
+    """A folder for each of ARCHITECTURES."""
+    root = tmp_path_factory.mktemp("bases")
+    return {kind: build_tiny_base(kind, root / kind) for kind in ARCHITECTURES}

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -118,6 +120,16 @@ def render_samples(samples: list[dict[str, str]]) -> str:
     rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in sample.values()] for sample in samples]
     header = list(samples[0])
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def show_samples(samples: list[dict[str, str]]) -> None:
+    """Table of answers for the console; line breaks are shown as \\n, long cells are folded."""
+    if not samples:
+        return
+    table = Table(*samples[0])
+    for sample in samples:
+        table.add_row(*(Text(cell.replace("\n", "\\n")) for cell in sample.values()))
+    Console().print(table)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from ptune_dist.errors import RunFault, UserError
 from ptune_dist.evaluate import Judge, build_judge
 from ptune_dist.generate import pad_id
 from ptune_dist.job import Job, build_job, build_tokenizer, prompt_facts, together
-from ptune_dist.metrics import MetricsWriter, peak_memory_bytes
+from ptune_dist.metrics import MetricsWriter, peak_memory_bytes, show_samples
 from ptune_dist.optimizer import learning_rate_at
 from ptune_dist.prompts.store import save_prompt
 from ptune_dist.run_dir import check_run_dir, claim_run_dir, is_finished, write_json
@@ -38,6 +38,7 @@ class Progress:
     before: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)  # metrics of the best prompt
     best_step: int = 0
+    samples: list[dict[str, str]] = field(default_factory=list)  # input, wanted, untrained answer, best prompt's answer
     num_worse: int = 0  # evaluations since the best
     train_loss: float = math.nan
     data_digest: str = ""
@@ -175,12 +176,17 @@ def judge_prompt(job: Job, judge: Judge | None, progress: Progress, metrics, wor
     name = job.config.evaluate.best
     if progress.step == 0:
         progress.before = found
+        progress.samples = [
+            {"input": s["input"], "wanted": s["wanted"], "untrained": s["answer"], "trained": ""} for s in samples
+        ]
         return
     sign = 1 if HIGHER_IS_BETTER[name] else -1
     if progress.best and sign * found[name] <= sign * progress.best[name]:
         progress.num_worse += 1
         return
     progress.best, progress.best_step, progress.num_worse = found, progress.step, 0
+    for kept, sample in zip(progress.samples, samples, strict=True):
+        kept["trained"] = sample["answer"]
     store_prompt(job, progress, world)
 
 
@@ -212,6 +218,7 @@ def finish(
         "validation": progress.best,
         "before": progress.before,
         "best_step": progress.best_step,
+        "samples": progress.samples,
         "samples_per_s": clock.samples_per_s,
         "tokens_per_s": clock.tokens_per_s,
         "peak_memory_bytes": int(peak),
@@ -232,10 +239,13 @@ def finish(
 
 
 def say_finished(config: Config, summary: dict, world: World) -> None:
-    if world.is_main:
-        name, before = config.evaluate.best, summary["before"]
-        change = f"  {name} {before[name]:.4f} -> {summary['validation'][name]:.4f}" if name in before else ""
-        print(f"finished: {config.output_dir}  {summary['steps']} steps{change}", flush=True)
+    """The end of a run for people: the metric before and after, and some held-out rows' answers."""
+    if not world.is_main:
+        return
+    name, before, after = config.evaluate.best, summary["before"], summary["validation"]
+    show_samples(summary["samples"])
+    change = f", {name} {before[name]:.4f} before training, {after[name]:.4f} after" if after else ""
+    print(f"finished: {config.output_dir}, {summary['steps']} steps{change}", flush=True)
 
 
 def open_metrics(config: Config, progress: Progress, world: World):

@@ -10,6 +10,7 @@ config; evaluation and checkpoints are off. The Trainer groups rows of like leng
 import argparse
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -162,6 +163,8 @@ def build_result(trainer: Trainer, probe: Probe, count: Count) -> dict:
 
 def run_peer(config: Config, *, micro_batch_size: int, log_steps: int) -> dict:
     """Train and return the figures. Collective: every rank must call. Raises UserError."""
+    # DeepSpeed's calls by old names warn thousands of times a run; our side is spared them too.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\..* is deprecated")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = load_tokenizer(config.model.path, load_shape(config.model.path))
     rows = build_rows(build_split(config.data, tokenizer, which="train").examples)

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The main job on a bare machine: install, then teach the shipped tiny base a skill with a soft prompt, on two ranks
+# under DeepSpeed ZeRO-3. No network is needed after the install. Arguments are config overrides: key.path=value.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/setup.sh
+
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+run=runs/quickstart-$(date +%Y%m%d-%H%M%S)
+ranks=2
+if gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) && [ "$gpus" -eq 1 ]; then
+  ranks=1 # NCCL takes one rank per GPU
+fi
+.venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
+  -m ptune_dist train configs/quickstart.yaml "output_dir=$run" "$@"
+.venv/bin/python -m ptune_dist export "$run" --to peft --out "$run/adapter"
+
+cat <<TEXT
+
+run:          $run
+TensorBoard:  .venv/bin/tensorboard --logdir $run/tensorboard
+PEFT adapter: $run/adapter
+ask it:       .venv/bin/ptune-dist generate $run --input hello
+TEXT

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The whole suite in .venv, which is made where it is missing. `tests/run.sh --fast` leaves the tests over 20 s out;
+# other arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/setup.sh test
+
+arguments=()
+for argument in "$@"; do
+  if [ "$argument" = --fast ]; then arguments+=(-m "not long"); else arguments+=("$argument"); fi
+done
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+export HF_HUB_OFFLINE=1
+exec .venv/bin/python -m pytest --durations=15 "${arguments[@]}"

@@ -1,0 +1,209 @@
+"""The harness: run a matrix's sides in turn (A B A B ...), gather what they measured, compare, write one result JSON.
+
+Turns, not blocks: what drifts (heat, neighbours) meets both sides of a pair alike, and a ratio is taken within a pair.
+"""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ptune_dist.bench.machine import Neighbours, describe_commit, describe_hardware, describe_versions
+from ptune_dist.bench.matrix import Case, Matrix, built_in_values, fill_command, load_matrix
+from ptune_dist.bench.report import render_tables
+from ptune_dist.errors import RunFault, UserError
+from ptune_dist.files import replace_file
+
+NUM_LAST_LINES = 3
+
+
+def run_matrix(path: str, out: str | None) -> int:
+    """Run a benchmark; returns 0, or 1 where sides that must agree do not. Raises UserError and RunFault.
+
+    `out` gets result.json and logs/; it is runs/bench/NAME where left out. The result is written after every case, so
+    that a benchmark that is stopped keeps what it has.
+    """
+    matrix = load_matrix(path)
+    folder = Path(out or f"runs/bench/{matrix.name}").absolute()
+    make_folder(folder / "logs")
+    content = {
+        "name": matrix.name,
+        "about": matrix.about,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": describe_commit(),
+        "versions": describe_versions(),
+        "hardware": describe_hardware(),
+        "matrix": matrix.model_dump(mode="json"),
+        "cases": [],
+    }
+    console = Console()
+    for number, command in enumerate(matrix.prepare):
+        values = built_in_values(result=None, work=folder, shared=folder, repeat=0)
+        words = fill_command(command, values, f"{path}: prepare")
+        run_command(words, folder / "logs" / f"prepare-{number}.log", matrix)
+    for case in matrix.cases:
+        content["cases"].append(run_case(matrix, case, folder, console))
+        replace_file(folder / "result.json", (json.dumps(content, indent=1) + "\n").encode())
+    for table in render_tables(content):
+        console.print(table)
+    console.print(f"result: {folder / 'result.json'}", highlight=False, soft_wrap=True)
+    return 0 if all(case["agreement"] is None or case["agreement"]["agrees"] for case in content["cases"]) else 1
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {folder}: {error.strerror}") from None
+
+
+def run_case(matrix: Matrix, case: Case, folder: Path, console: Console) -> dict[str, Any]:
+    """All runs of one case and what they come to."""
+    warm_up = matrix.warm_up if case.warm_up is None else case.warm_up
+    repeats = case.repeats or matrix.repeats
+    sides, runs = matrix.sides_of(case), []
+    for repeat in range(-warm_up, repeats):
+        for side in sides:
+            run = run_side(matrix, case, side, repeat, folder)
+            console.print(f"{case.name}  {side}  {describe_run(run, repeat)}", highlight=False, soft_wrap=True)
+            if repeat >= 0:
+                runs.append(run)
+    return {
+        "name": case.name,
+        "about": case.about,
+        "sides": {side: summarise([run["result"] for run in runs if run["side"] == side]) for side in sides},
+        "ratios": compare_sides(runs, matrix.baseline) if matrix.baseline in sides else {},
+        "agreement": check_agreement(case, runs),
+        "runs": runs,
+    }
+
+
+def run_side(matrix: Matrix, case: Case, side: str, repeat: int, folder: Path) -> dict[str, Any]:
+    """One run of one side. Raises RunFault where it fails or leaves no result."""
+    name = f"{case.name}-{side}-{repeat if repeat >= 0 else f'warm-up{-repeat}'}"
+    work = folder / "work" / f"{name}-{os.getpid()}"  # new every time: a run that finds itself finished measures nothing
+    make_folder(work)
+    result = work / "result.json"
+    values = case.values | built_in_values(result=result, work=work, shared=folder, repeat=max(repeat, 0))
+    words = fill_command(matrix.sides[side], values, f"case {case.name}: sides.{side}")
+    neighbours, load, began = Neighbours.watch(), os.getloadavg()[0], time.monotonic()
+    run_command(words, folder / "logs" / f"{name}.log", matrix)
+    wall_s, others = time.monotonic() - began, neighbours.share()
+    return {
+        "side": side,
+        "repeat": repeat,
+        "command": words,
+        "wall_s": round(wall_s, 2),
+        "load_before": round(load, 2),
+        "others_cpu_share": None if others is None else round(others, 3),
+        "result": read_result(result, words),
+    }
+
+
+def run_command(words: list[str], log: Path, matrix: Matrix) -> None:
+    """Run to the end, output to `log`. Raises UserError for no such program, RunFault for a failure or no end."""
+    shown = " ".join(words)
+    with open(log, "wb") as stream:
+        try:
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+                env=os.environ | matrix.environment,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"cannot run {words[0]}: {error.strerror}: {shown}") from None
+        try:
+            status = process.wait(timeout=matrix.timeout_s)
+        except BaseException as error:  # an interrupt too must not leave ranks behind
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise RunFault(f"no end after {matrix.timeout_s} s: {shown}: {last_lines(log)}") from None
+            raise
+    if status:
+        raise RunFault(f"exit status {status}: {shown}: {last_lines(log)} ({log})")
+
+
+def last_lines(log: Path) -> str:
+    """The last lines of a log in one line, without what torchrun says after its ranks have said why."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    own = [i for i, line in enumerate(lines) if "torch/distributed/elastic" in line]
+    return " | ".join(lines[: own[0] if own and own[0] else None][-NUM_LAST_LINES:]) or "it printed nothing"
+
+
+def read_result(path: Path, words: list[str]) -> dict[str, Any]:
+    """What a side measured. Raises RunFault."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFault(f"no result JSON at {path}: {error}: {' '.join(words)}") from None
+    if not isinstance(content, dict):
+        raise RunFault(f"the result at {path} is not a JSON object: {' '.join(words)}")
+    return content
+
+
+def measures_of(result: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a result."""
+    return {k: v for k, v in result.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Median, least and most of every measure that all results have."""
+    tables = [measures_of(result) for result in results]
+    names = [name for name in tables[0] if all(name in table for table in tables)]
+    columns = {name: [table[name] for table in tables] for name in names}
+    return {
+        name: {"median": statistics.median(column), "min": min(column), "max": max(column)}
+        for name, column in columns.items()
+    }
+
+
+def compare_sides(runs: list[dict[str, Any]], baseline: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """side -> measure -> {pairs, median}: the side's figure divided by the baseline's of the same repeat."""
+    by_side: dict[str, dict[int, dict[str, float]]] = {}
+    for run in runs:
+        by_side.setdefault(run["side"], {})[run["repeat"]] = measures_of(run["result"])
+    base = by_side.pop(baseline)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for side, tables in by_side.items():
+        names = [name for name in base[0] if all(name in tables[i] and base[i].get(name) for i in base)]
+        ratios = {name: [tables[i][name] / base[i][name] for i in sorted(base)] for name in names}
+        found[side] = {name: {"median": statistics.median(pairs), "pairs": pairs} for name, pairs in ratios.items()}
+    return found
+
+
+def check_agreement(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Whether all runs report the same `agree.measure`, to its tolerance; None where the case asks for none."""
+    if case.agree is None:
+        return None
+    name = case.agree.measure
+    reported = [run["result"].get(name) for run in runs]
+    curves = [value if isinstance(value, list) else [value] for value in reported]
+    if any(None in curve or len(curve) != len(curves[0]) for curve in curves):
+        differs = None  # one has none, or curves of unlike length
+    else:
+        differs = max(max(values) - min(values) for values in zip(*curves, strict=True))
+    return {
+        "measure": name,
+        "tolerance": case.agree.tolerance,
+        "largest_difference": differs,
+        "agrees": differs is not None and differs <= case.agree.tolerance,
+    }
+
+
+def describe_run(run: dict[str, Any], repeat: int) -> str:
+    """A line on a run that has ended."""
+    speed = run["result"].get("samples_per_s")
+    parts = [
+        "warm-up" if repeat < 0 else f"run {repeat + 1}",
+        f"{speed:.3f} samples/s" if speed else "",
+        f"{run['wall_s']:.0f} s",
+        "" if run["others_cpu_share"] is None else f"other work took {run['others_cpu_share']:.0%} of the machine",
+    ]
+    return "  ".join(part for part in parts if part)

@@ -1,0 +1,105 @@
+"""Where a benchmark ran: hardware, versions, commit, and how much of the machine other work took meanwhile."""
+
+import os
+import platform
+import resource
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate")
+
+
+def describe_hardware() -> dict[str, str | int | list[str]]:
+    """CPU model, cores that this process may use, bytes of memory, names of GPUs."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "cpu": read_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": num_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": gpus,
+        "system": platform.platform(),
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    from ptune_dist import __version__
+
+    found = {"ptune_dist": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_commit() -> dict[str, str | bool] | None:
+    """The checkout's commit and whether files differ from it; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_field(path: str, name: str) -> str | None:
+    """The first `name : value` of a file of the kernel's; None where there is none."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
+
+
+@dataclass
+class Neighbours:
+    """How busy the machine was with other work between construction and `share`: a figure that says how calm it was."""
+
+    began: float
+    busy_s: float | None
+    own_s: float
+
+    @classmethod
+    def watch(cls) -> "Neighbours":
+        return cls(time.monotonic(), machine_busy_s(), own_cpu_s())
+
+    def share(self) -> float | None:
+        """CPU time of processes that are not this one's children, as a share of all cores; None where unknown.
+
+        Children count once they have ended and been waited for.
+        """
+        busy_s, wall_s = machine_busy_s(), time.monotonic() - self.began
+        if busy_s is None or self.busy_s is None or not wall_s:
+            return None
+        others_s = (busy_s - self.busy_s) - (own_cpu_s() - self.own_s)
+        return max(0.0, others_s / (wall_s * (os.cpu_count() or 1)))
+
+
+def machine_busy_s() -> float | None:
+    """CPU seconds of everything on this machine since it started (proc(5): user, nice, system, irq, softirq, steal)."""
+    try:
+        first = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, first)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_cpu_s() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)

@@ -1,0 +1,132 @@
+"""A result JSON as tables: for the terminal, and for a document, whose figures are copied and never typed.
+
+`python -m ptune_dist.bench.report docs/benchmarks/README.md` fills every block of that file that begins with
+`<!-- result FILE.json -->` and ends with `<!-- end -->` from FILE.json beside it.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ptune_dist.errors import UserError
+
+MIB = 1 << 20
+# measure -> (heading, how a figure is shown); what else a side reports is in the JSON alone
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "samples_per_s": ("samples/s", "{:.2f}".format),
+    "tokens_per_s": ("tokens/s", "{:,.0f}".format),
+    "peak_memory_bytes": ("peak MiB", lambda value: f"{value / MIB:,.0f}"),
+    "extra_memory_bytes": ("extra MiB", lambda value: f"{value / MIB:,.0f}"),
+}
+BLOCK = re.compile(r"(<!-- result (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def shown_measures(case: dict[str, Any]) -> list[str]:
+    """The columns that some side of a case has."""
+    return [name for name in COLUMNS if any(name in side for side in case["sides"].values())]
+
+
+def case_rows(case: dict[str, Any], baseline: str | None) -> list[list[str]]:
+    """A row per side, median and spread; under the baseline's peers, their ratios to it."""
+    names, rows = shown_measures(case), []
+    for side, figures in case["sides"].items():
+        rows.append([side, *(show_spread(name, figures[name]) if name in figures else "" for name in names)])
+    for side, ratios in case["ratios"].items():
+        cells = [f"{ratios[name]['median']:.2f}x" if name in ratios else "" for name in names]
+        rows.append([f"{side} / {baseline}", *cells])
+    return rows
+
+
+def show_spread(name: str, figure: dict[str, float]) -> str:
+    """`median (least-most)`."""
+    show = COLUMNS[name][1]
+    median, least, most = (show(figure[key]) for key in ("median", "min", "max"))
+    return median if least == most else f"{median} ({least}-{most})"
+
+
+def describe_agreement(case: dict[str, Any]) -> str | None:
+    found = case["agreement"]
+    if found is None:
+        return None
+    difference = found["largest_difference"]
+    shown = "cannot be compared" if difference is None else f"differs by {difference:.1e} at most"
+    verdict = "the sides agree" if found["agrees"] else "THE SIDES DO NOT AGREE"
+    return f"{case['name']}: {found['measure']} {shown} (tolerance {found['tolerance']:.0e}): {verdict}"
+
+
+def describe_noise(content: dict[str, Any]) -> str | None:
+    """How much of the machine other work took while the sides ran."""
+    shares = [run["others_cpu_share"] for case in content["cases"] for run in case["runs"]]
+    known = sorted(share for share in shares if share is not None)
+    if not known:
+        return None
+    return f"other work took {known[len(known) // 2]:.0%} of the machine in the median run, {known[-1]:.0%} at most"
+
+
+def render_tables(content: dict[str, Any]) -> list[Table | str]:
+    """A rich table per timed case, then a line per agreement and one on noise."""
+    parts: list[Table | str] = []
+    for case in content["cases"]:
+        if shown_measures(case) and "samples_per_s" in shown_measures(case):
+            table = Table("side", *(COLUMNS[name][0] for name in shown_measures(case)), title=case["name"])
+            for row in case_rows(case, content["matrix"]["baseline"]):
+                table.add_row(*row)
+            parts.append(table)
+    lines = [describe_agreement(case) for case in content["cases"]] + [describe_noise(content)]
+    return parts + [line for line in lines if line]
+
+
+def render_markdown(content: dict[str, Any]) -> str:
+    """The same for a document, with where and when."""
+    hardware, code = content["hardware"], content["code"] or {}
+    where = [
+        content["date"][:10],
+        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_bytes'] / (1 << 30):.0f} GiB",
+        *hardware["gpus"],
+        ", ".join(f"{name} {number}" for name, number in content["versions"].items()),
+        f"commit {code['commit'][:12]}{' with changes' if code['changed'] else ''}" if code else "",
+    ]
+    parts = ["; ".join(part for part in where if part) + "."]
+    for case in content["cases"]:
+        names = shown_measures(case)
+        if "samples_per_s" not in names:
+            continue
+        header = ["side", *(COLUMNS[name][0] for name in names)]
+        rows = [header, ["---"] + ["---:"] * len(names), *case_rows(case, content["matrix"]["baseline"])]
+        table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        parts.append(f"**{case['name']}**: {case['about'].strip()}\n\n{table}")
+    lines = [describe_agreement(case) for case in content["cases"]] + [describe_noise(content)]
+    return "\n\n".join(parts) + "\n\n" + "\n".join(f"- {line}" for line in lines if line) + "\n"
+
+
+def fill_document(path: Path) -> None:
+    """Rewrite a document's result blocks from the JSON files beside it. Raises UserError."""
+    text = path.read_text(encoding="utf-8")
+    if not BLOCK.search(text):
+        raise UserError(f"{path}: no block that begins with <!-- result FILE.json --> and ends with <!-- end -->")
+
+    def fill(match: re.Match) -> str:
+        file = path.parent / match["file"]
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot read {file}: {error}") from None
+        return f"{match[1]}\n{render_markdown(content)}\n{match[3]}"
+
+    path.write_text(BLOCK.sub(fill, text), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("documents", nargs="+", type=Path)
+    for path in parser.parse_args().documents:
+        fill_document(path)
+
+
+if __name__ == "__main__":
+    main()

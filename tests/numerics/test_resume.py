@@ -1,0 +1,115 @@
+"""Invariant 6: a run that is killed at any moment and started again ends where the undisturbed run ends."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ptune_dist.checkpoint import list_checkpoints, load_checkpoint
+from ptune_dist.metrics import read_metrics
+from tests.conftest import ROOT, command_line, process_env, run_command, write_config
+
+NUM_STEPS = 120
+ZERO3 = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 100, "stage3_param_persistence_threshold": 0}}
+
+
+def write_run(folder: Path, deepspeed: dict = ZERO3, **model) -> Path:
+    folder.mkdir()
+    return write_config(
+        folder / "config.json",
+        output_dir=str(folder / "run"),
+        model=model,
+        train={"max_steps": NUM_STEPS, "batch_size": 16, "learning_rate": 0.02, "schedule": "cosine"},
+        checkpoint={"every": 10, "keep": 100},
+        deepspeed=deepspeed,
+    )
+
+
+def kill_during(config: Path, *, num_ranks: int, after_step: int) -> None:
+    """Start training and kill -9 every process of it, whatever it does, once `after_step` has been logged."""
+    command = command_line("ptune_dist", "train", str(config), num_ranks=num_ranks)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=process_env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    metrics, deadline = config.parent / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < after_step:
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        try:
+            os.kill(victim.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def train(config: Path, *overrides: str, num_ranks: int) -> Path:
+    done = run_command("train", str(config), *overrides, num_ranks=num_ranks)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return config.parent / "run"
+
+
+def losses(run: Path) -> list[float]:
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))  # each step once
+    return [line["loss"] for line in lines]
+
+
+def final_files(run: Path) -> list[bytes]:
+    last = run / "checkpoints" / f"step-{NUM_STEPS:08d}"
+    return [(last / name).read_bytes() for name in ("prompt.safetensors", "optimizer.safetensors")]
+
+
+@pytest.mark.long
+def test_a_killed_run_resumes_exactly_and_at_another_world_size_or_stage_to_1e_5(tmp_path):
+    undisturbed = train(write_run(tmp_path / "undisturbed"), num_ranks=2)
+    config = write_run(tmp_path / "killed")
+    kill_during(config, num_ranks=2, after_step=47)
+    begun = len(list_checkpoints(tmp_path / "killed" / "run" / "checkpoints"))
+    assert 4 <= begun < NUM_STEPS // 10
+    others = {}
+    for name in ("one", "four"):
+        others[name] = write_run(tmp_path / name)
+        shutil.copytree(tmp_path / "killed" / "run", tmp_path / name / "run")
+
+    resumed = train(config, num_ranks=2)
+    assert losses(resumed) == losses(undisturbed)
+    assert final_files(resumed) == final_files(undisturbed)
+
+    stage0 = ROOT / "configs" / "deepspeed" / "zero0_fp32.json"
+    stage2 = ROOT / "configs" / "deepspeed" / "zero2_fp32.json"
+    runs = [
+        train(others["one"], f"output_dir={tmp_path}/one/run", f"deepspeed={stage0}", num_ranks=1),
+        train(others["four"], f"output_dir={tmp_path}/four/run", f"deepspeed={stage2}", num_ranks=4),
+    ]
+    for run in runs:
+        assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_bf16_run_resumes_bitwise_from_its_float32_masters(tmp_path, stage):
+    deepspeed = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    undisturbed = train(write_run(tmp_path / "undisturbed", deepspeed, dtype="bfloat16"), num_ranks=1)
+    config = write_run(tmp_path / "killed", deepspeed, dtype="bfloat16")
+    kill_during(config, num_ranks=1, after_step=35)
+    resumed = train(config, num_ranks=1)
+    assert losses(resumed) == losses(undisturbed)
+    assert final_files(resumed) == final_files(undisturbed)
+
+
+def test_a_checkpoint_holds_the_prompt_and_its_optimizer_and_nothing_of_the_base(tmp_path):
+    config = write_run(tmp_path / "small")
+    run = train(config, "train.max_steps=3", num_ranks=1)
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    snapshot = load_checkpoint(checkpoint)
+    assert {name: tuple(t.shape) for name, t in snapshot.prompt.items()} == {"virtual_tokens": (4, 160)}
+    assert set(snapshot.optimizer) == {f"virtual_tokens.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    assert size < 4 * (4 * 160 * 4) + 65536  # four times the prompt's bytes and 64 kB, whatever the base

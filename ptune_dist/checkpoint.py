@@ -1,7 +1,7 @@
 """Checkpoints of a run: the prompt, its optimizer's state and the place in the run; never the base.
 
 Floor 5. A checkpoint is a folder `step-00000100/` with two safetensors files and `state.json`, which holds their
-digests and its own. It is written aside, flushed and renamed, so a kill at any moment leaves the ones before it as they were.
+digests and its own. It is written aside, flushed and renamed: a kill at any moment leaves the ones before it intact.
 """
 
 import hashlib

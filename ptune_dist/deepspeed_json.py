@@ -5,6 +5,7 @@ filled content is what `engine.py` hands to DeepSpeed.
 """
 
 import copy
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,16 @@ from typing import Any
 from ptune_dist.config import Config
 from ptune_dist.errors import UserError
 
-# DeepSpeed's names for what train.optimizer and train.schedule name.
+# DeepSpeed's names for what train.optimizer and train.schedule name, and the sections that it documents.
 OPTIMIZER_TYPES = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd", "adafactor": "adafactor"}
+SECTIONS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
+    "fp16", "bf16", "amp", "torch_autocast", "data_types", "gradient_clipping", "prescale_gradients",
+    "gradient_predivide_factor", "sparse_gradients", "communication_data_type", "zero_optimization",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "activation_checkpointing", "aio",
+    "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", "flops_profiler", "comms_logger",
+    "tensorboard", "wandb", "csv_monitor", "checkpoint", "compile", "seed", "timers", "nebula",
+)  # fmt: skip
 SCHEDULER_TYPES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
@@ -33,13 +42,24 @@ def load_deepspeed_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
         raise UserError(f"deepspeed: {source} line {error.lineno}: not valid JSON: {error.msg}") from None
     if not isinstance(content, dict):
         raise UserError(f"deepspeed: {source}: DeepSpeed's JSON is an object, found {type(content).__name__}")
+    refuse_near_misses(content, source)
     return content
+
+
+def refuse_near_misses(content: dict[str, Any], file: str) -> None:
+    """Raise UserError for a misspelt section: DeepSpeed ignores what it does not know, ZeRO itself included."""
+    for key in content:
+        near = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.85)
+        if key not in SECTIONS and near:
+            raise UserError(f"deepspeed: {file}: unknown key {key}, did you mean {near[0]}?")
 
 
 def fill_deepspeed_json(config: Config, *, world_size: int, hidden_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON with every `auto` filled in and nothing left that contradicts the config. Raises UserError."""
     content = load_deepspeed_json(config.deepspeed)
     file = config.deepspeed if isinstance(config.deepspeed, str) else "deepspeed"
+    if "activation_checkpointing" in content:
+        raise UserError(f"{file}: activation_checkpointing is not honoured by this version: remove the section")
     settle = Settler(content, str(file))
     train, dtype = config.train, config.model.dtype
     settle("bf16.enabled", dtype == "bfloat16", "model.dtype", dtype)

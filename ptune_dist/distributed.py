@@ -6,6 +6,7 @@ Floor 1. Rank and world size come from torchrun's variables; with none set it is
 import os
 import signal
 import socket
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+SECONDS_BETWEEN_INTERRUPTS = 3.0
 
 
 @dataclass(frozen=True)
@@ -92,13 +95,15 @@ def raise_together(error: Exception | None, world: World) -> None:
 
 
 class StopRequest:
-    """Remembers that TERM, USR2 or INT asked this process to stop; a second INT stops at once.
+    """Remembers that TERM, USR2 or INT asked this process to stop; a second Ctrl-C stops at once.
 
-    The ranks agree on it by adding `requested` up over ranks at a step boundary.
+    One Ctrl-C reaches a rank twice, from the terminal and from torchrun, so a second one counts after a while only.
+    The ranks agree on a stop by adding `requested` up over ranks at a step boundary.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -111,6 +116,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.requested:
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > SECONDS_BETWEEN_INTERRUPTS:
             raise KeyboardInterrupt
-        self.requested = True

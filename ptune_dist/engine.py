@@ -4,15 +4,19 @@ Floor 4. DeepSpeed shards the base, casts, scales the loss, reduces gradients an
 this file knows that it exists.
 """
 
+import copy
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from pydantic import ValidationError
 
 from ptune_dist.base.layers import decoder_layers, hidden_size
 from ptune_dist.data.batches import Batch
 from ptune_dist.deepspeed_json import fill_deepspeed_json, zero_stage
 from ptune_dist.distributed import World
+from ptune_dist.errors import UserError
 from ptune_dist.optimizer import Member, PromptOptimizer, build_torch_optimizer
 from ptune_dist.segments import PromptedModel
 
@@ -129,9 +133,22 @@ class Engine:
 LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
+def check_with_deepspeed(content: dict[str, Any]) -> None:
+    """Raise UserError for what DeepSpeed itself refuses in its JSON."""
+    try:
+        DeepSpeedConfig(copy.deepcopy(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"deepspeed: DeepSpeed refuses {where}: {first['msg']}, got {first['input']!r}") from None
+    except (AssertionError, ValueError, DeepSpeedConfigError) as error:
+        raise UserError(f"deepspeed: DeepSpeed refuses its JSON: {error}") from None
+
+
 def build_engine(config, base, prompt, world: World) -> Engine:
     """Put base and prompt under DeepSpeed as its JSON asks. Collective: every rank must call. Raises UserError."""
     content = fill_deepspeed_json(config, world_size=world.size, hidden_size=hidden_size(base))
+    check_with_deepspeed(content)
     stage = zero_stage(content)
     model = PromptedModel(base, prompt)
     named = {name: p for name, p in prompt.named_parameters() if p.requires_grad}

@@ -43,7 +43,7 @@ class Judge:
             right = [answer.strip() == self._wanted(i).strip() for i, answer in answers.items()]
             found["exact_match"] = sum(right) / len(right)
         samples = [
-            {"input": self._input(i), "wanted": self._wanted(i), "answer": answers[i]}
+            {"input": self._input(i).strip(), "wanted": self._wanted(i).strip(), "answer": answers[i].strip()}
             for i in sorted(answers)[: self.num_samples]
         ]
         return found, samples

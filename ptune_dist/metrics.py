@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 5.0
+NUM_WARM_UP_STEPS = 5  # left out of throughput
 
 
 class MetricsWriter:
@@ -42,9 +43,11 @@ class MetricsWriter:
             self._task = self._progress.add_task("train", total=self._max_steps, completed=self._done, facts="")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self._progress:
             self._progress.stop()
+        if error is not None:
+            self._line(f"error: {error!r}", console=False)
         for stream in (self._jsonl, self._log, self._tensorboard):
             stream.close()
 
@@ -91,6 +94,32 @@ class MetricsWriter:
         left = (time.monotonic() - self._began) / done * (self._max_steps - self._done)
         minutes, seconds = divmod(round(left), 60)
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+class Throughput:
+    """Samples and tokens per second in the steady state: this process's first steps are left out."""
+
+    def __init__(self, batch_size: int):
+        self.last_samples, self.last_tokens, self.last_s = batch_size, 0, 0.0
+        self._seen: list[tuple[float, int]] = []
+
+    def count(self, seconds: float, num_tokens: int) -> float:
+        self.last_s, self.last_tokens = seconds, num_tokens
+        self._seen.append((seconds, num_tokens))
+        return seconds
+
+    def _steady(self) -> list[tuple[float, int]]:
+        return self._seen[NUM_WARM_UP_STEPS:] or self._seen
+
+    @property
+    def samples_per_s(self) -> float:
+        steady = self._steady()
+        return self.last_samples * len(steady) / sum(seconds for seconds, _ in steady) if steady else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        steady = self._steady()
+        return sum(tokens for _, tokens in steady) / sum(seconds for seconds, _ in steady) if steady else 0.0
 
 
 def build_progress() -> Progress:

@@ -1,10 +1,10 @@
 """The optimizer of a bank's prompts: whole tensors on every rank, whatever way DeepSpeed has cut them.
 
-Floor 3. DeepSpeed reduces gradients and hands `step` this rank's flat partition of the float32 master weights (ZeRO 1,
-2, 3) or the whole tensors (ZeRO 0). A prompt is a few hundred kB, so the gradient is gathered, clipped by its member's own
-norm, stepped by an ordinary torch optimizer on whole tensors, and this rank's slice is written back. What the optimizer
-does then depends neither on the ZeRO stage nor on the world size: Adafactor's factored moments and update clipping stay
-those of the whole tensor, and a checkpoint restores anywhere.
+Floor 3. DeepSpeed reduces gradients and hands `step` this rank's flat partition of the float32 master weights (ZeRO
+1, 2, 3) or the whole tensors (ZeRO 0). A prompt is a few hundred kB, so the gradient is gathered, clipped by its
+member's own norm, stepped by an ordinary torch optimizer on whole tensors, and this rank's slice is written back.
+What the optimizer does then depends neither on the ZeRO stage nor on the world size: Adafactor's factored moments and
+update clipping stay those of the whole tensor, and a checkpoint restores anywhere.
 """
 
 import math

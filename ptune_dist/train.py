@@ -20,13 +20,12 @@ from ptune_dist.errors import RunFault, UserError
 from ptune_dist.evaluate import Judge, build_judge
 from ptune_dist.generate import pad_id
 from ptune_dist.job import Job, build_job, build_tokenizer, prompt_facts, together
-from ptune_dist.metrics import MetricsWriter, peak_memory_bytes, show_samples
+from ptune_dist.metrics import MetricsWriter, Throughput, peak_memory_bytes, show_samples
 from ptune_dist.optimizer import learning_rate_at
 from ptune_dist.prompts.store import save_prompt
 from ptune_dist.run_dir import check_run_dir, claim_run_dir, is_finished, write_json
 
 DONE, STOPPED = 0, 75
-NUM_WARM_UP_STEPS = 5  # left out of throughput
 
 
 @dataclass
@@ -61,8 +60,8 @@ def train(config: Config) -> int:
     with open_metrics(config, progress, world) as metrics, StopRequest() as stop:
         if progress.step == 0:
             judge_prompt(job, judge, progress, metrics, world)
-        for step in range(progress.step + 1, config.train.max_steps + 1):
-            began = time.perf_counter()
+        while not is_over(config, progress):
+            began, step = time.perf_counter(), progress.step + 1
             examples = step_examples(
                 step, batch_size=config.train.batch_size, num_examples=len(split.examples), seed=config.seed
             )
@@ -77,16 +76,13 @@ def train(config: Config) -> int:
 
             if is_due(config.evaluate.every, step, config):
                 judge_prompt(job, judge, progress, metrics, world)
-            gave_up = 0 < config.evaluate.patience <= progress.num_worse
-            if is_due(config.checkpoint.every, step, config) or stop_asked or gave_up:
+            if is_due(config.checkpoint.every, step, config) or stop_asked or is_over(config, progress):
                 checkpoint(job, progress, world)
-            if gave_up or step == config.train.max_steps:
-                break
-            if stop_asked:
+            if stop_asked and not is_over(config, progress):
                 if world.is_main:
                     metrics.say(f"stopped at step {step} on request; the same command goes on from here")
                 return STOPPED
-        finish(job, judge, progress, clock, world, stopped_early=progress.step < config.train.max_steps)
+    finish(job, judge, progress, clock, world)
     return DONE
 
 
@@ -204,16 +200,14 @@ def store_prompt(job: Job, progress: Progress, world: World) -> None:
     together(world, lambda: save() if world.is_main else None)
 
 
-def finish(
-    job: Job, judge: Judge | None, progress: Progress, clock: "Throughput", world: World, *, stopped_early: bool
-) -> None:
+def finish(job: Job, judge: Judge | None, progress: Progress, clock: Throughput, world: World) -> None:
     """Write the summary; without validation the last prompt is the one to keep. Collective."""
     if judge is None:
         store_prompt(job, progress, world)
     peak = max_over_ranks(peak_memory_bytes(world.device), world)
     summary = {
         "steps": progress.step,
-        "stopped_early": stopped_early,
+        "stopped_early": progress.step < job.config.train.max_steps,
         "train_loss": progress.train_loss,
         "validation": progress.best,
         "before": progress.before,
@@ -256,7 +250,7 @@ def open_metrics(config: Config, progress: Progress, world: World):
 
 
 def metrics_line(
-    progress: Progress, learning_rate: float, grad_norm: float, clock: "Throughput", world: World
+    progress: Progress, learning_rate: float, grad_norm: float, clock: Throughput, world: World
 ) -> dict[str, float]:
     return {
         "step": progress.step,
@@ -278,32 +272,11 @@ def learning_rate_of(config: Config, step: int) -> float:
     )  # fmt: skip
 
 
+def is_over(config: Config, progress: Progress) -> bool:
+    """All steps done, or `evaluate.patience` evaluations without a better one."""
+    return progress.step >= config.train.max_steps or 0 < config.evaluate.patience <= progress.num_worse
+
+
 def is_due(every: int, step: int, config: Config) -> bool:
     """Every so many steps, and at the end."""
     return step == config.train.max_steps or (every > 0 and step % every == 0)
-
-
-class Throughput:
-    """Samples and tokens per second in the steady state: this process's first steps are left out."""
-
-    def __init__(self, batch_size: int):
-        self.last_samples, self.last_tokens, self.last_s = batch_size, 0, 0.0
-        self._seen: list[tuple[float, int]] = []
-
-    def count(self, seconds: float, num_tokens: int) -> float:
-        self.last_s, self.last_tokens = seconds, num_tokens
-        self._seen.append((seconds, num_tokens))
-        return seconds
-
-    def _steady(self) -> list[tuple[float, int]]:
-        return self._seen[NUM_WARM_UP_STEPS:] or self._seen
-
-    @property
-    def samples_per_s(self) -> float:
-        steady = self._steady()
-        return self.last_samples * len(steady) / sum(seconds for seconds, _ in steady) if steady else 0.0
-
-    @property
-    def tokens_per_s(self) -> float:
-        steady = self._steady()
-        return sum(tokens for _, tokens in steady) / sum(seconds for seconds, _ in steady) if steady else 0.0

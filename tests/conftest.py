@@ -90,7 +90,7 @@ def build_tiny_base(kind: str, folder: Path) -> Path:
     from ptune_dist.tiny.make import build_tokenizer
 
     tokenizer = build_tokenizer()
-    # room above the 258 bytes and specials, as real vocabularies are padded (some tokenizer classes add a special token)
+    # room above the 258 tokens, as real vocabularies have (some tokenizer classes add a special token when loaded)
     common = {"vocab_size": 272, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 1}
     wide = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     shapes = {

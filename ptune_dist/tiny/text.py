@@ -1,7 +1,7 @@
 """Text that every machine has: words and docstrings of the Python standard library, and character skills over them.
 
 The tiny bases learn several skills at once, each asked for by name before or after the word. None is the default, so a
-soft prompt has something to choose: this is the smallest world in which prompt tuning does what it does on a large base.
+soft prompt has something to choose: the smallest world in which prompt tuning does what it does on a large base.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""What the trainer is held against: a plain PyTorch loop that shares nothing with it, and the same loop through PEFT."""
+"""What the trainer is held against: a plain PyTorch loop that shares nothing with it, and that loop through PEFT."""
 
 import json
 from pathlib import Path

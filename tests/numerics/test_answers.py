@@ -32,6 +32,14 @@ def runs(tiny_bases, tmp_path_factory) -> dict[str, Path]:
     return {kind: root / kind / "run" for kind in ARCHITECTURES}
 
 
+def run_commands(commands: list[list[str]], folder: Path) -> None:
+    """Several ptune-dist commands in one process."""
+    file = folder / "commands.json"
+    file.write_text(json.dumps(commands))
+    done = run_module(str(Path(__file__).with_name("commands_many.py")), str(file))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def one_pass_logits(base, prompt: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[B, P + T, V] with the virtual tokens before every row."""
     vectors = torch.cat([prompt.expand(len(ids), -1, -1), base.get_input_embeddings()(ids)], dim=1)
@@ -54,9 +62,10 @@ def greedy(base, prompt: torch.Tensor, ids: list[int], num_tokens: int, eos: int
 def test_an_exported_adapter_gives_peft_equal_logits(runs, tiny_bases, tmp_path):
     from peft import PeftModel
 
+    run_commands(
+        [["export", str(run), "--to", "peft", "--out", str(tmp_path / k)] for k, run in runs.items()], tmp_path
+    )
     for kind, run in runs.items():
-        done = run_command("export", str(run), "--to", "peft", "--out", str(tmp_path / kind))
-        assert done.returncode == 0, done.stderr
         tokenizer = AutoTokenizer.from_pretrained(tiny_bases[kind])
         batch = tokenizer(WORDS, return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)
         prompt = load_prompt(run / "prompt")[0]["virtual_tokens"]
@@ -72,12 +81,10 @@ def test_an_exported_adapter_gives_peft_equal_logits(runs, tiny_bases, tmp_path)
 def test_a_batch_of_unequal_rows_is_answered_as_each_row_alone(runs, tiny_bases, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"word": word}) + "\n" for word in WORDS))
+    more = ["--input-file", str(rows), "--max-new-tokens", "6", "--output"]
+    run_commands([["generate", str(run), *more, str(tmp_path / f"{k}.jsonl")] for k, run in runs.items()], tmp_path)
     for kind, run in runs.items():
         out = tmp_path / f"{kind}.jsonl"
-        done = run_command(
-            "generate", str(run), "--input-file", str(rows), "--output", str(out), "--max-new-tokens", "6"
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
         tokenizer = AutoTokenizer.from_pretrained(tiny_bases[kind])
         base = AutoModelForCausalLM.from_pretrained(tiny_bases[kind], dtype=torch.float32).eval()
         prompt = load_prompt(run / "prompt")[0]["virtual_tokens"]

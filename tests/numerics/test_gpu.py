@@ -1,0 +1,47 @@
+"""The same promises on CUDA: NCCL, fp16's loss scale, as many ranks as there are GPUs. Skipped without a GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import TINY
+from tests.numerics.test_curves import curve, train_all, write_spec, zero_json
+
+pytestmark = [pytest.mark.gpu, pytest.mark.long]
+
+
+def mixed(stage: int, dtype: str) -> tuple[dict, list[str]]:
+    """DeepSpeed's JSON and overrides for one stage and precision."""
+    content = zero_json(stage)
+    if dtype == "float16":
+        content["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 12}
+    if dtype == "bfloat16":
+        content["bf16"] = {"enabled": True}
+    return content, [f"model.dtype={dtype}"]
+
+
+def test_every_stage_gives_one_curve_on_the_gpu(tiny_bases, tmp_path):
+    base = tiny_bases["llama"]
+    specs = [write_spec(tmp_path, base, f"stage{stage}", *mixed(stage, "float32")) for stage in range(4)]
+    runs = train_all(specs, tmp_path, num_ranks=torch.cuda.device_count())
+    expected = curve(runs["stage0"])
+    for stage in (1, 2, 3):
+        assert curve(runs[f"stage{stage}"]) == pytest.approx(expected, rel=1e-5), stage
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_learns_the_quickstart_at_every_stage(tmp_path, dtype):
+    specs = []
+    for stage in range(4):
+        content, overrides = mixed(stage, dtype)
+        config, _ = write_spec(tmp_path, TINY / "causal", f"stage{stage}", content, [])
+        more = ["prompt.init=vocab", "prompt.init_file=null", "prompt.num_virtual_tokens=10", "train.max_steps=100",
+                "train.batch_size=32"]  # fmt: skip
+        specs.append((config, overrides + more))
+    for name, run in train_all(specs, tmp_path, num_ranks=torch.cuda.device_count()).items():
+        losses = curve(run)
+        assert sum(losses[-10:]) / 10 < 0.1 * losses[0], name
+        summary = json.loads(Path(run, "summary.json").read_text())
+        assert summary["skipped_steps"] < 10, name

@@ -58,6 +58,8 @@ def train(config: Config) -> int:
     clock = Throughput(config.train.batch_size)
 
     with open_metrics(config, progress, world) as metrics, StopRequest() as stop:
+        if world.is_main:
+            metrics.say(describe_start(job, split, judge, progress, world))
         if progress.step == 0:
             judge_prompt(job, judge, progress, metrics, world)
         while not is_over(config, progress):
@@ -240,6 +242,17 @@ def say_finished(config: Config, summary: dict, world: World) -> None:
     show_samples(summary["samples"])
     change = f", {name} {before[name]:.4f} before training, {after[name]:.4f} after" if after else ""
     print(f"finished: {config.output_dir}, {summary['steps']} steps{change}", flush=True)
+
+
+def describe_start(job: Job, split: Split, judge: Judge | None, progress: Progress, world: World) -> str:
+    """The first line of a run's log: what goes in and how it is spread."""
+    parts = [f"{len(split.examples):,} examples, {split.examples.truncated_share:.1%} truncated"]
+    if judge:
+        held_out = judge.split.examples
+        parts.append(f"validation {len(held_out):,}, {held_out.truncated_share:.1%} truncated")
+    parts.append(f"{world.size} ranks on {world.device.type}, ZeRO {job.engine.stage}, {job.config.model.dtype}")
+    parts.append(f"from step {progress.step}" if progress.step else "from the start")
+    return "; ".join(parts)
 
 
 def open_metrics(config: Config, progress: Progress, world: World):

@@ -38,6 +38,14 @@ def run_module(module: str, *arguments: str, num_ranks: int = 1, timeout: float 
     )
 
 
+def run_commands(commands: list[list[str]], folder: Path) -> None:
+    """Several ptune-dist commands, one after another, in one process."""
+    file = folder / "commands.json"
+    file.write_text(json.dumps(commands))
+    done = run_module(str(ROOT / "tests" / "numerics" / "commands_many.py"), str(file))
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+
+
 def command_line(module: str, *arguments: str, num_ranks: int = 1) -> list[str]:
     target = [module] if module.endswith(".py") else ["-m", module]
     if num_ranks == 1:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptune_dist.prompts.store import load_prompt
-from tests.conftest import ARCHITECTURES, TINY, run_command, run_module, write_config
+from tests.conftest import ARCHITECTURES, TINY, run_command, run_commands, run_module, write_config
 from tests.numerics.test_curves import SCRIPT
 
 WORDS = ["a", "held", "adaptive", "of", "prompting"]
@@ -30,14 +30,6 @@ def runs(tiny_bases, tmp_path_factory) -> dict[str, Path]:
     done = run_module(SCRIPT, str(root / "specs.json"))
     assert done.returncode == 0, done.stderr[-3000:]
     return {kind: root / kind / "run" for kind in ARCHITECTURES}
-
-
-def run_commands(commands: list[list[str]], folder: Path) -> None:
-    """Several ptune-dist commands in one process."""
-    file = folder / "commands.json"
-    file.write_text(json.dumps(commands))
-    done = run_module(str(Path(__file__).with_name("commands_many.py")), str(file))
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def one_pass_logits(base, prompt: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

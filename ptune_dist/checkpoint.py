@@ -55,7 +55,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
         raise RunFault(
             f"cannot save the checkpoint of step {snapshot.step}: {error.strerror}: {final}; {rest}"
         ) from None
-    for old in list_checkpoints(folder)[:-keep]:
+    sound = [path for path in list_checkpoints(folder) if path <= final]  # newer ones were damaged, or we had used them
+    for old in set(list_checkpoints(folder)) - set(sound[-keep:]):
         old.rename(folder / f".old-{old.name}")
     remove_leftovers(folder)
     return final
@@ -94,7 +95,7 @@ def load_checkpoint(path: Path) -> Snapshot:
         if digest != digest_state(state):
             raise ValueError("its content does not match its digest")
         digests = state.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path / 'state.json'} is damaged: {error}") from None
     tensors = {}
     for name in TENSOR_FILES:
@@ -119,7 +120,7 @@ def load_newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Snapsho
         try:
             return load_checkpoint(path)
         except ValueError as error:
-            warn(f"{error}; using the checkpoint before it")
+            warn(f"{error}; " + ("using the checkpoint before it" if path != found[0] else "there is none before it"))
     if found:
         raise RunFault(f"{folder}: no checkpoint is sound: remove the folder to start over")
     return None

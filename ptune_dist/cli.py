@@ -5,8 +5,10 @@ torch is imported only by the commands that compute, after the config has been r
 
 import argparse
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +18,7 @@ from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run_dir import read_run_config, write_json
 
 USER_MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
+SECONDS_FOR_RANK_0 = 2.0
 CHUNK_ROWS = 256  # rows of one rank that `generate` answers before it writes them
 
 
@@ -29,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     try:
-        parsed = build_parser().parse_args(arguments)
+        parsed = parse(arguments)
         return parsed.run(parsed) or 0
     except UserError as error:
         say_error(error)
@@ -47,6 +50,20 @@ def say_error(error: Exception) -> None:
     """One line, on rank 0 only: every rank has the same error."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SECONDS_FOR_RANK_0)  # torchrun ends all ranks when the first has ended
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The parsed command line; overrides may stand anywhere after the command. Raises UserError."""
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
 
 
 def leave_process_group() -> None:
@@ -68,7 +85,9 @@ def build_parser() -> Parser:
         for argument in positional:
             command.add_argument("run_dir" if argument == "RUN" else argument.lower(), metavar=argument)
         if name not in ("env", "bench"):
-            command.add_argument("overrides", nargs="*", metavar="key.path=value", help="wins over the file")
+            command.add_argument(
+                "overrides", nargs="*", default=[], metavar="key.path=value", help="wins over the file"
+            )
         return command
 
     add("train", run_train, "train a prompt, or go on with a run", "CONFIG")
@@ -94,11 +113,25 @@ def add_input_arguments(command: argparse.ArgumentParser, prefix: str, *, requir
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     add_input_arguments(command, "", required=True)
     command.add_argument("--output", type=Path, metavar="F", help="JSON lines; standard output where left out")
-    command.add_argument("--max-new-tokens", type=int, metavar="N", help="evaluate.max_new_tokens where left out")
-    command.add_argument("--temperature", type=float, metavar="T", help="sample; greedy where left out")
-    command.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of total P")
-    command.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
-    command.add_argument("--seed", type=int, default=0, metavar="S")
+    count, share, above_0 = bounded(int, low=1), bounded(float, above=0, high=1), bounded(float, above=0)
+    command.add_argument("--max-new-tokens", type=count, metavar="N", help="evaluate.max_new_tokens where left out")
+    command.add_argument("--temperature", type=above_0, metavar="T", help="sample; greedy where left out")
+    command.add_argument("--top-p", type=share, metavar="P", help="sample among the likeliest tokens of total P")
+    command.add_argument("--top-k", type=count, metavar="K", help="sample among the K likeliest tokens")
+    command.add_argument("--seed", type=bounded(int, low=0, high=2**32 - 1), default=0, metavar="S")
+
+
+def bounded(kind: type, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf):
+    """An argparse type: a number of this kind, at least `low`, more than `above`, at most `high`."""
+
+    def parse_number(text: str) -> float:
+        number = kind(text)
+        if not (low <= number <= high and number > above):
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return number
+
+    parse_number.__name__ = kind.__name__
+    return parse_number
 
 
 def run_train(parsed: argparse.Namespace) -> int:

@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ptune_dist.errors import UserError
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
+
+def refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # YAML's yes and true are 1 to pydantic
+        raise ValueError("a number is needed")
+    return value
+
+
+Positive = Annotated[int, BeforeValidator(refuse_bool), Field(gt=0)]
+NotNegative = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Metric = Literal["loss", "perplexity", "exact_match", "accuracy"]
 # Which way each metric gets better.
 HIGHER_IS_BETTER: dict[str, bool] = {"loss": False, "perplexity": False, "exact_match": True, "accuracy": True}
@@ -74,9 +82,9 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 0.3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)  # adamw
+    betas: tuple[Share, Share] = (0.9, 0.999)  # adamw
     eps: Annotated[float, Field(gt=0)] = 1e-8  # adamw
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # sgd
+    momentum: Share = 0.0  # sgd
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: NotNegative = 0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
@@ -104,7 +112,7 @@ class CheckpointConfig(Section):
 
 class Config(Section):
     output_dir: str
-    seed: NotNegative = 0
+    seed: Annotated[NotNegative, Field(lt=2**32)] = 0
     model: ModelConfig
     prompt: PromptConfig = PromptConfig()
     data: DataConfig
@@ -194,9 +202,12 @@ def parse_value(text: str) -> Any:
 
 def describe_validation_error(error: ValidationError, path: str | Path, overrides: list[str]) -> str:
     """The first thing wrong, in one line: file (or command line), key, what, and the nearest known key."""
-    first = error.errors()[0]
+    # An unknown key first: where a key is misspelt, the right one is missing too.
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function", "dict", "str")))
-    place = "command line" if any(o.partition("=")[0] == key for o in overrides) else str(path)
+    given = [override.partition("=")[0] for override in overrides]
+    from_command_line = key and any(f"{key}.".startswith(f"{g}.") or f"{g}.".startswith(f"{key}.") for g in given)
+    place = "command line" if from_command_line else str(path)
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(Config), n=1, cutoff=0.5) or difflib.get_close_matches(
             key.rpartition(".")[2], [k.rpartition(".")[2] for k in known_keys(Config)], n=1, cutoff=0.6
@@ -226,9 +237,12 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
     def resolve(value: Any) -> Any:
         if not isinstance(value, str):
             return value
+        name, colon, split = value.rpartition(":") if ":" in value else (value, "", "")  # a saved folder's FOLDER:SPLIT
         for folder in (Path.cwd(), config_dir):
             if (folder / value).exists():
                 return os.path.abspath(folder / value)
+            if colon and (folder / name).is_dir():
+                return os.path.abspath(folder / name) + colon + split
         return value
 
     return config.model_copy(

@@ -31,6 +31,7 @@ def load_deepspeed_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
     if source is None:
         return {"zero_optimization": {"stage": 0}}
     if isinstance(source, dict):
+        check_sections(source, "deepspeed")
         return copy.deepcopy(source)
     try:
         content = json.loads(Path(source).read_text(encoding="utf-8"))
@@ -42,19 +43,25 @@ def load_deepspeed_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
         raise UserError(f"deepspeed: {source} line {error.lineno}: not valid JSON: {error.msg}") from None
     if not isinstance(content, dict):
         raise UserError(f"deepspeed: {source}: DeepSpeed's JSON is an object, found {type(content).__name__}")
-    refuse_near_misses(content, source)
+    check_sections(content, source)
     return content
 
 
-def refuse_near_misses(content: dict[str, Any], file: str) -> None:
-    """Raise UserError for a misspelt section: DeepSpeed ignores what it does not know, ZeRO itself included."""
+def check_sections(content: dict[str, Any], file: str) -> None:
+    """Raise UserError for a section of the wrong kind or a misspelt one: DeepSpeed ignores what it does not know."""
     for key in content:
         near = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.85)
         if key not in SECTIONS and near:
-            raise UserError(f"deepspeed: {file}: unknown key {key}, did you mean {near[0]}?")
+            raise UserError(f"{file}: unknown key {key}, did you mean {near[0]}?")
+    for path in ("bf16", "fp16", "zero_optimization", "optimizer", "scheduler", "optimizer.params", "scheduler.params"):
+        node: Any = content
+        for part in path.split("."):
+            node = node.get(part, {}) if isinstance(node, dict) else node
+        if not isinstance(node, dict):
+            raise UserError(f"{file}: {path} must be an object, found {json.dumps(node)}")
 
 
-def fill_deepspeed_json(config: Config, *, world_size: int, hidden_size: int) -> dict[str, Any]:
+def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON with every `auto` filled in and nothing left that contradicts the config. Raises UserError."""
     content = load_deepspeed_json(config.deepspeed)
     file = config.deepspeed if isinstance(config.deepspeed, str) else "deepspeed"
@@ -149,8 +156,8 @@ def settle_scheduler(settle: Settler, config: Config) -> None:
     for name, (key, value) in params.items():
         if name in section.get("params", {}):
             settle(f"scheduler.params.{name}", value, f"train.{key}")
-    if section.get("params", {}).get("warmup_min_lr", "auto") == "auto":
-        section.setdefault("params", {})["warmup_min_lr"] = 0.0
+    if "warmup_min_lr" in section.get("params", {}):
+        settle("scheduler.params.warmup_min_lr", 0, "the learning rate before train.warmup_steps")
 
 
 def fill_zero_sizes(zero: dict[str, Any], hidden_size: int) -> None:

@@ -42,7 +42,7 @@ class Engine:
         return total.detach()
 
     def step(self, learning_rate: float) -> float:
-        """Move the prompt; returns the gradient's norm before clipping. Collective. Raises RunFault when not finite."""
+        """Move the prompt; returns the gradient's norm before clipping. Collective. Raises FloatingPointError."""
         for group in self._optimizer.members[MEMBER].torch_optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
@@ -130,25 +130,31 @@ class Engine:
         return self._engine.skipped_steps
 
 
+# Where DeepSpeed's own checks look, by the name of the check.
+SECTION_OF = {
+    "DeepSpeedZeroConfig": ["zero_optimization"],
+    "DeepSpeedFP16Config": ["fp16"],
+    "DeepSpeedBF16Config": ["bf16"],
+}
 LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def check_with_deepspeed(content: dict[str, Any]) -> None:
-    """Raise UserError for what DeepSpeed itself refuses in its JSON."""
+def check_with_deepspeed(content: dict[str, Any], source: Any) -> None:
+    """Raise UserError for what DeepSpeed itself refuses in its JSON; `source` is the config's `deepspeed`."""
+    file = source if isinstance(source, str) else "deepspeed"
     try:
         DeepSpeedConfig(copy.deepcopy(content))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"deepspeed: DeepSpeed refuses {where}: {first['msg']}, got {first['input']!r}") from None
-    except (AssertionError, ValueError, DeepSpeedConfigError) as error:
-        raise UserError(f"deepspeed: DeepSpeed refuses its JSON: {error}") from None
+        where = ".".join([*SECTION_OF.get(error.title, []), *map(str, first["loc"])])
+        raise UserError(f"{file}: DeepSpeed refuses {where}: {first['msg']}, got {first['input']!r}") from None
+    except (AssertionError, ValueError, TypeError, DeepSpeedConfigError) as error:
+        raise UserError(f"{file}: DeepSpeed refuses it: {error}") from None
 
 
 def build_engine(config, base, prompt, world: World) -> Engine:
     """Put base and prompt under DeepSpeed as its JSON asks. Collective: every rank must call. Raises UserError."""
-    content = fill_deepspeed_json(config, world_size=world.size, hidden_size=hidden_size(base))
-    check_with_deepspeed(content)
+    content = fill_deepspeed_json(config, hidden_size=hidden_size(base))
     stage = zero_stage(content)
     model = PromptedModel(base, prompt)
     named = {name: p for name, p in prompt.named_parameters() if p.requires_grad}

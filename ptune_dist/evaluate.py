@@ -14,6 +14,7 @@ from ptune_dist.data.build import Split, build_label_candidates
 from ptune_dist.data.encode import Examples
 from ptune_dist.distributed import gather_from_ranks
 from ptune_dist.engine import Engine
+from ptune_dist.errors import UserError
 from ptune_dist.generate import generate_texts, pad_id
 
 
@@ -78,6 +79,9 @@ class Judge:
 
 def build_judge(config, split: Split, tokenizer: PreTrainedTokenizerBase) -> Judge:
     """The judge that config section `evaluate` asks for, over a split. Raises UserError."""
+    matched = sorted({"exact_match", "accuracy"} & set(config.evaluate.metrics))
+    if matched and split.rows.kind == "text":
+        raise UserError(f"evaluate.metrics: {split.rows.name} is plain text without targets for {matched[0]}")
     with_labels = "accuracy" in config.evaluate.metrics
     return Judge(
         split, tokenizer, list(config.evaluate.metrics), micro_batch_tokens=config.train.micro_batch_tokens,

@@ -1,7 +1,20 @@
 """Files that are whole or not there: written aside, flushed to the disk, renamed. Floor 0."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from ptune_dist.errors import RunFault
+
+
+@contextlib.contextmanager
+def fault_on_failed_write(path: Path) -> Iterator[None]:
+    """A full disk and its like become a RunFault that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFault(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def write_durably(path: Path, data: bytes) -> None:

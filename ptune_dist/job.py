@@ -16,7 +16,7 @@ from ptune_dist.base.load import fingerprint_base, load_base, load_shape, load_t
 from ptune_dist.config import Config
 from ptune_dist.deepspeed_json import fill_deepspeed_json
 from ptune_dist.distributed import World, raise_together
-from ptune_dist.engine import Engine, build_engine
+from ptune_dist.engine import Engine, build_engine, check_with_deepspeed
 from ptune_dist.errors import UserError
 from ptune_dist.prompts.initialise import build_initial_vectors
 from ptune_dist.prompts.prompt_tuning import PromptTuning
@@ -59,7 +59,7 @@ def build_base(config: Config, world: World) -> tuple[PreTrainedModel, PreTraine
         config.model.path, dtype=getattr(torch, config.model.dtype), random_init=config.model.random_init,
         seed=config.seed,
     )  # fmt: skip
-    fill_deepspeed_json(config, world_size=world.size, hidden_size=hidden_size(base))
+    check_with_deepspeed(fill_deepspeed_json(config, hidden_size=hidden_size(base)), config.deepspeed)
     check_positions(config, base)
     vectors = build_initial_vectors(
         config.prompt, config.data, seed=config.seed, width=embedding_width(base), tokenizer=tokenizer,
@@ -88,6 +88,7 @@ def build_job(config: Config, world: World) -> Job:
 def build_trained_job(config: Config, run_dir: Path, world: World) -> Job:
     """The job of a run with its trained prompt. Collective: every rank must call. Raises UserError."""
     tensors, facts = together(world, lambda: load_prompt(run_dir / "prompt"))
+    check_prompt(config, facts, run_dir)
     job = build_job(config, world)
     if facts["base"]["fingerprint"] != job.fingerprint:
         raise UserError(
@@ -96,6 +97,14 @@ def build_trained_job(config: Config, run_dir: Path, world: World) -> Job:
         )
     job.engine.load_prompt(tensors)
     return job
+
+
+def check_prompt(config: Config, facts: dict, run_dir: Path) -> None:
+    """Raise UserError where the config has come to describe another prompt than the trained one."""
+    for key in ("method", "num_virtual_tokens", "placement"):
+        asked = getattr(config.prompt, key)
+        if asked != facts[key]:
+            raise UserError(f"prompt.{key}: the prompt of {run_dir} was trained with {facts[key]!r}, not {asked!r}")
 
 
 def prompt_facts(job: Job, *, step: int, metrics: dict[str, float]) -> dict:

@@ -3,10 +3,13 @@
 Floor 1. Rank 0 alone has a `MetricsWriter`; the others have none of it.
 """
 
+import contextlib
 import json
 import resource
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from ptune_dist.errors import RunFault
+from ptune_dist.files import fault_on_failed_write, replace_file
 
 SECONDS_BETWEEN_LINES = 5.0
 NUM_WARM_UP_STEPS = 5  # left out of throughput
@@ -28,6 +34,7 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter  # 1 s to import, needed on rank 0 only
 
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._run_dir, self.failure = run_dir, None
         drop_lines_from_step(run_dir / "metrics.jsonl", first_step)
         self._jsonl: TextIO = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")
         self._log: TextIO = open(run_dir / "train.log", "a", encoding="utf-8")
@@ -38,6 +45,7 @@ class MetricsWriter:
         self._task = None
 
     def __enter__(self) -> "MetricsWriter":
+        self._excepthook, threading.excepthook = threading.excepthook, self._on_thread_error
         if self._progress:
             self._progress.start()
             self._task = self._progress.add_task("train", total=self._max_steps, completed=self._done, facts="")
@@ -49,10 +57,30 @@ class MetricsWriter:
         if error is not None:
             self._line(f"error: {error!r}", console=False)
         for stream in (self._jsonl, self._log, self._tensorboard):
-            stream.close()
+            with self._remember_failure():
+                stream.close()
+        threading.excepthook = self._excepthook
+
+    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread, which would print a full disk's traceback; its next call says it again."""
+        if not isinstance(error.exc_value, OSError):
+            self._excepthook(error)
+
+    @contextlib.contextmanager
+    def _remember_failure(self) -> Iterator[None]:
+        """A full disk must not end rank 0 alone: the loop sees `failure` and all ranks end together."""
+        try:
+            with fault_on_failed_write(self._run_dir):
+                yield
+        except RunFault as fault:
+            self.failure = self.failure or fault
 
     def step(self, line: dict[str, float]) -> None:
         """One optimizer step: a line of metrics.jsonl, TensorBoard scalars, progress."""
+        with self._remember_failure():
+            self._step(line)
+
+    def _step(self, line: dict[str, float]) -> None:
         self._jsonl.write(json.dumps(line) + "\n")
         self._jsonl.flush()
         self._done = int(line["step"])
@@ -73,19 +101,21 @@ class MetricsWriter:
     def evaluation(self, step: int, metrics: dict[str, float], samples: list[dict[str, str]]) -> None:
         """Validation metrics and generated answers."""
         self.say(f"step {step}  validation  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(f"validation/{name}", value, step)
-        if samples:
-            self._tensorboard.add_text("validation/samples", render_samples(samples), step)
-        self._tensorboard.flush()
+        with self._remember_failure():
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(f"validation/{name}", value, step)
+            if samples:
+                self._tensorboard.add_text("validation/samples", render_samples(samples), step)
+            self._tensorboard.flush()
 
     def say(self, text: str) -> None:
         """A line for the console and the log."""
         self._line(text, console=True)
 
     def _line(self, text: str, *, console: bool) -> None:
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
-        self._log.flush()
+        with self._remember_failure():
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+            self._log.flush()
         if console:
             self._progress.console.print(text, highlight=False, markup=False) if self._progress else print(text)
 
@@ -141,7 +171,8 @@ def drop_lines_from_step(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    with fault_on_failed_write(path):
+        replace_file(path, "".join(kept).encode())
 
 
 def render_samples(samples: list[dict[str, str]]) -> str:

@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ptune_dist.errors import RunFault
-
 
 def build_torch_optimizer(train, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The torch optimizer that config section `train` names."""
@@ -44,17 +42,19 @@ class Member:
         self.grad_norm = 0.0
 
     def step(self, grads: list[torch.Tensor]) -> None:
-        """Clip by this member's norm and step. Raises RunFault when the gradient is not finite."""
+        """Clip by this member's norm and step. Raises FloatingPointError where a number is not finite."""
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
         self.grad_norm = norm.item()
         if not math.isfinite(self.grad_norm):
-            raise RunFault("the gradient is not finite")
+            raise FloatingPointError(f"the gradient's norm is {self.grad_norm}")
         scale = min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6)) if self.max_grad_norm else 1.0
         for parameter, grad in zip(self.whole, grads, strict=True):
             parameter.grad = grad * scale
         self.torch_optimizer.step()
         for parameter in self.whole:
             parameter.grad = None
+        if not all(parameter.isfinite().all() for parameter in self.whole):
+            raise FloatingPointError("the prompt is not finite after the optimizer's step")
 
 
 class PromptOptimizer(torch.optim.Optimizer):

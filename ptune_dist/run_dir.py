@@ -9,7 +9,7 @@ from typing import Any
 
 from ptune_dist.config import Config, load_config, render_config
 from ptune_dist.errors import UserError
-from ptune_dist.files import replace_file
+from ptune_dist.files import fault_on_failed_write, replace_file
 
 # What may change when a run goes on: how far, how it is watched and how it is spread, not what is learned.
 MAY_CHANGE = ("output_dir", "evaluate", "checkpoint", "deepspeed", "train.max_steps", "train.micro_batch_tokens",
@@ -91,4 +91,6 @@ def is_finished(config: Config) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+    """Raises RunFault where the disk is full."""
+    with fault_on_failed_write(path):
+        replace_file(path, (json.dumps(content, indent=2) + "\n").encode())

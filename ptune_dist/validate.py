@@ -31,7 +31,7 @@ def validate(config: Config) -> None:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(shape)
     check_positions(config, base)
-    content = fill_deepspeed_json(config, world_size=1, hidden_size=hidden_size(base))
+    content = fill_deepspeed_json(config, hidden_size=hidden_size(base))
     splits = {which: build_split(config.data, tokenizer, which=which) for which in ("train", "validation")}
     if "accuracy" in config.evaluate.metrics and splits["validation"]:
         build_label_candidates(config.data, splits["validation"], tokenizer)

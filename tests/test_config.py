@@ -42,7 +42,12 @@ def error_of(path: Path, *overrides: str) -> str:
 
 def test_a_small_file_gets_the_documented_defaults(write):
     config = load_config(write(SMALL))
-    assert (config.seed, config.model.dtype, config.prompt.num_virtual_tokens, config.prompt.init) == (0, "float32", 20, "vocab")
+    assert (config.seed, config.model.dtype, config.prompt.num_virtual_tokens, config.prompt.init) == (
+        0,
+        "float32",
+        20,
+        "vocab",
+    )
     assert (config.train.batch_size, config.train.micro_batch_tokens, config.data.max_length) == (32, 8192, 512)
     assert (config.checkpoint.every, config.checkpoint.keep, config.deepspeed) == (100, 2, None)
 
@@ -243,7 +248,9 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
     assert error_of(tmp_path) == f"{tmp_path}: Is a directory"
 
 
-@pytest.mark.parametrize("override", ["train.max_steps", "=5", "output_dir.x=1", "train.max_steps=[1", "data.target={{ a }}"])
+@pytest.mark.parametrize(
+    "override", ["train.max_steps", "=5", "output_dir.x=1", "train.max_steps=[1", "data.target={{ a }}"]
+)
 def test_an_override_that_cannot_be_applied_is_named(write, override):
     message = error_of(write(SMALL), override)
     assert message.startswith("command line: ") and override.partition("=")[0] in message

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON stays DeepSpeed's own: its `auto` values are filled from the config and contradictions are refused."""
+"""DeepSpeed's JSON stays its own: `auto` values are filled from the config and contradictions are refused."""
 
 import json
 
@@ -26,7 +26,7 @@ def build(deepspeed=None, *, dtype="float32", **train) -> Config:
 
 
 def fill(deepspeed=None, **settings) -> dict:
-    return fill_deepspeed_json(build(deepspeed, **settings), world_size=2, hidden_size=64)
+    return fill_deepspeed_json(build(deepspeed, **settings), hidden_size=64)
 
 
 def error_of(deepspeed, **settings) -> str:
@@ -38,7 +38,13 @@ def error_of(deepspeed, **settings) -> str:
 
 
 def autos(node) -> list:
-    return [node] if node == "auto" else [a for child in node.values() for a in autos(child)] if isinstance(node, dict) else []
+    return (
+        [node]
+        if node == "auto"
+        else [a for child in node.values() for a in autos(child)]
+        if isinstance(node, dict)
+        else []
+    )
 
 
 # What is filled
@@ -60,7 +66,10 @@ def test_every_shipped_json_is_one_that_deepspeed_itself_takes():
         stage, precision = path.stem.removeprefix("zero").split("_")
         taken = DeepSpeedConfig(fill(str(path), dtype=DTYPES[precision]))
         assert taken.zero_config.stage == int(stage)
-        assert (taken.bfloat16_config.enabled, taken.float16_config.enabled) == (precision == "bf16", precision == "fp16")
+        assert (taken.bfloat16_config.enabled, taken.float16_config.enabled) == (
+            precision == "bf16",
+            precision == "fp16",
+        )
 
 
 def test_without_a_json_it_is_stage_0_in_the_configs_precision():
@@ -79,7 +88,10 @@ def test_the_buffer_sizes_follow_the_bases_width():
 
 
 def test_what_the_config_does_not_set_passes_unchanged():
-    own = {"zero_optimization": {"stage": 3, "overlap_comm": False, "offload_param": {"device": "cpu"}}, "wall_clock_breakdown": True}
+    own = {
+        "zero_optimization": {"stage": 3, "overlap_comm": False, "offload_param": {"device": "cpu"}},
+        "wall_clock_breakdown": True,
+    }
     filled = fill(own)
     assert filled["zero_optimization"] == own["zero_optimization"] and filled["wall_clock_breakdown"] is True
 
@@ -96,8 +108,12 @@ def test_clipping_schedule_and_accumulation_are_left_to_us():
 def test_what_was_given_is_not_changed():
     own = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "gradient_clipping": "auto"}
     config = build(own)
-    fill_deepspeed_json(config, world_size=1, hidden_size=64)
-    assert own == config.deepspeed == {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "gradient_clipping": "auto"}
+    fill_deepspeed_json(config, hidden_size=64)
+    assert (
+        own
+        == config.deepspeed
+        == {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "gradient_clipping": "auto"}
+    )
 
 
 # What is refused
@@ -122,28 +138,49 @@ def test_a_value_that_both_files_set_may_be_equal_and_may_not_differ(key):
     assert key in message and ours in message
 
 
+def adamw(**params) -> dict:
+    return {"optimizer": {"type": "AdamW", "params": params}}
+
+
+def linear(**params) -> dict:
+    return {"scheduler": {"type": "WarmupDecayLR", "params": params}}
+
+
 @pytest.mark.parametrize(
     "own, train, theirs, ours",
     [
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, {}, "optimizer.params.lr", "train.learning_rate"),
-        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}}, {}, "optimizer.params.betas", "train.betas"),
-        ({"optimizer": {"type": "Adam", "params": {"eps": 1e-6}}}, {}, "optimizer.params.eps", "train.eps"),
-        ({"optimizer": {"type": "SGD", "params": {"momentum": 0.9}}}, {"optimizer": "sgd"}, "optimizer.params.momentum", "train.momentum"),
+        (adamw(lr=0.1), {}, "optimizer.params.lr", "train.learning_rate"),
+        (adamw(betas=[0.9, 0.95]), {}, "optimizer.params.betas", "train.betas"),
+        (adamw(eps=1e-6), {}, "optimizer.params.eps", "train.eps"),
+        (adamw(weight_decay=0.1), {}, "optimizer.params.weight_decay", "train.weight_decay"),
+        (
+            {"optimizer": {"type": "SGD", "params": {"momentum": 0.9}}},
+            {"optimizer": "sgd"},
+            "optimizer.params.momentum",
+            "train.momentum",
+        ),
         ({"optimizer": {"type": "Lion"}}, {}, "optimizer.type", "train.optimizer"),
         ({"scheduler": {"type": "OneCycle"}}, {}, "scheduler.type", "train.schedule"),
-        ({"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 7}}}, {}, "scheduler.params.total_num_steps", "train.max_steps"),
-        ({"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": 7}}}, {}, "scheduler.params.warmup_max_lr", "train.learning_rate"),
+        (linear(total_num_steps=7), {}, "scheduler.params.total_num_steps", "train.max_steps"),
+        (linear(warmup_max_lr=7), {}, "scheduler.params.warmup_max_lr", "train.learning_rate"),
         ({"gradient_accumulation_steps": 4}, {}, "gradient_accumulation_steps", "train.batch_size"),
         ({"train_micro_batch_size_per_gpu": 4}, {}, "train_micro_batch_size_per_gpu", "train.micro_batch_tokens"),
     ],
-)  # fmt: skip
+)
 def test_a_contradiction_between_the_files_names_both_keys(own, train, theirs, ours):
     message = error_of(own, **train)
     assert theirs in message and ours in message
 
 
 def test_numbers_written_with_auto_or_equal_are_no_contradiction():
-    assert fill({"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0}}})
+    assert fill(
+        {
+            "optimizer": {
+                "type": "AdamW",
+                "params": {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0},
+            }
+        }
+    )
     assert fill({"gradient_clipping": 1}, max_grad_norm=1.0)
 
 
@@ -180,8 +217,6 @@ def test_a_missing_file_is_named(tmp_path):
         ({"bf16": True}, "bf16"),
         ({"zero_optimization": None}, "zero_optimization"),
         ({"zero_optimization": 3}, "zero_optimization"),
-        ({"zero_optimization": {"stage": "three"}}, "stage"),
-        ({"zero_optimization": {"stage": 5}}, "stage"),
         ({"optimizer": "AdamW"}, "optimizer"),
         ({"scheduler": {"type": "WarmupDecayLR", "params": None}}, "scheduler"),
     ],

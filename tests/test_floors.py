@@ -14,7 +14,8 @@ PACKAGE = ROOT / "ptune_dist"
 # As the design draws it. Every other module says its floor in its own docstring, or in that of its folder.
 DESIGNED = {
     "config": 0, "topology": 0, "distributed": 1, "metrics": 1, "data": 2, "base": 2, "prompts": 2, "segments": 3,
-    "engine": 4, "checkpoint": 5, "evaluate": 5, "generate": 5, "export": 5, "train": 6, "plan": 6, "bench": 6, "cli": 7,
+    "engine": 4, "checkpoint": 5, "evaluate": 5, "generate": 5, "export": 5, "train": 6, "plan": 6, "bench": 6,
+    "cli": 7,
     "tiny": 2,  # the maker of the shipped base, beside the house: it imports nothing of it
 }  # fmt: skip
 OUTSIDE = ("__init__", "__main__")  # the version and the door
@@ -88,7 +89,9 @@ def test_the_maker_of_the_shipped_base_needs_nothing_of_the_house():
 def test_no_two_modules_import_each_other_in_a_circle():
     reached = {name: ours(MODULES[name]) - {name} for name in HOUSE}
     for _ in HOUSE:  # the transitive closure, a round for each module at most
-        reached = {name: found.union(*(reached.get(other, set()) for other in found)) for name, found in reached.items()}
+        reached = {
+            name: found.union(*(reached.get(other, set()) for other in found)) for name, found in reached.items()
+        }
     circles = [name for name, found in reached.items() if name in found]
     assert not circles
 

@@ -66,7 +66,8 @@ def test_a_run_leaves_what_the_readme_names(run):
                          "peak_memory_bytes", "time_s"}  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary) >= {"steps", "train_loss", "validation", "before", "samples_per_s", "tokens_per_s",
-                            "peak_memory_bytes", "world_size", "zero_stage", "quantization", "wall_s", "versions"}  # fmt: skip
+                            "peak_memory_bytes", "world_size", "zero_stage", "quantization", "wall_s",
+                            "versions"}  # fmt: skip
     assert "truncated" in (run / "train.log").read_text().splitlines()[0]
 
 

@@ -5,7 +5,6 @@ Everything that can be wrong with `model.path` is said here, in one line.
 
 import difflib
 import hashlib
-import json
 import logging
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
 from ptune_dist.errors import UserError
 from ptune_dist.hub import hub_answers
@@ -39,7 +39,7 @@ def load_shape(path: str) -> transformers.PretrainedConfig:
     check_folder(path)
     try:
         return AutoConfig.from_pretrained(path, local_files_only=is_local_only(path))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub, JSON, and transformers' own checks each raise their own
         raise UserError(describe_load_error(path, "config.json", error)) from None
 
 
@@ -48,7 +48,7 @@ def load_tokenizer(path: str, shape: transformers.PretrainedConfig) -> PreTraine
     check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_local_only(path))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # so does the tokenizers library
         raise UserError(describe_load_error(path, "tokenizer", error)) from None
     vocab_size = shape.get_text_config().vocab_size
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -84,7 +84,7 @@ def is_local_only(path: str) -> bool:
 
 def describe_load_error(path: str, what: str, error: Exception) -> str:
     """One line for what transformers says in many."""
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     if Path(path).is_dir():
         return f"model.path: cannot read the {what} of {path}: {first}"
     return (
@@ -102,35 +102,38 @@ def check_is_causal(shape: transformers.PretrainedConfig, path: str) -> None:
 
 
 def read_weights(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its weights. Raises UserError for missing, extra or mis-shaped tensors and damaged files."""
+    """The model with its weights. Raises UserError for missing or mis-shaped tensors and damaged files."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()
     try:
         base, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=is_local_only(path)
-        )
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            local_files_only=is_local_only(path),
+        )  # fmt: skip
     except Exception as error:  # safetensors, hub and transformers each raise their own
         raise UserError(describe_load_error(path, "weights", error)) from None
     finally:
         transformers.logging.set_verbosity(verbosity)
-    for problem in ("missing_keys", "mismatched_keys"):
-        if report[problem]:
-            names = ", ".join(str(name) for name in sorted(report[problem], key=str)[:5])
-            raise UserError(f"model.path: the weights of {path} do not fit its config.json: {problem} {names}")
+    for problem in ("missing", "mismatched"):
+        found = report[f"{problem}_keys"]
+        if found:
+            names = ", ".join(sorted(key if isinstance(key, str) else f"{key[0]} {tuple(key[1])}" for key in found)[:5])
+            raise UserError(f"model.path: the weights of {path} do not fit its config.json: {problem} tensors: {names}")
     return base
 
 
 def fingerprint_base(path: str, *, random_init: bool, seed: int) -> str:
-    """A short digest that tells one base from another: its shape, the safetensors headers and samples of the bytes."""
-    digest = hashlib.sha256(json.dumps(load_shape(path).to_diff_dict(), sort_keys=True, default=str).encode())
+    """A short digest that tells one base from another: its config.json and samples of its safetensors files."""
+    config_file = Path(cached_file(path, "config.json", local_files_only=is_local_only(path)))
+    digest = hashlib.sha256(config_file.read_bytes())
     if random_init:
         digest.update(f"random {seed}".encode())
-    for file in sorted(Path(path).glob("*.safetensors")) if not random_init else ():
+    for file in sorted(config_file.parent.glob("*.safetensors")) if not random_init else ():
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as opened:
-            for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+            for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):  # the header is at the start
                 opened.seek(start)
                 digest.update(opened.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]

@@ -90,7 +90,11 @@ def test_the_order_depends_on_the_seed_and_the_step_alone():
 def examples() -> Examples:
     """Three examples: input [1 2 3] target [4 5], input [6] target [7], no input and target [8 9 10]."""
     return Examples(
-        np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], np.int32), np.array([0, 5, 7, 10]), np.array([2, 1, 3], np.int32), 0, str
+        np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], np.int32),
+        np.array([0, 5, 7, 10]),
+        np.array([2, 1, 3], np.int32),
+        0,
+        str,
     )
 
 

@@ -1,0 +1,68 @@
+"""What a run says of itself at its start and at its end.
+
+Floor 6.
+"""
+
+import platform
+from importlib.metadata import version
+
+from ptune_dist import __version__
+from ptune_dist.config import Config
+from ptune_dist.data.build import Split
+from ptune_dist.distributed import World, max_over_ranks
+from ptune_dist.evaluate import Judge
+from ptune_dist.job import Job
+from ptune_dist.metrics import Throughput, peak_memory_bytes, show_samples
+from ptune_dist.progress import Progress
+
+
+def describe_start(job: Job, split: Split, judge: Judge | None, progress: Progress, world: World) -> str:
+    """The first line of a run's log: what goes in and how it is spread."""
+    parts = [f"{len(split.examples):,} examples, {split.examples.truncated_share:.1%} truncated"]
+    if judge:
+        held_out = judge.split.examples
+        parts.append(f"validation {len(held_out):,}, {held_out.truncated_share:.1%} truncated")
+    parts.append(f"{world.size} ranks on {world.device.type}, ZeRO {job.engine.stage}, {job.config.model.dtype}")
+    parts.append(f"from step {progress.step}" if progress.step else "from the start")
+    return "; ".join(parts)
+
+
+def build_summary(job: Job, progress: Progress, clock: Throughput, world: World) -> dict:
+    """What `summary.json` holds. Collective: every rank must call."""
+    peak = max_over_ranks(peak_memory_bytes(world.device), world)
+    return {
+        "steps": progress.step,
+        "stopped_early": progress.step < job.config.train.max_steps,
+        "train_loss": progress.train_loss,
+        "validation": progress.best,
+        "before": progress.before,
+        "best_step": progress.best_step,
+        "samples": progress.samples,
+        "samples_per_s": clock.samples_per_s,
+        "tokens_per_s": clock.tokens_per_s,
+        "peak_memory_bytes": int(peak),
+        "world_size": world.size,
+        "zero_stage": job.engine.stage,
+        "quantization": job.config.model.quantization,
+        "skipped_steps": job.engine.skipped_steps,
+        "wall_s": progress.elapsed_s,
+        "versions": {
+            "ptune_dist": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        },
+    }
+
+
+def say_finished(config: Config, summary: dict, world: World) -> None:
+    """The end of a run for people: the metric before and after, and some held-out rows' answers."""
+    if not world.is_main:
+        return
+    name, before, after = config.evaluate.best, summary["before"], summary["validation"]
+    show_samples(summary["samples"])
+    change = (
+        f", {name} {before[name]:.4f} before training, {after[name]:.4f} after"
+        if name in before and name in after
+        else ""
+    )
+    print(f"finished: {config.output_dir}, {summary['steps']} steps{change}", flush=True)

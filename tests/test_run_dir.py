@@ -1,0 +1,101 @@
+"""A run goes on only with the config it began with, and a finished one is left alone."""
+
+from pathlib import Path
+
+import pytest
+
+from ptune_dist.config import Config, load_config
+from ptune_dist.errors import UserError
+from ptune_dist.run_dir import check_run_dir, claim_run_dir, is_finished, read_run_config, read_summary, write_json
+from tests.conftest import write_config
+
+
+@pytest.fixture
+def load(tmp_path):
+    path = write_config(tmp_path / "c.yaml")
+    return lambda *overrides: load_config(path, list(overrides))
+
+
+@pytest.fixture
+def begun(load) -> Config:
+    """The config of a run that has a checkpoint."""
+    config = load()
+    claim_run_dir(config)
+    (Path(config.output_dir) / "checkpoints").mkdir()
+    return config
+
+
+def test_a_folder_without_a_run_may_be_used_and_one_whose_start_failed_too(load):
+    check_run_dir(load())
+    claim_run_dir(load())
+    check_run_dir(load("train.learning_rate=0.9", "train.resume=never"))
+
+
+def test_the_config_that_a_run_keeps_is_the_one_it_was_begun_with(begun):
+    assert read_run_config(Path(begun.output_dir)) == begun
+    assert read_run_config(Path(begun.output_dir), ["evaluate.every=7"]).evaluate.every == 7
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: not a run"):
+        read_run_config(tmp_path)
+
+
+def test_the_same_config_may_go_on(begun, load):
+    check_run_dir(load())
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.max_steps=99", "train.micro_batch_tokens=77", "evaluate.every=3", "evaluate.metrics=[exact_match]",
+     "checkpoint.keep=7", "deepspeed={zero_optimization: {stage: 2}}"],
+)  # fmt: skip
+def test_what_does_not_change_what_is_learned_may_change(begun, load, override):
+    check_run_dir(load(override))
+
+
+@pytest.mark.parametrize(
+    "override, key",
+    [
+        ("train.learning_rate=0.9", "train.learning_rate 0.05, not 0.9"),
+        ("seed=3", "seed 0, not 3"),
+        ("train.batch_size=4", "train.batch_size"),
+        ("prompt.num_virtual_tokens=9", "prompt.num_virtual_tokens"),
+        ("data.template='{{ word }}:'", "data.template"),
+        ("model.dtype=bfloat16", "model.dtype"),
+        ("train.schedule=constant", "train.schedule"),
+    ],
+)
+def test_what_changes_what_is_learned_is_refused_with_the_key_and_both_values(begun, load, override, key):
+    with pytest.raises(UserError) as caught:
+        check_run_dir(load(override))
+    assert key in str(caught.value) and begun.output_dir in str(caught.value)
+
+
+def test_resume_never_refuses_a_folder_that_holds_a_run(begun, load):
+    with pytest.raises(UserError, match="output_dir.*train.resume"):
+        check_run_dir(load("train.resume=never"))
+
+
+def test_a_run_is_finished_when_its_summary_says_so(begun, load):
+    folder = Path(begun.output_dir)
+    assert is_finished(begun) is None
+    write_json(folder / "summary.json", {"steps": 20, "stopped_early": False})
+    assert is_finished(begun)["steps"] == 20
+    assert is_finished(load("train.max_steps=10"))
+    assert is_finished(load("train.max_steps=21")) is None
+    write_json(folder / "summary.json", {"steps": 7, "stopped_early": True})
+    assert is_finished(begun)["steps"] == 7
+
+
+def test_a_summary_that_cannot_be_read_is_none(tmp_path):
+    assert read_summary(tmp_path) is None
+    (tmp_path / "summary.json").write_text('{"steps": ')
+    assert read_summary(tmp_path) is None
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, load):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        with pytest.raises(UserError, match=f"output_dir: {tmp_path}/{name}: "):
+            claim_run_dir(load(f"output_dir={tmp_path}/{name}"))

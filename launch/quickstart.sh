@@ -7,10 +7,8 @@ bash launch/setup.sh
 
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 run=runs/quickstart-$(date +%Y%m%d-%H%M%S)
-ranks=2
-if gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) && [ "$gpus" -eq 1 ]; then
-  ranks=1 # NCCL takes one rank per GPU
-fi
+# NCCL takes one rank per GPU
+ranks=$(.venv/bin/python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
 .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
   -m ptune_dist train configs/quickstart.yaml "output_dir=$run" "$@"
 .venv/bin/python -m ptune_dist export "$run" --to peft --out "$run/adapter"

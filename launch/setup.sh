@@ -8,24 +8,30 @@ cd "$(dirname "$0")/.."
 
 find_python() {
   for candidate in ${PYTHON:-python3 python3.12 python3.11}; do
-    if "$candidate" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "error: no Python 3.11 or later found: install one, or name it: PYTHON=/path/to/python3 $0" >&2
+  echo "error: no Python 3.11, 3.12 or 3.13 with venv and pip found: install one, or name it with PYTHON=..." >&2
   exit 2
 }
 
 extras=$(IFS=,; echo "$*")
 stamp=.venv/.installed-${extras:-base}
 wanted=$(cat pyproject.toml launch/constraints.txt | sha256sum)
+if [ -z "$extras" ]; then # any install has the base
+  for found in .venv/.installed-*; do
+    if [ "$(cat "$found" 2>/dev/null)" = "$wanted" ]; then stamp=$found; fi
+  done
+fi
 if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
   exit 0
 fi
 
 python=$(find_python)
-if ! [ -x .venv/bin/python ]; then
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  rm -rf .venv # half made
   echo "making .venv with $("$python" --version)"
   "$python" -m venv .venv
 fi

@@ -4,7 +4,6 @@ torch is imported only by the commands that compute, after the config has been r
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -13,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ptune_dist.config import Config, load_config
+from ptune_dist.config import load_config
 from ptune_dist.errors import RunFault, UserError
-from ptune_dist.run_dir import read_run_config, write_json
+from ptune_dist.run_dir import read_run_config
 
 USER_MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
 SECONDS_FOR_RANK_0 = 2.0
-CHUNK_ROWS = 256  # rows of one rank that `generate` answers before it writes them
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
         return FAULT
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     finally:
         leave_process_group()
 
@@ -149,62 +150,21 @@ def run_validate(parsed: argparse.Namespace) -> None:
 
 
 def run_evaluate(parsed: argparse.Namespace) -> None:
-    run_dir = Path(parsed.run_dir)
-    config = read_run_config(run_dir, parsed.overrides)
-    from ptune_dist.data.build import build_split
-    from ptune_dist.distributed import init_distributed
-    from ptune_dist.evaluate import build_judge
-    from ptune_dist.job import build_tokenizer, build_trained_job, together
+    config = read_run_config(Path(parsed.run_dir), parsed.overrides)
+    from ptune_dist.commands import evaluate_run
 
-    world = init_distributed()
-
-    def build():
-        tokenizer = build_tokenizer(config)
-        split = build_split(config.data, tokenizer, which="validation", max_examples=config.evaluate.max_examples)
-        if split is None:
-            raise UserError(f"{run_dir}/config.yaml: data.validation is missing: give data.validation=FILE")
-        return build_judge(config, split, tokenizer)
-
-    judge = together(world, build)
-    metrics, samples = judge(build_trained_job(config, run_dir, world).engine)
-    if world.is_main:
-        content = {"data": config.data.validation, "num_examples": len(judge.split.examples), **metrics}
-        write_json(run_dir / "evaluation.json", content | {"samples": samples})
-        print(json.dumps(content, indent=2))
+    evaluate_run(config, Path(parsed.run_dir))
 
 
 def run_generate(parsed: argparse.Namespace) -> None:
-    run_dir = Path(parsed.run_dir)
-    config = read_run_config(run_dir, parsed.overrides)
-    from ptune_dist.data.build import build_inputs
-    from ptune_dist.distributed import init_distributed
-    from ptune_dist.generate import generate_texts
-    from ptune_dist.job import build_tokenizer, build_trained_job, together
+    config = read_run_config(Path(parsed.run_dir), parsed.overrides)
+    from ptune_dist.commands import generate_for_run
 
-    world = init_distributed()
-    rows = together(world, lambda: read_input_rows(config, parsed))
-    inputs = together(world, lambda: build_inputs(config.data, rows, build_tokenizer(config)))
-    job = build_trained_job(config, run_dir, world)
-    chunk = CHUNK_ROWS * world.size
-    output = together(world, lambda: open_output(parsed.output) if world.is_main else None)
-    for first in range(0, len(inputs), chunk):
-        answers = dict(
-            generate_texts(
-                job.engine, job.tokenizer, inputs[first : first + chunk], sampling=sampling_of(parsed),
-                max_new_tokens=parsed.max_new_tokens or config.evaluate.max_new_tokens,
-                micro_batch_tokens=config.train.micro_batch_tokens, seed=parsed.seed + first,
-            )
-        )  # fmt: skip
-        for i in sorted(answers) if output else ():
-            row = rows.dataset[first + i] | {"generated": answers[i]}
-            print(json.dumps(row, ensure_ascii=False, default=str), file=output, flush=True)
-
-
-def open_output(path: Path | None):
-    try:
-        return open(path, "w", encoding="utf-8") if path else sys.stdout
-    except OSError as error:
-        raise UserError(f"--output: {path}: {error.strerror}") from None
+    generate_for_run(
+        config, Path(parsed.run_dir), text=parsed.input, file=parsed.input_file, output=parsed.output,
+        max_new_tokens=parsed.max_new_tokens or config.evaluate.max_new_tokens, sampling=sampling_of(parsed),
+        seed=parsed.seed,
+    )  # fmt: skip
 
 
 def sampling_of(parsed: argparse.Namespace) -> dict[str, Any] | None:
@@ -214,44 +174,11 @@ def sampling_of(parsed: argparse.Namespace) -> dict[str, Any] | None:
     return {"do_sample": True, **given} if given else None
 
 
-def read_input_rows(config: Config, parsed: argparse.Namespace):
-    """The rows of `--input-file`, or the one row that `--input` makes for a template of one column."""
-    import datasets
-
-    from ptune_dist.data.build import build_templates
-    from ptune_dist.data.sources import Rows, load_rows
-
-    if parsed.input_file:
-        return load_rows(parsed.input_file, key="--input-file", default_split="test")
-    template, _ = build_templates(config.data)
-    if len(template.columns) != 1:
-        columns = ", ".join(template.columns) or "none"
-        raise UserError(f"--input: data.template takes {columns}: give rows with --input-file")
-    row = {template.columns[0]: parsed.input}
-    return Rows("--input", datasets.Dataset.from_list([row]), "rows")
-
-
 def run_export(parsed: argparse.Namespace) -> None:
-    run_dir = Path(parsed.run_dir)
-    config = read_run_config(run_dir, parsed.overrides)
-    import torch
+    config = read_run_config(Path(parsed.run_dir), parsed.overrides)
+    from ptune_dist.commands import export_run
 
-    from ptune_dist.base.load import load_base
-    from ptune_dist.data.build import build_inputs
-    from ptune_dist.export import export_peft, export_prompt_embeds
-    from ptune_dist.job import build_tokenizer
-    from ptune_dist.prompts.store import load_prompt
-
-    tensors, facts = load_prompt(run_dir / "prompt")
-    if parsed.to == "peft":
-        export_peft(tensors, facts, parsed.out)
-    else:
-        given = parsed.input is not None or parsed.input_file
-        dtype = getattr(torch, config.model.dtype)
-        rows = read_input_rows(config, parsed) if given else None
-        inputs = build_inputs(config.data, rows, build_tokenizer(config)) if given else []
-        base = load_base(config.model.path, dtype=dtype, random_init=config.model.random_init, seed=config.seed)
-        export_prompt_embeds(tensors, base.get_input_embeddings(), inputs, dtype, parsed.out)
+    export_run(config, Path(parsed.run_dir), to=parsed.to, out=parsed.out, text=parsed.input, file=parsed.input_file)
     print(f"exported: {parsed.out}")
 
 

@@ -3,6 +3,7 @@
 Floor 0: no torch here, so that a login node can read a config in a fraction of a second.
 """
 
+import contextlib
 import difflib
 import os
 from pathlib import Path
@@ -22,7 +23,9 @@ def refuse_bool(value: Any) -> Any:
 
 Positive = Annotated[int, BeforeValidator(refuse_bool), Field(gt=0)]
 NotNegative = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Real = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)]
+Share = Annotated[Real, Field(ge=0, lt=1)]
+Label = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, (int, float)) else value)]
 Metric = Literal["loss", "perplexity", "exact_match", "accuracy"]
 # Which way each metric gets better.
 HIGHER_IS_BETTER: dict[str, bool] = {"loss": False, "perplexity": False, "exact_match": True, "accuracy": True}
@@ -48,7 +51,7 @@ class PromptConfig(Section):
     placement: Literal["prefix"] = "prefix"
     init: Literal["random", "vocab", "text", "labels", "file"] = "vocab"
     init_text: str | None = None  # init: text
-    init_labels: list[str] | None = None  # init: labels; data.labels where left out
+    init_labels: list[Label] | None = None  # init: labels; data.labels where left out
     init_file: str | None = None  # init: file, a run, a prompt folder or a PEFT adapter
 
     @model_validator(mode="after")
@@ -69,7 +72,7 @@ class DataConfig(Section):
     validation: str | None = None
     template: str | None = None  # jinja2 over a row's columns; needed unless the data is .txt
     target: str | None = None
-    labels: list[str] | None = None  # the values of the target's one column, for accuracy by likelihood
+    labels: list[Label] | None = None  # the values of the target's one column, for accuracy by likelihood
     max_length: Positive = 512  # input and target tokens of one example, virtual tokens apart
     truncation_side: Literal["left", "right"] = "left"  # the end of the input that is cut
     append_eos: bool = True  # the target ends with the tokenizer's end-of-sequence token
@@ -80,14 +83,14 @@ class TrainConfig(Section):
     batch_size: Positive = 32  # examples per optimizer step, over all ranks
     micro_batch_tokens: Positive = 8192  # most positions one rank processes at a time
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 0.3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    learning_rate: Annotated[Real, Field(gt=0)] = 0.3
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     betas: tuple[Share, Share] = (0.9, 0.999)  # adamw
-    eps: Annotated[float, Field(gt=0)] = 1e-8  # adamw
+    eps: Annotated[Real, Field(gt=0)] = 1e-8  # adamw
     momentum: Share = 0.0  # sgd
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: NotNegative = 0
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
+    max_grad_norm: Annotated[Real, Field(ge=0)] = 1.0  # 0: no clipping
     resume: Literal["auto", "never"] = "auto"
 
 
@@ -123,7 +126,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def check_across_sections(self) -> "Config":
-        is_text = self.data.train.endswith(".txt")
+        is_text = self.data.train.lower().endswith(".txt")
         if not is_text and (self.data.template is None or self.data.target is None):
             raise ValueError("data.template and data.target are needed unless data.train is a .txt file")
         if is_text and {"exact_match", "accuracy"} & set(self.evaluate.metrics):
@@ -157,10 +160,22 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     return resolve_paths(config, Path(path).resolve().parent)
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is a mistake, not the loss of the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError naming file and line."""
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=UniqueKeyLoader)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{path}: {reason}") from None
@@ -186,18 +201,18 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"command line: {key}: {parent} is a value, not a section")
         node = child
-    try:
-        node[leaf] = parse_value(value)
-    except yaml.YAMLError:
-        raise UserError(f"command line: {key}: {value!r} is not a YAML value") from None
+    node[leaf] = parse_value(value)
 
 
 def parse_value(text: str) -> Any:
-    """YAML, except that 1e-3 is a number, as people write it (YAML wants 1.0e-3)."""
+    """YAML, except that 1e-3 is a number (YAML wants 1.0e-3) and what is not YAML, `{{ word }} =`, is text."""
+    with contextlib.suppress(ValueError):
+        if "e" in text.lower() and text[:1] in "0123456789.-+":
+            return float(text)
     try:
-        return float(text) if "e" in text.lower() and text[:1] in "0123456789.-+" else yaml.safe_load(text)
-    except ValueError:
         return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def describe_validation_error(error: ValidationError, path: str | Path, overrides: list[str]) -> str:
@@ -237,6 +252,7 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
     def resolve(value: Any) -> Any:
         if not isinstance(value, str):
             return value
+        value = os.path.expanduser(value)
         name, colon, split = value.rpartition(":") if ":" in value else (value, "", "")  # a saved folder's FOLDER:SPLIT
         for folder in (Path.cwd(), config_dir):
             if (folder / value).exists():
@@ -247,6 +263,7 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
 
     return config.model_copy(
         update={
+            "output_dir": os.path.expanduser(config.output_dir),
             "model": config.model.model_copy(update={"path": resolve(config.model.path)}),
             "prompt": config.prompt.model_copy(update={"init_file": resolve(config.prompt.init_file)}),
             "data": config.data.model_copy(

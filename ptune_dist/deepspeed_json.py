@@ -53,7 +53,8 @@ def check_sections(content: dict[str, Any], file: str) -> None:
         near = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.85)
         if key not in SECTIONS and near:
             raise UserError(f"{file}: unknown key {key}, did you mean {near[0]}?")
-    for path in ("bf16", "fp16", "zero_optimization", "optimizer", "scheduler", "optimizer.params", "scheduler.params"):
+    for path in ("bf16", "fp16", "zero_optimization", "optimizer", "scheduler", "optimizer.params", "scheduler.params",
+                 "torch_autocast", "amp", "data_types"):  # fmt: skip
         node: Any = content
         for part in path.split("."):
             node = node.get(part, {}) if isinstance(node, dict) else node
@@ -67,6 +68,9 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
     file = config.deepspeed if isinstance(config.deepspeed, str) else "deepspeed"
     if "activation_checkpointing" in content:
         raise UserError(f"{file}: activation_checkpointing is not honoured by this version: remove the section")
+    for key in ("torch_autocast", "amp"):
+        if content.get(key, {}).get("enabled"):
+            raise UserError(f"{file}: {key} would change the precision that model.dtype names: remove the section")
     settle = Settler(content, str(file))
     train, dtype = config.train, config.model.dtype
     settle("bf16.enabled", dtype == "bfloat16", "model.dtype", dtype)
@@ -94,6 +98,8 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+    if dtype == "bfloat16" and zero_stage(content) > 0:  # bf16 sums of many micro-batches lose what small ones add
+        content.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     content.setdefault("steps_per_print", 1 << 31)  # our own log reports progress
     return content
 

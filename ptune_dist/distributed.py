@@ -3,10 +3,13 @@
 Floor 1. Rank and world size come from torchrun's variables; with none set it is a world of one, on the same code path.
 """
 
+import ctypes
 import os
 import signal
 import socket
+import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +24,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
+from ptune_dist.errors import RunFault, UserError  # noqa: E402
+
 SECONDS_BETWEEN_INTERRUPTS = 3.0
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ def init_distributed() -> World:
         os.environ.update({name: str(value) for name, value in alone.items()})
     # DeepSpeed still calls collectives by the names they had before torch 2.13, thousands of times a run.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\..* is deprecated")
+    end_with_launcher()
     deepspeed_logger.setLevel(os.environ.get("PTUNE_DEEPSPEED_LOG", "ERROR"))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -58,6 +65,12 @@ def init_distributed() -> World:
             dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
         )
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def end_with_launcher() -> None:
+    """Have the kernel send TERM when torchrun dies, kill -9 included: no rank goes on training alone. Linux only."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:
@@ -88,10 +101,15 @@ def gather_from_ranks(value: Any, world: World) -> list[Any]:
 
 
 def raise_together(error: Exception | None, world: World) -> None:
-    """Raise the first rank's error on every rank, so that none waits for one that gave up. Collective."""
-    for found in gather_from_ranks(error, world):
+    """Raise the first rank's error on every rank, so that none waits for one that gave up. Collective.
+
+    A rank that has an error of its own raises that, with its traceback; of an unexpected one the others get the text.
+    """
+    is_ours = isinstance(error, (UserError, RunFault))
+    sent = error if is_ours or error is None else RuntimeError("".join(traceback.format_exception(error)))
+    for found in gather_from_ranks(sent, world):
         if found is not None:
-            raise found
+            raise error or found
 
 
 class StopRequest:

@@ -12,9 +12,9 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
-from ptune_dist.base.layers import decoder_layers, hidden_size
+from ptune_dist.base.layers import decoder_layers
 from ptune_dist.data.batches import Batch
-from ptune_dist.deepspeed_json import fill_deepspeed_json, zero_stage
+from ptune_dist.deepspeed_json import zero_stage
 from ptune_dist.distributed import World
 from ptune_dist.errors import UserError
 from ptune_dist.optimizer import Member, PromptOptimizer, build_torch_optimizer
@@ -72,6 +72,9 @@ class Engine:
                 whole.copy_(tensors[name])
                 parameter.data.copy_(whole)
         masters = self._masters()
+        assert masters or (self.stage == 0 and parameters[0].dtype == torch.float32), (
+            "DeepSpeed's masters are not found"
+        )
         if masters:
             self._optimizer.write_back(member, masters)
 
@@ -152,9 +155,8 @@ def check_with_deepspeed(content: dict[str, Any], source: Any) -> None:
         raise UserError(f"{file}: DeepSpeed refuses it: {error}") from None
 
 
-def build_engine(config, base, prompt, world: World) -> Engine:
-    """Put base and prompt under DeepSpeed as its JSON asks. Collective: every rank must call. Raises UserError."""
-    content = fill_deepspeed_json(config, hidden_size=hidden_size(base))
+def build_engine(config, base, prompt, content: dict[str, Any], world: World) -> Engine:
+    """Put base and prompt under DeepSpeed as its filled JSON asks. Collective. Raises UserError."""
     stage = zero_stage(content)
     model = PromptedModel(base, prompt)
     named = {name: p for name, p in prompt.named_parameters() if p.requires_grad}
@@ -169,5 +171,8 @@ def build_engine(config, base, prompt, world: World) -> Engine:
     if stage == 3:
         # One gather per decoder layer instead of one per linear.
         deepspeed.utils.set_z3_leaf_modules(model, [type(decoder_layers(base)[0])])
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=content)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=content)
+    except NotImplementedError as error:  # combinations of precisions that DeepSpeed has no optimizer for
+        raise UserError(f"deepspeed: DeepSpeed cannot do this: {error}") from None
     return Engine(engine, optimizer, world, stage)

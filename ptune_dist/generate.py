@@ -3,6 +3,7 @@
 Floor 5. Rows are padded on the left, so that each row's next token stands at the end: [padding, virtual tokens, input].
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ptune_dist.base.layers import max_positions
 from ptune_dist.data.batches import plan_micro_batches
 from ptune_dist.distributed import World, gather_from_ranks
 from ptune_dist.engine import Engine
@@ -26,17 +28,25 @@ def generate_texts(
     """
     world = engine.world
     room = max_new_tokens + engine.num_virtual_tokens
+    most = max_positions(engine.model.base) or sys.maxsize
     plan = plan_micro_batches(
         range(len(inputs)), np.array([len(ids) for ids in inputs]), world_size=world.size,
         micro_batch_tokens=micro_batch_tokens, extra_tokens=room,
     )  # fmt: skip
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, pad_token_id=pad_id(tokenizer), eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad_id(tokenizer), eos_token_id=tokenizer.eos_token_id,
         use_cache=True, **(sampling or {"do_sample": False}),
     )  # fmt: skip
     for number, groups in enumerate(plan):
         mine = groups[world.rank]
-        torch.manual_seed(seed + number * world.size + world.rank)
+        if sampling:
+            torch.manual_seed(seed + number * world.size + world.rank)
+        # The same on every rank: they generate together under ZeRO-3.
+        longest = max(len(inputs[i]) for group in groups for i in group)
+        settings.max_new_tokens = min(max_new_tokens, most - engine.num_virtual_tokens - longest)
+        if settings.max_new_tokens < 1:  # the input fills a base's last learned position
+            yield from ((i, "") for group in groups for i in group)
+            continue
         ids = generate_ids(engine, [inputs[i] for i in mine] or [[settings.pad_token_id]], settings, world)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         for indices, answers in gather_from_ranks((mine, texts[: len(mine)]), world):

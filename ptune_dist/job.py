@@ -6,7 +6,7 @@ Floor 5. What is read from files is read first, on every rank, and a mistake fou
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,22 +50,41 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(config.model.path, load_shape(config.model.path))
 
 
-def build_base(config: Config, world: World) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.Tensor]:
-    """Base, tokenizer and the prompt's starting vectors [P, D]. Raises UserError."""
-    if config.model.dtype == "float16" and world.device.type == "cpu":
-        raise UserError("model.dtype: float16 needs a GPU: use bfloat16 or float32 on a CPU")
+def build_base(
+    config: Config, *, with_start: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.Tensor, dict[str, Any]]:
+    """Base, tokenizer, the prompt's starting vectors [P, D], and DeepSpeed's JSON. Raises UserError.
+
+    Without `with_start` the vectors are zeros: a trained prompt follows, and what it started from may be gone.
+    """
+    check_precision(config)
     tokenizer = build_tokenizer(config)
     base = load_base(
         config.model.path, dtype=getattr(torch, config.model.dtype), random_init=config.model.random_init,
         seed=config.seed,
     )  # fmt: skip
-    check_with_deepspeed(fill_deepspeed_json(config, hidden_size=hidden_size(base)), config.deepspeed)
+    content = build_deepspeed_json(config, base)
     check_positions(config, base)
-    vectors = build_initial_vectors(
-        config.prompt, config.data, seed=config.seed, width=embedding_width(base), tokenizer=tokenizer,
-        lookup=lambda ids: base.get_input_embeddings()(torch.tensor(ids)).float(),
-    )  # fmt: skip
-    return base, tokenizer, vectors
+    vectors = torch.zeros(config.prompt.num_virtual_tokens, embedding_width(base))
+    if with_start:
+        vectors = build_initial_vectors(
+            config.prompt, config.data, seed=config.seed, width=embedding_width(base), tokenizer=tokenizer,
+            lookup=lambda ids: base.get_input_embeddings()(torch.tensor(ids)).float(),
+        )  # fmt: skip
+    return base, tokenizer, vectors, content
+
+
+def check_precision(config: Config) -> None:
+    """Raise UserError for what this machine cannot compute in."""
+    if config.model.dtype == "float16" and not torch.cuda.is_available():
+        raise UserError("model.dtype: float16 needs a GPU: use bfloat16 or float32 on a CPU")
+
+
+def build_deepspeed_json(config: Config, base: PreTrainedModel) -> dict[str, Any]:
+    """DeepSpeed's JSON filled in and accepted by DeepSpeed. Raises UserError."""
+    content = fill_deepspeed_json(config, hidden_size=hidden_size(base))
+    check_with_deepspeed(content, config.deepspeed)
+    return content
 
 
 def check_positions(config: Config, base: PreTrainedModel) -> None:
@@ -78,25 +97,31 @@ def check_positions(config: Config, base: PreTrainedModel) -> None:
         )
 
 
-def build_job(config: Config, world: World) -> Job:
+def build_job(config: Config, world: World, *, with_start: bool = True) -> Job:
     """Load everything and put it under the engine. Collective: every rank must call. Raises UserError."""
-    base, tokenizer, vectors = together(world, lambda: build_base(config, world))
+    base, tokenizer, vectors, content = together(world, lambda: build_base(config, with_start=with_start))
     fingerprint = fingerprint_base(config.model.path, random_init=config.model.random_init, seed=config.seed)
-    return Job(config, tokenizer, build_engine(config, base, PromptTuning(vectors), world), fingerprint)
+    return Job(config, tokenizer, build_engine(config, base, PromptTuning(vectors), content, world), fingerprint)
 
 
 def build_trained_job(config: Config, run_dir: Path, world: World) -> Job:
     """The job of a run with its trained prompt. Collective: every rank must call. Raises UserError."""
     tensors, facts = together(world, lambda: load_prompt(run_dir / "prompt"))
     check_prompt(config, facts, run_dir)
-    job = build_job(config, world)
-    if facts["base"]["fingerprint"] != job.fingerprint:
-        raise UserError(
-            f"model.path: {config.model.path} is not the base that the prompt of {run_dir} was trained on "
-            f"(fingerprint {job.fingerprint}, not {facts['base']['fingerprint']})"
-        )
+    job = build_job(config, world, with_start=False)
+    check_base(config, facts, job.fingerprint, run_dir)
     job.engine.load_prompt(tensors)
     return job
+
+
+def check_base(config: Config, facts: dict, fingerprint: str, run_dir: Path) -> None:
+    """Raise UserError where the base is not the one that a prompt was trained on."""
+    trained_on = facts["base"]["fingerprint"]
+    if trained_on != fingerprint:
+        raise UserError(
+            f"model.path: {config.model.path} is not the base that the prompt of {run_dir} was trained on "
+            f"(fingerprint {fingerprint}, not {trained_on})"
+        )
 
 
 def check_prompt(config: Config, facts: dict, run_dir: Path) -> None:
@@ -121,7 +146,8 @@ def prompt_facts(job: Job, *, step: int, metrics: dict[str, float]) -> dict:
             "path": config.model.path,
             "model_type": base.config.model_type,
             "fingerprint": job.fingerprint,
-            "num_layers": base.config.get_text_config().num_hidden_layers,
-            "num_attention_heads": base.config.get_text_config().num_attention_heads,
+            # for PEFT's adapter_config.json; a state-space model has no heads
+            "num_layers": getattr(base.config.get_text_config(), "num_hidden_layers", None),
+            "num_attention_heads": getattr(base.config.get_text_config(), "num_attention_heads", None),
         },
     }

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from rich.console import Console
@@ -126,30 +126,42 @@ class MetricsWriter:
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
+class StepCount(NamedTuple):
+    seconds: float
+    num_samples: int
+    num_tokens: int
+
+
 class Throughput:
     """Samples and tokens per second in the steady state: this process's first steps are left out."""
 
-    def __init__(self, batch_size: int):
-        self.last_samples, self.last_tokens, self.last_s = batch_size, 0, 0.0
-        self._seen: list[tuple[float, int]] = []
+    def __init__(self) -> None:
+        self._steps: list[StepCount] = []
+        self._lap_began = time.monotonic()
 
-    def count(self, seconds: float, num_tokens: int) -> float:
-        self.last_s, self.last_tokens = seconds, num_tokens
-        self._seen.append((seconds, num_tokens))
-        return seconds
+    def count(self, seconds: float, num_samples: int, num_tokens: int) -> None:
+        self._steps.append(StepCount(seconds, num_samples, num_tokens))
 
-    def _steady(self) -> list[tuple[float, int]]:
-        return self._seen[NUM_WARM_UP_STEPS:] or self._seen
+    def lap(self) -> float:
+        """Seconds since the last call, or since this process's run began."""
+        began, self._lap_began = self._lap_began, time.monotonic()
+        return self._lap_began - began
+
+    @property
+    def last(self) -> StepCount:
+        return self._steps[-1]
 
     @property
     def samples_per_s(self) -> float:
-        steady = self._steady()
-        return self.last_samples * len(steady) / sum(seconds for seconds, _ in steady) if steady else 0.0
+        return self._per_second("num_samples")
 
     @property
     def tokens_per_s(self) -> float:
-        steady = self._steady()
-        return sum(tokens for _, tokens in steady) / sum(seconds for seconds, _ in steady) if steady else 0.0
+        return self._per_second("num_tokens")
+
+    def _per_second(self, what: str) -> float:
+        steady = self._steps[NUM_WARM_UP_STEPS:] or self._steps
+        return sum(getattr(step, what) for step in steady) / sum(step.seconds for step in steady) if steady else 0.0
 
 
 def build_progress() -> Progress:

@@ -3,9 +3,11 @@
 Floor 1.
 """
 
+import fcntl
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ptune_dist.config import Config, load_config, render_config
 from ptune_dist.errors import UserError
@@ -28,6 +30,9 @@ def check_run_dir(config: Config) -> None:
     """Raise UserError where the folder holds a run that this config may not go on with."""
     run_dir = Path(config.output_dir)
     file = run_dir / "config.yaml"
+    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir: {run_dir}: cannot write in {existing}")
     if not file.exists() or not has_begun(run_dir):
         return
     if config.train.resume == "never":
@@ -44,14 +49,25 @@ def has_begun(run_dir: Path) -> bool:
     return any((run_dir / name).exists() for name in ("checkpoints", "prompt", "summary.json"))
 
 
-def claim_run_dir(config: Config) -> None:
-    """Create the run's folder and put its config there. Raises UserError. One rank calls."""
+def lock_run_dir(config: Config) -> IO[str]:
+    """Create the run's folder, and lock it while the returned file is open. Raises UserError. One rank calls."""
     run_dir = Path(config.output_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        replace_file(run_dir / "config.yaml", render_config(config).encode())
+        lock = open(run_dir / ".lock", "a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"output_dir: {run_dir}: another process is training here: wait for it or end it") from None
     except OSError as error:
         raise UserError(f"output_dir: {run_dir}: {error.strerror}") from None
+    return lock
+
+
+def write_run_config(config: Config) -> None:
+    """Put the resolved config into the run's folder. Raises RunFault. One rank calls."""
+    file = Path(config.output_dir) / "config.yaml"
+    with fault_on_failed_write(file):
+        replace_file(file, render_config(config).encode())
 
 
 def first_difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
@@ -86,8 +102,10 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 def is_finished(config: Config) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do."""
     summary = read_summary(Path(config.output_dir))
-    done = summary and (summary["stopped_early"] or summary["steps"] >= config.train.max_steps)
-    return summary if done else None
+    if not summary:
+        return None
+    gave_up = 0 < config.evaluate.patience <= summary["evaluations_since_best"]
+    return summary if gave_up or summary["steps"] >= config.train.max_steps else None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from ptune_dist.data.build import Split
 from ptune_dist.distributed import World, max_over_ranks
 from ptune_dist.evaluate import Judge
 from ptune_dist.job import Job
-from ptune_dist.metrics import Throughput, peak_memory_bytes, show_samples
+from ptune_dist.metrics import peak_memory_bytes, show_samples
 from ptune_dist.progress import Progress
 
 
@@ -27,7 +27,7 @@ def describe_start(job: Job, split: Split, judge: Judge | None, progress: Progre
     return "; ".join(parts)
 
 
-def build_summary(job: Job, progress: Progress, clock: Throughput, world: World) -> dict:
+def build_summary(job: Job, progress: Progress, world: World) -> dict:
     """What `summary.json` holds. Collective: every rank must call."""
     peak = max_over_ranks(peak_memory_bytes(world.device), world)
     return {
@@ -37,15 +37,16 @@ def build_summary(job: Job, progress: Progress, clock: Throughput, world: World)
         "validation": progress.best,
         "before": progress.before,
         "best_step": progress.best_step,
+        "evaluations_since_best": progress.num_worse,
         "samples": progress.samples,
-        "samples_per_s": clock.samples_per_s,
-        "tokens_per_s": clock.tokens_per_s,
+        "samples_per_s": progress.throughput.samples_per_s,
+        "tokens_per_s": progress.throughput.tokens_per_s,
         "peak_memory_bytes": int(peak),
         "world_size": world.size,
         "zero_stage": job.engine.stage,
         "quantization": job.config.model.quantization,
         "skipped_steps": job.engine.skipped_steps,
-        "wall_s": progress.elapsed_s,
+        "wall_s": progress.wall_s + progress.throughput.lap(),
         "versions": {
             "ptune_dist": __version__,
             "python": platform.python_version(),

@@ -4,10 +4,12 @@ import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ptune_dist.config import HIGHER_IS_BETTER, Config
+from ptune_dist.checkpoint import list_checkpoints
+from ptune_dist.config import Config
 from ptune_dist.data.batches import collate, plan_micro_batches, step_examples
 from ptune_dist.data.build import Split, build_split
 from ptune_dist.distributed import StopRequest, World, init_distributed, sum_over_ranks
@@ -16,10 +18,10 @@ from ptune_dist.evaluate import Judge, build_judge
 from ptune_dist.files import fault_on_failed_write
 from ptune_dist.generate import pad_id
 from ptune_dist.job import Job, build_job, build_tokenizer, together
-from ptune_dist.metrics import MetricsWriter, Throughput, peak_memory_bytes
+from ptune_dist.metrics import MetricsWriter, peak_memory_bytes
 from ptune_dist.optimizer import learning_rate_at
 from ptune_dist.progress import Progress, checkpoint, restore, store_prompt
-from ptune_dist.run_dir import check_run_dir, claim_run_dir, is_finished, write_json
+from ptune_dist.run_dir import check_run_dir, is_finished, lock_run_dir, write_json, write_run_config
 from ptune_dist.summary import build_summary, describe_start, say_finished
 
 DONE, STOPPED = 0, 75
@@ -34,41 +36,58 @@ def train(config: Config) -> int:
         say_finished(config, summary, world)
         return DONE
     split, judge = together(world, lambda: build_data(config))
-    job = build_job(config, world)
-    progress = restore(job, split, world)
-    together(world, lambda: claim_run_dir(config) if world.is_main else None)
-    clock = Throughput(config.train.batch_size)
-
-    with together(world, lambda: open_metrics(config, progress, world)) as metrics, StopRequest() as stop:
-        if world.is_main:
-            metrics.say(describe_start(job, split, judge, progress, world))
-        if progress.step == 0:
-            judge_prompt(job, judge, progress, metrics, world)
-        while not is_over(config, progress):
-            began, step = time.perf_counter(), progress.step + 1
-            examples = step_examples(
-                step, batch_size=config.train.batch_size, num_examples=len(split.examples), seed=config.seed
-            )
-            loss = accumulate_step(job, split, examples, step, world)
-            learning_rate = learning_rate_of(config, step)
-            grad_norm = move_prompt(job, split, examples, step, learning_rate)
-            progress.step, progress.train_loss = step, loss
-            num_tokens = int(split.examples.lengths[examples].sum())
-            progress.elapsed_s += clock.count(time.perf_counter() - began, num_tokens)
+    lock = together(world, lambda: lock_run_dir(config) if world.is_main else nullcontext())
+    with lock:
+        job = build_job(config, world, with_start=not has_checkpoint(config))
+        progress = restore(job, split, world)
+        together(world, lambda: write_run_config(config) if world.is_main else None)
+        with together(world, lambda: open_metrics(config, progress, world)) as metrics, StopRequest() as stop:
             if world.is_main:
-                metrics.step(metrics_line(progress, learning_rate, grad_norm, clock, world))
-            stop_asked = agree_on_stop(stop, metrics, world)
-
-            if is_due(config.evaluate.every, step, config):
-                judge_prompt(job, judge, progress, metrics, world)
-            if is_due(config.checkpoint.every, step, config) or stop_asked or is_over(config, progress):
-                checkpoint(job, progress, world)
-            if stop_asked and not is_over(config, progress):
-                if world.is_main:
-                    metrics.say(f"stopped at step {step} on request; the same command goes on from here")
+                metrics.say(describe_start(job, split, judge, progress, world))
+            is_done = run_steps(job, split, judge, progress, metrics, stop, world)
+            if not is_done:
                 return STOPPED
-        finish(job, judge, progress, metrics, clock, world)
+            summary = finish(job, judge, progress, metrics, world)
+    say_finished(config, summary, world)
     return DONE
+
+
+def run_steps(
+    job: Job, split: Split, judge: Judge | None, progress: Progress, metrics: MetricsWriter | None, stop: StopRequest,
+    world: World,
+) -> bool:  # fmt: skip
+    """Steps until the run is over, or until any rank is asked to stop: then False, with all of it saved. Collective.
+
+    A checkpoint comes before the evaluation of its step, so that a long evaluation cannot cost it; a run that goes on
+    from there evaluates first.
+    """
+    config = job.config
+    if judge and progress.evaluation_pending:
+        judge_prompt(job, judge, progress, metrics, world)
+    while not is_over(config, progress):
+        began, step = time.perf_counter(), progress.step + 1
+        examples = step_examples(
+            step, batch_size=config.train.batch_size, num_examples=len(split.examples), seed=config.seed
+        )
+        loss = accumulate_step(job, split, examples, step, world)
+        learning_rate = learning_rate_of(config, step)
+        grad_norm = move_prompt(job, split, examples, step, learning_rate)
+        num_tokens = int(split.examples.lengths[examples].sum())
+        progress.count_step(loss, time.perf_counter() - began, len(examples), num_tokens)
+        if world.is_main:
+            metrics.step(metrics_line(progress, learning_rate, grad_norm, world))
+
+        progress.evaluation_pending = judge is not None and is_due(config.evaluate.every, step, config)
+        is_stopped = agree_on_stop(stop, metrics, world) and not is_over(config, progress)
+        if is_stopped or is_due(config.checkpoint.every, step, config):
+            checkpoint(job, progress, world)
+        if is_stopped:
+            if world.is_main:
+                metrics.say(f"stopped at step {step} on request; the same command goes on from here")
+            return False
+        if progress.evaluation_pending:
+            judge_prompt(job, judge, progress, metrics, world)
+    return True
 
 
 def accumulate_step(job: Job, split: Split, examples: list[int], step: int, world: World) -> float:
@@ -103,9 +122,10 @@ def move_prompt(job: Job, split: Split, examples: list[int], step: int, learning
 def describe_fault(job: Job, split: Split, examples: list[int], step: int, what: str) -> RunFault:
     """What is not finite, where, and what is kept."""
     rows = ", ".join(split.examples.where(i) for i in examples[:3])
+    found = list_checkpoints(Path(job.config.output_dir) / "checkpoints")
     return RunFault(
         f"{what} at step {step}, in a batch of {len(examples)} rows ({rows}{', ...' if len(examples) > 3 else ''}); "
-        f"the checkpoints in {job.config.output_dir} are as they were"
+        + (f"the last good checkpoint is {found[-1]}" if found else f"{job.config.output_dir} has no checkpoint yet")
     )
 
 
@@ -127,45 +147,36 @@ def build_data(config: Config) -> tuple[Split, Judge | None]:
 
 
 def judge_prompt(
-    job: Job, judge: Judge | None, progress: Progress, metrics: MetricsWriter | None, world: World
-) -> None:
-    """Evaluate; keep the prompt where it is the best so far. Collective: every rank must call."""
-    if judge is None:
-        return
+    job: Job, judge: Judge, progress: Progress, metrics: MetricsWriter | None, world: World
+) -> None:  # fmt: skip
+    """Evaluate; keep the prompt where it is the best so far. Collective: every rank must call. Raises RunFault."""
     found, samples = judge(job.engine)
     if world.is_main:
         metrics.evaluation(progress.step, found, samples)
     if not math.isfinite(found["loss"]):
-        raise RunFault(f"the validation loss is {found['loss']} at step {progress.step}; nothing of this step is saved")
-    name = job.config.evaluate.best
-    if progress.step == 0:
-        progress.before = found
-        progress.samples = [
-            {"input": s["input"], "wanted": s["wanted"], "untrained": s["answer"], "trained": ""} for s in samples
-        ]
-        return
-    sign = 1 if HIGHER_IS_BETTER[name] else -1
-    if name in progress.best and sign * found[name] <= sign * progress.best[name]:
-        progress.num_worse += 1
-        return
-    progress.best, progress.best_step, progress.num_worse = found, progress.step, 0
-    for kept, sample in zip(progress.samples, samples, strict=False):  # their number may change on resume
-        kept["trained"] = sample["answer"]
-    store_prompt(job, progress, world)
+        raise RunFault(f"the validation loss is {found['loss']} at step {progress.step}; the best prompt is kept")
+    if progress.count_evaluation(found, samples, job.config.evaluate.best):
+        store_prompt(job, progress, world)
 
 
 def finish(
-    job: Job, judge: Judge | None, progress: Progress, metrics: MetricsWriter | None, clock: Throughput, world: World
-) -> None:
-    """Write the summary; where nothing has been judged the last prompt is the one to keep. Collective."""
-    if not progress.best:
+    job: Job, judge: Judge | None, progress: Progress, metrics: MetricsWriter | None, world: World
+) -> dict[str, Any]:  # fmt: skip
+    """Write the summary and return it; where nothing is judged the last prompt is the one to keep. Collective."""
+    if judge and not progress.best:
         judge_prompt(job, judge, progress, metrics, world)
     if judge is None:
         store_prompt(job, progress, world)
-    summary = build_summary(job, progress, clock, world)
+    if progress.step < job.config.train.max_steps:  # patience ended it, perhaps between two checkpoints
+        checkpoint(job, progress, world)
+    summary = build_summary(job, progress, world)
     file = Path(job.config.output_dir) / "summary.json"
     together(world, lambda: write_json(file, summary) if world.is_main else None)
-    say_finished(job.config, summary, world)
+    return summary
+
+
+def has_checkpoint(config: Config) -> bool:
+    return bool(list_checkpoints(Path(config.output_dir) / "checkpoints"))
 
 
 def open_metrics(config: Config, progress: Progress, world: World):
@@ -176,16 +187,16 @@ def open_metrics(config: Config, progress: Progress, world: World):
         return MetricsWriter(Path(config.output_dir), max_steps=config.train.max_steps, first_step=progress.step + 1)
 
 
-def metrics_line(
-    progress: Progress, learning_rate: float, grad_norm: float, clock: Throughput, world: World
-) -> dict[str, float]:
+def metrics_line(progress: Progress, learning_rate: float, grad_norm: float, world: World) -> dict[str, float]:
+    """A line of metrics.jsonl."""
+    last = progress.throughput.last
     return {
         "step": progress.step,
         "loss": progress.train_loss,
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
-        "samples_per_s": clock.last_samples / clock.last_s,
-        "tokens_per_s": clock.last_tokens / clock.last_s,
+        "samples_per_s": last.num_samples / last.seconds,
+        "tokens_per_s": last.num_tokens / last.seconds,
         "peak_memory_bytes": peak_memory_bytes(world.device),
         "time_s": progress.elapsed_s,
     }

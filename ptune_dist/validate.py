@@ -11,13 +11,15 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from ptune_dist.base.layers import hidden_size
+from ptune_dist.base.layers import embedding_width
 from ptune_dist.base.load import check_is_causal, load_shape, load_tokenizer
 from ptune_dist.config import Config, render_config
-from ptune_dist.data.build import Split, build_label_candidates, build_split
+from ptune_dist.data.build import Split, build_split
 from ptune_dist.data.encode import token_statistics
-from ptune_dist.deepspeed_json import fill_deepspeed_json
-from ptune_dist.job import check_positions
+from ptune_dist.evaluate import build_judge
+from ptune_dist.job import build_deepspeed_json, check_positions, check_precision
+from ptune_dist.prompts.initialise import build_initial_vectors
+from ptune_dist.run_dir import check_run_dir
 
 NUM_EXAMPLES = 5
 
@@ -30,11 +32,18 @@ def validate(config: Config) -> None:
     tokenizer = load_tokenizer(config.model.path, shape)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(shape)
+    check_run_dir(config)
+    check_precision(config)
     check_positions(config, base)
-    content = fill_deepspeed_json(config, hidden_size=hidden_size(base))
+    content = build_deepspeed_json(config, base)
+    width = embedding_width(base)
+    build_initial_vectors(
+        config.prompt, config.data, seed=config.seed, width=width, tokenizer=tokenizer,
+        lookup=lambda ids: torch.zeros(len(ids), width),
+    )  # fmt: skip
     splits = {which: build_split(config.data, tokenizer, which=which) for which in ("train", "validation")}
-    if "accuracy" in config.evaluate.metrics and splits["validation"]:
-        build_label_candidates(config.data, splits["validation"], tokenizer)
+    if splits["validation"]:
+        build_judge(config, splits["validation"], tokenizer)
 
     console.rule("config")
     console.print(render_config(config), markup=False)
@@ -44,7 +53,7 @@ def validate(config: Config) -> None:
     console.print(render_statistics(splits))
     size = f"{sum(p.numel() for p in base.parameters()):,} parameters"
     console.print(f"base: {shape.model_type}, {size}; {describe_epochs(config, splits['train'])}")
-    console.rule("examples: [supervised] part in brackets")
+    console.rule(Text("examples, the supervised part in [brackets]"))
     for index in range(min(NUM_EXAMPLES, len(splits["train"].examples))):
         console.print(render_example(splits["train"], index, tokenizer))
 

@@ -55,9 +55,9 @@ def command_line(module: str, *arguments: str, num_ranks: int = 1) -> list[str]:
 
 
 def process_env(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment of a started process: one thread a rank, no network, no torchrun variables of our own."""
+    """The environment of a started process: one thread a rank, no network, no GPU but for tests that ask for it."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return kept | ours | (extra or {})
 
 

@@ -27,6 +27,8 @@ def hidden_size(base: PreTrainedModel) -> int:
 def max_positions(base: PreTrainedModel) -> int | None:
     """The most positions that learned position embeddings have; None where positions are computed (rotary, ALiBi)."""
     text = base.config.get_text_config()
+    if text.model_type == "mpt":  # ALiBi, but from a table of fixed length
+        return text.max_seq_len
     learned = any(
         isinstance(module, nn.Embedding) and module is not base.get_input_embeddings() for module in base.modules()
     )

@@ -5,12 +5,20 @@ Everything that can be wrong with `model.path` is said here, in one line.
 
 import difflib
 import hashlib
+import inspect
 import logging
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
@@ -30,7 +38,10 @@ def load_base(path: str, *, dtype: torch.dtype, random_init: bool, seed: int) ->
             base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
     else:
         base = read_weights(path, dtype)
+    if "inputs_embeds" not in inspect.signature(base.prepare_inputs_for_generation).parameters:
+        raise UserError(f"model.path: {path}: transformers' {shape.model_type} models cannot go on from input vectors")
     base.config.use_cache = False
+    base.generation_config = GenerationConfig()  # answers depend on our settings, not on what a base's folder suggests
     return base.eval().requires_grad_(False)
 
 

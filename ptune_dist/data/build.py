@@ -81,7 +81,9 @@ def build_label_candidates(data, split: Split, tokenizer: PreTrainedTokenizerBas
             raise UserError(f"{split.rows.where(i)}: {column} is {value!r}, which data.labels does not list")
         right.append(data.labels.index(str(value)))
     candidates = []
+    typed = {str(value): value for value in split.rows.dataset[column]}  # a template may count on a column's numbers
     for label in data.labels:
+        label = typed.get(label, label)
         dataset = split.rows.dataset.remove_columns(column).add_column(column, [label] * len(split.rows))
         rows = dataclasses.replace(split.rows, dataset=dataset)
         candidates.append(encode_with_templates(data, rows, tokenizer))

@@ -1,6 +1,7 @@
 """The same promises on CUDA: NCCL, fp16's loss scale, as many ranks as there are GPUs. Skipped without a GPU."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from tests.conftest import TINY
 from tests.numerics.test_curves import curve, train_all, write_spec, zero_json
 
+GPUS = {
+    "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+}
 pytestmark = [pytest.mark.gpu, pytest.mark.long]
 
 
@@ -25,7 +29,7 @@ def mixed(stage: int, dtype: str) -> tuple[dict, list[str]]:
 def test_every_stage_gives_one_curve_on_the_gpu(tiny_bases, tmp_path):
     base = tiny_bases["llama"]
     specs = [write_spec(tmp_path, base, f"stage{stage}", *mixed(stage, "float32")) for stage in range(4)]
-    runs = train_all(specs, tmp_path, num_ranks=torch.cuda.device_count())
+    runs = train_all(specs, tmp_path, num_ranks=torch.cuda.device_count(), env=GPUS)
     expected = curve(runs["stage0"])
     for stage in (1, 2, 3):
         assert curve(runs[f"stage{stage}"]) == pytest.approx(expected, rel=1e-5), stage
@@ -40,7 +44,7 @@ def test_half_precision_learns_the_quickstart_at_every_stage(tmp_path, dtype):
         more = ["prompt.init=vocab", "prompt.init_file=null", "prompt.num_virtual_tokens=10", "train.max_steps=100",
                 "train.batch_size=32"]  # fmt: skip
         specs.append((config, overrides + more))
-    for name, run in train_all(specs, tmp_path, num_ranks=torch.cuda.device_count()).items():
+    for name, run in train_all(specs, tmp_path, num_ranks=torch.cuda.device_count(), env=GPUS).items():
         losses = curve(run)
         assert sum(losses[-10:]) / 10 < 0.1 * losses[0], name
         summary = json.loads(Path(run, "summary.json").read_text())

@@ -30,8 +30,8 @@ def hash_base(job: Job) -> dict[str, str]:
 def main() -> None:
     seen: list[tuple[Job, dict[str, str]]] = []
 
-    def build_and_hash(config, world) -> Job:
-        job = build_job(config, world)
+    def build_and_hash(config, world, **options) -> Job:
+        job = build_job(config, world, **options)
         seen.append((job, hash_base(job)))
         return job
 

@@ -1,0 +1,111 @@
+"""What `evaluate`, `generate` and `export` do with a run's trained prompt.
+
+Floor 6.
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import datasets
+import torch
+
+from ptune_dist.base.load import fingerprint_base, load_base
+from ptune_dist.config import Config
+from ptune_dist.data.build import build_inputs, build_split, build_templates
+from ptune_dist.data.sources import Rows, load_rows
+from ptune_dist.distributed import World, init_distributed
+from ptune_dist.errors import UserError
+from ptune_dist.evaluate import Judge, build_judge
+from ptune_dist.export import export_peft, export_prompt_embeds
+from ptune_dist.files import fault_on_failed_write
+from ptune_dist.generate import generate_texts
+from ptune_dist.job import build_tokenizer, build_trained_job, check_base, together
+from ptune_dist.prompts.store import load_prompt
+from ptune_dist.run_dir import write_json
+
+CHUNK_ROWS = 256  # rows of one rank that are answered before they are written
+
+
+def evaluate_run(config: Config, run_dir: Path) -> None:
+    """Judge the prompt on `data.validation`; print the metrics and write evaluation.json. Collective."""
+    world = init_distributed()
+    judge = together(world, lambda: build_run_judge(config, run_dir))
+    metrics, samples = judge(build_trained_job(config, run_dir, world).engine)
+    content = {"data": config.data.validation, "num_examples": len(judge.split.examples), **metrics}
+    file = run_dir / "evaluation.json"
+    together(world, lambda: write_json(file, content | {"samples": samples}) if world.is_main else None)
+    if world.is_main:
+        print(json.dumps(content, indent=2))
+
+
+def build_run_judge(config: Config, run_dir: Path) -> Judge:
+    tokenizer = build_tokenizer(config)
+    split = build_split(config.data, tokenizer, which="validation", max_examples=config.evaluate.max_examples)
+    if split is None:
+        raise UserError(f"{run_dir}/config.yaml: data.validation is missing: give data.validation=FILE")
+    return build_judge(config, split, tokenizer)
+
+
+def generate_for_run(
+    config: Config, run_dir: Path, *, text: str | None, file: str | None, output: Path | None, max_new_tokens: int,
+    sampling: dict[str, Any] | None, seed: int,
+) -> None:  # fmt: skip
+    """Answer one text or the rows of a file: JSON lines in the rows' order, written as they come. Collective."""
+    world = init_distributed()
+    rows = together(world, lambda: read_input_rows(config, text, file))
+    inputs = together(world, lambda: build_inputs(config.data, rows, build_tokenizer(config)))
+    stream = together(world, lambda: open_output(output, world))
+    job = build_trained_job(config, run_dir, world)
+    chunk = CHUNK_ROWS * world.size
+    with fault_on_failed_write(output) if output else contextlib.nullcontext(), stream as out:
+        for first in range(0, len(inputs), chunk):
+            answers = dict(
+                generate_texts(
+                    job.engine, job.tokenizer, inputs[first : first + chunk], max_new_tokens=max_new_tokens,
+                    micro_batch_tokens=config.train.micro_batch_tokens, sampling=sampling, seed=seed + first,
+                )
+            )  # fmt: skip
+            for i in sorted(answers) if out else ():
+                row = rows.dataset[first + i] | {"generated": answers[i]}
+                print(json.dumps(row, ensure_ascii=False, default=str), file=out, flush=True)
+
+
+def open_output(path: Path | None, world: World) -> contextlib.AbstractContextManager[TextIO | None]:
+    """Where rank 0 writes: a file or standard output; None on the other ranks. Raises UserError."""
+    if not world.is_main:
+        return contextlib.nullcontext()
+    try:
+        return open(path, "w", encoding="utf-8") if path else contextlib.nullcontext(sys.stdout)
+    except OSError as error:
+        raise UserError(f"--output: {path}: {error.strerror}") from None
+
+
+def read_input_rows(config: Config, text: str | None, file: str | None) -> Rows:
+    """The rows of a file, or the one row that a text makes for a template of one column. Raises UserError."""
+    if file:
+        return load_rows(file, key="--input-file", default_split="test")
+    template, _ = build_templates(config.data)
+    if len(template.columns) != 1:
+        columns = ", ".join(template.columns) or "none"
+        raise UserError(f"--input: data.template takes {columns}: give rows with --input-file")
+    return Rows("--input", datasets.Dataset.from_list([{template.columns[0]: text}]), "rows")
+
+
+def export_run(config: Config, run_dir: Path, *, to: str, out: Path, text: str | None, file: str | None) -> None:
+    """Write a PEFT adapter, or prompt embeddings of the given inputs, to folder `out`. Raises UserError."""
+    tensors, facts = load_prompt(run_dir / "prompt")
+    if to == "peft":
+        export_peft(tensors, facts, out)
+        return
+    model = config.model
+    fingerprint = fingerprint_base(model.path, random_init=model.random_init, seed=config.seed)
+    check_base(config, facts, fingerprint, run_dir)
+    dtype = getattr(torch, model.dtype)
+    is_given = text is not None or file is not None
+    rows = read_input_rows(config, text, file) if is_given else None
+    inputs = build_inputs(config.data, rows, build_tokenizer(config)) if is_given else []
+    base = load_base(model.path, dtype=dtype, random_init=model.random_init, seed=config.seed)
+    export_prompt_embeds(tensors, base.get_input_embeddings(), inputs, dtype, out)

@@ -36,9 +36,8 @@ def train(config: Config) -> int:
         say_finished(config, summary, world)
         return DONE
     split, judge = together(world, lambda: build_data(config))
-    lock = together(world, lambda: lock_run_dir(config) if world.is_main else nullcontext())
-    with lock:
-        job = build_job(config, world, with_start=not has_checkpoint(config))
+    job = build_job(config, world, with_start=not has_checkpoint(config))
+    with together(world, lambda: lock_run_dir(config) if world.is_main else nullcontext()):
         progress = restore(job, split, world)
         together(world, lambda: write_run_config(config) if world.is_main else None)
         with together(world, lambda: open_metrics(config, progress, world)) as metrics, StopRequest() as stop:

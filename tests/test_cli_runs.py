@@ -234,7 +234,7 @@ def test_a_prompt_whose_validation_is_not_finite_is_never_the_best_and_ends_the_
     )  # fmt: skip
     last = read_metrics(run)[-1]["step"]
     assert f"the validation loss is nan at step {last}" in only_error(finished, 1)
-    assert load_checkpoint(list_checkpoints(run / "checkpoints")[-1]).step == last - 1
+    assert load_checkpoint(list_checkpoints(run / "checkpoints")[-1]).step == last  # saved before it was judged
     facts = json.loads((run / "prompt" / "prompt.json").read_text())
     assert facts["validation"]["loss"] < 100, "the best prompt was overwritten by one that gives nan"
 

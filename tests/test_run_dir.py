@@ -6,8 +6,22 @@ import pytest
 
 from ptune_dist.config import Config, load_config
 from ptune_dist.errors import UserError
-from ptune_dist.run_dir import check_run_dir, claim_run_dir, is_finished, read_run_config, read_summary, write_json
+from ptune_dist.run_dir import (
+    check_run_dir,
+    is_finished,
+    lock_run_dir,
+    read_run_config,
+    read_summary,
+    write_json,
+    write_run_config,
+)
 from tests.conftest import write_config
+
+
+def claim(config) -> None:
+    """As a run begins."""
+    with lock_run_dir(config):
+        write_run_config(config)
 
 
 @pytest.fixture
@@ -20,14 +34,14 @@ def load(tmp_path):
 def begun(load) -> Config:
     """The config of a run that has a checkpoint."""
     config = load()
-    claim_run_dir(config)
+    claim(config)
     (Path(config.output_dir) / "checkpoints").mkdir()
     return config
 
 
 def test_a_folder_without_a_run_may_be_used_and_one_whose_start_failed_too(load):
     check_run_dir(load())
-    claim_run_dir(load())
+    claim(load())
     check_run_dir(load("train.learning_rate=0.9", "train.resume=never"))
 
 
@@ -80,12 +94,15 @@ def test_resume_never_refuses_a_folder_that_holds_a_run(begun, load):
 def test_a_run_is_finished_when_its_summary_says_so(begun, load):
     folder = Path(begun.output_dir)
     assert is_finished(begun) is None
-    write_json(folder / "summary.json", {"steps": 20, "stopped_early": False})
+    write_json(folder / "summary.json", {"steps": 20, "evaluations_since_best": 0})
     assert is_finished(begun)["steps"] == 20
     assert is_finished(load("train.max_steps=10"))
     assert is_finished(load("train.max_steps=21")) is None
-    write_json(folder / "summary.json", {"steps": 7, "stopped_early": True})
-    assert is_finished(begun)["steps"] == 7
+    write_json(folder / "summary.json", {"steps": 7, "evaluations_since_best": 2})
+    patient = ["data.validation=x.jsonl", "evaluate.patience=2"]
+    assert is_finished(load(*patient))["steps"] == 7
+    assert is_finished(load(patient[0], "evaluate.patience=3")) is None
+    assert is_finished(begun) is None
 
 
 def test_a_summary_that_cannot_be_read_is_none(tmp_path):
@@ -98,4 +115,4 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, load):
     (tmp_path / "file").write_text("")
     for name in ("file", "file/below"):
         with pytest.raises(UserError, match=f"output_dir: {tmp_path}/{name}: "):
-            claim_run_dir(load(f"output_dir={tmp_path}/{name}"))
+            claim(load(f"output_dir={tmp_path}/{name}"))

@@ -12,7 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import ROOT, TINY, build_tiny_base, command_line, process_env, run_command, write_config
+from tests.commands import Commands
+from tests.conftest import ROOT, TINY, build_tiny_base, command_line, process_env, write_config
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    with Commands(tmp_path_factory.mktemp("commands")) as running:
+        yield running
 
 
 def start(config: Path, num_ranks: int) -> subprocess.Popen:
@@ -29,13 +36,13 @@ def start(config: Path, num_ranks: int) -> subprocess.Popen:
 
 
 @pytest.mark.long
-def test_ranks_end_when_their_launcher_is_killed_and_a_second_run_is_refused_while_they_train(tmp_path):
+def test_ranks_end_when_their_launcher_is_killed_and_a_second_run_is_refused_while_they_train(commands, tmp_path):
     config = write_config(tmp_path / "config.json", train={"max_steps": 100_000})
     launcher = start(config, num_ranks=2)
     ranks = psutil.Process(launcher.pid).children(recursive=True)
     try:
-        second = run_command("train", str(config))
-        assert second.returncode == 2 and "another process is training here" in second.stderr
+        second = commands.run("train", str(config))
+        assert second.code == 2 and "another process is training here" in second.err
         os.kill(launcher.pid, signal.SIGKILL)
         launcher.wait()
         _, alive = psutil.wait_procs(ranks, timeout=30)
@@ -47,62 +54,62 @@ def test_ranks_end_when_their_launcher_is_killed_and_a_second_run_is_refused_whi
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))  # they saved before they left
 
 
-def test_answers_do_not_depend_on_what_a_bases_folder_suggests_for_generation(tmp_path):
+def test_answers_do_not_depend_on_what_a_bases_folder_suggests_for_generation(commands, tmp_path):
     config = write_config(
         tmp_path / "config.json", prompt={"num_virtual_tokens": 10}, train={"max_steps": 60, "batch_size": 32},
         data={"validation": str(TINY / "data" / "validation.jsonl")},
         evaluate={"metrics": ["exact_match"], "every": 0, "max_examples": 64},
     )  # fmt: skip
-    assert run_command("train", str(config)).returncode == 0
+    assert commands.run("train", str(config)).code == 0
     run = tmp_path / "run"
     wanted = json.loads((run / "summary.json").read_text())["validation"]["exact_match"]
     base = Path(shutil.copytree(TINY / "causal", tmp_path / "base"))
     poison = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2, "do_sample": True, "temperature": 3.0}
     (base / "generation_config.json").write_text(json.dumps(poison))
-    done = run_command("evaluate", str(run), f"model.path={base}")
-    assert done.returncode == 0, done.stderr
+    done = commands.run("evaluate", str(run), f"model.path={base}")
+    assert done.code == 0, done.err
     assert wanted > 0.5 and json.loads((run / "evaluation.json").read_text())["exact_match"] == wanted
 
 
-def test_a_run_does_not_need_the_file_that_its_prompt_started_from(tmp_path):
+def test_a_run_does_not_need_the_file_that_its_prompt_started_from(commands, tmp_path):
     first = write_config(tmp_path / "config.json", train={"max_steps": 2})
-    assert run_command("train", str(first)).returncode == 0
+    assert commands.run("train", str(first)).code == 0
     second = write_config(
         tmp_path / "second.json", output_dir=str(tmp_path / "second"), train={"max_steps": 2},
         prompt={"init": "file", "init_file": str(tmp_path / "run")},
     )  # fmt: skip
-    assert run_command("train", str(second)).returncode == 0
+    assert commands.run("train", str(second)).code == 0
     shutil.rmtree(tmp_path / "run")
-    done = run_command("generate", str(tmp_path / "second"), "--input", "hello", "--max-new-tokens", "2")
-    assert done.returncode == 0, done.stderr
-    done = run_command("train", str(second), "train.max_steps=3")
-    assert done.returncode == 0, done.stderr
+    done = commands.run("generate", str(tmp_path / "second"), "--input", "hello", "--max-new-tokens", "2")
+    assert done.code == 0, done.err
+    done = commands.run("train", str(second), "train.max_steps=3")
+    assert done.code == 0, done.err
 
 
-def test_answers_stop_at_the_last_learned_position(tmp_path):
+def test_answers_stop_at_the_last_learned_position(commands, tmp_path):
     base = build_tiny_base("gpt2", tmp_path / "base")  # 128 positions
     config = write_config(
         tmp_path / "config.json", model={"path": str(base)}, data={"max_length": 124},
         train={"max_steps": 1},
     )  # fmt: skip
-    assert run_command("train", str(config)).returncode == 0
+    assert commands.run("train", str(config)).code == 0
     for length, most in ((100, 22), (121, 1), (122, 0)):  # 4 virtual tokens and " =" are there too
-        done = run_command(
+        done = commands.run(
             "generate", str(tmp_path / "run"), "--input", "x" * length, "--max-new-tokens", "200", "--temperature", "5"
         )
-        assert done.returncode == 0, done.stderr[-1500:]
-        assert len(json.loads(done.stdout)["generated"].encode()) <= 4 * max(most, 0) + 4
+        assert done.code == 0, done.err[-1500:]
+        assert len(json.loads(done.out)["generated"].encode()) <= 4 * max(most, 0) + 4
 
 
-def test_an_early_stopped_run_goes_on_when_it_may(tmp_path):
+def test_an_early_stopped_run_goes_on_when_it_may(commands, tmp_path):
     config = write_config(
         tmp_path / "config.json", data={"validation": str(TINY / "data" / "validation.jsonl")},
         train={"max_steps": 20, "learning_rate": 1e-9},
         evaluate={"every": 1, "patience": 1, "max_examples": 4, "num_samples": 0},
     )  # fmt: skip
-    assert run_command("train", str(config)).returncode == 0
+    assert commands.run("train", str(config)).code == 0
     stopped_at = json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
     assert stopped_at < 20
-    done = run_command("train", str(config), "evaluate.patience=0")
-    assert done.returncode == 0, done.stderr
+    done = commands.run("train", str(config), "evaluate.patience=0")
+    assert done.code == 0, done.err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 20

@@ -5,7 +5,6 @@ Turns, not blocks: what drifts (heat, neighbours) meets both sides of a pair ali
 
 import json
 import os
-import signal
 import statistics
 import subprocess
 import time
@@ -15,7 +14,13 @@ from typing import Any
 
 from rich.console import Console
 
-from ptune_dist.bench.machine import Neighbours, describe_commit, describe_hardware, describe_versions
+from ptune_dist.bench.machine import (
+    Neighbours,
+    describe_commit,
+    describe_hardware,
+    describe_versions,
+    wait_until_quiet,
+)
 from ptune_dist.bench.matrix import Case, Matrix, built_in_values, fill_command, load_matrix
 from ptune_dist.bench.report import render_tables
 from ptune_dist.errors import RunFault, UserError
@@ -88,11 +93,14 @@ def run_case(matrix: Matrix, case: Case, folder: Path, console: Console) -> dict
 def run_side(matrix: Matrix, case: Case, side: str, repeat: int, folder: Path) -> dict[str, Any]:
     """One run of one side. Raises RunFault where it fails or leaves no result."""
     name = f"{case.name}-{side}-{repeat if repeat >= 0 else f'warm-up{-repeat}'}"
-    work = folder / "work" / f"{name}-{os.getpid()}"  # new every time: a run that finds itself finished measures nothing
+    work = (
+        folder / "work" / f"{name}-{os.getpid()}"
+    )  # new every time: a run that finds itself finished measures nothing
     make_folder(work)
     result = work / "result.json"
     values = case.values | built_in_values(result=result, work=work, shared=folder, repeat=max(repeat, 0))
     words = fill_command(matrix.sides[side], values, f"case {case.name}: sides.{side}")
+    wait_until_quiet(matrix.quiet_wait_s)
     neighbours, load, began = Neighbours.watch(), os.getloadavg()[0], time.monotonic()
     run_command(words, folder / "logs" / f"{name}.log", matrix)
     wall_s, others = time.monotonic() - began, neighbours.share()
@@ -113,7 +121,7 @@ def run_command(words: list[str], log: Path, matrix: Matrix) -> None:
     with open(log, "wb") as stream:
         try:
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+                words, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
                 env=os.environ | matrix.environment,
             )  # fmt: skip
         except OSError as error:
@@ -121,13 +129,22 @@ def run_command(words: list[str], log: Path, matrix: Matrix) -> None:
         try:
             status = process.wait(timeout=matrix.timeout_s)
         except BaseException as error:  # an interrupt too must not leave ranks behind
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_process(process)
             if isinstance(error, subprocess.TimeoutExpired):
                 raise RunFault(f"no end after {matrix.timeout_s} s: {shown}: {last_lines(log)}") from None
             raise
     if status:
         raise RunFault(f"exit status {status}: {shown}: {last_lines(log)} ({log})")
+
+
+def end_process(process: subprocess.Popen) -> None:
+    """Ask it to end, so that torchrun ends its ranks, which it gives 30 s; then make it."""
+    process.terminate()
+    try:
+        process.wait(timeout=45)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def last_lines(log: Path) -> str:

@@ -16,7 +16,9 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate")
 
 def describe_hardware() -> dict[str, str | int | list[str]]:
     """CPU model, cores that this process may use, bytes of memory, names of GPUs."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {
         "cpu": read_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": num_cores(),
@@ -87,6 +89,17 @@ class Neighbours:
             return None
         others_s = (busy_s - self.busy_s) - (own_cpu_s() - self.own_s)
         return max(0.0, others_s / (wall_s * (os.cpu_count() or 1)))
+
+
+def wait_until_quiet(most_s: float, *, share: float = 0.05, sample_s: float = 5.0) -> None:
+    """Wait until other work takes less than `share` of the machine, `most_s` at most, and not where that is unknown."""
+    ends = time.monotonic() + most_s
+    while time.monotonic() < ends:
+        neighbours = Neighbours.watch()
+        time.sleep(sample_s)
+        taken = neighbours.share()
+        if taken is None or taken < share:
+            return
 
 
 def machine_busy_s() -> float | None:

@@ -49,6 +49,7 @@ class Matrix(Section):
     environment: dict[str, str] = {}  # set for every command
     prepare: list[str] = []  # commands run once, first
     timeout_s: Positive = 1800  # of one command
+    quiet_wait_s: NotNegative = 0  # before each run, wait so long at most for other work on the machine to pause
 
     @model_validator(mode="after")
     def check_names(self) -> "Matrix":
@@ -95,7 +96,7 @@ def describe(error: ValidationError) -> str:
 
 
 def fill_command(command: str, values: dict[str, object], where: str) -> list[str]:
-    """The words of a command with every `{name}` replaced, first from a case's values, then, in these too, the built-in.
+    """The words of a command with every `{name}` replaced, those that stand in a case's values too.
 
     Braces around anything but a name stay. Raises UserError.
     """

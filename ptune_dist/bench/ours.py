@@ -14,7 +14,7 @@ from pathlib import Path
 from ptune_dist import train as loop
 from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result
 from ptune_dist.config import Config, load_config
-from ptune_dist.distributed import World, init_distributed, max_over_ranks
+from ptune_dist.distributed import World, init_distributed, max_over_ranks, sum_over_ranks
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.job import Job
 from ptune_dist.metrics import read_metrics
@@ -39,10 +39,10 @@ def probe_job(build_job: Callable[..., Job], probe: Probe) -> Callable[..., Job]
     return build
 
 
-def read_steps(config: Config) -> tuple[list[float], list[int], list[int]]:
+def read_steps(run_dir: Path) -> tuple[list[float], list[int], list[int]]:
     """Loss, rows and real tokens of every step, from the run's metrics.jsonl."""
     losses, rows, tokens, before = [], [], [], 0.0
-    for line in read_metrics(Path(config.output_dir)):
+    for line in read_metrics(run_dir):
         step_s, before = line["time_s"] - before, line["time_s"]
         losses.append(line["loss"])
         rows.append(round(line["samples_per_s"] * step_s))
@@ -53,10 +53,11 @@ def read_steps(config: Config) -> tuple[list[float], list[int], list[int]]:
 def build_result(config: Config, probe: Probe, world: World) -> dict:
     """The side's figures. Collective: every rank must call."""
     memory = {name: int(max_over_ranks(value, world)) for name, value in probe.memory().items()}
-    losses, rows, tokens = read_steps(config)
+    losses, rows, tokens = read_steps(Path(config.output_dir))
     result = {"steps": len(losses), "world_size": world.size, **memory, "loss_curve": losses}
     if len(losses) > NUM_WARM_UP_STEPS:
-        result |= steady_figures(probe.window_s, rows, tokens)
+        window_s, cpu_s = probe.window()
+        result |= steady_figures(window_s, sum_over_ranks([cpu_s], world)[0], rows, tokens)
     return result
 
 
@@ -65,7 +66,7 @@ def main() -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--result", required=True)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     probe = Probe()
     loop.build_job = probe_job(loop.build_job, probe)
     try:

@@ -1,6 +1,6 @@
 """The peer: PEFT prompt tuning under the Hugging Face Trainer, told what to do by the same config as ours.
 
-    torchrun --nproc-per-node 2 -m ptune_dist.bench.peft_trainer CONFIG [key.path=value ...] --micro-batch-size 4 --result FILE
+    torchrun --nproc-per-node 2 -m ptune_dist.bench.peft_trainer CONFIG [KEY=VALUE ...] --micro-batch-size N --result F
 
 Base, rows, tokens, starting vectors, batch per step, AdamW, schedule, clipping and the DeepSpeed JSON come from the
 config; evaluation and checkpoints are off. The Trainer groups rows of like length in its own way. What a micro-batch is
@@ -152,13 +152,15 @@ class Watch(TrainerCallback):
 
 def build_result(trainer: Trainer, probe: Probe, count: Count) -> dict:
     """The side's figures. Collective: every rank must call."""
-    gathered: list[dict] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, probe.memory())
-    memory = {name: max(found[name] for found in gathered) for name in gathered[0]}
+    is_timed = len(count.rows) > NUM_WARM_UP_STEPS
+    window_s, cpu_s = probe.window() if is_timed else (0.0, 0.0)
+    gathered: list[tuple] = [()] * dist.get_world_size()
+    dist.all_gather_object(gathered, (probe.memory(), cpu_s))
+    memory = {name: max(found[name] for found, _ in gathered) for name in gathered[0][0]}
     rows, tokens = count.over_ranks()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     result = {"steps": len(rows), "world_size": len(gathered), **memory, "loss_curve": losses}
-    return result | (steady_figures(probe.window_s, rows, tokens) if len(rows) > NUM_WARM_UP_STEPS else {})
+    return result | (steady_figures(window_s, sum(cpu for _, cpu in gathered), rows, tokens) if is_timed else {})
 
 
 def run_peer(config: Config, *, micro_batch_size: int, log_steps: int) -> dict:
@@ -197,7 +199,7 @@ def main() -> int:
     parser.add_argument("--micro-batch-size", type=int, required=True, help="rows that one rank processes at a time")
     parser.add_argument("--log-steps", type=int, default=0, help="log the loss every so many steps; 0: at the end only")
     parser.add_argument("--result", required=True)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         config = load_config(args.config, args.overrides)
         result = run_peer(config, micro_batch_size=args.micro_batch_size, log_steps=args.log_steps)

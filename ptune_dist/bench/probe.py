@@ -1,7 +1,7 @@
 """What a side measures about itself, the same way for every side: wall-clock time of its steps and its memory.
 
-Steady state is from the end of the fifth step to the end of the last: whatever happens between two steps (data, logging)
-is in it. Memory on a CPU is what is resident, by the kernel's high-water mark, which `base_loaded` resets.
+Steady state is from the end of the fifth step to the end of the last: whatever happens between two steps (data,
+logging) is in it. Memory on a CPU is what is resident, by the kernel's high-water mark, which `base_loaded` resets.
 """
 
 import json
@@ -17,7 +17,7 @@ class Probe:
     """One rank's clock and memory gauge."""
 
     def __init__(self) -> None:
-        self._ends: list[float] = []
+        self._ends: list[tuple[float, float]] = []  # after each step: wall clock, CPU time of this process
         self._base_bytes: int | None = None
         self._peak_before = 0
 
@@ -29,13 +29,13 @@ class Probe:
     def step_done(self) -> None:
         """An optimizer step has ended."""
         synchronize()
-        self._ends.append(time.perf_counter())
+        self._ends.append((time.perf_counter(), time.process_time()))
 
-    @property
-    def window_s(self) -> float:
-        """Seconds from the end of the last warm-up step to the end of the last step."""
+    def window(self) -> tuple[float, float]:
+        """Wall-clock and CPU seconds from the end of the last warm-up step to the end of the last step."""
         assert len(self._ends) > NUM_WARM_UP_STEPS, f"{len(self._ends)} steps leave nothing after the warm-up"
-        return self._ends[-1] - self._ends[NUM_WARM_UP_STEPS - 1]
+        (began, cpu_began), (ended, cpu_ended) = self._ends[NUM_WARM_UP_STEPS - 1], self._ends[-1]
+        return ended - began, cpu_ended - cpu_began
 
     def memory(self) -> dict[str, int]:
         """peak_memory_bytes, and extra_memory_bytes: the peak beyond the loaded base. Without a gauge, neither."""
@@ -48,12 +48,17 @@ class Probe:
         return found
 
 
-def steady_figures(window_s: float, step_rows: list[int], step_tokens: list[int]) -> dict[str, float]:
-    """Throughput after the warm-up from the rows and the real tokens of every step, all ranks together."""
+def steady_figures(window_s: float, cpu_s: float, step_rows: list[int], step_tokens: list[int]) -> dict[str, float]:
+    """Throughput after the warm-up from the window's wall-clock seconds and from every step's rows and real tokens.
+
+    `cpu_s`, rows and tokens are those of all ranks. CPU seconds per 1,000 tokens tell what a busy neighbour on the
+    machine hides: it slows the clock, but hardly adds to them.
+    """
     rows, tokens = sum(step_rows[NUM_WARM_UP_STEPS:]), sum(step_tokens[NUM_WARM_UP_STEPS:])
     return {
         "samples_per_s": rows / window_s,
         "tokens_per_s": tokens / window_s,
+        "cpu_s_per_1000_tokens": 1000 * cpu_s / tokens,
         "step_s": window_s / (len(step_rows) - NUM_WARM_UP_STEPS),
         "rows_timed": rows,
         "tokens_timed": tokens,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from ptune_dist.errors import UserError
@@ -20,6 +21,7 @@ MIB = 1 << 20
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "samples_per_s": ("samples/s", "{:.2f}".format),
     "tokens_per_s": ("tokens/s", "{:,.0f}".format),
+    "cpu_s_per_1000_tokens": ("CPU s/1k tokens", "{:.2f}".format),
     "peak_memory_bytes": ("peak MiB", lambda value: f"{value / MIB:,.0f}"),
     "extra_memory_bytes": ("extra MiB", lambda value: f"{value / MIB:,.0f}"),
 }
@@ -31,22 +33,22 @@ def shown_measures(case: dict[str, Any]) -> list[str]:
     return [name for name in COLUMNS if any(name in side for side in case["sides"].values())]
 
 
-def case_rows(case: dict[str, Any], baseline: str | None) -> list[list[str]]:
-    """A row per side, median and spread; under the baseline's peers, their ratios to it."""
+def case_rows(case: dict[str, Any], baseline: str | None, gap: str) -> list[list[str]]:
+    """A row per side, median and spread with `gap` between; then a row per ratio to the baseline."""
     names, rows = shown_measures(case), []
     for side, figures in case["sides"].items():
-        rows.append([side, *(show_spread(name, figures[name]) if name in figures else "" for name in names)])
+        rows.append([side, *(show_spread(name, figures[name], gap) if name in figures else "" for name in names)])
     for side, ratios in case["ratios"].items():
         cells = [f"{ratios[name]['median']:.2f}x" if name in ratios else "" for name in names]
         rows.append([f"{side} / {baseline}", *cells])
     return rows
 
 
-def show_spread(name: str, figure: dict[str, float]) -> str:
+def show_spread(name: str, figure: dict[str, float], gap: str) -> str:
     """`median (least-most)`."""
     show = COLUMNS[name][1]
     median, least, most = (show(figure[key]) for key in ("median", "min", "max"))
-    return median if least == most else f"{median} ({least}-{most})"
+    return median if least == most else f"{median}{gap}({least}-{most})"
 
 
 def describe_agreement(case: dict[str, Any]) -> str | None:
@@ -73,8 +75,10 @@ def render_tables(content: dict[str, Any]) -> list[Table | str]:
     parts: list[Table | str] = []
     for case in content["cases"]:
         if shown_measures(case) and "samples_per_s" in shown_measures(case):
-            table = Table("side", *(COLUMNS[name][0] for name in shown_measures(case)), title=case["name"])
-            for row in case_rows(case, content["matrix"]["baseline"]):
+            table = Table("side", title=case["name"], box=SIMPLE)
+            for name in shown_measures(case):
+                table.add_column(COLUMNS[name][0], justify="right", overflow="fold")
+            for row in case_rows(case, content["matrix"]["baseline"], "\n"):
                 table.add_row(*row)
             parts.append(table)
     lines = [describe_agreement(case) for case in content["cases"]] + [describe_noise(content)]
@@ -97,7 +101,7 @@ def render_markdown(content: dict[str, Any]) -> str:
         if "samples_per_s" not in names:
             continue
         header = ["side", *(COLUMNS[name][0] for name in names)]
-        rows = [header, ["---"] + ["---:"] * len(names), *case_rows(case, content["matrix"]["baseline"])]
+        rows = [header, ["---"] + ["---:"] * len(names), *case_rows(case, content["matrix"]["baseline"], " ")]
         table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         parts.append(f"**{case['name']}**: {case['about'].strip()}\n\n{table}")
     lines = [describe_agreement(case) for case in content["cases"]] + [describe_noise(content)]

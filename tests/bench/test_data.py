@@ -1,0 +1,52 @@
+"""Benchmark rows: real docstrings, as long as their names say, and the same every time."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ptune_dist.base.load import load_shape, load_tokenizer
+from ptune_dist.bench.data import LENGTHS, SHAPE, build_tokenizer, count_tokens, split_docstring, write_rows
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(str(ROOT / SHAPE), load_shape(str(ROOT / SHAPE)))
+
+
+def read_rows(path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_have_the_median_lengths_of_their_names_and_no_row_stands_twice(tmp_path, tokenizer):
+    found = write_rows(tmp_path, tokenizer, seed=0)
+    for name, median in (("long", 230), ("short", 45)):
+        rows = read_rows(tmp_path / f"{name}.jsonl")
+        counts = count_tokens(rows, tokenizer)
+        assert abs(np.median(counts) - median) <= 0.1 * median
+        assert LENGTHS[name][0] <= min(counts) and max(counts) <= LENGTHS[name][1]
+        assert len({row["text"] for row in rows}) == len(rows) == found[f"{name}.jsonl"]["rows"]
+        assert read_rows(tmp_path / f"{name}_check.jsonl") == rows[:8]
+
+
+def test_rows_are_the_same_every_time(tmp_path, tokenizer):
+    for folder in ("a", "b"):
+        write_rows(tmp_path / folder, tokenizer, seed=3)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_a_docstring_is_split_into_its_body_and_its_first_paragraph():
+    assert split_docstring("Do it\nnow.\n\nHow it is done.\n\nMore.") == {
+        "text": "How it is done.\n\nMore.", "summary": "Do it now.",
+    }  # fmt: skip
+    assert split_docstring("One paragraph.") is None
+
+
+def test_the_tokenizer_command_makes_about_as_many_tokens_as_the_shipped_tokenizer(tokenizer):
+    # Not the same merges: the docstrings change with the Python version.
+    text = split_docstring(json.loads.__doc__)["text"]
+    made = build_tokenizer(len(tokenizer))
+    assert len(made) == len(tokenizer)
+    assert abs(len(made.encode(text)) - len(tokenizer.encode(text))) <= 0.1 * len(tokenizer.encode(text))

@@ -1,0 +1,33 @@
+"""Both sides of the shipped benchmark do the same job and report the same measures."""
+
+import json
+
+import pytest
+
+from tests.conftest import ROOT, run_module
+
+OVERRIDES = [
+    "data.validation=null", "train.batch_size=8", "train.max_steps=6", "evaluate.every=0", "evaluate.metrics=[loss]",
+    "checkpoint.every=0",
+]  # fmt: skip
+
+
+@pytest.mark.long
+def test_ours_and_the_peer_have_one_loss_curve_and_report_the_same_measures(tmp_path):
+    rows = (ROOT / "configs/tiny/data/train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(rows[:8]))  # every step sees all rows, in whatever order
+    found = {}
+    for side, options in (("ours", []), ("peft_trainer", ["--micro-batch-size", "2", "--log-steps", "1"])):
+        result = tmp_path / f"{side}.json"
+        done = run_module(
+            f"ptune_dist.bench.{side}", str(ROOT / "configs/quickstart.yaml"), f"data.train={tmp_path}/train.jsonl",
+            *OVERRIDES, f"output_dir={tmp_path}/{side}", *options, "--result", str(result), num_ranks=2,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found[side] = json.loads(result.read_text())
+    ours, peer = found["ours"], found["peft_trainer"]
+    assert ours["loss_curve"] == pytest.approx(peer["loss_curve"], abs=1e-4)
+    assert len(ours["loss_curve"]) == ours["steps"] == peer["steps"] == 6
+    for name in ("rows_timed", "tokens_timed", "world_size"):
+        assert ours[name] == peer[name]
+    assert set(ours) == set(peer) - {"micro_batch_size"}

@@ -51,7 +51,7 @@ class Probe:
 def steady_figures(window_s: float, cpu_s: float, step_rows: list[int], step_tokens: list[int]) -> dict[str, float]:
     """Throughput after the warm-up from the window's wall-clock seconds and from every step's rows and real tokens.
 
-    `cpu_s`, rows and tokens are those of all ranks. CPU seconds per 1,000 tokens mostly leave out waiting, for the other
+    `cpu_s`, rows and tokens are those of all ranks. CPU seconds per 1,000 tokens mostly leave out waiting, for another
     rank or for a core; a slower core, by a shared cache or a busy host, is still in them.
     """
     rows, tokens = sum(step_rows[NUM_WARM_UP_STEPS:]), sum(step_tokens[NUM_WARM_UP_STEPS:])

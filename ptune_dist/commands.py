@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import datasets
 import torch
 
-from ptune_dist.base.load import fingerprint_base, load_base
+from ptune_dist.base.source import fingerprint_base
 from ptune_dist.config import Config
 from ptune_dist.data.build import build_inputs, build_split, build_templates
 from ptune_dist.data.sources import Rows, load_rows
@@ -22,7 +22,14 @@ from ptune_dist.evaluate import Judge, build_judge
 from ptune_dist.export import export_peft, export_prompt_embeds
 from ptune_dist.files import fault_on_failed_write
 from ptune_dist.generate import generate_texts
-from ptune_dist.job import build_tokenizer, build_trained_job, check_base, together
+from ptune_dist.job import (
+    build_family,
+    build_opened_base,
+    build_tokenizer,
+    build_trained_job,
+    check_base,
+    together,
+)
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run_dir import write_json
 
@@ -42,11 +49,13 @@ def evaluate_run(config: Config, run_dir: Path) -> None:
 
 
 def build_run_judge(config: Config, run_dir: Path) -> Judge:
-    tokenizer = build_tokenizer(config)
-    split = build_split(config.data, tokenizer, which="validation", max_examples=config.evaluate.max_examples)
+    tokenizer, family = build_tokenizer(config), build_family(config)
+    split = build_split(
+        config.data, tokenizer, which="validation", family=family, max_examples=config.evaluate.max_examples
+    )
     if split is None:
         raise UserError(f"{run_dir}/config.yaml: data.validation is missing: give data.validation=FILE")
-    return build_judge(config, split, tokenizer)
+    return build_judge(config, split, tokenizer, family)
 
 
 def generate_for_run(
@@ -56,7 +65,7 @@ def generate_for_run(
     """Answer one text or the rows of a file: JSON lines in the rows' order, written as they come. Collective."""
     world = init_distributed()
     rows = together(world, lambda: read_input_rows(config, text, file))
-    inputs = together(world, lambda: build_inputs(config.data, rows, build_tokenizer(config)))
+    inputs = together(world, lambda: build_inputs(config.data, rows, build_tokenizer(config), build_family(config)))
     stream = together(world, lambda: open_output(output, world))
     job = build_trained_job(config, run_dir, world)
     chunk = CHUNK_ROWS * world.size
@@ -106,6 +115,5 @@ def export_run(config: Config, run_dir: Path, *, to: str, out: Path, text: str |
     dtype = getattr(torch, model.dtype)
     is_given = text is not None or file is not None
     rows = read_input_rows(config, text, file) if is_given else None
-    inputs = build_inputs(config.data, rows, build_tokenizer(config)) if is_given else []
-    base = load_base(model.path, dtype=dtype, random_init=model.random_init, seed=config.seed)
-    export_prompt_embeds(tensors, base.get_input_embeddings(), inputs, dtype, out)
+    inputs = build_inputs(config.data, rows, build_tokenizer(config), build_family(config)) if is_given else []
+    export_prompt_embeds(tensors, build_opened_base(config).embed, inputs, dtype, out)

@@ -39,16 +39,26 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str  # local folder or hub name
-    family: Literal["auto", "causal"] = "auto"
+    family: Literal["auto", "causal", "seq2seq", "encoder"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantization: Literal["none"] = "none"
+    quantization: Literal["none", "int8"] = "none"  # int8: of the frozen linear layers' weights
+    int8_include: list[Literal["head", "embeddings"]] = []  # in int8 too
+    int8_activations: bool = False  # LLM.int8(): multiply in int8; faster on some devices, coarser everywhere
+    int8_threshold: Annotated[Real, Field(ge=0)] = 6.0  # int8_activations: inputs with an entry beyond it stay float
     random_init: bool = False  # build from the shape alone: benchmarks without weights
+
+    @model_validator(mode="after")
+    def check_int8(self) -> "ModelConfig":
+        for key in ("int8_include", "int8_activations"):
+            if getattr(self, key) and self.quantization != "int8":
+                raise ValueError(f"model.{key} is given but model.quantization is {self.quantization}: set it to int8")
+        return self
 
 
 class PromptConfig(Section):
     method: Literal["prompt_tuning"] = "prompt_tuning"
     num_virtual_tokens: Positive = 20
-    placement: Literal["prefix"] = "prefix"
+    placement: Literal["prefix", "encoder"] = "prefix"  # encoder: seq2seq's name for prefix
     init: Literal["random", "vocab", "text", "labels", "file"] = "vocab"
     init_text: str | None = None  # init: text
     init_labels: list[Label] | None = None  # init: labels; data.labels where left out

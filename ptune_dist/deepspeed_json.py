@@ -25,6 +25,9 @@ SECTIONS = (
 )  # fmt: skip
 SCHEDULER_TYPES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
+# `auto` values that DeepSpeed itself takes, and those that follow from the base's tensors (base/offload.py).
+FILLED_LATER = ("autotuning", "data_types.keep_in_fp32_modules", "zero_optimization.offload_param.buffer_")
+
 
 def load_deepspeed_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
     """The content of config key `deepspeed`: a file's, given in place, or that of ZeRO stage 0. Raises UserError."""
@@ -54,7 +57,8 @@ def check_sections(content: dict[str, Any], file: str) -> None:
         if key not in SECTIONS and near:
             raise UserError(f"{file}: unknown key {key}, did you mean {near[0]}?")
     for path in ("bf16", "fp16", "zero_optimization", "optimizer", "scheduler", "optimizer.params", "scheduler.params",
-                 "torch_autocast", "amp", "data_types"):  # fmt: skip
+                 "torch_autocast", "amp", "data_types", "activation_checkpointing", "zero_optimization.offload_param",
+                 "zero_optimization.offload_optimizer"):  # fmt: skip
         node: Any = content
         for part in path.split("."):
             node = node.get(part, {}) if isinstance(node, dict) else node
@@ -66,8 +70,6 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON with every `auto` filled in and nothing left that contradicts the config. Raises UserError."""
     content = load_deepspeed_json(config.deepspeed)
     file = config.deepspeed if isinstance(config.deepspeed, str) else "deepspeed"
-    if "activation_checkpointing" in content:
-        raise UserError(f"{file}: activation_checkpointing is not honoured by this version: remove the section")
     for key in ("torch_autocast", "amp"):
         if content.get(key, {}).get("enabled"):
             raise UserError(f"{file}: {key} would change the precision that model.dtype names: remove the section")
@@ -183,7 +185,7 @@ def refuse_unfilled(node: Any, file: str, path: str = "") -> None:
     if isinstance(node, dict):
         for key, child in node.items():
             refuse_unfilled(child, file, f"{path}.{key}" if path else key)
-    elif node == "auto" and not path.startswith(("autotuning", "data_types.keep_in_fp32_modules")):
+    elif node == "auto" and not path.startswith(FILLED_LATER):
         raise UserError(f'{file}: {path} is "auto" but nothing in the config fills it: give a value')
 
 

@@ -5,6 +5,7 @@ this file knows that it exists.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -12,8 +13,11 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
-from ptune_dist.base.layers import decoder_layers
-from ptune_dist.data.batches import Batch
+from ptune_dist.base.gathers import watch_gathers
+from ptune_dist.base.layers import layers_of
+from ptune_dist.base.recompute import Recomputer, read_settings
+from ptune_dist.data.batches import Batch, Plan, collate, plan_micro_batches
+from ptune_dist.data.encode import Examples
 from ptune_dist.deepspeed_json import zero_stage
 from ptune_dist.distributed import World
 from ptune_dist.errors import UserError
@@ -26,9 +30,13 @@ MEMBER = "prompt"  # the one member of a bank of K = 1
 class Engine:
     """A PromptedModel under DeepSpeed."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, optimizer: PromptOptimizer, world: World, stage: int):
+    def __init__(
+        self, engine: deepspeed.DeepSpeedEngine, optimizer: PromptOptimizer, world: World, stage: int,
+        recomputer: Recomputer | None,
+    ):  # fmt: skip
         self._engine, self._optimizer, self.world, self.stage = engine, optimizer, world, stage
         self.model: PromptedModel = engine.module
+        self.recomputer, self.gathers = recomputer, watch_gathers()
 
     def accumulate(self, batch: Batch, *, scale: float, is_last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its summed negative log-likelihood (a scalar).
@@ -66,7 +74,7 @@ class Engine:
     def load_prompt(self, tensors: dict[str, torch.Tensor]) -> None:
         """Set the prompt's trainable tensors, in DeepSpeed's masters and in what the model reads. Collective."""
         member = self._optimizer.members[MEMBER]
-        parameters = [p for p in self.model.prompt.parameters() if p.requires_grad]
+        parameters = list(self.model.trainable().values())
         with torch.no_grad(), deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3):
             for name, whole, parameter in zip(member.names, member.whole, parameters, strict=True):
                 whole.copy_(tensors[name])
@@ -127,6 +135,17 @@ class Engine:
     def num_virtual_tokens(self) -> int:
         return self.model.prompt.num_virtual_tokens
 
+    def collate(self, examples: Examples, indices: Sequence[int], pad_id: int) -> Batch:
+        """The tensors of a micro-batch as this base reads them, on this rank's device."""
+        return collate(examples, indices, pad_id, apart=self.model.family != "causal").to(self.world.device)
+
+    def plan(self, indices: Sequence[int], examples: Examples, micro_batch_tokens: int) -> Plan:
+        """Micro-batches of every rank, by what this base pads."""
+        return plan_micro_batches(
+            indices, examples.lengths if self.model.family == "causal" else examples.widths,
+            world_size=self.world.size, micro_batch_tokens=micro_batch_tokens, extra_tokens=self.num_virtual_tokens,
+        )  # fmt: skip
+
     @property
     def skipped_steps(self) -> int:
         """Steps that fp16 overflow skipped."""
@@ -155,24 +174,29 @@ def check_with_deepspeed(content: dict[str, Any], source: Any) -> None:
         raise UserError(f"{file}: DeepSpeed refuses it: {error}") from None
 
 
-def build_engine(config, base, prompt, content: dict[str, Any], world: World) -> Engine:
+def build_engine(config, base, prompt, content: dict[str, Any], world: World, *, family: str) -> Engine:
     """Put base and prompt under DeepSpeed as its filled JSON asks. Collective. Raises UserError."""
     stage = zero_stage(content)
-    model = PromptedModel(base, prompt)
-    named = {name: p for name, p in prompt.named_parameters() if p.requires_grad}
+    model = PromptedModel(base, prompt, family)
+    named = model.trainable()
     member = Member(
         {name: torch.nn.Parameter(p.to(world.device)) for name, p in named.items()},
         lambda parameters: build_torch_optimizer(config.train, parameters),
         config.train.max_grad_norm,
     )
+    for parameter in named.values():  # DeepSpeed casts no parameter of a model that has sharded ones
+        parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
     optimizer = PromptOptimizer(
         {MEMBER: member}, {MEMBER: named.values()}, stage=stage, world_size=world.size, device=world.device
     )
+    layers = layers_of(base)
+    settings = read_settings(content, len(layers), "deepspeed")
+    recomputer = Recomputer(settings, layers) if settings else None
     if stage == 3:
-        # One gather per decoder layer instead of one per linear.
-        deepspeed.utils.set_z3_leaf_modules(model, [type(decoder_layers(base)[0])])
+        # One gather per layer instead of one per linear.
+        deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=content)
     except NotImplementedError as error:  # combinations of precisions that DeepSpeed has no optimizer for
         raise UserError(f"deepspeed: DeepSpeed cannot do this: {error}") from None
-    return Engine(engine, optimizer, world, stage)
+    return Engine(engine, optimizer, world, stage, recomputer)

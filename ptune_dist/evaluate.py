@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ptune_dist.data.batches import collate, plan_micro_batches
 from ptune_dist.data.build import Split, build_label_candidates
 from ptune_dist.data.encode import Examples
 from ptune_dist.distributed import gather_from_ranks
@@ -29,6 +28,7 @@ class Judge:
     max_new_tokens: int
     num_samples: int
     candidates: tuple[list[Examples], list[int]] | None = None
+    labels: list[str] | None = None  # an encoder's, whose targets are their numbers
 
     def __call__(self, engine: Engine) -> tuple[dict[str, float], list[dict[str, str]]]:
         """Metrics, `loss` per supervised token always among them, and some rows' answers. Collective."""
@@ -74,10 +74,11 @@ class Judge:
         return self.tokenizer.decode(self.split.examples.input_ids(index), skip_special_tokens=True)
 
     def _wanted(self, index: int) -> str:
-        return self.tokenizer.decode(self.split.examples.target_ids(index), skip_special_tokens=True)
+        ids = self.split.examples.target_ids(index)
+        return self.labels[ids[0]] if self.labels else self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def build_judge(config, split: Split, tokenizer: PreTrainedTokenizerBase) -> Judge:
+def build_judge(config, split: Split, tokenizer: PreTrainedTokenizerBase, family: str) -> Judge:
     """The judge that config section `evaluate` asks for, over a split. Raises UserError."""
     matched = sorted({"exact_match", "accuracy"} & set(config.evaluate.metrics))
     if matched and split.rows.kind == "text":
@@ -86,7 +87,8 @@ def build_judge(config, split: Split, tokenizer: PreTrainedTokenizerBase) -> Jud
     return Judge(
         split, tokenizer, list(config.evaluate.metrics), micro_batch_tokens=config.train.micro_batch_tokens,
         max_new_tokens=config.evaluate.max_new_tokens, num_samples=config.evaluate.num_samples,
-        candidates=build_label_candidates(config.data, split, tokenizer) if with_labels else None,
+        candidates=build_label_candidates(config.data, split, tokenizer, family) if with_labels else None,
+        labels=config.data.labels if family == "encoder" else None,
     )  # fmt: skip
 
 
@@ -95,14 +97,10 @@ def example_losses(
 ) -> list[float]:
     """Summed negative log-likelihood of every example's target, on every rank. Collective."""
     world = engine.world
-    plan = plan_micro_batches(
-        range(len(examples)), examples.lengths, world_size=world.size, micro_batch_tokens=micro_batch_tokens,
-        extra_tokens=engine.num_virtual_tokens,
-    )  # fmt: skip
     mine: list[tuple[int, float]] = []
-    for groups in plan:
+    for groups in engine.plan(range(len(examples)), examples, micro_batch_tokens):
         indices = groups[world.rank]
-        losses = engine.row_losses(collate(examples, indices, pad_id(tokenizer)).to(world.device))
+        losses = engine.row_losses(engine.collate(examples, indices, pad_id(tokenizer)))
         mine += zip(indices, losses.double().tolist()[: len(indices)], strict=True)
     everyone = dict(pair for pairs in gather_from_ranks(mine, world) for pair in pairs)
     return [everyone[i] for i in range(len(examples))]

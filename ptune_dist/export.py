@@ -49,12 +49,12 @@ def export_prompt_embeds(
 ) -> None:
     """Write `prompt_embeds.safetensors`: `virtual_tokens` [P, D], and `prompt_embeds.I` [P + T, D] for each input.
 
-    `embed` maps token ids [T] to [T, D]. The tensors are in the base's dtype, as vLLM wants them. Raises UserError.
+    `embed` maps T token ids to [T, D]. The tensors are in the base's dtype, as vLLM wants them. Raises UserError.
     """
     virtual = tensors["virtual_tokens"].to(dtype)
     found = {"virtual_tokens": virtual}
     for i, ids in enumerate(inputs):
-        found[f"prompt_embeds.{i}"] = torch.cat([virtual, embed(torch.tensor(list(ids), dtype=torch.long)).to(dtype)])
+        found[f"prompt_embeds.{i}"] = torch.cat([virtual, embed(list(ids)).to(dtype)])
     write_folder(out, {"prompt_embeds.safetensors": save({k: t.contiguous() for k, t in found.items()})})
 
 

@@ -3,6 +3,7 @@
 Floor 5. What is read from files is read first, on every rank, and a mistake found by any rank ends all of them.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,16 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ptune_dist.base.layers import embedding_width, hidden_size, max_positions
-from ptune_dist.base.load import fingerprint_base, load_base, load_shape, load_tokenizer
+from ptune_dist.base.families import find_family
+from ptune_dist.base.foresee import foresee
+from ptune_dist.base.layers import embedding_width, hidden_size, layers_of, max_positions
+from ptune_dist.base.load import OpenedBase, fill_sharded, fill_whole, open_base
+from ptune_dist.base.offload import settle_offload
+from ptune_dist.base.recompute import read_settings
+from ptune_dist.base.shard import Sharder
+from ptune_dist.base.source import fingerprint_base, load_shape, load_tokenizer
 from ptune_dist.config import Config
-from ptune_dist.deepspeed_json import fill_deepspeed_json
+from ptune_dist.deepspeed_json import fill_deepspeed_json, zero_stage
 from ptune_dist.distributed import World, raise_together
 from ptune_dist.engine import Engine, build_engine, check_with_deepspeed
 from ptune_dist.errors import UserError
@@ -33,6 +40,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
     fingerprint: str  # of the base
+    loading: dict[str, float]  # this rank's seconds and bytes of reading the base
 
 
 def together(world: World, function: Callable[[], T]) -> T:
@@ -47,31 +55,53 @@ def together(world: World, function: Callable[[], T]) -> T:
 
 
 def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    return load_tokenizer(config.model.path, load_shape(config.model.path))
+    shape = load_shape(config.model.path)
+    return load_tokenizer(config.model.path, shape, with_eos=build_family(config) != "encoder")
 
 
-def build_base(
-    config: Config, *, with_start: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.Tensor, dict[str, Any]]:
-    """Base, tokenizer, the prompt's starting vectors [P, D], and DeepSpeed's JSON. Raises UserError.
+def build_family(config: Config) -> str:
+    """The base's family. Raises UserError, also for what the config asks of it that it has not."""
+    model, prompt = config.model, config.prompt
+    family = find_family(load_shape(model.path), model.family, model.path)
+    if prompt.placement == "encoder" and family != "seq2seq":
+        raise UserError(f"prompt.placement: encoder is for seq2seq bases; {model.path} is {family}: use prefix")
+    if family == "encoder" and not config.data.labels:
+        raise UserError("data.labels is missing: an encoder's head needs the labels that it tells apart")
+    return family
 
-    Without `with_start` the vectors are zeros: a trained prompt follows, and what it started from may be gone.
+
+def build_opened_base(config: Config) -> OpenedBase:
+    """The base without its weights: everything that can be wrong with it is said here. Raises UserError."""
+    model = config.model
+    int8 = {"include": model.int8_include, "threshold": model.int8_threshold if model.int8_activations else None}
+    return open_base(
+        model.path, family=build_family(config), dtype=getattr(torch, model.dtype), random_init=model.random_init,
+        seed=config.seed, int8=int8 if model.quantization == "int8" else None, labels=config.data.labels,
+    )  # fmt: skip
+
+
+def build_parts(
+    config: Config, world: World | None, *, with_start: bool
+) -> tuple[OpenedBase, PreTrainedTokenizerBase, torch.Tensor, dict[str, Any]]:
+    """Opened base, tokenizer, the prompt's starting vectors [P, D], and DeepSpeed's JSON. Raises UserError.
+
+    Without `with_start` the vectors are zeros: a trained prompt follows, and what it started from may be gone. Without
+    a `world` nothing is asked of the machine.
     """
     check_precision(config)
     tokenizer = build_tokenizer(config)
-    base = load_base(
-        config.model.path, dtype=getattr(torch, config.model.dtype), random_init=config.model.random_init,
-        seed=config.seed,
-    )  # fmt: skip
-    content = build_deepspeed_json(config, base)
-    check_positions(config, base)
-    vectors = torch.zeros(config.prompt.num_virtual_tokens, embedding_width(base))
+    opened = build_opened_base(config)
+    content = build_deepspeed_json(config, opened.model, world)
+    check_positions(config, opened.model)
+    if world is not None:
+        foresee(opened.model, content, config.model.path, world.size, world.device)
+    width = embedding_width(opened.model)
+    vectors = torch.zeros(config.prompt.num_virtual_tokens, width)
     if with_start:
         vectors = build_initial_vectors(
-            config.prompt, config.data, seed=config.seed, width=embedding_width(base), tokenizer=tokenizer,
-            lookup=lambda ids: base.get_input_embeddings()(torch.tensor(ids)).float(),
-        )  # fmt: skip
-    return base, tokenizer, vectors, content
+            config.prompt, config.data, seed=config.seed, width=width, tokenizer=tokenizer, lookup=opened.embed
+        )
+    return opened, tokenizer, vectors, content
 
 
 def check_precision(config: Config) -> None:
@@ -80,9 +110,12 @@ def check_precision(config: Config) -> None:
         raise UserError("model.dtype: float16 needs a GPU: use bfloat16 or float32 on a CPU")
 
 
-def build_deepspeed_json(config: Config, base: PreTrainedModel) -> dict[str, Any]:
+def build_deepspeed_json(config: Config, base: PreTrainedModel, world: World | None) -> dict[str, Any]:
     """DeepSpeed's JSON filled in and accepted by DeepSpeed. Raises UserError."""
+    file = config.deepspeed if isinstance(config.deepspeed, str) else "deepspeed"
     content = fill_deepspeed_json(config, hidden_size=hidden_size(base))
+    settle_offload(content, base, world.size if world else None, file)
+    read_settings(content, len(layers_of(base)), file)
     check_with_deepspeed(content, config.deepspeed)
     return content
 
@@ -99,9 +132,19 @@ def check_positions(config: Config, base: PreTrainedModel) -> None:
 
 def build_job(config: Config, world: World, *, with_start: bool = True) -> Job:
     """Load everything and put it under the engine. Collective: every rank must call. Raises UserError."""
-    base, tokenizer, vectors, content = together(world, lambda: build_base(config, with_start=with_start))
+    opened, tokenizer, vectors, content = together(world, lambda: build_parts(config, world, with_start=with_start))
+    if opened.note and world.is_main:
+        print(f"model.path: {config.model.path}: {opened.note}", flush=True)
+    began = time.perf_counter()
+    if zero_stage(content) == 3:
+        sharder = Sharder(content, torch.int8 if config.model.quantization == "int8" else opened.dtype)
+        base = together(world, lambda: fill_sharded(opened, sharder))
+    else:
+        base = together(world, lambda: fill_whole(opened, world.device))
+    loading = {"load_s": time.perf_counter() - began, "bytes_read": opened.weights.bytes_read}
     fingerprint = fingerprint_base(config.model.path, random_init=config.model.random_init, seed=config.seed)
-    return Job(config, tokenizer, build_engine(config, base, PromptTuning(vectors), content, world), fingerprint)
+    engine = build_engine(config, base, PromptTuning(vectors), content, world, family=opened.family)
+    return Job(config, tokenizer, engine, fingerprint, loading)
 
 
 def build_trained_job(config: Config, run_dir: Path, world: World) -> Job:
@@ -142,8 +185,10 @@ def prompt_facts(job: Job, *, step: int, metrics: dict[str, float]) -> dict:
         "placement": config.prompt.placement,
         "step": step,
         "validation": metrics,
+        "labels": config.data.labels if job.engine.model.family == "encoder" else None,
         "base": {
             "path": config.model.path,
+            "family": job.engine.model.family,
             "model_type": base.config.model_type,
             "fingerprint": job.fingerprint,
             # for PEFT's adapter_config.json; a state-space model has no heads

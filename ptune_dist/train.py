@@ -10,14 +10,14 @@ import torch
 
 from ptune_dist.checkpoint import list_checkpoints
 from ptune_dist.config import Config
-from ptune_dist.data.batches import collate, plan_micro_batches, step_examples
+from ptune_dist.data.batches import step_examples
 from ptune_dist.data.build import Split, build_split
 from ptune_dist.distributed import StopRequest, World, init_distributed, sum_over_ranks
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluate import Judge, build_judge
 from ptune_dist.files import fault_on_failed_write
 from ptune_dist.generate import pad_id
-from ptune_dist.job import Job, build_job, build_tokenizer, together
+from ptune_dist.job import Job, build_family, build_job, build_tokenizer, together
 from ptune_dist.metrics import MetricsWriter, peak_memory_bytes
 from ptune_dist.optimizer import learning_rate_at
 from ptune_dist.progress import Progress, checkpoint, restore, store_prompt
@@ -95,14 +95,11 @@ def accumulate_step(job: Job, split: Split, examples: list[int], step: int, worl
     Raises RunFault on every rank, before anything moves, when the loss is not finite.
     """
     train_config, data = job.config.train, split.examples
-    plan = plan_micro_batches(
-        examples, data.lengths, world_size=world.size, micro_batch_tokens=train_config.micro_batch_tokens,
-        extra_tokens=job.engine.num_virtual_tokens,
-    )  # fmt: skip
+    plan = job.engine.plan(examples, data, train_config.micro_batch_tokens)
     num_targets = int(data.num_targets[examples].sum())
     total = torch.zeros((), device=world.device)
     for number, groups in enumerate(plan, 1):
-        batch = collate(data, groups[world.rank], pad_id(job.tokenizer)).to(world.device)
+        batch = job.engine.collate(data, groups[world.rank], pad_id(job.tokenizer))
         total += job.engine.accumulate(batch, scale=1 / num_targets, is_last=number == len(plan))
     (nll,) = sum_over_ranks([total.item()], world)
     if not math.isfinite(nll):
@@ -139,10 +136,12 @@ def agree_on_stop(stop: StopRequest, metrics: MetricsWriter | None, world: World
 
 def build_data(config: Config) -> tuple[Split, Judge | None]:
     """The training split, and the judge over the validation split where there is one. Raises UserError."""
-    tokenizer = build_tokenizer(config)
-    held_out = build_split(config.data, tokenizer, which="validation", max_examples=config.evaluate.max_examples)
-    split = build_split(config.data, tokenizer, which="train")
-    return split, build_judge(config, held_out, tokenizer) if held_out else None
+    tokenizer, family = build_tokenizer(config), build_family(config)
+    held_out = build_split(
+        config.data, tokenizer, which="validation", family=family, max_examples=config.evaluate.max_examples
+    )
+    split = build_split(config.data, tokenizer, which="train", family=family)
+    return split, build_judge(config, held_out, tokenizer, family) if held_out else None
 
 
 def judge_prompt(

@@ -1,49 +1,37 @@
-"""`validate`: what a config will do, before anything is trained. Reads data and the base's shape, not its weights.
+"""`validate`: what a config will do, before anything is trained.
 
-Floor 6.
+Floor 6. Reads the data, the base's shape, the headers of its weights and a few embeddings; not what depends on the
+machine that it will run on (memory, NVMe, the number of ranks).
 """
 
 import json
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ptune_dist.base.layers import embedding_width
-from ptune_dist.base.load import check_is_causal, load_shape, load_tokenizer
+from ptune_dist.base.load import OpenedBase
 from ptune_dist.config import Config, render_config
 from ptune_dist.data.build import Split, build_split
 from ptune_dist.data.encode import token_statistics
 from ptune_dist.evaluate import build_judge
-from ptune_dist.job import build_deepspeed_json, check_positions, check_precision
-from ptune_dist.prompts.initialise import build_initial_vectors
+from ptune_dist.job import build_parts
 from ptune_dist.run_dir import check_run_dir
 
 NUM_EXAMPLES = 5
+SPLITS = ("train", "validation")
 
 
 def validate(config: Config) -> None:
     """Print the resolved config, token statistics and five examples. Raises UserError for whatever is wrong."""
     console = Console(highlight=False, soft_wrap=True)
-    shape = load_shape(config.model.path)
-    check_is_causal(shape, config.model.path)
-    tokenizer = load_tokenizer(config.model.path, shape)
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(shape)
     check_run_dir(config)
-    check_precision(config)
-    check_positions(config, base)
-    content = build_deepspeed_json(config, base)
-    width = embedding_width(base)
-    build_initial_vectors(
-        config.prompt, config.data, seed=config.seed, width=width, tokenizer=tokenizer,
-        lookup=lambda ids: torch.zeros(len(ids), width),
-    )  # fmt: skip
-    splits = {which: build_split(config.data, tokenizer, which=which) for which in ("train", "validation")}
+    opened, tokenizer, _, content = build_parts(config, None, with_start=True)
+    family = opened.family
+    splits = {which: build_split(config.data, tokenizer, which=which, family=family) for which in SPLITS}
     if splits["validation"]:
-        build_judge(config, splits["validation"], tokenizer)
+        build_judge(config, splits["validation"], tokenizer, family)
 
     console.rule("config")
     console.print(render_config(config), markup=False)
@@ -51,11 +39,17 @@ def validate(config: Config) -> None:
     console.print(json.dumps(content, indent=2), markup=False)
     console.rule("tokens")
     console.print(render_statistics(splits))
-    size = f"{sum(p.numel() for p in base.parameters()):,} parameters"
-    console.print(f"base: {shape.model_type}, {size}; {describe_epochs(config, splits['train'])}")
+    console.print(f"base: {describe_base(opened)}; {describe_epochs(config, splits['train'])}")
     console.rule(Text("examples, the supervised part in [brackets]"))
     for index in range(min(NUM_EXAMPLES, len(splits["train"].examples))):
-        console.print(render_example(splits["train"], index, tokenizer))
+        console.print(render_example(splits["train"], index, tokenizer, config.data.labels, family))
+
+
+def describe_base(opened: OpenedBase) -> str:
+    parameters = list(opened.model.parameters())
+    num_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    size = f"{sum(p.numel() for p in parameters):,} parameters in {num_bytes / (1 << 20):,.1f} MiB"
+    return f"{opened.model.config.model_type} ({opened.family}), {size}"
 
 
 def render_statistics(splits: dict[str, Split | None]) -> Table:
@@ -77,10 +71,11 @@ def describe_epochs(config: Config, split: Split) -> str:
     return f"{config.train.max_steps:,} steps of {config.train.batch_size} are {epochs:.1f} epochs"
 
 
-def render_example(split: Split, index: int, tokenizer: PreTrainedTokenizerBase) -> Text:
+def render_example(
+    split: Split, index: int, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None, family: str
+) -> Text:
     """One example as the base reads it: virtual tokens, input, [target]; line breaks shown as \\n."""
-    before, after = (
-        tokenizer.decode(ids).replace("\n", "\\n")
-        for ids in (split.examples.input_ids(index), split.examples.target_ids(index))
-    )
+    before = tokenizer.decode(split.examples.input_ids(index)).replace("\n", "\\n")
+    target = split.examples.target_ids(index)
+    after = labels[target[0]] if family == "encoder" else tokenizer.decode(target).replace("\n", "\\n")
     return Text.assemble(("<virtual tokens>", "dim"), before, ("[" + after + "]", "bold green"))

@@ -89,15 +89,12 @@ def write_config(path: Path, **overrides) -> Path:
 
 
 ARCHITECTURES = ["gpt2", "llama", "qwen2", "opt", "gpt_neox", "bloom"]
+SEQ2SEQ, ENCODERS = ["t5", "bart"], ["bert", "roberta"]
+LABELS = ["short", "middle", "long"]
 
 
-def build_tiny_base(kind: str, folder: Path) -> Path:
-    """A random two-layer base of one architecture with the byte-level tokenizer, saved for the Auto classes."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ptune_dist.tiny.make import build_tokenizer
-
-    tokenizer = build_tokenizer()
+def tiny_shape(kind: str) -> dict:
+    """What makes a two-layer base of one architecture."""
     # room above the 258 tokens, as real vocabularies have (some tokenizer classes add a special token when loaded)
     common = {"vocab_size": 272, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 1}
     wide = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -114,20 +111,42 @@ def build_tiny_base(kind: str, folder: Path) -> Path:
         "gpt_neox": wide | {"intermediate_size": 64, "tie_word_embeddings": False},
         # ALiBi
         "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-    }
+        # relative positions, tied head with a scale
+        "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 1},
+        # learned positions with an offset, scaled embeddings, a bias after the head
+        "bart": {
+            "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "scale_embedding": True,
+            "max_position_embeddings": 128, "decoder_start_token_id": 0, "forced_eos_token_id": None,
+        },
+        # a pooler over the first position, one linear layer as head
+        "bert": wide | {"intermediate_size": 64, "max_position_embeddings": 128},
+        # positions from the padding token's id on, a head of two layers
+        "roberta": wide | {"intermediate_size": 64, "max_position_embeddings": 130},
+    }  # fmt: skip
+    return common | shapes[kind]
+
+
+def build_tiny_base(kind: str, folder: Path) -> Path:
+    """A random two-layer base of one architecture with the byte-level tokenizer, saved for the Auto classes."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    from ptune_dist.tiny.make import build_tokenizer
+
+    auto = AutoModelForSeq2SeqLM if kind in SEQ2SEQ else AutoModelForMaskedLM if kind in ENCODERS else None
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common, **shapes[kind])).eval()
+    model = (auto or AutoModelForCausalLM).from_config(AutoConfig.for_model(kind, **tiny_shape(kind))).eval()
     with torch.no_grad():  # tiny random bases barely answer; larger weights make the numbers worth comparing
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(3.0)
+                parameter.mul_(1.5 if kind == "t5" else 3.0)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_bases(tmp_path_factory) -> dict[str, Path]:
-    """A folder for each of ARCHITECTURES."""
+    """A folder for each of ARCHITECTURES, SEQ2SEQ and ENCODERS."""
     root = tmp_path_factory.mktemp("bases")
-    return {kind: build_tiny_base(kind, root / kind) for kind in ARCHITECTURES}
+    return {kind: build_tiny_base(kind, root / kind) for kind in ARCHITECTURES + SEQ2SEQ + ENCODERS}

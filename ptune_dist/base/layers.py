@@ -3,16 +3,42 @@
 from torch import nn
 from transformers import PreTrainedModel
 
+LEAST_SHARE = 0.1  # of the largest stack's parameters: smaller module lists are no stacks of layers
 
-def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
-    """The stack of decoder layers: the module list that holds the most parameters."""
-    stacks = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
-    return max(stacks, key=lambda stack: sum(parameter_size(p) for p in stack.parameters()))
+
+def layer_stacks(base: PreTrainedModel) -> list[nn.ModuleList]:
+    """The stacks of transformer layers, an encoder's before its decoder's: outermost module lists of weight."""
+    outermost: list[nn.ModuleList] = []
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and not any(module in stack.modules() for stack in outermost):
+            outermost.append(module)
+    sizes = {id(stack): sum(parameter_size(p) for p in stack.parameters()) for stack in outermost}
+    largest = max(sizes.values(), default=0)
+    return [stack for stack in outermost if sizes[id(stack)] >= LEAST_SHARE * largest]
+
+
+def layers_of(base: PreTrainedModel) -> list[nn.Module]:
+    """Every transformer layer, in the order of its stacks."""
+    return [layer for stack in layer_stacks(base) for layer in stack]
 
 
 def parameter_size(parameter: nn.Parameter) -> int:
     """Elements of a parameter, also where ZeRO-3 has cut it."""
     return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def held_bytes(base: nn.Module) -> int:
+    """Bytes of the base that this rank holds: its parts under ZeRO-3, those of hpZ too, and whole buffers."""
+    held = sum(buffer.nbytes for buffer in base.buffers())
+    for parameter in base.parameters():
+        part = getattr(parameter, "ds_tensor", None)
+        if part is None:
+            held += parameter.nbytes
+        else:
+            held += part.ds_numel * parameter.element_size()
+            second = getattr(parameter, "ds_secondary_tensor", None)
+            held += second.nbytes if second is not None else 0
+    return held
 
 
 def embedding_width(base: PreTrainedModel) -> int:
@@ -29,7 +55,15 @@ def max_positions(base: PreTrainedModel) -> int | None:
     text = base.config.get_text_config()
     if text.model_type == "mpt":  # ALiBi, but from a table of fixed length
         return text.max_seq_len
-    learned = any(
-        isinstance(module, nn.Embedding) and module is not base.get_input_embeddings() for module in base.modules()
-    )
-    return getattr(text, "max_position_embeddings", None) if learned else None
+    tokens = base.get_input_embeddings()
+    tables = [
+        module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Embedding) and module is not tokens and "position" in name
+    ]
+    most = getattr(text, "max_position_embeddings", None)
+    if not tables or most is None:
+        return None
+    # RoBERTa counts positions from the padding token's id on
+    offset = max((table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0)
+    return most - offset

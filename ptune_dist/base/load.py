@@ -1,124 +1,150 @@
-"""Load a frozen causal language model and its tokenizer from a folder or a hub, or build one from its shape alone.
+"""The frozen base: made without memory, then filled from its files, a rank's own part of each tensor at a time.
 
-Everything that can be wrong with `model.path` is said here, in one line.
+`open_base` reads headers alone and says whatever is wrong; `fill_whole` and `fill_sharded` read the weights.
 """
 
-import difflib
-import hashlib
-import inspect
+import copy
 import logging
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import cached_file
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
 
+from ptune_dist.base.families import AUTO_CLASS, HEADS, check_takes_vectors, find_family
+from ptune_dist.base.foresee import check_room_for_copies
+from ptune_dist.base.int8 import Int8Embedding, Int8Rows, Int8Weight, make_int8
+from ptune_dist.base.names import match_names, needs_converting
+from ptune_dist.base.random_weights import RandomWeights
+from ptune_dist.base.shard import Fill, Sharder
+from ptune_dist.base.source import describe_load_error, is_local_only, load_shape
+from ptune_dist.base.weight_files import WeightFiles, open_weight_files
 from ptune_dist.errors import UserError
-from ptune_dist.hub import hub_answers
 
-SAMPLE_BYTES = 1 << 20
+CPU = torch.device("cpu")
 
 
-def load_base(path: str, *, dtype: torch.dtype, random_init: bool, seed: int) -> PreTrainedModel:
-    """The frozen base in eval mode, without gradients. Raises UserError."""
+class LoadedWeights:
+    """Weights that transformers has loaded, read as files are."""
+
+    bytes_read = 0
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self._tensors = tensors
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read_flat(self, name: str, start: int, out: torch.Tensor) -> None:
+        out.copy_(self._tensors[name].reshape(-1)[start : start + len(out)])
+
+    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        return self._tensors[name][first:last]
+
+    def read_columns(self, name: str, first: int, last: int) -> torch.Tensor:
+        return self._tensors[name][:, first:last].T.contiguous()
+
+
+@dataclass
+class OpenedBase:
+    """A model whose parameters have shapes and no memory, and where their numbers come from."""
+
+    model: PreTrainedModel
+    family: str
+    dtype: torch.dtype
+    weights: WeightFiles | RandomWeights | LoadedWeights
+    names: dict[str, str]  # of a parameter or buffer in the model -> in the weights
+    new: list[str]  # parameters that no file holds: a new classification head's
+    seed: int
+    trained: set[str] = field(default_factory=set)  # parameters of an encoder's head
+    note: str | None = None  # how it is loaded, where that is not the ordinary way
+
+    def embed(self, ids: list[int]) -> torch.Tensor:
+        """The input vectors [len(ids), D] in float32 of some tokens, read without the rest of the base."""
+        tokens = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is tokens)
+        stored = self.names[f"{name}.weight"]
+        rows = torch.cat([self.weights.read_rows(stored, i, i + 1) for i in ids]).to(self.dtype)
+        if isinstance(tokens, Int8Embedding):
+            return rows.float()
+        few = copy.copy(tokens)  # its forward may do more than look up: Gemma scales
+        few._parameters = {"weight": nn.Parameter(rows, requires_grad=False)}
+        few.num_embeddings, few.padding_idx = len(ids), None
+        return few(torch.arange(len(ids))).float()
+
+
+def open_base(
+    path: str, *, family: str = "auto", dtype: torch.dtype, random_init: bool = False, seed: int = 0,
+    int8: dict[str, Any] | None = None, labels: list[str] | None = None,
+) -> OpenedBase:  # fmt: skip
+    """Make the model without memory and find its weights; no weight is read. Raises UserError.
+
+    `int8` holds `include` and `threshold` of `int8.make_int8`; None leaves the weights in `dtype`. `labels` are those
+    that an encoder's head tells apart.
+    """
     shape = load_shape(path)
-    check_is_causal(shape, path)
-    if random_init:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
-    else:
-        base = read_weights(path, dtype)
-    if "inputs_embeds" not in inspect.signature(base.prepare_inputs_for_generation).parameters:
-        raise UserError(f"model.path: {path}: transformers' {shape.model_type} models cannot go on from input vectors")
-    base.config.use_cache = False
-    base.generation_config = GenerationConfig()  # answers depend on our settings, not on what a base's folder suggests
-    return base.eval().requires_grad_(False)
-
-
-def load_shape(path: str) -> transformers.PretrainedConfig:
-    """The architecture's configuration, without weights. Raises UserError."""
-    check_folder(path)
+    family = find_family(shape, family, path)
+    if getattr(shape, "quantization_config", None):
+        raise UserError(f"model.path: {path} is stored quantized: give the float base and set model.quantization=int8")
+    if family == "encoder" and labels:
+        shape.id2label, shape.problem_type = dict(enumerate(labels)), "single_label_classification"
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=is_local_only(path))
-    except Exception as error:  # the hub, JSON, and transformers' own checks each raise their own
+        with init_empty_weights(include_buffers=False):
+            model = AUTO_CLASS[family].from_config(shape, dtype=dtype)
+    except Exception as error:  # each architecture checks its own numbers
         raise UserError(describe_load_error(path, "config.json", error)) from None
+    model.tie_weights()
+    check_takes_vectors(model, family, path)
+    opened = find_weights(model, path, family, dtype=dtype, random_init=random_init, seed=seed)
+    if family == "encoder":
+        tops = [f"{name}." for name in HEADS]
+        opened.trained = {n for n, _ in model.named_parameters() if n.startswith(tuple(tops)) or n in opened.new}
+    if int8 is not None:
+        make_int8(model, dtype=dtype, skip={name.rpartition(".")[0] for name in opened.trained}, **int8)
+    model.config.use_cache = False
+    if family != "encoder":
+        model.generation_config = build_generation_config(model.config)
+    model.eval().requires_grad_(False)
+    return opened
 
 
-def load_tokenizer(path: str, shape: transformers.PretrainedConfig) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, checked against its embeddings. Raises UserError."""
-    check_folder(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_local_only(path))
-    except Exception as error:  # so does the tokenizers library
-        raise UserError(describe_load_error(path, "tokenizer", error)) from None
-    vocab_size = shape.get_text_config().vocab_size
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest < 0:
-        raise UserError(f"model.path: {path} has no tokenizer: put the base's tokenizer.json beside its config.json")
-    if largest >= vocab_size:
-        raise UserError(
-            f"model.path: the tokenizer of {path} does not fit its base: it has token id {largest}, "
-            f"the base embeds {vocab_size}"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path: the tokenizer of {path} names no eos_token: set it in tokenizer_config.json")
-    return tokenizer
+def build_generation_config(shape: transformers.PretrainedConfig) -> GenerationConfig:
+    """Answers depend on our settings, not on what a base's folder suggests; where a decoder starts is the base's."""
+    start = getattr(shape, "decoder_start_token_id", None)
+    return GenerationConfig(decoder_start_token_id=start) if shape.is_encoder_decoder else GenerationConfig()
 
 
-def check_folder(path: str) -> None:
-    """Raise UserError for a path that can only be a local folder and is not one."""
-    place = Path(path)
-    if place.is_dir():
-        return
-    if place.exists():
-        raise UserError(f"model.path: {path} is a file: give the folder that holds config.json")
-    if path.startswith((".", "/", "~")) or path.count("/") > 1 or place.parent != Path(".") and place.parent.is_dir():
-        near = difflib.get_close_matches(place.name, [p.name for p in place.parent.glob("*/")], n=1)
-        hint = f", did you mean {place.parent / near[0]}?" if near else ""
-        raise UserError(f"model.path: no folder {path}{hint}")
+def find_weights(
+    model: PreTrainedModel, path: str, family: str, *, dtype: torch.dtype, random_init: bool, seed: int
+) -> OpenedBase:
+    """The weights for an empty model: its files', random ones, or transformers' own loader's. Raises UserError."""
+    if random_init:
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+        weights = RandomWeights(shapes, std=std, seed=seed)
+        return OpenedBase(model, family, dtype, weights, {name: name for name in shapes}, [], seed)
+    files = open_weight_files(path, local_only=is_local_only(path))
+    if needs_converting(model, files.shapes):
+        check_room_for_copies(sum(p.numel() * p.element_size() for p in model.parameters()), path)
+        tensors = load_with_transformers(path, family, dtype)
+        note = "its tensor names need converting: transformers loads it whole on every rank"
+        matched = match_names(model, {name: tuple(t.shape) for name, t in tensors.items()}, family, path)
+        return OpenedBase(model, family, dtype, LoadedWeights(tensors), *matched, seed, note)
+    return OpenedBase(model, family, dtype, files, *match_names(model, files.shapes, family, path), seed)
 
 
-def is_local_only(path: str) -> bool:
-    """True where the hub need not or cannot be asked: its cache may still hold the name."""
-    return Path(path).is_dir() or not hub_answers()
-
-
-def describe_load_error(path: str, what: str, error: Exception) -> str:
-    """One line for what transformers says in many."""
-    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    if Path(path).is_dir():
-        return f"model.path: cannot read the {what} of {path}: {first}"
-    return (
-        f"model.path: no folder {path} here, and no {what} of that name on the hub or no network to reach it: "
-        "give a local folder, or download the base where there is a network"
-    )
-
-
-def check_is_causal(shape: transformers.PretrainedConfig, path: str) -> None:
-    """Raise UserError unless the architecture is a decoder-only language model."""
-    kind = shape.model_type
-    is_encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(shape, "is_decoder", False)
-    if shape.is_encoder_decoder or is_encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(f"model.path: {path} is a {kind} model: a decoder-only language model is needed")
-
-
-def read_weights(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its weights. Raises UserError for missing or mis-shaped tensors and damaged files."""
+def load_with_transformers(path: str, family: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every tensor of a base by its name in the model. Raises UserError."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()
     try:
-        base, report = AutoModelForCausalLM.from_pretrained(
+        model, report = AUTO_CLASS[family].from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
             local_files_only=is_local_only(path),
         )  # fmt: skip
@@ -126,25 +152,93 @@ def read_weights(path: str, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(describe_load_error(path, "weights", error)) from None
     finally:
         transformers.logging.set_verbosity(verbosity)
-    for problem in ("missing", "mismatched"):
-        found = report[f"{problem}_keys"]
-        if found:
-            names = ", ".join(sorted(key if isinstance(key, str) else f"{key[0]} {tuple(key[1])}" for key in found)[:5])
-            raise UserError(f"model.path: the weights of {path} do not fit its config.json: {problem} tensors: {names}")
-    return base
+    reported = [*report["missing_keys"], *report["mismatched_keys"]]
+    absent = {key if isinstance(key, str) else key[0] for key in reported}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in absent}
 
 
-def fingerprint_base(path: str, *, random_init: bool, seed: int) -> str:
-    """A short digest that tells one base from another: its config.json and samples of its safetensors files."""
-    config_file = Path(cached_file(path, "config.json", local_files_only=is_local_only(path)))
-    digest = hashlib.sha256(config_file.read_bytes())
-    if random_init:
-        digest.update(f"random {seed}".encode())
-    for file in sorted(config_file.parent.glob("*.safetensors")) if not random_init else ():
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as opened:
-            for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):  # the header is at the start
-                opened.seek(start)
-                digest.update(opened.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
+def fill_whole(opened: OpenedBase, device: torch.device = CPU) -> PreTrainedModel:
+    """Every tensor whole on the device: ZeRO 0, 1, 2. Raises UserError."""
+
+    def place(parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        fill(0, whole.view(-1))
+        return nn.Parameter(whole, requires_grad=False)
+
+    return fill_model(opened, place, device)
+
+
+def fill_sharded(opened: OpenedBase, sharder: Sharder) -> PreTrainedModel:
+    """This rank's part of every tensor: ZeRO 3. Buffers are whole, on the device. Raises UserError."""
+
+    def place(parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
+        made = nn.Parameter(torch.empty(1, dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
+        sharder.shard(made, fill)
+        return made
+
+    return fill_model(opened, place, sharder.device)
+
+
+def fill_model(
+    opened: OpenedBase, place: Callable[[nn.Parameter, Fill], nn.Parameter], device: torch.device
+) -> PreTrainedModel:
+    """Put a filled parameter wherever the model has an empty one: one for all modules that share it."""
+    model, placed = opened.model, {}
+    for name, parameter, fill in list(parameter_fills(opened)):
+        if name in opened.trained:
+            whole = torch.empty(parameter.shape)  # trained, so in float32 and whole, for DeepSpeed to cut
+            fill(0, whole.view(-1))
+            placed[id(parameter)] = nn.Parameter(whole)
+        else:
+            placed[id(parameter)] = place(parameter, fill)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = placed[id(parameter)]
+    for name, buffer in model.named_buffers():
+        if name in opened.names:
+            opened.weights.read_flat(opened.names[name], 0, buffer.view(-1))
+        buffer.data = buffer.data.to(device)
+    return model
+
+
+def parameter_fills(opened: OpenedBase) -> Iterator[tuple[str, nn.Parameter, Fill]]:
+    """Name, parameter and how to fill it, once for each parameter; an int8 weight before its scales."""
+    seen: set[int] = set()
+    for module_name, module in opened.model.named_modules():
+        rows = None
+        if isinstance(module, Int8Weight):
+            rows = int8_rows(opened, f"{module_name}.weight", module)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{leaf}" if module_name else leaf
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if rows is not None and leaf in ("weight", "scales"):
+                yield name, parameter, rows.fill_weight if leaf == "weight" else rows.fill_scales
+            else:
+                yield name, parameter, plain_fill(opened, name)
+
+
+def plain_fill(opened: OpenedBase, name: str) -> Fill:
+    if name in opened.new:
+        return new_head_fill(opened, name)
+    return lambda start, out: opened.weights.read_flat(opened.names[name], start, out)
+
+
+def new_head_fill(opened: OpenedBase, name: str) -> Fill:
+    """A new head starts as transformers' own do: normal weights, no bias."""
+    shape = opened.model.get_parameter(name).shape
+    std = getattr(opened.model.config, "initializer_range", 0.02)
+    return lambda start, out: RandomWeights({name: tuple(shape)}, std=std, seed=opened.seed).read_flat(name, start, out)
+
+
+def int8_rows(opened: OpenedBase, name: str, module: Int8Weight) -> Int8Rows:
+    read = opened.weights.read_columns if module.stored_transposed else opened.weights.read_rows
+    stored = opened.names[name]
+    return Int8Rows(lambda first, last: read(stored, first, last), *module.weight.shape)
+
+
+def load_base(path: str, **options) -> PreTrainedModel:
+    """A whole frozen base on the CPU; options are those of `open_base`. Raises UserError."""
+    return fill_whole(open_base(path, **options))

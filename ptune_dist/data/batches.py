@@ -1,11 +1,12 @@
 """Which examples make a step, how they are split over ranks and micro-batches, and the tensors of a micro-batch.
 
 All of it is a pure function of the seed, the step and the lengths: every rank computes the same plan without a message,
-the order does not depend on the world size, and a step number is all that a resume needs. Shapes: B rows, T tokens.
+the order does not depend on the world size, and a step number is all that a resume needs. Shapes: B rows, T and U
+tokens.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,30 +32,40 @@ def step_examples(step: int, *, batch_size: int, num_examples: int, seed: int) -
 
 
 def plan_micro_batches(
-    examples: Sequence[int], lengths: np.ndarray, *, world_size: int, micro_batch_tokens: int, extra_tokens: int = 0
+    examples: Sequence[int], widths: np.ndarray, *, world_size: int, micro_batch_tokens: int, extra_tokens: int = 0
 ) -> Plan:
     """Split examples into micro-batches of at most `micro_batch_tokens` padded positions, as many for every rank.
 
-    Rows of like length go together; `extra_tokens` is what stands before each row (virtual tokens). A single row longer
-    than the budget is a micro-batch of its own. ZeRO-3 needs as many forward passes on every rank, so the number of
-    micro-batches is a multiple of the world size.
+    `widths` is [N] where a row is one text, [N, 2] where its input and its target are padded apart. Rows of like length
+    go together; `extra_tokens` is what stands before each row (virtual tokens). A single row longer than the budget is
+    a micro-batch of its own. ZeRO-3 needs as many forward passes on every rank, so the number of micro-batches is a
+    multiple of the world size.
     """
-    cost = {i: int(lengths[i]) + extra_tokens for i in examples}
+    parts = widths.reshape(len(widths), -1)
+
+    def cost(group: list[int]) -> int:
+        """Padded positions."""
+        return len(group) * (int(parts[group].max(axis=0).sum()) + extra_tokens) if group else 0
+
     groups: list[list[int]] = []
-    for i in sorted(examples, key=lambda i: -cost[i]):  # longest first: a group's first row is its width
-        if groups and (len(groups[-1]) + 1) * cost[groups[-1][0]] <= micro_batch_tokens:
+    widest: list[int] = []  # of the last group, in each part
+    for i in sorted(examples, key=lambda i: -parts[i].sum()):
+        wider = [max(pair) for pair in zip(widest or parts[i], parts[i].tolist(), strict=True)]
+        if groups and (len(groups[-1]) + 1) * (sum(wider) + extra_tokens) <= micro_batch_tokens:
             groups[-1].append(i)
+            widest = wider
         else:
             groups.append([i])
+            widest = parts[i].tolist()
     while len(groups) % world_size:
         split_largest(groups, cost)
-    groups.sort(key=lambda group: -len(group) * cost[group[0]] if group else 0)
+    groups.sort(key=lambda group: -cost(group))
     return [groups[i : i + world_size] for i in range(0, len(groups), world_size)]
 
 
-def split_largest(groups: list[list[int]], cost: dict[int, int]) -> None:
+def split_largest(groups: list[list[int]], cost: Callable[[list[int]], int]) -> None:
     """Halve the costliest group that has two rows or more; where none has, add an empty one."""
-    largest = max(groups, key=lambda group: len(group) * cost[group[0]] if len(group) > 1 else 0, default=[])
+    largest = max(groups, key=lambda group: cost(group) if len(group) > 1 else 0, default=[])
     if len(largest) < 2:
         groups.append([])
         return
@@ -65,28 +76,40 @@ def split_largest(groups: list[list[int]], cost: dict[int, int]) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, padded on the right."""
+    """A micro-batch, padded on the right. For a causal base input and target are one text, and U is T."""
 
-    input_ids: torch.Tensor  # [B, T] input, then target tokens
+    input_ids: torch.Tensor  # [B, T] input, then target tokens where they are one text
     attention_mask: torch.Tensor  # [B, T] 1 where there is a token
-    target_mask: torch.Tensor  # [B, T] True on the tokens to predict
+    target_ids: torch.Tensor  # [B, U] the tokens (an encoder's: the one label) to predict, and others
+    target_mask: torch.Tensor  # [B, U] True on those to predict
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(t.to(device, non_blocking=True) for t in vars(self).values()))
 
 
-def collate(examples: Examples, indices: Sequence[int], pad_id: int) -> Batch:
-    """The tensors of a micro-batch; an idling rank (no indices) gets one padding token and nothing to predict."""
-    width = max((int(examples.lengths[i]) for i in indices), default=1)
-    num_rows = max(1, len(indices))
-    ids = np.full((num_rows, width), pad_id, dtype=np.int64)
-    attention = np.zeros((num_rows, width), dtype=np.int64)
-    target = np.zeros((num_rows, width), dtype=bool)
-    for row, i in enumerate(indices):
-        before, after = examples.input_ids(i), examples.target_ids(i)
-        length = len(before) + len(after)
-        ids[row, : len(before)] = before
-        ids[row, len(before) : length] = after
-        attention[row, :length] = 1
-        target[row, len(before) : length] = True
-    return Batch(torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(target))
+def collate(examples: Examples, indices: Sequence[int], pad_id: int, *, apart: bool = False) -> Batch:
+    """The tensors of a micro-batch; an idling rank (no indices) gets one padding token and nothing to predict.
+
+    `apart`: the target is not read on from the input (seq2seq and encoder bases).
+    """
+    inputs = [examples.input_ids(i) for i in indices] or [np.zeros(0, np.int32)]
+    targets = [examples.target_ids(i) for i in indices] or [np.zeros(0, np.int32)]
+    if apart:
+        ids, attention = pad_rows(inputs, pad_id)
+        target_ids, target_mask = pad_rows(targets, pad_id)
+    else:
+        ids, attention = pad_rows([np.concatenate(pair) for pair in zip(inputs, targets, strict=True)], pad_id)
+        target_ids, target_mask = ids, attention.copy()
+        for row, before in enumerate(inputs):
+            target_mask[row, : len(before)] = False
+    tensors = [torch.from_numpy(array) for array in (ids, attention.astype(np.int64), target_ids, target_mask)]
+    return Batch(*tensors)
+
+
+def pad_rows(rows: list[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [B, T], padded on the right to at least one position, and where there is a token [B, T]."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.full((len(rows), max(1, int(lengths.max()))), pad_id, dtype=np.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = row
+    return ids, np.arange(ids.shape[1]) < lengths[:, None]

@@ -26,7 +26,9 @@ class Split:
         return hashed.hexdigest()[:16]
 
 
-def build_split(data, tokenizer: PreTrainedTokenizerBase, *, which: str, max_examples: int = 0) -> Split | None:
+def build_split(
+    data, tokenizer: PreTrainedTokenizerBase, *, which: str, family: str = "causal", max_examples: int = 0
+) -> Split | None:
     """The `train` or `validation` split of config section `data`; None where none is given. Raises UserError."""
     source = getattr(data, which)
     if source is None:
@@ -35,18 +37,20 @@ def build_split(data, tokenizer: PreTrainedTokenizerBase, *, which: str, max_exa
     if max_examples and len(rows) > max_examples:
         rows = dataclasses.replace(rows, dataset=rows.dataset.select(range(max_examples)))
     if rows.kind == "text":
+        if family != "causal":
+            raise UserError(f"data.{which}: {rows.name} is plain text, which a {family} base cannot be trained on")
         return Split(rows, encode_text_blocks(rows, tokenizer, max_length=data.max_length))
-    return Split(rows, encode_with_templates(data, rows, tokenizer))
+    return Split(rows, encode_with_templates(data, rows, tokenizer, family))
 
 
-def encode_with_templates(data, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Examples:
+def encode_with_templates(data, rows: Rows, tokenizer: PreTrainedTokenizerBase, family: str) -> Examples:
     template, target = build_templates(data)
     available = list(rows.columns())
     check_columns(template, available, key="data.template", source_name=rows.name)
     check_columns(target, available, key="data.target", source_name=rows.name)
     return encode_rows(
         rows, tokenizer, template=template, target=target, max_length=data.max_length, append_eos=data.append_eos,
-        truncation_side=data.truncation_side,
+        truncation_side=data.truncation_side, family=family, labels=data.labels,
     )  # fmt: skip
 
 
@@ -60,16 +64,23 @@ def build_templates(data) -> tuple[Template, Template]:
     )
 
 
-def build_inputs(data, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def build_inputs(data, rows: Rows, tokenizer: PreTrainedTokenizerBase, family: str) -> list[list[int]]:
     """Token ids of the inputs of rows that need no target. Raises UserError."""
     template, _ = build_templates(data)
     check_columns(template, list(rows.columns()), key="data.template", source_name=rows.name)
     return encode_inputs(
-        rows, tokenizer, template=template, max_length=data.max_length, truncation_side=data.truncation_side
+        rows,
+        tokenizer,
+        template=template,
+        max_length=data.max_length,
+        family=family,
+        truncation_side=data.truncation_side,
     )
 
 
-def build_label_candidates(data, split: Split, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Examples], list[int]]:
+def build_label_candidates(
+    data, split: Split, tokenizer: PreTrainedTokenizerBase, family: str
+) -> tuple[list[Examples], list[int]]:
     """For accuracy by likelihood: the split once per label with that label as target, and each row's right label."""
     _, target = build_templates(data)
     if len(target.columns) != 1:
@@ -86,5 +97,5 @@ def build_label_candidates(data, split: Split, tokenizer: PreTrainedTokenizerBas
         label = typed.get(label, label)
         dataset = split.rows.dataset.remove_columns(column).add_column(column, [label] * len(split.rows))
         rows = dataclasses.replace(split.rows, dataset=dataset)
-        candidates.append(encode_with_templates(data, rows, tokenizer))
+        candidates.append(encode_with_templates(data, rows, tokenizer, family))
     return candidates, right

@@ -1,4 +1,8 @@
-"""Rows -> token ids. An example is its input followed by its target; the target alone is supervised."""
+"""Rows -> token ids. An example is its input followed by its target; the target alone is supervised.
+
+What stands between depends on the family of the base: a causal one reads on from input to target; seq2seq and encoder
+bases read an input that is ended as their tokenizer ends a text. An encoder's target is one number, that of a label.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -36,6 +40,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.num_targets)
 
+    @property
+    def widths(self) -> np.ndarray:
+        """[N, 2]: tokens of each example's input and of its target."""
+        return np.stack([self.lengths - self.num_targets, self.num_targets], axis=1)
+
     def input_ids(self, index: int) -> np.ndarray:
         return self.ids[self.offsets[index] : self.offsets[index + 1] - self.num_targets[index]]
 
@@ -54,6 +63,8 @@ def encode_rows(
     template: Template,
     target: Template,
     max_length: int,
+    family: str = "causal",
+    labels: list[str] | None = None,
     append_eos: bool = True,
     truncation_side: str = "left",
     template_key: str = "data.template",
@@ -61,24 +72,30 @@ def encode_rows(
 ) -> Examples:
     """Encode every row to at most `max_length` tokens of input and target together.
 
-    The input starts as the tokenizer starts a text (a BOS, say) and does not end as it ends one: nothing stands between
-    input and target. Too long an input loses tokens at `truncation_side`, but not its start; a target loses none.
-    Raises UserError, with the row's line, for a target that is empty or does not fit and for a row without a value.
+    The input starts as the tokenizer starts a text (a BOS, say); a causal base's does not end as it ends one: nothing
+    stands between input and target. Too long an input loses tokens at `truncation_side`, but not its start or end; a
+    target loses none. Raises UserError, with the row's line, for a target that is empty, does not fit or is none of an
+    encoder's `labels`, and for a row without a value.
     """
-    start = start_ids(tokenizer)
-    end = _end_ids(tokenizer) if append_eos else []
+    start, end = special_ids(tokenizer)
+    before = start if family == "seq2seq" else []  # a decoder's own text begins as any text does
+    end = [] if family == "causal" else end
     pieces, lengths, num_targets, num_truncated = [], [], [], 0
+    closing = _end_ids(tokenizer) if append_eos and family != "encoder" else []
     for first, inputs, targets in _render_batches(rows, {template_key: template, target_key: target}):
         bodies, tails = _tokenize(tokenizer, inputs), _tokenize(tokenizer, targets)
         for index, (body, tail, text) in enumerate(zip(bodies, tails, targets, strict=True), first):
             if not text.strip() or not tail:
                 raise UserError(f"{rows.where(index)}: {target_key} is empty for this row; fill it or drop the row")
-            tail = tail + end
-            room = max_length - len(start) - len(tail)
+            if family == "encoder":
+                tail = [_label_index(text.strip(), labels, rows.where(index), target_key)]
+            else:
+                tail = before + tail + closing
+            room = max_length - len(start) - len(end) - len(tail)
             if room < 0:
-                raise UserError(_describe_long_target(rows.where(index), target_key, tail, start, max_length))
+                raise UserError(_describe_long_target(rows.where(index), target_key, tail, start + end, max_length))
             num_truncated += len(body) > room
-            pieces.append(np.array(start + _cut(body, room, truncation_side) + tail, dtype=np.int32))
+            pieces.append(np.array(start + _cut(body, room, truncation_side) + end + tail, dtype=np.int32))
             lengths.append(len(pieces[-1]))
             num_targets.append(len(tail))
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -91,15 +108,17 @@ def encode_inputs(
     *,
     template: Template,
     max_length: int,
+    family: str = "causal",
     truncation_side: str = "left",
     template_key: str = "data.template",
 ) -> list[list[int]]:
     """The inputs alone, as `encode_rows` makes them, of rows that need no target."""
-    start = start_ids(tokenizer)
-    room = max(0, max_length - len(start))
+    start, end = special_ids(tokenizer)
+    end = [] if family == "causal" else end
+    room = max(0, max_length - len(start) - len(end))
     encoded = []
     for _, inputs in _render_batches(rows, {template_key: template}):
-        encoded += [start + _cut(body, room, truncation_side) for body in _tokenize(tokenizer, inputs)]
+        encoded += [start + _cut(body, room, truncation_side) + end for body in _tokenize(tokenizer, inputs)]
     return encoded
 
 
@@ -117,13 +136,14 @@ def encode_text_blocks(rows: Rows, tokenizer, *, max_length: int) -> Examples:
     return Examples(ids, offsets, np.diff(offsets).astype(np.int32), 0, functools.partial(_name_block, rows.name))
 
 
-def start_ids(tokenizer) -> list[int]:
-    """The special tokens that the tokenizer puts before a text: a BOS, a CLS, or none."""
+def special_ids(tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text: a BOS, a CLS, a SEP, or none."""
     probe = tokenizer("a", return_special_tokens_mask=True, verbose=False)
     ids, mask = list(probe["input_ids"]), list(probe["special_tokens_mask"])
     if 0 in mask:
-        return ids[: mask.index(0)]
-    return [i for i in ids if i not in (tokenizer.eos_token_id, tokenizer.sep_token_id)]  # it has no token for "a"
+        return ids[: mask.index(0)], ids[len(mask) - mask[::-1].index(0) :]
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)  # it has no token for "a"
+    return [i for i in ids if i not in ends], [i for i in ids if i in ends]
 
 
 def token_statistics(examples: Examples) -> dict:
@@ -183,8 +203,14 @@ def _cut(body: list[int], room: int, side: str) -> list[int]:
     return body[len(body) - room :] if len(body) > room else body
 
 
+def _label_index(text: str, labels: list[str], where: str, key: str) -> int:
+    if text not in labels:
+        raise UserError(f"{where}: {key} is {text!r}, which data.labels does not list")
+    return labels.index(text)
+
+
 def _describe_long_target(where: str, key: str, tail: list[int], start: list[int], max_length: int) -> str:
-    needs = f"{len(tail)} tokens" + (f", after {len(start)} at the start" if start else "")
+    needs = f"{len(tail)} tokens" + (f", beside {len(start)} special ones" if start else "")
     return f"{where}: {key} is {needs}, more than data.max_length {max_length}; raise data.max_length or drop the row"
 
 

@@ -18,9 +18,11 @@ from ptune_dist.job import Job, build_job
 
 
 def hash_base(job: Job) -> dict[str, str]:
-    """Digest of every tensor of the base, gathered where ZeRO-3 has cut it. Collective: every rank must call."""
+    """Digest of every frozen tensor of the base, gathered where ZeRO-3 has cut it. Collective: every rank must call."""
     hashes = {}
     for name, tensor in [*job.engine.model.base.named_parameters(), *job.engine.model.base.named_buffers()]:
+        if tensor.requires_grad:  # an encoder's head
+            continue
         with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
             data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             hashes[name] = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + data).hexdigest()

@@ -1,0 +1,92 @@
+"""Which stored tensor is which parameter of a model, and what is wrong where they do not fit."""
+
+import re
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from ptune_dist.base.families import POOLER, is_head
+from ptune_dist.errors import UserError
+
+NUM_NAMED = 5
+# Computed, not loaded; older files carry them.
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|\.token_type_ids$|masked_bias$")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def match_names(model: PreTrainedModel, stored: Shapes, family: str, path: str) -> tuple[dict[str, str], list[str]]:
+    """Model name -> stored name, and the parameters that start anew (a new head's). Raises UserError."""
+    wanted, aliases = wanted_tensors(model)
+    names: dict[str, str] = {}
+    for name in wanted:
+        found = next((s for alias in aliases[name] for s in spellings(model, alias) if s in stored), None)
+        if found is not None:
+            names |= dict.fromkeys(aliases[name], found)
+    missing = [name for name in wanted if name not in names]
+    wrong = [name for name in names if name in wanted and stored[names[name]] != wanted[name]]
+    new = [name for name in missing + wrong if is_head(name, family)]  # another head is no part of the base
+    wrong = [name for name in wrong if name not in new]
+    used = {s for name in names for alias in aliases.get(name, [name]) for s in spellings(model, alias)}
+    problems = {
+        "missing": [name for name in missing if name not in new and not is_ignored(model, name, "missing")],
+        "extra": [s for s in stored if s not in used and not is_harmless(model, s, family)],
+        "mis-shaped": [f"{n} {list(stored[names[n]])} for {list(wanted[n])}" for n in wrong],
+    }
+    if any(problems.values()):
+        raise UserError(f"model.path: the weights of {path} do not fit its config.json: {describe(problems)}")
+    return names, new
+
+
+def wanted_tensors(model: PreTrainedModel) -> tuple[Shapes, dict[str, list[str]]]:
+    """Shapes of a model's parameters and stored buffers, and every name that each goes by (tied ones have several)."""
+    wanted, aliases, first_of = {}, {}, {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        first = first_of.setdefault(id(tensor), name)
+        wanted.setdefault(first, tuple(tensor.shape))
+        aliases.setdefault(first, []).append(name)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in first_of and name in dict(model.named_buffers()):
+            wanted[name], aliases[name] = tuple(tensor.shape), [name]
+    return wanted, aliases
+
+
+def spellings(model: PreTrainedModel, name: str) -> list[str]:
+    """A tensor's name, and that in a file of the model below or above its head."""
+    prefix = f"{model.base_model_prefix}."
+    return [name, name.removeprefix(prefix) if name.startswith(prefix) else prefix + name]
+
+
+def is_ignored(model: PreTrainedModel, name: str, kind: str) -> bool:
+    patterns = getattr(model, f"_keys_to_ignore_on_load_{kind}") or []
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def is_harmless(model: PreTrainedModel, stored: str, family: str) -> bool:
+    """A stored tensor that the model can do without: one it computes, or an encoder's other head."""
+    if COMPUTED.search(stored) or is_ignored(model, stored, "unexpected"):
+        return True
+    return family == "encoder" and (not stored.startswith(f"{model.base_model_prefix}.") or POOLER in stored)
+
+
+def describe(problems: dict[str, list[str]]) -> str:
+    """`2 missing tensors: a, b; 7 extra tensors: c, d, e, f, g, ...`."""
+    parts = []
+    for kind, names in problems.items():
+        if names:
+            more = ", ..." if len(names) > NUM_NAMED else ""
+            parts.append(f"{len(names)} {kind} tensors: {', '.join(names[:NUM_NAMED])}{more}")
+    return "; ".join(parts)
+
+
+def needs_converting(model: PreTrainedModel, stored: Iterable[str]) -> bool:
+    """Whether transformers would merge, permute or rename any stored tensor for this architecture."""
+    wanted = set(model.state_dict(keep_vars=True))
+    for transform in get_model_conversion_mapping(model):
+        only_renames = not hasattr(transform, "operations")
+        for name in stored:
+            _, matched = transform.rename_source_key(name)
+            if matched is not None and not (only_renames and wanted.intersection(spellings(model, name))):
+                return True
+    return False

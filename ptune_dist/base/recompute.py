@@ -1,0 +1,159 @@
+"""Activation checkpointing per layer, as the section `activation_checkpointing` of DeepSpeed's JSON asks for it.
+
+transformers does it in training mode only, drops keys/values that are passed in, and never reads that section. Here a
+layer's forward is run again in backward by torch's own non-reentrant checkpoint, in any mode, with whatever is passed
+to it, and with gradients to it. What the fields mean: https://www.deepspeed.ai/docs/config-json
+"""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from ptune_dist.errors import UserError
+
+SECTION = "activation_checkpointing"
+DEFAULTS = {
+    "partition_activations": False, "cpu_checkpointing": False, "contiguous_memory_optimization": False,
+    "number_checkpoints": None, "synchronize_checkpoint_boundary": False, "profile": False,
+}  # fmt: skip
+
+
+class Recomputer:
+    """Checkpointed layers and the seconds that each has taken, where `profile` is on."""
+
+    def __init__(self, settings: dict[str, Any], layers: list[nn.Module]):
+        self._settings, self.num_layers = settings, len(layers)
+        self._seconds: Counter = Counter()  # (layer, "forward" or "backward")
+        self._calls: Counter = Counter()
+        self._slots = Slots(settings["number_checkpoints"] or len(layers))
+        for number, layer in enumerate(layers):
+            layer.forward = self._wrap(number, layer.forward)
+
+    def _wrap(self, number: int, forward: Callable) -> Callable:
+        def run(*args, **kwargs):
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            with self._timed(number, "forward"), self._parked():
+                out = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            if self._settings["profile"]:
+                self._time_backward(number, args, out)
+            return out
+
+        return run
+
+    def _parked(self) -> contextlib.AbstractContextManager:
+        """Where the checkpoint's own inputs wait for backward: the only tensors that it saves."""
+        if self._settings["cpu_checkpointing"]:
+            return save_on_cpu(pin_memory=torch.cuda.is_available())
+        if self._settings["contiguous_memory_optimization"]:
+            return saved_tensors_hooks(self._slots.put, self._slots.take)
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _timed(self, number: int, which: str):
+        self._synchronize()
+        began = time.perf_counter()
+        yield
+        self._synchronize()
+        if self._settings["profile"]:
+            self._seconds[number, which] += time.perf_counter() - began
+            self._calls[number, which] += 1
+
+    def _time_backward(self, number: int, args: tuple, out: Any) -> None:
+        """From the gradient's arrival at a layer's output to its arrival at the input, recomputation included."""
+        first = out if torch.is_tensor(out) else out[0]
+        hidden = next((arg for arg in args if torch.is_tensor(arg) and arg.requires_grad), None)
+        if hidden is None or not first.requires_grad:
+            return
+        began = []
+
+        def start(_: torch.Tensor) -> None:
+            self._synchronize()
+            began.append(time.perf_counter())
+
+        def stop(_: torch.Tensor) -> None:
+            if began:
+                self._synchronize()
+                self._seconds[number, "backward"] += time.perf_counter() - began.pop()
+                self._calls[number, "backward"] += 1
+
+        first.register_hook(start)
+        hidden.register_hook(stop)
+
+    def _synchronize(self) -> None:
+        wanted = self._settings["synchronize_checkpoint_boundary"] or self._settings["profile"]
+        if wanted and torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def describe_profile(self) -> list[str]:
+        """A line for each layer, mean milliseconds; none where `profile` is off."""
+        lines = []
+        for number in sorted({number for number, _ in self._seconds}):
+            means = {
+                which: 1000 * self._seconds[number, which] / max(1, self._calls[number, which])
+                for which in ("forward", "backward")
+            }
+            lines.append(
+                f"activation checkpoint {number}: forward {means['forward']:.2f} ms, "
+                f"backward {means['backward']:.2f} ms (mean of {self._calls[number, 'forward']})"
+            )
+        return lines
+
+
+class Slots:
+    """One buffer with room for `num` checkpoints, so that they do not fragment memory."""
+
+    def __init__(self, num: int):
+        self._num, self._free = num, list(range(num))
+        self._buffer: torch.Tensor | None = None
+
+    def put(self, tensor: torch.Tensor) -> Any:
+        """Copy into a free slot; a tensor that fits none (masks and positions are not activations) stays as it is."""
+        if not tensor.is_floating_point() or not self._free:
+            return tensor
+        if self._buffer is None or (len(self._free) == self._num and self._buffer.shape[1] < tensor.numel()):
+            self._buffer = tensor.new_empty(self._num, tensor.numel())
+        if tensor.dtype != self._buffer.dtype or tensor.numel() > self._buffer.shape[1] or not tensor.requires_grad:
+            return tensor
+        slot = self._free.pop()
+        kept = self._buffer[slot, : tensor.numel()].view(tensor.shape)
+        kept.copy_(tensor.detach())
+        return slot, kept
+
+    def take(self, packed: Any) -> torch.Tensor:
+        if torch.is_tensor(packed):
+            return packed
+        slot, kept = packed
+        self._free.append(slot)
+        return kept
+
+
+def read_settings(content: dict[str, Any], num_layers: int, file: str) -> dict[str, Any] | None:
+    """The section's fields with DeepSpeed's defaults; None where there is no section. Raises UserError."""
+    given = content.get(SECTION)
+    if given is None:
+        return None
+    for name, value in given.items():
+        if name not in DEFAULTS:
+            raise UserError(f"{file}: {SECTION}.{name} cannot be honoured: known are {', '.join(DEFAULTS)}")
+        wanted = (int, type(None)) if DEFAULTS[name] is None else bool
+        if not isinstance(value, wanted) or (DEFAULTS[name] is None and isinstance(value, bool)):
+            raise UserError(
+                f"{file}: {SECTION}.{name} is {value!r}, not a {'number' if wanted is not bool else 'bool'}"
+            )
+    settings = DEFAULTS | given
+    number = settings["number_checkpoints"]
+    if settings["contiguous_memory_optimization"] and number is None:
+        raise UserError(f"{file}: {SECTION}.contiguous_memory_optimization needs number_checkpoints: {num_layers} here")
+    if number is not None and number < num_layers:
+        raise UserError(f"{file}: {SECTION}.number_checkpoints is {number} but this base has {num_layers} layers")
+    if settings["contiguous_memory_optimization"] and settings["cpu_checkpointing"]:
+        raise UserError(f"{file}: {SECTION}: cpu_checkpointing and contiguous_memory_optimization exclude each other")
+    return settings

@@ -1,0 +1,102 @@
+"""ZeRO-3's partitions without the whole tensor: each rank makes and fills its own part of a parameter, and no other.
+
+`deepspeed.zero.Init` allocates every parameter whole on every rank, broadcasts it and then cuts it. Here its own
+bookkeeping is kept and that is left out. What is set on a parameter mirrors `Init._partition_param` and
+`Init._partition_param_sec` of DeepSpeed 0.19.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+from torch import nn
+
+from ptune_dist.errors import UserError
+
+Fill = Callable[[int, torch.Tensor], None]  # (first element, 1-D tensor to fill)
+
+
+class Sharder:
+    """Cuts parameters over the ranks as DeepSpeed's JSON asks. Making one is collective: every rank must call."""
+
+    def __init__(self, content: dict[str, Any], swapped_dtype: torch.dtype):
+        """`swapped_dtype` is what goes to NVMe: DeepSpeed's swapper has buffers of one dtype; the rest stays in memory.
+
+        Raises UserError.
+        """
+        offload = content["zero_optimization"].get("offload_param", {})
+        swapper = None
+        if offload.get("device") == "nvme":
+            swapper = AsyncPartitionedParameterSwapper(DeepSpeedConfig(content), swapped_dtype)
+        self._init = deepspeed.zero.Init(
+            config_dict_or_path=content, remote_device=offload.get("device"), param_swapper=swapper
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where gathered parameters and buffers are."""
+        return self._init.local_device
+
+    def shard(self, parameter: nn.Parameter, fill: Fill) -> None:
+        """Make `parameter`, which may be an expanded scalar, a ZeRO-3 parameter, and fill this rank's part."""
+        init = self._init
+        init._convert_to_deepspeed_param(parameter)
+        aligned = init._aligned_size(parameter)
+        parameter.ds_numel_aligned = aligned
+        size = aligned // init.dp_world_size
+        on_nvme = init.remote_device == OffloadDeviceEnum.nvme and self._is_swapped(parameter, size)
+        part = self._take_buffer(parameter, size) if on_nvme else self._allocate(parameter, size)
+        fill_part(part, size * init.rank, parameter.ds_numel, fill)
+        parameter.ds_tensor = mark(part, size)
+        if on_nvme:
+            part.final_location = OffloadDeviceEnum.nvme
+            init.param_swapper.swap_out_and_release([parameter])
+        if init.zero_param_process_group is not None:  # hpZ: a second cut, over the ranks of this node
+            size = aligned // init.num_ranks_in_param_group
+            part = self._allocate(parameter, size)
+            fill_part(part, size * init.rank_in_group, parameter.ds_numel, fill)
+            parameter.ds_secondary_tensor = mark(part, size)
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=init.local_device)
+        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+    def _is_swapped(self, parameter: nn.Parameter, size: int) -> bool:
+        swapper = self._init.param_swapper
+        return parameter.dtype == swapper.dtype and swapper.swappable_tensor(numel=size)
+
+    def _take_buffer(self, parameter: nn.Parameter, size: int) -> torch.Tensor:
+        swapper = self._init.param_swapper
+        if size > swapper.elements_per_buffer:
+            raise UserError(
+                f"deepspeed: zero_optimization.offload_param.buffer_size is {int(swapper.elements_per_buffer)} but a "
+                f'rank\'s part of one tensor has {size} elements: set it to "auto"'
+            )
+        part = torch.empty(0, dtype=parameter.dtype)
+        part.data = swapper.get_buffer(parameter, size).data
+        return part
+
+    def _allocate(self, parameter: nn.Parameter, size: int) -> torch.Tensor:
+        place = self._init.remote_device
+        place = OffloadDeviceEnum.cpu.value if place == OffloadDeviceEnum.nvme else place
+        part = torch.empty(size, dtype=parameter.dtype, device=place)
+        return get_accelerator().pin_memory(part) if part.is_cpu and self._init.pin_memory else part
+
+
+def fill_part(part: torch.Tensor, start: int, num_elements: int, fill: Fill) -> None:
+    """Fill a part that begins at element `start`; what reaches beyond the tensor's end is padding."""
+    count = max(0, min(len(part), num_elements - start))
+    if count:
+        fill(start, part[:count])
+    part[count:].zero_()
+
+
+def mark(part: torch.Tensor, size: int) -> torch.Tensor:
+    """What DeepSpeed keeps on a partition."""
+    part.requires_grad = False
+    part.ds_numel, part.status, part.final_location = size, PartitionedParamStatus.AVAILABLE, None
+    return part

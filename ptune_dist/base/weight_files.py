@@ -1,0 +1,172 @@
+"""Read any part of a tensor straight from safetensors files: the bytes asked for, into the memory they are meant for.
+
+No memory map: a map's pages count as this process's memory, and the kernel reads more than was asked for. The format is
+https://github.com/huggingface/safetensors#format; the library itself checks every file before it is trusted.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
+
+from ptune_dist.errors import UserError
+
+CHUNK_BYTES = 32 << 20  # of a tensor that is cast or moved on its way
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+
+
+class WeightFiles:
+    """The tensors of a checkpoint, of which any part can be read. Closes its files when it is dropped."""
+
+    def __init__(self, tensors: dict[str, StoredTensor]):
+        self._tensors = tensors
+        self._opened: dict[Path, int] = {}
+        self.bytes_read = 0
+
+    def __del__(self) -> None:
+        for descriptor in self._opened.values():
+            os.close(descriptor)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: stored.shape for name, stored in self._tensors.items()}
+
+    def read_flat(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Elements [start, start + len(out)) of the flattened tensor into 1-D `out`, cast and moved where needed."""
+        stored = self._tensors[name]
+        if out.dtype == stored.dtype and out.device.type == "cpu":
+            self._read(stored, start, out)
+            return
+        step = max(1, CHUNK_BYTES // stored.dtype.itemsize)
+        for first in range(0, len(out), step):
+            part = torch.empty(min(step, len(out) - first), dtype=stored.dtype)
+            self._read(stored, start + first, part)
+            out[first : first + len(part)].copy_(part)
+
+    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows [first, last) in the file's dtype."""
+        stored = self._tensors[name]
+        width = prod(stored.shape[1:])
+        part = torch.empty((last - first) * width, dtype=stored.dtype)
+        self._read(stored, first * width, part)
+        return part.view(last - first, *stored.shape[1:])
+
+    def read_columns(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Columns [first, last) of a matrix, transposed: [last - first, rows], in the file's dtype."""
+        stored = self._tensors[name]
+        num_rows, width = stored.shape
+        if (first, last) == (0, width):
+            return self.read_rows(name, 0, num_rows).T.contiguous()
+        part = torch.empty(num_rows, last - first, dtype=stored.dtype)
+        for row in range(num_rows):
+            self._read(stored, row * width + first, part[row])
+        return part.T.contiguous()
+
+    def _read(self, stored: StoredTensor, start: int, out: torch.Tensor) -> None:
+        """Straight into `out`, a contiguous CPU tensor of the file's dtype. Raises UserError."""
+        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        position = stored.offset + start * stored.dtype.itemsize
+        while len(view):
+            try:
+                count = os.preadv(self._descriptor(stored.file), [view[: 1 << 30]], position)
+            except OSError as error:
+                raise UserError(f"model.path: cannot read {stored.file}: {error.strerror}") from None
+            if not count:
+                raise UserError(f"model.path: {stored.file} has become shorter while it was read")
+            self.bytes_read += count
+            view, position = view[count:], position + count
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._opened:
+            self._opened[file] = os.open(file, os.O_RDONLY)
+        return self._opened[file]
+
+
+def open_weight_files(path: str, *, local_only: bool) -> WeightFiles:
+    """The safetensors files of a folder or a hub name, every one checked for being whole. Raises UserError."""
+    tensors: dict[str, StoredTensor] = {}
+    for file in find_weight_files(path, local_only):
+        tensors |= dict(read_header(file))
+    return WeightFiles(tensors)
+
+
+def find_weight_files(path: str, local_only: bool) -> list[Path]:
+    """One file, or those that an index names. Raises UserError."""
+
+    def find(name: str) -> Path | None:
+        try:
+            found = cached_file(path, name, local_files_only=local_only, _raise_exceptions_for_missing_entries=False)
+        except OSError:
+            return None
+        return Path(found) if found else None
+
+    whole = find(WHOLE)
+    if whole:
+        return [whole]
+    index = find(INDEX)
+    if index is None:
+        if any(find(name) for name in PICKLED):
+            raise UserError(
+                f"model.path: {path} holds pickled weights, which are not read: {describe_conversion(path)}"
+            )
+        raise UserError(f"model.path: cannot read the weights of {path}: it has neither {WHOLE} nor {INDEX}")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"model.path: cannot read the weights of {path}: {index} is no index of weights") from None
+    files = {name: find(name) for name in names}
+    missing = [name for name, file in files.items() if file is None]
+    if missing:
+        raise UserError(f"model.path: cannot read the weights of {path}: {', '.join(missing[:5])} is missing")
+    return list(files.values())
+
+
+def describe_conversion(path: str) -> str:
+    """The command that writes a folder of safetensors from pickled weights."""
+    out = Path(path).name + "-safetensors"
+    return (
+        f"convert them with: python -c \"import transformers as t; p, out = '{path}', '{out}'; "
+        "kind = getattr(t, t.AutoConfig.from_pretrained(p).architectures[0]); "
+        "kind.from_pretrained(p, dtype='auto').save_pretrained(out); "
+        't.AutoTokenizer.from_pretrained(p).save_pretrained(out)"'
+    )
+
+
+def read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Name and place of each tensor in a file. Raises UserError where the file is not whole."""
+    try:
+        with safe_open(file, framework="pt"):  # checks the header and that the file is as long as it says
+            pass
+        with file.open("rb") as opened:
+            (size,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(size))
+    except (OSError, SafetensorError, ValueError, struct.error) as error:
+        raise UserError(f"model.path: the weights in {file} are damaged: {error}") from None
+    header.pop("__metadata__", None)
+    for name, facts in header.items():
+        if facts["dtype"] not in DTYPES:
+            raise UserError(f"model.path: {file}: {name} is stored as {facts['dtype']}, which is not read")
+        place = 8 + size + facts["data_offsets"][0]
+        yield name, StoredTensor(file, DTYPES[facts["dtype"]], tuple(facts["shape"]), place)

@@ -199,4 +199,9 @@ def build_engine(config, base, prompt, content: dict[str, Any], world: World, *,
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=content)
     except NotImplementedError as error:  # combinations of precisions that DeepSpeed has no optimizer for
         raise UserError(f"deepspeed: DeepSpeed cannot do this: {error}") from None
+    if stage == 3:
+        # DeepSpeed gathers what it keeps whole anew after every step, tensor by tensor, since a step may have changed
+        # it. A frozen tensor is the same; it comes back with its layer.
+        kept = engine.optimizer.persistent_parameters
+        kept[:] = [parameter for parameter in kept if parameter.requires_grad]
     return Engine(engine, optimizer, world, stage, recomputer)

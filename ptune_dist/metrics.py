@@ -108,6 +108,17 @@ class MetricsWriter:
                 self._tensorboard.add_text("validation/samples", render_samples(samples), step)
             self._tensorboard.flush()
 
+    def ranks(self, step: int, ranks: list[dict[str, Any]]) -> None:
+        """What each rank held and gathered, for TensorBoard."""
+        with self._remember_failure():
+            for rank in ranks:
+                for name, value in rank.items():
+                    values = value if isinstance(value, dict) else {"": value}
+                    for kind, number in values.items():
+                        tag = f"rank_{rank['rank']}/{name}" + (f"_{kind}" if kind else "")
+                        self._tensorboard.add_scalar(tag, number, step)
+            self._tensorboard.flush()
+
     def say(self, text: str) -> None:
         """A line for the console and the log."""
         self._line(text, console=True)
@@ -130,6 +141,9 @@ class StepCount(NamedTuple):
     seconds: float
     num_samples: int
     num_tokens: int
+    num_gathers: int = 0  # of weights, by this rank
+    gathered_bytes: int = 0  # that this rank received
+    gathered_bytes_between_nodes: int = 0
 
 
 class Throughput:
@@ -139,8 +153,8 @@ class Throughput:
         self._steps: list[StepCount] = []
         self._lap_began = time.monotonic()
 
-    def count(self, seconds: float, num_samples: int, num_tokens: int) -> None:
-        self._steps.append(StepCount(seconds, num_samples, num_tokens))
+    def count(self, step: StepCount) -> None:
+        self._steps.append(step)
 
     def lap(self) -> float:
         """Seconds since the last call, or since this process's run began."""
@@ -159,9 +173,16 @@ class Throughput:
     def tokens_per_s(self) -> float:
         return self._per_second("num_tokens")
 
+    def per_step(self, what: str) -> float:
+        """Mean of a field of StepCount."""
+        steady = self._steady()
+        return sum(getattr(step, what) for step in steady) / len(steady) if steady else 0.0
+
     def _per_second(self, what: str) -> float:
-        steady = self._steps[NUM_WARM_UP_STEPS:] or self._steps
-        return sum(getattr(step, what) for step in steady) / sum(step.seconds for step in steady) if steady else 0.0
+        return self.per_step(what) / self.per_step("seconds") if self._steps else 0.0
+
+    def _steady(self) -> list[StepCount]:
+        return self._steps[NUM_WARM_UP_STEPS:] or self._steps
 
 
 def build_progress() -> Progress:
@@ -209,6 +230,16 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_memory_by_kind(device: torch.device) -> dict[str, int]:
+    """Bytes: what a GPU's allocator handed out and what it reserved for that; without one, what was resident."""
+    if device.type == "cuda":
+        return {
+            "allocated": torch.cuda.max_memory_allocated(device),
+            "reserved": torch.cuda.max_memory_reserved(device),
+        }
+    return {"resident": peak_memory_bytes(device)}
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from ptune_dist.data.build import Split
 from ptune_dist.distributed import World
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.job import Job, prompt_facts, together
-from ptune_dist.metrics import Throughput
+from ptune_dist.metrics import StepCount, Throughput
 from ptune_dist.prompts.store import save_prompt
 
 
@@ -39,11 +39,11 @@ class Progress:
         """What a checkpoint keeps."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "throughput"}
 
-    def count_step(self, loss: float, seconds: float, num_samples: int, num_tokens: int) -> None:
+    def count_step(self, loss: float, count: StepCount) -> None:
         """One more step done."""
         self.step, self.train_loss = self.step + 1, loss
-        self.elapsed_s += seconds
-        self.throughput.count(seconds, num_samples, num_tokens)
+        self.elapsed_s += count.seconds
+        self.throughput.count(count)
         self.wall_s += self.throughput.lap()
 
     def count_evaluation(self, found: dict[str, float], samples: list[dict[str, str]], name: str) -> bool:

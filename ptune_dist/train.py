@@ -18,7 +18,7 @@ from ptune_dist.evaluate import Judge, build_judge
 from ptune_dist.files import fault_on_failed_write
 from ptune_dist.generate import pad_id
 from ptune_dist.job import Job, build_family, build_job, build_tokenizer, together
-from ptune_dist.metrics import MetricsWriter, peak_memory_bytes
+from ptune_dist.metrics import MetricsWriter, StepCount, peak_memory_bytes
 from ptune_dist.optimizer import learning_rate_at
 from ptune_dist.progress import Progress, checkpoint, restore, store_prompt
 from ptune_dist.run_dir import check_run_dir, is_finished, lock_run_dir, write_json, write_run_config
@@ -64,7 +64,7 @@ def run_steps(
     if judge and progress.evaluation_pending:
         judge_prompt(job, judge, progress, metrics, world)
     while not is_over(config, progress):
-        began, step = time.perf_counter(), progress.step + 1
+        began, step, gathers = time.perf_counter(), progress.step + 1, job.engine.gathers.copy()
         examples = step_examples(
             step, batch_size=config.train.batch_size, num_examples=len(split.examples), seed=config.seed
         )
@@ -72,7 +72,8 @@ def run_steps(
         learning_rate = learning_rate_of(config, step)
         grad_norm = move_prompt(job, split, examples, step, learning_rate)
         num_tokens = int(split.examples.lengths[examples].sum())
-        progress.count_step(loss, time.perf_counter() - began, len(examples), num_tokens)
+        gathered = job.engine.gathers.since(gathers)
+        progress.count_step(loss, StepCount(time.perf_counter() - began, len(examples), num_tokens, *gathered))
         if world.is_main:
             metrics.step(metrics_line(progress, learning_rate, grad_norm, world))
 
@@ -168,6 +169,10 @@ def finish(
     if progress.step < job.config.train.max_steps:  # patience ended it, perhaps between two checkpoints
         checkpoint(job, progress, world)
     summary = build_summary(job, progress, world)
+    if world.is_main:
+        metrics.ranks(progress.step, summary["ranks"])
+        for line in job.engine.recomputer.describe_profile() if job.engine.recomputer else ():
+            metrics.say(line)
     file = Path(job.config.output_dir) / "summary.json"
     together(world, lambda: write_json(file, summary) if world.is_main else None)
     return summary
@@ -196,6 +201,9 @@ def metrics_line(progress: Progress, learning_rate: float, grad_norm: float, wor
         "samples_per_s": last.num_samples / last.seconds,
         "tokens_per_s": last.num_tokens / last.seconds,
         "peak_memory_bytes": peak_memory_bytes(world.device),
+        "num_gathers": last.num_gathers,
+        "gathered_bytes": last.gathered_bytes,
+        "gathered_bytes_between_nodes": last.gathered_bytes_between_nodes,
         "time_s": progress.elapsed_s,
     }
 

@@ -1,6 +1,7 @@
 """Count what ZeRO-3 gathers: how often, how many bytes, and how many of them come from another node."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ class Gathers:
 
     def copy(self) -> "Gathers":
         return Gathers(**vars(self))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(vars(self).values())
 
 
 def watch_gathers() -> Gathers:

@@ -56,14 +56,10 @@ def max_positions(base: PreTrainedModel) -> int | None:
     if text.model_type == "mpt":  # ALiBi, but from a table of fixed length
         return text.max_seq_len
     tokens = base.get_input_embeddings()
-    tables = [
-        module
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Embedding) and module is not tokens and "position" in name
-    ]
+    tables = {n: m for n, m in base.named_modules() if isinstance(m, nn.Embedding) and m is not tokens}
     most = getattr(text, "max_position_embeddings", None)
     if not tables or most is None:
         return None
     # RoBERTa counts positions from the padding token's id on
-    offset = max((table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0)
-    return most - offset
+    counted_from = [m.padding_idx + 1 for n, m in tables.items() if "position" in n and m.padding_idx is not None]
+    return most - max(counted_from, default=0)

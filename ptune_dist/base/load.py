@@ -160,12 +160,17 @@ def load_with_transformers(path: str, family: str, dtype: torch.dtype) -> dict[s
 def fill_whole(opened: OpenedBase, device: torch.device = CPU) -> PreTrainedModel:
     """Every tensor whole on the device: ZeRO 0, 1, 2. Raises UserError."""
 
+    unfilled: list[tuple[torch.Tensor, Fill]] = []
+
     def place(parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        fill(0, whole.view(-1))
+        unfilled.append((whole, fill))
         return nn.Parameter(whole, requires_grad=False)
 
-    return fill_model(opened, place, device)
+    model = place_parameters(opened, place, device)
+    for whole, fill in unfilled:
+        fill(0, whole.view(-1))
+    return model
 
 
 def fill_sharded(opened: OpenedBase, sharder: Sharder) -> PreTrainedModel:
@@ -176,13 +181,18 @@ def fill_sharded(opened: OpenedBase, sharder: Sharder) -> PreTrainedModel:
         sharder.shard(made, fill)
         return made
 
-    return fill_model(opened, place, sharder.device)
+    model = place_parameters(opened, place, sharder.device)
+    sharder.fill_parts()
+    return model
 
 
-def fill_model(
+def place_parameters(
     opened: OpenedBase, place: Callable[[nn.Parameter, Fill], nn.Parameter], device: torch.device
 ) -> PreTrainedModel:
-    """Put a filled parameter wherever the model has an empty one: one for all modules that share it."""
+    """Put a parameter with memory wherever the model has one without: one for all modules that share it.
+
+    An encoder's head and the buffers are filled here.
+    """
     model, placed = opened.model, {}
     for name, parameter, fill in list(parameter_fills(opened)):
         if name in opened.trained:

@@ -33,7 +33,7 @@ def settle_offload(content: dict[str, Any], model: PreTrainedModel, world_size: 
         if place == "nvme" and world_size:
             check_nvme(offload, f"{file}: zero_optimization.{section}")
     if (zero.get("offload_param") or {}).get("device") == "nvme":
-        fill_buffers(zero["offload_param"], model, world_size or 1)
+        fill_buffers(zero, model, world_size or 1)
 
 
 def check_node_size(zero: dict[str, Any], world_size: int, file: str) -> None:
@@ -61,11 +61,21 @@ def check_nvme(offload: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: NVMe needs the library libaio with its headers: install libaio-dev (Debian, Ubuntu)")
 
 
-def fill_buffers(offload: dict[str, Any], model: PreTrainedModel, world_size: int) -> None:
-    """Buffers for a rank's part of the largest tensor, enough for two layers at once; there is no use in more."""
-    sizes = [p.numel() for p in model.parameters()]
-    per_layer = max(len(list(layer.parameters())) for layer in layers_of(model))
-    if offload.get("buffer_size", "auto") == "auto":
-        offload["buffer_size"] = ceil(max(sizes) / world_size)
-    if offload.get("buffer_count", "auto") == "auto":
-        offload["buffer_count"] = 2 * per_layer + 2
+def fill_buffers(zero: dict[str, Any], model: PreTrainedModel, world_size: int) -> None:
+    """Buffers for a rank's part of a layer's largest tensor, for the layer at work, the next and one on its way.
+
+    A tensor that is gathered keeps its buffer, so layers are released at once and few are fetched ahead. What is larger
+    than a buffer (embeddings, a head) stays in host memory: DeepSpeed's buffers are all of one size.
+    """
+    sizes = [[p.numel() for p in layer.parameters()] for layer in layers_of(model)]
+    of_a_layer = max(sum(layer) for layer in sizes)
+    offload = zero["offload_param"]
+    for key, value in (
+        ("buffer_size", ceil(max(map(max, sizes)) / world_size)),
+        ("buffer_count", 3 * max(map(len, sizes)) + 4),
+    ):
+        if offload.get(key, "auto") == "auto":
+            offload[key] = value
+    zero.setdefault("stage3_max_reuse_distance", 0)
+    zero.setdefault("stage3_max_live_parameters", 2 * of_a_layer)
+    zero["stage3_prefetch_bucket_size"] = min(zero.get("stage3_prefetch_bucket_size", of_a_layer), of_a_layer)

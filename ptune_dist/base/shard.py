@@ -15,9 +15,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+from deepspeed.utils import groups
 from torch import nn
-
-from ptune_dist.errors import UserError
 
 Fill = Callable[[int, torch.Tensor], None]  # (first element, 1-D tensor to fill)
 
@@ -26,17 +25,21 @@ class Sharder:
     """Cuts parameters over the ranks as DeepSpeed's JSON asks. Making one is collective: every rank must call."""
 
     def __init__(self, content: dict[str, Any], swapped_dtype: torch.dtype):
-        """`swapped_dtype` is what goes to NVMe: DeepSpeed's swapper has buffers of one dtype; the rest stays in memory.
-
-        Raises UserError.
+        """`swapped_dtype` is what goes to NVMe: DeepSpeed's swapper has buffers of one dtype; the rest, and
+        what is larger than a buffer, stays in memory.
         """
         offload = content["zero_optimization"].get("offload_param", {})
         swapper = None
         if offload.get("device") == "nvme":
             swapper = AsyncPartitionedParameterSwapper(DeepSpeedConfig(content), swapped_dtype)
         self._init = deepspeed.zero.Init(
-            config_dict_or_path=content, remote_device=offload.get("device"), param_swapper=swapper
+            config_dict_or_path=content,
+            remote_device=offload.get("device"),
+            param_swapper=swapper,
+            zero_param_parallel_group=groups._ZERO_PARAM_INTRA_PARALLEL_GROUP,  # hpZ's, where an earlier job made it
         )
+
+        self._unfilled: list[tuple[torch.Tensor, int, int, Fill]] = []
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +47,11 @@ class Sharder:
         return self._init.local_device
 
     def shard(self, parameter: nn.Parameter, fill: Fill) -> None:
-        """Make `parameter`, which may be an expanded scalar, a ZeRO-3 parameter, and fill this rank's part."""
+        """Make `parameter`, which may be an expanded scalar, a ZeRO-3 parameter; `fill` is for this rank's part.
+
+        Parts that stay in memory are filled by `fill_parts`: made one after another before anything is read, they leave
+        no holes between them where what reading needs for a moment stood.
+        """
         init = self._init
         init._convert_to_deepspeed_param(parameter)
         aligned = init._aligned_size(parameter)
@@ -52,32 +59,35 @@ class Sharder:
         size = aligned // init.dp_world_size
         on_nvme = init.remote_device == OffloadDeviceEnum.nvme and self._is_swapped(parameter, size)
         part = self._take_buffer(parameter, size) if on_nvme else self._allocate(parameter, size)
-        fill_part(part, size * init.rank, parameter.ds_numel, fill)
         parameter.ds_tensor = mark(part, size)
         if on_nvme:
+            fill_part(part, size * init.rank, parameter.ds_numel, fill)
             part.final_location = OffloadDeviceEnum.nvme
             init.param_swapper.swap_out_and_release([parameter])
+        else:
+            self._unfilled.append((part, size * init.rank, parameter.ds_numel, fill))
         if init.zero_param_process_group is not None:  # hpZ: a second cut, over the ranks of this node
             size = aligned // init.num_ranks_in_param_group
             part = self._allocate(parameter, size)
-            fill_part(part, size * init.rank_in_group, parameter.ds_numel, fill)
+            self._unfilled.append((part, size * init.rank_in_group, parameter.ds_numel, fill))
             parameter.ds_secondary_tensor = mark(part, size)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=init.local_device)
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
+    def fill_parts(self) -> None:
+        """Fill what `shard` has made."""
+        for part in self._unfilled:
+            fill_part(*part)
+        self._unfilled.clear()
+
     def _is_swapped(self, parameter: nn.Parameter, size: int) -> bool:
         swapper = self._init.param_swapper
-        return parameter.dtype == swapper.dtype and swapper.swappable_tensor(numel=size)
+        fits = size <= swapper.elements_per_buffer and swapper.swappable_tensor(numel=size)
+        return parameter.dtype == swapper.dtype and fits
 
     def _take_buffer(self, parameter: nn.Parameter, size: int) -> torch.Tensor:
-        swapper = self._init.param_swapper
-        if size > swapper.elements_per_buffer:
-            raise UserError(
-                f"deepspeed: zero_optimization.offload_param.buffer_size is {int(swapper.elements_per_buffer)} but a "
-                f'rank\'s part of one tensor has {size} elements: set it to "auto"'
-            )
         part = torch.empty(0, dtype=parameter.dtype)
-        part.data = swapper.get_buffer(parameter, size).data
+        part.data = self._init.param_swapper.get_buffer(parameter, size).data
         return part
 
     def _allocate(self, parameter: nn.Parameter, size: int) -> torch.Tensor:

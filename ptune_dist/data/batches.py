@@ -41,7 +41,7 @@ def plan_micro_batches(
     a micro-batch of its own. ZeRO-3 needs as many forward passes on every rank, so the number of micro-batches is a
     multiple of the world size.
     """
-    parts = widths.reshape(len(widths), -1)
+    parts = widths[:, None] if widths.ndim == 1 else widths
 
     def cost(group: list[int]) -> int:
         """Padded positions."""

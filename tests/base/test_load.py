@@ -1,65 +1,17 @@
-"""What can be wrong with `model.path` is said in one line, and one base is told from another."""
+"""A base is frozen, in eval mode, and holds what its files hold in the dtype that the config names."""
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, T5Config
 
-from ptune_dist.base.load import fingerprint_base, load_base, load_shape, load_tokenizer
-from ptune_dist.errors import UserError
-from tests.conftest import TINY, build_tiny_base
+from ptune_dist.base.load import fill_whole
+from tests.base.bases import IDS, QUERY, error_of, load, logits_of, open_only, rewrite_weights
+from tests.conftest import ARCHITECTURES, ENCODERS, LABELS, SEQ2SEQ, TINY
 
-QUERY = "model.layers.0.self_attn.q_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    return build_tiny_base("llama", tmp_path_factory.mktemp("base") / "llama")
-
-
-@pytest.fixture
-def base(original, tmp_path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(original, tmp_path / "base"))
-
-
-def load(path, **options):
-    return load_base(str(path), **{"dtype": torch.float32, "random_init": False, "seed": 0} | options)
-
-
-def fingerprint(path, **options) -> str:
-    return fingerprint_base(str(path), **{"random_init": False, "seed": 0} | options)
-
-
-def error_of(call, *arguments) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    message = str(caught.value)
-    assert message.startswith("model.path: ") and "\n" not in message
-    return message
-
-
-def rewrite_weights(base: Path, change) -> None:
-    tensors = load_file(base / "model.safetensors")
-    change(tensors)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, base / "model.safetensors", {"format": "pt"})
-
-
-def rewrite_shape(base: Path, **changes) -> None:
-    content = json.loads((base / "config.json").read_text()) | changes
-    (base / "config.json").write_text(json.dumps(content))
-
-
-def add_to_query(amount: float):
-    def change(tensors):
-        tensors[QUERY][0, 0] += amount
-
-    return change
-
+KINDS = ARCHITECTURES + SEQ2SEQ + ENCODERS
+PLAIN = {"include": [], "threshold": None}
 
 # What is loaded
 
@@ -74,6 +26,31 @@ def test_a_base_is_frozen_in_eval_mode_and_holds_the_files_weights(base):
 def test_the_dtype_is_the_configs_whatever_the_file_holds(base):
     assert {p.dtype for p in load(base, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
     assert {p.dtype for p in load(TINY / "causal").parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert"])
+def test_shards_are_loaded_as_one_file_is(tiny_bases, tmp_path, kind):
+    whole = load(tiny_bases[kind])
+    shutil.copy(tiny_bases[kind] / "config.json", tmp_path)
+    whole.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits_of(load(tmp_path)), logits_of(whole))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opening_a_base_reads_no_weight_and_takes_no_memory_for_any(tiny_bases, kind):
+    opened = open_only(tiny_bases[kind], labels=LABELS)
+    assert all(p.is_meta for p in opened.model.parameters()) and opened.weights.bytes_read == 0
+    assert not opened.model.training
+
+
+def test_a_base_does_not_answer_by_its_folders_generation_settings(base):
+    (base / "generation_config.json").write_text('{"do_sample": true, "temperature": 7.0, "num_beams": 3}')
+    settings = load(base).generation_config
+    assert not settings.do_sample and settings.temperature in (None, 1.0) and settings.num_beams in (None, 1)
+
+
+# Random bases
 
 
 def test_a_random_base_needs_no_weights_and_follows_the_seed_alone(base):
@@ -93,47 +70,41 @@ def test_building_a_random_base_leaves_torchs_generator_alone(base):
     assert torch.equal(torch.rand(3), wanted)
 
 
-# One base and another
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_random_base_of_any_architecture_computes(tiny_bases, kind):
+    logits = logits_of(load(tiny_bases[kind], random_init=True, labels=LABELS))
+    assert logits.isfinite().all() and logits.std() > 0
 
 
-def test_the_fingerprint_is_the_same_for_a_copy_and_for_a_second_look(original, base):
-    assert fingerprint(base) == fingerprint(original) == fingerprint(original)
+def test_a_new_heads_numbers_follow_the_seed(tiny_bases):
+    heads = [load(tiny_bases["bert"], seed=seed, labels=LABELS).classifier.weight for seed in (0, 0, 1)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    assert 0.01 < heads[0].std() < 0.03  # the config's initializer_range is 0.02
 
 
-def test_the_fingerprint_changes_with_a_weight_and_with_the_shape(base):
-    before = fingerprint(base)
-    rewrite_weights(base, add_to_query(1e-3))
-    weight_changed = fingerprint(base)
-    rewrite_shape(base, rms_norm_eps=1e-3)
-    assert len({before, weight_changed, fingerprint(base)}) == 3
+# Input vectors without the base
 
 
-def test_the_fingerprint_of_a_random_base_is_its_shapes_and_its_seeds(base):
-    first = fingerprint(base, random_init=True)
-    rewrite_weights(base, add_to_query(1.0))
-    assert fingerprint(base, random_init=True) == first
-    assert len({first, fingerprint(base), fingerprint(base, random_init=True, seed=1)}) == 3
-    rewrite_shape(base, rms_norm_eps=1e-3)
-    assert fingerprint(base, random_init=True) != first
+@pytest.mark.parametrize("int8", [None, PLAIN], ids=["float", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)  # BART's embeddings scale
+def test_the_vectors_of_some_tokens_are_read_without_the_rest(tiny_bases, kind, dtype, int8):
+    opened = open_only(tiny_bases[kind], dtype=dtype, int8=int8, labels=LABELS)
+    ids = [7, 1, 271, 7]
+    vectors = opened.embed(ids)
+    width = vectors.shape[1]
+    assert opened.weights.bytes_read in (0, len(ids) * width * 4)  # 0: transformers has loaded it
+    assert vectors.dtype == torch.float32
+    assert torch.equal(vectors, fill_whole(opened).get_input_embeddings()(torch.tensor(ids)).float())
 
 
-def test_the_fingerprint_does_not_change_with_the_version_of_transformers(base, monkeypatch):
-    before = fingerprint(base)
-    monkeypatch.setattr("transformers.configuration_utils.__version__", "5.99.0")
-    assert fingerprint(base) == before
+def test_the_vectors_of_int8_embeddings_are_near_those_of_the_base(tiny_bases):
+    opened = open_only(tiny_bases["llama"], int8=PLAIN | {"include": ["embeddings"]})
+    vectors = opened.embed(IDS[0].tolist())
+    assert torch.allclose(vectors, fill_whole(opened).get_input_embeddings()(IDS[0]), atol=vectors.abs().max() / 200)
 
 
 # What is refused
-
-
-def test_weights_that_miss_a_tensor_are_refused_by_its_name(base):
-    rewrite_weights(base, lambda tensors: tensors.pop(QUERY))
-    assert QUERY in error_of(load, base)
-
-
-def test_weights_of_another_shape_are_refused_by_the_tensors_name(base):
-    rewrite_weights(base, lambda tensors: tensors.update({QUERY: tensors[QUERY][:10]}))
-    assert QUERY in error_of(load, base)
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, 5000])
@@ -152,48 +123,15 @@ def test_a_folder_without_weights_and_one_without_a_shard_are_refused(base, tmp_
     assert "model.safetensors" in error_of(load, base)
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"model_type": "zork"}', '{"model_type": "llama", "hidden_size": "big"}',
-                '{"model_type": "llama", "hidden_size": 32, "num_attention_heads": 5}'],
-)  # fmt: skip
-def test_a_config_json_that_describes_no_model_is_refused(base, content):
-    (base / "config.json").write_text(content)
-    assert str(base) in error_of(load_shape, str(base))
+def test_a_shard_that_lacks_what_the_index_says_is_refused_by_the_tensors_name(base, tmp_path):
+    load(base).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    second = sorted((tmp_path / "shards").glob("*.safetensors"))[1]
+    tensors = load_file(second)
+    name, _ = tensors.popitem()
+    save_file(tensors, second)
+    assert f"1 missing tensors: {name}" in error_of(load, tmp_path / "shards")
 
 
-@pytest.mark.parametrize(
-    "kind, config",
-    [("bert", BertConfig(hidden_size=32, num_attention_heads=2)), ("t5", T5Config(d_model=32, num_layers=1))],
-)
-def test_encoders_and_encoder_decoders_are_refused_by_their_kind(tmp_path, kind, config):
-    config.save_pretrained(tmp_path)
-    assert f"is a {kind} model" in error_of(load, tmp_path)
-
-
-def test_a_path_that_is_no_folder_is_named_with_the_nearest_one(base, tmp_path):
-    assert f"did you mean {tmp_path}/base?" in error_of(load_shape, str(tmp_path / "bse"))
-    assert f"no folder {tmp_path}/else" in error_of(load_shape, str(tmp_path / "else"))
-    assert "is a file" in error_of(load_shape, str(base / "config.json"))
-    assert "config.json" in error_of(load_shape, str(tmp_path))  # a folder, but of no model
-
-
-def test_a_tokenizer_with_more_tokens_than_the_base_embeds_is_refused(base):
-    shape = load_shape(str(base))
-    load_tokenizer(str(base), shape)
-    rewrite_shape(base, vocab_size=200)
-    message = error_of(load_tokenizer, str(base), load_shape(str(base)))
-    assert "token id 257" in message and "200" in message
-
-
-def test_a_tokenizer_without_an_end_of_sequence_token_is_refused(base):
-    content = json.loads((base / "tokenizer_config.json").read_text())
-    del content["eos_token"]
-    (base / "tokenizer_config.json").write_text(json.dumps(content))
-    assert "eos_token" in error_of(load_tokenizer, str(base), load_shape(str(base)))
-
-
-@pytest.mark.parametrize("content", [None, "{", "{}", '{"added_tokens": [], "model": {"type": "BPE"}}'])
-def test_a_missing_or_damaged_tokenizer_is_refused(base, content):
-    file = base / "tokenizer.json"
-    file.unlink() if content is None else file.write_text(content)
-    assert "tokenizer" in error_of(load_tokenizer, str(base), load_shape(str(base)))
+def test_a_vector_where_a_matrix_should_be_is_refused(base):
+    rewrite_weights(base, lambda tensors: tensors.update({QUERY: tensors[QUERY].flatten()}))
+    assert f"{QUERY} [1024] for [32, 32]" in error_of(load, base)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from ptune_dist.base.load import load_shape, load_tokenizer
+from ptune_dist.base.source import load_shape, load_tokenizer
 from ptune_dist.bench.data import LENGTHS, SHAPE, build_tokenizer, count_tokens, split_docstring, write_rows
 from tests.conftest import ROOT
 

@@ -10,6 +10,7 @@ from ptune_dist.data.batches import collate, plan_micro_batches, step_examples
 from ptune_dist.data.encode import Examples
 
 LENGTHS = np.random.default_rng(0).integers(1, 60, 64)
+WIDTHS = np.random.default_rng(1).integers(1, 60, (64, 2))  # of inputs and targets
 
 
 def flatten(plan) -> list[int]:
@@ -20,17 +21,19 @@ def flatten(plan) -> list[int]:
 @pytest.mark.parametrize("micro_batch_tokens", [1, 70, 300, 100_000])
 @pytest.mark.parametrize("num_examples", [1, 2, 5, 32])
 @pytest.mark.parametrize("extra_tokens", [0, 10])
+@pytest.mark.parametrize("widths", [LENGTHS, WIDTHS], ids=["one text", "apart"])
 def test_a_plan_holds_every_example_once_within_the_budget_and_as_many_micro_batches_for_every_rank(
-    world_size, micro_batch_tokens, num_examples, extra_tokens
+    world_size, micro_batch_tokens, num_examples, extra_tokens, widths
 ):
     examples = [int(i) for i in np.random.default_rng(num_examples).permutation(len(LENGTHS))[:num_examples]]
     plan = plan_micro_batches(
-        examples, LENGTHS, world_size=world_size, micro_batch_tokens=micro_batch_tokens, extra_tokens=extra_tokens
+        examples, widths, world_size=world_size, micro_batch_tokens=micro_batch_tokens, extra_tokens=extra_tokens
     )
     assert sorted(flatten(plan)) == sorted(examples)
     assert {len(groups) for groups in plan} == {world_size}
     for group in (group for groups in plan for group in groups if len(group) > 1):  # one row alone may be longer
-        assert len(group) * (max(LENGTHS[i] for i in group) + extra_tokens) <= micro_batch_tokens
+        padded = widths[group].max(axis=0).sum()  # inputs to the longest input, targets to the longest target
+        assert len(group) * (padded + extra_tokens) <= micro_batch_tokens
 
 
 def test_an_example_that_a_step_takes_twice_is_planned_twice():
@@ -103,6 +106,7 @@ def test_a_micro_batch_is_padded_on_the_right_and_asks_for_the_targets_only(exam
     assert batch.input_ids.tolist() == [[6, 7, 99, 99, 99], [1, 2, 3, 4, 5], [8, 9, 10, 99, 99]]
     assert batch.attention_mask.tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert batch.target_mask.long().tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch.target_ids[batch.target_mask].tolist() == [7, 4, 5, 8, 9, 10]
     assert (batch.input_ids.dtype, batch.attention_mask.dtype) == (torch.int64, torch.int64)
     assert batch.target_mask.dtype == torch.bool
 
@@ -111,7 +115,16 @@ def test_a_micro_batch_is_as_wide_as_its_longest_row(examples):
     assert collate(examples, [1], pad_id=99).input_ids.tolist() == [[6, 7]]
 
 
-def test_an_idle_rank_gets_one_padding_token_and_nothing_to_predict(examples):
-    batch = collate(examples, [], pad_id=99)
+def test_inputs_and_targets_that_are_read_apart_are_padded_apart(examples):
+    batch = collate(examples, [1, 0], pad_id=99, apart=True)
+    assert batch.input_ids.tolist() == [[6, 99, 99], [1, 2, 3]]
+    assert batch.attention_mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert batch.target_ids.tolist() == [[7, 99], [4, 5]]
+    assert batch.target_mask.tolist() == [[True, False], [True, True]]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_idle_rank_gets_one_padding_token_and_nothing_to_predict(examples, apart):
+    batch = collate(examples, [], pad_id=99, apart=apart)
     assert (batch.input_ids.tolist(), batch.attention_mask.tolist()) == ([[99]], [[0]])
     assert not batch.target_mask.any()

@@ -14,7 +14,7 @@ from ptune_dist.data.encode import (
     encode_inputs,
     encode_rows,
     encode_text_blocks,
-    start_ids,
+    special_ids,
     token_statistics,
 )
 from ptune_dist.data.sources import Rows, load_rows
@@ -69,28 +69,29 @@ def error_of(function, *arguments, **options) -> str:
 
 
 @pytest.mark.parametrize(
-    ("single", "start"),
+    ("single", "start", "end"),
     [
-        ("$A", ""),
-        ("<bos> $A", "<bos>"),
-        ("<bos> $A <sep>", "<bos>"),
-        ("$A <eos>", ""),
-        ("<bos> <sep> $A", "<bos><sep>"),
+        ("$A", "", ""),
+        ("<bos> $A", "<bos>", ""),
+        ("<bos> $A <sep>", "<bos>", "<sep>"),
+        ("$A <eos>", "", "<eos>"),
+        ("<bos> <sep> $A", "<bos><sep>", ""),
     ],
 )
-def test_nothing_stands_between_input_and_target(write, single, start):
+def test_nothing_stands_between_input_and_target(write, single, start, end):
     tokenizer = tokenizer_with(single)
     examples = encode_rows(write(("ab", "c")), tokenizer, **compile_pair("{{ text }}:", " {{ label }}"), max_length=99)
-    assert tokenizer.decode(start_ids(tokenizer)) == start
+    assert [tokenizer.decode(ids) for ids in special_ids(tokenizer)] == [start, end]
     assert texts_of(tokenizer, examples) == [(start + "ab:", " c<eos>")]
 
 
-def test_start_is_found_for_a_tokenizer_that_does_not_know_the_probe():
+def test_start_and_end_are_found_for_a_tokenizer_that_does_not_know_the_probe():
     backend = Tokenizer(models.BPE(vocab={"<bos>": 0, "<eos>": 1, "b": 2}, merges=[]))
     backend.post_processor = processors.TemplateProcessing(
         "<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)]
     )
-    assert start_ids(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")) == [0]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+    assert special_ids(tokenizer) == ([0], [1])
 
 
 def test_special_tokens_written_in_the_template_are_special_and_stay(write):
@@ -168,7 +169,7 @@ def test_input_that_just_fits_is_not_counted_as_cut(write):
 
 @pytest.mark.parametrize(
     ("single", "label", "needs"),
-    [("$A", "uvwxyz12", "9 tokens, more"), ("<bos> $A", "uvwxyz1", "8 tokens, after 1 at the start, more")],
+    [("$A", "uvwxyz12", "9 tokens, more"), ("<bos> $A", "uvwxyz1", "8 tokens, beside 1 special ones, more")],
 )
 def test_target_that_does_not_fit_names_the_line(write, single, label, needs):
     rows = write(("ab", "x"), ("ab", label))
@@ -224,6 +225,56 @@ def test_examples_know_their_rows_and_can_be_pickled(write):
     assert copy.ids.tolist() == examples.ids.tolist()
 
 
+# Inputs and targets that are read apart
+
+
+@pytest.mark.parametrize(
+    ("single", "wanted"),
+    [
+        ("<bos> $A <sep>", ("<bos>ab<sep>", "<bos>c<eos>")),  # as BART's
+        ("$A <eos>", ("ab<eos>", "c<eos>")),  # as T5's
+        ("$A", ("ab", "c<eos>")),
+    ],
+)
+def test_a_seq2seq_input_is_ended_and_its_target_begins_as_any_text_does(write, single, wanted):
+    tokenizer = tokenizer_with(single)
+    examples = encode_rows(write(("ab", "c")), tokenizer, **compile_pair(), max_length=99, family="seq2seq")
+    assert texts_of(tokenizer, examples) == [wanted]
+
+
+def test_an_encoders_target_is_the_number_of_its_label(write):
+    tokenizer = tokenizer_with("<bos> $A <sep>")
+    pair = compile_pair(target=" {{ label }} ")
+    rows = write(("ab", "no"), ("c", "yes"))
+    examples = encode_rows(rows, tokenizer, **pair, max_length=99, family="encoder", labels=["yes", "no"])
+    assert [tokenizer.decode(examples.input_ids(i)) for i in (0, 1)] == ["<bos>ab<sep>", "<bos>c<sep>"]
+    assert [examples.target_ids(i).tolist() for i in (0, 1)] == [[1], [0]]
+
+
+def test_an_encoder_needs_no_eos_and_a_label_that_is_not_listed_names_the_line(write):
+    tokenizer = tokenizer_with()
+    tokenizer.eos_token = None
+    options = {"max_length": 99, "family": "encoder", "labels": ["yes", "no"]}
+    assert len(encode_rows(write(("ab", "no")), tokenizer, **compile_pair(), **options)) == 1
+    rows = write(("ab", "no"), ("c", "maybe"))
+    message = error_of(encode_rows, rows, tokenizer, **compile_pair(), **options)
+    assert message == f"{rows.name} line 3: data.target is 'maybe', which data.labels does not list"
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", "f"), ("right", "a")])
+def test_a_cut_input_keeps_its_start_and_its_end(write, side, kept):
+    tokenizer = tokenizer_with("<bos> $A <sep>")
+    options = {"max_length": 6, "family": "seq2seq", "truncation_side": side}
+    examples = encode_rows(write(("abcdef", "x")), tokenizer, **compile_pair(), **options)
+    assert texts_of(tokenizer, examples) == [(f"<bos>{kept}<sep>", "<bos>x<eos>")]
+    assert (examples.num_truncated, examples.lengths.tolist()) == (1, [6])
+
+
+def test_widths_are_those_of_inputs_and_of_targets(write):
+    examples = encode_rows(write(("abc", "d"), ("e", "fg")), tokenizer_with(), **compile_pair(), max_length=99)
+    assert examples.widths.tolist() == [[3, 2], [1, 3]]
+
+
 # Inputs alone
 
 
@@ -236,6 +287,8 @@ def test_inputs_alone_need_no_target_column_and_are_cut_to_max_length():
     assert all(isinstance(ids, list) for ids in left)
     assert tokenizer.batch_decode(left) == ["<bos>def:", "<bos>ab:", "<bos>:"]
     assert tokenizer.batch_decode(right) == ["<bos>abcd", "<bos>ab:", "<bos>:"]
+    apart = encode_inputs(rows, tokenizer, **options, family="encoder")
+    assert tokenizer.batch_decode(apart) == ["<bos>ef:<sep>", "<bos>ab:<sep>", "<bos>:<sep>"]
 
 
 # Blocks of text

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptune_dist.prompts.store import load_prompt
 from tests.conftest import ARCHITECTURES, TINY, run_command, run_commands, run_module, write_config
+from tests.numerics.plain import with_prompt
 from tests.numerics.test_curves import SCRIPT
 
 WORDS = ["a", "held", "adaptive", "of", "prompting"]
@@ -34,9 +35,7 @@ def runs(tiny_bases, tmp_path_factory) -> dict[str, Path]:
 
 def one_pass_logits(base, prompt: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[B, P + T, V] with the virtual tokens before every row."""
-    vectors = torch.cat([prompt.expand(len(ids), -1, -1), base.get_input_embeddings()(ids)], dim=1)
-    ones = torch.ones(len(ids), len(prompt), dtype=mask.dtype)
-    return base(inputs_embeds=vectors, attention_mask=torch.cat([ones, mask], dim=1)).logits
+    return base(**with_prompt(base, prompt, ids, mask)).logits
 
 
 def greedy(base, prompt: torch.Tensor, ids: list[int], num_tokens: int, eos: int) -> list[int]:

@@ -1,0 +1,316 @@
+"""An int8 base computes what its dequantized weights do, keeps no activation, and is the same however it is cut."""
+
+import math
+import weakref
+
+import bitsandbytes.functional
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import MixtralConfig
+from transformers.pytorch_utils import Conv1D
+
+from ptune_dist.base import int8
+from ptune_dist.base.int8 import Int8Embedding, Int8Linear, Int8Rows, quantize_rows
+from ptune_dist.base.load import fill_whole
+from tests.base.bases import IDS, error_of, load, logits_of, open_only
+from tests.conftest import ARCHITECTURES, ENCODERS, LABELS, SEQ2SEQ
+
+KINDS = ARCHITECTURES + SEQ2SEQ + ENCODERS
+TIED = ["gpt2", "qwen2", "opt", "bloom", "t5"]
+PLAIN = {"include": [], "threshold": None}
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    torch.manual_seed(0)
+
+
+def random_weight(num_rows: int = 33, width: int = 47, seed: int = 0) -> torch.Tensor:
+    """Rows of very different sizes."""
+    numbers = torch.randn(num_rows, width, generator=torch.Generator().manual_seed(seed))
+    return numbers * torch.logspace(-4, 1, num_rows)[:, None]
+
+
+def layer_of(weight: torch.Tensor, bias: torch.Tensor | None = None, threshold: float | None = None) -> Int8Linear:
+    quantized, scales = quantize_rows(weight)
+    layer = Int8Linear(*reversed(weight.shape), bias if bias is None else nn.Parameter(bias, False), threshold)
+    layer.weight, layer.scales = nn.Parameter(quantized, False), nn.Parameter(scales.view(torch.int32), False)
+    return layer
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest difference by largest value."""
+    return ((found.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
+
+
+# Quantizing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_quantized_as_bitsandbytes_does(dtype):
+    weight = random_weight().to(dtype)
+    quantized, scales = quantize_rows(weight)
+    theirs, largest, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.float())
+    assert (quantized.dtype, scales.dtype) == (torch.int8, torch.float32)
+    assert torch.equal(quantized, theirs) and torch.equal(scales * 127, largest)
+
+
+def test_a_row_of_zeros_stays_zeros():
+    weight = random_weight()
+    weight[5] = 0
+    layer = layer_of(weight)
+    assert not layer.weight[5].any() and layer.float_scales[5] == 0
+    assert not layer.float_weight(torch.float32)[5].any() and layer(torch.ones(1, 47)).isfinite().all()
+
+
+def test_a_weight_is_off_by_half_a_step_at_most():
+    weight = random_weight()
+    layer = layer_of(weight)
+    steps = layer.float_scales[:, None]
+    assert ((layer.float_weight(torch.float32) - weight).abs() <= 0.5001 * steps).all()
+
+
+# The layer
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_the_product_and_its_gradient_are_those_of_the_dequantized_weight(dtype, most, with_bias):
+    bias = torch.randn(33).to(dtype) if with_bias else None
+    layer = layer_of(random_weight(), bias)
+    x, grad = torch.randn(2, 3, 47).to(dtype).requires_grad_(), torch.randn(2, 3, 33).to(dtype)
+    weight = layer.float_weight(torch.float32).double()
+    y = layer(x)
+    y.backward(grad)
+    assert (y.dtype, y.shape, x.grad.dtype) == (dtype, (2, 3, 33), dtype)
+    assert difference(y, x.double() @ weight.T + (0 if bias is None else bias.double())) <= most
+    assert difference(x.grad, grad.double() @ weight) <= most
+
+
+def test_half_precision_does_not_overflow_on_the_way():
+    layer = layer_of(torch.full((4, 2000), 0.01))
+    y = layer(torch.ones(1, 2000, dtype=torch.float16))  # 2000 times 127 is no float16
+    assert difference(y, torch.full((1, 4), 20.0)) <= 2**-10
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0])
+def test_no_activation_is_kept_for_backward(threshold):
+    layer = layer_of(random_weight(), torch.randn(33), threshold)
+    saved = []
+    with saved_tensors_hooks(saved.append, lambda packed: packed):
+        x = torch.randn(3, 47).requires_grad_()
+        hidden = x * 2
+        y = layer(hidden)
+    kept = weakref.ref(hidden)
+    del hidden
+    assert saved == [] and kept() is None
+    y.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("threshold, most", [(0.0, 0.02), (6.0, 0.02)])
+def test_int8_activations_are_close_to_float_ones(threshold, most):
+    layer = layer_of(random_weight(), torch.randn(33), threshold)
+    x = torch.randn(2, 5, 47).requires_grad_()
+    exact = layer_of(random_weight(), layer.bias)
+    y = layer(x)
+    assert difference(y, exact(x)) <= most
+    assert torch.equal(*(torch.autograd.grad(found.sum(), x)[0] for found in (y, exact(x))))
+
+
+def test_a_threshold_keeps_outlying_columns_exact():
+    weight = random_weight()
+    x = torch.randn(5, 47)
+    x[:, 3] *= 100
+    exact = layer_of(weight)(x)
+    without, with_outliers = (difference(layer_of(weight, None, t)(x), exact) for t in (0.0, 6.0))
+    assert with_outliers < 0.01 and with_outliers < without
+
+
+def test_int8_embeddings_are_the_dequantized_rows():
+    weight = random_weight(20, 8)
+    table = Int8Embedding(20, 8, torch.bfloat16)
+    table.weight, table.scales = layer_of(weight).weight, layer_of(weight).scales
+    wanted = table.float_weight(torch.float32)[IDS % 20].bfloat16()
+    assert torch.equal(table(IDS % 20), wanted) and wanted.shape == (2, 6, 8)
+
+
+# Any part of it
+
+
+def parts_of(num_elements: int, world_size: int) -> list[tuple[int, int]]:
+    """[start, stop) of every rank, as ZeRO-3 cuts: parts of one size, of which the last may be short or empty."""
+    size = math.ceil(num_elements / world_size)
+    return [(min(r * size, num_elements), min((r + 1) * size, num_elements)) for r in range(world_size)]
+
+
+class CountedRows:
+    """Float rows of a matrix, and how many were read."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight, self.num_read = weight, 0
+
+    def __call__(self, first: int, last: int) -> torch.Tensor:
+        assert 0 <= first < last <= len(self.weight)
+        self.num_read += last - first
+        return self.weight[first:last]
+
+
+@pytest.mark.parametrize("chunk_elements", [4 << 20, 20, 1])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (5, 7), (13, 3), (8, 8), (17, 1), (2, 50)])
+def test_the_parts_of_all_ranks_are_the_whole(monkeypatch, shape, world_size, chunk_elements):
+    monkeypatch.setattr(int8, "CHUNK_ELEMENTS", chunk_elements)
+    weight = random_weight(*shape)
+    quantized, scales = quantize_rows(weight)
+    for (start, stop), (first, last) in zip(
+        parts_of(weight.numel(), world_size), parts_of(len(weight), world_size), strict=True
+    ):
+        rows = Int8Rows(CountedRows(weight), *shape)
+        part, of_scales = torch.empty(stop - start, dtype=torch.int8), torch.empty(last - first, dtype=torch.int32)
+        rows.fill_weight(start, part)
+        rows.fill_scales(first, of_scales)
+        assert torch.equal(part, quantized.view(-1)[start:stop])
+        assert torch.equal(of_scales.view(torch.float32), scales[first:last])
+
+
+def test_any_part_alone_is_the_cut_of_the_whole():
+    weight = random_weight(6, 5)
+    quantized, scales = quantize_rows(weight)
+    for start in range(30):
+        for stop in range(start + 1, 31):
+            part = torch.empty(stop - start, dtype=torch.int8)
+            Int8Rows(CountedRows(weight), 6, 5).fill_weight(start, part)
+            assert torch.equal(part, quantized.view(-1)[start:stop])
+    for first in range(6):
+        for last in range(first + 1, 7):
+            part = torch.empty(last - first, dtype=torch.int32)
+            Int8Rows(CountedRows(weight), 6, 5).fill_scales(first, part)  # a weight elsewhere, say
+            assert torch.equal(part.view(torch.float32), scales[first:last])
+
+
+@pytest.mark.parametrize("num_rows", [1000, 1008, 997, 1001])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_a_rank_reads_its_own_rows_and_few_others(num_rows, world_size):
+    weight = random_weight(num_rows, 13)
+    # Where the rows do not divide, a rank's scales begin up to a row for each rank before it away from its weight.
+    extra = 2 if num_rows % world_size == 0 else 2 + world_size
+    for (start, stop), (first, last) in zip(
+        parts_of(weight.numel(), world_size), parts_of(num_rows, world_size), strict=True
+    ):
+        read = CountedRows(weight)
+        rows = Int8Rows(read, *weight.shape)
+        rows.fill_weight(start, torch.empty(stop - start, dtype=torch.int8))
+        rows.fill_scales(first, torch.empty(last - first, dtype=torch.int32))
+        assert read.num_read <= num_rows / world_size + extra
+
+
+# A whole base
+
+
+def dequantize(base, like) -> None:
+    """Give a float base the weights of an int8 one."""
+    for name, module in like.named_modules():
+        if isinstance(module, int8.Int8Weight):
+            weight = module.float_weight(torch.float32)
+            base.get_submodule(name).weight.data = weight.T.contiguous() if module.stored_transposed else weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_int8_base_computes_what_its_dequantized_weights_do(tiny_bases, kind):
+    base = load(tiny_bases[kind], int8=PLAIN, labels=LABELS)
+    floats = load(tiny_bases[kind], labels=LABELS)
+    linear = [name for name, m in floats.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and name != "lm_head"]
+    left = {name for name in linear if not isinstance(base.get_submodule(name), Int8Linear)}
+    assert left == {name.rpartition(".")[0] for name, p in base.named_parameters() if p.requires_grad and p.dim() > 1}
+    before = logits_of(floats)
+    dequantize(floats, base)
+    assert difference(logits_of(base), logits_of(floats)) <= 1e-5
+    assert 0 < difference(logits_of(base), before) <= 0.03
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_a_base_with_int8_activations_is_close_to_the_float_one(tiny_bases, kind, threshold):
+    base = load(tiny_bases[kind], int8={"include": [], "threshold": threshold})
+    assert 0 < difference(logits_of(base), logits_of(load(tiny_bases[kind]))) <= 0.1
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+def test_weights_and_scales_outlive_a_cast_of_the_base(tiny_bases, cast):
+    opened = open_only(tiny_bases["llama"], int8=PLAIN)
+    base = fill_whole(opened)
+    before = {name: p.clone() for name, p in base.named_parameters() if p.dtype in (torch.int8, torch.int32)}
+    assert len(before) == 2 * 7 * 2  # seven linear layers in each of two layers
+    base.to(cast)
+    assert all(torch.equal(base.get_parameter(name), p) for name, p in before.items())
+    assert base.model.norm.weight.dtype == cast
+
+
+def test_nothing_of_an_int8_base_is_trained_but_an_encoders_head(tiny_bases):
+    assert not any(p.requires_grad for p in load(tiny_bases["gpt2"], int8=PLAIN).parameters())
+    encoder = load(tiny_bases["bert"], int8=PLAIN, labels=LABELS)
+    trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    assert {"classifier.weight", "bert.pooler.dense.weight"} <= set(trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("include", [["head"], ["embeddings"], ["head", "embeddings"]])
+def test_head_and_embeddings_are_int8_where_asked_for(tiny_bases, kind, include):
+    base = load(tiny_bases[kind], int8=PLAIN | {"include": include})
+    assert isinstance(base.get_output_embeddings(), Int8Linear) == ("head" in include)
+    assert isinstance(base.get_input_embeddings(), Int8Embedding) == ("embeddings" in include)
+    floats = load(tiny_bases[kind])
+    dequantize(floats, base)
+    assert difference(logits_of(base), logits_of(floats)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_a_tied_head_and_its_embeddings_are_one_int8_weight(tiny_bases, kind):
+    base = load(tiny_bases[kind], int8=PLAIN | {"include": ["embeddings", "head"]})
+    head, tokens = base.get_output_embeddings(), base.get_input_embeddings()
+    assert head.weight is tokens.weight and head.scales is tokens.scales and head.weight.dtype == torch.int8
+    floats_left = [p for p in base.parameters() if p.is_floating_point()]
+    assert not any(p.dim() > 1 and len(p) == base.config.vocab_size for p in floats_left)
+    floats = load(tiny_bases[kind])
+    dequantize(floats, base)
+    assert difference(logits_of(base), logits_of(floats)) <= 1e-5
+
+
+def test_a_random_base_is_the_same_in_int8_but_for_rounding(base):
+    (base / "model.safetensors").unlink()
+    floats = load(base, random_init=True)
+    quantized = load(base, random_init=True, int8=PLAIN)
+    weight, scales = quantize_rows(floats.model.layers[1].mlp.up_proj.weight)
+    layer = quantized.model.layers[1].mlp.up_proj
+    assert torch.equal(layer.weight, weight) and torch.equal(layer.float_scales, scales)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("kind", [*TIED, "bart"])
+@pytest.mark.parametrize("one", ["head", "embeddings"])
+def test_one_of_two_that_are_tied_is_refused(tiny_bases, kind, one):
+    options = {"int8": PLAIN | {"include": [one]}, "starts": f"model.int8_include: {one} alone cannot be"}
+    assert "ties its head to its embeddings" in error_of(load, tiny_bases[kind], **options)
+
+
+def test_a_head_that_an_encoder_has_not_is_refused(tiny_bases):
+    error_of(load, tiny_bases["bert"], int8=PLAIN | {"include": ["head"]}, starts="model.int8_include: ")
+
+
+def test_embeddings_that_do_more_than_look_up_are_refused_by_their_type(tiny_bases):
+    options = {"int8": PLAIN | {"include": ["head", "embeddings"]}, "starts": "model.int8_include: "}
+    assert "BartScaledWordEmbedding" in error_of(load, tiny_bases["bart"], **options)
+
+
+def test_fused_experts_are_refused_by_their_type(tmp_path):
+    wide = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    MixtralConfig(**wide, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4).save_pretrained(tmp_path)
+    message = error_of(load, tmp_path, random_init=True, int8=PLAIN, starts="model.quantization: ")
+    assert "MixtralExperts" in message and "model.quantization=none" in message
+    assert load(tmp_path, random_init=True)

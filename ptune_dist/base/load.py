@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ptune_dist.base.families import AUTO_CLASS, HEADS, check_takes_vectors, find_family
 from ptune_dist.base.foresee import check_room_for_copies
 from ptune_dist.base.int8 import Int8Embedding, Int8Rows, Int8Weight, make_int8
-from ptune_dist.base.names import match_names, needs_converting
+from ptune_dist.base.names import match_names, needs_converting, wanted_tensors
 from ptune_dist.base.random_weights import RandomWeights
 from ptune_dist.base.shard import Fill, Sharder
 from ptune_dist.base.source import describe_load_error, is_local_only, load_shape
@@ -124,10 +124,11 @@ def find_weights(
 ) -> OpenedBase:
     """The weights for an empty model: its files', random ones, or transformers' own loader's. Raises UserError."""
     if random_init:
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        wanted, aliases = wanted_tensors(model)
+        shapes = {name: wanted[name] for name, _ in model.named_parameters()}
         std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
-        weights = RandomWeights(shapes, std=std, seed=seed)
-        return OpenedBase(model, family, dtype, weights, {name: name for name in shapes}, [], seed)
+        names = {alias: name for name in shapes for alias in aliases[name]}
+        return OpenedBase(model, family, dtype, RandomWeights(shapes, std=std, seed=seed), names, [], seed)
     files = open_weight_files(path, local_only=is_local_only(path))
     if needs_converting(model, files.shapes):
         check_room_for_copies(sum(p.numel() * p.element_size() for p in model.parameters()), path)

@@ -29,6 +29,7 @@ class Sharder:
         what is larger than a buffer, stays in memory.
         """
         offload = content["zero_optimization"].get("offload_param", {})
+        is_hpz = content["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
         swapper = None
         if offload.get("device") == "nvme":
             swapper = AsyncPartitionedParameterSwapper(DeepSpeedConfig(content), swapped_dtype)
@@ -36,7 +37,8 @@ class Sharder:
             config_dict_or_path=content,
             remote_device=offload.get("device"),
             param_swapper=swapper,
-            zero_param_parallel_group=groups._ZERO_PARAM_INTRA_PARALLEL_GROUP,  # hpZ's, where an earlier job made it
+            # hpZ's, where an earlier job of this process has made it: DeepSpeed makes it once
+            zero_param_parallel_group=groups._ZERO_PARAM_INTRA_PARALLEL_GROUP if is_hpz else None,
         )
 
         self._unfilled: list[tuple[torch.Tensor, int, int, Fill]] = []

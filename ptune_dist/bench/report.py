@@ -24,7 +24,19 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "cpu_s_per_1000_tokens": ("CPU s/1k tokens", "{:.2f}".format),
     "peak_memory_bytes": ("peak MiB", lambda value: f"{value / MIB:,.0f}"),
     "extra_memory_bytes": ("extra MiB", lambda value: f"{value / MIB:,.0f}"),
+    "load_s": ("load s", "{:.2f}".format),
+    "peak_over_base_bytes": ("peak MiB in loading", lambda value: f"{value / MIB:,.0f}"),
+    "base_bytes": ("base MiB held", lambda value: f"{value / MIB:,.0f}"),
+    "of_float32": ("of float32's share", "{:.3f}".format),
+    "of_bfloat16": ("of bfloat16's share", "{:.3f}".format),
+    "gathered_bytes": ("MiB gathered in a pass", lambda value: f"{value / MIB:,.0f}"),
+    "read_of_share": ("read of file's share", "{:.3f}".format),
+    "forward_ms": ("forward ms", "{:.2f}".format),
+    "backward_ms": ("backward ms", "{:.2f}".format),
+    "kept_bytes": ("MiB kept", lambda value: f"{value / MIB:,.1f}"),
+    "error": ("error", "{:.1e}".format),
 }
+TIMED = ("samples_per_s", "load_s", "forward_ms")  # a case with neither only checks that its sides agree
 BLOCK = re.compile(r"(<!-- result (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -74,7 +86,7 @@ def render_tables(content: dict[str, Any]) -> list[Table | str]:
     """A rich table per timed case, then a line per agreement and one on noise."""
     parts: list[Table | str] = []
     for case in content["cases"]:
-        if shown_measures(case) and "samples_per_s" in shown_measures(case):
+        if set(TIMED) & set(shown_measures(case)):
             table = Table("side", title=case["name"], box=SIMPLE)
             for name in shown_measures(case):
                 table.add_column(COLUMNS[name][0], justify="right", overflow="fold")
@@ -98,7 +110,7 @@ def render_markdown(content: dict[str, Any]) -> str:
     parts = ["; ".join(part for part in where if part) + "."]
     for case in content["cases"]:
         names = shown_measures(case)
-        if "samples_per_s" not in names:
+        if not set(TIMED) & set(names):
             continue
         header = ["side", *(COLUMNS[name][0] for name in names)]
         rows = [header, ["---"] + ["---:"] * len(names), *case_rows(case, content["matrix"]["baseline"], " ")]

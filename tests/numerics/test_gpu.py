@@ -1,4 +1,4 @@
-"""The same promises on CUDA: NCCL, fp16's loss scale, as many ranks as there are GPUs. Skipped without a GPU."""
+"""The same promises on CUDA: NCCL, fp16's loss scale, int8, offload, as many ranks as there are GPUs."""
 
 import json
 import os
@@ -49,3 +49,36 @@ def test_half_precision_learns_the_quickstart_at_every_stage(tmp_path, dtype):
         assert sum(losses[-10:]) / 10 < 0.1 * losses[0], name
         summary = json.loads(Path(run, "summary.json").read_text())
         assert summary["skipped_steps"] < 10, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_int8_base_gives_one_curve_whole_sharded_offloaded_and_checkpointed(tiny_bases, tmp_path, dtype):
+    offload = {"device": "cpu", "pin_memory": True}
+    settings = {
+        "whole": (0, {}, {}),
+        "sharded": (3, {}, {}),
+        "offloaded": (3, {"offload_param": offload}, {}),
+        "checkpointed": (3, {}, {"activation_checkpointing": {"cpu_checkpointing": True}}),
+    }
+    specs = []
+    for name, (stage, zero, more) in settings.items():
+        content, overrides = mixed(stage, dtype)
+        content["zero_optimization"] |= zero
+        overrides = [*overrides, "model.quantization=int8", "train.max_steps=10"]
+        specs.append(write_spec(tmp_path, tiny_bases["llama"], name, content | more, overrides))
+    runs = train_all(specs, tmp_path, num_ranks=torch.cuda.device_count(), env=GPUS)
+    tolerance = 1e-5 if dtype == "float32" else 3e-3  # half precision has three digits
+    for name, run in runs.items():
+        assert curve(run) == pytest.approx(curve(runs["whole"]), rel=tolerance), name
+
+
+def test_llm_int8_follows_the_float_curve_with_and_without_outliers(tiny_bases, tmp_path):
+    content, overrides = mixed(0, "float16")
+    more = {"float": [], "plain": ["model.int8_threshold=0"], "outliers": ["model.int8_threshold=3"]}
+    specs = []
+    for name, extra in more.items():
+        int8 = ["model.quantization=int8", "model.int8_activations=true"] if extra else []
+        specs.append(write_spec(tmp_path, tiny_bases["llama"], name, content, [*overrides, *int8, *extra]))
+    runs = train_all(specs, tmp_path, num_ranks=1, env=GPUS)
+    for name in ("plain", "outliers"):
+        assert curve(runs[name]) == pytest.approx(curve(runs["float"]), rel=0.02), name

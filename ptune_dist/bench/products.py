@@ -1,0 +1,98 @@
+"""One frozen linear layer, forward and backward to its input, in one of the ways to hold its weight.
+
+    python -m ptune_dist.bench.products SIDE --outputs 5632 --inputs 2048 --tokens 512 --dtype float32 --result FILE
+
+SIDE: `float`; `int8` (the default of model.quantization=int8); `llm-int8` (int8_activations); `linear8bitlt`
+(bitsandbytes' own module, as PEFT has it).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+
+import torch
+from torch import nn
+
+from ptune_dist.base.int8 import Int8Linear, quantize_rows
+from ptune_dist.bench.probe import synchronize, write_result
+
+SIDES = ("float", "int8", "llm-int8", "linear8bitlt")
+NUM_REPEATS, NUM_WARM_UP = 15, 3
+
+
+def build_layer(side: str, weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+    num_outputs, num_inputs = weight.shape
+    if side == "linear8bitlt":
+        import bitsandbytes
+
+        layer = bitsandbytes.nn.Linear8bitLt(num_inputs, num_outputs, bias=False, has_fp16_weights=False, threshold=6.0)
+        layer.weight = bitsandbytes.nn.Int8Params(weight.to(dtype), requires_grad=False, has_fp16_weights=False)
+        return layer.to(weight.device)
+    if side == "float":
+        layer = nn.Linear(num_inputs, num_outputs, bias=False, device=weight.device, dtype=dtype)
+        layer.weight.data.copy_(weight)
+        return layer.requires_grad_(False)
+    layer = Int8Linear(num_inputs, num_outputs, None, 6.0 if side == "llm-int8" else None)
+    quantized, scales = quantize_rows(weight)
+    layer.weight = nn.Parameter(quantized, requires_grad=False)
+    layer.scales = nn.Parameter(scales.view(torch.int32), requires_grad=False)
+    return layer
+
+
+def measure(layer: nn.Module, x: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
+    """Median milliseconds, bytes of activations kept for backward, and the output's error against float64."""
+    kept: list[torch.Tensor] = []
+    weights = {parameter.data_ptr() for parameter in layer.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            kept.append(tensor)
+        return tensor
+
+    forward, backward = [], []
+    for _ in range(NUM_WARM_UP + NUM_REPEATS):
+        kept.clear()
+        x.grad = None
+        synchronize()
+        began = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = layer(x)
+        synchronize()
+        kept += [t for t in getattr(y.grad_fn, "tensors", ()) if t is not None]  # bitsandbytes keeps its own list
+        middle = time.perf_counter()
+        y.backward(y.detach())
+        synchronize()
+        forward.append(1000 * (middle - began))
+        backward.append(1000 * (time.perf_counter() - middle))
+    error = (y.detach().double() - wanted).norm() / wanted.norm()
+    return {
+        "forward_ms": statistics.median(forward[NUM_WARM_UP:]),
+        "backward_ms": statistics.median(backward[NUM_WARM_UP:]),
+        "kept_bytes": float(sum(tensor.nbytes for tensor in kept)),
+        "error": error.item(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("--outputs", type=int, required=True)
+    parser.add_argument("--inputs", type=int, required=True)
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--result", required=True)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(args.outputs, args.inputs, generator=generator) * 0.02).to(device)
+    x = torch.randn(1, args.tokens, args.inputs, generator=generator).to(device, dtype).requires_grad_()
+    wanted = x.detach().double() @ weight.double().T
+    write_result(args.result, measure(build_layer(args.side, weight, dtype), x, wanted))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

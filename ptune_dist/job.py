@@ -173,6 +173,8 @@ def check_prompt(config: Config, facts: dict, run_dir: Path) -> None:
         asked = getattr(config.prompt, key)
         if asked != facts[key]:
             raise UserError(f"prompt.{key}: the prompt of {run_dir} was trained with {facts[key]!r}, not {asked!r}")
+    if facts.get("labels") not in (None, config.data.labels):
+        raise UserError(f"data.labels: the head of {run_dir} was trained to tell {facts['labels']} apart")
 
 
 def prompt_facts(job: Job, *, step: int, metrics: dict[str, float]) -> dict:

@@ -5,6 +5,7 @@ which keeps a full copy of its weight on every rank under ZeRO-3. Weight and sca
 ZeRO partitions, gathers, prefetches and offloads them as any other. O outputs, I inputs of a layer.
 """
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -59,6 +60,8 @@ class Int8Product(torch.autograd.Function):
 
 def multiply_int8(x: torch.Tensor, layer: "Int8Linear") -> torch.Tensor:
     """LLM.int8(): activations are quantized too; columns with an entry beyond the threshold are not (0: all are)."""
+    # It says at import that it found no 4-bit kernel, which nobody asked for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes.functional as bnb
 
     rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float16, copy=True)

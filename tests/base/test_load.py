@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from ptune_dist.base.load import fill_whole
 from tests.base.bases import IDS, QUERY, error_of, load, logits_of, open_only, rewrite_weights
@@ -48,6 +49,14 @@ def test_a_base_does_not_answer_by_its_folders_generation_settings(base):
     (base / "generation_config.json").write_text('{"do_sample": true, "temperature": 7.0, "num_beams": 3}')
     settings = load(base).generation_config
     assert not settings.do_sample and settings.temperature in (None, 1.0) and settings.num_beams in (None, 1)
+
+
+@pytest.mark.parametrize(
+    "kind", [*KINDS[:-4], pytest.param("t5", marks=pytest.mark.xfail(strict=True, reason="T5's stacks are not told"))]
+)
+def test_no_part_of_a_base_keeps_keys_and_values_unasked(tiny_bases, kind):
+    model = open_only(tiny_bases[kind]).model
+    assert not any(module.config.use_cache for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 # Random bases

@@ -177,6 +177,7 @@ def test_what_fits_no_slot_stays_as_it_is():
     last = torch.randn(6, requires_grad=True)
     assert slots.put(last) is last  # all are taken
     assert torch.equal(slots.take(packed[0]), first) and torch.equal(slots.take(packed[1]), first * 2)
+    packed.clear()
     longer = torch.randn(9, requires_grad=True)
     assert slots.put(longer) is not longer  # a longer batch makes room once all are free
 

@@ -235,9 +235,7 @@ def test_the_command_for_pickled_weights_makes_a_folder_that_is_read(base, tmp_p
     _, _, command = error_of(load, base).partition("convert them with: ")
     python, *arguments = shlex.split(command)
     assert python == "python"
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=tmp_path, env=process_env(), capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=process_env(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     converted = tmp_path / "base-safetensors"
     assert torch.equal(logits_of(load(converted)), wanted)

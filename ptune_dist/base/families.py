@@ -34,8 +34,6 @@ ARCHITECTURES = {
     "seq2seq": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "encoder": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
-# The classification heads of transformers' encoders.
-HEADS = ("classifier", "score", "pre_classifier", "head")
 POOLER = ".pooler."
 
 
@@ -65,6 +63,12 @@ def is_encoder(shape: transformers.PretrainedConfig) -> bool:
     return shape.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(shape, "is_decoder", False)
 
 
+def check_decoder_start(model: PreTrainedModel, family: str, path: str) -> None:
+    """Raise UserError for a seq2seq base that does not say which token its decoder starts from."""
+    if family == "seq2seq" and getattr(model.config, "decoder_start_token_id", None) is None:
+        raise UserError(f"model.path: {path}/config.json names no decoder_start_token_id: set it there")
+
+
 def check_takes_vectors(model: PreTrainedModel, family: str, path: str) -> None:
     """Raise UserError for a model that cannot be given input vectors in place of tokens."""
     function = model.prepare_inputs_for_generation if family == "causal" else model.forward
@@ -73,6 +77,11 @@ def check_takes_vectors(model: PreTrainedModel, family: str, path: str) -> None:
         raise UserError(f"model.path: {path}: transformers' {kind} models cannot go on from input vectors")
 
 
-def is_head(name: str, family: str) -> bool:
-    """Whether a parameter may start anew: an encoder's head, or its pooler, which masked language models lack."""
-    return family == "encoder" and (name.partition(".")[0] in HEADS or POOLER in name)
+def is_outside(model: PreTrainedModel, name: str) -> bool:
+    """Whether a classifier's parameter stands outside of its encoder: DeBERTa's pooler does, BERT's does not."""
+    return not name.startswith(f"{model.base_model_prefix}.")
+
+
+def may_start_anew(model: PreTrainedModel, name: str, family: str) -> bool:
+    """An encoder's head, or its pooler, which masked language models lack."""
+    return family == "encoder" and (is_outside(model, name) or POOLER in name)

@@ -15,10 +15,10 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ptune_dist.base.families import AUTO_CLASS, HEADS, check_takes_vectors, find_family
+from ptune_dist.base.families import AUTO_CLASS, check_decoder_start, check_takes_vectors, find_family, is_outside
 from ptune_dist.base.foresee import check_room_for_copies
 from ptune_dist.base.int8 import Int8Embedding, Int8Rows, Int8Weight, make_int8
-from ptune_dist.base.names import match_names, needs_converting, wanted_tensors
+from ptune_dist.base.names import describe, is_harmless, match_names, needs_converting, wanted_tensors
 from ptune_dist.base.random_weights import RandomWeights
 from ptune_dist.base.shard import Fill, Sharder
 from ptune_dist.base.source import describe_load_error, is_local_only, load_shape
@@ -26,6 +26,7 @@ from ptune_dist.base.weight_files import WeightFiles, open_weight_files
 from ptune_dist.errors import UserError
 
 CPU = torch.device("cpu")
+NUM_COMPARED = 4  # rows of tensors that should be one
 
 
 class LoadedWeights:
@@ -100,13 +101,15 @@ def open_base(
         raise UserError(describe_load_error(path, "config.json", error)) from None
     model.tie_weights()
     check_takes_vectors(model, family, path)
+    check_decoder_start(model, family, path)
     opened = find_weights(model, path, family, dtype=dtype, random_init=random_init, seed=seed)
     if family == "encoder":
-        tops = [f"{name}." for name in HEADS]
-        opened.trained = {n for n, _ in model.named_parameters() if n.startswith(tuple(tops)) or n in opened.new}
+        opened.trained = {n for n, _ in model.named_parameters() if is_outside(model, n) or n in opened.new}
     if int8 is not None:
         make_int8(model, dtype=dtype, skip={name.rpartition(".")[0] for name in opened.trained}, **int8)
-    model.config.use_cache = False
+    for module in model.modules():  # T5's stacks have configs of their own
+        if isinstance(module, PreTrainedModel):
+            module.config.use_cache = False
     if family != "encoder":
         model.generation_config = build_generation_config(model.config)
     model.eval().requires_grad_(False)
@@ -130,13 +133,33 @@ def find_weights(
         names = {alias: name for name in shapes for alias in aliases[name]}
         return OpenedBase(model, family, dtype, RandomWeights(shapes, std=std, seed=seed), names, [], seed)
     files = open_weight_files(path, local_only=is_local_only(path))
-    if needs_converting(model, files.shapes):
-        check_room_for_copies(sum(p.numel() * p.element_size() for p in model.parameters()), path)
-        tensors = load_with_transformers(path, family, dtype)
-        note = "its tensor names need converting: transformers loads it whole on every rank"
-        matched = match_names(model, {name: tuple(t.shape) for name, t in tensors.items()}, family, path)
-        return OpenedBase(model, family, dtype, LoadedWeights(tensors), *matched, seed, note)
-    return OpenedBase(model, family, dtype, files, *match_names(model, files.shapes, family, path), seed)
+    why = "its tensor names need converting"
+    if not needs_converting(model, files.shapes):
+        names, new = match_names(model, files.shapes, family, path)
+        check_ties(model, files, path)
+        if all(name in names or name in new for name, _ in model.named_parameters()):
+            return OpenedBase(model, family, dtype, files, names, new, seed)
+        why = "some of its parameters are computed, not stored"  # Marian's positions
+    check_room_for_copies(sum(p.numel() * p.element_size() for p in model.parameters()), path)
+    tensors = load_with_transformers(path, family, dtype)
+    matched = match_names(model, {name: tuple(t.shape) for name, t in tensors.items()}, family, path)
+    note = f"{why}: transformers loads it whole on every rank"
+    return OpenedBase(model, family, dtype, LoadedWeights(tensors), *matched, seed, note=note)
+
+
+def check_ties(model: PreTrainedModel, files: WeightFiles, path: str) -> None:
+    """Raise UserError where tied parameters are stored twice and differ; their first rows are compared."""
+    _, aliases = wanted_tensors(model)
+    for names in aliases.values():
+        stored = [name for name in names if name in files.shapes]
+        if len(stored) < 2:
+            continue
+        rows = [files.read_rows(name, 0, min(NUM_COMPARED, files.shapes[name][0])) for name in stored]
+        if any(not torch.equal(row, rows[0]) for row in rows):
+            raise UserError(
+                f"model.path: {path} ties {' and '.join(stored[:2])} but stores two that differ: set "
+                "tie_word_embeddings to false in its config.json"
+            )
 
 
 def load_with_transformers(path: str, family: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -153,6 +176,9 @@ def load_with_transformers(path: str, family: str, dtype: torch.dtype) -> dict[s
         raise UserError(describe_load_error(path, "weights", error)) from None
     finally:
         transformers.logging.set_verbosity(verbosity)
+    extra = [name for name in report["unexpected_keys"] if not is_harmless(model, name, family)]
+    if extra:
+        raise UserError(f"model.path: the weights of {path} do not fit its config.json: {describe({'extra': extra})}")
     reported = [*report["missing_keys"], *report["mismatched_keys"]]
     absent = {key if isinstance(key, str) else key[0] for key in reported}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in absent}

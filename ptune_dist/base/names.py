@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from ptune_dist.base.families import POOLER, is_head
+from ptune_dist.base.families import POOLER, is_outside, may_start_anew
 from ptune_dist.errors import UserError
 
 NUM_NAMED = 5
@@ -26,7 +26,8 @@ def match_names(model: PreTrainedModel, stored: Shapes, family: str, path: str) 
             names |= dict.fromkeys(aliases[name], found)
     missing = [name for name in wanted if name not in names]
     wrong = [name for name in names if name in wanted and stored[names[name]] != wanted[name]]
-    new = [name for name in missing + wrong if is_head(name, family)]  # another head is no part of the base
+    # Another head than the one asked for is no part of the base.
+    new = [name for name in missing + wrong if may_start_anew(model, name, family)]
     wrong = [name for name in wrong if name not in new]
     used = {s for name in names for alias in aliases.get(name, [name]) for s in spellings(model, alias)}
     problems = {
@@ -67,7 +68,9 @@ def is_harmless(model: PreTrainedModel, stored: str, family: str) -> bool:
     """A stored tensor that the model can do without: one it computes, or an encoder's other head."""
     if COMPUTED.search(stored) or is_ignored(model, stored, "unexpected"):
         return True
-    return family == "encoder" and (not stored.startswith(f"{model.base_model_prefix}.") or POOLER in stored)
+    parts = dict(model.base_model.named_children())
+    is_other_head = is_outside(model, stored) and stored.partition(".")[0] not in parts
+    return family == "encoder" and (is_other_head or POOLER in f".{stored}")
 
 
 def describe(problems: dict[str, list[str]]) -> str:

@@ -111,28 +111,34 @@ class Slots:
     """One buffer with room for `num` checkpoints, so that they do not fragment memory."""
 
     def __init__(self, num: int):
-        self._num, self._free = num, list(range(num))
+        self._num, self.free = num, list(range(num))
         self._buffer: torch.Tensor | None = None
 
-    def put(self, tensor: torch.Tensor) -> Any:
+    def put(self, tensor: torch.Tensor) -> "torch.Tensor | Parked":
         """Copy into a free slot; a tensor that fits none (masks and positions are not activations) stays as it is."""
-        if not tensor.is_floating_point() or not self._free:
+        if not tensor.is_floating_point() or not tensor.requires_grad or not self.free:
             return tensor
-        if self._buffer is None or (len(self._free) == self._num and self._buffer.shape[1] < tensor.numel()):
-            self._buffer = tensor.new_empty(self._num, tensor.numel())
-        if tensor.dtype != self._buffer.dtype or tensor.numel() > self._buffer.shape[1] or not tensor.requires_grad:
+        if self._buffer is None or (len(self.free) == self._num and self._buffer.shape[1] < tensor.numel()):
+            self._buffer = tensor.new_empty(self._num, tensor.numel(), requires_grad=False)
+        if tensor.dtype != self._buffer.dtype or tensor.numel() > self._buffer.shape[1]:
             return tensor
-        slot = self._free.pop()
+        slot = self.free.pop()
         kept = self._buffer[slot, : tensor.numel()].view(tensor.shape)
         kept.copy_(tensor.detach())
-        return slot, kept
+        return Parked(self, slot, kept)
 
-    def take(self, packed: Any) -> torch.Tensor:
-        if torch.is_tensor(packed):
-            return packed
-        slot, kept = packed
-        self._free.append(slot)
-        return kept
+    def take(self, packed: "torch.Tensor | Parked") -> torch.Tensor:
+        return packed.tensor if isinstance(packed, Parked) else packed
+
+
+class Parked:
+    """An activation in a slot, which is free again when autograd drops this: after backward, or without one."""
+
+    def __init__(self, slots: Slots, slot: int, tensor: torch.Tensor):
+        self._slots, self._slot, self.tensor = slots, slot, tensor
+
+    def __del__(self) -> None:
+        self._slots.free.append(self._slot)
 
 
 def read_settings(content: dict[str, Any], num_layers: int, file: str) -> dict[str, Any] | None:

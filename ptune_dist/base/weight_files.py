@@ -157,7 +157,9 @@ def describe_conversion(path: str) -> str:
 def read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     """Name and place of each tensor in a file. Raises UserError where the file is not whole."""
     try:
-        with safe_open(file, framework="pt"):  # checks the header and that the file is as long as it says
+        # Checks the header and that the file is as long as it says. ("pt" would map it privately, which the kernel
+        # refuses for a file larger than memory.)
+        with safe_open(file, framework="np"):
             pass
         with file.open("rb") as opened:
             (size,) = struct.unpack("<Q", opened.read(8))

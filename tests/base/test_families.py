@@ -1,9 +1,9 @@
 """Every base is loaded as what it is, and asking for what it is not is refused in one line."""
 
 import pytest
-from transformers import AutoConfig, BertConfig, ViTConfig, XLNetConfig
+from transformers import AutoConfig, BertConfig, T5Config, ViTConfig, XLNetConfig
 
-from ptune_dist.base.families import AUTO_CLASS, find_family, is_head
+from ptune_dist.base.families import AUTO_CLASS, find_family, may_start_anew
 from tests.base.bases import error_of, family_of, open_only
 from tests.conftest import ARCHITECTURES, ENCODERS, LABELS, SEQ2SEQ, tiny_shape
 
@@ -51,12 +51,18 @@ def test_a_base_becomes_the_model_of_its_family(tiny_bases, kind):
 def test_an_encoder_tells_apart_the_labels_that_it_is_given(tiny_bases, kind):
     model = open_only(tiny_bases[kind], labels=LABELS).model
     assert model.config.num_labels == 3 and list(model.config.id2label.values()) == LABELS
-    heads = [p for name, p in model.named_parameters() if is_head(name, "encoder") and p.shape[0] == 3]
+    heads = [p for name, p in model.named_parameters() if may_start_anew(model, name, "encoder") and p.shape[0] == 3]
     assert len(heads) == 2  # the last layer's weight and bias
 
 
-def test_only_an_encoders_head_may_start_anew():
-    names = ("classifier.weight", "classifier.dense.bias", "bert.pooler.dense.weight", "score.weight")
-    assert all(is_head(name, "encoder") for name in names)
-    assert not any(is_head(name, family) for name in names for family in ("causal", "seq2seq"))
-    assert not is_head("bert.embeddings.word_embeddings.weight", "encoder")
+def test_only_an_encoders_head_and_its_pooler_may_start_anew(tiny_bases):
+    model = open_only(tiny_bases["bert"], labels=LABELS).model
+    names = [name for name, _ in model.named_parameters()]
+    anew = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert {name for name in names if may_start_anew(model, name, "encoder")} == anew
+    assert not any(may_start_anew(model, name, family) for name in names for family in ("causal", "seq2seq"))
+
+
+def test_a_decoder_must_know_what_it_starts_from(tmp_path):
+    T5Config(d_model=32, d_kv=8, num_layers=1, num_heads=4, d_ff=32).save_pretrained(tmp_path)
+    assert "decoder_start_token_id" in error_of(open_only, tmp_path, random_init=True)

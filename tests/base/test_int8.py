@@ -95,6 +95,13 @@ def test_half_precision_does_not_overflow_on_the_way():
     assert difference(y, torch.full((1, 4), 20.0)) <= 2**-10
 
 
+def test_half_precision_loses_no_small_gradient_on_the_way():
+    x = torch.ones(1, 4, dtype=torch.float16).requires_grad_()
+    layer_of(torch.full((200, 4), 0.001))(x).backward(torch.full((1, 200), 0.01, dtype=torch.float16))
+    # a gradient times a scale of 8e-6 is hardly a float16
+    assert difference(x.grad, torch.full((1, 4), 200 * 0.01 * 0.001)) <= 2**-9
+
+
 @pytest.mark.parametrize("threshold", [None, 0.0])
 def test_no_activation_is_kept_for_backward(threshold):
     layer = layer_of(random_weight(), torch.randn(33), threshold)

@@ -27,6 +27,12 @@ def test_an_encoders_layers_come_before_its_decoders(tiny_bases):
     assert layers_of(model) == [*model.encoder.block, *model.decoder.block]
 
 
+def test_a_small_list_of_modules_is_no_stack_of_layers(tiny_bases):
+    model = open_only(tiny_bases["llama"]).model
+    model.adapters = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    assert layer_stacks(model) == [model.model.layers]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_widths_are_those_of_the_tensors(tiny_bases, kind):
     model = open_only(tiny_bases[kind], labels=LABELS).model

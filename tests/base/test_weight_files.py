@@ -207,7 +207,9 @@ bug = pytest.mark.xfail(strict=True, reason="weight_files.find_weight_files take
     "content",
     [
         *["", "{", "[]", "{}", '{"weight_map": []}', b"\xff\xfe"],
-        *[pytest.param('{"weight_map": {%s}}' % entry, marks=bug) for entry in ("", '"a": 1', '"a": null')],
+        pytest.param('{"weight_map": {}}', marks=bug),
+        pytest.param('{"weight_map": {"a": 1}}', marks=bug),
+        pytest.param('{"weight_map": {"a": null}}', marks=bug),
     ],
 )
 def test_an_index_that_is_none_is_named(tmp_path, content):

@@ -77,10 +77,9 @@ def test_every_architecture_trains_as_a_plain_loop_and_as_peft_does(tiny_bases, 
 def test_the_curve_depends_on_no_stage_no_world_size_no_micro_batch(tiny_bases, tmp_path, num_ranks):
     base = tiny_bases["llama"]
     expected = plain_curve(base)
-    specs = [write_spec(tmp_path, base, f"stage{stage}", zero_json(stage), []) for stage in range(4)]
-    for stage in range(4):  # 60 positions: one to three rows at a time, an uneven number of micro-batches
+    specs = [write_spec(tmp_path, base, "stage1", zero_json(1), [])]  # the others: test_sharding
+    for stage in (0, 2, 3):  # 60 positions: one to three rows at a time, an uneven number of micro-batches
         specs.append(write_spec(tmp_path, base, f"small{stage}", zero_json(stage), ["train.micro_batch_tokens=60"]))
-    specs.append(write_spec(tmp_path, base, "large", zero_json(3), ["train.micro_batch_tokens=100000"]))
     for name, run in train_all(specs, tmp_path, num_ranks).items():
         assert curve(run) == pytest.approx(expected, rel=1e-5), name
         assert_base_untouched(run, base)

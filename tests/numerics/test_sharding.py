@@ -29,7 +29,7 @@ def label_rows(folder: Path) -> dict:
 def write_run(
     folder: Path, name: str, base: Path, *, zero: dict, dtype="float32", quantization="none", more=(), **json_
 ):
-    """A spec of `train_many`: a short run of small micro-batches, with buffers so small that all is really cut."""
+    """A spec of `train_many`: a short run, with buffers so small that all is really cut and reduced in pieces."""
     (folder / name).mkdir()
     small = {"reduce_bucket_size": 100} | ({"stage3_param_persistence_threshold": 0} if zero["stage"] == 3 else {})
     config = write_config(
@@ -37,7 +37,7 @@ def write_run(
         output_dir=str(folder / name),
         model={"path": str(base), "dtype": dtype, "quantization": quantization},
         data=label_rows(folder) if base.name in ("bert", "roberta") else {},
-        train={"max_steps": DTYPES[dtype], "micro_batch_tokens": 100},
+        train={"max_steps": DTYPES[dtype]},
         deepspeed={"zero_optimization": small | zero} | json_,
     )
     return str(config), list(more)
@@ -95,37 +95,18 @@ def test_curves_and_bases_do_not_depend_on_stage_and_ranks(tiny_bases, reference
             all_of_it = summary_of(runs[name[:-1] + "0"])["ranks"][0]["base_bytes"]
             cut = (all_of_it - BUFFER_BYTES) / num_ranks
             assert len(held) == num_ranks and max(held) <= cut * 1.02 + BUFFER_BYTES, name
+        if quantization == "int8":  # digests hold dtype and numbers: the engine's precision changes neither of these
+            other = hashes_of(runs[name.replace("bfloat16", "float32")], "after")
+            scales = [n for n in other if n.endswith(".scales")]
+            assert len(scales) > 10
+            for part in [*scales, *(n.replace(".scales", ".weight") for n in scales)]:
+                assert hashes_of(run, "after")[part] == other[part], (name, part)
 
 
 def hashes_of(run: Path, when: str) -> dict[str, str]:
     found = json.loads((run / "base_hashes.json").read_text())[when]
     assert len(found) > 20
     return found
-
-
-@pytest.mark.long
-def test_scales_stay_float32_and_weights_int8_under_every_engine(tiny_bases, tmp_path):
-    """The digests hold dtype and numbers: an int8 weight and its scales are the same under both engines."""
-    specs = [
-        write_run(
-            tmp_path,
-            f"{dtype}-{stage}",
-            tiny_bases["llama"],
-            zero={"stage": stage},
-            dtype=dtype,
-            quantization="int8",
-            more=["train.max_steps=1"],
-        )  # fmt: skip
-        for dtype in DTYPES
-        for stage in (0, 2, 3)
-    ]
-    runs = train_all(specs, tmp_path, num_ranks=1)
-    wanted = hashes_of(runs["float32-0"], "after")
-    scales = [name for name in wanted if name.endswith(".scales")]
-    names = scales + [name.replace(".scales", ".weight") for name in scales]
-    assert len(names) == 28  # 7 linear layers of 2 decoder layers, weight and scales
-    for name, run in runs.items():
-        assert {n: hashes_of(run, "after")[n] for n in names} == {n: wanted[n] for n in names}, name
 
 
 @pytest.mark.long
@@ -150,7 +131,7 @@ def test_what_deepspeeds_json_may_change_changes_no_curve(tiny_bases, references
         for name, json_ in settings.items():
             spec = write_run(
                 tmp_path, f"{quantization}-{name}", base, quantization=quantization,
-                more=["train.micro_batch_tokens=100000"], **json_,
+                **json_,
             )  # fmt: skip
             specs.append(spec)
     specs.append(

@@ -87,6 +87,10 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
     settle_optimizer(settle, config)
     settle_scheduler(settle, config)
     fill_zero_sizes(content.setdefault("zero_optimization", {}), hidden_size)
+    zero = content["zero_optimization"]
+    if str(zero.get("stage", 0)) not in ("0", "1", "2", "3"):
+        raise UserError(f"{file}: zero_optimization.stage is {zero['stage']!r}, not 0, 1, 2 or 3")
+    zero["stage"] = zero_stage(content)
     refuse_unfilled(content, str(file))
 
     # The optimizer, its clipping and its schedule are ours (optimizer.py), whatever the stage; how many micro-batches

@@ -16,7 +16,7 @@ from ptune_dist.base.families import find_family
 from ptune_dist.base.foresee import foresee
 from ptune_dist.base.layers import embedding_width, hidden_size, layers_of, max_positions
 from ptune_dist.base.load import OpenedBase, fill_sharded, fill_whole, open_base
-from ptune_dist.base.offload import settle_offload
+from ptune_dist.base.offload import settle_offload, without_autos
 from ptune_dist.base.recompute import read_settings
 from ptune_dist.base.shard import Sharder
 from ptune_dist.base.source import fingerprint_base, load_shape, load_tokenizer
@@ -114,9 +114,9 @@ def build_deepspeed_json(config: Config, base: PreTrainedModel, world: World | N
     """DeepSpeed's JSON filled in and accepted by DeepSpeed. Raises UserError."""
     file = config.deepspeed if isinstance(config.deepspeed, str) else "deepspeed"
     content = fill_deepspeed_json(config, hidden_size=hidden_size(base))
+    check_with_deepspeed(without_autos(content), config.deepspeed)
     settle_offload(content, base, world.size if world else None, file)
     read_settings(content, len(layers_of(base)), file)
-    check_with_deepspeed(content, config.deepspeed)
     return content
 
 

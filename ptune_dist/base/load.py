@@ -5,6 +5,7 @@
 
 import copy
 import logging
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,12 +14,20 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PreTrainedModel
 
 from ptune_dist.base.families import AUTO_CLASS, check_decoder_start, check_takes_vectors, find_family, is_outside
 from ptune_dist.base.foresee import check_room_for_copies
 from ptune_dist.base.int8 import Int8Embedding, Int8Rows, Int8Weight, make_int8
-from ptune_dist.base.names import describe, is_harmless, match_names, needs_converting, wanted_tensors
+from ptune_dist.base.names import (
+    describe,
+    is_harmless,
+    match_names,
+    needs_converting,
+    spellings,
+    wanted_tensors,
+)
 from ptune_dist.base.random_weights import RandomWeights
 from ptune_dist.base.shard import Fill, Sharder
 from ptune_dist.base.source import describe_load_error, is_local_only, load_shape
@@ -26,7 +35,17 @@ from ptune_dist.base.weight_files import WeightFiles, open_weight_files
 from ptune_dist.errors import UserError
 
 CPU = torch.device("cpu")
-NUM_COMPARED = 4  # rows of tensors that should be one
+NUM_COMPARED = 16  # rows of tensors that should be one
+
+
+class WithoutMemory(TorchFunctionMode):
+    """`torch.empty`, which large parameters are made of, takes no memory: one may be larger than this host's."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 class LoadedWeights:
@@ -95,7 +114,7 @@ def open_base(
     if family == "encoder" and labels:
         shape.id2label, shape.problem_type = dict(enumerate(labels)), "single_label_classification"
     try:
-        with init_empty_weights(include_buffers=False):
+        with WithoutMemory(), init_empty_weights(include_buffers=False):
             model = AUTO_CLASS[family].from_config(shape, dtype=dtype)
     except Exception as error:  # each architecture checks its own numbers
         raise UserError(describe_load_error(path, "config.json", error)) from None
@@ -148,14 +167,16 @@ def find_weights(
 
 
 def check_ties(model: PreTrainedModel, files: WeightFiles, path: str) -> None:
-    """Raise UserError where tied parameters are stored twice and differ; their first rows are compared."""
+    """Raise UserError where tied parameters are stored twice and differ; some of their rows are compared."""
     _, aliases = wanted_tensors(model)
     for names in aliases.values():
-        stored = [name for name in names if name in files.shapes]
+        stored = list(dict.fromkeys(s for name in names for s in spellings(model, name) if s in files.shapes))
         if len(stored) < 2:
             continue
-        rows = [files.read_rows(name, 0, min(NUM_COMPARED, files.shapes[name][0])) for name in stored]
-        if any(not torch.equal(row, rows[0]) for row in rows):
+        num_rows = files.shapes[stored[0]][0]
+        rows = [*range(0, num_rows, max(1, num_rows // NUM_COMPARED)), num_rows - 1]
+        some = [torch.cat([files.read_rows(name, i, i + 1) for i in rows]) for name in stored]
+        if any(not torch.equal(part, some[0]) for part in some):
             raise UserError(
                 f"model.path: {path} ties {' and '.join(stored[:2])} but stores two that differ: set "
                 "tie_word_embeddings to false in its config.json"
@@ -264,10 +285,17 @@ def plain_fill(opened: OpenedBase, name: str) -> Fill:
 
 
 def new_head_fill(opened: OpenedBase, name: str) -> Fill:
-    """A new head starts as transformers' own do: normal weights, no bias."""
-    shape = opened.model.get_parameter(name).shape
-    std = getattr(opened.model.config, "initializer_range", 0.02)
-    return lambda start, out: RandomWeights({name: tuple(shape)}, std=std, seed=opened.seed).read_flat(name, start, out)
+    """A new head starts as transformers' own do, normal weights and no bias; it is filled whole."""
+    std = getattr(opened.model.config, "initializer_range", None) or 0.02
+    generator = torch.Generator().manual_seed(opened.seed + zlib.crc32(name.encode()))
+
+    def fill(_start: int, out: torch.Tensor) -> None:
+        if opened.model.get_parameter(name).dim() < 2:
+            out.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            out.copy_(torch.randn(len(out), generator=generator) * std)
+
+    return fill
 
 
 def int8_rows(opened: OpenedBase, name: str, module: Int8Weight) -> Int8Rows:

@@ -3,6 +3,7 @@
 DeepSpeed itself fails late here: in a collective, in a compiler, or in its swapper's assertions.
 """
 
+import copy
 import tempfile
 from math import ceil
 from pathlib import Path
@@ -34,6 +35,15 @@ def settle_offload(content: dict[str, Any], model: PreTrainedModel, world_size: 
             check_nvme(offload, f"{file}: zero_optimization.{section}")
     if (zero.get("offload_param") or {}).get("device") == "nvme":
         fill_buffers(zero, model, world_size or 1)
+
+
+def without_autos(content: dict[str, Any]) -> dict[str, Any]:
+    """A copy for DeepSpeed's own check, which knows no `auto` for the buffers that `settle_offload` fills."""
+    checked = copy.deepcopy(content)
+    offload = checked["zero_optimization"].get("offload_param", {})
+    for key in [key for key, value in offload.items() if value == "auto"]:
+        del offload[key]
+    return checked
 
 
 def check_node_size(zero: dict[str, Any], world_size: int, file: str) -> None:

@@ -6,6 +6,7 @@ https://github.com/huggingface/safetensors#format; the library itself checks eve
 
 import json
 import os
+import shlex
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -134,6 +135,8 @@ def find_weight_files(path: str, local_only: bool) -> list[Path]:
         raise UserError(f"model.path: cannot read the weights of {path}: it has neither {WHOLE} nor {INDEX}")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"model.path: cannot read the weights of {path}: {index} is no index of weights") from None
     files = {name: find(name) for name in names}
@@ -146,12 +149,13 @@ def find_weight_files(path: str, local_only: bool) -> list[Path]:
 def describe_conversion(path: str) -> str:
     """The command that writes a folder of safetensors from pickled weights."""
     out = Path(path).name + "-safetensors"
-    return (
-        f"convert them with: python -c \"import transformers as t; p, out = '{path}', '{out}'; "
+    code = (
+        f"import transformers as t; p, out = {path!r}, {out!r}; "
         "kind = getattr(t, t.AutoConfig.from_pretrained(p).architectures[0]); "
         "kind.from_pretrained(p, dtype='auto').save_pretrained(out); "
-        't.AutoTokenizer.from_pretrained(p).save_pretrained(out)"'
+        "t.AutoTokenizer.from_pretrained(p).save_pretrained(out)"
     )
+    return f"convert them with: python -c {shlex.quote(code)}"
 
 
 def read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:

@@ -23,7 +23,8 @@ from torch import nn  # noqa: E402
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from ptune_dist.base.layers import embedding_width  # noqa: E402
-from ptune_dist.base.load import load_base, load_shape, load_tokenizer  # noqa: E402
+from ptune_dist.base.load import load_base  # noqa: E402
+from ptune_dist.base.source import load_shape, load_tokenizer  # noqa: E402
 from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result  # noqa: E402
 from ptune_dist.config import Config, load_config  # noqa: E402
 from ptune_dist.data.build import build_split  # noqa: E402

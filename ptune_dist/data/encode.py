@@ -91,7 +91,7 @@ def encode_rows(
                 tail = [_label_index(text.strip(), labels, rows.where(index), target_key)]
             else:
                 tail = before + tail + closing
-            room = max_length - len(start) - len(end) - len(tail)
+            room = max_length - len(start) - len(end) - (len(tail) if family != "encoder" else 0)
             if room < 0:
                 raise UserError(_describe_long_target(rows.where(index), target_key, tail, start + end, max_length))
             num_truncated += len(body) > room
@@ -210,7 +210,7 @@ def _label_index(text: str, labels: list[str], where: str, key: str) -> int:
 
 
 def _describe_long_target(where: str, key: str, tail: list[int], start: list[int], max_length: int) -> str:
-    needs = f"{len(tail)} tokens" + (f", beside {len(start)} special ones" if start else "")
+    needs = f"{len(tail)} tokens" + (f" beside {len(start)} special ones" if start else "")
     return f"{where}: {key} is {needs}, more than data.max_length {max_length}; raise data.max_length or drop the row"
 
 

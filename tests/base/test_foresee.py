@@ -41,10 +41,6 @@ def write_sparse(folder: Path, kind: str, **changes) -> Path:
     return folder
 
 
-# A private map of a file is refused where memory and swap are smaller than it.
-mapped = pytest.mark.xfail(raises=RuntimeError, strict=True, reason='weight_files.read_header needs framework="np"')
-
-
 @pytest.fixture(scope="module")
 def huge(tmp_path_factory) -> Path:
     return write_sparse(tmp_path_factory.mktemp("sparse") / "huge", "llama")
@@ -67,7 +63,6 @@ def refusal(opened, path: Path, world_size: int = 1, **zero) -> str:
 # Memory
 
 
-@mapped
 def test_a_base_too_large_for_memory_is_refused_in_seconds_before_it_is_read(huge):
     began = time.perf_counter()
     opened = open_only(huge)
@@ -79,7 +74,6 @@ def test_a_base_too_large_for_memory_is_refused_in_seconds_before_it_is_read(hug
     assert gib_of(message) == pytest.approx(whole_gib(opened), abs=0.1)
 
 
-@pytest.mark.xfail(reason="load.open_base allocates each tensor before it forgets it")
 def test_a_tensor_larger_than_memory_is_foreseen_too(tmp_path):
     wide = {"hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1}
     base = write_sparse(tmp_path / "wide", "llama", **wide)
@@ -91,7 +85,6 @@ def test_a_base_that_fits_is_not_refused(llama):
         foresee(open_only(llama).model, {"zero_optimization": {"stage": stage}}, str(llama), 2, CPU)
 
 
-@mapped
 def test_int8_takes_a_quarter_and_bfloat16_half(huge):
     whole = gib_of(refusal(open_only(huge), huge, stage=0))
     assert gib_of(refusal(open_only(huge, dtype=torch.bfloat16), huge, stage=0)) == pytest.approx(whole / 2, rel=0.01)
@@ -99,7 +92,6 @@ def test_int8_takes_a_quarter_and_bfloat16_half(huge):
     assert gib_of(refusal(int8, huge, stage=0)) == pytest.approx(whole / 4, rel=0.01)
 
 
-@mapped
 def test_ranks_of_one_host_share_a_base_under_zero3_and_copy_it_below(huge):
     opened = open_only(huge)
     whole = whole_gib(opened)
@@ -109,7 +101,6 @@ def test_ranks_of_one_host_share_a_base_under_zero3_and_copy_it_below(huge):
     assert gib_of(message) == pytest.approx(3 * whole, rel=0.01) and "for 4 ranks" in message
 
 
-@mapped
 def test_many_hosts_hold_what_one_cannot(huge, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     opened = open_only(huge)
@@ -117,7 +108,6 @@ def test_many_hosts_hold_what_one_cannot(huge, monkeypatch):
     foresee(opened.model, {"zero_optimization": {"stage": 3}}, str(huge), 10_000, CPU)
 
 
-@mapped
 def test_a_base_that_transformers_loads_must_fit_whole_on_every_rank(tmp_path, monkeypatch):
     base = write_sparse(tmp_path / "neox", "gpt_neox")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -131,7 +121,6 @@ def test_a_base_that_transformers_loads_must_fit_whole_on_every_rank(tmp_path, m
 # The disk
 
 
-@mapped
 def test_a_disk_too_small_for_the_base_is_refused_by_its_folder(huge, tmp_path):
     message = refusal(open_only(huge), huge, 2, stage=3, offload_param={"device": "nvme", "nvme_path": str(tmp_path)})
     assert f"on the disk of {tmp_path}" in message

@@ -51,9 +51,7 @@ def test_a_base_does_not_answer_by_its_folders_generation_settings(base):
     assert not settings.do_sample and settings.temperature in (None, 1.0) and settings.num_beams in (None, 1)
 
 
-@pytest.mark.parametrize(
-    "kind", [*KINDS[:-4], pytest.param("t5", marks=pytest.mark.xfail(strict=True, reason="T5's stacks are not told"))]
-)
+@pytest.mark.parametrize("kind", ARCHITECTURES + SEQ2SEQ)
 def test_no_part_of_a_base_keeps_keys_and_values_unasked(tiny_bases, kind):
     model = open_only(tiny_bases[kind]).model
     assert not any(module.config.use_cache for module in model.modules() if isinstance(module, PreTrainedModel))

@@ -169,7 +169,7 @@ def test_input_that_just_fits_is_not_counted_as_cut(write):
 
 @pytest.mark.parametrize(
     ("single", "label", "needs"),
-    [("$A", "uvwxyz12", "9 tokens, more"), ("<bos> $A", "uvwxyz1", "8 tokens, beside 1 special ones, more")],
+    [("$A", "uvwxyz12", "9 tokens, more"), ("<bos> $A", "uvwxyz1", "8 tokens beside 1 special ones, more")],
 )
 def test_target_that_does_not_fit_names_the_line(write, single, label, needs):
     rows = write(("ab", "x"), ("ab", label))

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ptune_dist.base.families import find_family
 from ptune_dist.base.foresee import foresee
 from ptune_dist.base.layers import embedding_width, hidden_size, layers_of, max_positions
-from ptune_dist.base.load import OpenedBase, fill_sharded, fill_whole, open_base
+from ptune_dist.base.load import fill_sharded, fill_whole
 from ptune_dist.base.offload import settle_offload, without_autos
+from ptune_dist.base.open import OpenedBase, open_base
 from ptune_dist.base.recompute import read_settings
 from ptune_dist.base.shard import Sharder
 from ptune_dist.base.source import fingerprint_base, load_shape, load_tokenizer

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ptune_dist.base.load import OpenedBase
+from ptune_dist.base.open import OpenedBase
 from ptune_dist.config import Config, render_config
 from ptune_dist.data.build import Split, build_split
 from ptune_dist.data.encode import token_statistics

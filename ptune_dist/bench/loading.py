@@ -24,7 +24,8 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from ptune_dist.base.gathers import watch_gathers
 from ptune_dist.base.layers import held_bytes, layers_of
-from ptune_dist.base.load import fill_sharded, open_base
+from ptune_dist.base.load import fill_sharded
+from ptune_dist.base.open import open_base
 from ptune_dist.base.shard import Sharder
 from ptune_dist.bench.probe import held_bytes as resident_bytes
 from ptune_dist.bench.probe import peak_bytes, reset_peak, write_result

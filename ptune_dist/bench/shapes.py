@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ptune_dist.base.load import open_base
+from ptune_dist.base.open import open_base
 from ptune_dist.bench.data import SHAPE
 
 SHARD_BYTES = 1 << 30

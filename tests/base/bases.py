@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ptune_dist.base.load import OpenedBase, load_base, open_base
+from ptune_dist.base.load import load_base
+from ptune_dist.base.open import OpenedBase, open_base
 from ptune_dist.errors import UserError
 from tests.conftest import ENCODERS, SEQ2SEQ
 

@@ -14,7 +14,8 @@ import torch
 
 from ptune_dist.base.gathers import watch_gathers
 from ptune_dist.base.layers import held_bytes
-from ptune_dist.base.load import fill_sharded, fill_whole, open_base
+from ptune_dist.base.load import fill_sharded, fill_whole
+from ptune_dist.base.open import open_base
 from ptune_dist.base.shard import Sharder
 from tests.conftest import LABELS
 

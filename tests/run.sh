@@ -11,5 +11,6 @@ for argument in "$@"; do
 done
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-export HF_HUB_OFFLINE=1
-exec .venv/bin/python -m pytest --durations=15 "${arguments[@]}"
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+# Two files of tests at a time: most tests use one core.
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --durations=15 "${arguments[@]}"

@@ -2,10 +2,12 @@
 DeepSpeed's JSON may change (checkpointing, offload, shards within a node) changes no curve."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from ptune_dist.metrics import read_metrics
 from tests.conftest import LABELS, ROOT, TINY, command_line, free_port, process_env, run_module, write_config
@@ -188,22 +190,47 @@ def test_with_shards_within_a_node_no_weight_ever_crosses_between_nodes(tiny_bas
             assert min(crossed) > 20 * prompt_bytes
 
 
+def write_shape_run(
+    folder: Path, name: str, quantization: str, more: dict, shape: Path = ROOT / "configs" / "shapes" / "llama_40m"
+) -> tuple[str, list[str]]:
+    """Two steps of a shape with random weights; in int8 with head and embeddings."""
+    overrides = ["model.random_init=true", "train.max_steps=2", "train.batch_size=2"]
+    if quantization == "int8":
+        overrides.append("model.int8_include=[head,embeddings]")
+    zero = {"stage": 3} | more
+    return write_run(folder, name, shape, zero=zero, dtype="bfloat16", quantization=quantization, more=overrides)
+
+
 @pytest.mark.long
 def test_int8_gathers_and_holds_about_half_of_bfloat16(tmp_path):
-    """The 40M shape with its embeddings left out of the count by being quantized too."""
-    shape = ROOT / "configs" / "shapes" / "llama_40m"
-    specs = []
-    for name, quantization, include in (("none", "none", "[]"), ("int8", "int8", "[head,embeddings]")):
-        more = ["model.random_init=true", f"model.int8_include={include}", "train.max_steps=2", "train.batch_size=2",
-                "train.micro_batch_tokens=10000"]  # fmt: skip
-        zero = {"stage": 3} | PASSES_NOTHING_ON
-        specs.append(
-            write_run(tmp_path, name, shape, zero=zero, dtype="bfloat16", quantization=quantization, more=more)
-        )
+    specs = [write_shape_run(tmp_path, q, q, PASSES_NOTHING_ON) for q in ("none", "int8")]
     runs = train_all(specs, tmp_path, num_ranks=2)
     for figure in ("base_bytes", "gathered_bytes_per_step"):
         int8, none = (max(rank[figure] for rank in summary_of(runs[n])["ranks"]) for n in ("int8", "none"))
         assert 0.45 < int8 / none <= 0.55, figure
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not AsyncIOBuilder().is_compatible(verbose=False), reason="no libaio with headers (libaio-dev)")
+def test_a_base_on_a_disk_trains_as_one_in_memory(tmp_path):
+    disk = {"device": "nvme", "nvme_path": str(tmp_path / "disk"), "pin_memory": False,
+            "buffer_size": "auto", "buffer_count": "auto"}  # fmt: skip
+    wide = Path(
+        shutil.copytree(ROOT / "configs" / "shapes" / "llama_40m", tmp_path / "wide")
+    )  # DeepSpeed: 1 MiB or more
+    shape = json.loads((wide / "config.json").read_text())
+    shape |= {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 12}
+    (wide / "config.json").write_text(json.dumps(shape | {"num_key_value_heads": 12}))
+    specs = [
+        write_shape_run(tmp_path, f"{quantization}-{place}", quantization, more, wide)
+        for quantization in ("none", "int8")
+        for place, more in (("memory", {}), ("disk", {"offload_param": disk}))
+    ]
+    runs = train_all(specs, tmp_path, num_ranks=2)
+    swapped = [file.parent.parent.name for file in (tmp_path / "disk").rglob("*.swp")]
+    assert {"bfloat16params", "int8params"} == set(swapped) and len(swapped) >= 2 * 2 * 2 * 5
+    for quantization in ("none", "int8"):
+        assert curve(runs[f"{quantization}-disk"]) == curve(runs[f"{quantization}-memory"]), quantization
 
 
 @pytest.mark.long

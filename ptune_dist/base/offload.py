@@ -15,6 +15,13 @@ from transformers import PreTrainedModel
 from ptune_dist.base.layers import layers_of
 from ptune_dist.errors import UserError
 
+# What DeepSpeed does while it cuts a whole tensor, and what does the same here.
+OTHER_WAYS = {
+    "zero_quantized_weights": "model.quantization=int8",
+    "zero_quantized_nontrainable_weights": "model.quantization=int8",
+    "mics_shard_size": "zero_hpz_partition_size",
+}
+
 
 def settle_offload(content: dict[str, Any], model: PreTrainedModel, world_size: int | None, file: str) -> None:
     """Fill the NVMe buffers that are `auto`; raise UserError for what cannot work.
@@ -22,6 +29,9 @@ def settle_offload(content: dict[str, Any], model: PreTrainedModel, world_size: 
     Without a `world_size` nothing is asked of the machine.
     """
     zero = content["zero_optimization"]
+    for key, instead in OTHER_WAYS.items():
+        if zero.get(key) not in (None, False, -1):
+            raise UserError(f"{file}: zero_optimization.{key} is not for a base that is loaded by parts: use {instead}")
     if world_size:
         check_node_size(zero, world_size, file)
     for section in ("offload_param", "offload_optimizer"):

@@ -36,6 +36,12 @@ def test_a_device_that_is_none_is_named(model, section):
     assert f"{section}.device is 'gpu', not none, cpu or nvme" in message
 
 
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_nontrainable_weights", "mics_shard_size"])
+def test_what_deepspeed_does_to_whole_tensors_is_refused_with_what_to_use_instead(model, key):
+    assert f"{key} is not for a base that is loaded by parts: use " in refusal(model, **{key: 2})
+    assert settle(model, **{key: -1 if key == "mics_shard_size" else False})
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_offloading_the_base_needs_stage_3(model, stage):
     assert f"needs stage 3, not {stage}" in refusal(model, stage=stage, offload_param={"device": "cpu"})

@@ -91,6 +91,10 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
     if str(zero.get("stage", 0)) not in ("0", "1", "2", "3"):
         raise UserError(f"{file}: zero_optimization.stage is {zero['stage']!r}, not 0, 1, 2 or 3")
     zero["stage"] = zero_stage(content)
+    if zero.get("round_robin_gradients"):  # it would reorder the flat tensors that optimizer.py cuts
+        raise UserError(
+            f"{file}: zero_optimization.round_robin_gradients has no use for a prompt's gradients: remove it"
+        )
     refuse_unfilled(content, str(file))
 
     # The optimizer, its clipping and its schedule are ours (optimizer.py), whatever the stage; how many micro-batches

@@ -199,6 +199,7 @@ def build_engine(config, base, prompt, content: dict[str, Any], world: World, *,
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=content)
     except NotImplementedError as error:  # combinations of precisions that DeepSpeed has no optimizer for
         raise UserError(f"deepspeed: DeepSpeed cannot do this: {error}") from None
+    optimizer.is_ready = True
     if stage == 3:
         # DeepSpeed gathers what it keeps whole anew after every step, tensor by tensor, since a step may have changed
         # it. A frozen tensor is the same; it comes back with its layer.

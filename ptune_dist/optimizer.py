@@ -64,12 +64,13 @@ class PromptOptimizer(torch.optim.Optimizer):
                  world_size: int, device: torch.device):  # fmt: skip
         groups = [{"params": list(parameters[name]), "member": name, "lr": 0.0} for name in members]
         super().__init__(groups, {})
+        self.is_ready = False  # some of DeepSpeed's wrappers step once on zero gradients while they are made
         self.members, self.stage, self.world_size, self.device = members, stage, world_size, device
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """Called by DeepSpeed, for one group or for all. Collective: every rank must call."""
-        for group in self.param_groups:
+        for group in self.param_groups if self.is_ready else ():
             if group["params"]:
                 member = self.members[group["member"]]
                 grads = self._gather(member, [p.grad for p in group["params"]])

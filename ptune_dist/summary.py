@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import version
 
 from ptune_dist import __version__
-from ptune_dist.base.layers import held_bytes
+from ptune_dist.base.layers import disk_bytes, held_bytes
 from ptune_dist.config import Config
 from ptune_dist.data.build import Split
 from ptune_dist.distributed import World, gather_from_ranks, max_over_ranks
@@ -72,6 +72,7 @@ def describe_rank(job: Job, progress: Progress, world: World) -> dict:
     return {
         "rank": world.rank,
         "base_bytes": held_bytes(job.engine.model.base),
+        "base_bytes_on_disk": disk_bytes(job.engine.model.base),
         "peak_memory_bytes": peak_memory_by_kind(world.device),
         "gathers_per_step": mean("num_gathers"),
         "gathered_bytes_per_step": mean("gathered_bytes"),

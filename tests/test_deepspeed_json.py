@@ -233,3 +233,13 @@ def test_a_missing_file_is_named(tmp_path):
 )
 def test_a_section_of_the_wrong_shape_is_the_users_mistake(own, key):
     assert key in error_of(own)
+
+
+def test_gradients_in_another_order_than_the_optimizers_are_refused():
+    assert "round_robin_gradients" in error_of({"zero_optimization": {"stage": 2, "round_robin_gradients": True}})
+    assert fill({"zero_optimization": {"stage": 2, "round_robin_gradients": False}})
+
+
+@pytest.mark.parametrize("stage", [4, -1, "three", 2.5])
+def test_a_stage_that_is_none_is_named(stage):
+    assert "zero_optimization.stage" in error_of({"zero_optimization": {"stage": stage}})

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import psutil
 import torch
 from torch import nn
 
+from ptune_dist.base.layers import layers_of
 from ptune_dist.errors import UserError
 
 GIB = 1 << 30
@@ -19,16 +21,22 @@ CGROUP = Path("/sys/fs/cgroup")
 def foresee(model: nn.Module, content: dict[str, Any], path: str, world_size: int, device: torch.device) -> None:
     """Raise UserError where the base will not fit where DeepSpeed's JSON puts it."""
     zero = content["zero_optimization"]
-    place = zero.get("offload_param", {}).get("device") or "none"
+    offload = zero.get("offload_param") or {}
+    place = offload.get("device", "none")
     num_parts = world_size if zero.get("stage") == 3 else 1
     node_parts = zero.get("zero_hpz_partition_size", 1) if num_parts > 1 else 1
-    sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    needed = sum(ceil(size / num_parts) + (ceil(size / node_parts) if node_parts > 1 else 0) for size in sizes.values())
-    local = local_ranks(world_size)
-    if num_parts > 1 and place == "nvme":
-        folder = Path(zero["offload_param"]["nvme_path"])
-        check_room(needed * local, shutil.disk_usage(folder).free, f"on the disk of {folder}", path, local)
-    elif device.type == "cuda" and place == "none":
+
+    def part_bytes(parameters: Iterable[nn.Parameter]) -> int:
+        sizes = {id(p): p.numel() * p.element_size() for p in parameters}.values()
+        return sum(ceil(size / num_parts) + (ceil(size / node_parts) if node_parts > 1 else 0) for size in sizes)
+
+    needed, local = part_bytes(model.parameters()), local_ranks(world_size)
+    if place == "nvme":
+        on_disk = part_bytes(p for layer in layers_of(model) for p in layer.parameters())
+        folder = next(f for f in (Path(offload["nvme_path"]), *Path(offload["nvme_path"]).parents) if f.exists())
+        check_room(on_disk * local, shutil.disk_usage(folder).free, f"on the disk of {folder}", path, local)
+        needed -= on_disk
+    if device.type == "cuda" and place == "none":
         check_room(needed, torch.cuda.mem_get_info(device)[0], f"on GPU {device.index}", path, 1)
     else:
         check_room(needed * local, free_host_bytes(), "in this host's memory", path, local)

@@ -28,17 +28,28 @@ def parameter_size(parameter: nn.Parameter) -> int:
 
 
 def held_bytes(base: nn.Module) -> int:
-    """Bytes of the base that this rank holds: its parts under ZeRO-3, those of hpZ too, and whole buffers."""
+    """Bytes of the frozen base in this rank's memory: its parts under ZeRO-3, those of hpZ too, and whole buffers."""
     held = sum(buffer.nbytes for buffer in base.buffers())
     for parameter in base.parameters():
+        if parameter.requires_grad:  # an encoder's head
+            continue
         part = getattr(parameter, "ds_tensor", None)
         if part is None:
             held += parameter.nbytes
         else:
-            held += part.ds_numel * parameter.element_size()
+            held += 0 if is_on_disk(parameter) else part.ds_numel * parameter.element_size()
             second = getattr(parameter, "ds_secondary_tensor", None)
             held += second.nbytes if second is not None else 0
     return held
+
+
+def disk_bytes(base: nn.Module) -> int:
+    """Bytes of the base that this rank keeps on a disk."""
+    return sum(p.ds_tensor.ds_numel * p.element_size() for p in base.parameters() if is_on_disk(p))
+
+
+def is_on_disk(parameter: nn.Parameter) -> bool:
+    return getattr(getattr(parameter, "ds_tensor", None), "final_location", None) == "nvme"
 
 
 def embedding_width(base: PreTrainedModel) -> int:

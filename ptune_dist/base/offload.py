@@ -3,12 +3,17 @@
 DeepSpeed itself fails late here: in a collective, in a compiler, or in its swapper's assertions.
 """
 
+import atexit
 import copy
+import os
+import shutil
+import socket
 import tempfile
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from transformers import PreTrainedModel
 
@@ -19,6 +24,7 @@ from ptune_dist.errors import UserError
 OTHER_WAYS = {
     "zero_quantized_weights": "model.quantization=int8",
     "zero_quantized_nontrainable_weights": "model.quantization=int8",
+    "zero_quantized_gradients": "float gradients, a prompt has few",
     "mics_shard_size": "zero_hpz_partition_size",
 }
 
@@ -32,6 +38,8 @@ def settle_offload(content: dict[str, Any], model: PreTrainedModel, world_size: 
     for key, instead in OTHER_WAYS.items():
         if zero.get(key) not in (None, False, -1):
             raise UserError(f"{file}: zero_optimization.{key} is not for a base that is loaded by parts: use {instead}")
+    if "zero_hpz_partition_size" in zero:
+        zero["zero_hpz_partition_size"] = int(zero["zero_hpz_partition_size"])
     if world_size:
         check_node_size(zero, world_size, file)
     for section in ("offload_param", "offload_optimizer"):
@@ -39,10 +47,14 @@ def settle_offload(content: dict[str, Any], model: PreTrainedModel, world_size: 
         place = offload.get("device", "none")
         if place not in ("none", "cpu", "nvme"):
             raise UserError(f"{file}: zero_optimization.{section}.device is {place!r}, not none, cpu or nvme")
+        if place == "nvme" and zero.get("zero_hpz_partition_size", 1) > 1:
+            raise UserError(f"{file}: zero_optimization.zero_hpz_partition_size keeps weights in memory, not on nvme")
         if section == "offload_param" and place != "none" and zero.get("stage") != 3:
             raise UserError(f"{file}: zero_optimization.offload_param needs stage 3, not {zero.get('stage', 0)}")
         if place == "nvme" and world_size:
             check_nvme(offload, f"{file}: zero_optimization.{section}")
+            offload["nvme_path"] = str(own_folder(Path(offload["nvme_path"])))
+            check_single_rank(section, world_size, file)
     if (zero.get("offload_param") or {}).get("device") == "nvme":
         fill_buffers(zero, model, world_size or 1)
 
@@ -64,6 +76,26 @@ def check_node_size(zero: dict[str, Any], world_size: int, file: str) -> None:
             f"{file}: zero_optimization.zero_hpz_partition_size is {size}: it needs stage 3 and a number of ranks "
             f"that it divides, here stage {zero.get('stage', 0)} and {world_size} ranks"
         )
+
+
+def check_single_rank(section: str, world_size: int, file: str) -> None:
+    """Alone on a CPU DeepSpeed computes in the swap buffer itself and fills it anew before backward has read it."""
+    if section == "offload_param" and world_size == 1 and not torch.cuda.is_available():
+        raise UserError(f"{file}: zero_optimization.offload_param: nvme needs a GPU, or 2 ranks on a CPU")
+
+
+def own_folder(path: Path) -> Path:
+    """A folder of this process under `nvme_path`, gone when it ends: DeepSpeed's file names tell no two runs apart.
+
+    What killed processes of this host have left goes first.
+    """
+    host = socket.gethostname()
+    for left in path.glob(f"{host}-*"):
+        if not Path(f"/proc/{left.name.rpartition('-')[2]}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    own = path / f"{host}-{os.getpid()}"
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own
 
 
 def check_nvme(offload: dict[str, Any], where: str) -> None:

@@ -123,6 +123,7 @@ def find_weights(
     if not needs_converting(model, files.shapes):
         names, new = match_names(model, files.shapes, family, path)
         check_ties(model, files, path)
+        check_floats(model, files, names, path)
         if all(name in names or name in new for name, _ in model.named_parameters()):
             return OpenedBase(model, family, dtype, files, names, new, seed)
         why = "some of its parameters are computed, not stored"  # Marian's positions
@@ -131,6 +132,13 @@ def find_weights(
     matched = match_names(model, {name: tuple(t.shape) for name, t in tensors.items()}, family, path)
     note = f"{why}: transformers loads it whole on every rank"
     return OpenedBase(model, family, dtype, LoadedWeights(tensors), *matched, seed, note=note)
+
+
+def check_floats(model: PreTrainedModel, files: WeightFiles, names: dict[str, str], path: str) -> None:
+    """Raise UserError for weights that are stored as whole numbers: quantized by somebody, with scales unknown here."""
+    for name, parameter in model.named_parameters():
+        if name in names and parameter.is_floating_point() and not files.holds_floats(names[name]):
+            raise UserError(f"model.path: {path} stores {names[name]} as whole numbers: give the float base")
 
 
 def check_ties(model: PreTrainedModel, files: WeightFiles, path: str) -> None:

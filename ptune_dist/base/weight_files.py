@@ -54,6 +54,9 @@ class WeightFiles:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self._tensors.items()}
 
+    def holds_floats(self, name: str) -> bool:
+        return self._tensors[name].dtype.is_floating_point
+
     def read_flat(self, name: str, start: int, out: torch.Tensor) -> None:
         """Elements [start, start + len(out)) of the flattened tensor into 1-D `out`, cast and moved where needed."""
         stored = self._tensors[name]
@@ -135,7 +138,7 @@ def find_weight_files(path: str, local_only: bool) -> list[Path]:
         raise UserError(f"model.path: cannot read the weights of {path}: it has neither {WHOLE} nor {INDEX}")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if not names or not all(isinstance(name, str) for name in names):
+        if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
             raise ValueError
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"model.path: cannot read the weights of {path}: {index} is no index of weights") from None

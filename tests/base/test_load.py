@@ -142,3 +142,8 @@ def test_a_shard_that_lacks_what_the_index_says_is_refused_by_the_tensors_name(b
 def test_a_vector_where_a_matrix_should_be_is_refused(base):
     rewrite_weights(base, lambda tensors: tensors.update({QUERY: tensors[QUERY].flatten()}))
     assert f"{QUERY} [1024] for [32, 32]" in error_of(load, base)
+
+
+def test_weights_stored_as_whole_numbers_are_refused(base):
+    rewrite_weights(base, lambda tensors: tensors | {QUERY: tensors[QUERY].to(torch.int8)})
+    assert f"stores {QUERY} as whole numbers" in error_of(load, base)

@@ -1,6 +1,8 @@
 """Offloading that cannot work is refused before anything is loaded, and NVMe's buffers follow from the base."""
 
 import math
+import os
+import socket
 
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -59,7 +61,8 @@ def test_nvme_needs_a_folder_that_can_be_written_to(model, tmp_path, section):
 
 def test_without_a_world_nothing_is_asked_of_the_machine(model, tmp_path):
     offload = {"device": "nvme", "nvme_path": str(tmp_path / "new")}
-    settle(model, None, offload_param=offload, zero_hpz_partition_size=3)
+    settle(model, None, offload_param=offload)
+    settle(model, None, zero_hpz_partition_size=3)
     assert not (tmp_path / "new").exists()
 
 
@@ -79,7 +82,7 @@ def test_a_node_size_that_divides_the_ranks_is_taken(model, world_size, size):
 
 
 @needs_aio
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("int8", [None, {"include": [], "threshold": None}], ids=["float", "int8"])
 def test_buffers_hold_a_ranks_part_of_any_tensor_of_a_layer(llama, tmp_path, world_size, int8):
     model = open_only(llama, int8=int8).model
@@ -93,7 +96,30 @@ def test_buffers_hold_a_ranks_part_of_any_tensor_of_a_layer(llama, tmp_path, wor
 @needs_aio
 def test_buffers_that_are_given_stay(model, tmp_path):
     offload = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 7, "buffer_size": 12345}
-    assert settle(model, offload_param=offload)["offload_param"] == offload | {"buffer_count": 7, "buffer_size": 12345}
+    filled = settle(model, 2, offload_param=offload)["offload_param"]
+    assert (filled["buffer_count"], filled["buffer_size"]) == (7, 12345)
+
+
+@needs_aio
+def test_every_process_has_a_folder_of_its_own_and_what_killed_ones_left_goes(model, tmp_path):
+    left = tmp_path / f"{socket.gethostname()}-999999999"
+    left.mkdir()
+    (tmp_path / "other").mkdir()
+    offload = {"device": "nvme", "nvme_path": str(tmp_path)}
+    own = settle(model, 2, offload_param=offload)["offload_param"]["nvme_path"]
+    assert own == str(tmp_path / f"{socket.gethostname()}-{os.getpid()}")
+    assert not left.exists() and (tmp_path / "other").exists()
+
+
+@needs_aio
+def test_one_rank_on_a_cpu_cannot_have_its_base_on_a_disk(model, tmp_path):
+    message = refusal(model, 1, offload_param={"device": "nvme", "nvme_path": str(tmp_path)})
+    assert "nvme needs a GPU, or 2 ranks on a CPU" in message
+
+
+def test_a_disk_and_shards_within_a_node_exclude_each_other(model, tmp_path):
+    offload = {"device": "nvme", "nvme_path": str(tmp_path)}
+    assert "not on nvme" in refusal(model, 2, offload_param=offload, zero_hpz_partition_size=2)
 
 
 def test_what_is_not_offloaded_is_left_as_it_is(model):

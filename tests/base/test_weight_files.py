@@ -205,6 +205,7 @@ def test_a_missing_shard_is_named(tmp_path):
     [
         *["", "{", "[]", "{}", '{"weight_map": []}', b"\xff\xfe"],
         '{"weight_map": {}}',
+        '{"weight_map": {"a": "../a.safetensors"}}',
         '{"weight_map": {"a": 1}}',
         '{"weight_map": {"a": null}}',
     ],

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole suite in .venv, which is made where it is missing. `tests/run.sh --fast` leaves the tests over 20 s out;
-# other arguments go to pytest.
+# other arguments go to pytest. PTUNE_TEST_DISK=1 adds a test of NVMe offload, which needs libaio-dev.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh test

@@ -2,12 +2,12 @@
 DeepSpeed's JSON may change (checkpointing, offload, shards within a node) changes no curve."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from ptune_dist.metrics import read_metrics
 from tests.conftest import LABELS, ROOT, TINY, command_line, free_port, process_env, run_module, write_config
@@ -39,7 +39,8 @@ def write_run(
         output_dir=str(folder / name),
         model={"path": str(base), "dtype": dtype, "quantization": quantization},
         data=label_rows(folder) if base.name in ("bert", "roberta") else {},
-        train={"max_steps": DTYPES[dtype]},
+        # a new head under the prompts' learning rate diverges, and half precision with it
+        train={"max_steps": DTYPES[dtype], "learning_rate": 0.005 if base.name in ("bert", "roberta") else 0.05},
         deepspeed={"zero_optimization": small | zero} | json_,
     )
     return str(config), list(more)
@@ -211,7 +212,7 @@ def test_int8_gathers_and_holds_about_half_of_bfloat16(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not AsyncIOBuilder().is_compatible(verbose=False), reason="no libaio with headers (libaio-dev)")
+@pytest.mark.skipif(not os.environ.get("PTUNE_TEST_DISK"), reason="PTUNE_TEST_DISK=1: libaio-dev, minutes of compiling")
 def test_a_base_on_a_disk_trains_as_one_in_memory(tmp_path):
     disk = {"device": "nvme", "nvme_path": str(tmp_path / "disk"), "pin_memory": False,
             "buffer_size": "auto", "buffer_count": "auto"}  # fmt: skip

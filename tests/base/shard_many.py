@@ -49,7 +49,6 @@ def check(folder: str, sharder: Sharder, **options) -> dict:
 
 
 def main() -> None:
-    torch.distributed.init_process_group("gloo")
     init_distributed()
     out, *bases = sys.argv[1:]
     sharder = Sharder(CONTENT, torch.float32)

@@ -5,9 +5,7 @@ DeepSpeed itself fails late here: in a collective, in a compiler, or in its swap
 
 import atexit
 import copy
-import os
 import shutil
-import socket
 import tempfile
 from math import ceil
 from pathlib import Path
@@ -85,17 +83,13 @@ def check_single_rank(section: str, world_size: int, file: str) -> None:
 
 
 def own_folder(path: Path) -> Path:
-    """A folder of this process under `nvme_path`, gone when it ends: DeepSpeed's file names tell no two runs apart.
+    """A new folder of this process under `nvme_path`, gone when it ends: DeepSpeed's file names tell no two runs apart.
 
-    What killed processes of this host have left goes first.
+    What killed processes leave stays: host names and process ids do not tell whose a folder on a shared disk is.
     """
-    host = socket.gethostname()
-    for left in path.glob(f"{host}-*"):
-        if not Path(f"/proc/{left.name.rpartition('-')[2]}").exists():
-            shutil.rmtree(left, ignore_errors=True)
-    own = path / f"{host}-{os.getpid()}"
+    own = tempfile.mkdtemp(prefix="ptune-", dir=path)
     atexit.register(shutil.rmtree, own, ignore_errors=True)
-    return own
+    return Path(own)
 
 
 def check_nvme(offload: dict[str, Any], where: str) -> None:

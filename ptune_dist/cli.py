@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ptune_dist.config import load_config
+from ptune_dist.config import Config, load_config
 from ptune_dist.errors import RunFault, UserError
-from ptune_dist.run_dir import read_run_config
+from ptune_dist.run_dir import find_member_dir, read_run_config
 
 USER_MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
 SECONDS_FOR_RANK_0 = 2.0
@@ -93,9 +93,12 @@ def build_parser() -> Parser:
 
     add("train", run_train, "train a prompt, or go on with a run", "CONFIG")
     add("validate", run_validate, "show what a config will do, without training", "CONFIG")
-    add("evaluate", run_evaluate, "judge a run's prompt on data.validation", "RUN")
-    add_generate_arguments(add("generate", run_generate, "answer inputs with a run's prompt", "RUN"))
+    evaluate = add("evaluate", run_evaluate, "judge a run's prompt on data.validation", "RUN")
+    generate = add("generate", run_generate, "answer inputs with a run's prompt", "RUN")
     export = add("export", run_export, "take a run's prompt elsewhere", "RUN")
+    for command in (evaluate, generate, export):
+        command.add_argument("--member", metavar="NAME", help="of a sweep; the best-ranked one where left out")
+    add_generate_arguments(generate)
     export.add_argument("--to", choices=["peft", "prompt-embeds"], required=True)
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
     add_input_arguments(export, "for prompt-embeds: ", required=False)
@@ -150,18 +153,24 @@ def run_validate(parsed: argparse.Namespace) -> None:
 
 
 def run_evaluate(parsed: argparse.Namespace) -> None:
-    config = read_run_config(Path(parsed.run_dir), parsed.overrides)
+    run_dir, config = read_trained_run(parsed)
     from ptune_dist.commands import evaluate_run
 
-    evaluate_run(config, Path(parsed.run_dir))
+    evaluate_run(config, run_dir)
+
+
+def read_trained_run(parsed: argparse.Namespace) -> tuple[Path, Config]:
+    """The folder of the prompt that is meant, a run's own or a member's, and its config. Raises UserError."""
+    run_dir = find_member_dir(Path(parsed.run_dir), parsed.member)
+    return run_dir, read_run_config(run_dir, parsed.overrides)
 
 
 def run_generate(parsed: argparse.Namespace) -> None:
-    config = read_run_config(Path(parsed.run_dir), parsed.overrides)
+    run_dir, config = read_trained_run(parsed)
     from ptune_dist.commands import generate_for_run
 
     generate_for_run(
-        config, Path(parsed.run_dir), text=parsed.input, file=parsed.input_file, output=parsed.output,
+        config, run_dir, text=parsed.input, file=parsed.input_file, output=parsed.output,
         max_new_tokens=parsed.max_new_tokens or config.evaluate.max_new_tokens, sampling=sampling_of(parsed),
         seed=parsed.seed,
     )  # fmt: skip
@@ -175,10 +184,10 @@ def sampling_of(parsed: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def run_export(parsed: argparse.Namespace) -> None:
-    config = read_run_config(Path(parsed.run_dir), parsed.overrides)
+    run_dir, config = read_trained_run(parsed)
     from ptune_dist.commands import export_run
 
-    export_run(config, Path(parsed.run_dir), to=parsed.to, out=parsed.out, text=parsed.input, file=parsed.input_file)
+    export_run(config, run_dir, to=parsed.to, out=parsed.out, text=parsed.input, file=parsed.input_file)
     print(f"exported: {parsed.out}")
 
 

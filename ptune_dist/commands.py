@@ -15,11 +15,12 @@ import torch
 from ptune_dist.base.source import fingerprint_base
 from ptune_dist.config import Config
 from ptune_dist.data.build import build_inputs, build_split, build_templates
+from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.sources import Rows, load_rows
 from ptune_dist.distributed import World, init_distributed
 from ptune_dist.errors import UserError
 from ptune_dist.evaluate import Judge, build_judge
-from ptune_dist.export import export_peft, export_prompt_embeds
+from ptune_dist.export import check_for_peft, export_peft, export_prompt_embeds
 from ptune_dist.files import fault_on_failed_write
 from ptune_dist.generate import generate_texts
 from ptune_dist.job import (
@@ -40,7 +41,8 @@ def evaluate_run(config: Config, run_dir: Path) -> None:
     """Judge the prompt on `data.validation`; print the metrics and write evaluation.json. Collective."""
     world = init_distributed()
     judge = together(world, lambda: build_run_judge(config, run_dir))
-    metrics, samples = judge(build_trained_job(config, run_dir, world).engine)
+    engine = build_trained_job(config, run_dir, world).engine
+    ((metrics, samples),) = judge(engine, engine.members).values()
     content = {"data": config.data.validation, "num_examples": len(judge.split.examples), **metrics}
     file = run_dir / "evaluation.json"
     together(world, lambda: write_json(file, content | {"samples": samples}) if world.is_main else None)
@@ -51,8 +53,9 @@ def evaluate_run(config: Config, run_dir: Path) -> None:
 def build_run_judge(config: Config, run_dir: Path) -> Judge:
     tokenizer, family = build_tokenizer(config), build_family(config)
     split = build_split(
-        config.data, tokenizer, which="validation", family=family, max_examples=config.evaluate.max_examples
-    )
+        config.data, tokenizer, which="validation", family=family, max_examples=config.evaluate.max_examples,
+        placement=config.prompt.placement,
+    )  # fmt: skip
     if split is None:
         raise UserError(f"{run_dir}/config.yaml: data.validation is missing: give data.validation=FILE")
     return build_judge(config, split, tokenizer, family)
@@ -65,7 +68,7 @@ def generate_for_run(
     """Answer one text or the rows of a file: JSON lines in the rows' order, written as they come. Collective."""
     world = init_distributed()
     rows = together(world, lambda: read_input_rows(config, text, file))
-    inputs = together(world, lambda: build_inputs(config.data, rows, build_tokenizer(config), build_family(config)))
+    inputs = together(world, lambda: build_run_inputs(config, rows))
     stream = together(world, lambda: open_output(output, world))
     job = build_trained_job(config, run_dir, world)
     chunk = CHUNK_ROWS * world.size
@@ -82,6 +85,10 @@ def generate_for_run(
                 print(json.dumps(row, ensure_ascii=False, default=str), file=out, flush=True)
 
 
+def build_run_inputs(config: Config, rows: Rows) -> list[TokenPair]:
+    return build_inputs(config.data, rows, build_tokenizer(config), build_family(config), config.prompt.placement)
+
+
 def open_output(path: Path | None, world: World) -> contextlib.AbstractContextManager[TextIO | None]:
     """Where rank 0 writes: a file or standard output; None on the other ranks. Raises UserError."""
     if not world.is_main:
@@ -96,7 +103,7 @@ def read_input_rows(config: Config, text: str | None, file: str | None) -> Rows:
     """The rows of a file, or the one row that a text makes for a template of one column. Raises UserError."""
     if file:
         return load_rows(file, key="--input-file", default_split="test")
-    template, _ = build_templates(config.data)
+    template, _ = build_templates(config.data, config.prompt.placement)
     if len(template.columns) != 1:
         columns = ", ".join(template.columns) or "none"
         raise UserError(f"--input: data.template takes {columns}: give rows with --input-file")
@@ -107,6 +114,7 @@ def export_run(config: Config, run_dir: Path, *, to: str, out: Path, text: str |
     """Write a PEFT adapter, or prompt embeddings of the given inputs, to folder `out`. Raises UserError."""
     tensors, facts = load_prompt(run_dir / "prompt")
     if to == "peft":
+        check_for_peft(facts)
         export_peft(tensors, facts, out)
         return
     model = config.model
@@ -115,5 +123,5 @@ def export_run(config: Config, run_dir: Path, *, to: str, out: Path, text: str |
     dtype = getattr(torch, model.dtype)
     is_given = text is not None or file is not None
     rows = read_input_rows(config, text, file) if is_given else None
-    inputs = build_inputs(config.data, rows, build_tokenizer(config), build_family(config)) if is_given else []
+    inputs = build_run_inputs(config, rows) if is_given else []
     export_prompt_embeds(tensors, build_opened_base(config).embed, inputs, dtype, out)

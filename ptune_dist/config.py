@@ -6,13 +6,15 @@ Floor 0: no torch here, so that a login node can read a config in a fraction of 
 import contextlib
 import difflib
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ptune_dist.errors import UserError
+from ptune_dist.sweep import check_sweep, fill_from_members, map_paths, render_members
 
 
 def refuse_bool(value: Any) -> Any:
@@ -27,8 +29,11 @@ Real = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)
 Share = Annotated[Real, Field(ge=0, lt=1)]
 Label = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, (int, float)) else value)]
 Metric = Literal["loss", "perplexity", "exact_match", "accuracy"]
+Sweep = Annotated[dict[str, list[Any]] | list[dict[str, Any]], BeforeValidator(check_sweep)]
 # Which way each metric gets better.
 HIGHER_IS_BETTER: dict[str, bool] = {"loss": False, "perplexity": False, "exact_match": True, "accuracy": True}
+PLACEMENTS_WITH_CONTEXTS = ("infix", "template", "decoder")  # tokens stand before the prompt, and depend on none
+PROMPT_MARKER = re.compile(r"\{\{-?\s*prompt\s*-?\}\}")  # in data.template, for placement template
 
 
 class Section(BaseModel):
@@ -58,7 +63,9 @@ class ModelConfig(Section):
 class PromptConfig(Section):
     method: Literal["prompt_tuning"] = "prompt_tuning"
     num_virtual_tokens: Positive = 20
-    placement: Literal["prefix", "encoder"] = "prefix"  # encoder: seq2seq's name for prefix
+    # prefix: [prompt, input, target]; infix: [input, prompt, target]; template: where {{ prompt }} stands in
+    # data.template; encoder and decoder: before the input, or the target, of a seq2seq base
+    placement: Literal["prefix", "infix", "template", "encoder", "decoder"] = "prefix"
     init: Literal["random", "vocab", "text", "labels", "file"] = "vocab"
     init_text: str | None = None  # init: text
     init_labels: list[Label] | None = None  # init: labels; data.labels where left out
@@ -101,6 +108,8 @@ class TrainConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: NotNegative = 0
     max_grad_norm: Annotated[Real, Field(ge=0)] = 1.0  # 0: no clipping
+    context_cache_gib: Annotated[Real, Field(ge=0)] = 0.0  # of contexts' keys and values, kept in memory by each rank
+    context_cache_dir: str | None = None  # a folder for those that memory does not hold
     resume: Literal["auto", "never"] = "auto"
 
 
@@ -123,6 +132,13 @@ class CheckpointConfig(Section):
     keep: Positive = 2
 
 
+class HalvingConfig(Section):
+    """Successive halving (Jamieson and Talwalkar, 2016): only the members best on validation go on."""
+
+    every: Positive  # steps
+    keep: Annotated[Real, Field(gt=0, lt=1)]  # the share of the members that go on
+
+
 class Config(Section):
     output_dir: str
     seed: Annotated[NotNegative, Field(lt=2**32)] = 0
@@ -133,6 +149,13 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     deepspeed: str | dict[str, Any] | None = None  # a DeepSpeed JSON file, or its content
+    sweep: Sweep | None = None  # {key: values}: every combination is a member; [{key: value}, ...]: each mapping is one
+    sweep_halving: HalvingConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_what_members_give(cls, raw: Any) -> Any:
+        return fill_from_members(raw)
 
     @model_validator(mode="after")
     def check_across_sections(self) -> "Config":
@@ -151,6 +174,24 @@ class Config(Section):
             raise ValueError("evaluate.patience needs data.validation and evaluate.every above 0")
         if self.train.warmup_steps >= self.train.max_steps:
             raise ValueError("train.warmup_steps must be less than train.max_steps")
+        if self.sweep_halving and not self.sweep:
+            raise ValueError("sweep_halving needs sweep, the members of which it keeps some")
+        return self
+
+    @model_validator(mode="after")
+    def check_placement(self) -> "Config":
+        placement = self.prompt.placement
+        if placement != "prefix" and self.data.train.lower().endswith(".txt"):
+            raise ValueError(f"prompt.placement: {placement} needs an input and a .txt file has none, use prefix")
+        found = len(PROMPT_MARKER.findall(self.data.template or ""))
+        if placement == "template" and found != 1:
+            raise ValueError(f"prompt.placement: template needs {{{{ prompt }}}} once in data.template, found {found}")
+        for key in ("context_cache_gib", "context_cache_dir"):
+            if getattr(self.train, key) and placement not in PLACEMENTS_WITH_CONTEXTS:
+                raise ValueError(
+                    f"train.{key} is given but placement {placement} has no contexts to keep: "
+                    f"leave it out, or set prompt.placement to one of {', '.join(PLACEMENTS_WITH_CONTEXTS)}"
+                )
         return self
 
 
@@ -158,7 +199,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Read a YAML file, apply `key.path=value` overrides, validate.
 
     Relative paths of files are looked up from the current folder, then from the config's own; those found are made
-    absolute, so that a run can be evaluated from anywhere. Raises UserError naming the file and the key.
+    absolute, so that a run can be evaluated from anywhere. Every member of a sweep is validated too. Raises UserError
+    naming the file and the key.
     """
     raw = read_yaml(path)
     for override in overrides:
@@ -167,7 +209,24 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise UserError(describe_validation_error(error, path, overrides)) from None
-    return resolve_paths(config, Path(path).resolve().parent)
+    config = resolve_paths(config, Path(path).resolve().parent)
+    check_members(config, name_place("sweep", path, overrides))
+    return config
+
+
+def check_members(config: Config, place: str) -> None:
+    """Raise UserError, beginning with `place`, unless every member of the sweep is a config of its own."""
+    names: dict[str, str] = {}
+    for name, raw in render_members(config).items():
+        try:
+            member = Config.model_validate(raw)
+        except ValidationError as error:
+            raise UserError(f"{place}: sweep: {name}: {describe_first_error(error)[1]}") from None
+        if config.sweep_halving and not member.data.validation:
+            raise UserError(f"{place}: sweep: {name}: sweep_halving needs data.validation")
+        same = names.setdefault(member.model_dump_json(exclude={"output_dir"}), name)
+        if same != name:
+            raise UserError(f"{place}: sweep: {same} and {name} are the same member, leave one out")
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
@@ -202,7 +261,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"command line: {override!r} is not key.path=value")
-    *parents, leaf = key.split(".")
+    *parents, leaf = key.split(".", 1 if key.startswith("sweep.") else -1)  # the keys of a sweep are dotted themselves
     node = raw
     for parent in parents:
         child = node.setdefault(parent, {})
@@ -227,23 +286,35 @@ def parse_value(text: str) -> Any:
 
 def describe_validation_error(error: ValidationError, path: str | Path, overrides: list[str]) -> str:
     """The first thing wrong, in one line: file (or command line), key, what, and the nearest known key."""
+    key, what = describe_first_error(error)
+    return f"{name_place(key, path, overrides)}: {what}"
+
+
+def name_place(key: str, path: str | Path, overrides: list[str]) -> str:
+    """Where a key was given: the command line, if it, its section or a key below it was, else the file."""
+    given = [override.partition("=")[0] for override in overrides]
+    from_command_line = key and any(f"{key}.".startswith(f"{g}.") or f"{g}.".startswith(f"{key}.") for g in given)
+    return "command line" if from_command_line else str(path)
+
+
+def describe_first_error(error: ValidationError) -> tuple[str, str]:
+    """The key of the first thing wrong ("" where it is several keys'), and what is wrong, the key named."""
     # An unknown key first: where a key is misspelt, the right one is missing too.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function", "dict", "str")))
-    given = [override.partition("=")[0] for override in overrides]
-    from_command_line = key and any(f"{key}.".startswith(f"{g}.") or f"{g}.".startswith(f"{key}.") for g in given)
-    place = "command line" if from_command_line else str(path)
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(Config), n=1, cutoff=0.5) or difflib.get_close_matches(
             key.rpartition(".")[2], [k.rpartition(".")[2] for k in known_keys(Config)], n=1, cutoff=0.6
         )
         hint = f", did you mean {near[0]}?" if near else ""
-        return f"{place}: unknown key {key}{hint}"
+        return key, f"unknown key {key}{hint}"
     if first["type"] == "missing":
-        return f"{place}: {key} is missing"
+        return key, f"{key} is missing"
     message = first["msg"].removeprefix("Value error, ")
-    shown = f", got {first['input']!r}" if key and not isinstance(first["input"], dict) else ""
-    return f"{place}: {key + ': ' if key else ''}{message}{shown}"
+    if message.startswith(key):  # a check of several keys, or of a sweep's, names them itself
+        return key, message
+    shown = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+    return key, f"{key}: {message}{shown}"
 
 
 def known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -251,8 +322,9 @@ def known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):  # a section, or a section or None
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += known_keys(kind, f"{prefix}{name}.")
     return keys
 
 
@@ -271,6 +343,9 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
                 return os.path.abspath(folder / name) + colon + split
         return value
 
+    cache_dir = config.train.context_cache_dir
+    if cache_dir:  # a run makes it
+        cache_dir = os.path.abspath(os.path.expanduser(cache_dir))
     return config.model_copy(
         update={
             "output_dir": os.path.expanduser(config.output_dir),
@@ -279,7 +354,9 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
             "data": config.data.model_copy(
                 update={"train": resolve(config.data.train), "validation": resolve(config.data.validation)}
             ),
+            "train": config.train.model_copy(update={"context_cache_dir": cache_dir}),
             "deepspeed": resolve(config.deepspeed),
+            "sweep": map_paths(config.sweep, resolve),
         }
     )
 

@@ -13,106 +13,116 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
+from ptune_dist.base.context_cache import ContextCache
 from ptune_dist.base.gathers import watch_gathers
 from ptune_dist.base.layers import layers_of
 from ptune_dist.base.recompute import Recomputer, read_settings
-from ptune_dist.data.batches import Batch, Plan, collate, plan_micro_batches
+from ptune_dist.contexts import ContextReader
+from ptune_dist.data.batches import Batch, Plan, Unit, plan_micro_batches
 from ptune_dist.data.encode import Examples
 from ptune_dist.deepspeed_json import zero_stage
 from ptune_dist.distributed import World
 from ptune_dist.errors import UserError
 from ptune_dist.optimizer import Member, PromptOptimizer, build_torch_optimizer
-from ptune_dist.segments import PromptedModel
-
-MEMBER = "prompt"  # the one member of a bank of K = 1
+from ptune_dist.segments import Contexts, PromptedModel
 
 
 class Engine:
-    """A PromptedModel under DeepSpeed."""
+    """A PromptedModel under DeepSpeed: a base and the members of its bank."""
 
     def __init__(
         self, engine: deepspeed.DeepSpeedEngine, optimizer: PromptOptimizer, world: World, stage: int,
-        recomputer: Recomputer | None,
+        recomputer: Recomputer | None, cache: ContextCache | None,
     ):  # fmt: skip
         self._engine, self._optimizer, self.world, self.stage = engine, optimizer, world, stage
         self.model: PromptedModel = engine.module
         self.recomputer, self.gathers = recomputer, watch_gathers()
+        self.members = list(optimizer.members)
+        self.contexts = ContextReader(
+            self._without_gradient, world, cache=cache, is_sharded=stage == 3, uses_segments=self.model.uses_segments
+        )
 
-    def accumulate(self, batch: Batch, *, scale: float, is_last: bool) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its summed negative log-likelihood (a scalar).
+    def accumulate(self, batch: Batch, *, scales: Sequence[float], is_last: bool) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns each member's summed negative log-likelihood [K].
 
-        `scale` is 1 / supervised tokens of the whole step, over all ranks. DeepSpeed averages gradients over ranks, so
-        the loss is multiplied by their number. Collective: every rank must call.
+        `scales` are, for each member, 1 / supervised tokens of its whole step, over all ranks. DeepSpeed averages
+        gradients over ranks, so the loss is multiplied by their number. Collective: every rank must call.
         """
+        batch = self.contexts.hold(batch)
         self._engine.set_gradient_accumulation_boundary(is_last)
-        total = self._engine(batch).sum()
-        self._engine.backward(total * (scale * self.world.size))
+        losses = self._engine(batch)
+        reader = torch.tensor([member for _, member in batch.readers], device=losses.device)
+        total = losses.new_zeros(len(self.members)).index_add(0, reader, losses)
+        # Weights first: one member's sum that is not a number leaves the others' gradients as they are.
+        self._engine.backward((total * total.new_tensor(scales)).sum() * self.world.size)
         return total.detach()
 
-    def step(self, learning_rate: float) -> float:
-        """Move the prompt; returns the gradient's norm before clipping. Collective. Raises FloatingPointError."""
-        for group in self._optimizer.members[MEMBER].torch_optimizer.param_groups:
-            group["lr"] = learning_rate
+    def step(self, learning_rates: dict[str, float]) -> dict[str, str]:
+        """Move the members that are named, each by its own learning rate; what went wrong, by member. Collective."""
+        for name, member in self._optimizer.members.items():
+            member.moves, member.fault = name in learning_rates, None
+            for group in member.torch_optimizer.param_groups if member.moves else ():
+                group["lr"] = learning_rates[name]
         self._engine.step()
-        return self._optimizer.members[MEMBER].grad_norm
+        return {name: member.fault for name, member in self._optimizer.members.items() if member.fault}
+
+    def grad_norm(self, member: str) -> float:
+        """The norm of a member's gradient in the last step, before clipping."""
+        return self._optimizer.members[member].grad_norm
 
     def row_losses(self, batch: Batch) -> torch.Tensor:
-        """Negative log-likelihood per row [B], without gradient. Collective: every rank must call."""
+        """Negative log-likelihood per reader [S], without gradient. Collective: every rank must call."""
+        return self._without_gradient(self.contexts.hold(batch))
+
+    def _without_gradient(self, work: Batch | Contexts) -> Any:
         was_training = self._engine.training
         self._engine.eval()
         with torch.no_grad():
-            losses = self._engine(batch)
+            found = self._engine(work)
         self._engine.train(was_training)
-        return losses
+        return found
 
-    @property
-    def prompt_tensors(self) -> dict[str, torch.Tensor]:
-        """The prompt's trainable tensors, whole, float32, on the CPU."""
-        member = self._optimizer.members[MEMBER]
-        return {name: p.detach().cpu().clone() for name, p in zip(member.names, member.whole, strict=True)}
+    def prompt_tensors(self, member: str) -> dict[str, torch.Tensor]:
+        """A member's trainable tensors, whole, float32, on the CPU."""
+        found = self._optimizer.members[member]
+        return {name: p.detach().cpu().clone() for name, p in zip(found.names, found.whole, strict=True)}
 
-    def load_prompt(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Set the prompt's trainable tensors, in DeepSpeed's masters and in what the model reads. Collective."""
-        member = self._optimizer.members[MEMBER]
-        parameters = list(self.model.trainable().values())
-        with torch.no_grad(), deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3):
-            for name, whole, parameter in zip(member.names, member.whole, parameters, strict=True):
-                whole.copy_(tensors[name])
-                parameter.data.copy_(whole)
+    def load_prompts(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Set members' trainable tensors, in DeepSpeed's masters and in what the model reads. Collective."""
         masters = self._masters()
-        assert masters or (self.stage == 0 and parameters[0].dtype == torch.float32), (
-            "DeepSpeed's masters are not found"
-        )
-        if masters:
-            self._optimizer.write_back(member, masters)
+        for number, (name, member) in enumerate(self._optimizer.members.items()):
+            parameters = list(self.model.trainable(number).values())
+            gathered = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3)
+            with torch.no_grad(), gathered:
+                for key, whole, parameter in zip(member.names, member.whole, parameters, strict=True):
+                    whole.copy_(tensors[name][key])
+                    parameter.data.copy_(whole)
+            assert masters or (self.stage == 0 and parameters[0].dtype == torch.float32), "no masters are found"
+            if masters:
+                self._optimizer.write_back(member, masters[number])
 
-    def _masters(self) -> list[torch.Tensor]:
-        """This rank's float32 master weights of the one member; none where the model's own are the masters."""
+    def _masters(self) -> list[list[torch.Tensor]]:
+        """This rank's float32 master weights of each member; none where the model's own are the masters."""
         inner = self._engine.optimizer
         for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
             if hasattr(inner, name):
-                return [getattr(inner, name)[0]]
-        return list(inner.fp32_groups[0]) if hasattr(inner, "fp32_groups") else []
+                flat = getattr(inner, name)
+                assert len(flat) == len(self.members), "DeepSpeed has one flat tensor for each member"
+                return [[part] for part in flat]
+        return [list(group) for group in inner.fp32_groups] if hasattr(inner, "fp32_groups") else []
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """The torch optimizer's tensors by `TENSOR.KEY`, whole, on the CPU."""
-        member = self._optimizer.members[MEMBER]
+        """The torch optimizers' tensors by `MEMBER/TENSOR.KEY`, whole, on the CPU."""
         return {
-            f"{name}.{key}": torch.as_tensor(value).detach().cpu().clone()
-            for name, p in zip(member.names, member.whole, strict=True)
-            for key, value in member.torch_optimizer.state[p].items()
-            if value is not None
-        }
+            f"{name}/{key}": tensor for name, member in self._optimizer.members.items()
+            for key, tensor in member.state().items()
+        }  # fmt: skip
 
     def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Set what `optimizer_state` gave, at any world size and stage."""
-        member = self._optimizer.members[MEMBER]
-        content = member.torch_optimizer.state_dict()
-        content["state"] = {
-            i: {key.removeprefix(f"{name}."): t.clone() for key, t in tensors.items() if key.startswith(f"{name}.")}
-            for i, name in enumerate(member.names)
-        }
-        member.torch_optimizer.load_state_dict(content)
+        for name, member in self._optimizer.members.items():
+            own = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
+            member.load_state(own)
 
     def loss_scale_state(self) -> dict[str, float]:
         """The numbers of fp16's dynamic loss scale, for an exact resume; empty in other precisions."""
@@ -131,19 +141,11 @@ class Engine:
         inner = self._engine.optimizer
         return getattr(inner, "loss_scaler", None) or getattr(inner, "loss_scale_config", None)
 
-    @property
-    def num_virtual_tokens(self) -> int:
-        return self.model.prompt.num_virtual_tokens
-
-    def collate(self, examples: Examples, indices: Sequence[int], pad_id: int) -> Batch:
-        """The tensors of a micro-batch as this base reads them, on this rank's device."""
-        return collate(examples, indices, pad_id, apart=self.model.family != "causal").to(self.world.device)
-
-    def plan(self, indices: Sequence[int], examples: Examples, micro_batch_tokens: int) -> Plan:
-        """Micro-batches of every rank, by what this base pads."""
+    def plan(self, units: Sequence[Unit], examples: Examples, micro_batch_tokens: int) -> Plan:
+        """Micro-batches of every rank, by the positions that this base and placement need."""
         return plan_micro_batches(
-            indices, examples.lengths if self.model.family == "causal" else examples.widths,
-            world_size=self.world.size, micro_batch_tokens=micro_batch_tokens, extra_tokens=self.num_virtual_tokens,
+            units, lambda some: self.model.count_positions(some, examples), world_size=self.world.size,
+            micro_batch_tokens=micro_batch_tokens, keep_owners=self.contexts.cache is not None,
         )  # fmt: skip
 
     @property
@@ -174,21 +176,25 @@ def check_with_deepspeed(content: dict[str, Any], source: Any) -> None:
         raise UserError(f"{file}: DeepSpeed refuses it: {error}") from None
 
 
-def build_engine(config, base, prompt, content: dict[str, Any], world: World, *, family: str) -> Engine:
-    """Put base and prompt under DeepSpeed as its filled JSON asks. Collective. Raises UserError."""
-    stage = zero_stage(content)
-    model = PromptedModel(base, prompt, family)
-    named = model.trainable()
-    member = Member(
-        {name: torch.nn.Parameter(p.to(world.device)) for name, p in named.items()},
-        lambda parameters: build_torch_optimizer(config.train, parameters),
-        config.train.max_grad_norm,
-    )
-    for parameter in named.values():  # DeepSpeed casts no parameter of a model that has sharded ones
-        parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
+def build_engine(
+    configs: dict[str, Any], base, prompts: dict[str, torch.nn.Module], content: dict[str, Any], world: World, *,
+    family: str, cache: ContextCache | None = None,
+) -> Engine:  # fmt: skip
+    """Put base and prompts under DeepSpeed as its filled JSON asks; `configs` are the members' own. Collective.
+
+    Raises UserError.
+    """
+    stage, first = zero_stage(content), next(iter(configs.values()))
+    model = PromptedModel(base, list(prompts.values()), family, first.prompt.placement)
+    named = {name: model.trainable(number) for number, name in enumerate(prompts)}
+    members = {name: build_member(configs[name].train, tensors, world.device) for name, tensors in named.items()}
+    for tensors in named.values():
+        for parameter in tensors.values():  # DeepSpeed casts no parameter of a model that has sharded ones
+            parameter.data = parameter.data.to(getattr(torch, first.model.dtype))
     optimizer = PromptOptimizer(
-        {MEMBER: member}, {MEMBER: named.values()}, stage=stage, world_size=world.size, device=world.device
-    )
+        members, {name: tensors.values() for name, tensors in named.items()}, stage=stage, world_size=world.size,
+        device=world.device,
+    )  # fmt: skip
     layers = layers_of(base)
     settings = read_settings(content, len(layers), "deepspeed")
     recomputer = Recomputer(settings, layers) if settings else None
@@ -205,4 +211,13 @@ def build_engine(config, base, prompt, content: dict[str, Any], world: World, *,
         # it. A frozen tensor is the same; it comes back with its layer.
         kept = engine.optimizer.persistent_parameters
         kept[:] = [parameter for parameter in kept if parameter.requires_grad]
-    return Engine(engine, optimizer, world, stage, recomputer)
+    return Engine(engine, optimizer, world, stage, recomputer, cache)
+
+
+def build_member(train, named: dict[str, torch.nn.Parameter], device: torch.device) -> Member:
+    """A member's whole tensors and the optimizer that config section `train` asks for."""
+    return Member(
+        {name: torch.nn.Parameter(p.to(device)) for name, p in named.items()},
+        lambda parameters: build_torch_optimizer(train, parameters),
+        train.max_grad_norm,
+    )

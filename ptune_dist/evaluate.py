@@ -4,17 +4,21 @@ Floor 5. Rows are shared among the ranks and each is counted once, whatever the 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ptune_dist.data.batches import collate
 from ptune_dist.data.build import Split, build_label_candidates
 from ptune_dist.data.encode import Examples
 from ptune_dist.distributed import gather_from_ranks
 from ptune_dist.engine import Engine
 from ptune_dist.errors import UserError
 from ptune_dist.generate import generate_texts, pad_id
+
+Evaluation = tuple[dict[str, float], list[dict[str, str]]]  # metrics, and answers to some rows
 
 
 @dataclass
@@ -30,45 +34,64 @@ class Judge:
     candidates: tuple[list[Examples], list[int]] | None = None
     labels: list[str] | None = None  # an encoder's, whose targets are their numbers
 
-    def __call__(self, engine: Engine) -> tuple[dict[str, float], list[dict[str, str]]]:
-        """Metrics, `loss` per supervised token always among them, and some rows' answers. Collective."""
-        losses = example_losses(engine, self.split.examples, self.tokenizer, self.micro_batch_tokens)
-        loss = sum(losses) / int(self.split.examples.num_targets.sum())
-        found = {"loss": loss}
-        if "perplexity" in self.metrics:
-            found["perplexity"] = math.exp(loss) if loss < 700 else math.inf
-        if "accuracy" in self.metrics:
-            found["accuracy"] = self._accuracy(engine)
-        answers = self._answers(engine)
-        if "exact_match" in self.metrics:
-            right = [answer.strip() == self._wanted(i).strip() for i, answer in answers.items()]
-            found["exact_match"] = sum(right) / len(right)
-        samples = [
+    def __call__(self, engine: Engine, members: Sequence[str]) -> dict[str, Evaluation]:
+        """Each member's metrics, `loss` per supervised token always among them, and some rows' answers. Collective."""
+        numbers = [engine.members.index(name) for name in members]
+        losses = self._losses(engine, self.split.examples, numbers)
+        accuracies = self._accuracies(engine, numbers) if "accuracy" in self.metrics else None
+        found = {}
+        for place, (name, number) in enumerate(zip(members, numbers, strict=True)):
+            loss = sum(losses[place]) / int(self.split.examples.num_targets.sum())
+            metrics = {"loss": loss}
+            if "perplexity" in self.metrics:
+                metrics["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+            if accuracies:
+                metrics["accuracy"] = accuracies[place]
+            answers = self._answers(engine, number)
+            if "exact_match" in self.metrics:
+                right = [answer.strip() == self._wanted(i).strip() for i, answer in answers.items()]
+                metrics["exact_match"] = sum(right) / len(right)
+            found[name] = metrics, self._samples(answers)
+        return found
+
+    def _samples(self, answers: dict[int, str]) -> list[dict[str, str]]:
+        return [
             {"input": self._input(i).strip(), "wanted": self._wanted(i).strip(), "answer": answers[i].strip()}
             for i in sorted(answers)[: self.num_samples]
         ]
-        return found, samples
 
-    def _answers(self, engine: Engine) -> dict[int, str]:
+    def _answers(self, engine: Engine, member: int) -> dict[int, str]:
         """Generated answers: of every row where they are judged, of a few where they are only shown."""
         if self.split.rows.kind == "text":
             return {}
         examples = self.split.examples
         count = len(examples) if "exact_match" in self.metrics else min(self.num_samples, len(examples))
-        inputs = [examples.input_ids(i).tolist() for i in range(count)]
+        inputs = [(examples.context_ids(i).tolist(), examples.rest_ids(i).tolist()) for i in range(count)]
         return dict(
             generate_texts(
                 engine, self.tokenizer, inputs, max_new_tokens=self.max_new_tokens,
-                micro_batch_tokens=self.micro_batch_tokens,
+                micro_batch_tokens=self.micro_batch_tokens, member=member,
             )
         )  # fmt: skip
 
-    def _accuracy(self, engine: Engine) -> float:
-        """Share of rows whose right label is the likeliest of all."""
+    def _accuracies(self, engine: Engine, members: list[int]) -> list[float]:
+        """For each member the share of rows whose right label is the likeliest of all."""
         examples, right = self.candidates
-        losses = [example_losses(engine, label, self.tokenizer, self.micro_batch_tokens) for label in examples]
-        chosen = torch.tensor(losses, dtype=torch.float64).argmin(dim=0)
-        return (chosen == torch.tensor(right)).double().mean().item()
+        # [labels, members, rows]
+        losses = torch.tensor([self._losses(engine, label, members) for label in examples], dtype=torch.float64)
+        return (losses.argmin(dim=0) == torch.tensor(right)).double().mean(dim=1).tolist()
+
+    def _losses(self, engine: Engine, examples: Examples, members: list[int]) -> list[list[float]]:
+        """Summed negative log-likelihood of every example's target, for each member, on every rank."""
+        plan = engine.plan([(i, tuple(members)) for i in range(len(examples))], examples, self.micro_batch_tokens)
+        mine: list[tuple[tuple[int, int], float]] = []
+        for shares in plan:
+            units = shares[engine.world.rank]
+            losses = engine.row_losses(collate(examples, units, pad_id(self.tokenizer))).double().tolist()
+            readers = [(example, member) for example, some in units for member in some]
+            mine += zip(readers, losses[: len(readers)], strict=True)
+        everyone = dict(pair for pairs in gather_from_ranks(mine, engine.world) for pair in pairs)
+        return [[everyone[i, member] for i in range(len(examples))] for member in members]
 
     def _input(self, index: int) -> str:
         return self.tokenizer.decode(self.split.examples.input_ids(index), skip_special_tokens=True)
@@ -83,24 +106,11 @@ def build_judge(config, split: Split, tokenizer: PreTrainedTokenizerBase, family
     matched = sorted({"exact_match", "accuracy"} & set(config.evaluate.metrics))
     if matched and split.rows.kind == "text":
         raise UserError(f"evaluate.metrics: {split.rows.name} is plain text without targets for {matched[0]}")
-    with_labels = "accuracy" in config.evaluate.metrics
+    candidates = None
+    if "accuracy" in config.evaluate.metrics:
+        candidates = build_label_candidates(config.data, split, tokenizer, family, config.prompt.placement)
     return Judge(
         split, tokenizer, list(config.evaluate.metrics), micro_batch_tokens=config.train.micro_batch_tokens,
         max_new_tokens=config.evaluate.max_new_tokens, num_samples=config.evaluate.num_samples,
-        candidates=build_label_candidates(config.data, split, tokenizer, family) if with_labels else None,
-        labels=config.data.labels if family == "encoder" else None,
+        candidates=candidates, labels=config.data.labels if family == "encoder" else None,
     )  # fmt: skip
-
-
-def example_losses(
-    engine: Engine, examples: Examples, tokenizer: PreTrainedTokenizerBase, micro_batch_tokens: int
-) -> list[float]:
-    """Summed negative log-likelihood of every example's target, on every rank. Collective."""
-    world = engine.world
-    mine: list[tuple[int, float]] = []
-    for groups in engine.plan(range(len(examples)), examples, micro_batch_tokens):
-        indices = groups[world.rank]
-        losses = engine.row_losses(engine.collate(examples, indices, pad_id(tokenizer)))
-        mine += zip(indices, losses.double().tolist()[: len(indices)], strict=True)
-    everyone = dict(pair for pairs in gather_from_ranks(mine, world) for pair in pairs)
-    return [everyone[i] for i in range(len(examples))]

@@ -12,10 +12,18 @@ import torch
 from safetensors.torch import save
 
 from ptune_dist.base.families import POOLER
+from ptune_dist.data.encode import TokenPair
 from ptune_dist.errors import UserError
 from ptune_dist.files import replace_file
 
 PEFT_TASK = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "SEQ_CLS"}
+
+
+def check_for_peft(facts: dict[str, Any]) -> None:
+    """Raise UserError for a prompt that PEFT cannot place: it puts virtual tokens before everything."""
+    if facts["placement"] not in ("prefix", "encoder"):
+        other = "" if facts["placement"] == "decoder" else ": use --to prompt-embeds"
+        raise UserError(f"--to peft: PEFT has no placement {facts['placement']}{other}")
 
 
 def export_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], out: Path) -> None:
@@ -57,20 +65,21 @@ def head_modules(names: Iterable[str]) -> list[str]:
 
 
 def export_prompt_embeds(
-    tensors: dict[str, torch.Tensor], embed: Any, inputs: Sequence[Sequence[int]], dtype: torch.dtype, out: Path
+    tensors: dict[str, torch.Tensor], embed: Any, inputs: Sequence[TokenPair], dtype: torch.dtype, out: Path
 ) -> None:
-    """Write `prompt_embeds.safetensors`: `virtual_tokens` [P, D], and `prompt_embeds.I` [P + T, D] for each input.
+    """Write `prompt_embeds.safetensors`: `virtual_tokens` [P, D], and `prompt_embeds.I` [T, D] for each input.
 
-    `embed` maps T token ids, at least one, to [T, D]. The tensors are in the base's dtype, as vLLM wants them; those of
-    a seq2seq base are its encoder's `inputs_embeds`. Raises UserError, also for an encoder: its answers need its head.
+    The latter stand in the order in which the base reads them: context, virtual tokens, rest. `embed` maps T token ids,
+    at least one, to [T, D]. The tensors are in the base's dtype, as vLLM wants them; those of a seq2seq base are its
+    encoder's `inputs_embeds`. Raises UserError, also for an encoder: its answers need its head.
     """
     if any(name.startswith("head.") for name in tensors):
         raise UserError("--to prompt-embeds: this prompt was trained with a classification head: use --to peft")
     virtual = tensors["virtual_tokens"].to(dtype)
     found = {"virtual_tokens": virtual}
-    for i, ids in enumerate(inputs):
-        vectors = embed(list(ids)).to(dtype) if len(ids) else virtual[:0]
-        found[f"prompt_embeds.{i}"] = torch.cat([virtual, vectors])
+    for i, parts in enumerate(inputs):
+        context, rest = (embed(list(ids)).to(dtype) if len(ids) else virtual[:0] for ids in parts)
+        found[f"prompt_embeds.{i}"] = torch.cat([context, virtual, rest])
     write_folder(out, {"prompt_embeds.safetensors": save({k: t.contiguous() for k, t in found.items()})})
 
 

@@ -3,6 +3,8 @@
 Floor 5. What is read from files is read first, on every rank, and a mistake found by any rank ends all of them.
 """
 
+import inspect
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ptune_dist.base.context_cache import ContextCache
 from ptune_dist.base.families import find_family
 from ptune_dist.base.foresee import foresee
 from ptune_dist.base.layers import embedding_width, hidden_size, layers_of, max_positions
@@ -29,15 +32,17 @@ from ptune_dist.errors import UserError
 from ptune_dist.prompts.initialise import build_initial_vectors
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 from ptune_dist.prompts.store import load_prompt
+from ptune_dist.sweep import ONLY_MEMBER, expand_sweep
 
 T = TypeVar("T")
 
 
 @dataclass
 class Job:
-    """A base and a prompt under the engine, ready to train or to answer."""
+    """A base and its bank of prompts under the engine, ready to train or to answer."""
 
     config: Config
+    members: dict[str, Config]  # each member's own config; one where there is no sweep
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
     fingerprint: str  # of the base
@@ -64,8 +69,15 @@ def build_family(config: Config) -> str:
     """The base's family. Raises UserError, also for what the config asks of it that it has not."""
     model, prompt = config.model, config.prompt
     family = find_family(load_shape(model.path), model.family, model.path)
-    if prompt.placement == "encoder" and family != "seq2seq":
-        raise UserError(f"prompt.placement: encoder is for seq2seq bases; {model.path} is {family}: use prefix")
+    needed = {"infix": "causal", "template": "causal", "encoder": "seq2seq", "decoder": "seq2seq"}.get(prompt.placement)
+    if needed not in (None, family):
+        raise UserError(
+            f"prompt.placement: {prompt.placement} is for {needed} bases; {model.path} is {family}: use prefix"
+        )
+    if config.sweep and family == "encoder":
+        raise UserError(f"sweep: a prompt over an encoder trains the base's head too, of which {model.path} has one")
+    if config.sweep and model.random_init and len({member.seed for member in expand_sweep(config).values()}) > 1:
+        raise UserError("sweep.seed: with model.random_init each seed makes a base of its own: set it to false")
     if family == "encoder" and not config.data.labels:
         raise UserError("data.labels is missing: an encoder's head needs the labels that it tells apart")
     return family
@@ -83,8 +95,8 @@ def build_opened_base(config: Config) -> OpenedBase:
 
 def build_parts(
     config: Config, world: World | None, *, with_start: bool
-) -> tuple[OpenedBase, PreTrainedTokenizerBase, torch.Tensor, dict[str, Any]]:
-    """Opened base, tokenizer, the prompt's starting vectors [P, D], and DeepSpeed's JSON. Raises UserError.
+) -> tuple[OpenedBase, PreTrainedTokenizerBase, dict[str, torch.Tensor], dict[str, Any]]:
+    """Opened base, tokenizer, each member's starting vectors [P, D], and DeepSpeed's JSON. Raises UserError.
 
     Without `with_start` the vectors are zeros: a trained prompt follows, and what it started from may be gone. Without
     a `world` nothing is asked of the machine.
@@ -93,16 +105,27 @@ def build_parts(
     tokenizer = build_tokenizer(config)
     opened = build_opened_base(config)
     content = build_deepspeed_json(config, opened.model, world)
-    check_positions(config, opened.model)
+    check_contexts(config, opened)
+    width, vectors = embedding_width(opened.model), {}
+    for name, member in expand_sweep(config).items():
+        check_positions(member, opened.model)
+        vectors[name] = torch.zeros(member.prompt.num_virtual_tokens, width)
+        if with_start:
+            vectors[name] = build_initial_vectors(
+                member.prompt, member.data, seed=member.seed, width=width, tokenizer=tokenizer, lookup=opened.embed
+            )
     if world is not None:
         foresee(opened.model, content, config.model.path, world.size, world.device)
-    width = embedding_width(opened.model)
-    vectors = torch.zeros(config.prompt.num_virtual_tokens, width)
-    if with_start:
-        vectors = build_initial_vectors(
-            config.prompt, config.data, seed=config.seed, width=width, tokenizer=tokenizer, lookup=opened.embed
-        )
     return opened, tokenizer, vectors, content
+
+
+def check_contexts(config: Config, opened: OpenedBase) -> None:
+    """Raise UserError where a placement needs keys/values of a base that has none (a state-space model)."""
+    inner = getattr(opened.model, opened.model.base_model_prefix, opened.model)
+    has_cache = "past_key_values" in inspect.signature(inner.forward).parameters
+    if config.prompt.placement in ("infix", "template") and not has_cache:
+        kind = opened.model.config.model_type
+        raise UserError(f"prompt.placement: {kind} models keep no keys and values: use prefix")
 
 
 def check_precision(config: Config) -> None:
@@ -144,8 +167,22 @@ def build_job(config: Config, world: World, *, with_start: bool = True) -> Job:
         base = together(world, lambda: fill_whole(opened, world.device))
     loading = {"load_s": time.perf_counter() - began, "bytes_read": opened.weights.bytes_read}
     fingerprint = fingerprint_base(config.model.path, random_init=config.model.random_init, seed=config.seed)
-    engine = build_engine(config, base, PromptTuning(vectors), content, world, family=opened.family)
-    return Job(config, tokenizer, engine, fingerprint, loading)
+    members, cache = expand_sweep(config), together(world, lambda: build_context_cache(config, fingerprint))
+    engine = build_engine(
+        members, base, {name: PromptTuning(start) for name, start in vectors.items()}, content, world,
+        family=opened.family, cache=cache,
+    )  # fmt: skip
+    return Job(config, members, tokenizer, engine, fingerprint, loading)
+
+
+def build_context_cache(config: Config, fingerprint: str) -> ContextCache | None:
+    """The cache that config section `train` asks for. Raises UserError."""
+    gib, folder = config.train.context_cache_gib, config.train.context_cache_dir
+    if not (gib or folder):
+        return None
+    numbers = config.model.model_dump(exclude={"path", "family", "random_init"})  # precision and quantization
+    identity = json.dumps({"base": fingerprint, "cuda": torch.cuda.is_available(), **numbers}, sort_keys=True)
+    return ContextCache(max_bytes=int(gib * 2**30), folder=Path(folder) if folder else None, identity=identity)
 
 
 def build_trained_job(config: Config, run_dir: Path, world: World) -> Job:
@@ -154,7 +191,7 @@ def build_trained_job(config: Config, run_dir: Path, world: World) -> Job:
     check_prompt(config, facts, run_dir)
     job = build_job(config, world, with_start=False)
     check_base(config, facts, job.fingerprint, run_dir)
-    job.engine.load_prompt(tensors)
+    job.engine.load_prompts({ONLY_MEMBER: tensors})
     return job
 
 
@@ -178,9 +215,9 @@ def check_prompt(config: Config, facts: dict, run_dir: Path) -> None:
         raise UserError(f"data.labels: the head of {run_dir} was trained to tell {facts['labels']} apart")
 
 
-def prompt_facts(job: Job, *, step: int, metrics: dict[str, float]) -> dict:
+def prompt_facts(job: Job, member: str, *, step: int, metrics: dict[str, float]) -> dict:
     """What is stored beside a prompt's tensors."""
-    config, base = job.config, job.engine.model.base
+    config, base = job.members[member], job.engine.model.base
     return {
         "method": config.prompt.method,
         "num_virtual_tokens": config.prompt.num_virtual_tokens,

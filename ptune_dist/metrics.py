@@ -29,14 +29,17 @@ NUM_WARM_UP_STEPS = 5  # left out of throughput
 class MetricsWriter:
     """Writes one run's progress. Use as a context manager."""
 
-    def __init__(self, run_dir: Path, *, max_steps: int, first_step: int):
-        """`first_step` is the step that this process does first: what an earlier process wrote beyond it is dropped."""
+    def __init__(self, run_dir: Path, *, max_steps: int, first_step: int, members: dict[str, Path] | None = None):
+        """`first_step` is the step that this process does first: what an earlier process wrote beyond it is dropped.
+
+        `members`: the folders of a sweep's members.
+        """
         from torch.utils.tensorboard import SummaryWriter  # 1 s to import, needed on rank 0 only
 
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir, self.failure = run_dir, None
-        drop_lines_from_step(run_dir / "metrics.jsonl", first_step)
-        self._jsonl: TextIO = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")
+        self._jsonl = open_lines(run_dir, first_step)
+        self._members = {name: open_lines(folder, first_step) for name, folder in (members or {}).items()}
         self._log: TextIO = open(run_dir / "train.log", "a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
         self._max_steps, self._done, self._began = max_steps, first_step - 1, time.monotonic()
@@ -56,7 +59,7 @@ class MetricsWriter:
             self._progress.stop()
         if error is not None:
             self._line(f"error: {error!r}", console=False)
-        for stream in (self._jsonl, self._log, self._tensorboard):
+        for stream in (self._jsonl, *self._members.values(), self._log, self._tensorboard):
             with self._remember_failure():
                 stream.close()
         threading.excepthook = self._excepthook
@@ -75,9 +78,14 @@ class MetricsWriter:
         except RunFault as fault:
             self.failure = self.failure or fault
 
-    def step(self, line: dict[str, float]) -> None:
-        """One optimizer step: a line of metrics.jsonl, TensorBoard scalars, progress."""
+    def step(self, line: dict[str, float], members: dict[str, dict[str, float]]) -> None:
+        """One optimizer step: a line of metrics.jsonl and of each member's, TensorBoard scalars, progress."""
         with self._remember_failure():
+            for name, own in members.items():
+                self._members[name].write(json.dumps(own) + "\n")
+                self._members[name].flush()
+                for key in ("loss", "learning_rate", "grad_norm"):
+                    self._tensorboard.add_scalar(f"members/{name}/{key}", own[key], own["step"])
             self._step(line)
 
     def _step(self, line: dict[str, float]) -> None:
@@ -98,14 +106,18 @@ class MetricsWriter:
                 console=self._progress is None,
             )
 
-    def evaluation(self, step: int, metrics: dict[str, float], samples: list[dict[str, str]]) -> None:
-        """Validation metrics and generated answers."""
-        self.say(f"step {step}  validation  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    def evaluation(
+        self, step: int, metrics: dict[str, float], samples: list[dict[str, str]], member: str | None = None
+    ) -> None:
+        """Validation metrics and generated answers, of a sweep's `member`."""
+        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.say(f"step {step}  validation  {values}" + (f"  {member}" if member else ""))
+        tag = f"members/{member}/validation" if member else "validation"
         with self._remember_failure():
             for name, value in metrics.items():
-                self._tensorboard.add_scalar(f"validation/{name}", value, step)
+                self._tensorboard.add_scalar(f"{tag}/{name}", value, step)
             if samples:
-                self._tensorboard.add_text("validation/samples", render_samples(samples), step)
+                self._tensorboard.add_text(f"{tag}/samples", render_samples(samples), step)
             self._tensorboard.flush()
 
     def ranks(self, step: int, ranks: list[dict[str, Any]]) -> None:
@@ -191,6 +203,13 @@ def build_progress() -> Progress:
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TextColumn("{task.fields[facts]}"),
         TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=Console(),
     )  # fmt: skip
+
+
+def open_lines(folder: Path, first_step: int) -> TextIO:
+    """A folder's metrics.jsonl, to go on with at `first_step`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drop_lines_from_step(folder / "metrics.jsonl", first_step)
+    return open(folder / "metrics.jsonl", "a", encoding="utf-8")
 
 
 def drop_lines_from_step(path: Path, step: int) -> None:

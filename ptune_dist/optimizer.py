@@ -40,13 +40,18 @@ class Member:
         self.torch_optimizer = build(self.whole)
         self.max_grad_norm = max_grad_norm
         self.grad_norm = 0.0
+        self.moves = True  # False: a step leaves it and its moments as they are
+        self.fault: str | None = None  # what was not finite in the last step
 
     def step(self, grads: list[torch.Tensor]) -> None:
-        """Clip by this member's norm and step. Raises FloatingPointError where a number is not finite."""
+        """Clip by this member's norm and step; where a number is not finite say so in `fault` and stay finite."""
+        self.fault = None
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
         self.grad_norm = norm.item()
         if not math.isfinite(self.grad_norm):
-            raise FloatingPointError(f"the gradient's norm is {self.grad_norm}")
+            self.fault = f"the gradient's norm is {self.grad_norm}"
+            return
+        before = [parameter.detach().clone() for parameter in self.whole]
         scale = min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6)) if self.max_grad_norm else 1.0
         for parameter, grad in zip(self.whole, grads, strict=True):
             parameter.grad = grad * scale
@@ -54,7 +59,27 @@ class Member:
         for parameter in self.whole:
             parameter.grad = None
         if not all(parameter.isfinite().all() for parameter in self.whole):
-            raise FloatingPointError("the prompt is not finite after the optimizer's step")
+            self.fault = "the prompt is not finite after the optimizer's step"
+            for parameter, kept in zip(self.whole, before, strict=True):
+                parameter.data.copy_(kept)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The torch optimizer's tensors by `TENSOR.KEY`, on the CPU."""
+        return {
+            f"{name}.{key}": torch.as_tensor(value).detach().cpu().clone()
+            for name, p in zip(self.names, self.whole, strict=True)
+            for key, value in self.torch_optimizer.state[p].items()
+            if value is not None
+        }
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Set what `state` gave."""
+        content = self.torch_optimizer.state_dict()
+        content["state"] = {
+            i: {key.removeprefix(f"{name}."): t.clone() for key, t in tensors.items() if key.startswith(f"{name}.")}
+            for i, name in enumerate(self.names)
+        }
+        self.torch_optimizer.load_state_dict(content)
 
 
 class PromptOptimizer(torch.optim.Optimizer):
@@ -73,6 +98,8 @@ class PromptOptimizer(torch.optim.Optimizer):
         for group in self.param_groups if self.is_ready else ():
             if group["params"]:
                 member = self.members[group["member"]]
+                if not member.moves:
+                    continue
                 grads = self._gather(member, [p.grad for p in group["params"]])
                 member.step(grads)
                 self.write_back(member, group["params"])

@@ -4,13 +4,13 @@ Floor 5.
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ptune_dist.checkpoint import Snapshot, load_newest_checkpoint, save_checkpoint
 from ptune_dist.config import HIGHER_IS_BETTER
-from ptune_dist.data.build import Split
+from ptune_dist.data.bank import TrainingRows
 from ptune_dist.distributed import World
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.job import Job, prompt_facts, together
@@ -19,49 +19,70 @@ from ptune_dist.prompts.store import save_prompt
 
 
 @dataclass
-class Progress:
-    """Where a run stands: what a checkpoint keeps beside tensors."""
+class Standing:
+    """Where one member stands."""
 
-    step: int = 0
-    elapsed_s: float = 0.0  # in training steps
-    wall_s: float = 0.0  # in all, evaluations and checkpoints included
-    evaluation_pending: bool = True  # due at `step` and not done
+    train_loss: float = math.nan
     before: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
     best: dict[str, float] = field(default_factory=dict)  # metrics of the best prompt
     best_step: int = 0
     samples: list[dict[str, str]] = field(default_factory=list)  # input, wanted, untrained answer, best prompt's answer
     num_worse: int = 0  # evaluations since the best
-    train_loss: float = math.nan
-    data_digest: str = ""
-    throughput: Throughput = field(default_factory=Throughput)  # this process's alone
+    ended: str = ""  # why it stands still while others go on
+    ended_step: int = 0
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "throughput"}
+    def end(self, reason: str, step: int) -> None:
+        self.ended, self.ended_step = reason, step
 
-    def count_step(self, loss: float, count: StepCount) -> None:
-        """One more step done."""
-        self.step, self.train_loss = self.step + 1, loss
-        self.elapsed_s += count.seconds
-        self.throughput.count(count)
-        self.wall_s += self.throughput.lap()
-
-    def count_evaluation(self, found: dict[str, float], samples: list[dict[str, str]], name: str) -> bool:
+    def count_evaluation(self, found: dict[str, float], samples: list[dict[str, str]], name: str, step: int) -> bool:
         """Take in an evaluation; True where `step`'s prompt is the best so far by metric `name`, then by loss."""
-        self.evaluation_pending = False
-        if self.step == 0:
+        if step == 0:
             self.before = found
             self.samples = [
                 {"input": s["input"], "wanted": s["wanted"], "untrained": s["answer"], "trained": ""} for s in samples
             ]
             return False
+        self.last = found
         if name in self.best and rank_evaluation(found, name) <= rank_evaluation(self.best, name):
             self.num_worse += 1
             return False
-        self.best, self.best_step, self.num_worse = found, self.step, 0
+        self.best, self.best_step, self.num_worse = found, step, 0
         for kept, sample in zip(self.samples, samples, strict=False):  # their number may change on resume
             kept["trained"] = sample["answer"]
         return True
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint keeps beside tensors."""
+
+    members: dict[str, Standing]
+    step: int = 0
+    elapsed_s: float = 0.0  # in training steps
+    wall_s: float = 0.0  # in all, evaluations and checkpoints included
+    evaluation_pending: bool = True  # due at `step` and not done
+    data_digest: str = ""
+    throughput: Throughput = field(default_factory=Throughput)  # this process's alone
+
+    @property
+    def live(self) -> list[str]:
+        """Members that go on."""
+        return [name for name, standing in self.members.items() if not standing.ended]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        kept = {key: value for key, value in vars(self).items() if key not in ("throughput", "members")}
+        return kept | {"members": {name: asdict(standing) for name, standing in self.members.items()}}
+
+    def count_step(self, losses: dict[str, float], count: StepCount) -> None:
+        """One more step done, with the loss of each member that took part."""
+        self.step += 1
+        for name, loss in losses.items():
+            self.members[name].train_loss = loss
+        self.elapsed_s += count.seconds
+        self.throughput.count(count)
+        self.wall_s += self.throughput.lap()
 
 
 def rank_evaluation(found: dict[str, float], name: str) -> tuple[float, float]:
@@ -69,7 +90,19 @@ def rank_evaluation(found: dict[str, float], name: str) -> tuple[float, float]:
     return (found[name] if HIGHER_IS_BETTER[name] else -found[name], -found["loss"])
 
 
-def restore(job: Job, split: Split, world: World) -> Progress:
+def rank_members(progress: Progress, name: str) -> list[str]:
+    """Members, the best first: by metric `name` of their best prompts, without one by the loss in training."""
+
+    def key(member: str) -> tuple:
+        standing = progress.members[member]
+        if standing.best:
+            return (0, *(-value for value in rank_evaluation(standing.best, name)))
+        return (1, standing.train_loss if math.isfinite(standing.train_loss) else math.inf, 0.0)
+
+    return sorted(progress.members, key=key)
+
+
+def restore(job: Job, rows: TrainingRows, world: World) -> Progress:
     """Go on from the newest sound checkpoint, or begin. Collective: every rank must call."""
 
     def warn(message: str) -> None:
@@ -78,16 +111,21 @@ def restore(job: Job, split: Split, world: World) -> Progress:
 
     folder = Path(job.config.output_dir) / "checkpoints"
     snapshot = together(world, lambda: load_newest_checkpoint(folder, warn))
-    digest = split.digest()
+    digest = rows.digest()
     if snapshot is None:
-        return Progress(data_digest=digest)
-    progress = Progress(**snapshot.state["progress"])
+        return Progress({name: Standing() for name in job.members}, data_digest=digest)
+    kept = dict(snapshot.state["progress"])
+    members = {name: Standing(**standing) for name, standing in kept.pop("members").items()}
+    progress = Progress(members, **kept)
     if progress.data_digest != digest:
-        raise UserError(f"data.train: {split.rows.name} has changed since this run began: choose another output_dir")
+        raise UserError(f"data.train: {rows.names[0]} has changed since this run began: choose another output_dir")
     if snapshot.state["base"] != job.fingerprint:
         path = job.config.model.path
         raise UserError(f"model.path: {path} has changed since this run began: choose another output_dir")
-    job.engine.load_prompt(snapshot.prompt)
+    job.engine.load_prompts({
+        name: {k.removeprefix(f"{name}/"): t for k, t in snapshot.prompt.items() if k.startswith(f"{name}/")}
+        for name in job.members
+    })  # fmt: skip
     job.engine.load_optimizer_state(snapshot.optimizer)
     job.engine.load_loss_scale_state(snapshot.state["loss_scale"])
     return progress
@@ -95,24 +133,26 @@ def restore(job: Job, split: Split, world: World) -> Progress:
 
 def checkpoint(job: Job, progress: Progress, world: World) -> None:
     """Save the run's place. Collective: every rank must call."""
+    engine = job.engine
     snapshot = Snapshot(
         step=progress.step,
-        prompt=job.engine.prompt_tensors,
-        optimizer=job.engine.optimizer_state(),
+        prompt={f"{name}/{key}": t for name in job.members for key, t in engine.prompt_tensors(name).items()},
+        optimizer=engine.optimizer_state(),
         state={
             "progress": progress.state(),
             "base": job.fingerprint,
-            "loss_scale": job.engine.loss_scale_state(),
+            "loss_scale": engine.loss_scale_state(),
         },
     )
     folder, keep = Path(job.config.output_dir) / "checkpoints", job.config.checkpoint.keep
     together(world, lambda: save_checkpoint(folder, snapshot, keep=keep) if world.is_main else None)
 
 
-def store_prompt(job: Job, progress: Progress, world: World) -> None:
-    """Write `prompt/`. Collective: every rank must call."""
-    facts = prompt_facts(job, step=progress.step, metrics=progress.best)
-    folder, tensors = Path(job.config.output_dir) / "prompt", job.engine.prompt_tensors
+def store_prompt(job: Job, member: str, progress: Progress, world: World) -> None:
+    """Write a member's `prompt/`. Collective: every rank must call."""
+    facts = prompt_facts(job, member, step=progress.step, metrics=progress.members[member].best)
+    folder = Path(job.members[member].output_dir) / "prompt"
+    tensors = job.engine.prompt_tensors(member)
 
     def save() -> None:
         try:

@@ -6,16 +6,18 @@ Floor 1.
 import fcntl
 import json
 import os
+import sys
 from pathlib import Path
 from typing import IO, Any
 
 from ptune_dist.config import Config, load_config, render_config
 from ptune_dist.errors import UserError
 from ptune_dist.files import fault_on_failed_write, replace_file
+from ptune_dist.sweep import member_config
 
 # What may change when a run goes on: how far, how it is watched and how it is spread, not what is learned.
 MAY_CHANGE = ("output_dir", "evaluate", "checkpoint", "deepspeed", "train.max_steps", "train.micro_batch_tokens",
-              "train.resume")  # fmt: skip
+              "train.resume", "train.context_cache_gib", "train.context_cache_dir")  # fmt: skip
 
 
 def read_run_config(run_dir: Path, overrides: list[str] = ()) -> Config:
@@ -24,6 +26,25 @@ def read_run_config(run_dir: Path, overrides: list[str] = ()) -> Config:
     if not file.is_file():
         raise UserError(f"{run_dir}: not a run: it has no config.yaml")
     return load_config(file, list(overrides))
+
+
+def find_member_dir(run_dir: Path, member: str | None) -> Path:
+    """The folder of a sweep's member, of the best-ranked where none is named; a run's own without a sweep.
+
+    Raises UserError.
+    """
+    config = read_run_config(run_dir)
+    if not config.sweep:
+        if member:
+            raise UserError(f"--member: {run_dir} is no sweep: leave it out")
+        return run_dir
+    if member is None:
+        summary = read_summary(run_dir)
+        if summary is None:
+            raise UserError(f"{run_dir}: a sweep that has not ended has no best member: name one with --member")
+        member = summary["ranking"][0]["member"]
+        print(f"member: {member}", file=sys.stderr)
+    return run_dir / "members" / Path(member_config(config, member).output_dir).name
 
 
 def check_run_dir(config: Config) -> None:
@@ -63,17 +84,24 @@ def lock_run_dir(config: Config) -> IO[str]:
     return lock
 
 
-def write_run_config(config: Config) -> None:
-    """Put the resolved config into the run's folder. Raises RunFault. One rank calls."""
-    file = Path(config.output_dir) / "config.yaml"
-    with fault_on_failed_write(file):
-        replace_file(file, render_config(config).encode())
+def write_run_configs(config: Config, members: dict[str, Config]) -> None:
+    """Put the resolved config into the run's folder, and each member's of a sweep into its own. Raises RunFault.
+
+    One rank calls.
+    """
+    for own in (config, *(members.values() if config.sweep else ())):
+        file = Path(own.output_dir) / "config.yaml"
+        with fault_on_failed_write(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, render_config(own).encode())
 
 
 def first_difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
     """The first dotted key whose values differ and may not."""
     for name in now:
         key = prefix + name
+        if key == "sweep" and json.dumps(before.get(name)) != json.dumps(now[name]):
+            return key  # as a whole: its keys are dotted, and their order names the members
         if key in MAY_CHANGE or before.get(name) == now[name]:
             continue
         if isinstance(now[name], dict) and isinstance(before.get(name), dict):
@@ -105,6 +133,8 @@ def is_finished(config: Config) -> dict[str, Any] | None:
     if not summary:
         return None
     gave_up = 0 < config.evaluate.patience <= summary["evaluations_since_best"]
+    if "ranking" in summary:
+        gave_up = all(line["ended"] for line in summary["ranking"])
     return summary if gave_up or summary["steps"] >= config.train.max_steps else None
 
 

@@ -6,54 +6,59 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ptune_dist.checkpoint import list_checkpoints
 from ptune_dist.config import Config
-from ptune_dist.data.batches import step_examples
-from ptune_dist.data.build import Split, build_split
+from ptune_dist.data.bank import TrainingRows
+from ptune_dist.data.batches import collate
+from ptune_dist.data.build import build_split
+from ptune_dist.data.encode import Examples, common_context
 from ptune_dist.distributed import StopRequest, World, init_distributed, sum_over_ranks
 from ptune_dist.errors import RunFault
-from ptune_dist.evaluate import Judge, build_judge
+from ptune_dist.evaluate import Evaluation, Judge, build_judge
 from ptune_dist.files import fault_on_failed_write
 from ptune_dist.generate import pad_id
 from ptune_dist.job import Job, build_family, build_job, build_tokenizer, together
 from ptune_dist.metrics import MetricsWriter, StepCount, peak_memory_bytes
 from ptune_dist.optimizer import learning_rate_at
-from ptune_dist.progress import Progress, checkpoint, restore, store_prompt
-from ptune_dist.run_dir import check_run_dir, is_finished, lock_run_dir, write_json, write_run_config
-from ptune_dist.summary import build_summary, describe_start, say_finished
+from ptune_dist.progress import Progress, checkpoint, rank_evaluation, restore, store_prompt
+from ptune_dist.run_dir import check_run_dir, is_finished, lock_run_dir, write_json, write_run_configs
+from ptune_dist.summary import build_summary, describe_member, describe_start, say_finished
+from ptune_dist.sweep import expand_sweep
 
 DONE, STOPPED = 0, 75
 
 
 def train(config: Config) -> int:
-    """Train the prompt that `config` asks for, or go on with it; returns the exit status. Collective."""
+    """Train the prompts that `config` asks for, or go on with them; returns the exit status. Collective."""
     world = init_distributed()
     together(world, lambda: check_run_dir(config))
     summary = is_finished(config)
     if summary:
         say_finished(config, summary, world)
         return DONE
-    split, judge = together(world, lambda: build_data(config))
+    rows, judges = together(world, lambda: build_data(config))
     job = build_job(config, world, with_start=not has_checkpoint(config))
+    job.engine.contexts.set_lead(*lead_of(rows.examples))
     with together(world, lambda: lock_run_dir(config) if world.is_main else nullcontext()):
-        progress = restore(job, split, world)
-        together(world, lambda: write_run_config(config) if world.is_main else None)
-        with together(world, lambda: open_metrics(config, progress, world)) as metrics, StopRequest() as stop:
+        progress = restore(job, rows, world)
+        together(world, lambda: write_run_configs(config, job.members) if world.is_main else None)
+        with together(world, lambda: open_metrics(job, progress, world)) as metrics, StopRequest() as stop:
             if world.is_main:
-                metrics.say(describe_start(job, split, judge, progress, world))
-            is_done = run_steps(job, split, judge, progress, metrics, stop, world)
+                metrics.say(describe_start(job, rows, judges, progress, world))
+            is_done = run_steps(job, rows, judges, progress, metrics, stop, world)
             if not is_done:
                 return STOPPED
-            summary = finish(job, judge, progress, metrics, world)
+            summary = finish(job, judges, progress, metrics, world)
     say_finished(config, summary, world)
     return DONE
 
 
 def run_steps(
-    job: Job, split: Split, judge: Judge | None, progress: Progress, metrics: MetricsWriter | None, stop: StopRequest,
-    world: World,
+    job: Job, rows: TrainingRows, judges: dict[str, Judge], progress: Progress, metrics: MetricsWriter | None,
+    stop: StopRequest, world: World,
 ) -> bool:  # fmt: skip
     """Steps until the run is over, or until any rank is asked to stop: then False, with all of it saved. Collective.
 
@@ -61,23 +66,22 @@ def run_steps(
     from there evaluates first.
     """
     config = job.config
-    if judge and progress.evaluation_pending:
-        judge_prompt(job, judge, progress, metrics, world)
+    if judges and progress.evaluation_pending:
+        judge_members(job, judges, progress, metrics, world)
     while not is_over(config, progress):
         began, step, gathers = time.perf_counter(), progress.step + 1, job.engine.gathers.copy()
-        examples = step_examples(
-            step, batch_size=config.train.batch_size, num_examples=len(split.examples), seed=config.seed
-        )
-        loss = accumulate_step(job, split, examples, step, world)
-        learning_rate = learning_rate_of(config, step)
-        grad_norm = move_prompt(job, split, examples, step, learning_rate)
-        num_tokens = int(split.examples.lengths[examples].sum())
+        examples = rows.of_step(step, progress.live)
+        losses = accumulate_step(job, rows, examples, step, world)
+        learning_rates = {name: learning_rate_of(job.members[name], step) for name in losses}
+        freeze_faulty(job, rows, progress, losses, examples, learning_rates, metrics)
+        read = [i for chosen in examples.values() for i in chosen]
         gathered = job.engine.gathers.since(gathers)
-        progress.count_step(loss, StepCount(time.perf_counter() - began, len(examples), num_tokens, *gathered))
+        num_tokens = int(rows.examples.lengths[read].sum())
+        progress.count_step(losses, StepCount(time.perf_counter() - began, len(read), num_tokens, *gathered))
         if world.is_main:
-            metrics.step(metrics_line(progress, learning_rate, grad_norm, world))
+            metrics.step(*metrics_lines(job, progress, losses, learning_rates, world))
 
-        progress.evaluation_pending = judge is not None and is_due(config.evaluate.every, step, config)
+        progress.evaluation_pending = bool(judges) and is_evaluation_due(config, step)
         is_stopped = agree_on_stop(stop, metrics, world) and not is_over(config, progress)
         if is_stopped or is_due(config.checkpoint.every, step, config):
             checkpoint(job, progress, world)
@@ -86,42 +90,54 @@ def run_steps(
                 metrics.say(f"stopped at step {step} on request; the same command goes on from here")
             return False
         if progress.evaluation_pending:
-            judge_prompt(job, judge, progress, metrics, world)
+            judge_members(job, judges, progress, metrics, world)
     return True
 
 
-def accumulate_step(job: Job, split: Split, examples: list[int], step: int, world: World) -> float:
-    """Forward and backward of one step's examples: the loss per supervised token over all ranks. Collective.
+def accumulate_step(
+    job: Job, rows: TrainingRows, examples: dict[str, list[int]], step: int, world: World
+) -> dict[str, float]:
+    """Forward and backward of one step's examples: each member's loss per supervised token. Collective."""
+    engine, data = job.engine, rows.examples
+    num_targets = {name: int(data.num_targets[chosen].sum()) for name, chosen in examples.items()}
+    scales = [1 / num_targets[name] if name in examples else 0.0 for name in engine.members]
+    plan = engine.plan(rows.units(examples, engine.members), data, job.config.train.micro_batch_tokens)
+    total = torch.zeros(len(engine.members), device=world.device)
+    for number, shares in enumerate(plan, 1):
+        batch = collate(data, shares[world.rank], pad_id(job.tokenizer))
+        total += engine.accumulate(batch, scales=scales, is_last=number == len(plan))
+    sums = dict(zip(engine.members, sum_over_ranks(total.tolist(), world), strict=True))
+    return {name: sums[name] / count for name, count in num_targets.items()}
 
-    Raises RunFault on every rank, before anything moves, when the loss is not finite.
+
+def freeze_faulty(
+    job: Job, rows: TrainingRows, progress: Progress, losses: dict[str, float], examples: dict[str, list[int]],
+    learning_rates: dict[str, float], metrics: MetricsWriter | None,
+) -> None:  # fmt: skip
+    """The optimizer's step of every member whose numbers are finite. Collective.
+
+    One whose are not stands still from here on, with the prompt that it had; where it is the last, raises RunFault on
+    every rank.
     """
-    train_config, data = job.config.train, split.examples
-    plan = job.engine.plan(examples, data, train_config.micro_batch_tokens)
-    num_targets = int(data.num_targets[examples].sum())
-    total = torch.zeros((), device=world.device)
-    for number, groups in enumerate(plan, 1):
-        batch = job.engine.collate(data, groups[world.rank], pad_id(job.tokenizer))
-        total += job.engine.accumulate(batch, scale=1 / num_targets, is_last=number == len(plan))
-    (nll,) = sum_over_ranks([total.item()], world)
-    if not math.isfinite(nll):
-        raise describe_fault(job, split, examples, step, f"the loss is {nll / num_targets}")
-    return nll / num_targets
+    step = progress.step + 1
+    faults = {name: f"the loss is {loss}" for name, loss in losses.items() if not math.isfinite(loss)}
+    if len(faults) < len(losses):
+        faults |= job.engine.step({name: rate for name, rate in learning_rates.items() if name not in faults})
+    if len(faults) == len(losses):
+        name, what = next(iter(faults.items()))
+        raise describe_fault(job, rows, examples[name], step, what)
+    for name, what in faults.items():
+        progress.members[name].end(what, step)
+        if metrics:
+            metrics.say(f"{name} stands still from step {step} on: {what}")
 
 
-def move_prompt(job: Job, split: Split, examples: list[int], step: int, learning_rate: float) -> float:
-    """The optimizer's step; returns the gradient's norm. Raises RunFault on every rank. Collective."""
-    try:
-        return job.engine.step(learning_rate)
-    except FloatingPointError as error:
-        raise describe_fault(job, split, examples, step, str(error)) from None
-
-
-def describe_fault(job: Job, split: Split, examples: list[int], step: int, what: str) -> RunFault:
+def describe_fault(job: Job, rows: TrainingRows, examples: list[int], step: int, what: str) -> RunFault:
     """What is not finite, where, and what is kept."""
-    rows = ", ".join(split.examples.where(i) for i in examples[:3])
+    shown = ", ".join(rows.examples.where(i) for i in examples[:3])
     found = list_checkpoints(Path(job.config.output_dir) / "checkpoints")
     return RunFault(
-        f"{what} at step {step}, in a batch of {len(examples)} rows ({rows}{', ...' if len(examples) > 3 else ''}); "
+        f"{what} at step {step}, in a batch of {len(examples)} rows ({shown}{', ...' if len(examples) > 3 else ''}); "
         + (f"the last good checkpoint is {found[-1]}" if found else f"{job.config.output_dir} has no checkpoint yet")
     )
 
@@ -135,37 +151,88 @@ def agree_on_stop(stop: StopRequest, metrics: MetricsWriter | None, world: World
     return num_asked > 0
 
 
-def build_data(config: Config) -> tuple[Split, Judge | None]:
-    """The training split, and the judge over the validation split where there is one. Raises UserError."""
+def build_data(config: Config) -> tuple[TrainingRows, dict[str, Judge]]:
+    """The members' training rows, and for each the judge over its validation split where it has one. Raises UserError.
+
+    What several members share is read once.
+    """
     tokenizer, family = build_tokenizer(config), build_family(config)
-    held_out = build_split(
-        config.data, tokenizer, which="validation", family=family, max_examples=config.evaluate.max_examples
-    )
-    split = build_split(config.data, tokenizer, which="train", family=family)
-    return split, build_judge(config, held_out, tokenizer, family) if held_out else None
+    members, splits, judges, known = expand_sweep(config), {}, {}, {}
+    for name, member in members.items():
+        key = member.data.model_dump_json()
+        if key not in known:
+            options = {"family": family, "placement": member.prompt.placement}
+            held_out = build_split(
+                member.data, tokenizer, which="validation", max_examples=config.evaluate.max_examples, **options
+            )
+            split = build_split(member.data, tokenizer, which="train", **options)
+            known[key] = split, build_judge(member, held_out, tokenizer, family) if held_out else None
+        splits[name], judge = known[key]
+        if judge:
+            judges[name] = judge
+    seeds = {name: member.seed for name, member in members.items()}
+    return TrainingRows(splits, batch_size=config.train.batch_size, seeds=seeds), judges
 
 
-def judge_prompt(
-    job: Job, judge: Judge, progress: Progress, metrics: MetricsWriter | None, world: World
+def lead_of(examples: Examples) -> tuple[np.ndarray, bool]:
+    """What the contexts of all examples begin with, and whether they end with it."""
+    lead = common_context(examples)
+    return lead, bool((examples.num_context == len(lead)).all())
+
+
+def judge_members(
+    job: Job, judges: dict[str, Judge], progress: Progress, metrics: MetricsWriter | None, world: World
 ) -> None:  # fmt: skip
-    """Evaluate; keep the prompt where it is the best so far. Collective: every rank must call. Raises RunFault."""
-    found, samples = judge(job.engine)
-    if world.is_main:
-        metrics.evaluation(progress.step, found, samples)
-    if not math.isfinite(found["loss"]):
-        raise RunFault(f"the validation loss is {found['loss']} at step {progress.step}; the best prompt is kept")
-    if progress.count_evaluation(found, samples, job.config.evaluate.best):
-        store_prompt(job, progress, world)
+    """Evaluate the members that go on; keep each one's prompt where it is its best so far. Collective.
+
+    Raises RunFault where the only one left has no finite loss.
+    """
+    config, step = job.config, progress.step
+    found: dict[str, Evaluation] = {}
+    for judge in {id(judge): judge for judge in judges.values()}.values():
+        found |= judge(job.engine, [name for name in progress.live if judges.get(name) is judge])
+    for name, (values, samples) in found.items():
+        if world.is_main:
+            metrics.evaluation(step, values, samples, member=name if config.sweep else None)
+        if not math.isfinite(values["loss"]):
+            what = f"the validation loss is {values['loss']}"
+            if progress.live == [name]:
+                raise RunFault(f"{what} at step {step}; the best prompt is kept")
+            progress.members[name].end(what, step)
+        elif progress.members[name].count_evaluation(values, samples, config.evaluate.best, step):
+            store_prompt(job, name, progress, world)
+    progress.evaluation_pending = False
+    end_members(config, progress, metrics)
+
+
+def end_members(config: Config, progress: Progress, metrics: MetricsWriter | None) -> None:
+    """After an evaluation: members without progress stand still, and at a halving the weaker ones."""
+    step, name = progress.step, config.evaluate.best
+    ended = {}
+    for member in progress.live if config.sweep else ():
+        num_worse = progress.members[member].num_worse
+        if 0 < config.evaluate.patience <= num_worse:
+            ended[member] = f"no better in {num_worse} evaluations"
+    live = [member for member in progress.live if member not in ended]
+    if config.sweep_halving and step and step % config.sweep_halving.every == 0 and step < config.train.max_steps:
+        live.sort(key=lambda member: rank_evaluation(progress.members[member].last, name), reverse=True)
+        for member in live[max(1, math.ceil(len(live) * config.sweep_halving.keep)) :]:
+            ended[member] = "weaker than those that go on"
+    for member, reason in ended.items():
+        progress.members[member].end(reason, step)
+        if metrics:
+            metrics.say(f"{member} stands still from step {step} on: {reason}")
 
 
 def finish(
-    job: Job, judge: Judge | None, progress: Progress, metrics: MetricsWriter | None, world: World
+    job: Job, judges: dict[str, Judge], progress: Progress, metrics: MetricsWriter | None, world: World
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the summary and return it; where nothing is judged the last prompt is the one to keep. Collective."""
-    if judge and not progress.best:
-        judge_prompt(job, judge, progress, metrics, world)
-    if judge is None:
-        store_prompt(job, progress, world)
+    """Write the summaries, return the run's; where nothing is judged the last prompt is kept. Collective."""
+    if any(name in judges and not progress.members[name].best for name in progress.live):
+        judge_members(job, judges, progress, metrics, world)
+    for name in job.members:
+        if name not in judges:
+            store_prompt(job, name, progress, world)
     if progress.step < job.config.train.max_steps:  # patience ended it, perhaps between two checkpoints
         checkpoint(job, progress, world)
     summary = build_summary(job, progress, world)
@@ -173,31 +240,49 @@ def finish(
         metrics.ranks(progress.step, summary["ranks"])
         for line in job.engine.recomputer.describe_profile() if job.engine.recomputer else ():
             metrics.say(line)
-    file = Path(job.config.output_dir) / "summary.json"
-    together(world, lambda: write_json(file, summary) if world.is_main else None)
+    together(world, lambda: write_summaries(job, progress, summary) if world.is_main else None)
     return summary
+
+
+def write_summaries(job: Job, progress: Progress, summary: dict[str, Any]) -> None:
+    """Raises RunFault. One rank calls."""
+    for name, member in job.members.items() if job.config.sweep else ():
+        write_json(Path(member.output_dir) / "summary.json", describe_member(job, progress, name))
+    write_json(Path(job.config.output_dir) / "summary.json", summary)
 
 
 def has_checkpoint(config: Config) -> bool:
     return bool(list_checkpoints(Path(config.output_dir) / "checkpoints"))
 
 
-def open_metrics(config: Config, progress: Progress, world: World):
+def open_metrics(job: Job, progress: Progress, world: World):
     """The writer on rank 0; the other ranks have none. Raises RunFault."""
     if not world.is_main:
         return nullcontext()
-    with fault_on_failed_write(Path(config.output_dir)):
-        return MetricsWriter(Path(config.output_dir), max_steps=config.train.max_steps, first_step=progress.step + 1)
+    folder = Path(job.config.output_dir)
+    members = {name: Path(member.output_dir) for name, member in job.members.items()} if job.config.sweep else {}
+    with fault_on_failed_write(folder):
+        return MetricsWriter(
+            folder, max_steps=job.config.train.max_steps, first_step=progress.step + 1, members=members
+        )
 
 
-def metrics_line(progress: Progress, learning_rate: float, grad_norm: float, world: World) -> dict[str, float]:
-    """A line of metrics.jsonl."""
-    last = progress.throughput.last
-    return {
+def metrics_lines(
+    job: Job, progress: Progress, losses: dict[str, float], learning_rates: dict[str, float], world: World
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """A line of metrics.jsonl, and of each member's own; of a sweep the first holds means over members."""
+    last, cache = progress.throughput.last, job.engine.contexts.cache
+    lines = {
+        name: {
+            "step": progress.step, "loss": loss, "learning_rate": learning_rates[name],
+            "grad_norm": job.engine.grad_norm(name), "time_s": progress.elapsed_s,
+        }
+        for name, loss in losses.items()
+    }  # fmt: skip
+    shown = [line for line in lines.values() if math.isfinite(line["loss"])]
+    line = {
         "step": progress.step,
-        "loss": progress.train_loss,
-        "learning_rate": learning_rate,
-        "grad_norm": grad_norm,
+        **{key: sum(one[key] for one in shown) / len(shown) for key in ("loss", "learning_rate", "grad_norm")},
         "samples_per_s": last.num_samples / last.seconds,
         "tokens_per_s": last.num_tokens / last.seconds,
         "peak_memory_bytes": peak_memory_bytes(world.device),
@@ -206,6 +291,12 @@ def metrics_line(progress: Progress, learning_rate: float, grad_norm: float, wor
         "gathered_bytes_between_nodes": last.gathered_bytes_between_nodes,
         "time_s": progress.elapsed_s,
     }
+    if cache:
+        hits, misses = cache.take_counts()
+        line |= {"context_hit_rate": hits / max(1, hits + misses), "context_cache_bytes": cache.held_bytes}
+    if not job.config.sweep:
+        return line, {}
+    return line | {"num_members": len(lines)}, lines
 
 
 def learning_rate_of(config: Config, step: int) -> float:
@@ -217,8 +308,16 @@ def learning_rate_of(config: Config, step: int) -> float:
 
 
 def is_over(config: Config, progress: Progress) -> bool:
-    """All steps done, or `evaluate.patience` evaluations without a better one."""
-    return progress.step >= config.train.max_steps or 0 < config.evaluate.patience <= progress.num_worse
+    """All steps done, or no member goes on: each has had `evaluate.patience` evaluations without a better one, say."""
+    if progress.step >= config.train.max_steps or not progress.live:
+        return True
+    only = list(progress.members.values())
+    return not config.sweep and 0 < config.evaluate.patience <= only[0].num_worse
+
+
+def is_evaluation_due(config: Config, step: int) -> bool:
+    halving = config.sweep_halving
+    return is_due(config.evaluate.every, step, config) or bool(halving and step % halving.every == 0)
 
 
 def is_due(every: int, step: int, config: Config) -> bool:

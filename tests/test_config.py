@@ -1,5 +1,6 @@
 """A config is what the file and the command line say, or one line that names the file and the key."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,56 @@ def test_names_that_are_no_files_here_stay_as_they_are(write):
     assert (config.model.path, config.data.train) == ("gpt2", "user/rows:train")
 
 
+def test_the_folder_of_the_context_cache_is_absolute_whether_it_exists_or_not(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, found in (("cache", tmp_path / "cache"), ("~/cache", Path(os.path.expanduser("~/cache")))):
+        config = load_config(write(SMALL), [f"train.context_cache_dir={given}", "prompt.placement=infix"])
+        assert config.train.context_cache_dir == str(found)
+
+
+# Where the prompt stands
+
+
+@pytest.mark.parametrize("placement", ["prefix", "infix", "encoder", "decoder"])
+def test_every_placement_may_be_asked_for(write, placement):
+    assert load_config(write(SMALL), [f"prompt.placement={placement}"]).prompt.placement == placement
+
+
+@pytest.mark.parametrize("marker", ["{{ prompt }}", "{{prompt}}", "{{-  prompt -}}", "{{\tprompt\n}}"])
+def test_a_template_may_say_where_the_prompt_stands(write, marker):
+    config = load_config(write(SMALL), ["prompt.placement=template", f"data.template={{{{ text }}}} {marker} ="])
+    assert config.prompt.placement == "template"
+
+
+@pytest.mark.parametrize("template, found", [("{{ text }}", 0), ("{{ prompts }}", 0), ("{{ prompt }}{{ prompt }}", 2)])
+def test_a_template_that_does_not_say_once_where_the_prompt_stands_is_refused(write, template, found):
+    message = error_of(write(SMALL), "prompt.placement=template", f"data.template={template}")
+    assert message.endswith(f"prompt.placement: template needs {{{{ prompt }}}} once in data.template, found {found}")
+
+
+def test_the_marker_is_a_column_like_any_other_where_the_placement_is_not_the_templates(write):
+    assert load_config(write(SMALL), ["data.template={{ prompt }} {{ prompt }}"]).prompt.placement == "prefix"
+
+
+@pytest.mark.parametrize("placement", ["infix", "encoder", "decoder", "template"])
+def test_text_without_inputs_takes_a_prompt_at_its_beginning_only(write, placement):
+    assert load_config(write(SMALL), ["data.train=a.txt"])
+    message = error_of(write(SMALL), "data.train=a.txt", f"prompt.placement={placement}")
+    assert message.endswith(f"prompt.placement: {placement} needs an input and a .txt file has none, use prefix")
+
+
+@pytest.mark.parametrize("override", ["train.context_cache_gib=1", "train.context_cache_dir=cache"])
+def test_contexts_are_cached_where_the_placement_has_some(write, override):
+    path = write(SMALL)
+    marker = "data.template={{ text }}{{ prompt }}"
+    for placement in ("infix", "decoder", "template"):
+        load_config(path, [override, f"prompt.placement={placement}", marker])
+    for placement in ("prefix", "encoder"):
+        message = error_of(path, override, f"prompt.placement={placement}", marker)
+        assert override.partition("=")[0] in message and f"placement {placement} has no contexts" in message
+        assert "infix, template, decoder" in message
+
+
 # What is refused
 
 
@@ -144,6 +195,9 @@ def test_names_that_are_no_files_here_stay_as_they_are(write):
         ("prompt.num_virtual_token", "prompt.num_virtual_tokens"),
         ("max_steps", "train.max_steps"),
         ("checkpoint.evry", "checkpoint.every"),
+        ("train.context_cache_gb", "train.context_cache_gib"),
+        ("sweep_halving.kep", "sweep_halving.keep"),
+        ("sweeep", "sweep"),
     ],
 )
 def test_an_unknown_key_is_named_with_its_place_and_the_nearest_known_key(write, key, near):
@@ -185,6 +239,9 @@ def test_a_misspelt_key_that_is_needed_is_said_to_be_misspelt_and_not_only_missi
         ("data.labels=positive", "'positive'"),
         ("evaluate.metrics=[f1]", "'f1'"),
         ("checkpoint.keep=0", "greater than 0"),
+        ("prompt.placement=suffix", "'infix', 'template', 'encoder' or 'decoder'"),
+        ("train.context_cache_gib=-1", "greater than or equal to 0"),
+        ("train.context_cache_gib=yes", "a number is needed"),
         ("output_dir=null", "None"),
     ],
 )
@@ -263,6 +320,7 @@ def test_keys_that_are_no_text_are_refused(write):
 def test_known_keys_are_those_of_the_config():
     keys = known_keys(Config)
     assert {"output_dir", "train", "train.max_steps", "prompt.init_file", "deepspeed"} <= set(keys)
+    assert {"sweep", "sweep_halving", "sweep_halving.keep"} <= set(keys)
     assert len(keys) == len(set(keys))
 
 

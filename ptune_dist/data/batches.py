@@ -1,24 +1,28 @@
-"""Which examples make a step, how they are split over ranks and micro-batches, and the tensors of a micro-batch.
+"""Which examples make a step, how they are split over ranks and micro-batches, and what a micro-batch holds.
 
 All of it is a pure function of the seed, the step and the lengths: every rank computes the same plan without a message,
-the order does not depend on the world size, and a step number is all that a resume needs. Shapes: B rows, T and U
-tokens.
+the order does not depend on the world size, and a step number is all that a resume needs.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import torch
 
 from ptune_dist.data.encode import Examples
 
-# micro step -> rank -> indices of examples; an empty list is a rank that idles along with weight zero
-Plan = list[list[list[int]]]
+# an example and the members of the bank that read it
+Unit = tuple[int, tuple[int, ...]]
+# micro step -> rank -> units; an empty list is a rank that idles along with weight zero
+Plan = list[list[list[Unit]]]
+# A rank takes its own units (see plan_micro_batches) beyond an even share up to this factor.
+MOST_OWN = 1.05
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     """The examples of one epoch in order: a permutation that depends on seed and epoch alone."""
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
@@ -31,79 +35,112 @@ def step_examples(step: int, *, batch_size: int, num_examples: int, seed: int) -
     return [int(epoch_order(num_examples, seed, p // num_examples)[p % num_examples]) for p in positions]
 
 
+def join_readers(readers: Iterable[tuple[int, int]]) -> list[Unit]:
+    """Units from (example, member) pairs: an example that a member meets twice, at an epoch's seam, makes two."""
+    units: list[dict[int, list[int]]] = []
+    for example, member in readers:
+        free = next((unit for unit in units if member not in unit.get(example, [])), None)
+        if free is None:
+            units.append(free := {})
+        free.setdefault(example, []).append(member)
+    return [(example, tuple(members)) for unit in units for example, members in unit.items()]
+
+
 def plan_micro_batches(
-    examples: Sequence[int], widths: np.ndarray, *, world_size: int, micro_batch_tokens: int, extra_tokens: int = 0
-) -> Plan:
-    """Split examples into micro-batches of at most `micro_batch_tokens` padded positions, as many for every rank.
+    units: Sequence[Unit], cost: Callable[[list[Unit]], int], *, world_size: int, micro_batch_tokens: int,
+    keep_owners: bool = False,
+) -> Plan:  # fmt: skip
+    """Split units into micro-batches whose `cost` is at most `micro_batch_tokens`, one for every rank at a time.
 
-    `widths` is [N] where a row is one text, [N, 2] where its input and its target are padded apart. Rows of like length
-    go together; `extra_tokens` is what stands before each row (virtual tokens). A single row longer than the budget is
-    a micro-batch of its own. ZeRO-3 needs as many forward passes on every rank, so the number of micro-batches is a
-    multiple of the world size.
+    Units are sorted by cost and cut into as few windows as will do; the units of a window, which are of like length,
+    are dealt to the ranks so that each has like work. A unit's members are split where they are too many together; one
+    member's row that is longer than the budget is a micro-batch of its own. With `keep_owners` an example goes to the
+    same rank again and again (the one that holds its context) as far as the ranks' work stays even.
     """
-    parts = widths[:, None] if widths.ndim == 1 else widths
-
-    def cost(group: list[int]) -> int:
-        """Padded positions."""
-        return len(group) * (int(parts[group].max(axis=0).sum()) + extra_tokens) if group else 0
-
-    groups: list[list[int]] = []
-    widest: list[int] = []  # of the last group, in each part
-    for i in sorted(examples, key=lambda i: -parts[i].sum()):
-        wider = [max(pair) for pair in zip(widest or parts[i], parts[i].tolist(), strict=True)]
-        if groups and (len(groups[-1]) + 1) * (sum(wider) + extra_tokens) <= micro_batch_tokens:
-            groups[-1].append(i)
-            widest = wider
-        else:
-            groups.append([i])
-            widest = parts[i].tolist()
-    while len(groups) % world_size:
-        split_largest(groups, cost)
-    groups.sort(key=lambda group: -cost(group))
-    return [groups[i : i + world_size] for i in range(0, len(groups), world_size)]
+    pieces = [piece for unit in units for piece in split_unit(unit, cost, micro_batch_tokens)]
+    sizes = {piece: cost([piece]) for piece in pieces}
+    pieces.sort(key=lambda piece: -sizes[piece])
+    total = sum(sizes[piece] for piece in pieces)
+    num_windows = max(1, math.ceil(total / (world_size * micro_batch_tokens)))
+    while True:
+        windows = cut_evenly(pieces, sizes, num_windows)
+        plan = [deal(window, sizes, world_size, keep_owners) for window in windows]
+        if all(len(share) < 2 or cost(share) <= micro_batch_tokens for shares in plan for share in shares):
+            return plan
+        num_windows += 1 + num_windows // 20
 
 
-def split_largest(groups: list[list[int]], cost: Callable[[list[int]], int]) -> None:
-    """Halve the costliest group that has two rows or more; where none has, add an empty one."""
-    largest = max(groups, key=lambda group: cost(group) if len(group) > 1 else 0, default=[])
-    if len(largest) < 2:
-        groups.append([])
-        return
-    middle = len(largest) // 2
-    groups.append(largest[middle:])
-    del largest[middle:]
+def split_unit(unit: Unit, cost: Callable[[list[Unit]], int], most: int) -> list[Unit]:
+    """A unit in as few parts with fewer members as fit."""
+    example, members = unit
+    for num_parts in range(1, len(members) + 1):
+        size = math.ceil(len(members) / num_parts)
+        parts = [(example, members[i : i + size]) for i in range(0, len(members), size)]
+        if size == 1 or cost([parts[0]]) <= most:
+            return parts
+    return [unit]
+
+
+def cut_evenly(pieces: list[Unit], sizes: dict[Unit, int], num: int) -> list[list[Unit]]:
+    """`num` runs of like total size, some perhaps empty and then left out; at least one run."""
+    total, done = sum(sizes[piece] for piece in pieces), 0
+    windows: list[list[Unit]] = [[] for _ in range(num)]
+    for piece in pieces:
+        middle = done + sizes[piece] / 2
+        windows[min(num - 1, int(num * middle / total)) if total else 0].append(piece)
+        done += sizes[piece]
+    return [window for window in windows if window] or [[]]
+
+
+def deal(window: list[Unit], sizes: dict[Unit, int], world_size: int, keep_owners: bool) -> list[list[Unit]]:
+    """The window's units, largest first, to whichever rank has least; with `keep_owners` to their owner if it may."""
+    shares: list[list[Unit]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    most = MOST_OWN * sum(sizes[piece] for piece in window) / world_size
+    for piece in window:
+        rank, owner = loads.index(min(loads)), piece[0] % world_size
+        if keep_owners and loads[owner] + sizes[piece] <= most:
+            rank = owner
+        shares[rank].append(piece)
+        loads[rank] += sizes[piece]
+    return shares
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, padded on the right. For a causal base input and target are one text, and U is T."""
+    """A micro-batch: token ids of its rows in three parts each, and who reads which row.
 
-    input_ids: torch.Tensor  # [B, T] input, then target tokens where they are one text
-    attention_mask: torch.Tensor  # [B, T] 1 where there is a token
-    target_ids: torch.Tensor  # [B, U] the tokens (an encoder's: the one label) to predict, and others
-    target_mask: torch.Tensor  # [B, U] True on those to predict
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in vars(self).values()))
-
-
-def collate(examples: Examples, indices: Sequence[int], pad_id: int, *, apart: bool = False) -> Batch:
-    """The tensors of a micro-batch; an idling rank (no indices) gets one padding token and nothing to predict.
-
-    `apart`: the target is not read on from the input (seq2seq and encoder bases).
+    contexts: what stands before the virtual tokens; rests: input after them; targets: what is supervised (an encoder's:
+    the number of the label). readers: (row, member) pairs; every loss is one reader's. held: what was computed of each
+    row's context, where it has one.
     """
-    inputs = [examples.input_ids(i) for i in indices] or [np.zeros(0, np.int32)]
-    targets = [examples.target_ids(i) for i in indices] or [np.zeros(0, np.int32)]
-    if apart:
-        ids, attention = pad_rows(inputs, pad_id)
-        target_ids, target_mask = pad_rows(targets, pad_id)
-    else:
-        ids, attention = pad_rows([np.concatenate(pair) for pair in zip(inputs, targets, strict=True)], pad_id)
-        target_ids, target_mask = ids, attention.copy()
-        for row, before in enumerate(inputs):
-            target_mask[row, : len(before)] = False
-    tensors = [torch.from_numpy(array) for array in (ids, attention.astype(np.int64), target_ids, target_mask)]
-    return Batch(*tensors)
+
+    contexts: list[np.ndarray]
+    rests: list[np.ndarray]
+    targets: list[np.ndarray]
+    readers: list[tuple[int, int]]
+    pad_id: int
+    held: list[Any] | None = None
+
+    def with_held(self, held: list[Any]) -> "Batch":
+        return replace(self, held=held)
+
+
+def collate(examples: Examples, units: Sequence[Unit], pad_id: int) -> Batch:
+    """The micro-batch of some units; an idling rank (none) gets one padding token and nothing to predict."""
+    if not units:
+        nothing, padding = np.zeros(0, np.int32), np.array([pad_id], np.int32)
+        has_contexts = bool(examples.num_context.any())
+        parts = ([padding], [nothing]) if has_contexts else ([nothing], [padding])
+        return Batch(*parts, [nothing], [(0, 0)], pad_id)
+    rows = [example for example, _ in units]
+    return Batch(
+        [examples.context_ids(i) for i in rows],
+        [examples.rest_ids(i) for i in rows],
+        [examples.target_ids(i) for i in rows],
+        [(row, member) for row, (_, members) in enumerate(units) for member in members],
+        pad_id,
+    )
 
 
 def pad_rows(rows: list[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:

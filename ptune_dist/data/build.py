@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ptune_dist.data.encode import Examples, encode_inputs, encode_rows, encode_text_blocks
+from ptune_dist.data.encode import Examples, TokenPair, encode_inputs, encode_rows, encode_text_blocks
 from ptune_dist.data.sources import Rows, load_rows
 from ptune_dist.data.template import Template, check_columns, compile_template
 from ptune_dist.errors import UserError
@@ -23,13 +23,19 @@ class Split:
         """Tells whether a resumed run still sees the same examples."""
         hashed = hashlib.sha256(self.examples.ids.tobytes())
         hashed.update(self.examples.offsets.tobytes())
+        if self.examples.num_context.any():  # runs that have no contexts keep the digest they always had
+            hashed.update(self.examples.num_context.tobytes())
         return hashed.hexdigest()[:16]
 
 
 def build_split(
-    data, tokenizer: PreTrainedTokenizerBase, *, which: str, family: str = "causal", max_examples: int = 0
-) -> Split | None:
-    """The `train` or `validation` split of config section `data`; None where none is given. Raises UserError."""
+    data, tokenizer: PreTrainedTokenizerBase, *, which: str, family: str = "causal", placement: str = "prefix",
+    max_examples: int = 0,
+) -> Split | None:  # fmt: skip
+    """The `train` or `validation` split of config section `data`; None where none is given. Raises UserError.
+
+    `placement` is the resolved one of prompt.placement: it decides which tokens are context.
+    """
     source = getattr(data, which)
     if source is None:
         return None
@@ -39,34 +45,41 @@ def build_split(
     if rows.kind == "text":
         if family != "causal":
             raise UserError(f"data.{which}: {rows.name} is plain text, which a {family} base cannot be trained on")
+        if placement == "template":
+            raise UserError(f"data.{which}: {rows.name} is plain text, which has no template for {{{{ prompt }}}}")
         return Split(rows, encode_text_blocks(rows, tokenizer, max_length=data.max_length))
-    return Split(rows, encode_with_templates(data, rows, tokenizer, family))
+    return Split(rows, encode_with_templates(data, rows, tokenizer, family, placement))
 
 
-def encode_with_templates(data, rows: Rows, tokenizer: PreTrainedTokenizerBase, family: str) -> Examples:
-    template, target = build_templates(data)
+def encode_with_templates(
+    data, rows: Rows, tokenizer: PreTrainedTokenizerBase, family: str, placement: str = "prefix"
+) -> Examples:
+    template, target = build_templates(data, placement)
     available = list(rows.columns())
     check_columns(template, available, key="data.template", source_name=rows.name)
     check_columns(target, available, key="data.target", source_name=rows.name)
     return encode_rows(
         rows, tokenizer, template=template, target=target, max_length=data.max_length, append_eos=data.append_eos,
         truncation_side=data.truncation_side, family=family, labels=data.labels,
+        placement=placement,
     )  # fmt: skip
 
 
-def build_templates(data) -> tuple[Template, Template]:
-    """The compiled `data.template` and `data.target`."""
+def build_templates(data, placement: str = "prefix") -> tuple[Template, Template]:
+    """The compiled `data.template`, with a marker under placement template, and `data.target`. Raises UserError."""
     if data.template is None or data.target is None:
         raise UserError("data.template and data.target are needed unless the data is a .txt file")
     return (
-        compile_template(data.template, key="data.template"),
+        compile_template(data.template, key="data.template", marker=placement == "template"),
         compile_template(data.target, key="data.target"),
     )
 
 
-def build_inputs(data, rows: Rows, tokenizer: PreTrainedTokenizerBase, family: str) -> list[list[int]]:
-    """Token ids of the inputs of rows that need no target. Raises UserError."""
-    template, _ = build_templates(data)
+def build_inputs(
+    data, rows: Rows, tokenizer: PreTrainedTokenizerBase, family: str, placement: str = "prefix"
+) -> list[TokenPair]:
+    """Token ids of the inputs of rows that need no target, each as (context, rest). Raises UserError."""
+    template, _ = build_templates(data, placement)
     check_columns(template, list(rows.columns()), key="data.template", source_name=rows.name)
     return encode_inputs(
         rows,
@@ -75,14 +88,15 @@ def build_inputs(data, rows: Rows, tokenizer: PreTrainedTokenizerBase, family: s
         max_length=data.max_length,
         family=family,
         truncation_side=data.truncation_side,
+        placement=placement,
     )
 
 
 def build_label_candidates(
-    data, split: Split, tokenizer: PreTrainedTokenizerBase, family: str
+    data, split: Split, tokenizer: PreTrainedTokenizerBase, family: str, placement: str = "prefix"
 ) -> tuple[list[Examples], list[int]]:
     """For accuracy by likelihood: the split once per label with that label as target, and each row's right label."""
-    _, target = build_templates(data)
+    _, target = build_templates(data, placement)
     if len(target.columns) != 1:
         raise UserError(f"data.labels: data.target must use one column, it uses {', '.join(target.columns) or 'none'}")
     (column,) = target.columns
@@ -97,5 +111,5 @@ def build_label_candidates(
         label = typed.get(label, label)
         dataset = split.rows.dataset.remove_columns(column).add_column(column, [label] * len(split.rows))
         rows = dataclasses.replace(split.rows, dataset=dataset)
-        candidates.append(encode_with_templates(data, rows, tokenizer, family))
+        candidates.append(encode_with_templates(data, rows, tokenizer, family, placement))
     return candidates, right

@@ -1,31 +1,45 @@
-"""Text from a row: jinja2 templates over the row's columns, in a sandbox, with nothing missing going unnoticed."""
+"""Text from a row: jinja2 templates over the row's columns, in a sandbox, with nothing missing going unnoticed.
+
+Under placement template the name `prompt` is no column: `{{ prompt }}` marks where the virtual tokens stand.
+"""
 
 import difflib
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import jinja2
 import jinja2.meta
 import jinja2.sandbox
 
+from ptune_dist.data.sources import Rows
 from ptune_dist.errors import UserError
+
+MARKER_NAME = "prompt"
+# What {{ prompt }} is rendered as: private-use characters, which no filter alters and no text has in this order.
+MARKER = "\ue5a1\uf3c7\ue09d\uf61b\ue2f4\uf08e"
 
 
 @dataclass(frozen=True)
 class Template:
-    """A compiled template; `columns` are the names that it takes from a row, sorted."""
+    """A compiled template; `columns` are the names that it takes from a row, sorted, the marker's not among them."""
 
     source: str
     columns: tuple[str, ...]
     compiled: jinja2.Template = field(repr=False, compare=False)
+    has_marker: bool = False
 
     def render(self, row: Mapping[str, object]) -> str:
         """Raises jinja2's errors, or whatever an expression raises; `render_row` makes them the user's."""
-        return self.compiled.render({column: row[column] for column in self.columns if column in row})
+        values = {column: row[column] for column in self.columns if column in row}
+        return self.compiled.render(values | ({MARKER_NAME: MARKER} if self.has_marker else {}))
 
 
-def compile_template(source: str, *, key: str) -> Template:
-    """Compile the template written under config key `key`; UserError with the template's line on a syntax error."""
+def compile_template(source: str, *, key: str, marker: bool = False) -> Template:
+    """Compile the template written under config key `key`; with `marker` it must have one, `{{ prompt }}`.
+
+    Raises UserError: with the template's line on a syntax error, or for the marker that it lacks.
+    """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_refuse_null
     )
@@ -35,7 +49,10 @@ def compile_template(source: str, *, key: str) -> Template:
         compiled = environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{key}: line {error.lineno} of the template: {error.message}") from None
-    return Template(source, tuple(sorted(jinja2.meta.find_undeclared_variables(parsed))), compiled)
+    names = jinja2.meta.find_undeclared_variables(parsed)
+    if marker and MARKER_NAME not in names:
+        raise UserError(f"{key}: placement template needs {{{{ prompt }}}} where the virtual tokens stand")
+    return Template(source, tuple(sorted(names - {MARKER_NAME} if marker else names)), compiled, marker)
 
 
 def check_columns(template: Template, available: list[str], *, key: str, source_name: str) -> None:
@@ -62,6 +79,47 @@ def render_row(template: Template, row: Mapping[str, object], *, key: str, where
     except Exception as error:  # expressions are the user's code and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where()}: {key} cannot be rendered: {reason}") from None
+
+
+def render_batches(rows: Rows, templates: dict[str, Template], batch_rows: int) -> Iterator[tuple]:
+    """Yield (index of the first row, texts of the first template, texts of the second, ...), so many rows at a time.
+
+    `templates` are by config key. Raises UserError as `render_row` does.
+    """
+    used = {column for template in templates.values() for column in template.columns}
+    dataset = rows.dataset.select_columns([column for column in rows.columns() if column in used])
+    for first in range(0, len(rows), batch_rows):
+        count = min(batch_rows, len(rows) - first)
+        columns = dataset[first : first + count] if used else {}
+        batch = [{column: values[i] for column, values in columns.items()} for i in range(count)]
+        yield (
+            first,
+            *(
+                [
+                    render_row(template, row, key=key, where=functools.partial(rows.where, index))
+                    for index, row in enumerate(batch, first)
+                ]
+                for key, template in templates.items()
+            ),
+        )
+
+
+def split_input(text: str, placement: str, *, key: str, where: Callable[[], str]) -> tuple[str, str]:
+    """A rendered input's text before the virtual tokens and its text after them.
+
+    Under placement template it is split at its marker; UserError when the row's rendering has not exactly one.
+    """
+    if placement in ("prefix", "encoder"):
+        return "", text
+    if placement in ("infix", "decoder"):
+        return text, ""
+    assert placement == "template", placement
+    parts = text.split(MARKER)
+    if len(parts) != 2:
+        raise UserError(
+            f"{where()}: {key} renders {{{{ prompt }}}} {len(parts) - 1} times for this row; it must do so exactly once"
+        )
+    return parts[0], parts[1]
 
 
 def _refuse_null(value: object) -> object:

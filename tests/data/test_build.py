@@ -1,9 +1,11 @@
 """What the config's `data` section becomes, by the family of the base."""
 
+import hashlib
+
 import pytest
 
 from ptune_dist.config import DataConfig
-from ptune_dist.data.build import build_inputs, build_label_candidates, build_split
+from ptune_dist.data.build import build_inputs, build_label_candidates, build_split, build_templates
 from ptune_dist.errors import UserError
 from ptune_dist.tiny.make import build_tokenizer
 
@@ -57,8 +59,64 @@ def test_inputs_alone_are_those_that_training_saw(data, family):
     section = data(labels=["no", "yes"])
     split = build_split(section, TOKENIZER, which="train", family=family)
     inputs = build_inputs(section, split.rows, TOKENIZER, family)
-    assert inputs == [split.examples.input_ids(i).tolist() for i in (0, 1)]
-    assert decode(inputs[0]) == "ab:"
+    assert inputs == [([], split.examples.input_ids(i).tolist()) for i in (0, 1)]
+    assert decode(inputs[0][1]) == "ab:"
+
+
+@pytest.mark.parametrize(
+    ("family", "placement", "template", "parts"),
+    [
+        ("causal", "infix", "{{ text }}:", ("ab:", "")),
+        ("seq2seq", "decoder", "{{ text }}:", ("ab:", "")),
+        ("seq2seq", "encoder", "{{ text }}:", ("", "ab:")),
+        ("causal", "template", "{{ text }}{{ prompt }}:", ("ab", ":")),
+    ],
+)
+def test_a_placement_splits_inputs_alone_and_candidates_as_training_does(data, family, placement, template, parts):
+    section = data(labels=["no", "yes"], template=template)
+    split = build_split(section, TOKENIZER, which="train", family=family, placement=placement)
+    wanted = [(split.examples.context_ids(i).tolist(), split.examples.rest_ids(i).tolist()) for i in (0, 1)]
+    assert tuple(map(decode, wanted[0])) == parts
+    assert build_inputs(section, split.rows, TOKENIZER, family, placement) == wanted
+    candidates, _ = build_label_candidates(section, split, TOKENIZER, family, placement)
+    for examples in candidates:
+        assert [(examples.context_ids(i).tolist(), examples.rest_ids(i).tolist()) for i in (0, 1)] == wanted
+
+
+def test_the_digest_changes_with_the_split_and_is_the_old_one_without_contexts(data):
+    templates = ["{{ text }}:", "{{ prompt }}{{ text }}:", "{{ text }}{{ prompt }}:", "{{ text }}:{{ prompt }}"]
+    placements = ["prefix", "template", "template", "template"]
+    prefix, first, middle, last = (
+        build_split(data(template=template), TOKENIZER, which="train", placement=placement)
+        for template, placement in zip(templates, placements, strict=True)
+    )
+    assert prefix.digest() == first.digest() == hash_ids_and_offsets(prefix.examples)
+    assert len({split.digest() for split in (prefix, middle, last)}) == 3
+    assert build_split(data(), TOKENIZER, which="train", placement="infix").digest() == last.digest()
+
+
+def hash_ids_and_offsets(examples) -> str:
+    """What runs of before there were contexts have stored."""
+    return hashlib.sha256(examples.ids.tobytes() + examples.offsets.tobytes()).hexdigest()[:16]
+
+
+def test_a_prompt_without_its_place_is_refused_and_no_column_is_looked_for(data):
+    assert build_templates(data(template="{{ prompt }}{{ text }}"), "template")[0].columns == ("text",)
+    assert build_templates(data(template="{{ prompt }}{{ text }}"))[0].columns == ("prompt", "text")
+    with pytest.raises(UserError, match="^data.template: placement template needs {{ prompt }} where the virtual"):
+        build_split(data(), TOKENIZER, which="train", placement="template")
+    with pytest.raises(UserError, match="^data.target uses column 'prompt', which "):
+        section = data(template="{{ prompt }}{{ text }}", target="{{ prompt }}")
+        build_split(section, TOKENIZER, which="train", placement="template")
+    with pytest.raises(UserError, match="^data.template and data.target are needed"):
+        build_split(data(target=None, template=None), TOKENIZER, which="train", placement="template")
+
+
+def test_plain_text_has_no_context_and_no_place_for_a_marker(data):
+    section = data("some text", "a.txt")
+    assert not build_split(section, TOKENIZER, which="train", placement="infix").examples.num_context.any()
+    with pytest.raises(UserError, match="data.train: .*a.txt is plain text, which has no template for {{ prompt }}"):
+        build_split(section, TOKENIZER, which="train", placement="template")
 
 
 @pytest.mark.parametrize("family", ["causal", "encoder"])

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ptune_dist.data import encode
 from ptune_dist.data.encode import (
+    Examples,
+    common_context,
     encode_inputs,
     encode_rows,
     encode_text_blocks,
@@ -131,7 +133,7 @@ def test_batches_of_rows_join_without_a_seam(write, monkeypatch):
     expected = [("<bos>" + "x" * i, f"{i}<eos>") for i in range(8)]
     assert texts_of(tokenizer, encode_rows(rows, tokenizer, **compile_pair(), max_length=99)) == expected
     inputs = encode_inputs(rows, tokenizer, template=compile_pair()["template"], max_length=99)
-    assert tokenizer.batch_decode(inputs) == [text for text, _ in expected]
+    assert tokenizer.batch_decode([rest for _, rest in inputs]) == [text for text, _ in expected]
 
 
 def test_templates_without_columns_are_rendered_for_every_row(write):
@@ -275,6 +277,177 @@ def test_widths_are_those_of_inputs_and_of_targets(write):
     assert examples.widths.tolist() == [[3, 2], [1, 3]]
 
 
+# Contexts: what precedes the virtual tokens
+
+
+def encode_split(rows, tokenizer, *, placement="template", template="{{ text }}", **options):
+    compiled = {
+        "template": compile_template(template, key="data.template", marker=placement == "template"),
+        "target": compile_template("{{ label }}", key="data.target"),
+    }
+    return encode_rows(rows, tokenizer, **compiled, placement=placement, **{"max_length": 99} | options)
+
+
+def parts_of(tokenizer, examples):
+    """(context, rest) of every example as text, special tokens shown."""
+    for i in range(len(examples)):
+        assert [*examples.context_ids(i), *examples.rest_ids(i)] == examples.input_ids(i).tolist()
+        assert len(examples.context_ids(i)) == examples.num_context[i]
+    return [
+        (tokenizer.decode(examples.context_ids(i)), tokenizer.decode(examples.rest_ids(i)))
+        for i in range(len(examples))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "placement", "template", "single", "parts"),
+    [
+        ("causal", "prefix", "{{ text }}:", "$A", ("", "ab:")),
+        ("causal", "prefix", "{{ text }}:", "<bos> $A <sep>", ("", "<bos>ab:")),
+        ("causal", "infix", "{{ text }}:", "$A", ("ab:", "")),
+        ("causal", "infix", "{{ text }}:", "<bos> $A <sep>", ("<bos>ab:", "")),
+        ("causal", "template", "{{ text }}{{ prompt }}:", "$A", ("ab", ":")),
+        ("causal", "template", "{{ text }}{{ prompt }}:", "<bos> $A <sep>", ("<bos>ab", ":")),
+        ("seq2seq", "encoder", "{{ text }}:", "<bos> $A <sep>", ("", "<bos>ab:<sep>")),
+        ("seq2seq", "decoder", "{{ text }}:", "<bos> $A <sep>", ("<bos>ab:<sep>", "")),
+        ("seq2seq", "decoder", "{{ text }}:", "$A <eos>", ("ab:<eos>", "")),
+        ("seq2seq", "template", "{{ text }}{{ prompt }}:", "<bos> $A <sep>", ("<bos>ab", ":<sep>")),
+        ("seq2seq", "template", "{{ text }}:{{ prompt }}", "<bos> $A <sep>", ("<bos>ab:", "<sep>")),
+    ],
+)
+def test_an_input_is_split_where_the_virtual_tokens_stand(write, family, placement, template, single, parts):
+    tokenizer = tokenizer_with(single)
+    rows = write(("ab", "c"))
+    options = {"placement": placement, "template": template, "family": family}
+    examples = encode_split(rows, tokenizer, **options)
+    assert parts_of(tokenizer, examples) == [parts]
+    assert tokenizer.decode(examples.target_ids(0)).endswith("c<eos>")
+    compiled = compile_template(template, key="data.template", marker=placement == "template")
+    pairs = encode_inputs(rows, tokenizer, **options | {"template": compiled}, max_length=99)
+    assert pairs == [(examples.context_ids(0).tolist(), examples.rest_ids(0).tolist())]
+
+
+@pytest.mark.parametrize("single", ["$A", "<bos> $A", "<bos> $A <sep>"])
+@pytest.mark.parametrize(
+    ("placement", "template"), [("prefix", "{{ prompt }}{{ text }}:"), ("infix", "{{ text }}:{{ prompt }}")]
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_marker_first_is_prefix_and_a_marker_last_is_infix(write, single, placement, template, side):
+    tokenizer, rows = tokenizer_with(single), write(("ab", "c"), ("abcdefgh", "x"), ("abc", "uvwxy"), ("", "z"))
+    options = {"max_length": 7, "truncation_side": side}
+    wanted = encode_split(rows, tokenizer, placement=placement, template="{{ text }}:", **options)
+    examples = encode_split(rows, tokenizer, template=template, **options)
+    for name in ("ids", "offsets", "num_targets", "num_context", "is_truncated"):
+        assert getattr(examples, name).tolist() == getattr(wanted, name).tolist()
+        assert getattr(examples, name).dtype == getattr(wanted, name).dtype
+    assert examples.num_context.dtype == np.int32
+    assert examples.num_truncated == 2
+
+
+def test_the_parts_are_tokenized_apart(write):
+    vocab = {"<eos>": 0, "a": 1, "b": 2, "ab": 3}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")])), eos_token="<eos>"
+    )
+    rows = write(("a", "b"))
+    assert encode_split(rows, tokenizer, placement="infix", template="ab").input_ids(0).tolist() == [3]
+    examples = encode_split(rows, tokenizer, template="a{{ prompt }}b")
+    assert (examples.context_ids(0).tolist(), examples.rest_ids(0).tolist()) == ([1], [2])
+
+
+def test_a_start_stands_with_the_rest_in_rows_that_have_no_context(write):
+    tokenizer = tokenizer_with("<bos> $A")
+    examples = encode_split(write(("ab", "x"), ("", "y")), tokenizer, template="{{ text }}{{ prompt }}:")
+    assert parts_of(tokenizer, examples) == [("<bos>ab", ":"), ("", "<bos>:")]
+
+
+def test_under_infix_a_start_is_context_even_of_an_empty_input(write):
+    tokenizer = tokenizer_with("<bos> $A")
+    assert parts_of(tokenizer, encode_split(write(("", "y")), tokenizer, placement="infix")) == [("<bos>", "")]
+
+
+@pytest.mark.parametrize(
+    ("context", "rest", "room", "left", "right"),
+    [
+        ("ab", "123456", 8, ("ab", "123456"), ("ab", "123456")),
+        ("ab", "123456", 7, ("ab", "23456"), ("ab", "12345")),
+        ("ab", "123456", 3, ("ab", "6"), ("ab", "1")),  # of the longer part down to nothing
+        ("ab", "123456", 2, ("ab", ""), ("ab", "")),
+        ("ab", "123456", 1, ("b", ""), ("a", "")),  # and only then of the other
+        ("abcdef", "12", 4, ("ef", "12"), ("ab", "12")),
+        ("abcdef", "12", 1, ("", "2"), ("", "1")),
+        ("abcdef", "12", 0, ("", ""), ("", "")),
+        ("abc", "123", 4, ("abc", "3"), ("abc", "1")),  # of equals the rest
+    ],
+)
+def test_the_longer_part_is_cut_first_and_special_tokens_stay(write, context, rest, room, left, right):
+    tokenizer, rows = tokenizer_with("<bos> $A <sep>"), write((context, "x"))
+    options = {"template": "{{ text }}{{ prompt }}" + rest, "family": "seq2seq", "max_length": room + 5}
+    for side, (kept_context, kept_rest) in (("left", left), ("right", right)):
+        examples = encode_split(rows, tokenizer, truncation_side=side, **options)
+        assert parts_of(tokenizer, examples) == [("<bos>" + kept_context, kept_rest + "<sep>")]
+        assert examples.is_truncated.tolist() == [room < len(context + rest)]
+
+
+def test_rows_that_render_no_single_marker_are_named(write):
+    rows = write(("ab", "x"), ("", "y"))
+    template = "{% if text %}{{ prompt }}{% endif %}:"
+    message = error_of(encode_split, rows, tokenizer_with(), template=template)
+    assert message.startswith(f"{rows.name} line 3: data.template renders {{{{ prompt }}}} 0 times for this row; ")
+    compiled = compile_template("{{ prompt }}{{ text and prompt }}", key="a.template", marker=True)
+    options = {"template": compiled, "max_length": 9, "placement": "template", "template_key": "a.template"}
+    message = error_of(encode_inputs, rows, tokenizer_with(), **options)
+    assert message.startswith(f"{rows.name} line 2: a.template renders {{{{ prompt }}}} 2 times for this row; ")
+
+
+def test_a_column_named_prompt_is_a_column_under_prefix():
+    rows = Rows("rows", datasets.Dataset.from_dict({"prompt": ["ab", "c"], "label": ["x", "y"]}), "rows")
+    tokenizer = tokenizer_with()
+    examples = encode_split(rows, tokenizer, placement="prefix", template="{{ prompt }}:")
+    assert parts_of(tokenizer, examples) == [("", "ab:"), ("", "c:")]
+
+
+@pytest.mark.parametrize(
+    ("texts", "shared"),
+    [
+        (["abX", "abY", "abXZ"], "<bos>Do: ab"),
+        (["ab", "ab"], "<bos>Do: ab"),
+        (["ab", ""], "<bos>Do: "),
+        (["abcdefghijkl", "abX", "abY"], "<bos>Do: ab"),  # the first is cut
+        (["abcdefghijkl", "mnopqrstuvwx"], ""),  # all are
+    ],
+)
+def test_the_common_context_is_what_all_whole_rows_begin_with(write, texts, shared):
+    tokenizer = tokenizer_with("<bos> $A")
+    rows = write(*[(text, "x") for text in texts])
+    examples = encode_split(rows, tokenizer, template="Do: {{ text }}{{ prompt }}:", max_length=12)
+    common = common_context(examples)
+    assert common.dtype == np.int32
+    assert tokenizer.decode(common) == shared
+    assert examples.is_truncated.tolist() == [len(text) > 4 for text in texts]
+
+
+def test_there_is_no_common_context_where_a_row_has_none_or_another(write):
+    rows, tokenizer = write(("ab", "x"), ("cd", "y"), ("", "z")), tokenizer_with()
+    assert len(common_context(encode_split(rows, tokenizer, placement="prefix"))) == 0
+    assert len(common_context(encode_split(rows, tokenizer, placement="infix"))) == 0
+    assert len(common_context(encode_split(rows, tokenizer, template="{{ text }}{{ prompt }}:"))) == 0
+
+
+def test_examples_made_without_contexts_have_none():
+    examples = Examples(np.arange(5, dtype=np.int32), np.array([0, 3, 5]), np.array([1, 2], np.int32), 0, str)
+    assert (examples.num_context.tolist(), examples.num_truncated) == ([0, 0], 0)
+    assert (examples.context_ids(0).tolist(), examples.rest_ids(0).tolist()) == ([], [0, 1])
+    copy = pickle.loads(pickle.dumps(examples))
+    assert copy.num_context.tolist() == [0, 0]
+
+
+def test_lines_are_counted_for_messages_alone(write, monkeypatch):
+    rows, tokenizer = write(("ab", "no"), ("c", "yes")), tokenizer_with()
+    monkeypatch.setattr(Rows, "where", lambda *_: pytest.fail("a row was looked up"))
+    encode_split(rows, tokenizer, template="{{ prompt }}{{ text }}", family="encoder", labels=["yes", "no"])
+
+
 # Inputs alone
 
 
@@ -282,13 +455,16 @@ def test_inputs_alone_need_no_target_column_and_are_cut_to_max_length():
     rows = Rows("prompts", datasets.Dataset.from_dict({"text": ["abcdef", "ab", ""]}), "rows")
     tokenizer, template = tokenizer_with("<bos> $A <sep>"), compile_template("{{ text }}:", key="data.template")
     options = {"template": template, "max_length": 5}
-    left = encode_inputs(rows, tokenizer, **options)
-    right = encode_inputs(rows, tokenizer, **options, truncation_side="right")
-    assert all(isinstance(ids, list) for ids in left)
-    assert tokenizer.batch_decode(left) == ["<bos>def:", "<bos>ab:", "<bos>:"]
-    assert tokenizer.batch_decode(right) == ["<bos>abcd", "<bos>ab:", "<bos>:"]
-    apart = encode_inputs(rows, tokenizer, **options, family="encoder")
-    assert tokenizer.batch_decode(apart) == ["<bos>ef:<sep>", "<bos>ab:<sep>", "<bos>:<sep>"]
+
+    def decoded(**more) -> list[tuple[str, str]]:
+        pairs = encode_inputs(rows, tokenizer, **options, **more)
+        assert all(isinstance(ids, list) for pair in pairs for ids in pair)
+        return [(tokenizer.decode(context), tokenizer.decode(rest)) for context, rest in pairs]
+
+    assert decoded() == [("", "<bos>def:"), ("", "<bos>ab:"), ("", "<bos>:")]
+    assert decoded(truncation_side="right") == [("", "<bos>abcd"), ("", "<bos>ab:"), ("", "<bos>:")]
+    assert decoded(family="encoder") == [("", "<bos>ef:<sep>"), ("", "<bos>ab:<sep>"), ("", "<bos>:<sep>")]
+    assert decoded(placement="infix") == [("<bos>def:", ""), ("<bos>ab:", ""), ("<bos>:", "")]
 
 
 # Blocks of text
@@ -333,4 +509,18 @@ def test_statistics_of_tokens(write):
         "target_tokens": {"p50": 2, "p90": 3, "max": 3, "total": 19},
         "num_truncated": 1,
         "truncated_share": 0.1,
+        "context_tokens": {"p50": 0, "p90": 0, "max": 0, "total": 0},
+        "num_distinct_contexts": 0,
+        "shared_context_tokens": 0,
     }
+
+
+def test_statistics_of_contexts(write):
+    rows = write(("ab", "x"), ("ab", "y"), ("abc", "x"), ("", "z"))
+    examples = encode_split(rows, tokenizer_with(), template="{{ text }}{{ prompt }}:")
+    statistics = token_statistics(examples)
+    assert statistics["input_tokens"] == {"p50": 3, "p90": 4, "max": 4, "total": 11}
+    assert statistics["context_tokens"] == {"p50": 2, "p90": 3, "max": 3, "total": 7}
+    assert (statistics["num_distinct_contexts"], statistics["shared_context_tokens"]) == (2, 0)
+    statistics = token_statistics(encode_split(rows, tokenizer_with(), template="Do: {{ text }}{{ prompt }}:"))
+    assert (statistics["num_distinct_contexts"], statistics["shared_context_tokens"]) == (3, 4)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ptune_dist.data.template import check_columns, compile_template, render_row
+from ptune_dist.data.template import MARKER, check_columns, compile_template, render_row, split_input
 from ptune_dist.errors import UserError
 
 
@@ -108,3 +108,74 @@ def test_row_is_named_only_when_something_is_wrong():
         raise AssertionError
 
     assert render_row(build("{{ a }}"), {"a": 1}, key="data.template", where=refuse) == "1"
+
+
+# Where the virtual tokens stand
+
+
+def split(source, placement="template", **row):
+    template = compile_template(source, key="data.template", marker=placement == "template")
+    options = {"key": "data.template", "where": lambda: "a.jsonl line 7"}
+    return split_input(render_row(template, row, **options), placement, **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ a }} {{ prompt }} {{ b }}", ("one ", " two")),
+        ("{{ a }} {{- prompt -}} {{ b }}", ("one", "two")),
+        ("{{ prompt }}{{ a }}", ("", "one")),
+        ("{{ a }}{{prompt}}", ("one", "")),
+        ("{% if a == 'one' %}{{ a }}{{ prompt }}{% else %}{{ prompt }}{% endif %}{{ b }}", ("one", "two")),
+        ("{% if a == 'ten' %}{{ a }}{{ prompt }}{% else %}{{ prompt }}{% endif %}{{ b }}", ("", "two")),
+        ("{% if prompt %}{{ a ~ prompt ~ b }}{% endif %}", ("one", "two")),
+        ("{{ (a ~ prompt ~ b) | upper | trim | e }}", ("ONE", "TWO")),
+    ],
+)
+def test_a_rendering_is_split_at_its_marker(source, expected):
+    assert split(source, a="one", b="two") == expected
+
+
+def test_the_marker_is_no_column_even_where_the_row_has_one_of_its_name():
+    template = compile_template("{{ prompt }}{{ a }}", key="data.template", marker=True)
+    assert template.columns == ("a",)
+    assert split("{{ a }}{{ prompt }}!", a="one", prompt="a column") == ("one", "!")
+    assert split("{{ prompt }}{{ a }}", a="one", prompt=None) == ("", "one")
+
+
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [("prefix", ("", "a column!")), ("encoder", ("", "a column!")), ("infix", ("a column!", "")),
+     ("decoder", ("a column!", ""))],
+)  # fmt: skip
+def test_elsewhere_prompt_is_a_column_like_any_other(placement, expected):
+    assert split("{{ prompt }}!", placement, prompt="a column") == expected
+
+
+@pytest.mark.parametrize("source", ["{{ a }}", "prompt", "{{ a.prompt }}", "{% set prompt = a %}{{ prompt }}"])
+def test_a_template_without_a_marker_is_refused(source):
+    with pytest.raises(UserError) as caught:
+        compile_template(source, key="data.template", marker=True)
+    assert str(caught.value) == "data.template: placement template needs {{ prompt }} where the virtual tokens stand"
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("{% if a == 'ten' %}{{ prompt }}{% endif %}{{ a }}", 0),
+        ("{{ a }}{{ prompt | length }}", 0),
+        ("{{ prompt }}{{ a }}{{ prompt }}", 2),
+        ("{% for letter in a %}{{ letter }}{{ prompt }}{% endfor %}", 3),
+    ],
+)
+def test_a_row_that_renders_no_marker_or_several_is_named(source, count):
+    with pytest.raises(UserError) as caught:
+        split(source, a="one")
+    assert str(caught.value) == (
+        f"a.jsonl line 7: data.template renders {{{{ prompt }}}} {count} times for this row; it must do so exactly once"
+    )
+
+
+def test_data_that_holds_the_marker_itself_is_refused():
+    with pytest.raises(UserError, match="a.jsonl line 7: data.template renders .* 2 times"):
+        split("{{ a }}{{ prompt }}", a=MARKER)

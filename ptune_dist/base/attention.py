@@ -1,0 +1,178 @@
+"""Attention over segments: texts stand one after another without padding and share what precedes them.
+
+Floor 2. `attend` is an attention function of transformers' own interface. Without a layout it is torch's
+scaled-dot-product attention. With one, all texts of a pass are one row of N live positions, each there once, and the
+layout says which keys a position reads; linear layers, norms and rotations need not know.
+
+Shapes: N live positions, E entries of a padded call, Q queries and J keys of an entry, H heads, G key/value heads,
+D width of a head, L layers, C positions of a context.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "ptune_segments"
+BUCKET_SPREAD = 2.0  # entries of one padded call differ in work by no more than this factor
+
+
+class KeysValues(NamedTuple):
+    """What later positions need of C earlier ones: keys and values of every layer, [L, C, G, D] each."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[1]
+
+
+class Segment(NamedTuple):
+    """A run of live positions. It reads itself causally, and before that all of what it names, in this order.
+
+    contexts: numbers of keys/values given from outside. parents: runs (start, length) of live positions.
+    offset: its first position in its text.
+    """
+
+    start: int
+    length: int
+    contexts: tuple[int, ...] = ()
+    parents: tuple[tuple[int, int], ...] = ()
+    offset: int = 0
+
+
+def attend(module, query, key, value, attention_mask, *, scaling=None, segments=None, sliding_window=None, **others):
+    """transformers' attention function: query [B, H, N, D], key and value [B, G, N, D] -> ([B, N, H, D], None)."""
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **others
+        )
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    scale = scaling if scaling is not None else 1 / math.sqrt(q.shape[-1])
+    return segments.attend(q, k, v, layer=module.layer_idx, scale=scale, window=sliding_window)[None], None
+
+
+def use_segments(model: PreTrainedModel) -> bool:
+    """Have a model's layers call `attend`, where they can; False where they compute attention in a way of their own."""
+    settings = model.config.get_text_config()
+    capped = getattr(settings, "attn_logit_softcapping", None) is not None
+    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    if not model._supports_attention_backend or capped or sinks:
+        return False
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    return True
+
+
+class CausalSegments:
+    """Segments that read live ones before them, and perhaps one lead that all of them share.
+
+    For devices without a kernel for ragged rows: entries of like size are padded to one call.
+    """
+
+    def __init__(self, segments: list[Segment], lead: KeysValues | None, device: torch.device):
+        num_lead = lead.length if lead else 0
+        self._lead = lead
+        self._buckets = [Bucket(bucket, num_lead, device) for bucket in split_buckets(segments)]
+        live = torch.cat([bucket.live for bucket in self._buckets])
+        sizes = [bucket.num_entries * bucket.num_queries for bucket in self._buckets]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        kept = torch.cat([start + bucket.kept for start, bucket in zip(starts, self._buckets, strict=True)])
+        self._places = kept[live.argsort()].to(device)
+
+    def attend(self, q, k, v, *, layer: int, scale: float, window: int | None) -> torch.Tensor:
+        """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
+        if self._lead is not None:
+            k, v = torch.cat([self._lead.keys[layer], k]), torch.cat([self._lead.values[layer], v])
+        padded = [bucket.attend(q, k, v, scale, window).flatten(0, 1) for bucket in self._buckets]
+        return torch.cat(padded).index_select(0, self._places)
+
+
+def split_buckets(segments: list[Segment]) -> list[list[Segment]]:
+    """Segments of one offset and like size together: they take one mask, and padding them wastes little."""
+    buckets: list[list[Segment]] = []
+    for segment in sorted(segments, key=lambda s: (s.offset, -s.length, s.start)):
+        first = buckets[-1][0] if buckets else None
+        if first is None or first.offset != segment.offset or work_of(first) > BUCKET_SPREAD * work_of(segment):
+            buckets.append([])
+        buckets[-1].append(segment)
+    return buckets
+
+
+def work_of(segment: Segment) -> int:
+    return segment.length * (segment.offset + segment.length)
+
+
+class Bucket:
+    """Segments of one offset as the entries of one padded call; keys are numbered [lead, live positions].
+
+    live: the live positions of all entries [n]. kept: where they stand among the E * Q padded queries [n].
+    """
+
+    def __init__(self, segments: list[Segment], num_lead: int, device: torch.device):
+        longest = max(s.length for s in segments)
+        self._offset = segments[0].offset
+        # torch's causal kernel skips what is masked but wants a square: where little precedes, it is worth as many
+        # idle queries in front.
+        self._is_square = self._offset <= longest // 2
+        self._num_idle = self._offset if self._is_square else 0
+        self.num_entries, self.num_queries, self._longest = len(segments), self._num_idle + longest, longest
+        self._masks: dict = {}
+        self.live = torch.cat([torch.arange(s.start, s.start + s.length) for s in segments])
+        self.kept = torch.cat(
+            [e * self.num_queries + self._num_idle + torch.arange(s.length) for e, s in enumerate(segments)]
+        )
+        queries, keys = [], []
+        for s in segments:
+            # Padding repeats a position of the entry's own: where another's is not a number, this one's still is.
+            own = pad_index(torch.arange(s.start, s.start + s.length), longest)
+            before = [torch.arange(num_lead)] if s.contexts else []
+            before += [num_lead + torch.arange(start, start + length) for start, length in s.parents]
+            queries.append(torch.cat([own[:1].expand(self._num_idle), own]))
+            keys.append(torch.cat([*before, num_lead + own]))
+        self._queries, self._keys = torch.cat(queries).to(device), torch.cat(keys).to(device)
+
+    def attend(self, q, k, v, scale: float, window: int | None) -> torch.Tensor:
+        """[E, Q, H, D]."""
+        q, k, v = (
+            whole.index_select(0, index).unflatten(0, (self.num_entries, -1)).transpose(1, 2)
+            for whole, index in ((q, self._queries), (k, self._keys), (v, self._keys))
+        )
+        repeats = q.shape[1] // k.shape[1]
+        if repeats > 1:
+            k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
+        if self._is_square and window is None:
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        else:
+            out = scaled_dot_product_attention(q, k, v, attn_mask=self._mask(q, window), scale=scale)
+        return out.transpose(1, 2)
+
+    def _mask(self, q: torch.Tensor, window: int | None) -> torch.Tensor:
+        """What is added to the scores [Q, J]."""
+        if (q.dtype, window) not in self._masks:
+            first = self._offset - self._num_idle
+            queries = torch.arange(first, first + self.num_queries, device=q.device)[:, None]
+            keys = torch.arange(self._offset + self._longest, device=q.device)
+            self._masks[q.dtype, window] = additive(reads(queries, keys, window), q.dtype)
+        return self._masks[q.dtype, window]
+
+
+def reads(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Whether positions `queries` of a text read its positions `keys`."""
+    causal = keys <= queries
+    return causal if window is None else causal & (queries - keys < window)
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+
+
+def pad_index(index: torch.Tensor, length: int) -> torch.Tensor:
+    """An index repeated from its first on to `length`."""
+    return torch.cat([index, index[:1].expand(length - len(index))])

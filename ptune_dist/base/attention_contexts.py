@@ -1,0 +1,83 @@
+"""Attention of short live segments over long contexts, for devices without a kernel for ragged rows.
+
+Floor 2. All segments that read one context read the same copy of its keys and values, however many there are, and no
+segment's numbers enter another's sums.
+
+Shapes: E contexts, M segments over each, S positions of a segment, C positions of a context, N live positions, H heads,
+G key/value heads, R = H / G, D width of a head.
+"""
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ptune_dist.base.attention import KeysValues, Segment, additive, pad_index, reads
+
+
+class ContextSegments:
+    """Segments that read contexts given from outside, and themselves."""
+
+    def __init__(self, segments: list[Segment], outside: list[KeysValues], device: torch.device):
+        groups: dict[tuple[int, ...], list[Segment]] = {}
+        for segment in segments:
+            groups.setdefault(segment.contexts, []).append(segment)
+        self._outside, self._named = outside, list(groups)
+        self._shape = (len(groups), max(map(len, groups.values())), max(s.length for s in segments))
+        self._lengths = torch.tensor([group[0].offset for group in groups.values()], device=device)
+        self._masks: dict = {}
+        index, live, kept = [], [], []
+        _, num_members, longest = self._shape
+        for e, group in enumerate(groups.values()):
+            for m in range(num_members):
+                s = group[min(m, len(group) - 1)]  # where a context has fewer segments, its last one again
+                index.append(pad_index(torch.arange(s.start, s.start + s.length), longest))
+                if m < len(group):
+                    live.append(torch.arange(s.start, s.start + s.length))
+                    kept.append((e * num_members + m) * longest + torch.arange(s.length))
+        self._index = torch.cat(index).to(device)
+        self._places = torch.cat(kept)[torch.cat(live).argsort()].to(device)
+
+    def attend(self, q, k, v, *, layer: int, scale: float, window: int | None) -> torch.Tensor:
+        """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
+        num_contexts, num_members, longest = self._shape
+        repeats = q.shape[1] // k.shape[1]
+        q, k, v = (t.index_select(0, self._index).unflatten(0, self._shape) for t in (q, k, v))
+        q = q.unflatten(3, (-1, repeats)).permute(0, 3, 1, 4, 2, 5)  # [E, G, M, R, S, D]
+        k, v = k.permute(0, 3, 1, 4, 2), v.permute(0, 3, 1, 2, 4)  # [E, G, M, D, S], [E, G, M, S, D]
+        context_k, context_v = self._pad(layer)  # [E, G, D, C], [E, G, C, D]
+        context_mask, own_mask = self._mask(q.dtype, window, context_v.shape[2])
+        over_context = (q.flatten(2, 4) @ context_k).unflatten(2, q.shape[2:5])  # [E, G, M, R, S, C]
+        over_own = (q.flatten(3, 4) @ k).unflatten(3, q.shape[3:5])  # [E, G, M, R, S, S]
+        scores = torch.cat([over_context * scale + context_mask, over_own * scale + own_mask], dim=-1)
+        shares = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+        of_context, of_own = shares.split([context_v.shape[2], longest], dim=-1)
+        out = (of_context.flatten(2, 4) @ context_v).unflatten(2, q.shape[2:5])
+        out = out + (of_own.flatten(3, 4) @ v).unflatten(3, q.shape[3:5])
+        out = out.permute(0, 2, 4, 1, 3, 5).reshape(-1, q.shape[1] * repeats, q.shape[-1])  # [E * M * S, H, D]
+        return out.index_select(0, self._places)
+
+    def _pad(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys [E, G, D, C] and values [E, G, C, D] of all contexts."""
+        keys, values = (
+            pad_sequence([join([part[which][layer] for part in parts]) for parts in self._parts()], batch_first=True)
+            for which in (0, 1)
+        )
+        return keys.permute(0, 2, 3, 1), values.permute(0, 2, 1, 3)
+
+    def _parts(self) -> list[list[KeysValues]]:
+        return [[self._outside[number] for number in named] for named in self._named]
+
+    def _mask(self, dtype: torch.dtype, window: int | None, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is added to the scores over contexts [E, 1, 1, 1, 1 or S, C] and over own positions [S, S]."""
+        if (dtype, window) not in self._masks:
+            own, keys = (torch.arange(n, device=self._lengths.device) for n in (self._shape[2], width))
+            before = keys < self._lengths[:, None, None]  # [E, 1, C]
+            if window is not None:
+                before = before & reads(self._lengths[:, None, None] + own[:, None], keys, window)
+            self._masks[dtype, window] = (
+                additive(before, dtype)[:, None, None, None], additive(reads(own[:, None], own, window), dtype),
+            )  # fmt: skip
+        return self._masks[dtype, window]
+
+
+def join(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

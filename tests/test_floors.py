@@ -19,7 +19,7 @@ DESIGNED = {
     "tiny": 2,  # the maker of the shipped base, beside the house: it imports nothing of it
 }  # fmt: skip
 OUTSIDE = ("__init__", "__main__")  # the version and the door
-WITHOUT_TORCH = ("config", "deepspeed_json", "errors", "files", "hub", "topology")
+WITHOUT_TORCH = ("config", "config_file", "deepspeed_json", "errors", "files", "hub", "sweep", "topology")
 MAY_IMPORT_DEEPSPEED = ("engine", "distributed", "base", "bench")
 
 

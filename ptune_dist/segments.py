@@ -234,7 +234,7 @@ class PromptedModel(nn.Module):
         parts = tokens.split([len(text) for text in texts])
         rows = [torch.cat([virtual[member], part]) for member, part in zip(members, parts, strict=True)]
         mask = pad_rows([np.ones(len(row)) for row in rows], 0)[0]
-        unread = sum(vector.sum() for vector in virtual) * 0.0  # DeepSpeed wants a gradient for every parameter
+        unread = sum(vector[:0].sum() for vector in virtual)  # 0: DeepSpeed wants a gradient for every parameter
         return pad_sequence(rows, batch_first=True) + unread, self._tensor(mask)
 
     def _head_losses(self, batch: Batch, starts: list[int], **inputs) -> tuple[torch.Tensor, np.ndarray]:

@@ -1,0 +1,121 @@
+"""Every kind of attention over segments gives what each query's own keys give it, looked up one query at a time."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ptune_dist.base.attention import CausalSegments, KeysValues, Segment
+from ptune_dist.base.attention_contexts import ContextSegments
+from ptune_dist.base.attention_flex import FlexSegments
+from ptune_dist.base.attention_layouts import RecordedSegments, build_attention, join_parts
+from ptune_dist.layout import lay_out
+from tests.numerics.passes import NUM_VIRTUAL, draw_batch
+
+CPU = torch.device("cpu")
+LAYER, SCALE, WIDTH = 1, 0.4, 8
+CASES = ["prefix", "shared", "infix", "template"]
+
+
+def draw_outside(lengths: list[int], num_heads: int) -> list[KeysValues]:
+    return [KeysValues(*torch.randn(2, 2, length, num_heads, WIDTH)) for length in lengths]
+
+
+def draw_case(case: str, num_heads: int) -> tuple[list[Segment], list[KeysValues]]:
+    """The segments of a micro-batch, and its contexts: a lead that all share and what follows it in each."""
+    batch, lead = draw_batch(case)
+    own = [len(context) - len(lead) for context in batch.contexts]
+    if case == "prefix":
+        outside, numbers = [], [()] * len(own)
+    elif case == "shared":
+        outside, numbers = draw_outside([len(lead)], num_heads), [(0,)] * len(own)
+    else:
+        outside = draw_outside([len(lead), *own], num_heads)
+        numbers = [(0, number) for number in range(1, len(own) + 1)]
+    return lay_out(batch, list(NUM_VIRTUAL), numbers).segments, outside
+
+
+def draw_live(segments: list[Segment], num_queries: int, num_heads: int) -> list[torch.Tensor]:
+    num_live = max(s.start + s.length for s in segments)
+    return [torch.randn(num_live, heads, WIDTH) for heads in (num_queries, num_heads, num_heads)]
+
+
+def look_up(segments, outside, q, k, v, window: int | None) -> torch.Tensor:
+    """[N, H, D]: for each live position, softmax over exactly the keys that stand before it in its text."""
+    out, repeats = torch.zeros_like(q), q.shape[1] // k.shape[1]
+    for s in segments:
+        parts = [(outside[number].keys[LAYER], outside[number].values[LAYER]) for number in s.contexts]
+        parts += [(k[start : start + length], v[start : start + length]) for start, length in s.parents]
+        keys = torch.cat([*(part[0] for part in parts), k[s.start : s.start + s.length]])
+        values = torch.cat([*(part[1] for part in parts), v[s.start : s.start + s.length]])
+        assert len(keys) == s.offset + s.length
+        for own in range(s.length):
+            end = s.offset + own + 1
+            begin = max(0, end - window) if window else 0
+            for head in range(q.shape[1]):
+                scores = keys[begin:end, head // repeats] @ q[s.start + own, head] * SCALE
+                out[s.start + own, head] = scores.softmax(0) @ values[begin:end, head // repeats]
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 6, 30])
+@pytest.mark.parametrize("num_queries, num_heads", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("case", CASES)
+def test_flex_and_padded_attention_give_each_query_its_own_keys(case, num_queries, num_heads, window):
+    torch.manual_seed(0)
+    segments, outside = draw_case(case, num_heads)
+    q, k, v = draw_live(segments, num_queries, num_heads)
+    wanted = look_up(segments, outside, q, k, v, window)
+    assert {"prefix": CausalSegments, "shared": CausalSegments}.get(case, ContextSegments) is type(
+        build_attention(segments, outside, CPU)
+    )
+    kinds = [build_attention(segments, outside, CPU), FlexSegments(segments, outside, CPU)]
+    for attention in kinds:
+        with torch.no_grad():
+            found = attention.attend(q, k, v, layer=LAYER, scale=SCALE, window=window)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6, msg=lambda m, a=attention: f"{a}: {m}")
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (1, 33, 7, 60), (12,)])
+def test_contexts_with_and_without_a_lead_are_computed_and_recorded_alike(lengths, window):
+    torch.manual_seed(0)
+    starts = np.cumsum([0, *lengths]).tolist()
+    for num_lead in (0, 9):
+        named = (0,) if num_lead else ()
+        segments = [Segment(start, n, named, (), num_lead) for start, n in zip(starts, lengths, strict=False)]
+        outside = draw_outside([num_lead], 2) if num_lead else []
+        q, k, v = draw_live(segments, 4, 2)
+        wanted = look_up(segments, outside, q, k, v, window)
+        recorded = RecordedSegments(segments, outside, CPU)
+        flex, causal = FlexSegments(segments, outside, CPU), CausalSegments(segments, join_parts(outside), CPU)
+        for attention in (recorded, flex, causal):
+            with torch.no_grad():
+                found = attention.attend(q, k, v, layer=LAYER, scale=SCALE, window=window)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
+        for (keys, values), s in zip(recorded.cut(), segments, strict=True):
+            assert torch.equal(keys, k[None, s.start : s.start + s.length])
+            assert torch.equal(values, v[None, s.start : s.start + s.length])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_a_number_in_one_segment_reaches_no_other(case):
+    torch.manual_seed(0)
+    segments, outside = draw_case(case, 2)
+    q, k, v = draw_live(segments, 4, 2)
+    broken = segments[0] if case in ("prefix", "shared") else segments[3]
+    run = slice(broken.start, broken.start + broken.length)
+    spoilt = [tensor.clone() for tensor in (q, k, v)]
+    for tensor in spoilt:
+        tensor[run] = math.nan
+    reads_it = [s for s in segments if s is broken or (broken.start, broken.length) in s.parents]
+    others = torch.ones(len(q), dtype=torch.bool)
+    for s in reads_it:
+        others[s.start : s.start + s.length] = False
+    assert others.any() and not others.all()
+    for kind in (build_attention, FlexSegments):
+        with torch.no_grad():
+            before = kind(segments, outside, CPU).attend(q, k, v, layer=LAYER, scale=SCALE, window=None)
+            after = kind(segments, outside, CPU).attend(*spoilt, layer=LAYER, scale=SCALE, window=None)
+        assert torch.equal(after[others], before[others]), kind

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ptune_dist.errors import UserError
-from ptune_dist.export import export_peft, export_prompt_embeds, head_modules
+from ptune_dist.export import check_for_peft, export_peft, export_prompt_embeds, head_modules
 
 VECTORS = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 FACTS = {
@@ -88,8 +88,8 @@ def look_up(embed: torch.nn.Embedding):
 
 
 def test_prompt_embeds_are_the_virtual_tokens_followed_by_each_inputs_embeddings(tmp_path):
-    embed = torch.nn.Embedding(10, 8)
-    export_prompt_embeds({"virtual_tokens": VECTORS}, look_up(embed), [[1, 2, 3], []], torch.float32, tmp_path)
+    embed, inputs = torch.nn.Embedding(10, 8), [([], [1, 2, 3]), ([], [])]
+    export_prompt_embeds({"virtual_tokens": VECTORS}, look_up(embed), inputs, torch.float32, tmp_path)
     tensors = load_file(tmp_path / "prompt_embeds.safetensors")
     assert set(tensors) == {"virtual_tokens", "prompt_embeds.0", "prompt_embeds.1"}
     assert torch.equal(tensors["virtual_tokens"], VECTORS)
@@ -97,9 +97,17 @@ def test_prompt_embeds_are_the_virtual_tokens_followed_by_each_inputs_embeddings
     assert torch.equal(tensors["prompt_embeds.1"], VECTORS)
 
 
+def test_prompt_embeds_of_a_context_have_it_before_the_virtual_tokens(tmp_path):
+    embed, inputs = torch.nn.Embedding(10, 8), [([1, 2, 3], []), ([4], [5, 6])]
+    export_prompt_embeds({"virtual_tokens": VECTORS}, look_up(embed), inputs, torch.float32, tmp_path)
+    tensors = load_file(tmp_path / "prompt_embeds.safetensors")
+    assert torch.equal(tensors["prompt_embeds.0"], torch.cat([embed.weight[[1, 2, 3]], VECTORS]))
+    assert torch.equal(tensors["prompt_embeds.1"], torch.cat([embed.weight[[4]], VECTORS, embed.weight[[5, 6]]]))
+
+
 def test_prompt_embeds_are_in_the_bases_dtype(tmp_path):
     embed = torch.nn.Embedding(10, 8, dtype=torch.bfloat16)
-    export_prompt_embeds({"virtual_tokens": VECTORS}, look_up(embed), [[5]], torch.bfloat16, tmp_path)
+    export_prompt_embeds({"virtual_tokens": VECTORS}, look_up(embed), [([], [5])], torch.bfloat16, tmp_path)
     tensors = load_file(tmp_path / "prompt_embeds.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert torch.equal(tensors["prompt_embeds.0"][4:], embed.weight[[5]])
@@ -108,6 +116,22 @@ def test_prompt_embeds_are_in_the_bases_dtype(tmp_path):
 def test_without_inputs_the_virtual_tokens_stand_alone(tmp_path):
     export_prompt_embeds({"virtual_tokens": VECTORS}, None, [], torch.float32, tmp_path)
     assert list(load_file(tmp_path / "prompt_embeds.safetensors")) == ["virtual_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        ("infix", "--to peft: PEFT has no placement infix: use --to prompt-embeds"),
+        ("template", "--to peft: PEFT has no placement template: use --to prompt-embeds"),
+        ("decoder", "--to peft: PEFT has no placement decoder"),
+    ],
+)
+def test_a_placement_that_peft_has_not_is_refused(placement, message):
+    with pytest.raises(UserError) as caught:
+        check_for_peft({"placement": placement})
+    assert str(caught.value) == message
+    check_for_peft({"placement": "prefix"})
+    check_for_peft({"placement": "encoder"})
 
 
 def test_an_earlier_export_is_replaced(tmp_path):

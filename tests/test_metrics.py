@@ -36,7 +36,7 @@ def scalars(run_dir, tag: str) -> dict[int, float]:
 def test_a_run_leaves_its_steps_in_metrics_jsonl_tensorboard_and_the_log(tmp_path, capsys):
     with MetricsWriter(tmp_path, max_steps=3, first_step=1) as metrics:
         for step in (1, 2, 3):
-            metrics.step(line(step))
+            metrics.step(line(step), {})
             assert read_metrics(tmp_path)[-1] == line(step)  # at once, not at the end
         metrics.evaluation(3, {"loss": 0.25, "exact_match": 0.5}, SAMPLES)
         metrics.say("all is well")
@@ -55,16 +55,31 @@ def test_a_run_leaves_its_steps_in_metrics_jsonl_tensorboard_and_the_log(tmp_pat
 def test_going_on_drops_what_was_written_beyond_the_checkpoint(tmp_path):
     with MetricsWriter(tmp_path, max_steps=9, first_step=1) as metrics:
         for step in range(1, 6):
-            metrics.step(line(step, loss=7.0))
+            metrics.step(line(step, loss=7.0), {})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # a kill in the middle of a line
     with MetricsWriter(tmp_path, max_steps=9, first_step=4) as metrics:
         for step in range(4, 10):
-            metrics.step(line(step))
+            metrics.step(line(step), {})
     assert [found["step"] for found in read_metrics(tmp_path)] == list(range(1, 10))
     assert read_metrics(tmp_path)[2:4] == [line(3, loss=7.0), line(4)]
     shown = scalars(tmp_path, "train/loss")
     assert list(shown) == list(range(1, 10)) and (shown[3], shown[4]) == (7.0, 0.25)
+
+
+def test_each_member_has_its_own_lines_and_going_on_drops_those_beyond_the_checkpoint_too(tmp_path):
+    members = {name: tmp_path / "members" / name for name in ("lr=0.1", "lr=0.2")}
+    with MetricsWriter(tmp_path, max_steps=4, first_step=1, members=members) as metrics:
+        for step in (1, 2, 3):
+            metrics.step(line(step), {name: line(step, loss=7.0) for name in members})
+    with MetricsWriter(tmp_path, max_steps=4, first_step=3, members=members) as metrics:
+        metrics.step(line(3), {"lr=0.1": line(3)})  # the other stands still
+        metrics.evaluation(3, {"loss": 0.5}, SAMPLES, member="lr=0.1")
+    assert read_metrics(tmp_path) == [line(1), line(2), line(3)]
+    assert read_metrics(members["lr=0.1"]) == [line(1, loss=7.0), line(2, loss=7.0), line(3)]
+    assert read_metrics(members["lr=0.2"]) == [line(1, loss=7.0), line(2, loss=7.0)]
+    assert scalars(tmp_path, "members/lr=0.1/loss") == pytest.approx({1: 7.0, 2: 7.0, 3: 1 / 3})
+    assert scalars(tmp_path, "members/lr=0.1/validation/loss") == {3: 0.5}
 
 
 def test_going_on_with_a_full_disk_loses_no_step(tmp_path):
@@ -108,9 +123,9 @@ def test_a_terminal_sees_a_bar_with_loss_speed_and_eta_and_the_log_stays_plain(t
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setenv("COLUMNS", "120")
         with MetricsWriter(tmp_path, max_steps=2, first_step=1) as metrics:
-            metrics.step(line(1))
+            metrics.step(line(1), {})
             metrics.say("[note] in brackets")
-            metrics.step(line(2))
+            metrics.step(line(2), {})
     reader.join(timeout=10)
     os.close(controller)
     shown = seen.decode()
@@ -133,5 +148,5 @@ def test_peak_memory_is_this_processes_in_bytes():
 
 def test_every_line_is_json_by_itself(tmp_path):
     with MetricsWriter(tmp_path, max_steps=1, first_step=1) as metrics:
-        metrics.step(line(1))
+        metrics.step(line(1), {})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == line(1)

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from ptune_dist.optimizer import Member, build_torch_optimizer, cut_partitions, join_partitions, learning_rate_at
+from ptune_dist.optimizer import (
+    Member,
+    PromptOptimizer,
+    build_torch_optimizer,
+    cut_partitions,
+    join_partitions,
+    learning_rate_at,
+)
 
 SHAPES = [[(1,)], [(7, 3)], [(20, 32)], [(5, 7), (3,), (1, 1), (2, 3, 5)], [(1, 1)], [(2,), (9, 9)]]
 
@@ -134,7 +141,38 @@ def test_a_member_is_whole_float32_and_its_own_whatever_it_was_made_from():
 def test_a_gradient_that_is_not_finite_moves_nothing(bad):
     member = build_member("adamw", 1.0)
     before = [p.detach().clone() for p in member.whole]
-    with pytest.raises(FloatingPointError, match="gradient"):
-        member.step([torch.full((2, 3), bad), torch.ones(6)])
+    member.step([torch.full((2, 3), bad), torch.ones(6)])
+    assert "gradient" in member.fault
     assert all(torch.equal(a, b) for a, b in zip(before, member.whole, strict=True))
     assert not member.torch_optimizer.state
+
+
+def test_a_step_that_leaves_the_finite_is_taken_back():
+    member = build_member("sgd", 0.0)
+    before = [p.detach().clone() for p in member.whole]
+    member.torch_optimizer.param_groups[0]["lr"] = 1e38
+    member.step([torch.ones(2, 3), torch.full((6,), 100.0)])
+    assert "prompt" in member.fault
+    assert all(torch.equal(a, b) for a, b in zip(before, member.whole, strict=True))
+
+
+def test_a_fault_is_that_of_the_last_step_alone():
+    member = build_member("adamw", 1.0)
+    member.step([torch.full((2, 3), math.nan), torch.ones(6)])
+    member.step([torch.ones(2, 3), torch.ones(6)])
+    assert member.fault is None
+
+
+def test_only_members_that_move_are_moved():
+    members = {name: build_member("adamw", 1.0) for name in ("one", "two")}
+    start = [p.detach().clone() for p in members["one"].whole]
+    masters = {name: [nn.Parameter(p.detach().clone()) for p in member.whole] for name, member in members.items()}
+    optimizer = PromptOptimizer(members, masters, stage=0, world_size=1, device=torch.device("cpu"))
+    optimizer.is_ready, members["one"].moves = True, False
+    for parameter in (p for own in masters.values() for p in own):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, moved in (("one", False), ("two", True)):
+        found = zip(start, members[name].whole, masters[name], strict=True)
+        assert all(torch.equal(whole, master) and torch.equal(p, whole) != moved for p, whole, master in found)
+    assert not members["one"].torch_optimizer.state

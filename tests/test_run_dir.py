@@ -8,20 +8,22 @@ from ptune_dist.config import Config, load_config
 from ptune_dist.errors import UserError
 from ptune_dist.run_dir import (
     check_run_dir,
+    find_member_dir,
     is_finished,
     lock_run_dir,
     read_run_config,
     read_summary,
     write_json,
-    write_run_config,
+    write_run_configs,
 )
+from ptune_dist.sweep import expand_sweep
 from tests.conftest import write_config
 
 
 def claim(config) -> None:
     """As a run begins."""
     with lock_run_dir(config):
-        write_run_config(config)
+        write_run_configs(config, expand_sweep(config))
 
 
 @pytest.fixture
@@ -59,10 +61,63 @@ def test_the_same_config_may_go_on(begun, load):
     check_run_dir(load())
 
 
+def test_every_member_of_a_sweep_keeps_the_config_that_it_would_have_alone(load):
+    config = load("sweep={seed: [0, 1]}")
+    claim(config)
+    assert read_run_config(Path(config.output_dir)) == config
+    for name, member in expand_sweep(config).items():
+        assert read_run_config(Path(config.output_dir) / "members" / name) == member
+        assert (member.sweep, member.seed) == (None, int(name[-1]))
+
+
+@pytest.mark.parametrize(
+    ("begun_with", "then"),
+    [(None, "{seed: [0, 1]}"), ("{seed: [0, 1]}", "{seed: [1, 0]}"), ("{seed: [0, 1]}", "{seed: [0, 1, 2]}"),
+     ("{seed: [0, 1], train.learning_rate: [0.1]}", "{train.learning_rate: [0.1], seed: [0, 1]}")],
+)  # fmt: skip
+def test_a_run_goes_on_with_the_members_that_it_began_with_in_their_order(load, begun_with, then):
+    config = load(f"sweep={begun_with or 'null'}")
+    claim(config)
+    (Path(config.output_dir) / "checkpoints").mkdir()
+    check_run_dir(config)
+    with pytest.raises(UserError, match="this run began with sweep"):
+        check_run_dir(load(f"sweep={then}"))
+
+
+def test_a_sweeps_folder_is_that_of_the_best_member_or_of_the_one_named(load):
+    config = load("sweep={seed: [0, 1]}")
+    claim(config)
+    run_dir = Path(config.output_dir)
+    assert find_member_dir(run_dir, "seed=1") == run_dir / "members" / "seed=1"
+    with pytest.raises(UserError, match="a sweep that has not ended has no best member"):
+        find_member_dir(run_dir, None)
+    with pytest.raises(UserError, match="--member: seed=7 is none of seed=0, seed=1"):
+        find_member_dir(run_dir, "seed=7")
+    write_json(run_dir / "summary.json", {"ranking": [{"member": "seed=1"}, {"member": "seed=0"}]})
+    assert find_member_dir(run_dir, None) == run_dir / "members" / "seed=1"
+
+
+def test_a_run_without_a_sweep_has_no_members(begun):
+    assert find_member_dir(Path(begun.output_dir), None) == Path(begun.output_dir)
+    with pytest.raises(UserError, match="is no sweep"):
+        find_member_dir(Path(begun.output_dir), "seed=0")
+
+
+def test_a_sweep_is_finished_when_no_member_goes_on(load):
+    config = load("sweep={seed: [0, 1]}", "data.validation=x.jsonl", "evaluate.patience=1")
+    claim(config)
+    summary = {"steps": 7, "evaluations_since_best": 1, "ranking": [{"ended": "weaker"}, {"ended": None}]}
+    write_json(Path(config.output_dir) / "summary.json", summary)
+    assert is_finished(config) is None
+    summary["ranking"][1]["ended"] = "no better"
+    write_json(Path(config.output_dir) / "summary.json", summary)
+    assert is_finished(config)["steps"] == 7
+
+
 @pytest.mark.parametrize(
     "override",
     ["train.max_steps=99", "train.micro_batch_tokens=77", "evaluate.every=3", "evaluate.metrics=[exact_match]",
-     "checkpoint.keep=7", "deepspeed={zero_optimization: {stage: 2}}"],
+     "checkpoint.keep=7", "train.context_cache_dir=null", "deepspeed={zero_optimization: {stage: 2}}"],
 )  # fmt: skip
 def test_what_does_not_change_what_is_learned_may_change(begun, load, override):
     check_run_dir(load(override))

@@ -60,8 +60,9 @@ def plan_micro_batches(
     pieces = [piece for unit in units for piece in split_unit(unit, cost, micro_batch_tokens)]
     sizes = {piece: cost([piece]) for piece in pieces}
     pieces.sort(key=lambda piece: -sizes[piece])
-    total = sum(sizes[piece] for piece in pieces)
-    num_windows = max(1, math.ceil(total / (world_size * micro_batch_tokens)))
+    # Together they cost less than apart where they share positions, and more where they are padded.
+    least = min(cost(pieces), sum(sizes[piece] for piece in pieces))
+    num_windows = max(1, math.ceil(least / (world_size * micro_batch_tokens)))
     while True:
         windows = cut_evenly(pieces, sizes, num_windows)
         plan = [deal(window, sizes, world_size, keep_owners) for window in windows]

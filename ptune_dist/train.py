@@ -190,7 +190,8 @@ def judge_members(
     config, step = job.config, progress.step
     found: dict[str, Evaluation] = {}
     for judge in {id(judge): judge for judge in judges.values()}.values():
-        found |= judge(job.engine, [name for name in progress.live if judges.get(name) is judge])
+        if judged := [name for name in progress.live if judges.get(name) is judge]:
+            found |= judge(job.engine, judged)
     for name, (values, samples) in found.items():
         if world.is_main:
             metrics.evaluation(step, values, samples, member=name if config.sweep else None)

@@ -128,7 +128,7 @@ def test_a_checkpoint_holds_the_prompt_and_its_optimizer_and_nothing_of_the_base
     run = train(config, "train.max_steps=3", num_ranks=1)
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     snapshot = load_checkpoint(checkpoint)
-    assert {name: tuple(t.shape) for name, t in snapshot.prompt.items()} == {"virtual_tokens": (4, 160)}
-    assert set(snapshot.optimizer) == {f"virtual_tokens.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert {name: tuple(t.shape) for name, t in snapshot.prompt.items()} == {"prompt/virtual_tokens": (4, 160)}
+    assert set(snapshot.optimizer) == {f"prompt/virtual_tokens.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
     assert size < 4 * (4 * 160 * 4) + 65536  # four times the prompt's bytes and 64 kB, whatever the base

@@ -17,6 +17,7 @@ from ptune_dist.base.context_cache import ContextCache
 from ptune_dist.base.gathers import watch_gathers
 from ptune_dist.base.layers import layers_of
 from ptune_dist.base.recompute import Recomputer, read_settings
+from ptune_dist.base.resident import keep_resident
 from ptune_dist.contexts import ContextReader
 from ptune_dist.data.batches import Batch, Plan, Unit, plan_micro_batches
 from ptune_dist.data.encode import Examples
@@ -143,9 +144,11 @@ class Engine:
 
     def plan(self, units: Sequence[Unit], examples: Examples, micro_batch_tokens: int) -> Plan:
         """Micro-batches of every rank, by the positions that this base and placement need."""
+        model, is_cached = self.model, self.contexts.cache is not None
         return plan_micro_batches(
-            units, lambda some: self.model.count_positions(some, examples), world_size=self.world.size,
-            micro_batch_tokens=micro_batch_tokens, keep_owners=self.contexts.cache is not None,
+            units, lambda some: model.count_positions(some, examples), world_size=self.world.size,
+            micro_batch_tokens=micro_batch_tokens,
+            work=(lambda some: model.count_positions(some, examples, with_contexts=False)) if is_cached else None,
         )  # fmt: skip
 
     @property
@@ -207,10 +210,7 @@ def build_engine(
         raise UserError(f"deepspeed: DeepSpeed cannot do this: {error}") from None
     optimizer.is_ready = True
     if stage == 3:
-        # DeepSpeed gathers what it keeps whole anew after every step, tensor by tensor, since a step may have changed
-        # it. A frozen tensor is the same; it comes back with its layer.
-        kept = engine.optimizer.persistent_parameters
-        kept[:] = [parameter for parameter in kept if parameter.requires_grad]
+        keep_resident(engine.optimizer, model, layers, content)
     return Engine(engine, optimizer, world, stage, recomputer, cache)
 
 

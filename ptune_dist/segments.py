@@ -78,15 +78,16 @@ class PromptedModel(nn.Module):
             return self._decoder_losses(batch)
         return self._segment_losses(batch) if self.uses_segments else self._padded_losses(batch)
 
-    def count_positions(self, units: list[Unit], examples: Examples) -> int:
+    def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
         """Positions that a micro-batch of these units makes a rank hold at once, padding included."""
         rows = [example for example, _ in units]
         readers = [(example, self._num_virtual(member)) for example, members in units for member in members]
         if not units:
             return 0
-        contexts = int(examples.num_context[rows].sum())
+        num_context = int(examples.num_context[rows].sum())
+        contexts = num_context if with_contexts else 0
         if self.family == "causal" and self.uses_segments:
-            num_virtual = [count for _, count in readers] if contexts else self._distinct_virtual(units)
+            num_virtual = [count for _, count in readers] if num_context else self._distinct_virtual(units)
             live = sum(int(examples.lengths[row] - examples.num_context[row]) - 1 for row, _ in readers)
             return max(contexts, live + sum(num_virtual))
         read, written = examples.widths[[row for row, _ in readers]].T

@@ -4,35 +4,51 @@ Floor 2. No [B, T, V] tensor exists: the choice is made at the door of the base'
 after it (scaling, soft caps) still happens. Shapes: B rows, T tokens, U supervised tokens, D width, V vocabulary.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 CHUNK_BYTES = 1 << 26  # of float32 logits
 
 
-class GivenHidden(nn.Module):
-    """Stands where a base computes its last hidden state, which is known: the head and what follows run on it."""
+class Bypass(nn.Module):
+    """Stands where a base computes its last hidden state, when that is known already."""
 
     def __init__(self, hidden: torch.Tensor):
         super().__init__()
-        self._output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        self._hidden = hidden
 
-    def forward(self, *_args, **_inputs) -> BaseModelOutputWithPastAndCrossAttentions:
-        return self._output
+    def forward(self, *_args, **_inputs) -> "Bypassed":
+        return Bypassed(self._hidden)
+
+    @property
+    def decoder(self) -> "Bypass":  # OPT calls its model's decoder
+        return self
+
+
+class Bypassed:
+    """An output of transformers in which nothing but the last hidden state is there."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int | slice):
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, _name: str) -> None:
+        return None
 
 
 class HeadAtTargets:
     """Losses of a base's supervised positions."""
 
     def __init__(self, base: PreTrainedModel):
-        self._base, self._selected, self._hidden = base, None, None
+        self._base = base
+        self._selected = None  # places whose losses are wanted
+        self._hidden = None  # of all of them, where they are more than a chunk
+        self._known = None  # of the chunk at work
         self._chunk = max(1, CHUNK_BYTES // (4 * base.config.get_text_config(decoder=True).vocab_size))
         # Below this module lie all layers; T5's class has its decoder there.
         inner = base.base_model_prefix
@@ -56,6 +72,8 @@ class HeadAtTargets:
         return torch.cat([checkpoint(self._losses_of, *piece, use_reentrant=False) for piece in pieces])
 
     def _select(self, _head: nn.Module, args: tuple) -> tuple | None:
+        if self._known is not None:
+            return (self._known[None], *args[1:])
         if self._selected is None:  # generation wants the head as it is
             return None
         hidden, *rest = args
@@ -65,18 +83,15 @@ class HeadAtTargets:
         return (hidden[None], *rest)
 
     def _losses_of(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with self._given(hidden[None]) as inputs:
-            logits = self._base(**inputs, use_cache=False).logits[0]
-        return cross_entropy(logits.float(), targets, reduction="none")
-
-    @contextlib.contextmanager
-    def _given(self, hidden: torch.Tensor) -> Iterator[dict]:
+        """The base once more, without its layers: what it does to its logits is its own business."""
         modules, inner = self._base._modules, self._base._modules[self._inner]
-        modules[self._inner] = GivenHidden(hidden)
+        given = hidden.detach()[None]
+        inputs = {"inputs_embeds": given}
+        if self._base.config.is_encoder_decoder:
+            inputs = {"encoder_outputs": (given,), "decoder_inputs_embeds": given}
+        modules[self._inner], self._known = Bypass(given), hidden
         try:
-            if self._inner == "decoder":
-                yield {"encoder_outputs": (hidden,), "decoder_inputs_embeds": hidden}
-            else:
-                yield {"inputs_embeds": hidden}
+            logits = self._base(**inputs, use_cache=False).logits[0]
         finally:
-            modules[self._inner] = inner
+            modules[self._inner], self._known = inner, None
+        return cross_entropy(logits.float(), targets, reduction="none")

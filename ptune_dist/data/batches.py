@@ -18,8 +18,9 @@ from ptune_dist.data.encode import Examples
 Unit = tuple[int, tuple[int, ...]]
 # micro step -> rank -> units; an empty list is a rank that idles along with weight zero
 Plan = list[list[list[Unit]]]
-# A rank takes its own units (see plan_micro_batches) beyond an even share up to this factor.
-MOST_OWN = 1.05
+# Where examples have owners: how uneven ranks' work may be before an example that may travel, or any, is lent.
+MOST_UNEVEN, MOST_UNEVEN_AT_ALL = 1.05, 1.3
+ONE_IN_TRAVELS = 4
 
 
 @functools.lru_cache(maxsize=16)
@@ -48,24 +49,29 @@ def join_readers(readers: Iterable[tuple[int, int]]) -> list[Unit]:
 
 def plan_micro_batches(
     units: Sequence[Unit], cost: Callable[[list[Unit]], int], *, world_size: int, micro_batch_tokens: int,
-    keep_owners: bool = False,
+    work: Callable[[list[Unit]], int] | None = None,
 ) -> Plan:  # fmt: skip
     """Split units into micro-batches whose `cost` is at most `micro_batch_tokens`, one for every rank at a time.
 
     Units are sorted by cost and cut into as few windows as will do; the units of a window, which are of like length,
     are dealt to the ranks so that each has like work. A unit's members are split where they are too many together; one
-    member's row that is longer than the budget is a micro-batch of its own. With `keep_owners` an example goes to the
-    same rank again and again (the one that holds its context) as far as the ranks' work stays even.
+    member's row that is longer than the budget is a micro-batch of its own.
+
+    With `work`, what a unit costs where its context is held, examples have owners: rank `example % world_size` holds
+    its context, and only one in four is lent to one other rank, for the sake of even work.
     """
     pieces = [piece for unit in units for piece in split_unit(unit, cost, micro_batch_tokens)]
     sizes = {piece: cost([piece]) for piece in pieces}
+    loads = {piece: work([piece]) for piece in sizes} if work else sizes
     pieces.sort(key=lambda piece: -sizes[piece])
     # Together they cost less than apart where they share positions, and more where they are padded.
     least = min(cost(pieces), sum(sizes[piece] for piece in pieces))
     num_windows = max(1, math.ceil(least / (world_size * micro_batch_tokens)))
     while True:
         windows = cut_evenly(pieces, sizes, num_windows)
-        plan = [deal(window, sizes, world_size, keep_owners) for window in windows]
+        plan = [
+            deal_to_owners(window, loads, world_size) if work else deal(window, sizes, world_size) for window in windows
+        ]
         if all(len(share) < 2 or cost(share) <= micro_batch_tokens for shares in plan for share in shares):
             return plan
         num_windows += 1 + num_windows // 20
@@ -83,28 +89,54 @@ def split_unit(unit: Unit, cost: Callable[[list[Unit]], int], most: int) -> list
 
 
 def cut_evenly(pieces: list[Unit], sizes: dict[Unit, int], num: int) -> list[list[Unit]]:
-    """`num` runs of like total size, some perhaps empty and then left out; at least one run."""
+    """`num` runs of like total size, some perhaps empty and then left out."""
     total, done = sum(sizes[piece] for piece in pieces), 0
     windows: list[list[Unit]] = [[] for _ in range(num)]
     for piece in pieces:
         middle = done + sizes[piece] / 2
         windows[min(num - 1, int(num * middle / total)) if total else 0].append(piece)
         done += sizes[piece]
-    return [window for window in windows if window] or [[]]
+    return [window for window in windows if window]
 
 
-def deal(window: list[Unit], sizes: dict[Unit, int], world_size: int, keep_owners: bool) -> list[list[Unit]]:
-    """The window's units, largest first, to whichever rank has least; with `keep_owners` to their owner if it may."""
+def deal(window: list[Unit], sizes: dict[Unit, int], world_size: int) -> list[list[Unit]]:
+    """The window's units, the largest first, to whichever rank has least."""
     shares: list[list[Unit]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
-    most = MOST_OWN * sum(sizes[piece] for piece in window) / world_size
     for piece in window:
-        rank, owner = loads.index(min(loads)), piece[0] % world_size
-        if keep_owners and loads[owner] + sizes[piece] <= most:
-            rank = owner
+        rank = loads.index(min(loads))
         shares[rank].append(piece)
         loads[rank] += sizes[piece]
     return shares
+
+
+def deal_to_owners(window: list[Unit], sizes: dict[Unit, int], world_size: int) -> list[list[Unit]]:
+    """The window's units to their owners; where that is too uneven some are lent."""
+    shares: list[list[Unit]] = [[piece for piece in window if piece[0] % world_size == r] for r in range(world_size)]
+    even = sum(sizes[piece] for piece in window) / world_size
+
+    def load(rank: int) -> int:
+        return sum(sizes[piece] for piece in shares[rank])
+
+    for most, may_travel in ((MOST_UNEVEN, travels), (MOST_UNEVEN_AT_ALL, lambda example, world_size: True)):
+        for _ in window:
+            heaviest = max(range(world_size), key=load)
+            lightest = min(range(world_size), key=load)
+            lent = [
+                piece for piece in shares[heaviest]
+                if may_travel(piece[0], world_size) and load(lightest) + sizes[piece] < load(heaviest)
+            ]  # fmt: skip
+            if load(heaviest) <= most * even or not lent:
+                break
+            best = min(lent, key=lambda piece: abs(load(heaviest) - load(lightest) - 2 * sizes[piece]))
+            shares[heaviest].remove(best)
+            shares[lightest].append(best)
+    return shares
+
+
+def travels(example: int, world_size: int) -> bool:
+    """Whether an example may be lent for a small gain: always the same ones, so that few contexts are held twice."""
+    return example // world_size % ONE_IN_TRAVELS == 0
 
 
 @dataclass(frozen=True)

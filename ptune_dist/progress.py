@@ -79,7 +79,8 @@ class Progress:
         """One more step done, with the loss of each member that took part."""
         self.step += 1
         for name, loss in losses.items():
-            self.members[name].train_loss = loss
+            if math.isfinite(loss):
+                self.members[name].train_loss = loss
         self.elapsed_s += count.seconds
         self.throughput.count(count)
         self.wall_s += self.throughput.lap()

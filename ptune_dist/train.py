@@ -271,19 +271,21 @@ def open_metrics(job: Job, progress: Progress, world: World):
 def metrics_lines(
     job: Job, progress: Progress, losses: dict[str, float], learning_rates: dict[str, float], world: World
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """A line of metrics.jsonl, and of each member's own; of a sweep the first holds means over members."""
+    """A line of metrics.jsonl, and of each member's own; of a sweep the first holds means over members.
+
+    A member that this step has brought to a stand has no line of it.
+    """
     last, cache = progress.throughput.last, job.engine.contexts.cache
     lines = {
         name: {
             "step": progress.step, "loss": loss, "learning_rate": learning_rates[name],
             "grad_norm": job.engine.grad_norm(name), "time_s": progress.elapsed_s,
         }
-        for name, loss in losses.items()
+        for name, loss in losses.items() if not progress.members[name].ended
     }  # fmt: skip
-    shown = [line for line in lines.values() if math.isfinite(line["loss"])]
     line = {
         "step": progress.step,
-        **{key: sum(one[key] for one in shown) / len(shown) for key in ("loss", "learning_rate", "grad_norm")},
+        **{key: sum(one[key] for one in lines.values()) / len(lines) for key in ("loss", "learning_rate", "grad_norm")},
         "samples_per_s": last.num_samples / last.seconds,
         "tokens_per_s": last.num_tokens / last.seconds,
         "peak_memory_bytes": peak_memory_bytes(world.device),

@@ -1,9 +1,11 @@
 """Which members of a sweep go on: each is judged by its own judge, and one that stands still asks for nothing more."""
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import ptune_dist.train
 from ptune_dist.config import Config, load_config
@@ -11,7 +13,7 @@ from ptune_dist.distributed import World
 from ptune_dist.errors import RunFault
 from ptune_dist.metrics import StepCount
 from ptune_dist.progress import Progress, Standing, rank_members
-from ptune_dist.train import end_members, is_over, judge_members
+from ptune_dist.train import end_members, freeze_faulty, is_over, judge_members, metrics_lines
 from tests.conftest import TINY, write_config
 
 WORLD = World(1, 2, None)  # not rank 0: nothing is written
@@ -121,6 +123,27 @@ def test_patience_ends_members_one_by_one_and_the_run_with_the_last(load):
     progress.members["seed=1"].num_worse = 2
     end_members(config, progress, None)
     assert is_over(config, progress)
+
+
+def test_a_member_that_a_step_brings_to_a_stand_leaves_no_number_that_is_not_finite():
+    config = SimpleNamespace(sweep=True, train=SimpleNamespace(max_steps=9), checkpoint=None, output_dir="/nowhere/run")
+    faults = {"seed=1": "the gradient's norm is nan"}
+    norms = {"seed=0": 3.0, "seed=1": math.nan, "seed=2": 7.0, "seed=3": 5.0}
+    engine = SimpleNamespace(
+        step=lambda rates: {name: what for name, what in faults.items() if name in rates}, grad_norm=norms.get,
+        contexts=SimpleNamespace(cache=None),
+    )  # fmt: skip
+    job, progress = SimpleNamespace(config=config, engine=engine), begin()
+    losses = {"seed=0": 1.0, "seed=1": 2.0, "seed=2": math.nan, "seed=3": 3.0}
+    rates = dict.fromkeys(NAMES, 0.5)
+    freeze_faulty(job, None, progress, losses, {}, rates, None)
+    progress.count_step(losses, StepCount(0.5, 4, 100))
+    line, lines = metrics_lines(job, progress, losses, rates, World(0, 1, torch.device("cpu")))
+    assert ended(progress) == {"seed=1": ("the gradient's norm is nan", 1), "seed=2": ("the loss is nan", 1)}
+    assert list(lines) == ["seed=0", "seed=3"] and line["num_members"] == 2
+    assert (line["loss"], line["grad_norm"]) == (2.0, 4.0)
+    json.dumps([line, lines], allow_nan=False)
+    assert progress.members["seed=1"].train_loss == 2.0
 
 
 def test_members_are_ranked_by_their_best_prompts_and_those_never_judged_last():

@@ -113,24 +113,20 @@ def deal(window: list[Unit], sizes: dict[Unit, int], world_size: int) -> list[li
 def deal_to_owners(window: list[Unit], sizes: dict[Unit, int], world_size: int) -> list[list[Unit]]:
     """The window's units to their owners; where that is too uneven some are lent."""
     shares: list[list[Unit]] = [[piece for piece in window if piece[0] % world_size == r] for r in range(world_size)]
-    even = sum(sizes[piece] for piece in window) / world_size
-
-    def load(rank: int) -> int:
-        return sum(sizes[piece] for piece in shares[rank])
-
+    loads = [sum(sizes[piece] for piece in share) for share in shares]
+    even = sum(loads) / world_size
     for most, may_travel in ((MOST_UNEVEN, travels), (MOST_UNEVEN_AT_ALL, lambda example, world_size: True)):
         for _ in window:
-            heaviest = max(range(world_size), key=load)
-            lightest = min(range(world_size), key=load)
-            lent = [
-                piece for piece in shares[heaviest]
-                if may_travel(piece[0], world_size) and load(lightest) + sizes[piece] < load(heaviest)
-            ]  # fmt: skip
-            if load(heaviest) <= most * even or not lent:
+            heaviest, lightest = loads.index(max(loads)), loads.index(min(loads))
+            gap = loads[heaviest] - loads[lightest]
+            lent = [piece for piece in shares[heaviest] if may_travel(piece[0], world_size) and sizes[piece] < gap]
+            if loads[heaviest] <= most * even or not lent:
                 break
-            best = min(lent, key=lambda piece: abs(load(heaviest) - load(lightest) - 2 * sizes[piece]))
+            best = min(lent, key=lambda piece: abs(gap - 2 * sizes[piece]))
             shares[heaviest].remove(best)
             shares[lightest].append(best)
+            loads[heaviest] -= sizes[best]
+            loads[lightest] += sizes[best]
     return shares
 
 

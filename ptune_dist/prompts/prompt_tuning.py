@@ -9,11 +9,9 @@ class PromptTuning(nn.Module):
 
     def __init__(self, vectors: torch.Tensor):
         super().__init__()
+        # A number apart: under ZeRO-3 a look at the parameter gathers it, which every rank would have to do at once.
+        self.num_virtual_tokens = len(vectors)
         self.virtual_tokens = nn.Parameter(vectors.detach().float().clone())
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        return getattr(self.virtual_tokens, "ds_shape", self.virtual_tokens.shape)[0]  # ZeRO-3 keeps the shape aside
 
     def forward(self) -> torch.Tensor:
         """The input vectors [P, D]. A copy: ZeRO-3 takes the parameter's own storage back when this returns."""

@@ -116,6 +116,8 @@ def restore(job: Job, rows: TrainingRows, world: World) -> Progress:
     if snapshot is None:
         return Progress({name: Standing() for name in job.members}, data_digest=digest)
     kept = dict(snapshot.state["progress"])
+    if "members" not in kept:
+        raise UserError(f"{folder}: these checkpoints are of an earlier version: choose another output_dir")
     members = {name: Standing(**standing) for name, standing in kept.pop("members").items()}
     progress = Progress(members, **kept)
     if progress.data_digest != digest:

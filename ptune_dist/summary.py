@@ -3,12 +3,13 @@
 Floor 6.
 """
 
+import math
 import platform
 from importlib.metadata import version
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ptune_dist import __version__
 from ptune_dist.base.layers import disk_bytes, held_bytes
@@ -77,7 +78,7 @@ def describe_member(job: Job, progress: Progress, member: str) -> dict[str, Any]
     return {
         "steps": step,
         "stopped_early": step < job.config.train.max_steps,
-        "train_loss": standing.train_loss,
+        "train_loss": finite(standing.train_loss),
         "validation": standing.best,
         "before": standing.before,
         "best_step": standing.best_step,
@@ -86,11 +87,16 @@ def describe_member(job: Job, progress: Progress, member: str) -> dict[str, Any]
     } | ({"ended": standing.ended} if standing.ended else {})
 
 
+def finite(value: float) -> float | None:
+    """None, which JSON knows, for what is not a number: a member may have had no good step."""
+    return value if math.isfinite(value) else None
+
+
 def describe_rank_of(standing: Standing, name: str) -> dict[str, Any]:
     """A line of a sweep's ranking."""
     return {
         "member": name, "validation": standing.best, "best_step": standing.best_step,
-        "train_loss": standing.train_loss, "ended": standing.ended or None, "ended_step": standing.ended_step or None,
+        "train_loss": finite(standing.train_loss), "ended": standing.ended or None, "ended_step": standing.ended_step or None,
     }  # fmt: skip
 
 
@@ -130,12 +136,11 @@ def say_finished(config: Config, summary: dict, world: World) -> None:
 
 
 def render_ranking(ranking: list[dict[str, Any]], name: str) -> Table:
-    table = Table("", "member", name, "loss", "at step", "training loss", "")
+    table = Table("", Column("member", overflow="fold"), name, "loss", "at step", "training loss", "")
     for place, line in enumerate(ranking, 1):
         found = line["validation"]
         shown = [f"{found[key]:.4f}" if key in found else "" for key in (name, "loss")]
         ended = f"{line['ended']} (step {line['ended_step']})" if line["ended"] else ""
-        table.add_row(
-            str(place), line["member"], *shown, str(line["best_step"] or ""), f"{line['train_loss']:.4f}", ended
-        )
+        loss = "" if line["train_loss"] is None else f"{line['train_loss']:.4f}"
+        table.add_row(str(place), line["member"], *shown, str(line["best_step"] or ""), loss, ended)
     return table

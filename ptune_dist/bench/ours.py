@@ -13,24 +13,27 @@ from pathlib import Path
 
 from ptune_dist import train as loop
 from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result
+from ptune_dist.bench.work import share_of_peak, useful_flops
 from ptune_dist.config import Config, load_config
+from ptune_dist.data.build import build_split
 from ptune_dist.distributed import World, init_distributed, max_over_ranks, sum_over_ranks
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.job import Job
 from ptune_dist.metrics import read_metrics
 
 
-def probe_job(build_job: Callable[..., Job], probe: Probe) -> Callable[..., Job]:
-    """`build_job` that tells `probe` when the job is built and when its engine has stepped."""
+def probe_job(build_job: Callable[..., Job], probe: Probe, jobs: list[Job]) -> Callable[..., Job]:
+    """`build_job` that tells `probe` when the job is built and when its engine has stepped, and notes it in `jobs`."""
 
     def build(*args, **kwargs) -> Job:
         job = build_job(*args, **kwargs)
+        jobs.append(job)
         engine_step = job.engine.step
 
-        def step(learning_rate: float) -> float:
-            norm = engine_step(learning_rate)
+        def step(learning_rates: dict[str, float]) -> dict[str, str]:
+            faults = engine_step(learning_rates)
             probe.step_done()
-            return norm
+            return faults
 
         job.engine.step = step
         probe.base_loaded()
@@ -55,9 +58,10 @@ def build_result(config: Config, probe: Probe, world: World) -> dict:
     memory = {name: int(max_over_ranks(value, world)) for name, value in probe.memory().items()}
     losses, rows, tokens = read_steps(Path(config.output_dir))
     result = {"steps": len(losses), "world_size": world.size, **memory, "loss_curve": losses}
-    if len(losses) > NUM_WARM_UP_STEPS:
+    if len(losses) > probe.num_warm_up:
         window_s, cpu_s = probe.window()
-        result |= steady_figures(window_s, sum_over_ranks([cpu_s], world)[0], rows, tokens)
+        cpu_s = sum_over_ranks([cpu_s], world)[0]
+        result |= steady_figures(window_s, cpu_s, rows, tokens, probe.num_warm_up)
     return result
 
 
@@ -65,10 +69,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--warm-up-steps", type=int, default=NUM_WARM_UP_STEPS, help="steps that are not timed")
     parser.add_argument("--result", required=True)
     args = parser.parse_intermixed_args()
-    probe = Probe()
-    loop.build_job = probe_job(loop.build_job, probe)
+    probe, jobs = Probe(args.warm_up_steps), []
+    loop.build_job = probe_job(loop.build_job, probe, jobs)
     try:
         config = load_config(args.config, args.overrides)
         status = loop.train(config)
@@ -77,9 +82,21 @@ def main() -> int:
         return 2
     world = init_distributed()
     result = build_result(config, probe, world)
+    if "samples_per_s" in result:
+        result |= count_work(jobs[0], result)
     if world.is_main:
         write_result(args.result, result)
     return status
+
+
+def count_work(job: Job, result: dict) -> dict:
+    """Useful work per second and its share of what plain matrix products reach. Collective: every rank must call."""
+    examples = build_split(job.config.data, job.tokenizer, which="train").examples
+    flops = useful_flops(
+        job.engine.model.base, examples.lengths.tolist(), examples.num_targets.tolist(),
+        num_virtual=job.config.prompt.num_virtual_tokens, recomputes=job.engine.recomputer is not None,
+    )  # fmt: skip
+    return share_of_peak(job.engine.model.base, flops / int(examples.lengths.sum()) * result["tokens_per_s"])
 
 
 if __name__ == "__main__":

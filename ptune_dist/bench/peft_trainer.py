@@ -26,6 +26,7 @@ from ptune_dist.base.layers import embedding_width  # noqa: E402
 from ptune_dist.base.load import load_base  # noqa: E402
 from ptune_dist.base.source import load_shape, load_tokenizer  # noqa: E402
 from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result  # noqa: E402
+from ptune_dist.bench.work import share_of_peak, useful_flops  # noqa: E402
 from ptune_dist.config import Config, load_config  # noqa: E402
 from ptune_dist.data.build import build_split  # noqa: E402
 from ptune_dist.data.encode import Examples  # noqa: E402
@@ -170,7 +171,8 @@ def run_peer(config: Config, *, micro_batch_size: int, log_steps: int) -> dict:
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\..* is deprecated")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = load_tokenizer(config.model.path, load_shape(config.model.path))
-    rows = build_rows(build_split(config.data, tokenizer, which="train").examples)
+    examples = build_split(config.data, tokenizer, which="train").examples
+    rows = build_rows(examples)
     model = build_model(config, tokenizer)
     arguments = build_arguments(
         config, micro_batch_size=micro_batch_size, log_steps=log_steps or config.train.max_steps, world_size=world_size
@@ -190,7 +192,15 @@ def run_peer(config: Config, *, micro_batch_size: int, log_steps: int) -> dict:
         callbacks=[Watch(probe, count)],
     )  # fmt: skip
     trainer.train()
-    return build_result(trainer, probe, count)
+    result = build_result(trainer, probe, count)
+    if "samples_per_s" in result:
+        flops = useful_flops(
+            model.base_model, examples.lengths.tolist(), examples.num_targets.tolist(),
+            num_virtual=config.prompt.num_virtual_tokens, recomputes=False,
+        )  # fmt: skip
+        per_token = flops / int(examples.lengths.sum())
+        result |= share_of_peak(model.base_model, per_token * result["tokens_per_s"])
+    return result
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """What a side measures about itself, the same way for every side: wall-clock time of its steps and its memory.
 
-Steady state is from the end of the fifth step to the end of the last: whatever happens between two steps (data,
-logging) is in it. Memory on a CPU is what is resident, by the kernel's high-water mark, which `base_loaded` resets.
+Steady state is from the end of the fifth step (or a later one) to the end of the last: whatever happens between two
+steps (data, logging) is in it. Memory on a CPU is what is resident, by the kernel's high-water mark, which `base_loaded` resets.
 """
 
 import json
@@ -16,7 +16,8 @@ NUM_WARM_UP_STEPS = 5
 class Probe:
     """One rank's clock and memory gauge."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_warm_up: int = NUM_WARM_UP_STEPS) -> None:
+        self.num_warm_up = num_warm_up
         self._ends: list[tuple[float, float]] = []  # after each step: wall clock, CPU time of this process
         self._base_bytes: int | None = None
         self._peak_before = 0
@@ -33,8 +34,8 @@ class Probe:
 
     def window(self) -> tuple[float, float]:
         """Wall-clock and CPU seconds from the end of the last warm-up step to the end of the last step."""
-        assert len(self._ends) > NUM_WARM_UP_STEPS, f"{len(self._ends)} steps leave nothing after the warm-up"
-        (began, cpu_began), (ended, cpu_ended) = self._ends[NUM_WARM_UP_STEPS - 1], self._ends[-1]
+        assert len(self._ends) > self.num_warm_up, f"{len(self._ends)} steps leave nothing after the warm-up"
+        (began, cpu_began), (ended, cpu_ended) = self._ends[self.num_warm_up - 1], self._ends[-1]
         return ended - began, cpu_ended - cpu_began
 
     def memory(self) -> dict[str, int]:
@@ -48,18 +49,20 @@ class Probe:
         return found
 
 
-def steady_figures(window_s: float, cpu_s: float, step_rows: list[int], step_tokens: list[int]) -> dict[str, float]:
+def steady_figures(
+    window_s: float, cpu_s: float, step_rows: list[int], step_tokens: list[int], num_warm_up: int = NUM_WARM_UP_STEPS
+) -> dict[str, float]:
     """Throughput after the warm-up from the window's wall-clock seconds and from every step's rows and real tokens.
 
     `cpu_s`, rows and tokens are those of all ranks. CPU seconds per 1,000 tokens mostly leave out waiting, for another
     rank or for a core; a slower core, by a shared cache or a busy host, is still in them.
     """
-    rows, tokens = sum(step_rows[NUM_WARM_UP_STEPS:]), sum(step_tokens[NUM_WARM_UP_STEPS:])
+    rows, tokens = sum(step_rows[num_warm_up:]), sum(step_tokens[num_warm_up:])
     return {
         "samples_per_s": rows / window_s,
         "tokens_per_s": tokens / window_s,
         "cpu_s_per_1000_tokens": 1000 * cpu_s / tokens,
-        "step_s": window_s / (len(step_rows) - NUM_WARM_UP_STEPS),
+        "step_s": window_s / (len(step_rows) - num_warm_up),
         "rows_timed": rows,
         "tokens_timed": tokens,
     }

@@ -24,6 +24,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "cpu_s_per_1000_tokens": ("CPU s/1k tokens", "{:.2f}".format),
     "peak_memory_bytes": ("peak MiB", lambda value: f"{value / MIB:,.0f}"),
     "extra_memory_bytes": ("extra MiB", lambda value: f"{value / MIB:,.0f}"),
+    "matmul_share": ("of matmul peak", "{:.2f}".format),
     "load_s": ("load s", "{:.2f}".format),
     "peak_over_base_bytes": ("peak MiB in loading", lambda value: f"{value / MIB:,.0f}"),
     "base_bytes": ("base MiB held", lambda value: f"{value / MIB:,.0f}"),

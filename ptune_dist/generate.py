@@ -116,7 +116,7 @@ def generate_after_decoder_prompt(model, inputs: list[TokenPair], member: int, s
         encoder_outputs=encoded, attention_mask=mask, decoder_inputs_embeds=vectors, past_key_values=cache,
         use_cache=True,
     )  # fmt: skip
-    start = torch.full((len(ids), vectors.shape[1] + 1), settings.decoder_start_token_id, device=device)
+    start = torch.full((len(ids), 1), settings.decoder_start_token_id, device=device)  # what the cache does not hold
     out = model.base.generate(
         encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=start, past_key_values=cache, **options
     )

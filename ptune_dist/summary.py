@@ -96,7 +96,8 @@ def describe_rank_of(standing: Standing, name: str) -> dict[str, Any]:
     """A line of a sweep's ranking."""
     return {
         "member": name, "validation": standing.best, "best_step": standing.best_step,
-        "train_loss": finite(standing.train_loss), "ended": standing.ended or None, "ended_step": standing.ended_step or None,
+        "train_loss": finite(standing.train_loss), "ended": standing.ended or None,
+        "ended_step": standing.ended_step or None,
     }  # fmt: skip
 
 

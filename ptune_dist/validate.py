@@ -17,7 +17,9 @@ from ptune_dist.data.build import Split, build_split
 from ptune_dist.data.encode import token_statistics
 from ptune_dist.evaluate import build_judge
 from ptune_dist.job import build_parts
+from ptune_dist.placements import describe_cache, describe_choice, render_costs
 from ptune_dist.run_dir import check_run_dir
+from ptune_dist.sweep import expand_sweep
 
 NUM_EXAMPLES = 5
 SPLITS = ("train", "validation")
@@ -29,9 +31,16 @@ def validate(config: Config) -> None:
     check_run_dir(config)
     opened, tokenizer, _, content = build_parts(config, None, with_start=True)
     family = opened.family
-    splits = {which: build_split(config.data, tokenizer, which=which, family=family) for which in SPLITS}
-    if splits["validation"]:
-        build_judge(config, splits["validation"], tokenizer, family)
+    splits = {}
+    for name, member in expand_sweep(config).items():
+        label = f" ({name})" if config.sweep else ""
+        for which in SPLITS:
+            split = build_split(member.data, tokenizer, which=which, family=family, placement=config.prompt.placement)
+            if split and not any(split.digest() == known.digest() for known in splits.values()):
+                splits[which + label] = split
+        if held_out := splits.get("validation" + label):
+            build_judge(member, held_out, tokenizer, family)
+    train = next(iter(splits.values()))
 
     console.rule("config")
     console.print(render_config(config), markup=False)
@@ -39,10 +48,18 @@ def validate(config: Config) -> None:
     console.print(json.dumps(content, indent=2), markup=False)
     console.rule("tokens")
     console.print(render_statistics(splits))
-    console.print(f"base: {describe_base(opened)}; {describe_epochs(config, splits['train'])}")
+    console.print(f"base: {describe_base(opened)}; {describe_epochs(config, train)}")
+    if config.sweep:
+        console.print(f"members: {len(expand_sweep(config))}: {', '.join(expand_sweep(config))}", markup=False)
+    if family != "encoder" and train.rows.kind != "text":
+        console.rule("placement")
+        if family == "causal":
+            console.print(render_costs(train.examples, config))
+        console.print(describe_cache(train.examples, config, opened.model.config, family))
+        console.print(describe_choice(config.prompt.placement))
     console.rule(Text("examples, the supervised part in [brackets]"))
-    for index in range(min(NUM_EXAMPLES, len(splits["train"].examples))):
-        console.print(render_example(splits["train"], index, tokenizer, config.data.labels, family))
+    for index in range(min(NUM_EXAMPLES, len(train.examples))):
+        console.print(render_example(train, index, tokenizer, config.data.labels, family))
 
 
 def describe_base(opened: OpenedBase) -> str:
@@ -52,17 +69,16 @@ def describe_base(opened: OpenedBase) -> str:
     return f"{opened.model.config.model_type} ({opened.family}), {size}"
 
 
-def render_statistics(splits: dict[str, Split | None]) -> Table:
+def render_statistics(splits: dict[str, Split]) -> Table:
     table = Table("split", "examples", "input p50/p90/max", "target p50/p90/max", "tokens", "truncated")
     for which, split in splits.items():
-        if split is not None:
-            found = token_statistics(split.examples)
-            spreads = ["{p50} / {p90} / {max}".format(**found[part]) for part in ("input_tokens", "target_tokens")]
-            total = found["input_tokens"]["total"] + found["target_tokens"]["total"]
-            table.add_row(
-                which, f"{found['num_examples']:,}", *spreads, f"{total:,}",
-                f"{found['num_truncated']:,} ({found['truncated_share']:.1%})",
-            )  # fmt: skip
+        found = token_statistics(split.examples)
+        spreads = ["{p50} / {p90} / {max}".format(**found[part]) for part in ("input_tokens", "target_tokens")]
+        total = found["input_tokens"]["total"] + found["target_tokens"]["total"]
+        table.add_row(
+            which, f"{found['num_examples']:,}", *spreads, f"{total:,}",
+            f"{found['num_truncated']:,} ({found['truncated_share']:.1%})",
+        )  # fmt: skip
     return table
 
 
@@ -74,8 +90,11 @@ def describe_epochs(config: Config, split: Split) -> str:
 def render_example(
     split: Split, index: int, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None, family: str
 ) -> Text:
-    """One example as the base reads it: virtual tokens, input, [target]; line breaks shown as \\n."""
-    before = tokenizer.decode(split.examples.input_ids(index)).replace("\n", "\\n")
-    target = split.examples.target_ids(index)
-    after = labels[target[0]] if family == "encoder" else tokenizer.decode(target).replace("\n", "\\n")
-    return Text.assemble(("<virtual tokens>", "dim"), before, ("[" + after + "]", "bold green"))
+    """One example as the base reads it: context, virtual tokens, rest, [target]; line breaks shown as \\n."""
+    examples = split.examples
+    before, after = (
+        tokenizer.decode(ids).replace("\n", "\\n") for ids in (examples.context_ids(index), examples.rest_ids(index))
+    )
+    target = examples.target_ids(index)
+    named = labels[target[0]] if family == "encoder" else tokenizer.decode(target).replace("\n", "\\n")
+    return Text.assemble(before, ("<virtual tokens>", "dim"), after, ("[" + named + "]", "bold green"))

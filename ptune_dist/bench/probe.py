@@ -1,7 +1,8 @@
 """What a side measures about itself, the same way for every side: wall-clock time of its steps and its memory.
 
 Steady state is from the end of the fifth step (or a later one) to the end of the last: whatever happens between two
-steps (data, logging) is in it. Memory on a CPU is what is resident, by the kernel's high-water mark, which `base_loaded` resets.
+steps (data, logging) is in it. Memory on a CPU is what is resident, by the kernel's high-water mark, which
+`base_loaded` resets.
 """
 
 import json

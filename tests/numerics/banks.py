@@ -55,12 +55,12 @@ def write_alone(bank: Path) -> dict[str, Path]:
     return found
 
 
-def train_all(configs: list[Path | tuple[Path, list[str]]], folder: Path, num_ranks: int = 1) -> None:
+def train_all(configs: list[Path | tuple[Path, list[str]]], folder: Path, num_ranks: int = 1, script=SCRIPT) -> None:
     """Train every config, one after another, in one launch."""
     specs = [[str(one), []] if isinstance(one, Path) else [str(one[0]), one[1]] for one in configs]
     file = folder / f"specs-{len(list(folder.glob('specs-*')))}.json"
     file.write_text(json.dumps(specs))
-    done = run_module(SCRIPT, str(file), num_ranks=num_ranks, timeout=300)
+    done = run_module(str(script), str(file), num_ranks=num_ranks, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

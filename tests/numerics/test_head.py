@@ -1,6 +1,7 @@
 """The head at targets alone, a chunk at a time: the same losses and gradients, and no logits of other positions."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ptune_dist.base.head
+from ptune_dist.metrics import read_metrics
 from tests.conftest import SEQ2SEQ
+from tests.numerics.banks import train_all, write_bank, write_rows
 from tests.numerics.passes import (
     assert_same,
     build_base,
@@ -18,6 +21,7 @@ from tests.numerics.passes import (
     losses_and_gradients,
     plain_losses_and_gradients,
 )
+from tests.numerics.test_curves import zero_json
 
 NUM_LABELS = 272  # of every tiny base
 WIDTHS = ((16,), (32,))  # of their heads
@@ -84,6 +88,24 @@ def test_chunks_with_recomputed_layers_and_without_gradient_are_the_same(monkeyp
         assert_same(losses_and_gradients(recomputed, batch), wanted, rel=1e-6)
         with torch.no_grad():
             torch.testing.assert_close(model(batch), wanted[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.long
+def test_chunks_whose_number_differs_from_rank_to_rank_train_the_same_under_zero_3(tiny_bases, tmp_path):
+    write_rows(tmp_path)
+    script, cases = Path(__file__).with_name("chunks_many.py"), {"llama": "prefix", "gpt2": "infix", "t5": "encoder"}
+    whole, chunked = (
+        [
+            write_bank(tmp_path, f"{name}-{kind}", tiny_bases[kind], {"seed": [0, 1]}, placement, deepspeed=deepspeed)
+            for kind, placement in cases.items()
+        ]
+        for name, deepspeed in (("whole", zero_json(0)), ("chunked", zero_json(3)))
+    )
+    train_all(whole, tmp_path)
+    train_all(chunked, tmp_path, num_ranks=2, script=script)
+    for one, other in zip(whole, chunked, strict=True):
+        losses = [[line["loss"] for line in read_metrics(tmp_path / config.stem)] for config in (one, other)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5), other.stem
 
 
 def test_a_failed_pass_leaves_the_head_as_it_was(monkeypatch):

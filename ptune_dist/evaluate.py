@@ -87,7 +87,8 @@ class Judge:
         mine: list[tuple[tuple[int, int], float]] = []
         for shares in plan:
             units = shares[engine.world.rank]
-            losses = engine.row_losses(collate(examples, units, pad_id(self.tokenizer))).double().tolist()
+            batch = collate(examples, shares, engine.world.rank, pad_id(self.tokenizer))
+            losses = engine.row_losses(batch).double().tolist()
             readers = [(example, member) for example, some in units for member in some]
             mine += zip(readers, losses[: len(readers)], strict=True)
         everyone = dict(pair for pairs in gather_from_ranks(mine, engine.world) for pair in pairs)

@@ -110,6 +110,7 @@ class PromptedModel(nn.Module):
         virtual = [prompt().to(tokens.dtype) for prompt in self.prompts]
         losses = self._head.losses(
             torch.zeros_like(places := self._tensor(laid.predicts)), places, self._tensor(laid.targets),
+            most_targets=batch.most_targets,
             inputs_embeds=torch.cat([*virtual, tokens])[self._tensor(laid.source)][None],
             position_ids=self._tensor(laid.position_ids)[None], attention_mask=NO_MASK.to(tokens),
             segments=build_attention(laid.segments, outside, tokens.device),
@@ -243,8 +244,11 @@ class PromptedModel(nn.Module):
         targets = [batch.targets[row] for row, _ in batch.readers]
         reader = np.repeat(np.arange(len(targets)), [len(target) for target in targets])
         places = np.concatenate([start + np.arange(len(target)) for start, target in zip(starts, targets, strict=True)])
-        wanted = np.concatenate(targets)
-        return self._head.losses(self._tensor(reader), self._tensor(places), self._tensor(wanted), **inputs), reader
+        losses = self._head.losses(
+            self._tensor(reader), self._tensor(places), self._tensor(np.concatenate(targets)),
+            most_targets=batch.most_targets, **inputs,
+        )  # fmt: skip
+        return losses, reader
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         device = next(self.prompts.parameters()).device

@@ -104,7 +104,7 @@ def accumulate_step(
     plan = engine.plan(rows.units(examples, engine.members), data, job.config.train.micro_batch_tokens)
     total = torch.zeros(len(engine.members), device=world.device)
     for number, shares in enumerate(plan, 1):
-        batch = collate(data, shares[world.rank], pad_id(job.tokenizer))
+        batch = collate(data, shares, world.rank, pad_id(job.tokenizer))
         total += engine.accumulate(batch, scales=scales, is_last=number == len(plan))
     sums = dict(zip(engine.members, sum_over_ranks(total.tolist(), world), strict=True))
     return {name: sums[name] / count for name, count in num_targets.items()}

@@ -4,6 +4,8 @@ Floor 2. No [B, T, V] tensor exists: the choice is made at the door of the base'
 after it (scaling, soft caps) still happens. Shapes: B rows, T tokens, U supervised tokens, D width, V vocabulary.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -46,7 +48,7 @@ class HeadAtTargets:
 
     def __init__(self, base: PreTrainedModel):
         self._base = base
-        self._selected = None  # places whose losses are wanted
+        self._selected, self._is_chunked = None, False  # places whose losses are wanted
         self._hidden = None  # of all of them, where they are more than a chunk
         self._known = None  # of the chunk at work
         self._chunk = max(1, CHUNK_BYTES // (4 * base.config.get_text_config(decoder=True).vocab_size))
@@ -55,12 +57,16 @@ class HeadAtTargets:
         self._inner = inner if inner in base._modules else "decoder"
         base.get_output_embeddings().register_forward_pre_hook(self._select)
 
-    def losses(self, rows: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, **inputs) -> torch.Tensor:
+    def losses(
+        self, rows: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, *, most_targets: int, **inputs
+    ) -> torch.Tensor:
         """Negative log-likelihood [U] in float32 of `targets` [U] at positions `places` [U] of rows `rows` [U].
 
         `inputs` are the base's own. With more than a chunk of targets, logits are computed again in backward.
+        `most_targets` is the largest U of any rank: where the base is sharded, all run the head as many times.
         """
-        self._selected = rows, places
+        num_chunks = math.ceil(max(most_targets, len(targets)) / self._chunk)
+        self._selected, self._is_chunked = (rows, places), num_chunks > 1
         try:
             logits = self._base(**inputs, use_cache=False).logits[0]
             if self._hidden is None:
@@ -68,7 +74,7 @@ class HeadAtTargets:
             hidden = self._hidden
         finally:
             self._selected = self._hidden = None
-        pieces = zip(hidden.split(self._chunk), targets.split(self._chunk), strict=True)
+        pieces = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
         return torch.cat([checkpoint(self._losses_of, *piece, use_reentrant=False) for piece in pieces])
 
     def _select(self, _head: nn.Module, args: tuple) -> tuple | None:
@@ -78,7 +84,7 @@ class HeadAtTargets:
             return None
         hidden, *rest = args
         hidden = hidden[self._selected]
-        if len(hidden) > self._chunk:
+        if self._is_chunked:
             self._hidden, hidden = hidden, hidden[:1]
         return (hidden[None], *rest)
 

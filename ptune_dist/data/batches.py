@@ -141,7 +141,7 @@ class Batch:
 
     contexts: what stands before the virtual tokens; rests: input after them; targets: what is supervised (an encoder's:
     the number of the label). readers: (row, member) pairs; every loss is one reader's. held: what was computed of each
-    row's context, where it has one.
+    row's context, where it has one. most_targets: supervised tokens of whichever rank has most in this micro-step.
     """
 
     contexts: list[np.ndarray]
@@ -150,18 +150,21 @@ class Batch:
     readers: list[tuple[int, int]]
     pad_id: int
     held: list[Any] | None = None
+    most_targets: int = 0
 
     def with_held(self, held: list[Any]) -> "Batch":
         return replace(self, held=held)
 
 
-def collate(examples: Examples, units: Sequence[Unit], pad_id: int) -> Batch:
-    """The micro-batch of some units; an idling rank (none) gets one padding token and nothing to predict."""
+def collate(examples: Examples, shares: list[list[Unit]], rank: int, pad_id: int) -> Batch:
+    """A rank's micro-batch of a micro-step; one that idles gets one padding token and nothing to predict."""
+    units = shares[rank]
+    most_targets = max(sum(len(some) * int(examples.num_targets[i]) for i, some in share) for share in shares)
     if not units:
         nothing, padding = np.zeros(0, np.int32), np.array([pad_id], np.int32)
         has_contexts = bool(examples.num_context.any())
         parts = ([padding], [nothing]) if has_contexts else ([nothing], [padding])
-        return Batch(*parts, [nothing], [(0, 0)], pad_id)
+        return Batch(*parts, [nothing], [(0, 0)], pad_id, most_targets=most_targets)
     rows = [example for example, _ in units]
     return Batch(
         [examples.context_ids(i) for i in rows],
@@ -169,6 +172,7 @@ def collate(examples: Examples, units: Sequence[Unit], pad_id: int) -> Batch:
         [examples.target_ids(i) for i in rows],
         [(row, member) for row, (_, members) in enumerate(units) for member in members],
         pad_id,
+        most_targets=most_targets,
     )
 
 

@@ -198,7 +198,7 @@ def lists(rows) -> list[list[int]]:
 
 
 def test_a_micro_batch_holds_the_three_parts_of_each_row_in_the_order_of_its_units(examples):
-    batch = collate(examples, alone([1, 0, 3, 2]), pad_id=99)
+    batch = collate(examples, [alone([1, 0, 3, 2])], 0, pad_id=99)
     assert lists(batch.contexts) == [[], [], [11, 12], []]
     assert lists(batch.rests) == [[6], [1, 2, 3], [13], []]
     assert lists(batch.targets) == [[7], [4, 5], [14], [8, 9, 10]]
@@ -206,16 +206,16 @@ def test_a_micro_batch_holds_the_three_parts_of_each_row_in_the_order_of_its_uni
 
 
 def test_a_row_is_there_once_however_many_members_read_it(examples):
-    batch = collate(examples, [(1, (0, 2)), (0, (1,)), (1, (0,))], pad_id=99)
+    batch = collate(examples, [[(1, (0, 2)), (0, (1,)), (1, (0,))]], 0, pad_id=99)
     assert lists(batch.rests) == [[6], [1, 2, 3], [6]]
     assert batch.readers == [(0, 0), (0, 2), (1, 1), (2, 0)]
 
 
 def test_an_idle_rank_gets_one_padding_token_and_nothing_to_predict(examples):
-    idle = collate(examples, [], pad_id=99)  # a context, so that it reads contexts with the other ranks
+    idle = collate(examples, [[]], 0, pad_id=99)  # a context, so that it reads contexts with the other ranks
     assert (lists(idle.contexts), lists(idle.rests), lists(idle.targets)) == ([[99]], [[]], [[]])
     without_contexts = dataclasses.replace(examples, num_context=np.zeros(4, np.int32))
-    idle = collate(without_contexts, [], pad_id=99)
+    idle = collate(without_contexts, [[]], 0, pad_id=99)
     assert (lists(idle.contexts), lists(idle.rests), lists(idle.targets)) == ([[]], [[99]], [[]])
     assert idle.readers == [(0, 0)]
 

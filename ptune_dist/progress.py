@@ -31,9 +31,10 @@ class Standing:
     num_worse: int = 0  # evaluations since the best
     ended: str = ""  # why it stands still while others go on
     ended_step: int = 0
+    is_faulty: bool = False  # ended by what was not a number
 
-    def end(self, reason: str, step: int) -> None:
-        self.ended, self.ended_step = reason, step
+    def end(self, reason: str, step: int, *, is_faulty: bool = False) -> None:
+        self.ended, self.ended_step, self.is_faulty = reason, step, is_faulty
 
     def count_evaluation(self, found: dict[str, float], samples: list[dict[str, str]], name: str, step: int) -> bool:
         """Take in an evaluation; True where `step`'s prompt is the best so far by metric `name`, then by loss."""
@@ -92,13 +93,17 @@ def rank_evaluation(found: dict[str, float], name: str) -> tuple[float, float]:
 
 
 def rank_members(progress: Progress, name: str) -> list[str]:
-    """Members, the best first: by metric `name` of their best prompts, without one by the loss in training."""
+    """Members, the best first: by metric `name` of their best prompts, without one by the loss in training.
+
+    Without a judged prompt, one that a fault has ended comes last.
+    """
 
     def key(member: str) -> tuple:
         standing = progress.members[member]
         if standing.best:
             return (0, *(-value for value in rank_evaluation(standing.best, name)))
-        return (1, standing.train_loss if math.isfinite(standing.train_loss) else math.inf, 0.0)
+        has_loss = math.isfinite(standing.train_loss)
+        return (2 if standing.is_faulty else 1, standing.train_loss if has_loss else math.inf, 0.0)
 
     return sorted(progress.members, key=key)
 

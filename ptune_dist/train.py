@@ -127,7 +127,7 @@ def freeze_faulty(
         name, what = next(iter(faults.items()))
         raise describe_fault(job, rows, examples[name], step, what)
     for name, what in faults.items():
-        progress.members[name].end(what, step)
+        progress.members[name].end(what, step, is_faulty=True)
         if metrics:
             metrics.say(f"{name} stands still from step {step} on: {what}")
 
@@ -199,7 +199,7 @@ def judge_members(
             what = f"the validation loss is {values['loss']}"
             if progress.live == [name]:
                 raise RunFault(f"{what} at step {step}; the best prompt is kept")
-            progress.members[name].end(what, step)
+            progress.members[name].end(what, step, is_faulty=True)
         elif progress.members[name].count_evaluation(values, samples, config.evaluate.best, step):
             store_prompt(job, name, progress, world)
     progress.evaluation_pending = False

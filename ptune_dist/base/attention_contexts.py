@@ -8,7 +8,6 @@ G key/value heads, R = H / G, D width of a head.
 """
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from ptune_dist.base.attention import KeysValues, Segment, additive, pad_index, reads
 
@@ -40,14 +39,14 @@ class ContextSegments:
         """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
         num_contexts, num_members, longest = self._shape
         repeats = q.shape[1] // k.shape[1]
-        q, k, v = (t.index_select(0, self._index).unflatten(0, self._shape) for t in (q, k, v))
+        q, k, v = (t.index_select(0, self._index).unflatten(0, self._shape) for t in (q * scale, k, v))
         q = q.unflatten(3, (-1, repeats)).permute(0, 3, 1, 4, 2, 5)  # [E, G, M, R, S, D]
         k, v = k.permute(0, 3, 1, 4, 2), v.permute(0, 3, 1, 2, 4)  # [E, G, M, D, S], [E, G, M, S, D]
-        context_k, context_v = self._pad(layer)  # [E, G, D, C], [E, G, C, D]
+        context_k, context_v = self._pad(layer)  # [E, G, C, D]
         context_mask, own_mask = self._mask(q.dtype, window, context_v.shape[2])
-        over_context = (q.flatten(2, 4) @ context_k).unflatten(2, q.shape[2:5])  # [E, G, M, R, S, C]
+        over_context = (q.flatten(2, 4) @ context_k.transpose(2, 3)).unflatten(2, q.shape[2:5])  # [E, G, M, R, S, C]
         over_own = (q.flatten(3, 4) @ k).unflatten(3, q.shape[3:5])  # [E, G, M, R, S, S]
-        scores = torch.cat([over_context * scale + context_mask, over_own * scale + own_mask], dim=-1)
+        scores = torch.cat([over_context + context_mask, over_own + own_mask], dim=-1)
         shares = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
         of_context, of_own = shares.split([context_v.shape[2], longest], dim=-1)
         out = (of_context.flatten(2, 4) @ context_v).unflatten(2, q.shape[2:5])
@@ -56,15 +55,16 @@ class ContextSegments:
         return out.index_select(0, self._places)
 
     def _pad(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys [E, G, D, C] and values [E, G, C, D] of all contexts."""
-        keys, values = (
-            pad_sequence([join([part[which][layer] for part in parts]) for parts in self._parts()], batch_first=True)
-            for which in (0, 1)
-        )
-        return keys.permute(0, 2, 3, 1), values.permute(0, 2, 1, 3)
-
-    def _parts(self) -> list[list[KeysValues]]:
-        return [[self._outside[number] for number in named] for named in self._named]
+        """A layer's keys and values of all contexts, [E, G, C, D] each, laid out as the products want them."""
+        size = (len(self._named), int(self._lengths.max()))
+        padded = [t.new_zeros(size[0], t.shape[2], size[1], t.shape[3]) for t in self._outside[0]]
+        for row, named in enumerate(self._named):
+            start = 0
+            for part in (self._outside[number] for number in named):
+                for whole, tensor in zip(padded, part, strict=True):
+                    whole[row, :, start : start + part.length] = tensor[layer].transpose(0, 1)
+                start += part.length
+        return padded[0], padded[1]
 
     def _mask(self, dtype: torch.dtype, window: int | None, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What is added to the scores over contexts [E, 1, 1, 1, 1 or S, C] and over own positions [S, S]."""
@@ -77,7 +77,3 @@ class ContextSegments:
                 additive(before, dtype)[:, None, None, None], additive(reads(own[:, None], own, window), dtype),
             )  # fmt: skip
         return self._masks[dtype, window]
-
-
-def join(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -37,10 +37,10 @@ class RecordedSegments:
 
     def cut(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values [L, C, G, D] of every segment."""
-        keys, values = (torch.stack(parts) for parts in zip(*self._layers, strict=True))
+        runs = [slice(s.start, s.start + s.length) for s in self._segments]
         return [
-            (keys[:, s.start : s.start + s.length].clone(), values[:, s.start : s.start + s.length].clone())
-            for s in self._segments
+            tuple(torch.stack([tensor[run] for tensor in tensors]) for tensors in zip(*self._layers, strict=True))
+            for run in runs
         ]
 
 

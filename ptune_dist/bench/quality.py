@@ -1,6 +1,8 @@
 """What each placement learns on the shipped base, at equal steps and at equal training time.
 
-    python -m ptune_dist.bench.quality --out docs/benchmarks/placement_quality.json
+    python -m ptune_dist.bench.quality --out docs/benchmarks/placement_quality.json --document README.md
+
+`--document` puts the table of an earlier --out, or of this one, between the document's quality marks.
 
 Tasks are two of the skills that the shipped base has; words are those of the quickstart's data, which the base was
 never shown with a skill. Time is training time of this machine, evaluations left out; what a placement saves shows
@@ -9,6 +11,7 @@ where rows are long, not here, where an input is nine letters.
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +19,7 @@ from pathlib import Path
 from ptune_dist.bench.machine import describe_commit, describe_hardware, describe_versions
 from ptune_dist.bench.probe import write_result
 from ptune_dist.config import load_config
+from ptune_dist.errors import UserError
 from ptune_dist.metrics import read_metrics
 from ptune_dist.tiny.text import SKILLS
 from ptune_dist.train import train
@@ -30,6 +34,7 @@ PLACEMENTS = {
 }
 CONFIG = Path("configs/quickstart.yaml")
 SHORTEST_STEPS = 20
+MARK, END = "<!-- quality -->", "<!-- end quality -->"
 
 
 def write_task(folder: Path, task: str) -> tuple[Path, Path]:
@@ -72,21 +77,47 @@ def compare(folder: Path, task: str, num_steps: int, seeds: range) -> dict[str, 
     return found
 
 
+def render_table(content: dict) -> str:
+    """Markdown: mean exact match over seeds, at equal steps and at equal time, and seconds of the equal steps."""
+    header = ["", *(f"`{task}`, {which}" for task in TASKS for which in ("equal steps", "equal time"))]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for placement in PLACEMENTS:
+        cells = []
+        for task in TASKS:
+            runs = content["tasks"][task][placement]
+            for which in ("equal_steps", "equal_time"):
+                match, seconds, steps = (
+                    statistics.mean(run[which][key] for run in runs) for key in ("exact_match", "train_s", "steps")
+                )
+                cells.append(f"{match:.2f} ({steps:.0f} steps, {seconds:.0f} s)")
+        lines.append([f"`{placement}`", *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def fill_document(path: Path, content: dict) -> None:
+    text = path.read_text(encoding="utf-8")
+    before, found, rest = text.partition(MARK)
+    _, closed, after = rest.partition(END)
+    if not (found and closed):
+        raise UserError(f"{path}: no block between {MARK} and {END}")
+    path.write_text(f"{before}{MARK}\n{render_table(content)}\n{END}{after}", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--document", type=Path)
+    parser.add_argument("--again", action="store_true", help="the document alone, from what --out holds")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        tasks = {task: compare(Path(folder), task, args.steps, range(args.seeds)) for task in TASKS}
-    write_result(
-        args.out,
-        {
-            "name": "placement_quality", "code": describe_commit(), "versions": describe_versions(),
-            "hardware": describe_hardware(), "steps": args.steps, "tasks": tasks,
-        },
-    )  # fmt: skip
+    if not args.again:
+        with tempfile.TemporaryDirectory() as folder:
+            tasks = {task: compare(Path(folder), task, args.steps, range(args.seeds)) for task in TASKS}
+        where = {"code": describe_commit(), "versions": describe_versions(), "hardware": describe_hardware()}
+        write_result(str(args.out), {"name": "placement_quality", "steps": args.steps, "tasks": tasks} | where)
+    if args.document:
+        fill_document(args.document, json.loads(args.out.read_text()))
     return 0
 
 

@@ -12,9 +12,10 @@ import torch
 
 from ptune_dist.base.attention import KeysValues
 from ptune_dist.base.context_cache import ContextCache
+from ptune_dist.config import PLACEMENTS_WITH_CONTEXTS
 from ptune_dist.data.batches import Batch
 from ptune_dist.distributed import World, max_over_ranks
-from ptune_dist.segments import Contexts
+from ptune_dist.segments import Contexts, PromptedModel
 
 FEWEST_LEAD_TOKENS = 8  # a shorter one saves less than it costs to treat apart
 
@@ -24,29 +25,37 @@ Read = Callable[[Contexts], list[tuple[torch.Tensor, ...]]]
 class ContextReader:
     """Gives batches what their contexts leave. `read` runs the base; it is collective where the base is sharded."""
 
-    def __init__(self, read: Read, world: World, *, cache: ContextCache | None, is_sharded: bool, uses_segments: bool):
-        self._read, self._world, self.cache = read, world, cache
-        self._must_agree, self._uses_segments = is_sharded and world.size > 1, uses_segments
+    def __init__(self, read: Read, model: PromptedModel, world: World, *, cache: ContextCache | None, is_sharded: bool):
+        self._read, self._model, self._world, self.cache = read, model, world, cache
+        self._must_agree = is_sharded and world.size > 1
         self._lead_tokens, self._lead = np.zeros(0, np.int32), None
 
     def set_lead(self, tokens: np.ndarray, is_whole: bool) -> None:
         """What contexts begin with; `is_whole`: they end with it too."""
-        if self._uses_segments and (len(tokens) >= FEWEST_LEAD_TOKENS or is_whole):
+        if self._model.uses_segments and len(tokens) and (len(tokens) >= FEWEST_LEAD_TOKENS or is_whole):
             self._lead_tokens = tokens
 
     def hold(self, batch: Batch) -> Batch:
-        """The batch with what was computed of each row's context. Collective: every rank must call."""
-        if not any(len(tokens) for tokens in batch.contexts):
+        """The batch with what was computed of each row's context. Collective: every rank must call.
+
+        Where the base is sharded a rank whose rows have no contexts makes the passes that the others' rows need.
+        """
+        if self._model.placement not in PLACEMENTS_WITH_CONTEXTS:
             return batch
         if len(self._lead_tokens) and self._lead is None:
             self._lead = self._wrap(self._read(Contexts([self._lead_tokens], batch.pad_id))[0])
-        distinct = {tokens.tobytes(): tokens for tokens in batch.contexts}
+        # A decoder wants something of every encoder's input; a causal base needs nothing of an empty context.
+        needed = [tokens for tokens in batch.contexts if len(tokens) or self._model.family == "seq2seq"]
+        distinct = {tokens.tobytes(): tokens for tokens in needed}
         known = {key: self._recall(tokens) for key, tokens in distinct.items()}
         for begins in (True, False):
             missing = [key for key in known if known[key] is None and self._begins(distinct[key]) == begins]
             computed = self._compute([distinct[key] for key in missing], batch.pad_id, begins)
             known |= dict(zip(missing, computed, strict=True))
-        return batch.with_held([known[tokens.tobytes()] for tokens in batch.contexts])
+        if not known:
+            return batch
+        nothing = () if self._model.uses_segments else (empty_like(next(iter(known.values()))[0]),)
+        return batch.with_held([known.get(tokens.tobytes(), nothing) for tokens in batch.contexts])
 
     def _begins(self, tokens: np.ndarray) -> bool:
         """Whether a context goes on from the lead."""
@@ -91,3 +100,8 @@ class ContextReader:
     def _wrap(self, tensors: tuple[torch.Tensor, ...]) -> Any:
         """Keys/values, or what an encoder left [C, D]."""
         return KeysValues(*tensors) if len(tensors) == 2 else tensors[0]
+
+
+def empty_like(held: KeysValues | torch.Tensor) -> KeysValues | torch.Tensor:
+    """What an empty context leaves."""
+    return KeysValues(*(part[:, :0] for part in held)) if isinstance(held, KeysValues) else held[:0]

@@ -39,9 +39,7 @@ class Engine:
         self.model: PromptedModel = engine.module
         self.recomputer, self.gathers = recomputer, watch_gathers()
         self.members = list(optimizer.members)
-        self.contexts = ContextReader(
-            self._without_gradient, world, cache=cache, is_sharded=stage == 3, uses_segments=self.model.uses_segments
-        )
+        self.contexts = ContextReader(self._without_gradient, self.model, world, cache=cache, is_sharded=stage == 3)
 
     def accumulate(self, batch: Batch, *, scales: Sequence[float], is_last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns each member's summed negative log-likelihood [K].

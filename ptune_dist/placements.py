@@ -4,13 +4,17 @@ Floor 6. Costs are in passes of the base's layers over a token: 2 for forward an
 where no gradient is wanted. Attention, a few percent of it on rows of some hundred tokens, and the head are left out.
 """
 
+import functools
+import statistics
+
 import numpy as np
 import torch
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from ptune_dist.config import Config
+from ptune_dist.config import PLACEMENTS_WITH_CONTEXTS, Config
 from ptune_dist.data.encode import Examples
+from ptune_dist.sweep import expand_sweep
 
 GIB = 1 << 30
 
@@ -25,30 +29,59 @@ def context_bytes_per_token(shape: PretrainedConfig, family: str, dtype: torch.d
     return 2 * text.num_hidden_layers * num_heads * head_width * dtype.itemsize
 
 
-def placement_costs(examples: Examples, num_virtual: int) -> dict[str, float]:
-    """Mean passes per row of a causal base when all of the input stood before the virtual tokens, or after them."""
-    rows = examples.widths.astype(np.float64)
-    inputs, targets = rows[:, 0].mean(), rows[:, 1].mean()
+def without_lead(contexts: list[np.ndarray]) -> list[int]:
+    """Lengths of contexts without the tokens that all of them begin with: those are computed once per job."""
+    lead = functools.reduce(shared_beginning, contexts) if contexts else ()
+    return [len(context) - len(lead) for context in contexts]
+
+
+def shared_beginning(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    count = min(len(first), len(second))
+    differing = np.flatnonzero(first[:count] != second[:count])
+    return first[: differing[0]] if len(differing) else first[:count]
+
+
+def placement_costs(
+    examples: Examples, num_virtual: float, *, num_members: int = 1, with_template: bool = False
+) -> dict[str, float]:
+    """Mean passes per row and prompt of a causal base: with all of the input after the virtual tokens, before them, and
+    `with_template` as the examples' own contexts split it. `num_members` prompts read each row.
+    """
+    rows = range(len(examples))
+    inputs, targets = examples.widths.astype(np.float64).mean(axis=0)
+    # A text's last token is not read; virtual tokens that depend on no row are shared by those of a micro-batch.
     live = 2 * (num_virtual + targets - 1)
-    return {
-        # virtual tokens are shared by all rows of a micro-batch, and a text's last token is not read
+    whole = without_lead([examples.input_ids(i) for i in rows])
+    costs = {
         "prefix": 2 * (inputs + targets - 1),
-        "infix": inputs + live,
+        "infix": np.mean(whole) / num_members + live,
         "infix, contexts cached": live,
     }
+    if with_template:
+        own = without_lead([examples.context_ids(i) for i in rows])
+        rest = inputs - examples.num_context.mean()
+        shared = 0 if any(own) else num_virtual
+        costs["template"] = np.mean(own) / num_members + live + 2 * (rest - shared)
+        costs["template, contexts cached"] = live + 2 * (rest - shared)
+    return {name: float(cost) for name, cost in costs.items()}
 
 
-def count_context_tokens(examples: Examples, *, all_of_input: bool) -> int:
-    """Tokens of the distinct contexts, those of a placement where the whole input is one with `all_of_input`."""
+def count_context_tokens(examples: Examples, *, all_of_input: bool, has_lead: bool) -> int:
+    """Tokens that a cache of all distinct contexts holds; with `all_of_input` of a placement that makes it one."""
     read = examples.input_ids if all_of_input else examples.context_ids
-    distinct = {hash(ids.tobytes()): len(ids) for ids in map(read, range(len(examples)))}
-    return sum(distinct.values())
+    distinct = {ids.tobytes(): ids for ids in map(read, range(len(examples)))}
+    contexts = [ids for ids in distinct.values() if len(ids)]
+    return sum(without_lead(contexts)) if has_lead else sum(map(len, contexts))
 
 
 def render_costs(examples: Examples, config: Config) -> Table:
     """Placements of a causal base beside each other."""
-    costs = placement_costs(examples, config.prompt.num_virtual_tokens)
-    table = Table("placement", "passes of the layers per row", "of prefix")
+    members = expand_sweep(config).values()
+    costs = placement_costs(
+        examples, statistics.mean(member.prompt.num_virtual_tokens for member in members), num_members=len(members),
+        with_template=config.prompt.placement == "template",
+    )  # fmt: skip
+    table = Table("placement", "passes of the layers per row" + (" and prompt" if config.sweep else ""), "of prefix")
     for name, cost in costs.items():
         table.add_row(name, f"{cost:,.0f}", f"{cost / costs['prefix']:.2f}")
     return table
@@ -57,8 +90,8 @@ def render_costs(examples: Examples, config: Config) -> Table:
 def describe_cache(examples: Examples, config: Config, shape: PretrainedConfig, family: str) -> str:
     """How much a cache of all contexts would be, and what the config gives it."""
     placement = config.prompt.placement
-    is_split = placement in ("template", "decoder", "infix")
-    tokens = count_context_tokens(examples, all_of_input=not is_split)
+    is_split = placement in PLACEMENTS_WITH_CONTEXTS
+    tokens = count_context_tokens(examples, all_of_input=not is_split, has_lead=family == "causal")
     size = tokens * context_bytes_per_token(shape, family, getattr(torch, config.model.dtype))
     given = config.train.context_cache_gib
     what = f"contexts of {placement}" if is_split else "as contexts (infix), the inputs"

@@ -203,6 +203,8 @@ def judge_members(
         elif progress.members[name].count_evaluation(values, samples, config.evaluate.best, step):
             store_prompt(job, name, progress, world)
     progress.evaluation_pending = False
+    if job.engine.contexts.cache:
+        job.engine.contexts.cache.take_counts()  # a step's hit rate is of its own rows
     end_members(config, progress, metrics)
 
 
@@ -231,8 +233,8 @@ def finish(
     """Write the summaries, return the run's; where nothing is judged the last prompt is kept. Collective."""
     if any(name in judges and not progress.members[name].best for name in progress.live):
         judge_members(job, judges, progress, metrics, world)
-    for name in job.members:
-        if name not in judges:
+    for name, standing in progress.members.items():
+        if not standing.best:  # never judged: there is no validation, or it was brought to a stand before
             store_prompt(job, name, progress, world)
     if progress.step < job.config.train.max_steps:  # patience ended it, perhaps between two checkpoints
         checkpoint(job, progress, world)

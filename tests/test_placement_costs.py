@@ -1,5 +1,8 @@
 """What `validate` says of placements: arithmetic on token counts that can be checked by hand."""
 
+import dataclasses
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -39,9 +42,28 @@ def test_costs_are_passes_over_tokens_forward_and_back():
 
 
 def test_a_context_that_several_rows_have_is_counted_once():
-    assert count_context_tokens(examples_of(*ROWS), all_of_input=False) == 160
-    assert count_context_tokens(examples_of(*ROWS, all_context=False), all_of_input=False) == 0
-    assert count_context_tokens(examples_of(*ROWS, all_context=False), all_of_input=True) == 160
+    for has_lead in (True, False):
+        count = functools.partial(count_context_tokens, has_lead=has_lead)
+        assert count(examples_of(*ROWS), all_of_input=False) == 160
+        assert count(examples_of(*ROWS, all_context=False), all_of_input=False) == 0
+        assert count(examples_of(*ROWS, all_context=False), all_of_input=True) == 160
+
+
+def test_what_all_contexts_begin_with_is_held_once_per_job_and_not_in_the_cache():
+    rows = examples_of(([9] * 30 + [5] * 10, [6]), ([9] * 30 + [7] * 20, [6]))
+    assert count_context_tokens(rows, all_of_input=False, has_lead=True) == 30
+    assert count_context_tokens(rows, all_of_input=False, has_lead=False) == 90
+    costs = placement_costs(rows, 4, with_template=True)
+    assert costs["infix"] == costs["template"] == 15 + 2 * 4  # 30 shared, 10 and 20 of their own
+
+
+def test_members_share_a_context_and_a_shared_instruction_shares_virtual_tokens():
+    costs = {k: placement_costs(examples_of(*ROWS), 10, num_members=k) for k in (1, 8)}
+    contexts = {k: found["infix"] - found["infix, contexts cached"] for k, found in costs.items()}
+    assert contexts[8] == pytest.approx(contexts[1] / 8)
+    instruction = examples_of(([9] * 30 + [5] * 10, [6]), ([9] * 30 + [7] * 20, [6]))
+    split = dataclasses.replace(instruction, num_context=np.array([30, 30], np.int32))
+    assert placement_costs(split, 4, with_template=True)["template"] == 2 * 15
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ def check_columns(template: Template, available: list[str], *, key: str, source_
         if column not in available:
             near = difflib.get_close_matches(column, available, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
+            if column == "prompt":
+                hint += "set prompt.placement=template where it marks the virtual tokens; "
             raise UserError(
                 f"{key} uses column {column!r}, which {source_name} does not have; {hint}"
                 f"its columns: {', '.join(available) or 'none'}"

@@ -26,7 +26,8 @@ MIXED = [
     {"train.optimizer": "sgd", "train.momentum": 0.9, "train.warmup_steps": 3, "train.learning_rate": 0.02},
 ]
 GRID = {"train.learning_rate": [0.02, 0.1], "seed": [0, 1]}
-CACHED = {"context_cache_gib": 0.01}
+CACHED, FEW = {"context_cache_gib": 0.01}, {"batch_size": 2, "micro_batch_tokens": 30}
+KINDS = ["prefix", "infix", "tasks", "tasks_prefix", "grid", "decoder", "markers", "bloom_markers"]
 JUDGED = {"every": 4, "metrics": ["loss", "perplexity"], "num_samples": 2}
 
 
@@ -47,6 +48,15 @@ def tasks_of(folder) -> list[dict]:
     ]
 
 
+# Members whose rows have no context, or whose rows are nothing but: a rank may have contexts to read and another none.
+MARKERS = [
+    {"data.template": "{{ prompt }}{{ word }} ="},
+    {"data.template": "Say: {{ word }}{{ prompt }}"},
+    {"data.template": "Say: {{ word if word | length > 5 else '' }}{{ prompt }}"},
+    {"data.template": "{{ word if word | length > 5 else '' }}{{ prompt }}"},
+]
+
+
 @pytest.fixture(scope="module")
 def alone(tiny_bases, folder) -> dict:
     """For each kind of bank, its members' runs alone, on one rank at ZeRO 0; and the bank at ZeRO 0 on one rank."""
@@ -58,13 +68,15 @@ def alone(tiny_bases, folder) -> dict:
         "tasks_prefix": write_bank(folder, "tasks_prefix", tiny_bases["gpt2"], tasks_of(folder), "prefix"),
         "grid": write_bank(folder, "grid", tiny_bases["bloom"], GRID),
         "decoder": write_bank(folder, "decoder", tiny_bases["t5"], GRID, "decoder", train=CACHED),
+        "markers": write_bank(folder, "markers", tiny_bases["llama"], MARKERS, "template", train=CACHED | FEW),
+        "bloom_markers": write_bank(folder, "bloom_markers", tiny_bases["bloom"], MARKERS, "template", train=FEW),
     }
     found = {name: write_alone(config) for name, config in kinds.items()}
     train_all([one for members in found.values() for one in members.values()] + list(kinds.values()), folder)
     return found
 
 
-@pytest.mark.parametrize("kind", ["prefix", "infix", "tasks", "tasks_prefix", "grid", "decoder"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_member_of_a_bank_ends_where_it_would_have_ended_alone(alone, folder, kind):
     assert_ends_as_alone(folder / kind, alone[kind])
     losses = [tuple(line["loss"] for line in read_metrics(config.parent)) for config in alone[kind].values()]
@@ -73,8 +85,8 @@ def test_every_member_of_a_bank_ends_where_it_would_have_ended_alone(alone, fold
 
 def test_the_same_holds_at_other_stages_on_two_ranks(alone, folder, tiny_bases):
     again = []
-    for kind in ("prefix", "infix", "tasks", "grid", "decoder"):
-        base = {"tasks": "gpt2", "grid": "bloom", "decoder": "t5"}.get(kind, "llama")
+    for kind in (kind for kind in KINDS if kind != "tasks_prefix"):
+        base = {"tasks": "gpt2", "grid": "bloom", "decoder": "t5", "bloom_markers": "bloom"}.get(kind, "llama")
         for stage in (3, 2) if kind == "infix" else (3,):
             config = write_bank_again(folder, kind, f"{kind}-zero{stage}-2", tiny_bases[base], stage)
             again.append((kind, config))
@@ -82,7 +94,7 @@ def test_the_same_holds_at_other_stages_on_two_ranks(alone, folder, tiny_bases):
     for kind, config in again:
         assert_ends_as_alone(folder / config.stem, alone[kind])
         rates = [line.get("context_hit_rate") for line in read_metrics(folder / config.stem)]
-        assert (rates[-1] is not None) == (kind in ("infix", "tasks", "decoder"))
+        assert (rates[-1] is not None) == (kind in ("infix", "tasks", "decoder", "markers"))
 
 
 def write_bank_again(folder, kind: str, name: str, base, stage: int):

@@ -1,5 +1,7 @@
 """Invariant 4: the segment pass equals the plain one-pass forward, in losses and in the prompts' gradients."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ def build_reader(model, lead=None, cache: bool = True) -> ContextReader:
 
     kept = ContextCache(max_bytes=1 << 24, folder=None, identity="here") if cache else None
     world = World(0, 1, torch.device("cpu"))
-    reader = ContextReader(read, world, cache=kept, is_sharded=False, uses_segments=model.uses_segments)
+    reader = ContextReader(read, model, world, cache=kept, is_sharded=False)
     if lead is not None:
         reader.set_lead(lead, False)
     return reader
@@ -148,3 +150,18 @@ def test_a_member_that_is_not_finite_leaves_the_others_bitwise_as_they_were(base
         of_others = torch.tensor([member != 1 for _, member in readers])
         assert torch.equal(broken[0][of_others], sound[0][of_others]), kind
         assert torch.equal(broken[1], sound[1]) and torch.equal(broken[3], sound[3]), kind
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+@pytest.mark.parametrize("cache", [True, False])
+def test_rows_without_a_context_stand_among_rows_with_one(bases, kind, cache):
+    full, lead = draw_batch("template")
+    contexts = [tokens if row % 2 else tokens[:0] for row, tokens in enumerate(full.contexts)]
+    rests = [rest if len(rest) else full.contexts[0] for rest in full.rests]
+    for mixed in (contexts, [tokens[:0] for tokens in contexts]):
+        batch = dataclasses.replace(full, contexts=mixed, rests=rests)
+        model = build_model(bases[kind], "causal", "template")
+        reader = build_reader(model, lead=lead, cache=cache)
+        wanted = plain_losses_and_gradients(bases[kind], model, batch)
+        for _ in range(2):  # cold, then warm
+            assert_same(losses_and_gradients(model, reader.hold(batch)), wanted)

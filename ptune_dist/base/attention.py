@@ -18,7 +18,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "ptune_segments"
-BUCKET_SPREAD = 2.0  # entries of one padded call differ in work by no more than this factor
+CALL_SCORES = (
+    2000  # a padded call costs as much as so many scores (queries x keys): more padding makes a call of its own
+)
 
 
 class KeysValues(NamedTuple):
@@ -80,11 +82,7 @@ class CausalSegments:
         num_lead = lead.length if lead else 0
         self._lead = lead
         self._buckets = [Bucket(bucket, num_lead, device) for bucket in split_buckets(segments)]
-        live = torch.cat([bucket.live for bucket in self._buckets])
-        sizes = [bucket.num_entries * bucket.num_queries for bucket in self._buckets]
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        kept = torch.cat([start + bucket.kept for start, bucket in zip(starts, self._buckets, strict=True)])
-        self._places = kept[live.argsort()].to(device)
+        self._places = find_places(self._buckets).to(device)
 
     def attend(self, q, k, v, *, layer: int, scale: float, window: int | None) -> torch.Tensor:
         """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
@@ -94,18 +92,28 @@ class CausalSegments:
         return torch.cat(padded).index_select(0, self._places)
 
 
+def find_places(buckets: list) -> torch.Tensor:
+    """Where each live position [N] stands among the padded queries of all buckets, end to end.
+
+    A bucket has `live`, its live positions, `kept`, where they are among its own queries, and `size`, how many it has.
+    """
+    starts = [sum(bucket.size for bucket in buckets[:i]) for i in range(len(buckets))]
+    kept = torch.cat([start + bucket.kept for start, bucket in zip(starts, buckets, strict=True)])
+    return kept[torch.cat([bucket.live for bucket in buckets]).argsort()]
+
+
 def split_buckets(segments: list[Segment]) -> list[list[Segment]]:
     """Segments of one offset and like size together: they take one mask, and padding them wastes little."""
     buckets: list[list[Segment]] = []
     for segment in sorted(segments, key=lambda s: (s.offset, -s.length, s.start)):
         first = buckets[-1][0] if buckets else None
-        if first is None or first.offset != segment.offset or work_of(first) > BUCKET_SPREAD * work_of(segment):
+        if first is None or first.offset != segment.offset or count_scores(first) - count_scores(segment) > CALL_SCORES:
             buckets.append([])
         buckets[-1].append(segment)
     return buckets
 
 
-def work_of(segment: Segment) -> int:
+def count_scores(segment: Segment) -> int:
     return segment.length * (segment.offset + segment.length)
 
 
@@ -123,6 +131,7 @@ class Bucket:
         self._is_square = self._offset <= longest // 2
         self._num_idle = self._offset if self._is_square else 0
         self.num_entries, self.num_queries, self._longest = len(segments), self._num_idle + longest, longest
+        self.size = self.num_entries * self.num_queries
         self._masks: dict = {}
         self.live = torch.cat([torch.arange(s.start, s.start + s.length) for s in segments])
         self.kept = torch.cat(

@@ -7,25 +7,54 @@ Shapes: E contexts, M segments over each, S positions of a segment, C positions 
 G key/value heads, R = H / G, D width of a head.
 """
 
+import math
+
 import torch
 
-from ptune_dist.base.attention import KeysValues, Segment, additive, pad_index, reads
+from ptune_dist.base.attention import KeysValues, Segment, additive, find_places, pad_index, reads
+
+CONTEXT_CALL_SCORES = 4000  # a padded call costs as much as so many scores
 
 
 class ContextSegments:
-    """Segments that read contexts given from outside, and themselves."""
+    """Segments that read contexts given from outside, and themselves. Contexts of like length are padded together."""
 
     def __init__(self, segments: list[Segment], outside: list[KeysValues], device: torch.device):
         groups: dict[tuple[int, ...], list[Segment]] = {}
         for segment in segments:
             groups.setdefault(segment.contexts, []).append(segment)
-        self._outside, self._named = outside, list(groups)
-        self._shape = (len(groups), max(map(len, groups.values())), max(s.length for s in segments))
-        self._lengths = torch.tensor([group[0].offset for group in groups.values()], device=device)
+        self._buckets = [ContextBucket(bucket, outside, device) for bucket in split_groups(list(groups.values()))]
+        self._places = find_places(self._buckets).to(device)
+
+    def attend(self, q, k, v, *, layer: int, scale: float, window: int | None) -> torch.Tensor:
+        """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
+        padded = [bucket.attend(q, k, v, layer, scale, window) for bucket in self._buckets]
+        return torch.cat(padded).index_select(0, self._places)
+
+
+def split_groups(groups: list[list[Segment]]) -> list[list[list[Segment]]]:
+    """Groups of segments, each over one context, with others whose padding costs less than a call."""
+    buckets: list[list[list[Segment]]] = []
+    for group in sorted(groups, key=lambda group: -group[0].offset):
+        first = buckets[-1][0] if buckets else None
+        queries = sum(segment.length for segment in group)
+        if first is None or (first[0].offset - group[0].offset) * queries > CONTEXT_CALL_SCORES:
+            buckets.append([])
+        buckets[-1].append(group)
+    return buckets
+
+
+class ContextBucket:
+    """Segments, in groups that read one context each, padded to one size."""
+
+    def __init__(self, groups: list[list[Segment]], outside: list[KeysValues], device: torch.device):
+        self._outside, self._named = outside, [group[0].contexts for group in groups]
+        self._shape = (len(groups), max(map(len, groups)), max(s.length for group in groups for s in group))
+        self._lengths = torch.tensor([group[0].offset for group in groups], device=device)
         self._masks: dict = {}
         index, live, kept = [], [], []
         _, num_members, longest = self._shape
-        for e, group in enumerate(groups.values()):
+        for e, group in enumerate(groups):
             for m in range(num_members):
                 s = group[min(m, len(group) - 1)]  # where a context has fewer segments, its last one again
                 index.append(pad_index(torch.arange(s.start, s.start + s.length), longest))
@@ -33,11 +62,11 @@ class ContextSegments:
                     live.append(torch.arange(s.start, s.start + s.length))
                     kept.append((e * num_members + m) * longest + torch.arange(s.length))
         self._index = torch.cat(index).to(device)
-        self._places = torch.cat(kept)[torch.cat(live).argsort()].to(device)
+        self.live, self.kept, self.size = torch.cat(live), torch.cat(kept), math.prod(self._shape)
 
-    def attend(self, q, k, v, *, layer: int, scale: float, window: int | None) -> torch.Tensor:
-        """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
-        num_contexts, num_members, longest = self._shape
+    def attend(self, q, k, v, layer: int, scale: float, window: int | None) -> torch.Tensor:
+        """q [N, H, D], k and v [N, G, D] -> [E * M * S, H, D]."""
+        longest = self._shape[2]
         repeats = q.shape[1] // k.shape[1]
         q, k, v = (t.index_select(0, self._index).unflatten(0, self._shape) for t in (q * scale, k, v))
         q = q.unflatten(3, (-1, repeats)).permute(0, 3, 1, 4, 2, 5)  # [E, G, M, R, S, D]
@@ -51,8 +80,7 @@ class ContextSegments:
         of_context, of_own = shares.split([context_v.shape[2], longest], dim=-1)
         out = (of_context.flatten(2, 4) @ context_v).unflatten(2, q.shape[2:5])
         out = out + (of_own.flatten(3, 4) @ v).unflatten(3, q.shape[3:5])
-        out = out.permute(0, 2, 4, 1, 3, 5).reshape(-1, q.shape[1] * repeats, q.shape[-1])  # [E * M * S, H, D]
-        return out.index_select(0, self._places)
+        return out.permute(0, 2, 4, 1, 3, 5).reshape(-1, q.shape[1] * repeats, q.shape[-1])
 
     def _pad(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's keys and values of all contexts, [E, G, C, D] each, laid out as the products want them."""

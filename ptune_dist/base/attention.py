@@ -54,9 +54,18 @@ def attend(module, query, key, value, attention_mask, *, scaling=None, segments=
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **others
         )
+    window = sliding_window if sliding_window is not None else window_of(module)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = scaling if scaling is not None else 1 / math.sqrt(q.shape[-1])
-    return segments.attend(q, k, v, layer=module.layer_idx, scale=scale, window=sliding_window)[None], None
+    return segments.attend(q, k, v, layer=module.layer_idx, scale=scale, window=window)[None], None
+
+
+def window_of(module) -> int | None:
+    """The window of a layer whose attention leaves it to the mask, which a layout has none of."""
+    own, settings = getattr(module, "sliding_window", None), getattr(module, "config", None)
+    if own is None and not getattr(settings, "layer_types", None):
+        return getattr(settings, "sliding_window", None)
+    return own
 
 
 def use_segments(model: PreTrainedModel) -> bool:
@@ -64,7 +73,9 @@ def use_segments(model: PreTrainedModel) -> bool:
     settings = model.config.get_text_config()
     capped = getattr(settings, "attn_logit_softcapping", None) is not None
     sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
-    if not model._supports_attention_backend or capped or sinks:
+    # Convolutions, states and chunks run over what stands beside a text too.
+    others = set(getattr(settings, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if not model._supports_attention_backend or capped or sinks or others:
         return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -58,7 +58,7 @@ def plan_micro_batches(
     member's row that is longer than the budget is a micro-batch of its own.
 
     With `work`, what a unit costs where its context is held, examples have owners: rank `example % world_size` holds
-    its context, and only one in four is lent to one other rank, for the sake of even work.
+    its context. One example in four may be lent for the sake of even work, any where it would be very uneven.
     """
     pieces = [piece for unit in units for piece in split_unit(unit, cost, micro_batch_tokens)]
     sizes = {piece: cost([piece]) for piece in pieces}

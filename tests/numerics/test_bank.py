@@ -61,6 +61,7 @@ MARKERS = [
 def alone(tiny_bases, folder) -> dict:
     """For each kind of bank, its members' runs alone, on one rank at ZeRO 0; and the bank at ZeRO 0 on one rank."""
     judged = {"data": {"validation": str(folder / "held_out.jsonl")}, "evaluate": JUDGED}
+    marked = {"data": {"template": MARKERS[0]["data.template"]}}
     kinds = {
         "prefix": write_bank(folder, "prefix", tiny_bases["llama"], MIXED, "prefix", **judged),
         "infix": write_bank(folder, "infix", tiny_bases["llama"], MIXED, train=CACHED, **judged),
@@ -68,8 +69,12 @@ def alone(tiny_bases, folder) -> dict:
         "tasks_prefix": write_bank(folder, "tasks_prefix", tiny_bases["gpt2"], tasks_of(folder), "prefix"),
         "grid": write_bank(folder, "grid", tiny_bases["bloom"], GRID),
         "decoder": write_bank(folder, "decoder", tiny_bases["t5"], GRID, "decoder", train=CACHED),
-        "markers": write_bank(folder, "markers", tiny_bases["llama"], MARKERS, "template", train=CACHED | FEW),
-        "bloom_markers": write_bank(folder, "bloom_markers", tiny_bases["bloom"], MARKERS, "template", train=FEW),
+        "markers": write_bank(
+            folder, "markers", tiny_bases["llama"], MARKERS, "template", train=CACHED | FEW, **marked
+        ),
+        "bloom_markers": write_bank(
+            folder, "bloom_markers", tiny_bases["bloom"], MARKERS, "template", train=FEW, **marked
+        ),
     }
     found = {name: write_alone(config) for name, config in kinds.items()}
     train_all([one for members in found.values() for one in members.values()] + list(kinds.values()), folder)

@@ -35,6 +35,10 @@ class ContextReader:
         if self._model.uses_segments and len(tokens) and (len(tokens) >= FEWEST_LEAD_TOKENS or is_whole):
             self._lead_tokens = tokens
 
+    def take_counts(self) -> tuple[int, int]:
+        """Hits and misses of the cache since the last call."""
+        return self.cache.take_counts() if self.cache else (0, 0)
+
     def hold(self, batch: Batch) -> Batch:
         """The batch with what was computed of each row's context. Collective: every rank must call.
 

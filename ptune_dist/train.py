@@ -70,6 +70,7 @@ def run_steps(
         judge_members(job, judges, progress, metrics, world)
     while not is_over(config, progress):
         began, step, gathers = time.perf_counter(), progress.step + 1, job.engine.gathers.copy()
+        job.engine.contexts.take_counts()  # an evaluation's, which are no step's
         examples = rows.of_step(step, progress.live)
         losses = accumulate_step(job, rows, examples, step, world)
         learning_rates = {name: learning_rate_of(job.members[name], step) for name in losses}
@@ -203,8 +204,6 @@ def judge_members(
         elif progress.members[name].count_evaluation(values, samples, config.evaluate.best, step):
             store_prompt(job, name, progress, world)
     progress.evaluation_pending = False
-    if job.engine.contexts.cache:
-        job.engine.contexts.cache.take_counts()  # a step's hit rate is of its own rows
     end_members(config, progress, metrics)
 
 
@@ -297,7 +296,7 @@ def metrics_lines(
         "time_s": progress.elapsed_s,
     }
     if cache:
-        hits, misses = cache.take_counts()
+        hits, misses = job.engine.contexts.take_counts()
         line |= {"context_hit_rate": hits / max(1, hits + misses), "context_cache_bytes": cache.held_bytes}
     if not job.config.sweep:
         return line, {}

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed as dist
+
 from ptune_dist import train as loop
 from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result
 from ptune_dist.bench.work import share_of_peak, useful_flops
@@ -86,6 +88,7 @@ def main() -> int:
         result |= count_work(jobs[0], result)
     if world.is_main:
         write_result(args.result, result)
+    dist.destroy_process_group()  # gloo's threads may end a process that leaves without with an abort
     return status
 
 

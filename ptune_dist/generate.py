@@ -106,9 +106,9 @@ def generate_ids(engine: Engine, inputs: list[TokenPair], settings: GenerationCo
 def generate_after_decoder_prompt(model, inputs: list[TokenPair], member: int, settings, options: dict) -> list:
     """A seq2seq base whose decoder reads [virtual tokens, start, answer]: the virtual tokens are read first."""
     padded, present = pad_rows([np.array([*context, *rest]) for context, rest in inputs], settings.pad_token_id)
-    device = model.prompts[member]().device
-    ids, mask = torch.from_numpy(padded).to(device), torch.from_numpy(present).to(device).long()
     vectors = model.prompts[member]()
+    device = vectors.device
+    ids, mask = torch.from_numpy(padded).to(device), torch.from_numpy(present).to(device).long()
     encoded = model.base.get_encoder()(input_ids=ids, attention_mask=mask)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     vectors = vectors.to(encoded[0].dtype).expand(len(ids), -1, -1)

@@ -4,7 +4,6 @@ Floor 6. Costs are in passes of the base's layers over a token: 2 for forward an
 where no gradient is wanted. Attention, a few percent of it on rows of some hundred tokens, and the head are left out.
 """
 
-import functools
 import statistics
 
 import numpy as np
@@ -13,7 +12,7 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from ptune_dist.config import PLACEMENTS_WITH_CONTEXTS, Config
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.encode import Examples, count_equal
 from ptune_dist.sweep import expand_sweep
 
 GIB = 1 << 30
@@ -31,14 +30,8 @@ def context_bytes_per_token(shape: PretrainedConfig, family: str, dtype: torch.d
 
 def without_lead(contexts: list[np.ndarray]) -> list[int]:
     """Lengths of contexts without the tokens that all of them begin with: those are computed once per job."""
-    lead = functools.reduce(shared_beginning, contexts) if contexts else ()
-    return [len(context) - len(lead) for context in contexts]
-
-
-def shared_beginning(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    count = min(len(first), len(second))
-    differing = np.flatnonzero(first[:count] != second[:count])
-    return first[: differing[0]] if len(differing) else first[:count]
+    num_lead = min((count_equal(contexts[0], context) for context in contexts), default=0)
+    return [len(context) - num_lead for context in contexts]
 
 
 def placement_costs(

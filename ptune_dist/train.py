@@ -72,7 +72,7 @@ def run_steps(
         began, step, gathers = time.perf_counter(), progress.step + 1, job.engine.gathers.copy()
         job.engine.contexts.take_counts()  # an evaluation's, which are no step's
         examples = rows.of_step(step, progress.live)
-        losses = accumulate_step(job, rows, examples, step, world)
+        losses = accumulate_step(job, rows, examples, world)
         learning_rates = {name: learning_rate_of(job.members[name], step) for name in losses}
         freeze_faulty(job, rows, progress, losses, examples, learning_rates, metrics)
         read = [i for chosen in examples.values() for i in chosen]
@@ -95,9 +95,7 @@ def run_steps(
     return True
 
 
-def accumulate_step(
-    job: Job, rows: TrainingRows, examples: dict[str, list[int]], step: int, world: World
-) -> dict[str, float]:
+def accumulate_step(job: Job, rows: TrainingRows, examples: dict[str, list[int]], world: World) -> dict[str, float]:
     """Forward and backward of one step's examples: each member's loss per supervised token. Collective."""
     engine, data = job.engine, rows.examples
     num_targets = {name: int(data.num_targets[chosen].sum()) for name, chosen in examples.items()}

@@ -18,9 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "ptune_segments"
-CALL_SCORES = (
-    2000  # a padded call costs as much as so many scores (queries x keys): more padding makes a call of its own
-)
+# A padded call costs as much as so many scores (queries x keys): what needs more padding gets a call of its own.
+CALL_SCORES = 2000
 
 
 class KeysValues(NamedTuple):

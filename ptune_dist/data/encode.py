@@ -181,7 +181,7 @@ def common_context(examples: Examples) -> np.ndarray:
     common = None
     for i in np.flatnonzero(~examples.is_truncated):
         context = examples.context_ids(i)
-        common = context if common is None else common[: _count_equal(common, context)]
+        common = context if common is None else common[: count_equal(common, context)]
         if not len(common):
             break
     return np.zeros(0, np.int32) if common is None else common
@@ -210,7 +210,7 @@ def _spread(counts: np.ndarray) -> dict[str, int]:
     return {"p50": int(p50), "p90": int(p90), "max": int(counts.max()), "total": int(counts.sum(dtype=np.int64))}
 
 
-def _count_equal(first: np.ndarray, second: np.ndarray) -> int:
+def count_equal(first: np.ndarray, second: np.ndarray) -> int:
     """How many first elements of the two are the same."""
     count = min(len(first), len(second))
     differing = np.flatnonzero(first[:count] != second[:count])

@@ -6,7 +6,6 @@ digests and its own. It is written aside, flushed and renamed: a kill at any mom
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ from safetensors.torch import load, save
 
 from ptune_dist.errors import RunFault
 from ptune_dist.files import sync_folder, write_durably
+from ptune_dist.run_dir import list_checkpoints
 
-PATTERN = re.compile(r"step-(\d{8})")
 TENSOR_FILES = ("prompt", "optimizer")
 
 
@@ -80,11 +79,6 @@ def remove_leftovers(folder: Path) -> None:
     """Drop what a killed writer left."""
     for leftover in (*folder.glob(".writing-*"), *folder.glob(".old-*")):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if PATTERN.fullmatch(path.name))
 
 
 def load_checkpoint(path: Path) -> Snapshot:

@@ -1,5 +1,8 @@
 """The command `ptune-dist`. Floor 7: parse, hand over, turn errors into one line and an exit status.
 
+Under a launcher, which knows a rank's end from its last word, a known end has status 0: torchrun takes any other for a
+crash and prints a report of its own.
+
 torch is imported only by the commands that compute, after the config has been read, so a mistake shows at once.
 """
 
@@ -15,6 +18,8 @@ from typing import Any, NoReturn
 from ptune_dist.config import Config, load_config
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run_dir import find_member_dir, read_run_config
+from ptune_dist.signs import own_folder
+from ptune_dist.watch import leave_word
 
 USER_MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
 SECONDS_FOR_RANK_0 = 2.0
@@ -34,10 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
         return parsed.run(parsed) or 0
     except UserError as error:
         say_error(error)
-        return USER_MISTAKE
+        return USER_MISTAKE if own_folder() is None else 0
     except RunFault as error:
         say_error(error)
-        return FAULT
+        return FAULT if own_folder() is None else 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
@@ -48,7 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def say_error(error: Exception) -> None:
-    """One line, on rank 0 only: every rank has the same error."""
+    """One line, on rank 0 only: every rank has the same error. A launcher says it itself."""
+    if own_folder():
+        return
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     else:
@@ -93,6 +100,7 @@ def build_parser() -> Parser:
 
     add("train", run_train, "train a prompt, or go on with a run", "CONFIG")
     add("validate", run_validate, "show what a config will do, without training", "CONFIG")
+    add("check", run_check, "test this job's nodes: GPUs, products, network; launch/run.sh --check adds more", "CONFIG")
     evaluate = add("evaluate", run_evaluate, "judge a run's prompt on data.validation", "RUN")
     generate = add("generate", run_generate, "answer inputs with a run's prompt", "RUN")
     export = add("export", run_export, "take a run's prompt elsewhere", "RUN")
@@ -139,10 +147,23 @@ def bounded(kind: type, *, low: float = -math.inf, above: float = -math.inf, hig
 
 
 def run_train(parsed: argparse.Namespace) -> int:
-    config = load_config(parsed.config, parsed.overrides)
-    from ptune_dist.train import train
+    def run() -> int:
+        config = load_config(parsed.config, parsed.overrides)
+        from ptune_dist.train import train
 
-    return train(config)
+        return train(config)
+
+    return leave_word(run)
+
+
+def run_check(parsed: argparse.Namespace) -> int:
+    def run() -> int:
+        load_config(parsed.config, parsed.overrides)
+        from ptune_dist.node_check import check_and_show
+
+        return check_and_show()
+
+    return leave_word(run)
 
 
 def run_validate(parsed: argparse.Namespace) -> None:

@@ -111,6 +111,7 @@ class TrainConfig(Section):
     context_cache_gib: Annotated[Real, Field(ge=0)] = 0.0  # of contexts' keys and values, kept in memory by each rank
     context_cache_dir: str | None = None  # a folder for those that memory does not hold
     resume: Literal["auto", "never"] = "auto"
+    hang_timeout_s: Annotated[Real, Field(ge=0)] = 600.0  # a rank without progress for so long ends the job; 0: never
 
 
 class EvaluateConfig(Section):

@@ -1,4 +1,4 @@
-"""The process group, reductions over ranks, and a stop request that all ranks agree on.
+"""The process group and reductions over ranks.
 
 Floor 1. Rank and world size come from torchrun's variables; with none set it is a world of one, on the same code path.
 """
@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -26,7 +25,6 @@ from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 from ptune_dist.errors import RunFault, UserError  # noqa: E402
 
-SECONDS_BETWEEN_INTERRUPTS = 3.0
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -110,31 +108,3 @@ def raise_together(error: Exception | None, world: World) -> None:
     for found in gather_from_ranks(sent, world):
         if found is not None:
             raise error or found
-
-
-class StopRequest:
-    """Remembers that TERM, USR2 or INT asked this process to stop; a second Ctrl-C stops at once.
-
-    One Ctrl-C reaches a rank twice, from the terminal and from torchrun, so a second one counts after a while only.
-    The ranks agree on a stop by adding `requested` up over ranks at a step boundary.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._since = 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame: object) -> None:
-        if not self.requested:
-            self.requested, self._since = True, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._since > SECONDS_BETWEEN_INTERRUPTS:
-            raise KeyboardInterrupt

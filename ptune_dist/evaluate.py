@@ -4,7 +4,7 @@ Floor 5. Rows are shared among the ranks and each is counted once, whatever the 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +34,16 @@ class Judge:
     candidates: tuple[list[Examples], list[int]] | None = None
     labels: list[str] | None = None  # an encoder's, whose targets are their numbers
 
-    def __call__(self, engine: Engine, members: Sequence[str]) -> dict[str, Evaluation]:
-        """Each member's metrics, `loss` per supervised token always among them, and some rows' answers. Collective."""
+    def __call__(
+        self, engine: Engine, members: Sequence[str], between_batches: Callable[[], None] = lambda: None
+    ) -> dict[str, Evaluation]:
+        """Each member's metrics, `loss` per supervised token always among them, and some rows' answers. Collective.
+
+        `between_batches` is called on every rank after each batch, and may communicate or raise.
+        """
         numbers = [engine.members.index(name) for name in members]
-        losses = self._losses(engine, self.split.examples, numbers)
-        accuracies = self._accuracies(engine, numbers) if "accuracy" in self.metrics else None
+        losses = self._losses(engine, self.split.examples, numbers, between_batches)
+        accuracies = self._accuracies(engine, numbers, between_batches) if "accuracy" in self.metrics else None
         found = {}
         for place, (name, number) in enumerate(zip(members, numbers, strict=True)):
             loss = sum(losses[place]) / int(self.split.examples.num_targets.sum())
@@ -47,7 +52,7 @@ class Judge:
                 metrics["perplexity"] = math.exp(loss) if loss < 700 else math.inf
             if accuracies:
                 metrics["accuracy"] = accuracies[place]
-            answers = self._answers(engine, number)
+            answers = self._answers(engine, number, between_batches)
             if "exact_match" in self.metrics:
                 right = [answer.strip() == self._wanted(i).strip() for i, answer in answers.items()]
                 metrics["exact_match"] = sum(right) / len(right)
@@ -60,7 +65,7 @@ class Judge:
             for i in sorted(answers)[: self.num_samples]
         ]
 
-    def _answers(self, engine: Engine, member: int) -> dict[int, str]:
+    def _answers(self, engine: Engine, member: int, between_batches: Callable[[], None]) -> dict[int, str]:
         """Generated answers: of every row where they are judged, of a few where they are only shown."""
         if self.split.rows.kind == "text":
             return {}
@@ -70,18 +75,25 @@ class Judge:
         return dict(
             generate_texts(
                 engine, self.tokenizer, inputs, max_new_tokens=self.max_new_tokens,
-                micro_batch_tokens=self.micro_batch_tokens, member=member,
+                micro_batch_tokens=self.micro_batch_tokens, member=member, between_batches=between_batches,
             )
         )  # fmt: skip
 
-    def _accuracies(self, engine: Engine, members: list[int]) -> list[float]:
+    def _accuracies(self, engine: Engine, members: list[int], between_batches: Callable[[], None]) -> list[float]:
         """For each member the share of rows whose right label is the likeliest of all."""
         examples, right = self.candidates
         # [labels, members, rows]
-        losses = torch.tensor([self._losses(engine, label, members) for label in examples], dtype=torch.float64)
-        return (losses.argmin(dim=0) == torch.tensor(right)).double().mean(dim=1).tolist()
+        losses = [self._losses(engine, label, members, between_batches) for label in examples]
+        return (
+            (torch.tensor(losses, dtype=torch.float64).argmin(dim=0) == torch.tensor(right))
+            .double()
+            .mean(dim=1)
+            .tolist()
+        )
 
-    def _losses(self, engine: Engine, examples: Examples, members: list[int]) -> list[list[float]]:
+    def _losses(
+        self, engine: Engine, examples: Examples, members: list[int], between_batches: Callable[[], None]
+    ) -> list[list[float]]:
         """Summed negative log-likelihood of every example's target, for each member, on every rank."""
         plan = engine.plan([(i, tuple(members)) for i in range(len(examples))], examples, self.micro_batch_tokens)
         mine: list[tuple[tuple[int, int], float]] = []
@@ -91,6 +103,7 @@ class Judge:
             losses = engine.row_losses(batch).double().tolist()
             readers = [(example, member) for example, some in units for member in some]
             mine += zip(readers, losses[: len(readers)], strict=True)
+            between_batches()
         everyone = dict(pair for pairs in gather_from_ranks(mine, engine.world) for pair in pairs)
         return [[everyone[i, member] for i in range(len(examples))] for member in members]
 

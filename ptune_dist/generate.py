@@ -6,7 +6,7 @@ the likeliest label.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from ptune_dist.engine import Engine
 def generate_texts(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, inputs: Sequence[TokenPair], *, max_new_tokens: int,
     micro_batch_tokens: int, member: int = 0, sampling: dict[str, Any] | None = None, seed: int = 0,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, str]]:  # fmt: skip
     """Yield (index, answer) for every input of token ids, batch after batch, on every rank.
 
@@ -62,6 +63,7 @@ def generate_texts(
             texts = tokenizer.batch_decode(generate_ids(engine, mine, settings, member), skip_special_tokens=True)
         for indices, answers in gather_from_ranks((groups[world.rank], texts[: len(groups[world.rank])]), world):
             yield from zip(indices, answers, strict=True)
+        between_batches()
 
 
 def room_for_answer(engine: Engine, longest: int, num_virtual: int) -> int:

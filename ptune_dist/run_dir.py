@@ -6,7 +6,9 @@ Floor 1.
 import fcntl
 import json
 import os
+import re
 import sys
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +19,9 @@ from ptune_dist.sweep import member_config
 
 # What may change when a run goes on: how far, how it is watched and how it is spread, not what is learned.
 MAY_CHANGE = ("output_dir", "evaluate", "checkpoint", "deepspeed", "train.max_steps", "train.micro_batch_tokens",
-              "train.resume", "train.context_cache_gib", "train.context_cache_dir")  # fmt: skip
+              "train.resume", "train.hang_timeout_s", "train.context_cache_gib",
+              "train.context_cache_dir")  # fmt: skip
+CHECKPOINT = re.compile(r"step-\d{8}")
 
 
 def read_run_config(run_dir: Path, overrides: list[str] = ()) -> Config:
@@ -84,6 +88,22 @@ def lock_run_dir(config: Config) -> IO[str]:
     return lock
 
 
+def wait_for_lock(run_dir: Path, seconds: float) -> bool:
+    """Wait until nobody trains in the folder; False where someone still does. What was killed takes a while to go."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            with open(run_dir / ".lock", "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return True
+        except FileNotFoundError:
+            return True
+        except OSError:
+            if time.monotonic() > until:
+                return False
+        time.sleep(0.2)
+
+
 def write_run_configs(config: Config, members: dict[str, Config]) -> None:
     """Put the resolved config into the run's folder, and each member's of a sweep into its own. Raises RunFault.
 
@@ -136,6 +156,11 @@ def is_finished(config: Config) -> dict[str, Any] | None:
     if "ranking" in summary:
         gave_up = all(line["ended"] for line in summary["ranking"])
     return summary if gave_up or summary["steps"] >= config.train.max_steps else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if CHECKPOINT.fullmatch(path.name))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

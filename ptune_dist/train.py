@@ -9,26 +9,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptune_dist.checkpoint import list_checkpoints
 from ptune_dist.config import Config
 from ptune_dist.data.bank import TrainingRows
 from ptune_dist.data.batches import collate
 from ptune_dist.data.build import build_split
 from ptune_dist.data.encode import Examples, common_context
-from ptune_dist.distributed import StopRequest, World, init_distributed, sum_over_ranks
+from ptune_dist.distributed import World, init_distributed, sum_over_ranks
 from ptune_dist.errors import RunFault
-from ptune_dist.evaluate import Evaluation, Judge, build_judge
+from ptune_dist.evaluate import Judge, build_judge
 from ptune_dist.files import fault_on_failed_write
 from ptune_dist.generate import pad_id
 from ptune_dist.job import Job, build_family, build_job, build_tokenizer, together
+from ptune_dist.judging import StopAgreed, agree_on_stop, is_due, is_evaluation_due, judge_members
 from ptune_dist.metrics import MetricsWriter, StepCount, peak_memory_bytes
+from ptune_dist.node_check import check_nodes
 from ptune_dist.optimizer import learning_rate_at
-from ptune_dist.progress import Progress, checkpoint, rank_evaluation, restore, store_prompt
-from ptune_dist.run_dir import check_run_dir, is_finished, lock_run_dir, write_json, write_run_configs
+from ptune_dist.progress import Progress, checkpoint, restore, store_prompt
+from ptune_dist.run_dir import (
+    check_run_dir,
+    is_finished,
+    list_checkpoints,
+    lock_run_dir,
+    write_json,
+    write_run_configs,
+)
+from ptune_dist.signs import DONE, STOPPED, End
+from ptune_dist.status import end_status, say_training
 from ptune_dist.summary import build_summary, describe_member, describe_start, say_finished
 from ptune_dist.sweep import expand_sweep
-
-DONE, STOPPED = 0, 75
+from ptune_dist.watch import Watch, status_of_failure
 
 
 def train(config: Config) -> int:
@@ -38,64 +47,87 @@ def train(config: Config) -> int:
     summary = is_finished(config)
     if summary:
         say_finished(config, summary, world)
-        return DONE
-    rows, judges = together(world, lambda: build_data(config))
-    job = build_job(config, world, with_start=not has_checkpoint(config))
-    job.engine.contexts.set_lead(*lead_of(rows.examples))
-    with together(world, lambda: lock_run_dir(config) if world.is_main else nullcontext()):
-        progress = restore(job, rows, world)
-        together(world, lambda: write_run_configs(config, job.members) if world.is_main else None)
-        with together(world, lambda: open_metrics(job, progress, world)) as metrics, StopRequest() as stop:
+        return End(DONE).status
+    with Watch(world.rank, config.train.hang_timeout_s) as watch:
+        if watch.folder:
+            check_nodes(world)
+        rows, judges = together(world, lambda: build_data(config))
+        job = build_job(config, world, with_start=not has_checkpoint(config))
+        job.engine.contexts.set_lead(*lead_of(rows.examples))
+        with together(world, lambda: lock_run_dir(config) if world.is_main else nullcontext()):
+            with status_of_failure(Path(config.output_dir)) if world.is_main else nullcontext():
+                return train_job(job, rows, judges, watch, world)
+
+
+def train_job(job: Job, rows: TrainingRows, judges: dict[str, Judge], watch: Watch, world: World) -> int:
+    """What `train` does once everything is loaded and the run's folder is ours. Collective."""
+    config, end = job.config, End(DONE)
+    together(world, lambda: say_training(Path(config.output_dir)) if world.is_main else None)
+    progress = restore(job, rows, world)
+    together(world, lambda: write_run_configs(config, job.members) if world.is_main else None)
+    together(world, lambda: watch.begin_steps(Path(config.output_dir)))
+    with together(world, lambda: open_metrics(job, progress, world)) as metrics:
+        if world.is_main:
+            metrics.say(describe_start(job, rows, judges, progress, world))
+        try:
+            run_steps(job, rows, judges, progress, metrics, watch, world)
+            summary = finish(job, judges, progress, metrics, watch, world)
+        except StopAgreed:
+            end = End(STOPPED, f"asked to stop at step {progress.step}")
             if world.is_main:
-                metrics.say(describe_start(job, rows, judges, progress, world))
-            is_done = run_steps(job, rows, judges, progress, metrics, stop, world)
-            if not is_done:
-                return STOPPED
-            summary = finish(job, judges, progress, metrics, world)
-    say_finished(config, summary, world)
-    return DONE
+                metrics.say(f"stopped at step {progress.step} on request; the same command goes on from here")
+    watch.end_steps()
+    if world.is_main:
+        end_status(Path(config.output_dir), end)
+    if end.kind == DONE:
+        say_finished(config, summary, world)
+    return end.status
 
 
 def run_steps(
     job: Job, rows: TrainingRows, judges: dict[str, Judge], progress: Progress, metrics: MetricsWriter | None,
-    stop: StopRequest, world: World,
-) -> bool:  # fmt: skip
-    """Steps until the run is over, or until any rank is asked to stop: then False, with all of it saved. Collective.
+    watch: Watch, world: World,
+) -> None:  # fmt: skip
+    """Steps until the run is over. Collective.
+
+    Raises StopAgreed, with all of it saved, where any rank is asked to stop.
 
     A checkpoint comes before the evaluation of its step, so that a long evaluation cannot cost it; a run that goes on
     from there evaluates first.
     """
     config = job.config
+    if agree_on_stop(watch, metrics, world):  # while everything was loaded: there is nothing to save
+        raise StopAgreed
     if judges and progress.evaluation_pending:
-        judge_members(job, judges, progress, metrics, world)
+        judge_members(job, judges, progress, metrics, watch, world)
     while not is_over(config, progress):
         began, step, gathers = time.perf_counter(), progress.step + 1, job.engine.gathers.copy()
         job.engine.contexts.take_counts()  # an evaluation's, which are no step's
         examples = rows.of_step(step, progress.live)
-        losses = accumulate_step(job, rows, examples, world)
+        losses = accumulate_step(job, rows, examples, watch, world)
         learning_rates = {name: learning_rate_of(job.members[name], step) for name in losses}
         freeze_faulty(job, rows, progress, losses, examples, learning_rates, metrics)
         read = [i for chosen in examples.values() for i in chosen]
         gathered = job.engine.gathers.since(gathers)
         num_tokens = int(rows.examples.lengths[read].sum())
         progress.count_step(losses, StepCount(time.perf_counter() - began, len(read), num_tokens, *gathered))
+        watch.beat(step)
         if world.is_main:
             metrics.step(*metrics_lines(job, progress, losses, learning_rates, world))
 
         progress.evaluation_pending = bool(judges) and is_evaluation_due(config, step)
-        is_stopped = agree_on_stop(stop, metrics, world) and not is_over(config, progress)
+        is_stopped = agree_on_stop(watch, metrics, world) and not is_over(config, progress)
         if is_stopped or is_due(config.checkpoint.every, step, config):
             checkpoint(job, progress, world)
         if is_stopped:
-            if world.is_main:
-                metrics.say(f"stopped at step {step} on request; the same command goes on from here")
-            return False
+            raise StopAgreed
         if progress.evaluation_pending:
-            judge_members(job, judges, progress, metrics, world)
-    return True
+            judge_members(job, judges, progress, metrics, watch, world)
 
 
-def accumulate_step(job: Job, rows: TrainingRows, examples: dict[str, list[int]], world: World) -> dict[str, float]:
+def accumulate_step(
+    job: Job, rows: TrainingRows, examples: dict[str, list[int]], watch: Watch, world: World
+) -> dict[str, float]:
     """Forward and backward of one step's examples: each member's loss per supervised token. Collective."""
     engine, data = job.engine, rows.examples
     num_targets = {name: int(data.num_targets[chosen].sum()) for name, chosen in examples.items()}
@@ -105,6 +137,7 @@ def accumulate_step(job: Job, rows: TrainingRows, examples: dict[str, list[int]]
     for number, shares in enumerate(plan, 1):
         batch = collate(data, shares, world.rank, pad_id(job.tokenizer))
         total += engine.accumulate(batch, scales=scales, is_last=number == len(plan))
+        watch.beat()
     sums = dict(zip(engine.members, sum_over_ranks(total.tolist(), world), strict=True))
     return {name: sums[name] / count for name, count in num_targets.items()}
 
@@ -141,15 +174,6 @@ def describe_fault(job: Job, rows: TrainingRows, examples: list[int], step: int,
     )
 
 
-def agree_on_stop(stop: StopRequest, metrics: MetricsWriter | None, world: World) -> bool:
-    """Whether any rank is asked to stop. Raises RunFault on every rank where rank 0 cannot write. Collective."""
-    failed = metrics.failure if metrics else None
-    num_asked, num_failed = sum_over_ranks([float(stop.requested), float(failed is not None)], world)
-    if num_failed:
-        raise failed or RunFault("rank 0 cannot write its metrics")
-    return num_asked > 0
-
-
 def build_data(config: Config) -> tuple[TrainingRows, dict[str, Judge]]:
     """The members' training rows, and for each the judge over its validation split where it has one. Raises UserError.
 
@@ -179,57 +203,12 @@ def lead_of(examples: Examples) -> tuple[np.ndarray, bool]:
     return lead, bool((examples.num_context == len(lead)).all())
 
 
-def judge_members(
-    job: Job, judges: dict[str, Judge], progress: Progress, metrics: MetricsWriter | None, world: World
-) -> None:  # fmt: skip
-    """Evaluate the members that go on; keep each one's prompt where it is its best so far. Collective.
-
-    Raises RunFault where the only one left has no finite loss.
-    """
-    config, step = job.config, progress.step
-    found: dict[str, Evaluation] = {}
-    for judge in {id(judge): judge for judge in judges.values()}.values():
-        if judged := [name for name in progress.live if judges.get(name) is judge]:
-            found |= judge(job.engine, judged)
-    for name, (values, samples) in found.items():
-        if world.is_main:
-            metrics.evaluation(step, values, samples, member=name if config.sweep else None)
-        if not math.isfinite(values["loss"]):
-            what = f"the validation loss is {values['loss']}"
-            if progress.live == [name]:
-                raise RunFault(f"{what} at step {step}; the best prompt is kept")
-            progress.members[name].end(what, step, is_faulty=True)
-        elif progress.members[name].count_evaluation(values, samples, config.evaluate.best, step):
-            store_prompt(job, name, progress, world)
-    progress.evaluation_pending = False
-    end_members(config, progress, metrics)
-
-
-def end_members(config: Config, progress: Progress, metrics: MetricsWriter | None) -> None:
-    """After an evaluation: members without progress stand still, and at a halving the weaker ones."""
-    step, name = progress.step, config.evaluate.best
-    ended = {}
-    for member in progress.live if config.sweep else ():
-        num_worse = progress.members[member].num_worse
-        if 0 < config.evaluate.patience <= num_worse:
-            ended[member] = f"no better in {num_worse} evaluations"
-    live = [member for member in progress.live if member not in ended]
-    if config.sweep_halving and step and step % config.sweep_halving.every == 0 and step < config.train.max_steps:
-        live.sort(key=lambda member: rank_evaluation(progress.members[member].last, name), reverse=True)
-        for member in live[max(1, math.ceil(len(live) * config.sweep_halving.keep)) :]:
-            ended[member] = "weaker than those that go on"
-    for member, reason in ended.items():
-        progress.members[member].end(reason, step)
-        if metrics:
-            metrics.say(f"{member} stands still from step {step} on: {reason}")
-
-
 def finish(
-    job: Job, judges: dict[str, Judge], progress: Progress, metrics: MetricsWriter | None, world: World
+    job: Job, judges: dict[str, Judge], progress: Progress, metrics: MetricsWriter | None, watch: Watch, world: World
 ) -> dict[str, Any]:  # fmt: skip
     """Write the summaries, return the run's; where nothing is judged the last prompt is kept. Collective."""
     if any(name in judges and not progress.members[name].best for name in progress.live):
-        judge_members(job, judges, progress, metrics, world)
+        judge_members(job, judges, progress, metrics, watch, world)
     for name, standing in progress.members.items():
         if not standing.best:  # never judged: there is no validation, or it was brought to a stand before
             store_prompt(job, name, progress, world)
@@ -315,13 +294,3 @@ def is_over(config: Config, progress: Progress) -> bool:
         return True
     only = list(progress.members.values())
     return not config.sweep and 0 < config.evaluate.patience <= only[0].num_worse
-
-
-def is_evaluation_due(config: Config, step: int) -> bool:
-    halving = config.sweep_halving
-    return is_due(config.evaluate.every, step, config) or bool(halving and step % halving.every == 0)
-
-
-def is_due(every: int, step: int, config: Config) -> bool:
-    """Every so many steps, and at the end."""
-    return step == config.train.max_steps or (every > 0 and step % every == 0)

@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh test
+if [[ " $* " != *" --fast "* ]]; then bash tests/cluster/install.sh; fi
 
 arguments=()
 for argument in "$@"; do

@@ -1,0 +1,193 @@
+"""The head node's decisions for all nodes: who is there, when to start, when to end, what to do next.
+
+Floor 6. One thread of the head's launcher; the head's own node is a node like any other.
+"""
+
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ptune_dist.config import Config
+from ptune_dist.errors import RunFault
+from ptune_dist.launcher.facts import NodeFacts, judge_facts
+from ptune_dist.launcher.link import Link, Message, free_port
+from ptune_dist.run_dir import is_finished, wait_for_lock
+from ptune_dist.signs import DONE, STOPPED, WORTH_A_RESTART, End, first_cause
+from ptune_dist.status import begin_status, end_status
+from ptune_dist.topology import Topology
+
+SECONDS_BETWEEN_BEATS = 1.0
+SECONDS_TO_END = 30.0  # for a node to end its ranks
+SECONDS_FOR_OTHERS = 60.0  # between the first node that is done and the last
+SECONDS_FOR_LOCK = 60.0  # until what a killed launcher left is gone
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a job may take."""
+
+    start_timeout_s: float
+    silence_s: float  # a node that is not heard from for so long is gone
+    max_restarts: int
+
+
+class Head(threading.Thread):
+    """Leads all nodes through the attempts of one job; `Head.end` afterwards says how it went."""
+
+    def __init__(self, ear: socket.socket, topology: Topology, config: Config, limits: Limits, *, is_check: bool):
+        super().__init__(name="head", daemon=True)
+        self._ear, self._topology, self._config, self._limits = ear, topology, config, limits
+        self._is_check, self._run_dir = is_check, Path(config.output_dir)
+        self._links: dict[int, Link] = {}
+        self._facts: dict[int, NodeFacts] = {}
+        self._skews_s: dict[int, float] = {}
+        self._ends: dict[int, End] = {}
+        self._beat_at = 0.0
+
+    def run(self) -> None:
+        try:
+            end = self._lead()
+        except RunFault as fault:
+            end = End("fault", str(fault))
+        except Exception as error:  # a mistake of ours must not leave the nodes waiting
+            end = End("error", f"the head's launcher: {type(error).__name__}: {error}")
+        for link in self._links.values():
+            link.send(kind="leave", end=asdict(end))
+        self._ear.close()
+
+    def _lead(self) -> End:
+        if not self._is_check:
+            unneeded = self._find_unneeded()
+            if unneeded:
+                return self._gather_nodes() or unneeded
+        for attempt in range(self._limits.max_restarts + 1):
+            if not self._is_check:
+                begin_status(self._run_dir, self._topology.job_id, in_place=attempt > 0)
+            end = self._find_unfit() if attempt == 0 else None
+            end = end or self._make_attempt(attempt)
+            if not self._is_check:
+                end_status(self._run_dir, end)
+            if not self._may_restart(end, attempt):
+                return end
+            say(f"{end.reason}; restart {attempt + 1} of {self._limits.max_restarts} in place")
+            wait_for_lock(self._run_dir, SECONDS_FOR_LOCK)
+        raise AssertionError("the last attempt returns")
+
+    def _find_unneeded(self) -> End | None:
+        """Whether there is nothing to do here, or someone else does it."""
+        if not wait_for_lock(self._run_dir, SECONDS_FOR_LOCK):
+            return End("mistake", f"output_dir: {self._run_dir}: another process is training here")
+        if is_finished(self._config):
+            say(f"{self._run_dir} is finished: nothing is left to do")
+            return End(DONE)
+        return None
+
+    def _find_unfit(self) -> End | None:
+        """What is wrong with the nodes before anything is started."""
+        absent = self._gather_nodes()
+        if absent:
+            return absent
+        ranks = range(self._topology.num_nodes)
+        return judge_facts([self._facts[i] for i in ranks], [self._skews_s[i] for i in ranks], str(self._run_dir))
+
+    def _make_attempt(self, attempt: int) -> End:
+        others = [link for number, link in self._links.items() if number]
+        address = others[0].own_address if others else "127.0.0.1"
+        self._ends.clear()
+        self._tell_all(kind="start", address=address, port=free_port(), attempt=attempt)
+        return self._follow_attempt()
+
+    def _may_restart(self, end: End, attempt: int) -> bool:
+        all_here = len(self._ends) == self._topology.num_nodes and all(link.is_open for link in self._links.values())
+        return end.kind in WORTH_A_RESTART and all_here and attempt < self._limits.max_restarts and not self._is_check
+
+    def _gather_nodes(self) -> End | None:
+        """Every node's first word; what is wrong where one does not come."""
+        deadline = time.monotonic() + self._limits.start_timeout_s
+        strangers: list[Link] = []
+        while len(self._links) < self._topology.num_nodes:
+            strangers += self._accept()
+            for link in list(strangers):
+                for message in link.receive():
+                    strangers.remove(link)
+                    self._welcome(link, message)
+                    break
+            strangers = [link for link in strangers if link.is_open]
+            if time.monotonic() > deadline:
+                return self._name_absent()
+            self._beat()
+            time.sleep(0.02)
+        return None
+
+    def _name_absent(self) -> End:
+        names = self._topology.node_names
+        absent = [names[i] for i in range(self._topology.num_nodes) if i not in self._links]
+        waited = f"{self._limits.start_timeout_s:.0f} s"
+        return End("unreachable", f"node {', '.join(absent)} has not come within {waited}", node=absent[0])
+
+    def _accept(self) -> list[Link]:
+        try:
+            return [Link(self._ear.accept()[0])]
+        except OSError:
+            return []
+
+    def _welcome(self, link: Link, message: Message) -> None:
+        """A node of this job that says who it is; whoever does not is sent away."""
+        number = message.get("node_rank")
+        if message.get("job_id") != self._topology.job_id or number not in range(self._topology.num_nodes):
+            link.close()
+            return
+        self._links[number] = link
+        self._facts[number] = NodeFacts(**message["facts"])
+        self._skews_s[number] = message["clock_s"] - time.time()
+
+    def _follow_attempt(self) -> End:
+        """Until every node's ranks have ended, or all that can be ended; then the first cause."""
+        asked_at = first_done_at = None
+        while True:
+            self._hear_all()
+            now = time.monotonic()
+            for number, link in self._links.items():
+                if number not in self._ends and link.silent_s > self._limits.silence_s:
+                    self._ends[number] = self._describe_silence(number, link)
+                    link.close()
+            bad = [end for end in self._ends.values() if end.kind not in (DONE, STOPPED)]
+            if len(self._ends) == self._topology.num_nodes:
+                return first_cause(list(self._ends.values()))
+            if self._ends and first_done_at is None:
+                first_done_at = now
+            is_late = first_done_at is not None and now - first_done_at > SECONDS_FOR_OTHERS
+            if (bad or is_late) and asked_at is None:
+                asked_at = now
+                with_stacks = any(end.kind in ("hang", "frozen", "unreachable") for end in bad)
+                self._tell_all(kind="end", with_stacks=with_stacks)
+            if asked_at is not None and now - asked_at > SECONDS_TO_END:
+                return first_cause(list(self._ends.values()))
+            time.sleep(0.05)
+
+    def _describe_silence(self, number: int, link: Link) -> End:
+        name = self._topology.node_names[number]
+        what = f"has not been heard from for {link.silent_s:.0f} s" if link.is_open else "has closed its line"
+        return End("unreachable", f"node {name} {what}", node=name)
+
+    def _hear_all(self) -> None:
+        self._beat()
+        for number, link in self._links.items():
+            for message in link.receive():
+                if message["kind"] == "ended":
+                    self._ends[number] = End(**message["end"])
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._beat_at > SECONDS_BETWEEN_BEATS:
+            self._beat_at = time.monotonic()
+            self._tell_all(kind="beat")
+
+    def _tell_all(self, **message) -> None:
+        for link in self._links.values():
+            link.send(**message)
+
+
+def say(text: str) -> None:
+    print(f"launcher: {text}", flush=True)

@@ -1,0 +1,101 @@
+"""A line between two launchers: JSON, one message a line, and how long the other has been silent.
+
+Floor 6.
+"""
+
+import contextlib
+import json
+import select
+import socket
+import time
+from typing import Any
+
+from ptune_dist.errors import UserError
+
+Message = dict[str, Any]
+MOST_BYTES = 1 << 20  # of a message: whoever sends more is no launcher
+SECONDS_TO_SEND = 5.0
+
+
+class Link:
+    """Messages both ways over a socket. A link that fails is closed and stays so."""
+
+    def __init__(self, connection: socket.socket):
+        self._socket, self._received = connection, b""
+        self._socket.settimeout(SECONDS_TO_SEND)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.is_open, self.heard_at = True, time.monotonic()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the other was last heard; endless where the line is closed."""
+        return time.monotonic() - self.heard_at if self.is_open else float("inf")
+
+    @property
+    def own_address(self) -> str:
+        """By which the other reaches this node."""
+        return self._socket.getsockname()[0]
+
+    def send(self, **message: Any) -> None:
+        try:
+            if self.is_open:
+                self._socket.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            self.close()
+
+    def receive(self) -> list[Message]:
+        """The messages that are here, without waiting."""
+        if not (self.is_open and select.select([self._socket], [], [], 0)[0]):
+            return []
+        try:
+            data = self._socket.recv(65536)
+            if not data or len(self._received) > MOST_BYTES:
+                raise ConnectionError
+            *lines, self._received = (self._received + data).split(b"\n")
+            messages = [json.loads(line) for line in lines]
+        except (OSError, ValueError):
+            self.close()
+            return []
+        self.heard_at = time.monotonic()
+        return messages
+
+    def close(self) -> None:
+        self.is_open = False
+        with contextlib.suppress(OSError):
+            self._socket.close()
+
+
+def listen(port: int) -> socket.socket:
+    """The head's ear. Raises UserError where the port is taken."""
+    ear = socket.socket()
+    ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        ear.bind(("", port))
+    except OSError as error:
+        ear.close()
+        raise UserError(f"port {port} of the head node: {error.strerror}: set PTUNE_PORT to a free one") from None
+    ear.listen(1024)
+    ear.setblocking(False)
+    return ear
+
+
+def resolve(head: str) -> str | None:
+    """The IPv4 address of a name."""
+    try:
+        return socket.getaddrinfo(head, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        return None
+
+
+def connect(address: str, port: int) -> Link | None:
+    """One try."""
+    try:
+        return Link(socket.create_connection((address, port), timeout=3.0))
+    except OSError:
+        return None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

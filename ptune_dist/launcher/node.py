@@ -1,0 +1,189 @@
+"""One node's launcher: starts its ranks and ends them as the head says, and where the head is silent, by itself.
+
+Floor 6.
+"""
+
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from ptune_dist.errors import UserError
+from ptune_dist.launcher.facts import NodeFacts
+from ptune_dist.launcher.head import SECONDS_BETWEEN_BEATS, Limits
+from ptune_dist.launcher.link import Link, Message, connect, resolve
+from ptune_dist.launcher.ranks import Ranks, Start
+from ptune_dist.signs import STOPPED, End
+from ptune_dist.status import end_status, read_status
+from ptune_dist.topology import Topology
+
+SECONDS_TO_SAVE_ALONE = 20.0
+SECONDS_BETWEEN_INTERRUPTS = 3.0
+
+
+@dataclass
+class Requests:
+    """What signals asked of this launcher."""
+
+    to_stop: bool = False
+    to_end: bool = False  # a second Ctrl-C
+    stopped_at: float = 0.0
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(number, self._handle)
+        signal.signal(signal.SIGHUP, self._handle)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self.to_stop and number == signal.SIGINT and time.monotonic() - self.stopped_at > SECONDS_BETWEEN_INTERRUPTS:
+            self.to_end = True
+        if not self.to_stop:
+            self.to_stop, self.stopped_at = True, time.monotonic()
+
+
+class Node:
+    """This node through all attempts of one job."""
+
+    def __init__(
+        self, topology: Topology, facts: NodeFacts, command: list[str], run_dir: Path, limits: Limits,
+        requests: Requests, *, port: int, ends_with_parent: bool,
+    ):  # fmt: skip
+        self._topology, self._facts, self._command, self._run_dir = topology, facts, command, run_dir
+        self._limits, self._requests, self._port = limits, requests, port
+        self._parent = os.getppid() if ends_with_parent else None
+        self._link: Link | None = None
+        self._ranks: Ranks | None = None
+        self._has_begun, self._beat_at, self._orphaned_at = False, 0.0, 0.0
+
+    @property
+    def name(self) -> str:
+        return self._topology.node_names[self._topology.node_rank]
+
+    def run(self) -> End:
+        """Until the head says how it ended, or is gone. Raises UserError where it is not found."""
+        self._link = self._find_head()
+        if self._link is None:
+            return End(STOPPED, "asked to stop before the start")
+        self._link.send(
+            kind="hello", node_rank=self._topology.node_rank, job_id=self._topology.job_id, facts=self._facts.message(),
+            clock_s=time.time(),
+        )  # fmt: skip
+        try:
+            while True:
+                for message in self._link.receive():
+                    end = self._obey(message)
+                    if end:
+                        return end
+                end = self._look_around()
+                if end:
+                    return end
+                time.sleep(0.05)
+        finally:
+            self._end_ranks(with_stacks=False)
+
+    def _find_head(self) -> Link | None:
+        """Names come late in some clusters, so all of it is tried again until the start's time is over."""
+        head, address = self._topology.head, ""
+        deadline = time.monotonic() + self._limits.start_timeout_s
+        while time.monotonic() < deadline and not self._requests.to_stop:
+            address = "127.0.0.1" if self._topology.node_rank == 0 else resolve(head)
+            link = connect(address, self._port) if address else None
+            if link:
+                return link
+            time.sleep(0.2)
+        if self._requests.to_stop:
+            return None
+        waited = f"within {self._limits.start_timeout_s:.0f} s"
+        if not address:
+            raise UserError(
+                f"the head node's name {head!r} does not resolve on node {self.name} {waited}: set PTUNE_HEAD_ADDRESS"
+            )
+        raise UserError(
+            f"node {self.name} cannot reach the head node {head} ({address}, port {self._port}) {waited}: "
+            "is it started, is the port open between the nodes?"
+        )
+
+    def _obey(self, message: Message) -> End | None:
+        if message["kind"] == "start" and self._requests.to_stop:
+            self._say_ended(End(STOPPED, "asked to stop before the start"))
+        elif message["kind"] == "start":
+            self._start_ranks(message["address"], message["port"])
+        elif message["kind"] == "end" and self._ranks:
+            end = self._ranks.observe()
+            self._end_ranks(with_stacks=message["with_stacks"])
+            self._say_ended(end)
+        elif message["kind"] == "leave":
+            return End(**message["end"])
+        return None
+
+    def _start_ranks(self, address: str, port: int) -> None:
+        topology, self._has_begun = self._topology, True
+        own = address if topology.node_rank == 0 else self._link.own_address
+        self._ranks = Ranks(Start(
+            command=self._command, run_dir=self._run_dir, job_id=topology.job_id or "ptune", node=self.name,
+            node_rank=topology.node_rank, num_nodes=topology.num_nodes, num_procs=self._facts.num_procs,
+            address=address, port=port, interface=interface_of(own) if topology.num_nodes > 1 else "",
+            start_timeout_s=self._limits.start_timeout_s,
+        ))  # fmt: skip
+
+    def _look_around(self) -> End | None:
+        """Our signals, our parent, the head and the ranks; an end where this launcher has to leave by itself."""
+        if time.monotonic() - self._beat_at > SECONDS_BETWEEN_BEATS:
+            self._beat_at = time.monotonic()
+            self._link.send(kind="beat")
+        if self._requests.to_end:
+            return End("ended", "interrupted", node=self.name)
+        if self._requests.to_stop and not self._has_begun:
+            return End(STOPPED, "asked to stop before the start")
+        if self._is_orphan_too_long():
+            return End("killed", f"what started the launcher on node {self.name} is gone", node=self.name)
+        if self._requests.to_stop and self._ranks:
+            self._ranks.ask_to_stop()
+        if self._link.silent_s > self._limits.silence_s:
+            return self._lose_head()
+        end = self._ranks.look() if self._ranks else None
+        if end:
+            self._end_ranks(with_stacks=end.kind in ("hang", "frozen"))
+            self._say_ended(end)
+        return None
+
+    def _is_orphan_too_long(self) -> bool:
+        """Where our parent, Slurm's stepd say, is gone the ranks may save, but not for long."""
+        if self._parent is None or os.getppid() == self._parent:
+            return False
+        self._orphaned_at = self._orphaned_at or time.monotonic()
+        self._requests.to_stop = True
+        return time.monotonic() - self._orphaned_at > SECONDS_TO_SAVE_ALONE
+
+    def _lose_head(self) -> End:
+        """The head writes the run's status, unless it is dead."""
+        head = self._topology.node_names[0]
+        what = (
+            f"has not been heard from for {self._link.silent_s:.0f} s" if self._link.is_open else "has closed its line"
+        )
+        end = End("unreachable", f"the head node {head} {what}, says node {self.name}", node=head)
+        self._end_ranks(with_stacks=True)
+        status = read_status(self._run_dir)
+        if status.get("job_id") == self._topology.job_id and status.get("state") in ("starting", "running"):
+            end_status(self._run_dir, end)
+        return end
+
+    def _say_ended(self, end: End) -> None:
+        self._link.send(kind="ended", end=asdict(end))
+
+    def _end_ranks(self, *, with_stacks: bool) -> None:
+        if self._ranks:
+            self._ranks.end(with_stacks=with_stacks)
+            self._ranks.forget()
+            self._ranks = None
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has this address, "" where none has. gloo would ask the host's name for it."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            return name
+    return ""

@@ -1,0 +1,275 @@
+"""The ranks of one node: torchrun started, watched from outside, ended with everything that it started.
+
+Floor 6.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+
+from ptune_dist.signs import (
+    DONE,
+    FOLDER,
+    NODE_NAME,
+    STOPPED,
+    End,
+    ask_to_stop,
+    first_cause,
+    read_beats,
+    read_ends,
+)
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+SECONDS_FOR_STACKS = 3.0
+SECONDS_TO_END = 10.0
+SECONDS_FOR_WORDS = 3.0
+SECONDS_BETWEEN_LOOKS = 0.2
+
+
+@dataclass(frozen=True)
+class Start:
+    """What torchrun is told."""
+
+    command: Sequence[str]  # of the package: ["train", CONFIG, ...]
+    run_dir: Path
+    job_id: str
+    node: str
+    node_rank: int
+    num_nodes: int
+    num_procs: int
+    address: str  # of the head
+    port: int  # of this attempt's store
+    interface: str  # of the network between the nodes; "" leaves the choice to gloo
+    start_timeout_s: float
+
+
+class Ranks:
+    """One attempt on one node."""
+
+    def __init__(self, start: Start):
+        self._start, self._began = start, time.monotonic()
+        memory = Path("/dev/shm")  # signs of life are no work for a disk
+        self.folder = Path(tempfile.mkdtemp(prefix="ptune-", dir=memory if memory.is_dir() else None))
+        self._copiers: list[threading.Thread] = []
+        to_pipes = {} if sys.stdout.isatty() else {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self._torchrun = subprocess.Popen(
+            self._command(), env=self._environment(), start_new_session=True, preexec_fn=prepare_child, **to_pipes
+        )
+        if to_pipes:
+            self._copy_output()
+        self._looked_at, self._failed_at = 0.0, 0.0
+
+    def _command(self) -> list[str]:
+        start = self._start
+        return [
+            sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=static", f"--rdzv-id={start.job_id}",
+            f"--nnodes={start.num_nodes}", f"--node-rank={start.node_rank}", f"--nproc-per-node={start.num_procs}",
+            f"--master-addr={start.address}", f"--master-port={start.port}", "--max-restarts=0",
+            # requests to stop come by the launcher's file: torchrun must not kill what is being saved
+            "--signals-to-handle=SIGQUIT", "-m", "ptune_dist", *start.command,
+        ]  # fmt: skip
+
+    def _environment(self) -> dict[str, str]:
+        start = self._start
+        cores = max(1, len(os.sched_getaffinity(0)) // start.num_procs)
+        defaults = {
+            "NCCL_DEBUG": "WARN", "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": str(cores),
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        if start.interface:
+            defaults["GLOO_SOCKET_IFNAME"] = start.interface
+        ours = {FOLDER: str(self.folder), NODE_NAME: start.node, "PTUNE_START_TIMEOUT_S": str(start.start_timeout_s)}
+        return defaults | os.environ | ours
+
+    def _copy_output(self) -> None:
+        """To our own streams and, together, to a log of the node in the run."""
+        path = self._start.run_dir / "logs" / f"{self._start.node.replace(' ', '-')}.log"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            log = open(path, "ab", buffering=0)
+        except OSError:
+            log = None
+        for source, sink in ((self._torchrun.stdout, sys.stdout.buffer), (self._torchrun.stderr, sys.stderr.buffer)):
+            self._copiers.append(threading.Thread(target=copy_lines, args=(source, sink, log), daemon=True))
+            self._copiers[-1].start()
+
+    def ask_to_stop(self) -> None:
+        ask_to_stop(self.folder)
+
+    def steps(self) -> int:
+        return max((beat.step for beat in read_beats(self.folder)), default=0)
+
+    def look(self) -> End | None:
+        """How the ranks of this node have ended, or what is wrong with one that has not; None while all is well."""
+        if time.monotonic() - self._looked_at < SECONDS_BETWEEN_LOOKS:
+            return None
+        self._looked_at = time.monotonic()
+        found = self._find_dead() or self._find_hung() or self._find_failed()
+        if found or self._torchrun.poll() is None:
+            return found
+        ends = list(read_ends(self.folder).values())
+        if len(ends) == self._start.num_procs:
+            return first_cause(ends)
+        code = self._torchrun.returncode
+        kind, text = "killed" if code < 0 else "error", f"torchrun on node {self._start.node} ended with status {code}"
+        return self._named(first_cause([*ends, End(kind, text)]))
+
+    def observe(self) -> End:
+        """What this node knows when it is told to end its ranks for what happened on another."""
+        ends = [*read_ends(self.folder).values()]
+        found = [end for end in (self._find_dead(), self._find_frozen(), *ends) if end]
+        found = [end for end in found if end.kind not in (DONE, STOPPED)]
+        return self._named(first_cause(found)) if found else End("ended", node=self._start.node)
+
+    def _find_dead(self) -> End | None:
+        """A rank that is gone without a last word."""
+        ends = read_ends(self.folder)
+        dead = [b for b in read_beats(self.folder) if b.rank not in ends and state_of(b.pid) in ("", "Z")]
+        dead = [b for b in dead if b.rank not in read_ends(self.folder)]  # its word may have come just then
+        if not dead:
+            return None
+        which = ", ".join(str(beat.rank) for beat in dead)
+        why = self._what_stacks_say(dead[0].rank)
+        text = f"rank {which} on node {self._start.node} was killed after step {dead[0].step}{why}"
+        return End("killed", text, dead[0].rank, self._start.node)
+
+    def _find_failed(self) -> End | None:
+        """A rank that has ended badly while others wait for it; each gets a while to say what it knows."""
+        ends = [end for end in read_ends(self.folder).values() if end.kind not in (DONE, STOPPED)]
+        self._failed_at = self._failed_at or (time.monotonic() if ends else 0.0)
+        return first_cause(ends) if ends and time.monotonic() - self._failed_at > SECONDS_FOR_WORDS else None
+
+    def _what_stacks_say(self, rank: int) -> str:
+        """ "Fatal Python error: Segmentation fault", where the fault handler saw it."""
+        path = self.folder / f"rank-{rank:05d}.txt"
+        first = path.read_text(errors="replace").partition("\n")[0] if path.exists() else ""
+        return f": {first}" if first else ", by hand or for want of memory"
+
+    def _find_frozen(self) -> End | None:
+        for beat in read_beats(self.folder):
+            if state_of(beat.pid) in ("T", "t"):
+                where = f"rank {beat.rank} on node {self._start.node}"
+                text = f"{where} is stopped (SIGSTOP or a debugger) after step {beat.step}"
+                return End("frozen", text, beat.rank, self._start.node)
+        return None
+
+    def _find_hung(self) -> End | None:
+        """The rank of this node whose next sign of life is overdue, the longest silent first."""
+        now, beats = time.monotonic(), read_beats(self.folder)
+        node, patience = self._start.node, self._start.start_timeout_s
+        if len(beats) < self._start.num_procs and now - self._began > patience:
+            return End("hang", f"a rank on node {node} has not begun within {patience:.0f} s", node=node)
+        late = [beat for beat in beats if now > beat.deadline and beat.rank not in read_ends(self.folder)]
+        if not late:
+            return None
+        worst = min(late, key=lambda beat: beat.at)
+        frozen = self._find_frozen()
+        text = (
+            f"rank {worst.rank} on node {node} has made no progress for {now - worst.at:.0f} s, after step {worst.step}"
+        )
+        return frozen or End("hang", text, worst.rank, node)
+
+    def _named(self, end: End) -> End:
+        return replace(end, node=end.node or self._start.node)
+
+    def end(self, *, with_stacks: bool) -> None:
+        """End every process of this attempt; with stacks, each rank's goes to the run first."""
+        try:
+            processes = [psutil.Process(self._torchrun.pid)]
+            processes = [*processes[0].children(recursive=True), *processes]
+        except psutil.NoSuchProcess:
+            processes = []
+        known = {process.pid for process in processes}
+        for beat in read_beats(self.folder):  # of a torchrun that is gone
+            if beat.pid not in known and psutil.pid_exists(beat.pid) and self._is_ours(beat.pid):
+                processes.append(psutil.Process(beat.pid))
+        if with_stacks:
+            self._dump_stacks()
+        for process in reversed(processes):  # torchrun first, that it does not complain
+            send_signal(process.pid, signal.SIGKILL)
+        psutil.wait_procs(processes, timeout=SECONDS_TO_END)
+        self._torchrun.wait()
+        for copier in self._copiers:
+            copier.join(timeout=2.0)
+
+    def _is_ours(self, pid: int) -> bool:
+        try:
+            return psutil.Process(pid).environ().get(FOLDER) == str(self.folder)
+        except psutil.Error:
+            return False
+
+    def _dump_stacks(self) -> None:
+        """The fault handler of each rank writes its stacks on ABRT, whatever the rank is busy with."""
+        pids = [beat.pid for beat in read_beats(self.folder) if self._is_ours(beat.pid)]
+        for number in (signal.SIGCONT, signal.SIGABRT):
+            for pid in pids:
+                send_signal(pid, number)
+        until = time.monotonic() + SECONDS_FOR_STACKS
+        while time.monotonic() < until and any(state_of(pid) not in ("", "Z") for pid in pids):
+            time.sleep(0.05)
+        self._keep_stacks()
+
+    def _keep_stacks(self) -> None:
+        folder = self._start.run_dir / "stacks"
+        try:
+            folder.mkdir(exist_ok=True)
+            for path in self.folder.glob("rank-*.txt"):
+                if path.stat().st_size:
+                    shutil.copyfile(path, folder / path.name)
+        except OSError:
+            return  # a full disk must not keep the launcher from ending the ranks
+
+    def forget(self) -> None:
+        """Remove the node's folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def prepare_child() -> None:
+    """In torchrun before it begins: it dies with its launcher, and stop requests are none of its business.
+
+    What is ignored here is ignored by the ranks too until `Watch` handles it, so that a request that comes while they
+    load is not their end.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def state_of(pid: int) -> str:
+    """A letter as in proc(5), "" where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def send_signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def copy_lines(source: BinaryIO, sink: BinaryIO, log: BinaryIO | None) -> None:
+    """Until the source ends; a sink that fails is no reason to stop reading, which would block the ranks."""
+    for line in iter(source.readline, b""):
+        for out in (sink, log):
+            try:
+                if out:
+                    out.write(line)
+                    out.flush()
+            except (OSError, ValueError):
+                continue

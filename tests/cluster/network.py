@@ -1,0 +1,181 @@
+"""Nodes on one machine: network namespaces on a bridge, with links that can be cut.
+
+Every process of a cluster lives in one of its namespaces, and every name on the machine begins with the network's own
+(`ptune3`: bridge ptune3, namespaces ptune3-n0, ...). So whoever knows the name can remove the whole cluster, and a
+second process, the janitor, does so when the test run ends, however it ends: it waits for the end of a pipe.
+"""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+NAMESPACES, HOSTS = Path("/run/netns"), Path("/etc/netns")
+
+
+def run(*command: str, check: bool = True) -> str:
+    """The output of a command; RuntimeError with what it said on stderr when it fails."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if check and done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr.strip()}")
+    return done.stdout
+
+
+class Network:
+    """Hosts on a bridge of their own, each in a namespace with its host name and a hosts file that names them all."""
+
+    def __init__(self, hosts: list[str]):
+        claim, number = claim_number()
+        self.name, self.hosts = f"ptune{number}", hosts
+        # 198.18.0.0/15 is set aside for benchmarks of networks (RFC 2544): no machine has real neighbours there.
+        self.own_address = f"198.18.{number}.254"
+        self.addresses = {host: f"198.18.{number}.{i + 1}" for i, host in enumerate(hosts)}
+        self.janitor = start_janitor(self.name, claim)
+        claim.close()  # the janitor's now, until all is removed
+        self.cuts: set[frozenset[str]] = set()
+        self.unplugged: set[str] = set()
+
+    def build(self) -> None:
+        run("ip", "link", "add", self.name, "type", "bridge")
+        run("ip", "address", "add", f"{self.own_address}/24", "dev", self.name)
+        run("ip", "link", "set", self.name, "up")
+        names = {"localhost": "127.0.0.1", **self.addresses, socket.gethostname(): self.own_address}
+        for host in self.hosts:
+            folder = HOSTS / self.namespace(host)
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in names.items()))
+            self.add_host(host)
+
+    def add_host(self, host: str) -> None:
+        inside = ["ip", "-n", self.namespace(host)]
+        run("ip", "netns", "add", self.namespace(host))
+        run("ip", "link", "add", self.link(host), "type", "veth", "peer", "eth0", "netns", self.namespace(host))
+        run("ip", "link", "set", self.link(host), "master", self.name, "up")
+        run(*inside, "address", "add", f"{self.addresses[host]}/24", "dev", "eth0")
+        run(*inside, "link", "set", "lo", "up")
+        run(*inside, "link", "set", "eth0", "up")
+
+    def namespace(self, host: str) -> str:
+        return f"{self.name}-{host}"
+
+    link = namespace  # the bridge's end of the host's cable
+
+    def start(self, host: str, command: list[str], env: dict[str, str], log: Path) -> subprocess.Popen:
+        """Run a command on a host, out of the reach of Ctrl-C, which must not end daemons before their cluster."""
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host, *map(str, command)]
+        with log.open("a") as output:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", self.namespace(host), *named],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def pids(self, host: str) -> list[int]:
+        return [int(pid) for pid in run("ip", "netns", "pids", self.namespace(host)).split()]
+
+    def cut(self, a: str, b: str) -> None:
+        """Lose every packet between two hosts from now on, silently: connections stall, none is reset.
+
+        Each gets a hardware address for the other that nobody has. Isolated bridge ports would cut more than one pair.
+        """
+        self.cuts.add(frozenset((a, b)))
+        for here, there in ((a, b), (b, a)):
+            lost = [self.addresses[there], "lladdr", "02:00:00:00:00:00", "dev", "eth0", "nud", "permanent"]
+            run("ip", "-n", self.namespace(here), "neighbour", "replace", *lost)
+
+    def heal(self, a: str, b: str) -> None:
+        self.cuts.remove(frozenset((a, b)))
+        for here, there in ((a, b), (b, a)):
+            run("ip", "-n", self.namespace(here), "neighbour", "del", self.addresses[there], "dev", "eth0")
+
+    def unplug(self, host: str) -> None:
+        """Lose every packet from and to a host, silently."""
+        self.unplugged.add(host)
+        run("ip", "link", "set", self.link(host), "down")
+
+    def plug(self, host: str) -> None:
+        self.unplugged.remove(host)
+        run("ip", "link", "set", self.link(host), "up")
+
+    def remove(self) -> None:
+        """End every process of the network and remove it: by the janitor, whose way is the only one."""
+        self.janitor.stdin.close()
+        self.janitor.wait()
+
+
+def claim_number() -> tuple[socket.socket, int]:
+    """A number no living network has, and the socket that holds it; what dead networks left is removed.
+
+    A name of an abstract socket is free again as soon as no process holds it, and leaves no file.
+    """
+    for number in left_numbers():
+        if claim := claim_socket(number):
+            remove(f"ptune{number}")
+            claim.close()
+    for number in range(250):
+        if claim := claim_socket(number):
+            return claim, number
+    raise RuntimeError("250 test clusters on one machine")
+
+
+def claim_socket(number: int) -> socket.socket | None:
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0ptune-cluster-{number}")
+    except OSError:
+        claim.close()
+        return None
+    return claim
+
+
+def left_numbers() -> set[int]:
+    places = (NAMESPACES, HOSTS, Path("/sys/class/net"))
+    names = [entry.name for place in places if place.is_dir() for entry in place.iterdir()]
+    return {int(match[1]) for name in names if (match := re.fullmatch(r"ptune(\d+)(-\w+)?", name))}
+
+
+def remove(name: str) -> None:
+    """Kill all processes in the namespaces of a network, then remove them, the bridge and the hosts files."""
+    namespaces = [entry.name for entry in NAMESPACES.glob(f"{name}-*")]
+    give_up = time.monotonic() + 20
+    while left := [int(pid) for each in namespaces for pid in run("ip", "netns", "pids", each, check=False).split()]:
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        if time.monotonic() > give_up:
+            print(f"{name}: these processes do not end: {left}", file=sys.stderr)
+            break
+        time.sleep(0.05)
+    for each in namespaces:
+        run("ip", "link", "del", each, check=False)
+        run("ip", "netns", "del", each, check=False)
+    run("ip", "link", "del", name, check=False)
+    for folder in HOSTS.glob(f"{name}-*"):
+        shutil.rmtree(folder)
+    if HOSTS.is_dir() and not any(HOSTS.iterdir()):
+        HOSTS.rmdir()
+
+
+def start_janitor(name: str, claim: socket.socket) -> subprocess.Popen:
+    """A process that removes the network once this one closes its stdin or dies; it holds the claim until then."""
+    return subprocess.Popen(
+        [sys.executable, __file__, name],
+        stdin=subprocess.PIPE,
+        pass_fds=[claim.fileno()],
+        start_new_session=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.stdin.read()
+    remove(sys.argv[1])

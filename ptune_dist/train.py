@@ -37,7 +37,7 @@ from ptune_dist.signs import DONE, STOPPED, End
 from ptune_dist.status import end_status, say_training
 from ptune_dist.summary import build_summary, describe_member, describe_start, say_finished
 from ptune_dist.sweep import expand_sweep
-from ptune_dist.watch import Watch, status_of_failure
+from ptune_dist.watch import STOPPED_REASON, Watch, status_of_failure
 
 
 def train(config: Config) -> int:
@@ -73,7 +73,7 @@ def train_job(job: Job, rows: TrainingRows, judges: dict[str, Judge], watch: Wat
             run_steps(job, rows, judges, progress, metrics, watch, world)
             summary = finish(job, judges, progress, metrics, watch, world)
         except StopAgreed:
-            end = End(STOPPED, f"asked to stop at step {progress.step}")
+            end = End(STOPPED, STOPPED_REASON)
             if world.is_main:
                 metrics.say(f"stopped at step {progress.step} on request; the same command goes on from here")
     watch.end_steps()

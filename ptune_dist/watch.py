@@ -30,6 +30,7 @@ from ptune_dist.status import end_status
 SECONDS_BETWEEN_INTERRUPTS = 3.0
 SECONDS_TO_SAVE_ALONE = 20.0  # where the launcher is dead, and perhaps the other ranks
 SECONDS_BETWEEN_TIMERS = 1.0
+STOPPED_REASON = "stopped on request, after saving"
 NEVER_S = 10 * 365 * 86400.0
 SAID_OF_LOST_PEERS = (
     "gloo/transport",
@@ -124,7 +125,7 @@ def leave_word(function: Callable[[], int]) -> int:
     except BaseException as error:
         say_end(describe_error(error))
         raise
-    say_end(End({0: DONE, 75: STOPPED}[status]))
+    say_end(End(STOPPED, STOPPED_REASON) if status == 75 else End(DONE))
     return status if own_folder() is None else 0
 
 

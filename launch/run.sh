@@ -16,4 +16,5 @@ python=${PTUNE_PYTHON:-$root/.venv/bin/python}
 if ! [ -x "$python" ]; then
   python=$(command -v python3) || { echo "error: no Python: run launch/setup.sh, or set PTUNE_PYTHON" >&2; exit 2; }
 fi
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # this copy of the code, from whatever folder it is started
 exec "$python" -m ptune_dist.launcher "$@"

@@ -36,8 +36,13 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "backward_ms": ("backward ms", "{:.2f}".format),
     "kept_bytes": ("MiB kept", lambda value: f"{value / MIB:,.1f}"),
     "error": ("error", "{:.1e}".format),
+    "save_ms": ("save ms", "{:.1f}".format),
+    "slowest_save_ms": ("slowest save ms", "{:.1f}".format),
+    "save_bytes": ("KiB saved", lambda value: f"{value / 1024:,.0f}"),
+    "prompt_bytes": ("KiB of the prompt", lambda value: f"{value / 1024:,.0f}"),
+    "of_allowed_bytes": ("of 4 prompts + 64 KiB", "{:.2f}".format),
 }
-TIMED = ("samples_per_s", "load_s", "forward_ms")  # a case with neither only checks that its sides agree
+TIMED = ("samples_per_s", "load_s", "forward_ms", "save_ms")  # a case with neither only checks that its sides agree
 BLOCK = re.compile(r"(<!-- result (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -85,8 +85,8 @@ class Ranks:
         start = self._start
         cores = max(1, len(os.sched_getaffinity(0)) // start.num_procs)
         defaults = {
-            "NCCL_DEBUG": "WARN", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": str(cores),
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", "PYTHONUNBUFFERED": "1",
+            "NCCL_DEBUG": "WARN", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": str(cores),
+            "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
         }  # fmt: skip
         if start.interface:
             defaults["GLOO_SOCKET_IFNAME"] = start.interface

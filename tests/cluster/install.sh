@@ -6,6 +6,7 @@ missing=()
 command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v sbatch >/dev/null || missing+=(slurm-wlm)
 command -v munged >/dev/null || missing+=(munge)
 command -v ip >/dev/null || missing+=(iproute2)
+command -v /usr/sbin/sshd >/dev/null || missing+=(openssh-server)
 if [ ${#missing[@]} = 0 ]; then exit 0; fi
 
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then

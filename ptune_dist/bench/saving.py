@@ -1,0 +1,68 @@
+"""One checkpoint of a run, measured: milliseconds of a save, its bytes, against the prompt's.
+
+    torchrun --nproc-per-node 2 -m ptune_dist.bench.saving CONFIG [key.path=value ...] --result FILE
+
+A save is all that the loop waits for: tensors gathered, files written and flushed, the oldest removed.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ptune_dist.base.layers import held_bytes
+from ptune_dist.bench.probe import write_result
+from ptune_dist.config import load_config
+from ptune_dist.distributed import init_distributed, sum_over_ranks
+from ptune_dist.engine import Engine
+from ptune_dist.job import build_job
+from ptune_dist.progress import Progress, Standing, checkpoint
+from ptune_dist.run_dir import list_checkpoints
+
+NUM_SAVES = 20
+
+
+def give_moments(engine: Engine) -> None:
+    """The optimizer's state of a prompt that has been trained: a step without a gradient makes it."""
+    for member in engine._optimizer.members.values():
+        for tensor in member.whole:
+            tensor.grad = tensor.detach().clone()
+        member.torch_optimizer.step()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--result", required=True)
+    args = parser.parse_intermixed_args()
+    config, world = load_config(args.config, args.overrides), init_distributed()
+    job = build_job(config, world)
+    give_moments(job.engine)
+    progress = Progress({name: Standing() for name in job.members})
+    seconds = []
+    for step in range(1, NUM_SAVES + 1):
+        progress.step = step
+        dist.barrier()
+        began = time.perf_counter()
+        checkpoint(job, progress, world)
+        seconds.append(time.perf_counter() - began)
+    base_bytes = sum_over_ranks([held_bytes(job.engine.model.base)], world)[0]
+    if world.is_main:
+        newest = list_checkpoints(Path(config.output_dir) / "checkpoints")[-1]
+        prompt_bytes = sum(t.nbytes for name in job.members for t in job.engine.prompt_tensors(name).values())
+        save_bytes = sum(file.stat().st_size for file in newest.iterdir())
+        write_result(args.result, {
+            "save_ms": 1e3 * statistics.median(seconds), "slowest_save_ms": 1e3 * max(seconds),
+            "save_bytes": save_bytes, "prompt_bytes": prompt_bytes, "base_bytes": base_bytes,
+            "of_allowed_bytes": save_bytes / (4 * prompt_bytes + 65536),
+        })  # fmt: skip
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

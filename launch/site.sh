@@ -9,7 +9,8 @@
 # : "${HF_HUB_OFFLINE:=1}"                              # nodes without a network
 # : "${PTUNE_PORT:=29500}"                              # of the head node; derived from the job's number where left out
 # : "${PTUNE_PROCS:=8}"                                 # ranks of a node; one per GPU where left out
-# : "${PTUNE_START_TIMEOUT_S:=600}"                     # until every node has come, and every rank has begun
+# : "${PTUNE_START_TIMEOUT_S:=600}"                     # until every node has come, and then every rank
+# : "${PTUNE_LOAD_TIMEOUT_S:=3600}"                     # from there to the end of the first step
 # : "${PTUNE_MAX_RESTARTS:=3}"                          # in place, after a rank's fault
 # : "${PTUNE_MAX_REQUEUES:=100}"                        # by the scheduler
 # : "${PTUNE_MAX_IDLE_STARTS:=3}"                       # starts in a row without a step gained

@@ -52,7 +52,8 @@ class Watch:
     def __init__(self, rank: int, hang_timeout_s: float):
         self.folder = own_folder()
         self._hang_timeout_s, self._rank = hang_timeout_s or NEVER_S, rank
-        self._patience_s = max(self._hang_timeout_s, float(os.environ.get("PTUNE_START_TIMEOUT_S") or 600))
+        # reading data and base gives no sign of life, and the first step may compile
+        self._patience_s = max(self._hang_timeout_s, float(os.environ.get("PTUNE_LOAD_TIMEOUT_S") or 3600))
         self._file = BeatFile(self.folder, rank) if self.folder else None
         self._stacks, self._timer_set_at = None, 0.0
         self._step, self._asked, self._asked_at = 0, False, 0.0
@@ -100,7 +101,7 @@ class Watch:
         """A sign of life; `step` where one more is done."""
         if step is not None:
             self._step = step
-            self._patience_s = self._hang_timeout_s  # the first step, which may compile, is over
+            self._patience_s = self._hang_timeout_s
         if self._file:
             self._file.write(self._step, self._patience_s)
         elif self._stacks and time.monotonic() - self._timer_set_at > SECONDS_BETWEEN_TIMERS:

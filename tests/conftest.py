@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ TINY = ROOT / "configs" / "tiny"
 
 
 def pytest_collection_modifyitems(items):
+    # Files with long tests first, so that at the end no worker is left alone with one.
+    num_long = Counter(item.path for item in items if item.get_closest_marker("long"))
+    items.sort(key=lambda item: -num_long[item.path])
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -14,4 +14,4 @@ done
 .venv/bin/ruff format --check .
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 # Two files of tests at a time: most tests use one core.
-exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --durations=15 "${arguments[@]}"
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=15 "${arguments[@]}"

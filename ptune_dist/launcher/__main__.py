@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             )  # fmt: skip
         return launch(parsed)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        say_mistake(str(error))
         return 2
 
 
@@ -45,6 +45,8 @@ def launch(parsed: argparse.Namespace) -> int:
     config, facts = read_node(parsed, topology)
     if config is None and topology.num_nodes == 1:
         raise UserError(facts.mistake)
+    if config is None and topology.node_rank == 0:
+        say_mistake(facts.mistake)  # now; the others may be long in coming
     run_dir = Path(config.output_dir if config else ".")
     hang_timeout_s = config.train.hang_timeout_s if config else 0.0
     limits = Limits(
@@ -54,8 +56,6 @@ def launch(parsed: argparse.Namespace) -> int:
     )
     port, head = topology.port or free_port(), None
     if topology.node_rank == 0:
-        if config is None:
-            raise UserError(facts.mistake)
         head = Head(listen(port), topology, config, limits, is_check=parsed.check)
         head.start()
     node = Node(
@@ -65,6 +65,7 @@ def launch(parsed: argparse.Namespace) -> int:
     end = node.run()
     if head:
         head.join(SECONDS_FOR_HEAD)
+    if head and config:
         say_end(end, run_dir, is_check=parsed.check)
     return end.status
 
@@ -82,9 +83,13 @@ def read_node(parsed: argparse.Namespace, topology: Topology) -> tuple[Config | 
 def say_end(end: End, run_dir: Path, *, is_check: bool) -> None:
     """One line of the head's."""
     if end.kind == "mistake":
-        print(f"error: {' '.join(end.reason.split())}", file=sys.stderr, flush=True)
+        say_mistake(end.reason)
     elif end.reason:
         say(f"{end.kind}: {end.reason}" + ("" if is_check else f" (see {run_dir / 'status.json'})"))
+
+
+def say_mistake(text: str) -> None:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -36,10 +36,10 @@ class Limits:
 class Head(threading.Thread):
     """Leads all nodes through the attempts of one job; `Head.end` afterwards says how it went."""
 
-    def __init__(self, ear: socket.socket, topology: Topology, config: Config, limits: Limits, *, is_check: bool):
+    def __init__(self, ear: socket.socket, topology: Topology, config: Config | None, limits: Limits, *, is_check: bool):
         super().__init__(name="head", daemon=True)
         self._ear, self._topology, self._config, self._limits = ear, topology, config, limits
-        self._is_check, self._run_dir = is_check, Path(config.output_dir)
+        self._is_check, self._run_dir = is_check, Path(config.output_dir if config else ".")
         self._links: dict[int, Link] = {}
         self._facts: dict[int, NodeFacts] = {}
         self._skews_s: dict[int, float] = {}
@@ -58,6 +58,8 @@ class Head(threading.Thread):
         self._ear.close()
 
     def _lead(self) -> End:
+        if self._config is None:  # our own node's mistake: the others must not wait for us
+            return self._find_unfit()
         if not self._is_check:
             unneeded = self._find_unneeded()
             if unneeded:
@@ -117,7 +119,10 @@ class Head(threading.Thread):
             strangers = [link for link in strangers if link.is_open]
             if time.monotonic() > deadline:
                 return self._name_absent()
-            self._beat()
+            self._hear_all()
+            gone = [self._describe_silence(i, link) for i, link in self._links.items() if not link.is_open]
+            if self._ends or gone:  # one was asked to stop, say
+                return first_cause([*self._ends.values(), *gone])
             time.sleep(0.02)
         return None
 

@@ -65,7 +65,8 @@ class Ranks:
         self._copiers: list[threading.Thread] = []
         to_pipes = {} if sys.stdout.isatty() else {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self._torchrun = subprocess.Popen(
-            self._command(), env=self._environment(), start_new_session=True, preexec_fn=prepare_child, **to_pipes
+            self._command(), env=self._environment(), start_new_session=True, preexec_fn=prepare_child,
+            stdin=subprocess.DEVNULL, **to_pipes,
         )
         if to_pipes:
             self._copy_output()
@@ -90,7 +91,7 @@ class Ranks:
         }  # fmt: skip
         if start.interface:
             defaults["GLOO_SOCKET_IFNAME"] = start.interface
-        ours = {FOLDER: str(self.folder), NODE_NAME: start.node, "PTUNE_START_TIMEOUT_S": str(start.start_timeout_s)}
+        ours = {FOLDER: str(self.folder), NODE_NAME: start.node}
         return defaults | os.environ | ours
 
     def _copy_output(self) -> None:

@@ -1,0 +1,104 @@
+"""How long a job takes to its first step, and back to one: measured on the test cluster.
+
+    python -m tests.cluster.start_times --repeats 5 --out docs/benchmarks/start_times.json
+
+Seconds from sbatch, from a requeued job's start and from a rank's death to the next step in metrics.jsonl, for the
+shipped base on 2 nodes of one rank. All of it shares this machine's cores, which the importing of torch takes most of.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ptune_dist.bench.machine import describe_commit, describe_hardware, describe_versions
+from tests.cluster.slurm import Cluster
+from tests.conftest import process_env, write_config
+
+MOST_S = 120.0
+
+
+def num_lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + MOST_S
+    while num_lines(run) < step:
+        assert time.monotonic() < deadline, f"step {step} never came"
+        time.sleep(0.02)
+
+
+def step_of(run: Path) -> int:
+    return json.loads((run / "status.json").read_text())["step"]
+
+
+def measure(cluster: Cluster, folder: Path) -> dict[str, float]:
+    """One job: started, stopped and requeued, a rank killed."""
+    config = write_config(
+        folder / "config.json", train={"max_steps": 100_000}, checkpoint={"every": 10},
+        deepspeed={"zero_optimization": {"stage": 3}},
+    )  # fmt: skip
+    run, env, found = folder / "run", process_env({"PTUNE_PYTHON": sys.executable}), {}
+    began = time.monotonic()
+    job = cluster.submit("slurm/train.sbatch", str(config), options=["--nodes=2"], env=env)
+    wait_for_step(run, 1)
+    found["sbatch_to_step_s"] = time.monotonic() - began
+
+    wait_for_step(run, 15)
+    began = time.monotonic()
+    cluster.cancel(job, "USR2")
+    cluster.wait(job, ["PENDING"], MOST_S)
+    found["stop_to_saved_and_left_s"] = time.monotonic() - began
+    cluster.wait(job, ["RUNNING"], MOST_S)
+    began, step = time.monotonic(), step_of(run)
+    wait_for_step(run, step + 1)
+    found["requeued_start_to_step_s"] = time.monotonic() - began
+
+    wait_for_step(run, step + 15)
+    ranks = [p for p in cluster.processes("n1", job) if "ptune_dist" in p.cmdline() and "train" in p.cmdline()]
+    rank = next(p for p in ranks if "torch.distributed.run" not in p.cmdline())
+    before = (run / "metrics.jsonl").stat().st_ino
+    began = time.monotonic()
+    rank.kill()
+    while "restart 1" not in cluster.log(job):
+        time.sleep(0.02)
+    found["kill_to_found_and_ended_s"] = time.monotonic() - began
+    step = step_of(run)
+    while (run / "metrics.jsonl").stat().st_ino == before:  # a new attempt drops the lines beyond its checkpoint
+        time.sleep(0.02)
+    wait_for_step(run, step + 1)
+    found["kill_to_step_in_place_s"] = time.monotonic() - began
+    cluster.cancel(job)
+    cluster.wait(job, ["CANCELLED"], MOST_S)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    runs = []
+    with tempfile.TemporaryDirectory() as root, Cluster(Path(root), num_nodes=2) as cluster:
+        for repeat in range(args.repeats):
+            folder = Path(root) / f"job-{repeat}"
+            folder.mkdir()
+            runs.append(measure(cluster, folder))
+            print(runs[-1], flush=True)
+    content = {
+        "name": "start_times",
+        "about": "2 nodes of one rank on one machine of the hardware below, shipped base, ZeRO-3",
+        "code": describe_commit(), "versions": describe_versions(), "hardware": describe_hardware(),
+        "medians": {key: round(statistics.median(run[key] for run in runs), 2) for key in runs[0]},
+        "runs": runs,
+    }  # fmt: skip
+    args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

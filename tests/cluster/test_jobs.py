@@ -1,0 +1,163 @@
+"""Jobs of slurm/train.sbatch: the ordinary one, requests to stop, other numbers of nodes, and what is no job at all."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ptune_dist.status import last_step
+from tests.cluster.runs import ENV, EVERY, NUM_STEPS, SECONDS_TO_END, VALIDATION, Run, only_in_full, write_run
+from tests.cluster.slurm import ROOT
+from tests.conftest import run_command
+
+EVALUATED = 60
+# Greedy answers to all of the validation rows take over a second.
+SECTIONS = {
+    "data": VALIDATION,
+    "evaluate": {"every": EVALUATED, "metrics": ["loss", "exact_match"], "num_samples": 0},
+    "checkpoint": {"every": 25, "keep": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tmp_path_factory):
+    """A run over two nodes to which nothing happens."""
+    run = Run(cluster, tmp_path_factory.mktemp("runs") / "undisturbed", **SECTIONS)
+    run.submit()
+    run.wait_for_end("COMPLETED", timeout=120)
+    return run
+
+
+def test_a_job_of_two_nodes_learns_as_one_node_of_two_ranks_and_is_not_begun_twice(undisturbed, tmp_path):
+    status, lines = undisturbed.status, (undisturbed.dir / "metrics.jsonl").read_bytes()
+    assert (status["state"], status["step"], status["restarts"]) == ("done", NUM_STEPS, 0)
+    logs = {path.name: path.read_text() for path in (undisturbed.dir / "logs").iterdir()}
+    assert set(logs) == {"n0.log", "n1.log"} and f"step {NUM_STEPS}/{NUM_STEPS}" in logs["n0.log"]
+
+    config = write_run(tmp_path / "one", **SECTIONS)
+    done = run_command("train", str(config), num_ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = [json.loads(line)["loss"] for line in (tmp_path / "one/run/metrics.jsonl").read_text().splitlines()]
+    assert undisturbed.losses() == pytest.approx(one, rel=1e-5)
+
+    undisturbed.submit()
+    undisturbed.wait_for_end("COMPLETED", timeout=20)
+    assert "is finished: nothing is left to do" in undisturbed.log
+    assert undisturbed.status == status and (undisturbed.dir / "metrics.jsonl").read_bytes() == lines
+
+
+def test_a_job_saves_once_for_each_request_to_stop_and_goes_on_bitwise(cluster, undisturbed, tmp_path):
+    run = Run(cluster, tmp_path / "stopped", **SECTIONS)
+    run.submit(PTUNE_MAX_IDLE_STARTS=5)
+
+    run.wait_for(lambda: len(run.processes("rank")) == 2, SECONDS_TO_END, "two ranks")  # before the first step
+    cluster.cancel(run.job, "USR2")
+    assert stopped_step(run) == 0 and run.checkpoint_steps() == []
+
+    run.wait_for_step(8, restarts=1)
+    cluster.cancel(run.job, "USR2")
+    in_step = stopped_step(run)
+    assert 8 <= in_step < 25 and run.checkpoint_steps() == [in_step]
+
+    run.wait_for_step(EVALUATED, restarts=2)
+    cluster.cancel(run.job, "USR2")
+    assert stopped_step(run) == EVALUATED and run.checkpoint_steps() == [25, 50, EVALUATED]
+    assert f"step {EVALUATED}  validation" not in run.log  # it was broken off, and is done again
+
+    run.wait_for_step(EVALUATED + 8, restarts=3)
+    processes = run.attempt() + run.processes("launcher")
+    cluster.requeue(run.job)
+    assert stopped_step(run) > EVALUATED
+    assert not [process for process in processes if process.is_running()]
+
+    run.wait_for_end("COMPLETED", timeout=60)
+    assert cluster.facts(run.job)["Restarts"] == "4" and run.status["restarts"] == 4
+    assert run.log.count(f"step {EVALUATED}  validation") == 1
+    run.assert_bitwise(undisturbed)
+
+
+def stopped_step(run: Run) -> int:
+    """The step that was saved on request; nothing came after it. Returns when the job is in the queue again."""
+    run.wait_for_requeue()
+    status = run.status
+    assert (status["state"], status["kind"]) == ("stopped", "stopped"), run.told()
+    assert status["step"] == last_step(run.dir) == run.num_lines
+    return status["step"]
+
+
+def test_a_run_goes_on_with_one_node_and_with_two_to_1e_5(cluster, undisturbed, tmp_path):
+    run = Run(cluster, tmp_path / "spread", **SECTIONS)
+    for step, nodes in ((30, 2), (EVALUATED + 5, 1)):
+        run.submit(nodes=nodes, PTUNE_MAX_REQUEUES=0)
+        run.wait_for(lambda step=step: run.num_lines >= step, SECONDS_TO_END * 2, f"step {step}")
+        cluster.cancel(run.job, "USR2")
+        run.wait_for_end("FAILED", timeout=SECONDS_TO_END)
+        assert "requeued 0 times, the most that is allowed: stopped on request" in run.log
+        assert f"{nodes} ranks on cpu" in run.log and run.status["state"] == "stopped"
+    before = last_step(run.dir)
+    run.submit(nodes=2)
+    run.wait_for_end("COMPLETED", timeout=60)
+    assert run.starts == [before]
+    assert run.losses() == pytest.approx(undisturbed.losses(), rel=1e-5)  # another order of samples would be far off
+
+
+@pytest.mark.long
+@only_in_full
+def test_a_job_whose_time_is_up_saves_and_is_requeued(cluster, undisturbed, tmp_path):
+    """Slurm looks at limits each 30 s, so that 45 s before the end means 45 to 60 s after its time began."""
+    run = Run(cluster, tmp_path / "limited", **SECTIONS)
+    run.submit(options=["--time=1", "--signal=USR2@30"])
+    run.wait_for(lambda: run.num_lines >= 5, SECONDS_TO_END * 2, "step 5")
+    ranks = run.processes("rank")
+    for rank in ranks:  # so fast a run would be over before its limit
+        rank.send_signal(signal.SIGSTOP)
+    time.sleep(HANG_PAUSE_S)
+    for rank in ranks:
+        rank.send_signal(signal.SIGCONT)
+    assert stopped_step(run) >= 5
+    run.wait_for_end("COMPLETED", timeout=90)
+    run.assert_bitwise(undisturbed)
+
+
+# What is no job
+
+
+def test_a_mistake_ends_the_job_with_status_2_and_is_not_requeued(cluster, tmp_path):
+    run = Run(cluster, tmp_path / "wrong")
+    run.submit("train.batchsize=8")
+    run.wait_for_end("FAILED", timeout=20)
+    assert cluster.facts(run.job)["ExitCode"] == "2:0" and "train.batch_size" in run.log
+    missing = tmp_path / "missing.jsonl"
+    run.submit(f"data.train={missing}")
+    run.wait_for_end("FAILED", timeout=60)
+    assert cluster.facts(run.job)["ExitCode"] == "2:0" and run.log.count("error: ") == 1
+    assert (run.status["state"], run.status["kind"], run.status["restarts"]) == ("failed", "mistake", 0)
+    assert str(missing) in run.status["reason"] and str(missing) in run.log
+
+
+def test_a_node_that_does_not_come_is_named(cluster, tmp_path):
+    site = tmp_path / "site.sh"
+    site.write_text('[ "${SLURM_NODEID:-}" != 1 ] || [ -z "${SLURM_STEP_NODELIST:-}" ] || sleep 12\n')
+    run = Run(cluster, tmp_path / "absent")
+    run.submit(PTUNE_START_TIMEOUT_S=5, PTUNE_SITE=site, PTUNE_MAX_REQUEUES=0)
+    run.wait_for_end("FAILED", timeout=60)
+    assert (run.status["state"], run.status["kind"], run.status["node"]) == ("failed", "unreachable", "n1")
+    assert "node n1 has not come within 5 s" in run.status["reason"] and run.status["reason"] in run.log
+
+
+def test_a_check_of_two_nodes_prints_a_line_for_each_rank(cluster, tmp_path):
+    config = write_run(tmp_path / "checked")
+    command = ["srun", "--nodes=2", "--nodelist=n0,n1", "--ntasks-per-node=1", "launch/run.sh", "--check", str(config)]
+    inside = ["ip", "netns", "exec", cluster.network.namespace("n0")]  # srun must be reached from the nodes
+    done = subprocess.run(
+        [*inside, *command], cwd=ROOT, env=cluster.env | ENV, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "checked: 2 ranks, all fit" in done.stdout
+    rows = [line for line in done.stdout.splitlines() if "CPU" in line and "GB/s" in line]
+    assert [node in row for node, row in zip(("n0", "n1"), rows, strict=True)] == [True, True]
+    assert not (tmp_path / "checked/run").exists()
+    assert sys.executable and EVERY

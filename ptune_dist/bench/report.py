@@ -41,8 +41,9 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "save_bytes": ("KiB saved", lambda value: f"{value / 1024:,.0f}"),
     "prompt_bytes": ("KiB of the prompt", lambda value: f"{value / 1024:,.0f}"),
     "of_allowed_bytes": ("of 4 prompts + 64 KiB", "{:.2f}".format),
+    "seconds": ("seconds", "{:.1f}".format),
 }
-TIMED = ("samples_per_s", "load_s", "forward_ms", "save_ms")  # a case with neither only checks that its sides agree
+TIMED = ("samples_per_s", "load_s", "forward_ms", "save_ms", "seconds")  # a case with none checks agreement only
 BLOCK = re.compile(r"(<!-- result (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

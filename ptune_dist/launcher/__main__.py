@@ -56,7 +56,8 @@ def launch(parsed: argparse.Namespace) -> int:
     )
     port, head = topology.port or free_port(), None
     if topology.node_rank == 0:
-        head = Head(listen(port), topology, config, limits, is_check=parsed.check)
+        ear = listen(port, "" if topology.num_nodes > 1 else "127.0.0.1")
+        head = Head(ear, topology, config, limits, is_check=parsed.check)
         head.start()
     node = Node(
         topology, facts, command, run_dir, limits, requests, port=port,

@@ -3,6 +3,7 @@
 Floor 6. One thread of the head's launcher; the head's own node is a node like any other.
 """
 
+import contextlib
 import socket
 import threading
 import time
@@ -10,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ptune_dist.config import Config
-from ptune_dist.errors import RunFault
+from ptune_dist.errors import RunFault, UserError
 from ptune_dist.launcher.facts import NodeFacts, judge_facts
 from ptune_dist.launcher.link import Link, Message, free_port
-from ptune_dist.run_dir import is_finished, wait_for_lock
+from ptune_dist.run_dir import check_run_dir, is_finished, wait_for_lock
 from ptune_dist.signs import DONE, STOPPED, WORTH_A_RESTART, End, first_cause
 from ptune_dist.status import begin_status, end_status
 from ptune_dist.topology import Topology
@@ -21,6 +22,7 @@ from ptune_dist.topology import Topology
 SECONDS_BETWEEN_BEATS = 1.0
 SECONDS_TO_END = 30.0  # for a node to end its ranks
 SECONDS_FOR_OTHERS = 60.0  # between the first node that is done and the last
+SECONDS_IN_SILENCE = 15.0  # before it is said who is waited for
 SECONDS_FOR_LOCK = 60.0  # until what a killed launcher left is gone
 
 
@@ -40,11 +42,12 @@ class Head(threading.Thread):
         super().__init__(name="head", daemon=True)
         self._ear, self._topology, self._config, self._limits = ear, topology, config, limits
         self._is_check, self._run_dir = is_check, Path(config.output_dir if config else ".")
+        self._strangers: list[Link] = []
         self._links: dict[int, Link] = {}
         self._facts: dict[int, NodeFacts] = {}
         self._skews_s: dict[int, float] = {}
         self._ends: dict[int, End] = {}
-        self._beat_at = 0.0
+        self._beat_at, self._is_asked_to_stop = 0.0, False
 
     def run(self) -> None:
         try:
@@ -74,17 +77,32 @@ class Head(threading.Thread):
             if not self._may_restart(end, attempt):
                 return end
             say(f"{end.reason}; restart {attempt + 1} of {self._limits.max_restarts} in place")
-            wait_for_lock(self._run_dir, SECONDS_FOR_LOCK)
+            self._wait_for_lock()
         raise AssertionError("the last attempt returns")
 
     def _find_unneeded(self) -> End | None:
         """Whether there is nothing to do here, or someone else does it."""
-        if not wait_for_lock(self._run_dir, SECONDS_FOR_LOCK):
-            return End("mistake", f"output_dir: {self._run_dir}: another process is training here")
+        try:
+            check_run_dir(self._config)
+        except UserError as mistake:
+            return End("mistake", str(mistake))
+        if not self._wait_for_lock():
+            return End("mistake", f"output_dir: {self._run_dir}: another process is training here: wait for it or end it")
         if is_finished(self._config):
             say(f"{self._run_dir} is finished: nothing is left to do")
             return End(DONE)
         return None
+
+    def _wait_for_lock(self) -> bool:
+        """Until nobody trains in the run's folder, with an ear for the nodes; False where someone still does."""
+        until = time.monotonic() + SECONDS_FOR_LOCK
+        while not wait_for_lock(self._run_dir, 0.0):
+            self._welcome_nodes()
+            self._hear_all()
+            if self._ends or self._is_asked_to_stop or time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+        return True
 
     def _find_unfit(self) -> End | None:
         """What is wrong with the nodes before anything is started."""
@@ -103,47 +121,57 @@ class Head(threading.Thread):
 
     def _may_restart(self, end: End, attempt: int) -> bool:
         all_here = len(self._ends) == self._topology.num_nodes and all(link.is_open for link in self._links.values())
-        return end.kind in WORTH_A_RESTART and all_here and attempt < self._limits.max_restarts and not self._is_check
+        is_wanted = not (self._is_check or self._is_asked_to_stop)
+        return end.kind in WORTH_A_RESTART and all_here and is_wanted and attempt < self._limits.max_restarts
 
     def _gather_nodes(self) -> End | None:
         """Every node's first word; what is wrong where one does not come."""
         deadline = time.monotonic() + self._limits.start_timeout_s
-        strangers: list[Link] = []
+        say_at = time.monotonic() + SECONDS_IN_SILENCE
         while len(self._links) < self._topology.num_nodes:
-            strangers += self._accept()
-            for link in list(strangers):
-                for message in link.receive():
-                    strangers.remove(link)
-                    self._welcome(link, message)
-                    break
-            strangers = [link for link in strangers if link.is_open]
+            self._welcome_nodes()
             if time.monotonic() > deadline:
                 return self._name_absent()
+            if time.monotonic() > say_at:
+                say(f"waiting for node {', '.join(self._absent())}, {self._limits.start_timeout_s:.0f} s at most")
+                say_at = deadline
             self._hear_all()
-            gone = [self._describe_silence(i, link) for i, link in self._links.items() if not link.is_open]
-            if self._ends or gone:  # one was asked to stop, say
-                return first_cause([*self._ends.values(), *gone])
+            if self._is_asked_to_stop:
+                return End(STOPPED, "asked to stop before the start")
+            for number, link in self._links.items():
+                if not link.is_open:
+                    self._ends.setdefault(number, self._describe_silence(number, link))
+            if self._ends:
+                return first_cause(list(self._ends.values()))
             time.sleep(0.02)
         return None
 
     def _name_absent(self) -> End:
-        names = self._topology.node_names
-        absent = [names[i] for i in range(self._topology.num_nodes) if i not in self._links]
-        waited = f"{self._limits.start_timeout_s:.0f} s"
+        absent, waited = self._absent(), f"{self._limits.start_timeout_s:.0f} s"
         return End("unreachable", f"node {', '.join(absent)} has not come within {waited}", node=absent[0])
 
-    def _accept(self) -> list[Link]:
-        try:
-            return [Link(self._ear.accept()[0])]
-        except OSError:
-            return []
+    def _absent(self) -> list[str]:
+        return [name for i, name in enumerate(self._topology.node_names) if i not in self._links]
+
+    def _welcome_nodes(self) -> None:
+        with contextlib.suppress(OSError):  # nobody is at the door
+            self._strangers.append(Link(self._ear.accept()[0]))
+        for link in list(self._strangers):
+            if (message := link.receive_one()) or not link.is_open:
+                self._strangers.remove(link)
+            if message:
+                self._welcome(link, message)
 
     def _welcome(self, link: Link, message: Message) -> None:
         """A node of this job that says who it is; whoever does not is sent away."""
         number = message.get("node_rank")
-        if message.get("job_id") != self._topology.job_id or number not in range(self._topology.num_nodes):
+        is_ours = message["kind"] == "hello" and message.get("job_id") == self._topology.job_id
+        if not is_ours or number not in range(self._topology.num_nodes):
             link.close()
             return
+        if number in self._links:
+            name = self._topology.node_names[number]
+            self._ends[number] = End("mistake", f"two launchers say that they are node {name}, number {number}")
         self._links[number] = link
         self._facts[number] = NodeFacts(**message["facts"])
         self._skews_s[number] = message["clock_s"] - time.time()
@@ -183,6 +211,8 @@ class Head(threading.Thread):
             for message in link.receive():
                 if message["kind"] == "ended":
                     self._ends[number] = End(**message["end"])
+                elif message["kind"] == "stop":
+                    self._is_asked_to_stop = True
 
     def _beat(self) -> None:
         if time.monotonic() - self._beat_at > SECONDS_BETWEEN_BEATS:
@@ -195,4 +225,5 @@ class Head(threading.Thread):
 
 
 def say(text: str) -> None:
-    print(f"launcher: {text}", flush=True)
+    with contextlib.suppress(OSError):  # nobody may be left to read it
+        print(f"launcher: {text}", flush=True)

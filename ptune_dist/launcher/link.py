@@ -21,7 +21,7 @@ class Link:
     """Messages both ways over a socket. A link that fails is closed and stays so."""
 
     def __init__(self, connection: socket.socket):
-        self._socket, self._received = connection, b""
+        self._socket, self._received, self._messages = connection, b"", []
         self._socket.settimeout(SECONDS_TO_SEND)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.is_open, self.heard_at = True, time.monotonic()
@@ -45,19 +45,30 @@ class Link:
 
     def receive(self) -> list[Message]:
         """The messages that are here, without waiting."""
+        self._read()
+        messages, self._messages = self._messages, []
+        return messages
+
+    def receive_one(self) -> Message | None:
+        """The first message, if it is here; the others stay."""
+        self._read()
+        return self._messages.pop(0) if self._messages else None
+
+    def _read(self) -> None:
         if not (self.is_open and select.select([self._socket], [], [], 0)[0]):
-            return []
+            return
         try:
             data = self._socket.recv(65536)
             if not data or len(self._received) > MOST_BYTES:
                 raise ConnectionError
             *lines, self._received = (self._received + data).split(b"\n")
             messages = [json.loads(line) for line in lines]
+            if not all(isinstance(message, dict) and "kind" in message for message in messages):
+                raise ValueError
         except (OSError, ValueError):
-            self.close()
-            return []
+            return self.close()
+        self._messages += messages
         self.heard_at = time.monotonic()
-        return messages
 
     def close(self) -> None:
         self.is_open = False
@@ -65,12 +76,12 @@ class Link:
             self._socket.close()
 
 
-def listen(port: int) -> socket.socket:
-    """The head's ear. Raises UserError where the port is taken."""
+def listen(port: int, address: str = "") -> socket.socket:
+    """The head's ear, on every interface where no address is given. Raises UserError where the port is taken."""
     ear = socket.socket()
     ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        ear.bind(("", port))
+        ear.bind((address, port))
     except OSError as error:
         ear.close()
         raise UserError(f"port {port} of the head node: {error.strerror}: set PTUNE_PORT to a free one") from None

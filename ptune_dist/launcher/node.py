@@ -15,7 +15,7 @@ import psutil
 
 from ptune_dist.errors import UserError
 from ptune_dist.launcher.facts import NodeFacts
-from ptune_dist.launcher.head import SECONDS_BETWEEN_BEATS, Limits
+from ptune_dist.launcher.head import SECONDS_BETWEEN_BEATS, SECONDS_IN_SILENCE, Limits, say
 from ptune_dist.launcher.link import Link, Message, connect, resolve
 from ptune_dist.launcher.ranks import Ranks, Start
 from ptune_dist.signs import STOPPED, End
@@ -66,7 +66,7 @@ class Node:
         self._parent = os.getppid() if ends_with_parent else None
         self._link: Link | None = None
         self._ranks: Ranks | None = None
-        self._has_begun, self._beat_at, self._orphaned_at = False, 0.0, 0.0
+        self._has_told, self._beat_at, self._orphaned_at = False, 0.0, 0.0
 
     @property
     def name(self) -> str:
@@ -98,11 +98,15 @@ class Node:
         """Names come late in some clusters, so all of it is tried again until the start's time is over."""
         head, address = self._topology.head, ""
         deadline = time.monotonic() + self._limits.start_timeout_s
+        say_at = time.monotonic() + SECONDS_IN_SILENCE
         while time.monotonic() < deadline and not self._requests.to_stop:
             address = "127.0.0.1" if self._topology.node_rank == 0 else resolve(head)
             link = connect(address, self._port) if address else None
             if link:
                 return link
+            if time.monotonic() > say_at:
+                say(f"node {self.name} waits for the head node {head}" + ("" if address else ", a name it cannot resolve"))
+                say_at = deadline
             time.sleep(0.2)
         if self._requests.to_stop:
             return None
@@ -130,7 +134,7 @@ class Node:
         return None
 
     def _start_ranks(self, address: str, port: int) -> None:
-        topology, self._has_begun = self._topology, True
+        topology = self._topology
         own = address if topology.node_rank == 0 else self._link.own_address
         self._ranks = Ranks(Start(
             command=self._command, run_dir=self._run_dir, job_id=topology.job_id or "ptune", node=self.name,
@@ -146,12 +150,11 @@ class Node:
             self._link.send(kind="beat")
         if self._requests.to_end:
             return End("ended", "interrupted", node=self.name)
-        if self._requests.to_stop and not self._has_begun:
-            end = End(STOPPED, "asked to stop before the start")
-            self._say_ended(end)
-            return end
         if self._is_orphan_too_long():
             return End("killed", f"what started the launcher on node {self.name} is gone", node=self.name)
+        if self._requests.to_stop and not self._has_told:
+            self._has_told = True
+            self._link.send(kind="stop")
         if self._requests.to_stop and self._ranks:
             self._ranks.ask_to_stop()
         if self._link.silent_s > self._limits.silence_s:

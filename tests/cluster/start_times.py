@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 from ptune_dist.bench.machine import describe_commit, describe_hardware, describe_versions
@@ -47,17 +48,17 @@ def measure(cluster: Cluster, folder: Path) -> dict[str, float]:
     began = time.monotonic()
     job = cluster.submit("slurm/train.sbatch", str(config), options=["--nodes=2"], env=env)
     wait_for_step(run, 1)
-    found["sbatch_to_step_s"] = time.monotonic() - began
+    found["sbatch to first step"] = time.monotonic() - began
 
     wait_for_step(run, 15)
     began = time.monotonic()
     cluster.cancel(job, "USR2")
     cluster.wait(job, ["PENDING"], MOST_S)
-    found["stop_to_saved_and_left_s"] = time.monotonic() - began
+    found["USR2 to saved and queued again"] = time.monotonic() - began
     cluster.wait(job, ["RUNNING"], MOST_S)
     began, step = time.monotonic(), step_of(run)
     wait_for_step(run, step + 1)
-    found["requeued_start_to_step_s"] = time.monotonic() - began
+    found["requeued job's start to its first step"] = time.monotonic() - began
 
     wait_for_step(run, step + 15)
     ranks = [p for p in cluster.processes("n1", job) if "ptune_dist" in p.cmdline() and "train" in p.cmdline()]
@@ -67,15 +68,19 @@ def measure(cluster: Cluster, folder: Path) -> dict[str, float]:
     rank.kill()
     while "restart 1" not in cluster.log(job):
         time.sleep(0.02)
-    found["kill_to_found_and_ended_s"] = time.monotonic() - began
+    found["kill -9 of a rank to all ranks ended"] = time.monotonic() - began
     step = step_of(run)
     while (run / "metrics.jsonl").stat().st_ino == before:  # a new attempt drops the lines beyond its checkpoint
         time.sleep(0.02)
     wait_for_step(run, step + 1)
-    found["kill_to_step_in_place_s"] = time.monotonic() - began
+    found["kill -9 of a rank to the next step"] = time.monotonic() - began
     cluster.cancel(job)
     cluster.wait(job, ["CANCELLED"], MOST_S)
     return found
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def main() -> None:
@@ -90,12 +95,13 @@ def main() -> None:
             folder.mkdir()
             runs.append(measure(cluster, folder))
             print(runs[-1], flush=True)
+    sides = {name: {"seconds": spread([run[name] for run in runs])} for name in runs[0]}
+    about = f"shipped base, ZeRO-3, 2 nodes of one rank that share the cores of one machine, {args.repeats} jobs"
+    case = {"name": "start_times", "about": about, "sides": sides, "ratios": {}, "agreement": None, "runs": []}
     content = {
-        "name": "start_times",
-        "about": "2 nodes of one rank on one machine of the hardware below, shipped base, ZeRO-3",
-        "code": describe_commit(), "versions": describe_versions(), "hardware": describe_hardware(),
-        "medians": {key: round(statistics.median(run[key] for run in runs), 2) for key in runs[0]},
-        "runs": runs,
+        "name": "start_times", "date": datetime.now(UTC).isoformat(timespec="seconds"), "code": describe_commit(),
+        "versions": describe_versions(), "hardware": describe_hardware(), "matrix": {"baseline": None},
+        "cases": [case], "runs": runs,
     }  # fmt: skip
     args.out.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -62,8 +62,8 @@ def train(config: Config) -> int:
 def train_job(job: Job, rows: TrainingRows, judges: dict[str, Judge], watch: Watch, world: World) -> int:
     """What `train` does once everything is loaded and the run's folder is ours. Collective."""
     config, end = job.config, End(DONE)
-    together(world, lambda: say_training(Path(config.output_dir)) if world.is_main else None)
     progress = restore(job, rows, world)
+    together(world, lambda: say_training(Path(config.output_dir)) if world.is_main else None)
     together(world, lambda: write_run_configs(config, job.members) if world.is_main else None)
     together(world, lambda: watch.begin_steps(Path(config.output_dir)))
     with together(world, lambda: open_metrics(job, progress, world)) as metrics:

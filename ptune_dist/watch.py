@@ -101,7 +101,8 @@ class Watch:
         """A sign of life; `step` where one more is done."""
         if step is not None:
             self._step = step
-            self._patience_s = self._hang_timeout_s
+            if self._patience_s != self._hang_timeout_s:
+                self._patience_s, self._timer_set_at = self._hang_timeout_s, 0.0
         if self._file:
             self._file.write(self._step, self._patience_s)
         elif self._stacks and time.monotonic() - self._timer_set_at > SECONDS_BETWEEN_TIMERS:
@@ -139,9 +140,14 @@ def say_end(end: End) -> None:
 
 @contextlib.contextmanager
 def status_of_failure(run_dir: Path) -> Iterator[None]:
-    """Where what follows fails, status.json says why. One rank enters, under the run's lock."""
+    """Where what follows fails, status.json says why. One rank enters, under the run's lock.
+
+    A mistake of the user's leaves the run as it was.
+    """
     try:
         yield
+    except UserError:
+        raise
     except BaseException as error:
         end_status(run_dir, describe_error(error))
         raise

@@ -193,7 +193,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(comm
     message = only_error(finished, 1)
     assert "no checkpoint is sound" in message and str(run / "checkpoints") in message
     assert all(str(folder) in finished.out for folder in (newest, *others))
-    assert files_of(run) == before
+    assert json.loads((run / "status.json").read_text())["reason"] in message
+    assert files_of(run) | {"status.json": b""} == before | {"status.json": b""}
 
 
 # Divergence

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ptune_dist.train
+import ptune_dist.judging
 from ptune_dist.config import Config, load_config
 from ptune_dist.distributed import World
 from ptune_dist.errors import RunFault
+from ptune_dist.judging import end_members, judge_members
 from ptune_dist.metrics import StepCount
 from ptune_dist.progress import Progress, Standing, rank_members
-from ptune_dist.train import end_members, freeze_faulty, is_over, judge_members, metrics_lines
+from ptune_dist.train import freeze_faulty, is_over, metrics_lines
 from tests.conftest import TINY, write_config
 
 WORLD = World(1, 2, None)  # not rank 0: nothing is written
@@ -36,7 +37,7 @@ def load(tmp_path):
 def stored(monkeypatch) -> list[str]:
     """Names of members whose prompt was stored."""
     names = []
-    monkeypatch.setattr(ptune_dist.train, "store_prompt", lambda job, name, progress, world: names.append(name))
+    monkeypatch.setattr(ptune_dist.judging, "store_prompt", lambda job, name, progress, world: names.append(name))
     return names
 
 
@@ -46,7 +47,7 @@ class FakeJudge:
     def __init__(self, **losses: float):
         self.losses, self.asked = {name.replace("_", "="): loss for name, loss in losses.items()}, []
 
-    def __call__(self, engine, members):
+    def __call__(self, engine, members, between_batches):
         assert members, "nothing to judge"
         self.asked.append(list(members))
         return {name: ({"loss": self.losses[name]}, []) for name in members}
@@ -68,7 +69,7 @@ def test_members_are_judged_together_where_they_have_one_judge_and_by_their_own_
     first, second = FakeJudge(seed_0=1.0, seed_1=2.0), FakeJudge(seed_2=3.0, seed_3=4.0)
     judges = dict(zip(NAMES, (first, first, second, second), strict=True))
     progress = begin(step=5)
-    judge_members(job_of(load()), judges, progress, None, WORLD)
+    judge_members(job_of(load()), judges, progress, None, None, WORLD)
     assert (first.asked, second.asked) == ([NAMES[:2]], [NAMES[2:]])
     assert [standing.best["loss"] for standing in progress.members.values()] == [1.0, 2.0, 3.0, 4.0]
     assert stored == NAMES and not progress.evaluation_pending
@@ -79,7 +80,9 @@ def test_a_judge_all_of_whose_members_stand_still_is_not_asked(load, stored):
     progress = begin(step=5)
     for name in NAMES[2:]:
         progress.members[name].end("no better in 2 evaluations", 4)
-    judge_members(job_of(load()), dict(zip(NAMES, (first, first, second, second), strict=True)), progress, None, WORLD)
+    judge_members(
+        job_of(load()), dict(zip(NAMES, (first, first, second, second), strict=True)), progress, None, None, WORLD
+    )
     assert (first.asked, second.asked) == ([NAMES[:2]], [])
     assert stored == NAMES[:2]
 
@@ -87,7 +90,7 @@ def test_a_judge_all_of_whose_members_stand_still_is_not_asked(load, stored):
 def test_a_member_whose_validation_is_not_finite_stands_still_and_its_prompt_is_not_stored(load, stored):
     judge = FakeJudge(seed_0=1.0, seed_1=math.nan, seed_2=math.inf, seed_3=2.0)
     progress = begin(step=5)
-    judge_members(job_of(load()), dict.fromkeys(NAMES, judge), progress, None, WORLD)
+    judge_members(job_of(load()), dict.fromkeys(NAMES, judge), progress, None, None, WORLD)
     assert stored == ["seed=0", "seed=3"] == progress.live
     assert ended(progress)["seed=1"] == ("the validation loss is nan", 5)
 
@@ -95,7 +98,7 @@ def test_a_member_whose_validation_is_not_finite_stands_still_and_its_prompt_is_
 def test_the_last_member_s_validation_that_is_not_finite_ends_the_run(load, stored):
     progress = begin(step=5, names=NAMES[:1])
     with pytest.raises(RunFault, match="the validation loss is nan at step 5; the best prompt is kept"):
-        judge_members(job_of(load()), {NAMES[0]: FakeJudge(seed_0=math.nan)}, progress, None, WORLD)
+        judge_members(job_of(load()), {NAMES[0]: FakeJudge(seed_0=math.nan)}, progress, None, None, WORLD)
     assert not stored
 
 

@@ -38,7 +38,9 @@ class Limits:
 class Head(threading.Thread):
     """Leads all nodes through the attempts of one job; `Head.end` afterwards says how it went."""
 
-    def __init__(self, ear: socket.socket, topology: Topology, config: Config | None, limits: Limits, *, is_check: bool):
+    def __init__(
+        self, ear: socket.socket, topology: Topology, config: Config | None, limits: Limits, *, is_check: bool
+    ):
         super().__init__(name="head", daemon=True)
         self._ear, self._topology, self._config, self._limits = ear, topology, config, limits
         self._is_check, self._run_dir = is_check, Path(config.output_dir if config else ".")
@@ -77,6 +79,7 @@ class Head(threading.Thread):
             if not self._may_restart(end, attempt):
                 return end
             say(f"{end.reason}; restart {attempt + 1} of {self._limits.max_restarts} in place")
+            self._ends.clear()
             self._wait_for_lock()
         raise AssertionError("the last attempt returns")
 
@@ -87,7 +90,11 @@ class Head(threading.Thread):
         except UserError as mistake:
             return End("mistake", str(mistake))
         if not self._wait_for_lock():
-            return End("mistake", f"output_dir: {self._run_dir}: another process is training here: wait for it or end it")
+            if self._is_asked_to_stop:
+                return End(STOPPED, "asked to stop before the start")
+            return End(
+                "mistake", f"output_dir: {self._run_dir}: another process is training here: wait for it or end it"
+            )
         if is_finished(self._config):
             say(f"{self._run_dir} is finished: nothing is left to do")
             return End(DONE)

@@ -105,7 +105,8 @@ class Node:
             if link:
                 return link
             if time.monotonic() > say_at:
-                say(f"node {self.name} waits for the head node {head}" + ("" if address else ", a name it cannot resolve"))
+                unknown = "" if address else ", a name that it cannot resolve"
+                say(f"node {self.name} waits for the head node {head}{unknown}")
                 say_at = deadline
             time.sleep(0.2)
         if self._requests.to_stop:

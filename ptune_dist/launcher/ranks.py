@@ -3,6 +3,7 @@
 Floor 6.
 """
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -65,8 +66,12 @@ class Ranks:
         self._copiers: list[threading.Thread] = []
         to_pipes = {} if sys.stdout.isatty() else {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self._torchrun = subprocess.Popen(
-            self._command(), env=self._environment(), start_new_session=True, preexec_fn=prepare_child,
-            stdin=subprocess.DEVNULL, **to_pipes,
+            self._command(),
+            env=self._environment(),
+            start_new_session=True,
+            preexec_fn=prepare_child,
+            stdin=subprocess.DEVNULL,
+            **to_pipes,
         )
         if to_pipes:
             self._copy_output()
@@ -78,6 +83,7 @@ class Ranks:
             sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=static", f"--rdzv-id={start.job_id}",
             f"--nnodes={start.num_nodes}", f"--node-rank={start.node_rank}", f"--nproc-per-node={start.num_procs}",
             f"--master-addr={start.address}", f"--master-port={start.port}", "--max-restarts=0",
+            f"--log-dir={self.folder / 'torchrun'}",  # a folder of its own would stay where it is killed
             # requests to stop come by the launcher's file: torchrun must not kill what is being saved
             "--signals-to-handle=SIGQUIT", "-m", "ptune_dist", *start.command,
         ]  # fmt: skip
@@ -187,33 +193,31 @@ class Ranks:
 
     def end(self, *, with_stacks: bool) -> None:
         """End every process of this attempt; with stacks, each rank's goes to the run first."""
-        try:
-            processes = [psutil.Process(self._torchrun.pid)]
-            processes = [*processes[0].children(recursive=True), *processes]
-        except psutil.NoSuchProcess:
-            processes = []
-        known = {process.pid for process in processes}
-        for beat in read_beats(self.folder):  # of a torchrun that is gone
-            if beat.pid not in known and psutil.pid_exists(beat.pid) and self._is_ours(beat.pid):
-                processes.append(psutil.Process(beat.pid))
         if with_stacks:
             self._dump_stacks()
-        for process in reversed(processes):  # torchrun first, that it does not complain
+        processes = self._processes()
+        if self._torchrun.poll() is None:  # first, that it does not complain
+            self._torchrun.kill()
+        for process in processes:
             send_signal(process.pid, signal.SIGKILL)
         psutil.wait_procs(processes, timeout=SECONDS_TO_END)
         self._torchrun.wait()
         for copier in self._copiers:
             copier.join(timeout=2.0)
 
-    def _is_ours(self, pid: int) -> bool:
-        try:
-            return psutil.Process(pid).environ().get(FOLDER) == str(self.folder)
-        except psutil.Error:
-            return False
+    def _processes(self) -> list[psutil.Process]:
+        """All that was started for this attempt, by the node's folder in its environment: orphans are among them."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(FOLDER) == str(self.folder):
+                    found.append(process)
+        return found
 
     def _dump_stacks(self) -> None:
         """The fault handler of each rank writes its stacks on ABRT, whatever the rank is busy with."""
-        pids = [beat.pid for beat in read_beats(self.folder) if self._is_ours(beat.pid)]
+        ours = {process.pid for process in self._processes()}
+        pids = [beat.pid for beat in read_beats(self.folder) if beat.pid in ours]
         for number in (signal.SIGCONT, signal.SIGABRT):
             for pid in pids:
                 send_signal(pid, number)

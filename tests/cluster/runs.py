@@ -16,7 +16,7 @@ from ptune_dist.checkpoint import load_checkpoint
 from ptune_dist.metrics import read_metrics
 from ptune_dist.run_dir import list_checkpoints
 from ptune_dist.status import last_step, read_status
-from tests.cluster.slurm import ROOT, Cluster
+from tests.cluster.slurm import Cluster
 from tests.conftest import TINY, write_config
 
 ALL = os.environ.get("PTUNE_TEST_CLUSTER") == "all"
@@ -28,6 +28,26 @@ SECONDS_TO_END = 30  # for every process of a job that has lost one
 SECONDS_TO_SAY = 7
 SECONDS_TO_START = 60  # torch is imported twice on each node, by busy cores
 SABOTEUR = Path(__file__).parent / "saboteur"
+# Of a save, as the saboteur names them; a file's are: before it, half of it, all of it.
+MOMENTS = [
+    "os.mkdir .writing-step",
+    "open prompt.safetensors",
+    "half of prompt.safetensors",
+    "open optimizer.safetensors",
+    "half of optimizer.safetensors",
+    "open state.json",
+    "half of state.json",
+    "open .writing-step",  # to flush it
+    "os.rename .writing-step",
+    "open checkpoints",  # to flush it
+    "os.rename step",  # the oldest, to be removed
+    "open .old-step",
+    "os.remove prompt.safetensors",
+    "os.remove optimizer.safetensors",
+    "os.remove state.json",
+    "os.rmdir .old-step",
+]
+AFTER_THE_RENAME = MOMENTS[MOMENTS.index("open checkpoints") :]
 ENV = {"PTUNE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -53,10 +73,9 @@ class Run:
 
     # The job
 
-    def submit(self, *overrides: str, nodes: int = 2, options: list[str] | None = None, **env: object) -> None:
-        """sbatch slurm/train.sbatch CONFIG, on n0, n1, ...; `env` are settings like PTUNE_MAX_RESTARTS."""
-        names = ",".join(self.cluster.nodes[:nodes])
-        options = [f"--nodes={nodes}", f"--nodelist={names}", *(options or [])]
+    def submit(self, *overrides: str, nodes: str = "n0,n1", options: list[str] | None = None, **env: object) -> None:
+        """sbatch slurm/train.sbatch CONFIG; `env` are settings like PTUNE_MAX_RESTARTS."""
+        options = [f"--nodes={nodes.count('n')}", f"--nodelist={nodes}", *(options or [])]
         env = ENV | {name: str(value) for name, value in env.items()}
         self.job = self.cluster.submit("slurm/train.sbatch", str(self.config), *overrides, options=options, env=env)
 
@@ -187,13 +206,4 @@ def damage(path: Path, *, is_truncated: bool) -> None:
     path.write_bytes(data)
 
 
-@contextlib.contextmanager
-def undisturbed_run(cluster: Cluster, folder: Path, **sections):
-    """What the others are compared with: `sbatch --nodes=2`, and nothing happens."""
-    run = Run(cluster, folder, **sections)
-    run.submit()
-    yield run
-
-
 VALIDATION = {"validation": str(TINY / "data" / "validation.jsonl")}
-assert ROOT  # the repository's root is where jobs are submitted from

@@ -93,7 +93,9 @@ class Hosts:
 
     def are_idle(self) -> bool:
         """Nothing of a job runs on any host."""
-        return not any("ptune_dist" in command_of(pid) for host in self.network.hosts for pid in self.network.pids(host))
+        return not any(
+            "ptune_dist" in command_of(pid) for host in self.network.hosts for pid in self.network.pids(host)
+        )
 
 
 def command_of(pid: int) -> str:

@@ -1,12 +1,12 @@
 """Kills its own process inside the save of a checkpoint: Python imports this by itself where it is on PYTHONPATH.
 
-PTUNE_TEST_KILL names a file, {"event": n, "half": false}: at the n-th change to the file system from the beginning of
-the next save on the process is killed, before that change; with "half" the file that is opened there gets its first
-bytes and no more. The file is gone then, and FILE.log has a line for each change that came.
+PTUNE_TEST_KILL names a file with the moment: a change to the file system such as "os.rename .writing-step", before
+which the next save is killed, or "half of state.json": that file gets its first bytes and no more. The file is gone
+then. FILE.log has the changes that came, without the numbers of steps.
 """
 
-import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -14,36 +14,41 @@ import threading
 
 HALF_BYTES = 200
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+NAMES = (".writing-step-", "step-", ".old-step-", "checkpoints", "prompt.safe", "optimizer.safe", "state.json")
 
 
 def watch_saves(plan_file: str) -> None:
-    plan, count, is_busy = None, 0, False
+    plan, is_busy = "", False
 
     def hook(event: str, arguments: tuple) -> None:
-        nonlocal plan, count, is_busy
+        nonlocal plan, is_busy
         if event not in CHANGES or is_busy or threading.current_thread() is not threading.main_thread():
             return
-        is_busy = True
         name = os.path.basename(str(arguments[0]))
-        if event == "os.mkdir" and name.startswith(".writing-step-"):
-            plan, count = read_plan(), 0
+        if not name.startswith(NAMES):
+            return
+        is_busy = True  # what follows opens files too
+        if event == "os.mkdir" and name.startswith(".writing-step"):
+            plan = read_plan(plan_file)
         if plan:
-            count += 1
+            change = f"{event} {re.sub('-[0-9]+$', '', name)}"
             with open(f"{plan_file}.log", "a") as log:
-                log.write(f"{event} {name}\n")
-            if count == plan["event"]:
+                log.write(f"{change}\n")
+            is_half = change.startswith("open") and plan == f"half of {name}"
+            if change == plan or is_half:
                 os.unlink(plan_file)
-                end_here(is_half=plan["half"])
+                end_here(is_half=is_half)
         is_busy = False
 
-    def read_plan() -> dict | None:
-        try:
-            with open(plan_file) as file:
-                return json.load(file)
-        except OSError:
-            return None
-
     sys.addaudithook(hook)
+
+
+def read_plan(plan_file: str) -> str:
+    try:
+        with open(plan_file) as file:
+            return file.read()
+    except OSError:
+        return ""
 
 
 def end_here(*, is_half: bool) -> None:

@@ -1,0 +1,93 @@
+"""Jobs that must not go on: a loss that is not a number, starts that gain nothing, mistakes, a node that is missing."""
+
+import subprocess
+
+import pytest
+
+from ptune_dist.checkpoint import load_newest_checkpoint
+from ptune_dist.metrics import read_metrics
+from tests.cluster.runs import ENV, SECONDS_TO_END, SECONDS_TO_START, Run, wait_until_gone, write_run
+from tests.cluster.slurm import ROOT
+from tests.conftest import build_tiny_base
+
+
+@pytest.mark.long
+def test_a_loss_that_is_not_finite_ends_every_rank_and_the_job_for_good(cluster, tmp_path):
+    """On learned positions, plain unclipped steps throw the prompt out of float32's range after a few."""
+    run = Run(
+        cluster, tmp_path / "diverges", model={"path": str(build_tiny_base("gpt2", tmp_path / "base"))},
+        train={"optimizer": "sgd", "momentum": 0.999, "learning_rate": 1e21, "max_grad_norm": 0,
+               "schedule": "constant"},
+        checkpoint={"every": 1, "keep": 4},
+    )  # fmt: skip
+    run.submit()
+    run.wait_for_end("FAILED", timeout=SECONDS_TO_START + SECONDS_TO_END)
+    assert run.cluster.processes(job=run.job) == []
+    last = read_metrics(run.dir)[-1]["step"]
+    status, facts = run.status, cluster.facts(run.job)
+    assert (status["state"], status["kind"], status["step"]) == ("failed", "fault", last)
+    assert f"the loss is nan at step {last + 1}" in status["reason"] and status["reason"] in run.log
+    assert (facts["ExitCode"], facts["Restarts"], status["restarts"]) == ("1:0", "0", 0)
+    assert "the same would come again" in run.log and "in place" not in run.log
+    complaints: list[str] = []
+    assert load_newest_checkpoint(run.dir / "checkpoints", complaints.append).step == last and not complaints
+    for node in ("n0", "n1"):  # no rank was killed, or lost another
+        assert "Traceback" not in (run.dir / "logs" / f"{node}.log").read_text()
+
+
+@pytest.mark.long
+def test_starts_that_gain_no_step_end_the_job_at_their_limit(cluster, tmp_path):
+    run = Run(cluster, tmp_path / "idle", checkpoint={"every": 0})
+    run.submit(nodes="n0", PTUNE_MAX_RESTARTS=0, PTUNE_MAX_IDLE_STARTS=2)
+    run.wait_for_step(5, restarts=0)  # of which nothing is saved
+    kill_rank(run)
+    run.wait_for_requeue()
+    run.wait_for(lambda: run.processes("rank") != [], SECONDS_TO_START, "a second start")
+    kill_rank(run)
+    run.wait_for_end("FAILED", timeout=SECONDS_TO_END)
+    assert "2 starts in a row have gained no step: " in run.log and "on node n0" in run.status["reason"]
+    assert (run.status["state"], run.status["restarts"], run.status["idle_starts"]) == ("failed", 1, 1)
+    assert cluster.facts(run.job)["Restarts"] == "1"
+
+
+def kill_rank(run: Run) -> None:
+    (rank,) = run.processes("rank")
+    rank.kill()
+    wait_until_gone([rank])
+
+
+def test_a_mistake_ends_the_job_with_status_2_and_is_not_requeued(cluster, tmp_path):
+    run = Run(cluster, tmp_path / "wrong")
+    run.submit("train.batchsize=8")
+    run.wait_for_end("FAILED", timeout=20)
+    assert cluster.facts(run.job)["ExitCode"] == "2:0" and "train.batch_size" in run.log
+    missing = tmp_path / "missing.jsonl"
+    run.submit(f"data.train={missing}")
+    run.wait_for_end("FAILED", timeout=60)
+    assert cluster.facts(run.job)["ExitCode"] == "2:0" and run.log.count("error: ") == 1
+    assert (run.status["state"], run.status["kind"], run.status["restarts"]) == ("failed", "mistake", 0)
+    assert str(missing) in run.status["reason"] and str(missing) in run.log
+
+
+def test_a_node_that_does_not_come_is_named(cluster, tmp_path):
+    site = tmp_path / "site.sh"
+    site.write_text('[ "${SLURM_NODEID:-}" != 1 ] || [ -z "${SLURM_STEP_NODELIST:-}" ] || sleep 12\n')
+    run = Run(cluster, tmp_path / "absent")
+    run.submit(PTUNE_START_TIMEOUT_S=5, PTUNE_SITE=site, PTUNE_MAX_REQUEUES=0)
+    run.wait_for_end("FAILED", timeout=60)
+    assert (run.status["state"], run.status["kind"], run.status["node"]) == ("failed", "unreachable", "n1")
+    assert "node n1 has not come within 5 s" in run.status["reason"] and run.status["reason"] in run.log
+
+
+def test_a_check_of_two_nodes_prints_a_line_for_each_rank(cluster, tmp_path):
+    config = write_run(tmp_path / "checked")
+    command = ["srun", "--nodes=2", "--nodelist=n0,n1", "--ntasks-per-node=1", "launch/run.sh", "--check", str(config)]
+    inside = ["ip", "netns", "exec", cluster.network.namespace("n0")]  # srun must be reached from the nodes
+    done = subprocess.run(
+        [*inside, *command], cwd=ROOT, env=cluster.env | ENV, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "checked: 2 ranks, all fit" in done.stdout
+    rows = [line for line in done.stdout.splitlines() if "CPU" in line and "GB/s" in line]
+    assert [node in row for node, row in zip(("n0", "n1"), rows, strict=True)] == [True, True]
+    assert not (tmp_path / "checked/run").exists()

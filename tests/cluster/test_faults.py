@@ -1,0 +1,156 @@
+"""What is killed, stopped or cut off is found, ends on every node, is said, and costs no step beyond the checkpoint."""
+
+import signal
+import time
+
+import pytest
+
+from ptune_dist.run_dir import list_checkpoints
+from ptune_dist.status import last_step
+from tests.cluster.runs import (
+    HANG_TIMEOUT_S,
+    SECONDS_TO_SAY,
+    SECONDS_TO_START,
+    Run,
+    damage,
+    is_alive,
+    only_in_full,
+    wait_until_gone,
+)
+
+
+@pytest.fixture(scope="module")
+def lost_stepd(cluster, tmp_path_factory):
+    """A job on n1 and n2 whose slurmstepd on n2 was killed; srun takes 42 s to give up on that node."""
+    run = Run(cluster, tmp_path_factory.mktemp("runs") / "lost")
+    run.submit(nodes="n1,n2")
+    run.wait_for_step(10, restarts=0)
+    there = [process for kind in ("launcher", "torchrun", "rank") for process in run.processes(kind)]
+    assert len(there) == 6
+    (stepd,) = cluster.stepd("n2", run.job, "0")
+    stepd.kill()
+    wait_until_gone(there)
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tmp_path_factory):
+    run = Run(cluster, tmp_path_factory.mktemp("runs") / "undisturbed")
+    run.submit()
+    run.wait_for_end("COMPLETED", timeout=120)
+    return run
+
+
+@pytest.mark.long
+def test_a_job_survives_a_cut_a_stopped_rank_kills_and_damaged_checkpoints(cluster, lost_stepd, undisturbed, tmp_path):
+    run = Run(cluster, tmp_path / "hurt")
+    run.submit(PTUNE_MAX_RESTARTS=1, PTUNE_MAX_IDLE_STARTS=9)
+
+    run.wait_for_step(10, restarts=0)
+    cut_link(run)
+    cluster.heal("n0", "n1")
+
+    go_on(run, restarts=1)
+    kill(run, "rank", "n1", in_place=True)
+    cluster.wait_for_text(run.job, "; restart 1 of 1 in place", timeout=10)
+    assert "rank 1 on node n1 was killed after step" in run.log
+
+    go_on(run, restarts=2)
+    stop_rank(run, "n0")  # no restart in place is left
+    run.wait_for_requeue()
+    refused, used = damage_newest(run, "prompt.safetensors", is_truncated=False)
+
+    go_on(run, restarts=3)
+    assert f"{refused} is damaged" in run.log and run.starts[-1] == used
+    kill(run, "launcher", "n0", in_place=False)
+    refused, used = damage_newest(run, "state.json", is_truncated=True)
+
+    go_on(run, restarts=4)
+    assert f"{refused} is damaged" in run.log and run.starts[-1] == used
+    kill(run, "torchrun", "n1", in_place=True)
+
+    run.wait_for_end("COMPLETED", timeout=90)
+    assert len(run.starts) == 6 and run.status["restarts"] == 5
+    run.assert_bitwise(undisturbed)
+
+
+@pytest.mark.long
+def test_a_job_that_lost_a_node_s_stepd_is_requeued_and_loses_nothing(cluster, lost_stepd, undisturbed):
+    lost_stepd.wait_for_end("COMPLETED", timeout=120)
+    assert cluster.facts(lost_stepd.job)["Restarts"] == "1"
+    assert len(lost_stepd.starts) == 2 and lost_stepd.starts[1] >= 5
+    lost_stepd.assert_bitwise(undisturbed)
+
+
+def go_on(run: Run, *, restarts: int) -> None:
+    """Until the run does what it has not done before."""
+    before = run.num_lines
+    run.wait_for_step(before + 6, restarts=restarts)
+
+
+def cut_link(run: Run) -> None:
+    """Between the nodes of a job; it is found in time and every process ends, the cut still there."""
+    there = run.attempt() + run.processes("launcher")
+    run.cluster.cut("n0", "n1")
+    began = time.monotonic()
+    run.wait_for(lambda: run.status["state"] == "failed", HANG_TIMEOUT_S + SECONDS_TO_SAY, "the cut in status.json")
+    wait_until_gone(there)
+    status = run.status  # both nodes may have written it, the head last
+    assert status["kind"] == "unreachable" and status["node"] in ("n0", "n1")
+    assert f"node {status['node']} has not been heard from" in status["reason"]
+    assert time.monotonic() - began < 30
+
+
+def stop_rank(run: Run, node: str) -> None:
+    """SIGSTOP; it is found in time, every rank's stack is kept, and every process of the attempt ends."""
+    there = run.attempt()
+    (rank,) = run.processes("rank", node)
+    began = time.time()
+    rank.send_signal(signal.SIGSTOP)
+    run.wait_for(lambda: run.status["state"] == "failed", HANG_TIMEOUT_S + SECONDS_TO_SAY, "the hang in status.json")
+    wait_until_gone(there)
+    assert (run.status["kind"], run.status["node"], run.status["rank"]) == ("frozen", node, 0), run.status
+    assert f"rank 0 on node {node} is stopped (SIGSTOP or a debugger)" in run.status["reason"]
+    for number in (0, 1):
+        stack = run.dir / "stacks" / f"rank-{number:05d}.txt"
+        assert stack.stat().st_mtime > began and "train.py" in stack.read_text()
+
+
+def kill(run: Run, kind: str, node: str, *, in_place: bool) -> None:
+    """kill -9; every process of the attempt ends, of the job where it cannot go on in place."""
+    there, launchers = run.attempt(), run.processes("launcher")
+    (victim,) = run.processes(kind, node)
+    victim.kill()
+    wait_until_gone(there if in_place else there + launchers)
+    if in_place:
+        assert all(is_alive(launcher) for launcher in launchers)
+    else:
+        run.wait_for_requeue()
+
+
+def damage_newest(run: Run, name: str, *, is_truncated: bool) -> tuple[str, int]:
+    """The damaged file, and the step of the checkpoint before its own."""
+    *_, before, newest = list_checkpoints(run.dir / "checkpoints")
+    assert last_step(run.dir) == int(newest.name.removeprefix("step-"))
+    damage(newest / name, is_truncated=is_truncated)
+    return str(newest / name), int(before.name.removeprefix("step-"))
+
+
+@pytest.mark.long
+@only_in_full
+def test_a_killed_batch_stepd_or_an_unplugged_node_is_survived(cluster, undisturbed, tmp_path):
+    """Slurm notices nothing of the first, and takes 50 s to give up on a node."""
+    run = Run(cluster, tmp_path / "unplugged")
+    run.submit(PTUNE_MAX_IDLE_STARTS=9)
+    run.wait_for_step(10, restarts=0)
+    (stepd,) = cluster.stepd("n0", run.job, "batch")
+    stepd.kill()
+    time.sleep(1)
+    run.wait_for_step(run.num_lines + 5, restarts=0)
+    there = run.attempt() + run.processes("launcher")
+    cluster.cut_node("n1")
+    wait_until_gone(there)
+    run.wait_for(lambda: run.status["restarts"] == 1, 120, "a start on other nodes")
+    cluster.heal_node("n1")
+    run.wait_for_end("COMPLETED", timeout=SECONDS_TO_START)
+    run.assert_bitwise(undisturbed)

@@ -36,7 +36,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY launch/setup.sh launch/constraints.txt launch/
 COPY ptune_dist/__init__.py ptune_dist/
 RUN --mount=type=cache,target=/root/.cache/pip bash launch/setup.sh
-COPY . .
+# Whoever runs it can read it, whatever the umask of the checkout was.
+COPY --chmod=a+rX . .
 
 ENV PATH=/opt/ptune_dist/.venv/bin:$PATH HOME=/home/ptune USER=ptune
 USER 10001:0

@@ -23,7 +23,7 @@ GIB = 1 << 30
 PRODUCT_SIZE = {"cuda": 4096, "cpu": 384}
 SENT_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 SLOW_PRODUCT = 3.0  # times the median of all ranks
-SLOW_LINK = 0.2  # of the median of all links
+SLOW_LINK = 0.2  # of a usual link
 FREE_SHARE = 0.5  # of a GPU's memory: less is another process's work
 
 
@@ -131,13 +131,15 @@ def measure_links(nodes: list[str], world: World) -> dict[tuple[str, str], float
     """Bytes per second between neighbouring nodes, by the names of both. Collective.
 
     `nodes` are the names by rank. A node's first rank stands for it. First the pairs (0, 1), (2, 3), ... send to and
-    fro, then (1, 2), (3, 4), ..., so that each node but the outer ones is in two links: a slow node makes both slow.
+    fro, then (1, 2), (3, 4), ..., then the last and the first: each node is in two links, and a slow one makes both slow.
     """
     first = sorted({node: nodes.index(node) for node in nodes}.values())
+    pairs = list(zip(first, first[1:], strict=False))
+    around = [(first[-1], first[0])] if len(first) > 2 else []
     data = torch.ones(SENT_BYTES[world.device.type], dtype=torch.uint8, device=world.device)
     mine: dict[tuple[str, str], float] = {}
-    for start in (0, 1):
-        for left, right in zip(first[start::2], first[start + 1 :: 2], strict=False):
+    for at_once in (pairs[::2], pairs[1::2], around):
+        for left, right in at_once:
             if world.rank in (left, right):
                 seconds = send_to_and_fro(data, left, right, world)
                 if world.rank == left:
@@ -165,7 +167,8 @@ def judge_links(links: dict[tuple[str, str], float]) -> NodeFault | None:
     """The node that slow links have in common, if there are any."""
     if len(links) < 2:
         return None
-    usual = statistics.median(links.values())
+    # one slow node makes two links slow, which of three is most of them: the upper quartile is still a sound one's
+    usual = sorted(links.values())[-1 - len(links) // 4]
     slow = [pair for pair, speed in links.items() if speed < SLOW_LINK * usual]
     if not slow:
         return None

@@ -24,13 +24,14 @@ KINDS = (
     "frozen",  # stopped by a signal, or by a debugger
     "unreachable",  # a node that is not heard from
     "error",  # an exception
+    "stuck",  # no progress, in something else than waiting for other ranks
     "hang",  # no progress
     "lost",  # another rank went away
     "ended",  # by the launcher, for what happened elsewhere
     STOPPED,  # on request, after saving
     DONE,
 )
-WORTH_A_RESTART = ("killed", "frozen", "error", "hang", "lost", "ended")
+WORTH_A_RESTART = ("killed", "frozen", "error", "stuck", "hang", "lost", "ended")
 STATUS = {DONE: 0, STOPPED: 75, "mistake": 2}  # exit statuses; every other kind is 1
 
 

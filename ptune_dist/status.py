@@ -5,6 +5,7 @@ Floor 1. Keys: state (starting | running | stopped | failed | done), step (of th
 no later checkpoint), started_at_step, job_id, time. The head node's launcher writes it, and rank 0 while it trains.
 """
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -53,13 +54,22 @@ def say_training(run_dir: Path) -> None:
 
 
 def end_status(run_dir: Path, end: End) -> None:
-    """How the job ended. A disk that is full keeps what stood there, and is no fault of its own."""
+    """How the job ended. A disk that is full is written over in place, and is no fault of its own."""
     state = {DONE: "done", STOPPED: "stopped"}.get(end.kind, "failed")
     where = {"node": end.node, "rank": end.rank} if state == "failed" else {"node": "", "rank": None}
+    changes = {"state": state, "step": last_step(run_dir), "kind": end.kind, "reason": end.reason, **where}
     try:
-        update_status(run_dir, state=state, step=last_step(run_dir), kind=end.kind, reason=end.reason, **where)
+        update_status(run_dir, **changes)
     except RunFault:
-        return
+        with contextlib.suppress(OSError):
+            overwrite_status(run_dir, read_status(run_dir) | changes)
+
+
+def overwrite_status(run_dir: Path, status: dict[str, Any]) -> None:
+    """In the blocks that the file has already, since a full disk has no others to give."""
+    with open(run_dir / "status.json", "r+b") as file:
+        file.write((json.dumps(status, indent=2) + "\n").encode())
+        file.truncate()
 
 
 def last_step(run_dir: Path) -> int:

@@ -78,6 +78,7 @@ def test_without_a_launcher_there_is_no_folder(tmp_path, monkeypatch):
     [
         (["lost", "killed", "lost"], "killed"),
         (["ended", "hang"], "hang"),
+        (["hang", "stuck"], "stuck"),
         (["hang", "frozen"], "frozen"),  # the others wait for the one that is stopped
         (["error", "unreachable"], "unreachable"),
         (["stopped", "done"], "stopped"),

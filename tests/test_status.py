@@ -113,13 +113,14 @@ def fill(folder) -> None:
             return
 
 
-def test_a_full_disk_is_a_fault_at_the_start_and_keeps_the_old_word_at_the_end(full_disk):
+def test_a_full_disk_is_a_fault_at_the_start_and_is_said_at_the_end(full_disk):
     begin_status(full_disk, "7", in_place=False)
     before = (full_disk / "status.json").read_bytes()
     fill(full_disk)
     with pytest.raises(RunFault, match=f"cannot write {full_disk}/status.json: No space left on device"):
         begin_status(full_disk, "7", in_place=True)
-    end_status(full_disk, End("fault", "disk full"))  # no fault of its own
     assert (full_disk / "status.json").read_bytes() == before
-    assert sorted(path.name for path in full_disk.iterdir()) == ["ballast", "status.json"]
-    json.loads(before)
+    end_status(full_disk, End("fault", "disk full"))  # in place
+    assert read_status(full_disk) == json.loads(before) | {"state": "failed", "kind": "fault", "reason": "disk full"}
+    end_status(full_disk / "no-run", End(DONE))  # where nothing can be written, that is no fault of its own
+    assert sorted(path.name for path in full_disk.iterdir())[0] == "ballast"

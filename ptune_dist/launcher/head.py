@@ -56,6 +56,7 @@ class Head(threading.Thread):
             end = self._lead()
         except RunFault as fault:
             end = End("fault", str(fault))
+            self._gather_nodes()  # it may have come before they did; whoever comes is told
         except Exception as error:  # a mistake of ours must not leave the nodes waiting
             end = End("error", f"the head's launcher: {type(error).__name__}: {error}")
         for link in self._links.values():
@@ -201,7 +202,7 @@ class Head(threading.Thread):
             is_late = first_done_at is not None and now - first_done_at > SECONDS_FOR_OTHERS
             if (bad or is_late) and asked_at is None:
                 asked_at = now
-                with_stacks = any(end.kind in ("hang", "frozen", "unreachable") for end in bad)
+                with_stacks = any(end.kind in ("stuck", "hang", "frozen", "unreachable") for end in bad)
                 self._tell_all(kind="end", with_stacks=with_stacks)
             if asked_at is not None and now - asked_at > SECONDS_TO_END:
                 return first_cause(list(self._ends.values()))

@@ -18,7 +18,7 @@ from ptune_dist.launcher.facts import NodeFacts
 from ptune_dist.launcher.head import SECONDS_BETWEEN_BEATS, SECONDS_IN_SILENCE, Limits, say
 from ptune_dist.launcher.link import Link, Message, connect, resolve
 from ptune_dist.launcher.ranks import Ranks, Start
-from ptune_dist.signs import STOPPED, End
+from ptune_dist.signs import STOPPED, End, first_cause
 from ptune_dist.status import end_status, read_status
 from ptune_dist.topology import Topology
 
@@ -128,8 +128,8 @@ class Node:
             self._start_ranks(message["address"], message["port"])
         elif message["kind"] == "end" and self._ranks:
             end = self._ranks.observe()
-            self._end_ranks(with_stacks=message["with_stacks"])
-            self._say_ended(end)
+            stuck = self._end_ranks(with_stacks=message["with_stacks"])
+            self._say_ended(first_cause([stuck or end, end]))
         elif message["kind"] == "leave":
             return End(**message["end"])
         return None
@@ -150,9 +150,11 @@ class Node:
             self._beat_at = time.monotonic()
             self._link.send(kind="beat")
         if self._requests.to_end:
-            return End("ended", "interrupted", node=self.name)
+            return self._say_ended(End("ended", "interrupted", node=self.name))
         if self._is_orphan_too_long():
-            return End("killed", f"what started the launcher on node {self.name} is gone", node=self.name)
+            return self._say_ended(
+                End("killed", f"what started the launcher on node {self.name} is gone", node=self.name)
+            )
         if self._requests.to_stop and not self._has_told:
             self._has_told = True
             self._link.send(kind="stop")
@@ -162,8 +164,8 @@ class Node:
             return self._lose_head()
         end = self._ranks.look() if self._ranks else None
         if end:
-            self._end_ranks(with_stacks=end.kind in ("hang", "frozen"))
-            self._say_ended(end)
+            stuck = self._end_ranks(with_stacks=end.kind in ("hang", "frozen"))
+            self._say_ended(first_cause([stuck or end, end]))
         return None
 
     def _is_orphan_too_long(self) -> bool:
@@ -187,14 +189,18 @@ class Node:
             end_status(self._run_dir, end)
         return end
 
-    def _say_ended(self, end: End) -> None:
+    def _say_ended(self, end: End) -> End:
         self._link.send(kind="ended", end=asdict(end))
+        return end
 
-    def _end_ranks(self, *, with_stacks: bool) -> None:
-        if self._ranks:
-            self._ranks.end(with_stacks=with_stacks)
-            self._ranks.forget()
-            self._ranks = None
+    def _end_ranks(self, *, with_stacks: bool) -> End | None:
+        """What their stacks say, where they are asked for."""
+        ranks, self._ranks = self._ranks, None
+        if ranks is None:
+            return None
+        stuck = ranks.end(with_stacks=with_stacks)
+        ranks.forget()
+        return stuck
 
 
 def interface_of(address: str) -> str:

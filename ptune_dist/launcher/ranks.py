@@ -6,6 +6,7 @@ Floor 6.
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from ptune_dist.signs import (
     first_cause,
     read_beats,
     read_ends,
+    stack_file,
 )
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -160,7 +162,7 @@ class Ranks:
 
     def _what_stacks_say(self, rank: int) -> str:
         """ "Fatal Python error: Segmentation fault", where the fault handler saw it."""
-        path = self.folder / f"rank-{rank:05d}.txt"
+        path = stack_file(self.folder, rank)
         first = path.read_text(errors="replace").partition("\n")[0] if path.exists() else ""
         return f": {first}" if first else ", by hand or for want of memory"
 
@@ -191,10 +193,12 @@ class Ranks:
     def _named(self, end: End) -> End:
         return replace(end, node=end.node or self._start.node)
 
-    def end(self, *, with_stacks: bool) -> None:
-        """End every process of this attempt; with stacks, each rank's goes to the run first."""
+    def end(self, *, with_stacks: bool) -> End | None:
+        """End every process of this attempt; with stacks, each rank's goes to the run first, and is judged."""
+        stuck = None
         if with_stacks:
             self._dump_stacks()
+            stuck = self._find_stuck()
         processes = self._processes()
         if self._torchrun.poll() is None:  # first, that it does not complain
             self._torchrun.kill()
@@ -204,6 +208,7 @@ class Ranks:
         self._torchrun.wait()
         for copier in self._copiers:
             copier.join(timeout=2.0)
+        return stuck
 
     def _processes(self) -> list[psutil.Process]:
         """All that was started for this attempt, by the node's folder in its environment: orphans are among them."""
@@ -225,6 +230,19 @@ class Ranks:
         while time.monotonic() < until and any(state_of(pid) not in ("", "Z") for pid in pids):
             time.sleep(0.05)
         self._keep_stacks()
+
+    def _find_stuck(self) -> End | None:
+        """A rank for which others wait: signs of life cannot tell, since those who wait give none either."""
+        for beat in sorted(read_beats(self.folder), key=lambda beat: beat.at):
+            path = stack_file(self.folder, beat.rank)
+            place = busy_place(path.read_text(errors="replace")) if path.exists() else ""
+            if place:
+                seconds, node = time.monotonic() - beat.at, self._start.node
+                text = (
+                    f"rank {beat.rank} on node {node} has made no progress for {seconds:.0f} s, after step {beat.step}"
+                )
+                return End("stuck", f"{text}, in {place}", beat.rank, node)
+        return None
 
     def _keep_stacks(self) -> None:
         folder = self._start.run_dir / "stacks"
@@ -251,6 +269,14 @@ def prepare_child() -> None:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def busy_place(stack: str) -> str:
+    """Where a rank was busy when its fault handler wrote its stacks; "" where it waited for other ranks."""
+    found = re.search(r'^Current thread .*\n  File "(.*)", line (\d+) in (.*)', stack, re.MULTILINE)
+    if not found or "/torch/distributed/" in found[1]:
+        return ""
+    return f"{found[3]} ({Path(found[1]).name}, line {found[2]})"
 
 
 def state_of(pid: int) -> str:

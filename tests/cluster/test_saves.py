@@ -101,7 +101,7 @@ def tensors_of(run: Path, step: int) -> list[bytes]:
 
 ON_A_SMALL_DISK = """
 mount -t tmpfs -o size=24m none {disk}
-( while [ "$(wc -l < {disk}/run/metrics.jsonl)" -lt 20 ]; do sleep 0.05; done; cat /dev/zero > {disk}/filler ) &
+( until [ "$(grep -c loss {disk}/run/metrics.jsonl)" -ge 20 ]; do sleep 0.05; done; cat /dev/zero > {disk}/filler ) 2> /dev/null &
 launch/run.sh {config}
 launch/run.sh --may-requeue $? {config}; echo "first ends with $?"
 cp -r {disk}/run {left}

@@ -243,7 +243,7 @@ def test_each_fault_of_a_rank_is_named_and_the_ranks_start_again_until_the_limit
     faults = {
         "by hand": "ZeroDivisionError: by hand",
         "crash": "Fatal Python error: Segmentation fault",
-        "hang": "rank 1 on node b has made no progress for",
+        "hang": "in hurt (sitecustomize.py, line",
         "kill": "rank 1 on node b was killed after step",
     }
     for number, (fault, said) in enumerate(faults.items()):

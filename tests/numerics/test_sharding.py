@@ -68,7 +68,8 @@ def test_curves_and_bases_do_not_depend_on_stage_and_ranks(tiny_bases, reference
     specs = []
     for kind in KINDS:
         for quantization in ("none", "int8"):
-            for dtype in DTYPES:
+            # four ranks share two cores: bfloat16 there is Llama's alone
+            for dtype in DTYPES if num_ranks < 4 or kind == "llama" else ["float32"]:
                 for stage in (0, 2, 3):
                     name = f"{kind}-{quantization}-{dtype}-{stage}"
                     specs.append(

@@ -1,0 +1,288 @@
+"""The files for containers and clouds: accepted by the projects they are for, and of one mind with each other.
+
+PTUNE_TEST_CLOUDS=1 adds the clouds' own parsers, which are too heavy for every run. tests/schemas/ is what two of them
+check a file's keys and types with.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from kubeflow_trainer_api import models
+
+from ptune_dist import __version__
+from ptune_dist.config import load_config
+from ptune_dist.launcher.__main__ import parse
+from ptune_dist.topology import find_topology
+from tests.conftest import ROOT, process_env
+
+LAUNCH = ROOT / "launch"
+PROGRAMS = Path(sys.executable).parent  # where pip puts the linters
+IMAGE = f"registry.example.com/ptune_dist:{__version__}"
+SCRIPTS = [*LAUNCH.glob("*.sh"), *ROOT.glob("slurm/*.sbatch"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
+DOCS = (ROOT / "docs" / "clouds.md").read_text(encoding="utf-8")
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+TRAINJOB = yaml.safe_load((LAUNCH / "kubernetes" / "trainjob.yaml").read_text())
+JOBSET = yaml.safe_load((LAUNCH / "kubernetes" / "jobset.yaml").read_text())
+SKYPILOT = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+AWS_BATCH = json.loads((LAUNCH / "aws_batch.json").read_text())
+AZURE_ML = yaml.safe_load((LAUNCH / "azureml.yaml").read_text())
+
+PATCH = TRAINJOB["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
+TRAINJOB_POD = PATCH["template"]["spec"]["template"]["spec"]
+JOB = JOBSET["spec"]["replicatedJobs"][0]["template"]["spec"]
+JOBSET_POD = JOB["template"]["spec"]
+(AWS_NODES,) = AWS_BATCH["nodeProperties"]["nodeRangeProperties"]
+
+COMMANDS = {
+    "Dockerfile": json.loads(re.search(r"^CMD (.*)$", DOCKERFILE, re.MULTILINE)[1]),
+    "trainjob.yaml": TRAINJOB["spec"]["trainer"]["command"],
+    "jobset.yaml": JOBSET_POD["containers"][0]["command"],
+    "skypilot.yaml": shlex.split(SKYPILOT["run"]),
+    "aws_batch.json": AWS_NODES["container"]["command"],
+    "azureml.yaml": shlex.split(AZURE_ML["command"].removeprefix("cd /opt/ptune_dist && ")),
+}
+
+
+def mounts(containers: list[dict]) -> dict[str, str]:
+    """Path -> volume of the one container."""
+    (container,) = containers
+    return {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+
+
+# Each file by the schema of its project
+
+
+@pytest.mark.parametrize(
+    "content, kind", [(TRAINJOB, models.TrainerV1alpha1TrainJob), (JOBSET, models.JobsetV1alpha2JobSet)]
+)
+def test_kubernetes_knows_every_key_and_type(content, kind):
+    assert kind.from_dict(content).to_dict() == content  # what it does not know it leaves out
+
+
+@pytest.mark.parametrize(
+    "content, schema", [(AWS_BATCH, "aws_batch_job_definition.json"), (SKYPILOT, "skypilot_task.json")]
+)
+def test_the_cloud_knows_every_key_and_type(content, schema):
+    validator = jsonschema.Draft202012Validator(json.loads((ROOT / "tests" / "schemas" / schema).read_text()))
+    assert not [error.message for error in validator.iter_errors(content)]
+    assert list(validator.iter_errors(content | {"runn": "x"}))
+
+
+PARSERS = {
+    "skypilot==0.14.1": """
+import sky
+task = sky.Task.from_yaml("launch/skypilot.yaml")
+(resources,) = task.resources
+assert task.num_nodes == 2 and resources.use_spot and resources.job_recovery["recover_on_exit_codes"] == [75]
+""",
+    "azure-ai-ml==1.35.2": """
+from azure.ai.ml import load_job
+job = load_job("launch/azureml.yaml")
+assert job.resources.instance_count == 2 and job.distribution.process_count_per_instance == 1
+""",
+    "botocore==1.44.5": """
+import json
+from botocore.loaders import Loader
+from botocore.model import ServiceModel
+from botocore.validate import ParamValidator
+service = ServiceModel(Loader().load_service_model("batch", "service-2"))
+shape = service.operation_model("RegisterJobDefinition").input_shape
+found = ParamValidator().validate(json.load(open("launch/aws_batch.json")), shape)
+assert not found.has_errors(), found.generate_report()
+""",
+}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not os.environ.get("PTUNE_TEST_CLOUDS"), reason="PTUNE_TEST_CLOUDS=1: installs 0.6 GB for a while")
+@pytest.mark.parametrize("package", PARSERS)
+def test_the_clouds_own_parser_takes_the_file(package, tmp_path):
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True)
+    env = process_env({"HOME": str(tmp_path), "PYTHONPATH": ""})
+    subprocess.run([python, "-c", PARSERS[package]], cwd=ROOT, env=env, check=True)
+
+
+# What the files say
+
+
+@pytest.mark.parametrize("file", COMMANDS)
+def test_every_command_is_one_that_the_launcher_takes(file):
+    script, *arguments = COMMANDS[file]
+    assert script == "launch/run.sh" and os.access(ROOT / script, os.X_OK)
+    parsed = parse(arguments)
+    config = load_config(ROOT / parsed.config, parsed.overrides)
+    shared = "${{outputs.runs}}" if file == "azureml.yaml" else "/runs"
+    assert config.output_dir == f"{shared}/quickstart"
+
+
+def test_all_take_one_image():
+    azure = AZURE_ML["environment"]["image"]
+    assert {TRAINJOB["spec"]["trainer"]["image"], JOBSET_POD["containers"][0]["image"], azure} == {IMAGE}
+    assert AWS_NODES["container"]["image"] == IMAGE
+    assert f"docker build --tag {IMAGE} ." in DOCKERFILE and f"docker build --tag {IMAGE} ." in DOCS
+
+
+@pytest.mark.parametrize("pod", [TRAINJOB_POD, JOBSET_POD], ids=["trainjob", "jobset"])
+def test_a_pod_has_the_shared_folder_its_shared_memory_and_time_to_save(pod):
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert mounts(pod["containers"]) == {"/runs": "runs", "/dev/shm": "shm"}
+    assert "persistentVolumeClaim" in volumes["runs"] and volumes["shm"]["emptyDir"]["medium"] == "Memory"
+    assert pod["terminationGracePeriodSeconds"] >= 120
+
+
+def test_the_trainjob_patches_the_runtimes_own_job_and_container():
+    assert TRAINJOB["spec"]["runtimeRef"] == {"name": "torch-distributed"}
+    assert PATCH["name"] == TRAINJOB_POD["containers"][0]["name"] == "node"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_pods_of_the_jobset_find_each_other(rank):
+    labels = {
+        "jobset.sigs.k8s.io/jobset-name": JOBSET["metadata"]["name"],
+        "jobset.sigs.k8s.io/replicatedjob-name": JOBSET["spec"]["replicatedJobs"][0]["name"],
+        "jobset.sigs.k8s.io/restart-attempt": "3",
+    }
+    env = {"JOB_COMPLETION_INDEX": str(rank)}  # set by Kubernetes for an Indexed Job
+    for entry in JOBSET_POD["containers"][0]["env"]:
+        path = entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath", "")
+        env[entry["name"]] = (
+            labels[path.removeprefix("metadata.labels['").removesuffix("']")] if path else entry["value"]
+        )
+    topology = find_topology(env)
+    assert (topology.source, topology.node_rank, topology.num_restarts) == ("jobset", rank, 3)
+    assert topology.head == "ptune-node-0-0.ptune"
+    assert topology.num_nodes == JOB["completions"] == JOB["parallelism"] and JOB["completionMode"] == "Indexed"
+
+
+@pytest.mark.parametrize(
+    "message, action",
+    [  # as Kubernetes writes them, pkg/controller/job/pod_failure_policy.go
+        ("Container node for pod ptune/x failed with exit code 2 matching FailJob rule at index 0", "FailJobSet"),
+        ("Container node for pod ptune/x failed with exit code 75 matching FailJob rule at index 0", "Restart"),
+        ("Pod ptune/x has condition DisruptionTarget matching FailJob rule at index 1", "Restart"),
+    ],
+)
+def test_the_jobset_fails_at_once_for_a_mistake_alone(message, action):
+    assert JOB["backoffLimit"] == 0 and JOBSET_POD["restartPolicy"] == "Never"
+    statuses, condition = JOB["podFailurePolicy"]["rules"]
+    assert statuses["onExitCodes"]["values"] == [2, 75]
+    assert statuses["onExitCodes"]["containerName"] == JOBSET_POD["containers"][0]["name"]
+    assert condition["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    rules = JOBSET["spec"]["failurePolicy"]["rules"]
+    fitting = [r for r in rules if any(re.search(pattern, message) for pattern in r["onJobFailureMessagePatterns"])]
+    assert len(fitting) == 1 and fitting[0]["action"].startswith(action)
+    assert action == "FailJobSet" or fitting[0]["action"].endswith("IgnoreMaxRestarts")
+
+
+@pytest.mark.parametrize(
+    "seen, action",
+    [
+        ({"onExitCode": "2"}, "EXIT"),
+        ({"onExitCode": "75"}, "RETRY"),
+        ({"onStatusReason": "Host EC2 (instance i-0) terminated."}, "RETRY"),
+        ({"onExitCode": "1", "onReason": "Essential container in task exited"}, "RETRY"),
+    ],
+)
+def test_aws_batch_starts_again_for_all_but_a_mistake(seen, action):
+    rules = AWS_BATCH["retryStrategy"]["evaluateOnExit"]
+    seen = {"onReason": "x", **seen}
+    first = next(
+        rule for rule in rules if all(fnmatch(seen.get(key, ""), rule[key]) for key in rule if key != "action")
+    )
+    assert first["action"] == action
+    assert len(rules) <= 5 and 1 <= AWS_BATCH["retryStrategy"]["attempts"] <= 10  # the service's limits
+
+
+def test_aws_batch_mounts_what_it_names():
+    container = AWS_NODES["container"]
+    (volume,), (mount,) = container["volumes"], container["mountPoints"]
+    assert mount == {"sourceVolume": volume["name"], "containerPath": "/runs", "readOnly": False}
+    assert {entry["type"] for entry in container["resourceRequirements"]} == {"VCPU", "MEMORY", "GPU"}
+    assert AWS_BATCH["type"] == "multinode" and AWS_BATCH["nodeProperties"]["mainNode"] == 0
+
+
+def test_skypilot_recovers_on_fresh_machines_over_a_mount_that_can_append():
+    recovery = SKYPILOT["resources"]["job_recovery"]
+    assert SKYPILOT["resources"]["use_spot"] and recovery["recover_on_exit_codes"] == [75]
+    assert SKYPILOT["file_mounts"]["/runs"]["mode"] == "MOUNT_CACHED"
+    assert "bash launch/setup.sh" in SKYPILOT["setup"] and SKYPILOT["workdir"] == "."
+
+
+def test_azure_ml_starts_one_launcher_a_node_over_a_lasting_folder():
+    assert AZURE_ML["distribution"] == {"type": "pytorch", "process_count_per_instance": 1}
+    output = AZURE_ML["outputs"]["runs"]
+    assert output["mode"] == "rw_mount" and not re.search(r"\$\{\{|name", output["path"])
+    assert f"cd {re.search(r'^WORKDIR (.*)$', DOCKERFILE, re.MULTILINE)[1]} &&" in AZURE_ML["command"]
+    assert set(AZURE_ML) == {
+        "$schema", "type", "display_name", "experiment_name", "environment", "compute", "command", "distribution",
+        "resources", "outputs", "limits",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["trainjob.yaml", "jobset.yaml", "skypilot.yaml", "aws_batch.json", "azureml.yaml"])
+def test_the_page_gives_the_command_of_each_file(file):
+    (path,) = LAUNCH.rglob(file)
+    name = path.relative_to(ROOT).as_posix()
+    commands = re.findall(rf"`([^`]*{re.escape(name)}[^`]*)`", DOCS)
+    assert commands
+    if path.suffix == ".yaml":  # JSON has no comments
+        head = " ".join(path.read_text().split("\n")[:2])
+        assert any(command in head for command in commands)
+
+
+# The image
+
+
+def test_the_dockerfile_has_no_lint():
+    done = subprocess.run([PROGRAMS / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_image_is_pinned_has_no_root_and_no_keys():
+    (base,) = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
+    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-\w+-ubuntu\d\d\.04", base)
+    assert re.findall(r"^USER (\d+)", DOCKERFILE, re.MULTILINE)[-1] != "0"
+    assert not re.search(r"ssh-keygen|authorized_keys|openssh-server|^ADD |sudo", DOCKERFILE, re.MULTILINE)
+    assert "bash launch/setup.sh\n" in DOCKERFILE
+    assert "launch/constraints.txt" in (LAUNCH / "setup.sh").read_text()
+
+
+def test_an_edit_of_the_code_installs_nothing_again(tmp_path):
+    """What is copied before the install is all that setup.sh and pip need, and is not kept out of the build."""
+    ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    before, after = DOCKERFILE.split("bash launch/setup.sh\n")
+    assert re.findall(r"^COPY (?:--\S+ )?(.*)$", after, re.MULTILINE) == [". ."]
+    copied = [line.split()[:-1] for line in re.findall(r"^COPY (.*)$", before, re.MULTILINE)]
+    copied = [name for names in copied for name in names]
+    wanted = {"pyproject.toml", "launch/setup.sh", "launch/constraints.txt", "ptune_dist/__init__.py"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {*wanted, project["readme"], *project["license-files"]} == set(copied)
+    needed = [*copied, "launch/run.sh", "launch/site.sh", "configs/quickstart.yaml", "configs/tiny/causal/config.json"]
+    for name in needed:
+        parts = Path(name).parts
+        assert not any(fnmatch("/".join(parts[: i + 1]), rule) for rule in ignored for i in range(len(parts))), name
+    assert {".git", ".venv", "runs", "tests"} <= set(ignored)
+
+
+# The scripts
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_sound(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    lint = [PROGRAMS / "shellcheck", "--shell=bash", "--severity=warning", "--external-sources", path]
+    done = subprocess.run(lint, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

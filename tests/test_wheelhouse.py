@@ -1,0 +1,69 @@
+"""launch/wheelhouse.sh: what nodes without a network need.
+
+PTUNE_TEST_WHEELHOUSE=1 adds an install and a training run in a network namespace without a link, which needs root.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, process_env
+
+
+def wheelhouse(*arguments: str) -> subprocess.CompletedProcess:
+    env = process_env({"PTUNE_PYTHON": sys.executable})
+    command = ["bash", "launch/wheelhouse.sh", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "usage: launch/wheelhouse.sh"),
+        (["DIR", "OTHER"], "one folder is filled, not two"),
+        (["--wheels", "DIR"], "--wheels is no option"),
+        (["DIR", "--base"], "--base needs a value"),
+        (["--base", "docs", "DIR"], "docs: no base: it has no config.json"),
+        (["--extra", "tset", "DIR"], "--extra tset: pyproject.toml has bench, test"),
+        (["--base", "gpt2", "DIR"], "--base gpt2: https://huggingface.co cannot be reached"),
+        (["--data", "glue@sst2", "DIR"], "--data glue@sst2: https://huggingface.co cannot be reached"),
+        (["A DIR"], "pip takes no folder with a space"),
+    ],
+)
+def test_wheelhouse_says_a_mistake_in_one_line(arguments, said, tmp_path):
+    arguments = [str(tmp_path / word) if word in ("DIR", "OTHER", "A DIR") else word for word in arguments]
+    done = wheelhouse(*arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and said in line
+    assert not (tmp_path / "DIR" / "wheels").exists()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not os.environ.get("PTUNE_TEST_WHEELHOUSE"), reason="PTUNE_TEST_WHEELHOUSE=1: minutes, root")
+def test_wheelhouse_is_all_that_a_node_without_a_network_needs(tmp_path):
+    filled = wheelhouse("--base", str(ROOT / "configs" / "tiny" / "causal"), str(tmp_path / "house"))
+    assert filled.returncode == 0, filled.stderr[-2000:]
+    lines = filled.stdout.rstrip().splitlines()[-3:]
+    clone = tmp_path / "clone"
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.check_output(listing, cwd=ROOT, text=True).splitlines():
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, clone / name)
+    script = "\n".join([
+        "set -e; ip link set lo up; if ip -oneline link | grep -qv ' lo: '; then echo a link; exit 1; fi", *lines,
+        f"bash launch/quickstart.sh train.max_steps=5 model.path={tmp_path}/house/bases/causal",
+    ])  # fmt: skip
+    env = {
+        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "PIP_CONFIG_FILE": os.devnull, "CUDA_VISIBLE_DEVICES": "",
+        "PYTHON": str(Path(sys.executable).resolve()), "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["unshare", "--net", "bash", "-c", script], cwd=clone, env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert ", 5 steps, " in done.stdout

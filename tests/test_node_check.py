@@ -55,7 +55,7 @@ def test_a_cpu_that_is_busy_with_another_rank_is_no_fault():
 def ring(number: int, slow: int | None, factor: float = 0.05) -> dict[tuple[str, str], float]:
     """The links of so many nodes, those of one of which are slow."""
     pairs = [(i, i + 1) for i in range(number - 1)] + ([(number - 1, 0)] if number > 2 else [])
-    return {(f"n{a}", f"n{b}"): 10e9 * (factor if slow in (a, b) else 1 + a / 10) for a, b in pairs}
+    return {(f"n{a}", f"n{b}"): 10e9 * (factor if slow in (a, b) else 1 + a % 3 / 10) for a, b in pairs}
 
 
 @pytest.mark.parametrize("number", [3, 4, 5, 9, 32])
@@ -64,12 +64,12 @@ def test_a_node_whose_links_are_slow_is_named_wherever_it_stands(number):
     for slow in range(number):
         fault = judge_links(ring(number, slow))
         assert fault.node == f"n{slow}" and str(fault).startswith(f"slow network at node n{slow}: "), fault
-        assert "0.50 GB/s, usual is 1" in str(fault)
+        assert "0.5 GB/s, usual is 1" in str(fault)
 
 
 def test_one_slow_link_is_said_with_both_its_ends():
     links = ring(5, None) | {("n2", "n3"): 1e8}
-    assert "n2 and n3 0.10 GB/s" in str(judge_links(links))
+    assert "n2 and n3 0.1 GB/s" in str(judge_links(links))
 
 
 def test_one_link_alone_has_nothing_to_be_compared_with():

@@ -103,6 +103,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     parsed = parser.parse_intermixed_args(arguments)
+    if parsed.max_restarts < 0:
+        parser.error(f"argument --max-restarts: {parsed.max_restarts} is less than 0")
     for word in parsed.overrides:
         if "=" not in word:
             parser.error(f"unrecognized arguments: {word}")

@@ -26,7 +26,7 @@ NUM_STEPS, EVERY, HANG_TIMEOUT_S = 120, 5, 8
 SECONDS_TO_END = 30  # for every process of a job that has lost one
 # From the moment that a hang is found: 3 s for the stacks, 10 at most for the processes to go; half as much is usual.
 SECONDS_TO_SAY = 7
-SECONDS_TO_START = 60  # torch is imported twice on each node, by busy cores
+PATIENCE_S = 180  # with what is no promise: torch is imported twice on each node, and cores may be busy
 SABOTEUR = Path(__file__).parent / "saboteur"
 # Of a save, as the saboteur names them; a file's are: before it, half of it, all of it.
 MOMENTS = [
@@ -79,13 +79,13 @@ class Run:
         env = ENV | {name: str(value) for name, value in env.items()}
         self.job = self.cluster.submit("slurm/train.sbatch", str(self.config), *overrides, options=options, env=env)
 
-    def wait_for_end(self, state: str, timeout: float) -> None:
+    def wait_for_end(self, state: str, timeout: float = PATIENCE_S) -> None:
         """Of the job, in that state of Slurm's."""
         ended = ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"]
         found = self.cluster.wait(self.job, ended, timeout)
         assert found == state, self.cluster.told(self.job, state)
 
-    def wait_for_requeue(self, timeout: float = SECONDS_TO_END) -> None:
+    def wait_for_requeue(self, timeout: float = PATIENCE_S) -> None:
         self.cluster.wait(self.job, ["PENDING"], timeout)
 
     def wait_for(self, holds: Callable[[], bool], timeout: float, what: str) -> None:
@@ -119,7 +119,7 @@ class Run:
         found = re.findall(r"base .* a rank, .*; from (?:the start|step (\d+))", self.log)
         return [int(step or 0) for step in found]
 
-    def wait_for_step(self, step: int, *, restarts: int, timeout: float = SECONDS_TO_START) -> None:
+    def wait_for_step(self, step: int, *, restarts: int, timeout: float = PATIENCE_S) -> None:
         """Until that step, which no start before had done, is done after so many restarts."""
 
         def is_there() -> bool:

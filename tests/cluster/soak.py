@@ -22,15 +22,14 @@ from pathlib import Path
 from ptune_dist.bench.machine import describe_commit, describe_hardware, describe_versions
 from ptune_dist.checkpoint import load_newest_checkpoint
 from ptune_dist.run_dir import list_checkpoints
-from tests.cluster.runs import HANG_TIMEOUT_S, MOMENTS, SABOTEUR, Run, damage, wait_until_gone
+from tests.cluster.runs import HANG_TIMEOUT_S, MOMENTS, PATIENCE_S, SABOTEUR, Run, damage, wait_until_gone
 from tests.cluster.slurm import ROOT, Cluster
 
 KINDS = (
     "USR2", "scontrol requeue", "kill -9 of a rank", "kill -9 of torchrun", "kill -9 of a launcher",
     "kill -9 of slurmstepd", "SIGSTOP of a rank", "cut link", "damaged checkpoint", "kill -9 inside a save",
 )  # fmt: skip
-EVERY, STEPS_PER_FAULT, STEPS_AFTER = 10, 20, 40
-PATIENCE_S = 120  # for any one thing; srun takes 42 s to give up on a killed slurmstepd
+EVERY, STEPS_PER_FAULT, STEPS_AFTER = 10, 15, 40
 
 
 class Soak:

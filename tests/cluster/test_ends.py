@@ -7,7 +7,7 @@ import pytest
 
 from ptune_dist.checkpoint import load_newest_checkpoint
 from ptune_dist.metrics import read_metrics
-from tests.cluster.runs import ENV, SECONDS_TO_END, SECONDS_TO_START, Run, wait_until_gone, write_run
+from tests.cluster.runs import ENV, PATIENCE_S, Run, wait_until_gone, write_run
 from tests.cluster.slurm import ROOT
 from tests.conftest import build_tiny_base
 
@@ -22,7 +22,7 @@ def test_a_loss_that_is_not_finite_ends_every_rank_and_the_job_for_good(cluster,
         checkpoint={"every": 1, "keep": 4},
     )  # fmt: skip
     run.submit()
-    run.wait_for_end("FAILED", timeout=SECONDS_TO_START + SECONDS_TO_END)
+    run.wait_for_end("FAILED")
     assert run.cluster.processes(job=run.job) == []
     last = read_metrics(run.dir)[-1]["step"]
     status, facts = run.status, cluster.facts(run.job)
@@ -43,9 +43,9 @@ def test_starts_that_gain_no_step_end_the_job_at_their_limit(cluster, tmp_path):
     run.wait_for_step(5, restarts=0)  # of which nothing is saved
     kill_rank(run)
     run.wait_for_requeue()
-    run.wait_for(lambda: run.processes("rank") != [], SECONDS_TO_START, "a second start")
+    run.wait_for(lambda: run.processes("rank") != [], PATIENCE_S, "a second start")
     kill_rank(run)
-    run.wait_for_end("FAILED", timeout=SECONDS_TO_END)
+    run.wait_for_end("FAILED")
     assert "2 starts in a row have gained no step: " in run.log and "on node n0" in run.status["reason"]
     assert (run.status["state"], run.status["restarts"], run.status["idle_starts"]) == ("failed", 1, 1)
     assert cluster.facts(run.job)["Restarts"] == "1"
@@ -60,11 +60,11 @@ def kill_rank(run: Run) -> None:
 def test_a_mistake_ends_the_job_with_status_2_and_is_not_requeued(cluster, tmp_path):
     run = Run(cluster, tmp_path / "wrong")
     run.submit("train.batchsize=8")
-    run.wait_for_end("FAILED", timeout=20)
+    run.wait_for_end("FAILED")
     assert cluster.facts(run.job)["ExitCode"] == "2:0" and "train.batch_size" in run.log
     missing = tmp_path / "missing.jsonl"
     run.submit(f"data.train={missing}")
-    run.wait_for_end("FAILED", timeout=60)
+    run.wait_for_end("FAILED")
     assert cluster.facts(run.job)["ExitCode"] == "2:0" and len(re.findall("^[01]: error: ", run.log, re.M)) == 1
     assert (run.status["state"], run.status["kind"], run.status["restarts"]) == ("failed", "mistake", 0)
     assert str(missing) in run.status["reason"] and str(missing) in run.log
@@ -75,7 +75,7 @@ def test_a_node_that_does_not_come_is_named(cluster, tmp_path):
     site.write_text('[ "${SLURM_NODEID:-}" != 1 ] || [ -z "${SLURM_STEP_NODELIST:-}" ] || sleep 12\n')
     run = Run(cluster, tmp_path / "absent")
     run.submit(PTUNE_START_TIMEOUT_S=5, PTUNE_SITE=site, PTUNE_MAX_REQUEUES=0)
-    run.wait_for_end("FAILED", timeout=60)
+    run.wait_for_end("FAILED")
     assert (run.status["state"], run.status["kind"], run.status["node"]) == ("failed", "unreachable", "n1")
     assert "node n1 has not come within 5 s" in run.status["reason"] and run.status["reason"] in run.log
 

@@ -10,7 +10,6 @@ from ptune_dist.status import last_step
 from tests.cluster.runs import (
     HANG_TIMEOUT_S,
     SECONDS_TO_SAY,
-    SECONDS_TO_START,
     Run,
     damage,
     is_alive,
@@ -37,7 +36,7 @@ def lost_stepd(cluster, tmp_path_factory):
 def undisturbed(cluster, tmp_path_factory):
     run = Run(cluster, tmp_path_factory.mktemp("runs") / "undisturbed")
     run.submit()
-    run.wait_for_end("COMPLETED", timeout=120)
+    run.wait_for_end("COMPLETED")
     return run
 
 
@@ -69,14 +68,14 @@ def test_a_job_survives_a_cut_a_stopped_rank_kills_and_damaged_checkpoints(clust
     assert f"{refused} is damaged" in run.log and run.starts[-1] == used
     kill(run, "torchrun", "n1", in_place=True)
 
-    run.wait_for_end("COMPLETED", timeout=90)
+    run.wait_for_end("COMPLETED")
     assert len(run.starts) == 6 and run.status["restarts"] == 5
     run.assert_bitwise(undisturbed)
 
 
 @pytest.mark.long
 def test_a_job_that_lost_a_node_s_stepd_is_requeued_and_loses_nothing(cluster, lost_stepd, undisturbed):
-    lost_stepd.wait_for_end("COMPLETED", timeout=120)
+    lost_stepd.wait_for_end("COMPLETED")
     assert cluster.facts(lost_stepd.job)["Restarts"] == "1"
     assert len(lost_stepd.starts) == 2 and lost_stepd.starts[1] >= 5
     lost_stepd.assert_bitwise(undisturbed)
@@ -152,5 +151,5 @@ def test_a_killed_batch_stepd_or_an_unplugged_node_is_survived(cluster, undistur
     wait_until_gone(there)
     run.wait_for(lambda: run.status["restarts"] == 1, 120, "a start on other nodes")
     cluster.heal_node("n1")
-    run.wait_for_end("COMPLETED", timeout=SECONDS_TO_START)
+    run.wait_for_end("COMPLETED")
     run.assert_bitwise(undisturbed)

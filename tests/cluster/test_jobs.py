@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ptune_dist.status import last_step
-from tests.cluster.runs import NUM_STEPS, SECONDS_TO_END, SECONDS_TO_START, VALIDATION, Run, only_in_full, write_run
+from tests.cluster.runs import NUM_STEPS, PATIENCE_S, VALIDATION, Run, only_in_full, write_run
 from tests.conftest import run_command
 
 EVALUATED = 60
@@ -22,7 +22,7 @@ def undisturbed(cluster, tmp_path_factory):
     """A run over two nodes to which nothing happens."""
     run = Run(cluster, tmp_path_factory.mktemp("runs") / "undisturbed", **SECTIONS)
     run.submit()
-    run.wait_for_end("COMPLETED", timeout=120)
+    run.wait_for_end("COMPLETED")
     return run
 
 
@@ -39,7 +39,7 @@ def test_a_job_of_two_nodes_learns_as_one_node_of_two_ranks_and_is_not_begun_twi
     assert undisturbed.losses() == pytest.approx(one, rel=1e-5)
 
     undisturbed.submit()
-    undisturbed.wait_for_end("COMPLETED", timeout=20)
+    undisturbed.wait_for_end("COMPLETED")
     assert "is finished: nothing is left to do" in undisturbed.log
     assert undisturbed.status == status and (undisturbed.dir / "metrics.jsonl").read_bytes() == lines
 
@@ -48,7 +48,7 @@ def test_a_job_saves_once_for_each_request_to_stop_and_goes_on_bitwise(cluster, 
     run = Run(cluster, tmp_path / "stopped", **SECTIONS)
     run.submit(PTUNE_MAX_IDLE_STARTS=5)
 
-    run.wait_for(lambda: len(run.processes("rank")) == 2, SECONDS_TO_END, "two ranks")  # before the first step
+    run.wait_for(lambda: len(run.processes("rank")) == 2, PATIENCE_S, "two ranks")  # before the first step
     cluster.cancel(run.job, "USR2")
     assert stopped_step(run) == 0 and run.checkpoint_steps() == []
 
@@ -68,15 +68,15 @@ def test_a_job_saves_once_for_each_request_to_stop_and_goes_on_bitwise(cluster, 
     assert stopped_step(run) > EVALUATED
     assert not [process for process in processes if process.is_running()]
 
-    run.wait_for_end("COMPLETED", timeout=60)
+    run.wait_for_end("COMPLETED")
     assert cluster.facts(run.job)["Restarts"] == "4" and run.status["restarts"] == 4
     assert run.log.count(f"step {EVALUATED}  validation") == 1
     run.assert_bitwise(undisturbed)
 
 
-def stopped_step(run: Run, timeout: float = SECONDS_TO_END) -> int:
+def stopped_step(run: Run) -> int:
     """The step that was saved on request; nothing came after it. Returns when the job is in the queue again."""
-    run.wait_for_requeue(timeout)
+    run.wait_for_requeue()
     status = run.status
     assert (status["state"], status["kind"]) == ("stopped", "stopped"), run.told()
     assert status["step"] == last_step(run.dir) == run.num_lines
@@ -87,14 +87,14 @@ def test_a_run_goes_on_with_one_node_and_with_two_to_1e_5(cluster, undisturbed, 
     run = Run(cluster, tmp_path / "spread", **SECTIONS)
     for step, nodes in ((30, "n0,n1"), (EVALUATED + 5, "n0")):
         run.submit(nodes=nodes, PTUNE_MAX_REQUEUES=0)
-        run.wait_for(lambda step=step: run.num_lines >= step, SECONDS_TO_END * 2, f"step {step}")
+        run.wait_for(lambda step=step: run.num_lines >= step, PATIENCE_S, f"step {step}")
         cluster.cancel(run.job, "USR2")
-        run.wait_for_end("FAILED", timeout=SECONDS_TO_END)
+        run.wait_for_end("FAILED")
         assert "requeued 0 times, the most that is allowed: stopped on request" in run.log
         assert f"{nodes.count('n')} ranks on cpu" in run.log and run.status["state"] == "stopped"
     before = last_step(run.dir)
     run.submit()
-    run.wait_for_end("COMPLETED", timeout=60)
+    run.wait_for_end("COMPLETED")
     assert run.starts == [before]
     assert run.losses() == pytest.approx(undisturbed.losses(), rel=1e-5)  # another order of samples would be far off
 
@@ -105,8 +105,8 @@ def test_a_job_whose_time_is_up_saves_and_is_requeued(cluster, tmp_path):
     """Slurm looks at the limits each 30 s; --signal=USR2@30 came 29 s after the start where it was tried."""
     run = Run(cluster, tmp_path / "limited", train={"max_steps": 4000}, checkpoint={"every": 0})
     run.submit(options=["--time=1", "--signal=USR2@30"])
-    run.wait_for(lambda: run.num_lines >= 5, SECONDS_TO_START, "step 5")
-    assert stopped_step(run, timeout=90) >= 5
+    run.wait_for(lambda: run.num_lines >= 5, PATIENCE_S, "step 5")
+    assert stopped_step(run) >= 5
     assert run.checkpoint_steps() == [run.status["step"]]
-    run.wait_for(lambda: len(run.starts) == 2, SECONDS_TO_START, "a second start")
+    run.wait_for(lambda: len(run.starts) == 2, PATIENCE_S, "a second start")
     assert run.starts == [0, run.status["step"]]

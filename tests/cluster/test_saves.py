@@ -14,7 +14,7 @@ from ptune_dist.checkpoint import load_newest_checkpoint
 from ptune_dist.metrics import read_metrics
 from ptune_dist.run_dir import list_checkpoints
 from ptune_dist.status import read_status
-from tests.cluster.runs import AFTER_THE_RENAME, ENV, MOMENTS, SABOTEUR, write_run
+from tests.cluster.runs import AFTER_THE_RENAME, ENV, MOMENTS, PATIENCE_S, SABOTEUR, write_run
 from tests.commands import Commands, Finished
 from tests.conftest import ROOT, process_env
 
@@ -101,11 +101,12 @@ def tensors_of(run: Path, step: int) -> list[bytes]:
 
 ON_A_SMALL_DISK = """
 mount -t tmpfs -o size=24m none {disk}
-( until [ "$(grep -c loss {disk}/run/metrics.jsonl)" -ge 20 ]; do sleep 0.05; done; cat /dev/zero > {disk}/filler ) 2> /dev/null &
+exec 3>&2 2>/dev/null
+( until [ "$(grep -c loss {disk}/run/metrics.jsonl)" -ge 20 ]; do sleep 0.05; done; cat /dev/zero > {disk}/filler ) &
+exec 2>&3
 launch/run.sh {config}
 launch/run.sh --may-requeue $? {config}; echo "first ends with $?"
 cp -r {disk}/run {left}
-kill $!
 rm {disk}/filler
 launch/run.sh {config}; echo "second ends with $?"
 cp -r {disk}/run {final}
@@ -127,7 +128,7 @@ def test_a_disk_that_fills_up_is_one_clear_error_and_with_space_the_same_command
         env=process_env(ENV),
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=PATIENCE_S,
     )
     told = done.stdout + done.stderr
     status = read_status(left)

@@ -38,7 +38,9 @@ def test_no_stack_says_nothing(text):
 
 
 def test_what_the_fault_handler_really_writes_is_understood(tmp_path):
-    script = "import faulthandler, os\ndef busy():\n    os.abort()\nfaulthandler.enable(open('stack.txt', 'w'))\nbusy()\n"
+    script = (
+        "import faulthandler, os\ndef busy():\n    os.abort()\nfaulthandler.enable(open('stack.txt', 'w'))\nbusy()\n"
+    )
     (tmp_path / "script.py").write_text(script)
     subprocess.run([sys.executable, "script.py"], cwd=tmp_path)
     assert busy_place((tmp_path / "stack.txt").read_text()) == "busy (script.py, line 3)"

@@ -184,7 +184,7 @@ def test_a_port_that_is_taken_is_named(config, tmp_path):
 
 
 def test_a_wrong_command_line_is_said_in_one_line(config, tmp_path):
-    for arguments in ([], [config, "seed"], [config, "--no-such-flag"], ["--max-restarts", "x", config]):
+    for arguments in ([], [config, "seed"], [config, "--no-such-flag"], ["--max-restarts", "-1", config]):
         nodes = Nodes(tmp_path, *arguments, names="a")
         assert nodes.wait(20) == [2], nodes.output
         only_line(nodes)
@@ -283,7 +283,7 @@ def test_ctrl_c_saves_a_second_one_ends_and_a_killed_launcher_leaves_no_process(
     assert "Traceback" not in nodes.output
     assert nodes.have_left_nothing()
 
-    nodes = Nodes(tmp_path, config, names="a")
+    nodes = Nodes(tmp_path, config, names="a", PTUNE_PROCS=1)
     nodes.wait_for_steps()
     assert nodes.status["step"] == saved["step"]
     for rank in nodes.ranks().values():

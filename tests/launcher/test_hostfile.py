@@ -1,0 +1,96 @@
+"""launch/ssh.sh reads the hostfiles that DeepSpeed's own launcher reads, and refuses what that refuses."""
+
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT, process_env
+
+GOOD = [
+    "worker-1 slots=8\nworker-2 slots=8\n",
+    "# my hosts\n\n  worker-1   slots=2\nworker-2\tslots=4   # rented\n\n",
+    "me@10.0.0.1 slots=1\n10.0.0.2 slots=1",  # no newline at the end
+    "only slots=16\n",
+]
+BAD = [
+    ("worker-1 slots=8\nworker-2\n", "line 2: 'worker-2' is not 'HOST slots=NUMBER'"),
+    ("worker-1 slots=eight\n", "line 1"),
+    ("\n\nworker-1 slots = 8\n", "line 3"),
+    ("slots=8\n", "line 1"),
+    ("worker-1 slots=8\nworker-2 slots=8\nworker-1 slots=4\n", "names worker-1 twice"),
+    ("# none\n\n", "names no host"),
+    ("", "names no host"),
+]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """What ssh.sh would run, by a program that prints it in place of ssh: exit status, output."""
+    fake = tmp_path / "fake-ssh"
+    fake.write_text('#!/bin/bash\nshift 9\necho "$1 gets $2"\n')  # -T and four options
+    fake.chmod(0o755)
+
+    def run(text: str, *arguments: str) -> tuple[int, str]:
+        (tmp_path / "hostfile").write_text(text)
+        command = [str(ROOT / "launch" / "ssh.sh"), str(tmp_path / "hostfile"), *(arguments or ["c.yaml"])]
+        env = process_env({"PTUNE_SSH": str(fake)})
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+def deepspeeds(text: str) -> dict[str, int]:
+    from deepspeed.launcher.runner import _parse_hostfile
+
+    return dict(_parse_hostfile(text.splitlines()))
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_hosts_and_slots_are_those_that_deepspeed_finds(start, text):
+    code, output = start(text)
+    assert code == 0, output
+    found = {}
+    for line in output.splitlines():
+        host, _, command = line.partition(": ")[2].partition(" gets ")
+        found[host] = int(command.partition("PTUNE_PROCS=")[2].split()[0])
+    assert found == deepspeeds(text)
+
+
+@pytest.mark.parametrize(("text", "said"), BAD)
+def test_a_file_that_deepspeed_refuses_is_refused_with_its_line(start, text, said):
+    code, output = start(text)
+    assert code == 2 and said in output and output.count("\n") == 1
+    with pytest.raises(ValueError):
+        deepspeeds(text)
+
+
+def test_hosts_get_the_command_as_it_was_typed(start):
+    code, output = start("a slots=1\nme@b slots=1\n", "--check", "my config.yaml", "data.template='{{ a }}: $HOME'")
+    assert code == 0
+    for rank, line in enumerate(sorted(output.splitlines())):
+        name, said = line.split(": ", 1)
+        assert name == "ab"[rank] and f"PTUNE_NODE_RANK={rank} " in said and "PTUNE_NODE_NAMES=a\\,b" in said
+        assert "PTUNE_HEAD_ADDRESS=a " in said
+        typed = subprocess.run(
+            ["bash", "-c", said.replace("exec env", "echo").partition(" && ")[2]], capture_output=True
+        )
+        assert typed.stdout.decode().endswith("run.sh --check my config.yaml data.template='{{ a }}: $HOME'\n")
+
+
+def test_a_missing_file_and_a_missing_config_are_said(tmp_path):
+    for arguments, said in (["no-hosts", "c.yaml"], "no-hosts: no such file"), (["no-hosts"], "usage: launch/ssh.sh"):
+        command = [str(ROOT / "launch" / "ssh.sh"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and said in done.stderr
+
+
+def test_the_first_failures_status_is_returned(tmp_path):
+    fake = tmp_path / "fake-ssh"
+    # host a ends when its input does, with 75, as a launcher that saves; b fails after a while
+    fake.write_text('#!/bin/bash\nif [ "${10}" = a ]; then cat; exit 75; else sleep 0.3; exit 7; fi\n')
+    fake.chmod(0o755)
+    (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
+    command = [str(ROOT / "launch" / "ssh.sh"), str(tmp_path / "hostfile"), "c.yaml"]
+    done = subprocess.run(command, env=process_env({"PTUNE_SSH": str(fake)}), timeout=20)
+    assert done.returncode == 7

@@ -52,7 +52,8 @@ def launch(parsed: argparse.Namespace) -> int:
     limits = Limits(
         start_timeout_s=float(number("PTUNE_START_TIMEOUT_S", 600)),
         silence_s=min(MOST_SILENCE_S, hang_timeout_s / 2) if hang_timeout_s else MOST_SILENCE_S,
-        max_restarts=parsed.max_restarts,
+        # train.resume=never refuses to go on, in place too
+        max_restarts=0 if config and config.train.resume == "never" else parsed.max_restarts,
     )
     port, head = topology.port or free_port(), None
     if topology.node_rank == 0:

@@ -102,9 +102,9 @@ def test_a_run_goes_on_with_one_node_and_with_two_to_1e_5(cluster, undisturbed, 
 @pytest.mark.long
 @only_in_full
 def test_a_job_whose_time_is_up_saves_and_is_requeued(cluster, tmp_path):
-    """Slurm looks at the limits each 30 s; --signal=USR2@30 came 29 s after the start where it was tried."""
-    run = Run(cluster, tmp_path / "limited", train={"max_steps": 4000}, checkpoint={"every": 0})
-    run.submit(options=["--time=1", "--signal=USR2@30"])
+    """Slurm looks at the limits each 30 s, so that --signal=USR2@30 comes 60 to 90 s after the start."""
+    run = Run(cluster, tmp_path / "limited", train={"max_steps": 20_000}, checkpoint={"every": 0})
+    run.submit(options=["--time=2", "--signal=USR2@30"])
     run.wait_for(lambda: run.num_lines >= 5, PATIENCE_S, "step 5")
     assert stopped_step(run) >= 5
     assert run.checkpoint_steps() == [run.status["step"]]

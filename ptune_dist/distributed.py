@@ -98,6 +98,13 @@ def gather_from_ranks(value: Any, world: World) -> list[Any]:
     return gathered
 
 
+def broadcast_from_main(value: Any, world: World) -> Any:
+    """Rank 0's `value`, on every rank. Collective: every rank must call."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def raise_together(error: Exception | None, world: World) -> None:
     """Raise the first rank's error on every rank, so that none waits for one that gave up. Collective.
 

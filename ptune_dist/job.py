@@ -26,7 +26,7 @@ from ptune_dist.base.shard import Sharder
 from ptune_dist.base.source import fingerprint_base, load_shape, load_tokenizer
 from ptune_dist.config import Config
 from ptune_dist.deepspeed_json import fill_deepspeed_json, zero_stage
-from ptune_dist.distributed import World, raise_together
+from ptune_dist.distributed import World, broadcast_from_main, raise_together
 from ptune_dist.engine import Engine, build_engine, check_with_deepspeed
 from ptune_dist.errors import UserError
 from ptune_dist.prompts.initialise import build_initial_vectors
@@ -58,6 +58,14 @@ def together(world: World, function: Callable[[], T]) -> T:
         error = caught
     raise_together(error, world)
     return result
+
+
+def from_main(world: World, function: Callable[[], T]) -> T:
+    """What `function` finds on rank 0, on every rank; where it raises, all raise. Collective.
+
+    For what is read from the run: on a shared disk another node may still see what stood there before.
+    """
+    return broadcast_from_main(together(world, lambda: function() if world.is_main else None), world)
 
 
 def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:

@@ -13,7 +13,7 @@ from ptune_dist.config import HIGHER_IS_BETTER
 from ptune_dist.data.bank import TrainingRows
 from ptune_dist.distributed import World
 from ptune_dist.errors import RunFault, UserError
-from ptune_dist.job import Job, prompt_facts, together
+from ptune_dist.job import Job, from_main, prompt_facts, together
 from ptune_dist.metrics import StepCount, Throughput
 from ptune_dist.prompts.store import save_prompt
 
@@ -111,12 +111,10 @@ def rank_members(progress: Progress, name: str) -> list[str]:
 def restore(job: Job, rows: TrainingRows, world: World) -> Progress:
     """Go on from the newest sound checkpoint, or begin. Collective: every rank must call."""
 
-    def warn(message: str) -> None:
-        if world.is_main:
-            print(f"warning: {message}", flush=True)
-
     folder = Path(job.config.output_dir) / "checkpoints"
-    snapshot = together(world, lambda: load_newest_checkpoint(folder, warn))
+    snapshot = from_main(
+        world, lambda: load_newest_checkpoint(folder, lambda text: print(f"warning: {text}", flush=True))
+    )
     digest = rows.digest()
     if snapshot is None:
         return Progress({name: Standing() for name in job.members}, data_digest=digest)

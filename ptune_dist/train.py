@@ -19,7 +19,7 @@ from ptune_dist.errors import RunFault
 from ptune_dist.evaluate import Judge, build_judge
 from ptune_dist.files import fault_on_failed_write
 from ptune_dist.generate import pad_id
-from ptune_dist.job import Job, build_family, build_job, build_tokenizer, together
+from ptune_dist.job import Job, build_family, build_job, build_tokenizer, from_main, together
 from ptune_dist.judging import StopAgreed, agree_on_stop, is_due, is_evaluation_due, judge_members
 from ptune_dist.metrics import MetricsWriter, StepCount, peak_memory_bytes
 from ptune_dist.node_check import check_nodes
@@ -44,7 +44,7 @@ def train(config: Config) -> int:
     """Train the prompts that `config` asks for, or go on with them; returns the exit status. Collective."""
     world = init_distributed()
     together(world, lambda: check_run_dir(config))
-    summary = is_finished(config)
+    summary = from_main(world, lambda: is_finished(config))
     if summary:
         say_finished(config, summary, world)
         return End(DONE).status
@@ -52,7 +52,7 @@ def train(config: Config) -> int:
         if watch.folder:
             check_nodes(world)
         rows, judges = together(world, lambda: build_data(config))
-        job = build_job(config, world, with_start=not has_checkpoint(config))
+        job = build_job(config, world, with_start=from_main(world, lambda: not has_checkpoint(config)))
         job.engine.contexts.set_lead(*lead_of(rows.examples))
         with together(world, lambda: lock_run_dir(config) if world.is_main else nullcontext()):
             with status_of_failure(Path(config.output_dir)) if world.is_main else nullcontext():

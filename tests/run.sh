@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The whole suite in .venv, which is made where it is missing. `tests/run.sh --fast` leaves the tests over 20 s out;
-# other arguments go to pytest. PTUNE_TEST_DISK=1 adds a test of NVMe offload, which needs libaio-dev.
+# other arguments go to pytest. Slow ones are on request: PTUNE_TEST_DISK=1 (NVMe offload; needs libaio-dev),
+# PTUNE_TEST_CLUSTER=all (more faults on Slurm, time limits), PTUNE_TEST_CLOUDS=1 (the clouds' own parsers),
+# PTUNE_TEST_WHEELHOUSE=1 (an install without a network; needs root).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh test

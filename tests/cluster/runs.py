@@ -74,8 +74,9 @@ class Run:
     # The job
 
     def submit(self, *overrides: str, nodes: str = "n0,n1", options: list[str] | None = None, **env: object) -> None:
-        """sbatch slurm/train.sbatch CONFIG; `env` are settings like PTUNE_MAX_RESTARTS."""
-        options = [f"--nodes={nodes.count('n')}", f"--nodelist={nodes}", *(options or [])]
+        """sbatch slurm/train.sbatch CONFIG on these nodes, on any two where `nodes` is ""; `env` are settings."""
+        where = [f"--nodes={nodes.count('n')}", f"--nodelist={nodes}"] if nodes else ["--nodes=2"]
+        options = [*where, *(options or [])]
         env = ENV | {name: str(value) for name, value in env.items()}
         self.job = self.cluster.submit("slurm/train.sbatch", str(self.config), *overrides, options=options, env=env)
 

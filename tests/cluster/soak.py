@@ -10,6 +10,7 @@ torch at each start takes most of.
 
 import argparse
 import json
+import os
 import random
 import signal
 import statistics
@@ -160,6 +161,7 @@ def describe(soak: Soak, *, seed: int, wall_s: float) -> dict:
         "versions": describe_versions(), "hardware": describe_hardware(), "matrix": {"baseline": None},
         "seed": seed, "num_steps": soak.num_steps, "num_faults": len(soak.faults), "is_bitwise": True,
         "num_moments_in_saves": num_moments, "wall_s": round(wall_s),
+        "load_average_of_15_min": round(os.getloadavg()[2], 1),
         "cases": [case], "faults": soak.faults,
     }  # fmt: skip
 

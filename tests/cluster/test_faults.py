@@ -9,6 +9,7 @@ from ptune_dist.run_dir import list_checkpoints
 from ptune_dist.status import last_step
 from tests.cluster.runs import (
     HANG_TIMEOUT_S,
+    PATIENCE_S,
     SECONDS_TO_SAY,
     Run,
     damage,
@@ -140,7 +141,7 @@ def damage_newest(run: Run, name: str, *, is_truncated: bool) -> tuple[str, int]
 def test_a_killed_batch_stepd_or_an_unplugged_node_is_survived(cluster, undisturbed, tmp_path):
     """Slurm notices nothing of the first, and takes 50 s to give up on a node."""
     run = Run(cluster, tmp_path / "unplugged")
-    run.submit(PTUNE_MAX_IDLE_STARTS=9)
+    run.submit(nodes="", PTUNE_MAX_IDLE_STARTS=9)
     run.wait_for_step(10, restarts=0)
     (stepd,) = cluster.stepd("n0", run.job, "batch")
     stepd.kill()
@@ -149,7 +150,8 @@ def test_a_killed_batch_stepd_or_an_unplugged_node_is_survived(cluster, undistur
     there = run.attempt() + run.processes("launcher")
     cluster.cut_node("n1")
     wait_until_gone(there)
-    run.wait_for(lambda: run.status["restarts"] == 1, 120, "a start on other nodes")
+    run.wait_for(lambda: run.status["restarts"] == 1, PATIENCE_S, "a start on other nodes")
+    assert cluster.facts(run.job)["NodeList"] == "n[0,2]"
     cluster.heal_node("n1")
     run.wait_for_end("COMPLETED")
     run.assert_bitwise(undisturbed)

@@ -42,6 +42,8 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "prompt_bytes": ("KiB of the prompt", lambda value: f"{value / 1024:,.0f}"),
     "of_allowed_bytes": ("of 4 prompts + 64 KiB", "{:.2f}".format),
     "seconds": ("seconds", "{:.1f}".format),
+    "found_s": ("seconds until found", "{:.1f}".format),
+    "steps_to_repeat": ("steps done again", "{:.0f}".format),
 }
 TIMED = ("samples_per_s", "load_s", "forward_ms", "save_ms", "seconds")  # a case with none checks agreement only
 BLOCK = re.compile(r"(<!-- result (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

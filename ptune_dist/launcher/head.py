@@ -54,11 +54,12 @@ class Head(threading.Thread):
     def run(self) -> None:
         try:
             end = self._lead()
-        except RunFault as fault:
-            end = End("fault", str(fault))
-            self._gather_nodes()  # it may have come before they did; whoever comes is told
         except Exception as error:  # a mistake of ours must not leave the nodes waiting
-            end = End("error", f"the head's launcher: {type(error).__name__}: {error}")
+            is_known = isinstance(error, RunFault)
+            what = str(error) if is_known else f"the head's launcher: {type(error).__name__}: {error}"
+            end = End("fault" if is_known else "error", what)
+            with contextlib.suppress(Exception):
+                self._gather_nodes()  # it may have come before they did; whoever comes is told
         for link in self._links.values():
             link.send(kind="leave", end=asdict(end))
         self._ear.close()

@@ -7,12 +7,18 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+site=${PTUNE_SITE:-$root/launch/site.sh}
+[ -r "$site" ] || { echo "error: PTUNE_SITE: cannot read $site" >&2; exit 2; }
 set -a
 # shellcheck source=launch/site.sh
-source "${PTUNE_SITE:-$root/launch/site.sh}"
+source "$site"
 set +a
 
 python=${PTUNE_PYTHON:-$root/.venv/bin/python}
+if [ -n "${PTUNE_PYTHON:-}" ] && ! [ -x "$PTUNE_PYTHON" ]; then
+  echo "error: PTUNE_PYTHON: $PTUNE_PYTHON is no program" >&2
+  exit 2
+fi
 if ! [ -x "$python" ]; then
   python=$(command -v python3) || { echo "error: no Python: run launch/setup.sh, or set PTUNE_PYTHON" >&2; exit 2; }
 fi

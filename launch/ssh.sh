@@ -33,7 +33,7 @@ settings=(
   PTUNE_NUM_NODES=${#hosts[@]} PTUNE_HEAD_ADDRESS="${PTUNE_HEAD_ADDRESS:-${names[0]}}"
   PTUNE_NODE_NAMES="$(IFS=,; echo "${names[*]}")" PTUNE_JOB_ID="ssh-$(date +%Y%m%d-%H%M%S)-$$" PTUNE_STOP_WITH_INPUT=1
 )
-for name in PTUNE_SITE PTUNE_PORT PTUNE_PYTHON PTUNE_START_TIMEOUT_S PTUNE_MAX_RESTARTS; do
+for name in PTUNE_SITE PTUNE_PORT PTUNE_PYTHON PTUNE_START_TIMEOUT_S PTUNE_LOAD_TIMEOUT_S PTUNE_MAX_RESTARTS; do
   [ -z "${!name:-}" ] || settings+=("$name=${!name}")
 done
 read -ra ssh <<<"${PTUNE_SSH:-ssh}"

@@ -3,11 +3,9 @@
 Floor 1. Rank and world size come from torchrun's variables; with none set it is a world of one, on the same code path.
 """
 
-import ctypes
 import os
 import signal
 import socket
-import sys
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -24,8 +22,7 @@ import deepspeed  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 from ptune_dist.errors import RunFault, UserError  # noqa: E402
-
-PR_SET_PDEATHSIG = 1  # prctl(2)
+from ptune_dist.signs import end_with_parent, own_folder  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,8 @@ def init_distributed() -> World:
         os.environ.update({name: str(value) for name, value in alone.items()})
     # DeepSpeed still calls collectives by the names they had before torch 2.13, thousands of times a run.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\..* is deprecated")
-    end_with_launcher()
+    if "TORCHELASTIC_RUN_ID" in os.environ and own_folder() is None:  # no rank goes on training alone
+        end_with_parent(signal.SIGTERM)
     deepspeed_logger.setLevel(os.environ.get("PTUNE_DEEPSPEED_LOG", "ERROR"))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -63,12 +61,6 @@ def init_distributed() -> World:
             dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
         )
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
-
-
-def end_with_launcher() -> None:
-    """Have the kernel send TERM when torchrun dies, kill -9 included: no rank goes on training alone. Linux only."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:

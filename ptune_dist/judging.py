@@ -42,7 +42,7 @@ def judge_members(
     def between_batches() -> None:
         watch.beat()
         if agree_on_stop(watch, metrics, world):
-            if step and not is_due(config.checkpoint.every, step, config):
+            if step:
                 checkpoint(job, progress, world)
             raise StopAgreed
 

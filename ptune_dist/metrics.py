@@ -140,7 +140,8 @@ class MetricsWriter:
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
             self._log.flush()
         if console:
-            self._progress.console.print(text, highlight=False, markup=False) if self._progress else print(text)
+            with contextlib.suppress(BrokenPipeError):  # whoever read it is gone: the log has it
+                self._progress.console.print(text, highlight=False, markup=False) if self._progress else print(text)
 
     def _eta(self) -> str:
         done = self._done - self._first_step + 1

@@ -65,6 +65,7 @@ class Progress:
     evaluation_pending: bool = True  # due at `step` and not done
     data_digest: str = ""
     throughput: Throughput = field(default_factory=Throughput)  # this process's alone
+    saved_step: int = -1  # of the newest checkpoint, this process's alone
 
     @property
     def live(self) -> list[str]:
@@ -73,7 +74,7 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        kept = {key: value for key, value in vars(self).items() if key not in ("throughput", "members")}
+        kept = {key: value for key, value in vars(self).items() if key not in ("throughput", "saved_step", "members")}
         return kept | {"members": {name: asdict(standing) for name, standing in self.members.items()}}
 
     def count_step(self, losses: dict[str, float], count: StepCount) -> None:
@@ -122,7 +123,7 @@ def restore(job: Job, rows: TrainingRows, world: World) -> Progress:
     if "members" not in kept:
         raise UserError(f"{folder}: these checkpoints are of an earlier version: choose another output_dir")
     members = {name: Standing(**standing) for name, standing in kept.pop("members").items()}
-    progress = Progress(members, **kept)
+    progress = Progress(members, **kept, saved_step=snapshot.step)
     if progress.data_digest != digest:
         raise UserError(f"data.train: {rows.names[0]} has changed since this run began: choose another output_dir")
     if snapshot.state["base"] != job.fingerprint:
@@ -138,7 +139,9 @@ def restore(job: Job, rows: TrainingRows, world: World) -> Progress:
 
 
 def checkpoint(job: Job, progress: Progress, world: World) -> None:
-    """Save the run's place. Collective: every rank must call."""
+    """Save the run's place, unless its step is saved already. Collective: every rank must call."""
+    if progress.saved_step == progress.step:
+        return
     engine = job.engine
     snapshot = Snapshot(
         step=progress.step,
@@ -152,6 +155,7 @@ def checkpoint(job: Job, progress: Progress, world: World) -> None:
     )
     folder, keep = Path(job.config.output_dir) / "checkpoints", job.config.checkpoint.keep
     together(world, lambda: save_checkpoint(folder, snapshot, keep=keep) if world.is_main else None)
+    progress.saved_step = progress.step
 
 
 def store_prompt(job: Job, member: str, progress: Progress, world: World) -> None:

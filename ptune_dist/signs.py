@@ -4,15 +4,20 @@ Floor 0. The launcher makes the folder and names it to the ranks in the environm
 its last word, and its stacks; the launcher leaves a request to stop. Without a launcher there is no folder.
 """
 
+import ctypes
 import json
 import mmap
 import os
 import struct
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-FOLDER, NODE_NAME = "PTUNE_NODE_FOLDER", "PTUNE_NODE_NAME"  # in a rank's environment
+# in a rank's environment
+FOLDER, NODE_NAME, LAUNCHER_PID = "PTUNE_NODE_FOLDER", "PTUNE_NODE_NAME", "PTUNE_LAUNCHER_PID"
+PR_SET_PDEATHSIG = 1  # prctl(2)
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not to be loaded between fork and exec
 BEAT = struct.Struct("=qqdd")  # process id, steps done, when, by when the next is due (time.monotonic, in s)
 
 # How a rank, or a node, may end; of several, the one that stands first explains the others.
@@ -119,3 +124,15 @@ def ask_to_stop(folder: Path) -> None:
 
 def is_asked_to_stop(folder: Path) -> bool:
     return (folder / "stop").exists()
+
+
+def end_with_parent(number: int) -> None:
+    """Have the kernel send this signal when the process that started this one dies, by kill -9 too. Linux only."""
+    if LIBC:
+        LIBC.prctl(PR_SET_PDEATHSIG, number)
+
+
+def is_orphaned() -> bool:
+    """Whether this rank's launcher is dead already."""
+    launcher = os.environ.get(LAUNCHER_PID)
+    return bool(launcher) and not Path(f"/proc/{launcher}").exists() and sys.platform == "linux"

@@ -1,8 +1,9 @@
 """`status.json` of a run: what it does or why it ended, for people and for whoever submits it again.
 
-Floor 1. Keys: state (starting | running | stopped | failed | done), step (of the last checkpoint), reason, kind (of
-`signs.KINDS`), node, rank, restarts (starts after the run's first), idle_starts (the last starts in a row that came to
-no later checkpoint), started_at_step, job_id, time. The head node's launcher writes it, and rank 0 while it trains.
+Floor 1. Keys: state (starting | running | stopped | failed | done), step (of the newest checkpoint when this was
+written), reason, kind (of `signs.KINDS`), node, rank, restarts (starts after the run's first), idle_starts (the last
+starts in a row that came to no later checkpoint), started_at_step, job_id, time. The head node's launcher writes it,
+and rank 0 when it begins to train and when it ends.
 """
 
 import contextlib

@@ -76,7 +76,6 @@ def train_job(job: Job, rows: TrainingRows, judges: dict[str, Judge], watch: Wat
             end = End(STOPPED, STOPPED_REASON)
             if world.is_main:
                 metrics.say(f"stopped at step {progress.step} on request; the same command goes on from here")
-    watch.end_steps()
     if world.is_main:
         end_status(Path(config.output_dir), end)
     if end.kind == DONE:

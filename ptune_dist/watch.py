@@ -20,7 +20,9 @@ from ptune_dist.signs import (
     STOPPED,
     BeatFile,
     End,
+    end_with_parent,
     is_asked_to_stop,
+    is_orphaned,
     own_folder,
     stack_file,
     write_end,
@@ -70,11 +72,18 @@ class Watch:
         if self.folder:
             self._stacks = open(stack_file(self.folder, self._rank), "w")
             faulthandler.enable(self._stacks)
+            end_with_parent(signal.SIGTERM)  # saves what there is
         self.beat()
         return self
 
     def __exit__(self, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
+        if self._stacks and not self.folder:  # no hang: the empty file goes
+            self._stacks.close()
+            path = Path(self._stacks.name)
+            path.unlink()
+            with contextlib.suppress(OSError):  # other ranks' files
+                path.parent.rmdir()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -86,16 +95,6 @@ class Watch:
             path.parent.mkdir(exist_ok=True)
             self._stacks = open(path, "w")
         self.beat()
-
-    def end_steps(self) -> None:
-        """No hang: its empty file goes."""
-        faulthandler.cancel_dump_traceback_later()
-        if self._stacks and not self.folder:
-            self._stacks.close()
-            path = Path(self._stacks.name)
-            path.unlink()
-            with contextlib.suppress(OSError):  # other ranks' files
-                path.parent.rmdir()
 
     def beat(self, step: int | None = None) -> None:
         """A sign of life; `step` where one more is done."""
@@ -122,6 +121,10 @@ class Watch:
 
 def leave_word(function: Callable[[], int]) -> int:
     """Call `function`, leave word of its end to the launcher where there is one, and return the exit status."""
+    if own_folder():  # requests to stop wait until `Watch` hears them; there is nothing to save before
+        end_with_parent(signal.SIGKILL)
+        if is_orphaned():
+            os._exit(1)
     try:
         status = function()
     except BaseException as error:

@@ -45,7 +45,6 @@ def test_a_signal_during_the_steps_is_a_request(alone, tmp_path, number):
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # again at once: from torchrun and from the terminal
         assert watch.requested
-        watch.end_steps()
 
 
 def test_before_the_steps_ctrl_c_ends_and_a_schedulers_signal_is_a_request(alone, tmp_path):
@@ -96,7 +95,6 @@ def test_the_next_sign_is_due_within_the_loading_at_first_and_within_the_hang_ti
             assert found.deadline - found.at == pytest.approx(wanted)
         assert (found.rank, found.step, found.pid) == (3, 5, os.getpid())
         watch.begin_steps(tmp_path)
-        watch.end_steps()
     assert (folder / "rank-00003.txt").read_text() == ""
     assert not (tmp_path / "stacks").exists()  # the launcher's folder has them
 
@@ -109,12 +107,18 @@ def test_without_a_hang_timeout_no_sign_is_ever_overdue(folder):
 
 
 def test_a_normal_end_leaves_no_empty_stacks(alone, tmp_path):
-    with Watch(0, 600) as zero, Watch(1, 600) as one:
-        zero.begin_steps(tmp_path)
+    with Watch(1, 600) as one:
         one.begin_steps(tmp_path)
-        zero.end_steps()
+        with Watch(0, 600) as zero:
+            zero.begin_steps(tmp_path)
         assert [path.name for path in (tmp_path / "stacks").iterdir()] == ["rank-00001.txt"]
-        one.end_steps()
+    assert not (tmp_path / "stacks").exists()
+
+
+def test_an_end_by_an_error_leaves_no_empty_stacks_either(alone, tmp_path):
+    with pytest.raises(ValueError), Watch(0, 600) as watch:
+        watch.begin_steps(tmp_path)
+        raise ValueError
     assert not (tmp_path / "stacks").exists()
 
 

@@ -16,7 +16,7 @@ from ptune_dist.launcher.requeue import may_requeue
 from ptune_dist.signs import End
 from ptune_dist.topology import Topology, find_topology
 
-MOST_SILENCE_S = 30.0
+LEAST_SILENCE_S, MOST_SILENCE_S = 3.0, 30.0  # a beat comes every second
 SECONDS_FOR_HEAD = 45.0
 
 
@@ -26,10 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
         parsed = parse(arguments)
         if parsed.may_requeue is not None:
             config = load_config(parsed.config, parsed.overrides)
-            return may_requeue(
-                Path(config.output_dir), parsed.may_requeue, num_requeues=number("SLURM_RESTART_COUNT", 0),
-                max_requeues=number("PTUNE_MAX_REQUEUES", 100), max_idle=number("PTUNE_MAX_IDLE_STARTS", 3),
-            )  # fmt: skip
+            limits = {
+                "num_requeues": number("SLURM_RESTART_COUNT", 0), "max_requeues": number("PTUNE_MAX_REQUEUES", 100),
+                "max_idle": number("PTUNE_MAX_IDLE_STARTS", 3),
+            }  # fmt: skip
+            job_id = os.environ.get("SLURM_JOB_ID", "")
+            return may_requeue(Path(config.output_dir), parsed.may_requeue, job_id, **limits)
         return launch(parsed)
     except UserError as error:
         say_mistake(str(error))
@@ -49,9 +51,10 @@ def launch(parsed: argparse.Namespace) -> int:
         say_mistake(facts.mistake)  # now; the others may be long in coming
     run_dir = Path(config.output_dir if config else ".")
     hang_timeout_s = config.train.hang_timeout_s if config else 0.0
+    number("PTUNE_LOAD_TIMEOUT_S", 3600)  # the ranks read it
     limits = Limits(
         start_timeout_s=float(number("PTUNE_START_TIMEOUT_S", 600)),
-        silence_s=min(MOST_SILENCE_S, hang_timeout_s / 2) if hang_timeout_s else MOST_SILENCE_S,
+        silence_s=max(LEAST_SILENCE_S, min(MOST_SILENCE_S, hang_timeout_s / 2 or MOST_SILENCE_S)),
         # train.resume=never refuses to go on, in place too
         max_restarts=0 if config and config.train.resume == "never" else parsed.max_restarts,
     )
@@ -115,7 +118,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def number(name: str, default: int) -> int:
     """A setting from the environment. Raises UserError."""
     value = os.environ.get(name) or str(default)
-    if not value.isdigit():
+    if not (value.isascii() and value.isdecimal()):
         raise UserError(f"{name} must be a whole number, not {value!r}")
     return int(value)
 

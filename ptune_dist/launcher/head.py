@@ -13,13 +13,13 @@ from pathlib import Path
 from ptune_dist.config import Config
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.launcher.facts import NodeFacts, judge_facts
-from ptune_dist.launcher.link import Link, Message, free_port
+from ptune_dist.launcher.link import SECONDS_BETWEEN_BEATS, Link, Message, free_port
 from ptune_dist.run_dir import check_run_dir, is_finished, wait_for_lock
 from ptune_dist.signs import DONE, STOPPED, WORTH_A_RESTART, End, first_cause
 from ptune_dist.status import begin_status, end_status
 from ptune_dist.topology import Topology
 
-SECONDS_BETWEEN_BEATS = 1.0
+OWN_GAP_S = 5.0  # between two looks of ours: more means that we were stopped
 SECONDS_TO_END = 30.0  # for a node to end its ranks
 SECONDS_FOR_OTHERS = 60.0  # between the first node that is done and the last
 SECONDS_IN_SILENCE = 15.0  # before it is said who is waited for
@@ -49,7 +49,7 @@ class Head(threading.Thread):
         self._facts: dict[int, NodeFacts] = {}
         self._skews_s: dict[int, float] = {}
         self._ends: dict[int, End] = {}
-        self._beat_at, self._is_asked_to_stop = 0.0, False
+        self._beat_at, self._heard_all_at, self._is_asked_to_stop = 0.0, time.monotonic(), False
 
     def run(self) -> None:
         try:
@@ -58,6 +58,8 @@ class Head(threading.Thread):
             is_known = isinstance(error, RunFault)
             what = str(error) if is_known else f"the head's launcher: {type(error).__name__}: {error}"
             end = End("fault" if is_known else "error", what)
+            if not self._is_check:
+                end_status(self._run_dir, end)
             with contextlib.suppress(Exception):
                 self._gather_nodes()  # it may have come before they did; whoever comes is told
         for link in self._links.values():
@@ -83,7 +85,15 @@ class Head(threading.Thread):
             say(f"{end.reason}; restart {attempt + 1} of {self._limits.max_restarts} in place")
             self._ends.clear()
             self._wait_for_lock()
+            self._hear_all()
+            if self._is_asked_to_stop:
+                return self._stop_between_attempts()
         raise AssertionError("the last attempt returns")
+
+    def _stop_between_attempts(self) -> End:
+        end = End(STOPPED, "asked to stop while the ranks were to be started again")
+        end_status(self._run_dir, end)
+        return end
 
     def _find_unneeded(self) -> End | None:
         """Whether there is nothing to do here, or someone else does it."""
@@ -163,8 +173,9 @@ class Head(threading.Thread):
         return [name for i, name in enumerate(self._topology.node_names) if i not in self._links]
 
     def _welcome_nodes(self) -> None:
-        with contextlib.suppress(OSError):  # nobody is at the door
-            self._strangers.append(Link(self._ear.accept()[0]))
+        with contextlib.suppress(OSError):  # until nobody is at the door
+            while True:
+                self._strangers.append(Link(self._ear.accept()[0]))
         for link in list(self._strangers):
             if (message := link.receive_one()) or not link.is_open:
                 self._strangers.remove(link)
@@ -175,6 +186,10 @@ class Head(threading.Thread):
         """A node of this job that says who it is; whoever does not is sent away."""
         number = message.get("node_rank")
         is_ours = message["kind"] == "hello" and message.get("job_id") == self._topology.job_id
+        try:
+            facts, skew_s = NodeFacts(**message["facts"]), message["clock_s"] - time.time()
+        except (KeyError, TypeError):
+            is_ours = False
         if not is_ours or number not in range(self._topology.num_nodes):
             link.close()
             return
@@ -182,8 +197,7 @@ class Head(threading.Thread):
             name = self._topology.node_names[number]
             self._ends[number] = End("mistake", f"two launchers say that they are node {name}, number {number}")
         self._links[number] = link
-        self._facts[number] = NodeFacts(**message["facts"])
-        self._skews_s[number] = message["clock_s"] - time.time()
+        self._facts[number], self._skews_s[number] = facts, skew_s
 
     def _follow_attempt(self) -> End:
         """Until every node's ranks have ended, or all that can be ended; then the first cause."""
@@ -197,7 +211,7 @@ class Head(threading.Thread):
                     link.close()
             bad = [end for end in self._ends.values() if end.kind not in (DONE, STOPPED)]
             if len(self._ends) == self._topology.num_nodes:
-                return first_cause(list(self._ends.values()))
+                return self._conclude()
             if self._ends and first_done_at is None:
                 first_done_at = now
             is_late = first_done_at is not None and now - first_done_at > SECONDS_FOR_OTHERS
@@ -206,8 +220,15 @@ class Head(threading.Thread):
                 with_stacks = any(end.kind in ("stuck", "hang", "frozen", "unreachable") for end in bad)
                 self._tell_all(kind="end", with_stacks=with_stacks)
             if asked_at is not None and now - asked_at > SECONDS_TO_END:
-                return first_cause(list(self._ends.values()))
+                return self._conclude()
             time.sleep(0.05)
+
+    def _conclude(self) -> End:
+        """How the attempt ended. A stop that one node heard before its start is a stop, though we ended the others."""
+        end = first_cause(list(self._ends.values()))
+        if end.kind == "ended" and self._is_asked_to_stop and any(e.kind == STOPPED for e in self._ends.values()):
+            return End(STOPPED, "asked to stop before the start")
+        return end
 
     def _describe_silence(self, number: int, link: Link) -> End:
         name = self._topology.node_names[number]
@@ -216,6 +237,11 @@ class Head(threading.Thread):
 
     def _hear_all(self) -> None:
         self._beat()
+        now = time.monotonic()
+        if now - self._heard_all_at > OWN_GAP_S:  # it is we who were away: stopped, or waiting for a disk
+            for link in self._links.values():
+                link.heard_at = now
+        self._heard_all_at = now
         for number, link in self._links.items():
             for message in link.receive():
                 if message["kind"] == "ended":

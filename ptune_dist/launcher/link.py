@@ -7,6 +7,7 @@ import contextlib
 import json
 import select
 import socket
+import threading
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ from ptune_dist.errors import UserError
 Message = dict[str, Any]
 MOST_BYTES = 1 << 20  # of a message: whoever sends more is no launcher
 SECONDS_TO_SEND = 5.0
+SECONDS_BETWEEN_BEATS = 1.0
 
 
 class Link:
@@ -25,6 +27,18 @@ class Link:
         self._socket.settimeout(SECONDS_TO_SEND)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.is_open, self.heard_at = True, time.monotonic()
+        self._sending, self._poll = threading.Lock(), select.poll()
+        self._poll.register(connection, select.POLLIN)
+
+    def keep_beating(self) -> None:
+        """A sign of life every second from now on, whatever the launcher is busy with."""
+
+        def beat() -> None:
+            while self.is_open:
+                self.send(kind="beat")
+                time.sleep(SECONDS_BETWEEN_BEATS)
+
+        threading.Thread(target=beat, daemon=True).start()
 
     @property
     def silent_s(self) -> float:
@@ -38,7 +52,7 @@ class Link:
 
     def send(self, **message: Any) -> None:
         try:
-            if self.is_open:
+            with self._sending:
                 self._socket.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
             self.close()
@@ -55,9 +69,9 @@ class Link:
         return self._messages.pop(0) if self._messages else None
 
     def _read(self) -> None:
-        if not (self.is_open and select.select([self._socket], [], [], 0)[0]):
-            return
         try:
+            if not (self.is_open and self._poll.poll(0)):
+                return
             data = self._socket.recv(65536)
             if not data or len(self._received) > MOST_BYTES:
                 raise ConnectionError
@@ -65,7 +79,7 @@ class Link:
             messages = [json.loads(line) for line in lines]
             if not all(isinstance(message, dict) and "kind" in message for message in messages):
                 raise ValueError
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):  # JSON that is nested thousands of times
             return self.close()
         self._messages += messages
         self.heard_at = time.monotonic()

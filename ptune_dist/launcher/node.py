@@ -15,7 +15,7 @@ import psutil
 
 from ptune_dist.errors import UserError
 from ptune_dist.launcher.facts import NodeFacts
-from ptune_dist.launcher.head import SECONDS_BETWEEN_BEATS, SECONDS_IN_SILENCE, Limits, say
+from ptune_dist.launcher.head import OWN_GAP_S, SECONDS_IN_SILENCE, Limits, say
 from ptune_dist.launcher.link import Link, Message, connect, resolve
 from ptune_dist.launcher.ranks import Ranks, Start
 from ptune_dist.signs import STOPPED, End, first_cause
@@ -35,9 +35,9 @@ class Requests:
     stopped_at: float = 0.0
 
     def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-            signal.signal(number, self._handle)
-        signal.signal(signal.SIGHUP, self._handle)
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+                signal.signal(number, self._handle)
         if os.environ.get("PTUNE_STOP_WITH_INPUT"):  # ssh passes no signal on; nor does a client that is gone
             threading.Thread(target=self._wait_for_end_of_input, daemon=True).start()
 
@@ -66,7 +66,7 @@ class Node:
         self._parent = os.getppid() if ends_with_parent else None
         self._link: Link | None = None
         self._ranks: Ranks | None = None
-        self._has_told, self._beat_at, self._orphaned_at = False, 0.0, 0.0
+        self._has_told, self._has_heard, self._looked_at, self._orphaned_at = False, False, 0.0, 0.0
 
     @property
     def name(self) -> str:
@@ -74,16 +74,14 @@ class Node:
 
     def run(self) -> End:
         """Until the head says how it ended, or is gone. Raises UserError where it is not found."""
-        self._link = self._find_head()
-        if self._link is None:
-            return End(STOPPED, "asked to stop before the start")
-        self._link.send(
-            kind="hello", node_rank=self._topology.node_rank, job_id=self._topology.job_id, facts=self._facts.message(),
-            clock_s=time.time(),
-        )  # fmt: skip
+        give_up_at = time.monotonic() + self._limits.start_timeout_s
         try:
             while True:
+                while self._link is None or not (self._link.is_open or self._has_heard):  # an old head that was leaving
+                    if not self._meet_head(give_up_at):
+                        return End(STOPPED, "asked to stop before the start")
                 for message in self._link.receive():
+                    self._has_heard = True
                     end = self._obey(message)
                     if end:
                         return end
@@ -94,10 +92,22 @@ class Node:
         finally:
             self._end_ranks(with_stacks=False)
 
-    def _find_head(self) -> Link | None:
+    def _meet_head(self, deadline: float) -> bool:
+        """Say who we are; False where we are asked to stop meanwhile. Raises UserError where the head is not found."""
+        self._link = self._find_head(deadline)
+        if self._link is None:
+            return False
+        self._link.send(
+            kind="hello", node_rank=self._topology.node_rank, job_id=self._topology.job_id, facts=self._facts.message(),
+            clock_s=time.time(),
+        )  # fmt: skip
+        self._link.keep_beating()
+        self._looked_at = time.monotonic()
+        return True
+
+    def _find_head(self, deadline: float) -> Link | None:
         """Names come late in some clusters, so all of it is tried again until the start's time is over."""
         head, address = self._topology.head, ""
-        deadline = time.monotonic() + self._limits.start_timeout_s
         say_at = time.monotonic() + SECONDS_IN_SILENCE
         while time.monotonic() < deadline and not self._requests.to_stop:
             address = "127.0.0.1" if self._topology.node_rank == 0 else resolve(head)
@@ -146,9 +156,10 @@ class Node:
 
     def _look_around(self) -> End | None:
         """Our signals, our parent, the head and the ranks; an end where this launcher has to leave by itself."""
-        if time.monotonic() - self._beat_at > SECONDS_BETWEEN_BEATS:
-            self._beat_at = time.monotonic()
-            self._link.send(kind="beat")
+        now = time.monotonic()
+        if now - self._looked_at > OWN_GAP_S:  # it is we who were away
+            self._link.heard_at = now
+        self._looked_at = now
         if self._requests.to_end:
             return self._say_ended(End("ended", "interrupted", node=self.name))
         if self._is_orphan_too_long():
@@ -183,6 +194,7 @@ class Node:
             f"has not been heard from for {self._link.silent_s:.0f} s" if self._link.is_open else "has closed its line"
         )
         end = End("unreachable", f"the head node {head} {what}, says node {self.name}", node=head)
+        say(end.reason)
         self._end_ranks(with_stacks=True)
         status = read_status(self._run_dir)
         if status.get("job_id") == self._topology.job_id and status.get("state") in ("starting", "running"):

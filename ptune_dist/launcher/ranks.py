@@ -4,9 +4,10 @@ Floor 6.
 """
 
 import contextlib
-import ctypes
+import fcntl
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,27 +18,31 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import psutil
 
+from ptune_dist.files import fault_on_failed_write
 from ptune_dist.signs import (
     DONE,
     FOLDER,
+    LAUNCHER_PID,
     NODE_NAME,
     STOPPED,
     End,
     ask_to_stop,
+    end_with_parent,
     first_cause,
     read_beats,
     read_ends,
     stack_file,
 )
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
 SECONDS_FOR_STACKS = 3.0
 SECONDS_TO_END = 10.0
 SECONDS_FOR_WORDS = 3.0
+SECONDS_TO_LEAVE = 15.0  # after the last word of all ranks
+OWN_GAP_S = 5.0  # between two looks
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -64,7 +69,7 @@ class Ranks:
     def __init__(self, start: Start):
         self._start, self._began = start, time.monotonic()
         memory = Path("/dev/shm")  # signs of life are no work for a disk
-        self.folder = Path(tempfile.mkdtemp(prefix="ptune-", dir=memory if memory.is_dir() else None))
+        self.folder, self._claim = make_folder(memory if memory.is_dir() else Path(tempfile.gettempdir()))
         self._copiers: list[threading.Thread] = []
         to_pipes = {} if sys.stdout.isatty() else {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self._torchrun = subprocess.Popen(
@@ -77,7 +82,7 @@ class Ranks:
         )
         if to_pipes:
             self._copy_output()
-        self._looked_at, self._failed_at = 0.0, 0.0
+        self._looked_at, self._resumed_at, self._failed_at, self._said_at = time.monotonic(), 0.0, 0.0, 0.0
 
     def _command(self) -> list[str]:
         start = self._start
@@ -99,7 +104,7 @@ class Ranks:
         }  # fmt: skip
         if start.interface:
             defaults["GLOO_SOCKET_IFNAME"] = start.interface
-        ours = {FOLDER: str(self.folder), NODE_NAME: start.node}
+        ours = {FOLDER: str(self.folder), NODE_NAME: start.node, LAUNCHER_PID: str(os.getpid())}
         return defaults | os.environ | ours
 
     def _copy_output(self) -> None:
@@ -124,12 +129,17 @@ class Ranks:
         """How the ranks of this node have ended, or what is wrong with one that has not; None while all is well."""
         if time.monotonic() - self._looked_at < SECONDS_BETWEEN_LOOKS:
             return None
+        if time.monotonic() - self._looked_at > OWN_GAP_S:  # we were stopped, and the ranks perhaps with us
+            self._resumed_at = time.monotonic()
         self._looked_at = time.monotonic()
         found = self._find_dead() or self._find_hung() or self._find_failed()
-        if found or self._torchrun.poll() is None:
-            return found
         ends = list(read_ends(self.folder).values())
-        if len(ends) == self._start.num_procs:
+        is_all_said = len(ends) == self._start.num_procs
+        self._said_at = self._said_at or (time.monotonic() if is_all_said else 0.0)
+        is_left = is_all_said and time.monotonic() - self._said_at > SECONDS_TO_LEAVE
+        if found or (self._torchrun.poll() is None and not is_left):
+            return found
+        if is_all_said:
             return first_cause(ends)
         code = self._torchrun.returncode
         kind, text = "killed" if code < 0 else "error", f"torchrun on node {self._start.node} ended with status {code}"
@@ -180,7 +190,8 @@ class Ranks:
         node, patience = self._start.node, self._start.start_timeout_s
         if len(beats) < self._start.num_procs and now - self._began > patience:
             return End("hang", f"a rank on node {node} has not begun within {patience:.0f} s", node=node)
-        late = [beat for beat in beats if now > beat.deadline and beat.rank not in read_ends(self.folder)]
+        late = [beat for beat in beats if now > max(beat.deadline, self._resumed_at + beat.deadline - beat.at)]
+        late = [beat for beat in late if beat.rank not in read_ends(self.folder)]
         if not late:
             return None
         worst = min(late, key=lambda beat: beat.at)
@@ -199,13 +210,14 @@ class Ranks:
         if with_stacks:
             self._dump_stacks()
             stuck = self._find_stuck()
-        processes = self._processes()
-        if self._torchrun.poll() is None:  # first, that it does not complain
+        if self._torchrun.poll() is None:  # first, that it neither complains nor starts another rank
             self._torchrun.kill()
-        for process in processes:
-            send_signal(process.pid, signal.SIGKILL)
-        psutil.wait_procs(processes, timeout=SECONDS_TO_END)
         self._torchrun.wait()
+        until = time.monotonic() + SECONDS_TO_END
+        while (processes := self._processes()) and time.monotonic() < until:
+            for process in processes:
+                send_signal(process.pid, signal.SIGKILL)
+            psutil.wait_procs(processes, timeout=1.0)
         for copier in self._copiers:
             copier.join(timeout=2.0)
         return stuck
@@ -257,6 +269,24 @@ class Ranks:
     def forget(self) -> None:
         """Remove the node's folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._claim.close()
+
+
+def make_folder(parent: Path) -> tuple[Path, IO]:
+    """A new folder and the file in it whose lock says that its launcher lives; those of killed launchers are removed.
+
+    A lock and not a process id: containers that share /dev/shm do not share ids. Raises RunFault.
+    """
+    for folder in parent.glob("ptune-*"):
+        with contextlib.suppress(OSError):
+            with open(folder / "claim") as claim:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+    with fault_on_failed_write(parent):
+        folder = Path(tempfile.mkdtemp(prefix="ptune-", dir=parent))
+        claim = open(folder / "claim", "w")
+        fcntl.flock(claim, fcntl.LOCK_EX)
+    return folder, claim
 
 
 def prepare_child() -> None:
@@ -267,8 +297,8 @@ def prepare_child() -> None:
     """
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # ABRT is for stacks: a base in a core file helps nobody
+    end_with_parent(signal.SIGKILL)
 
 
 def busy_place(stack: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ptune_dist.status import last_step, read_status
 
-REQUEUE = 75
+REQUEUE, MISTAKE = 75, 2
 
 
 def decide(
@@ -30,10 +30,17 @@ def decide(
     return REQUEUE, reason or "ended without a word"
 
 
-def may_requeue(run_dir: Path, srun_status: int, *, num_requeues: int, max_requeues: int, max_idle: int) -> int:
-    """`decide` for a run, said in a line. A start that came to no status.json has srun's own."""
+def may_requeue(
+    run_dir: Path, srun_status: int, job_id: str, *, num_requeues: int, max_requeues: int, max_idle: int
+) -> int:
+    """`decide` for a run, said in a line.
+
+    srun's own status counts where it tells of a mistake, and where `status.json` is of another job, or there is none:
+    this one has not come so far as to write it.
+    """
     status = read_status(run_dir)
-    if not status:
+    is_ours = str(status.get("job_id", "")).partition(".")[0] == job_id
+    if srun_status == MISTAKE or not is_ours:
         return srun_status
     found, reason = decide(
         status, last_step(run_dir), num_requeues=num_requeues, max_requeues=max_requeues, max_idle=max_idle

@@ -48,9 +48,20 @@ def test_requeues_have_a_limit():
 
 
 def test_a_start_that_came_to_no_status_ends_as_srun_did(tmp_path, capsys):
-    assert may_requeue(tmp_path, 2, **LIMITS) == 2
-    assert may_requeue(tmp_path, 143, **LIMITS) == 143
+    assert may_requeue(tmp_path, 2, "7", **LIMITS) == 2
+    assert may_requeue(tmp_path, 143, "7", **LIMITS) == 143
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("state", ["stopped", "running", "done"])
+def test_what_another_job_wrote_decides_nothing_and_a_mistake_is_final(tmp_path, state):
+    """A changed key over a run, say, or a folder in which another job trains: this job has written no status."""
+    status = {"state": state, "kind": "", "started_at_step": 0, "job_id": "6.0"}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    for code in (2, 1, 137):
+        assert may_requeue(tmp_path, code, "7", **LIMITS) == code
+    assert may_requeue(tmp_path, 2, "6", **LIMITS) == 2
+    assert may_requeue(tmp_path, 1, "6", **LIMITS) == {"done": 0}.get(state, 75)
 
 
 def test_a_loop_without_progress_ends_after_the_limit(tmp_path, capsys):
@@ -58,9 +69,9 @@ def test_a_loop_without_progress_ends_after_the_limit(tmp_path, capsys):
 
     codes = []
     for number in range(5):
-        begin_status(tmp_path, "7", in_place=False)
+        begin_status(tmp_path, "7.0", in_place=False)
         end_status(tmp_path, End("killed", "rank 1 was killed"))
-        codes.append(may_requeue(tmp_path, 1, **LIMITS | {"num_requeues": number}))
+        codes.append(may_requeue(tmp_path, 1, "7", **LIMITS | {"num_requeues": number}))
         if codes[-1] != 75:
             break
     assert codes == [75, 75, 1]
@@ -73,6 +84,8 @@ def test_the_launcher_answers_for_the_batch_script(tmp_path, monkeypatch, capsys
     config = write_config(tmp_path / "c.yaml")
     (tmp_path / "run").mkdir()
     status = {"state": "failed", "kind": "killed", "reason": "why", "started_at_step": 0, "idle_starts": 1}
+    status["job_id"] = "7.0"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     (tmp_path / "run" / "status.json").write_text(json.dumps(status))
     assert main(["--may-requeue", "1", str(config)]) == 75
     monkeypatch.setenv("PTUNE_MAX_IDLE_STARTS", "2")

@@ -122,9 +122,6 @@ class Ranks:
     def ask_to_stop(self) -> None:
         ask_to_stop(self.folder)
 
-    def steps(self) -> int:
-        return max((beat.step for beat in read_beats(self.folder)), default=0)
-
     def look(self) -> End | None:
         """How the ranks of this node have ended, or what is wrong with one that has not; None while all is well."""
         if time.monotonic() - self._looked_at < SECONDS_BETWEEN_LOOKS:

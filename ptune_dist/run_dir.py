@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -88,20 +87,16 @@ def lock_run_dir(config: Config) -> IO[str]:
     return lock
 
 
-def wait_for_lock(run_dir: Path, seconds: float) -> bool:
-    """Wait until nobody trains in the folder; False where someone still does. What was killed takes a while to go."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            with open(run_dir / ".lock", "rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return True
-        except FileNotFoundError:
-            return True
-        except OSError:
-            if time.monotonic() > until:
-                return False
-        time.sleep(0.2)
+def is_locked(run_dir: Path) -> bool:
+    """Whether someone trains in the folder."""
+    try:
+        with open(run_dir / ".lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def write_run_configs(config: Config, members: dict[str, Config]) -> None:

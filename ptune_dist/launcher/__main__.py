@@ -65,7 +65,7 @@ def launch(parsed: argparse.Namespace) -> int:
         head.start()
     node = Node(
         topology, facts, command, run_dir, limits, requests, port=port,
-        ends_with_parent=topology.source == "slurm" or bool(os.environ.get("PTUNE_END_WITH_PARENT")),
+        ends_with_parent=topology.source == "slurm",
     )  # fmt: skip
     end = node.run()
     if head:

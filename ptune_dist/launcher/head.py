@@ -13,13 +13,12 @@ from pathlib import Path
 from ptune_dist.config import Config
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.launcher.facts import NodeFacts, judge_facts
-from ptune_dist.launcher.link import SECONDS_BETWEEN_BEATS, Link, Message, free_port
-from ptune_dist.run_dir import check_run_dir, is_finished, wait_for_lock
+from ptune_dist.launcher.link import OWN_GAP_S, SECONDS_BETWEEN_BEATS, Link, Message, free_port
+from ptune_dist.run_dir import check_run_dir, is_finished, is_locked
 from ptune_dist.signs import DONE, STOPPED, WORTH_A_RESTART, End, first_cause
 from ptune_dist.status import begin_status, end_status
 from ptune_dist.topology import Topology
 
-OWN_GAP_S = 5.0  # between two looks of ours: more means that we were stopped
 SECONDS_TO_END = 30.0  # for a node to end its ranks
 SECONDS_FOR_OTHERS = 60.0  # between the first node that is done and the last
 SECONDS_IN_SILENCE = 15.0  # before it is said who is waited for
@@ -36,7 +35,7 @@ class Limits:
 
 
 class Head(threading.Thread):
-    """Leads all nodes through the attempts of one job; `Head.end` afterwards says how it went."""
+    """Leads all nodes through the attempts of one job, and tells each at the end how it went."""
 
     def __init__(
         self, ear: socket.socket, topology: Topology, config: Config | None, limits: Limits, *, is_check: bool
@@ -77,7 +76,7 @@ class Head(threading.Thread):
             if not self._is_check:
                 begin_status(self._run_dir, self._topology.job_id, in_place=attempt > 0)
             end = self._find_unfit() if attempt == 0 else None
-            end = end or self._make_attempt(attempt)
+            end = end or self._make_attempt()
             if not self._is_check:
                 end_status(self._run_dir, end)
             if not self._may_restart(end, attempt):
@@ -115,7 +114,7 @@ class Head(threading.Thread):
     def _wait_for_lock(self) -> bool:
         """Until nobody trains in the run's folder, with an ear for the nodes; False where someone still does."""
         until = time.monotonic() + SECONDS_FOR_LOCK
-        while not wait_for_lock(self._run_dir, 0.0):
+        while is_locked(self._run_dir):
             self._welcome_nodes()
             self._hear_all()
             if self._ends or self._is_asked_to_stop or time.monotonic() > until:
@@ -131,11 +130,11 @@ class Head(threading.Thread):
         ranks = range(self._topology.num_nodes)
         return judge_facts([self._facts[i] for i in ranks], [self._skews_s[i] for i in ranks], str(self._run_dir))
 
-    def _make_attempt(self, attempt: int) -> End:
+    def _make_attempt(self) -> End:
         others = [link for number, link in self._links.items() if number]
         address = others[0].own_address if others else "127.0.0.1"
         self._ends.clear()
-        self._tell_all(kind="start", address=address, port=free_port(), attempt=attempt)
+        self._tell_all(kind="start", address=address, port=free_port())
         return self._follow_attempt()
 
     def _may_restart(self, end: End, attempt: int) -> bool:

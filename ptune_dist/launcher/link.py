@@ -17,6 +17,7 @@ Message = dict[str, Any]
 MOST_BYTES = 1 << 20  # of a message: whoever sends more is no launcher
 SECONDS_TO_SEND = 5.0
 SECONDS_BETWEEN_BEATS = 1.0
+OWN_GAP_S = 5.0  # between two looks of a launcher's own: more means that it was stopped, or waited for a disk
 
 
 class Link:

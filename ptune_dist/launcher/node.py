@@ -15,8 +15,8 @@ import psutil
 
 from ptune_dist.errors import UserError
 from ptune_dist.launcher.facts import NodeFacts
-from ptune_dist.launcher.head import OWN_GAP_S, SECONDS_IN_SILENCE, Limits, say
-from ptune_dist.launcher.link import Link, Message, connect, resolve
+from ptune_dist.launcher.head import SECONDS_IN_SILENCE, Limits, say
+from ptune_dist.launcher.link import OWN_GAP_S, Link, Message, connect, resolve
 from ptune_dist.launcher.ranks import Ranks, Start
 from ptune_dist.signs import STOPPED, End, first_cause
 from ptune_dist.status import end_status, read_status

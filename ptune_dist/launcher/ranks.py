@@ -23,6 +23,7 @@ from typing import IO, BinaryIO
 import psutil
 
 from ptune_dist.files import fault_on_failed_write
+from ptune_dist.launcher.link import OWN_GAP_S
 from ptune_dist.signs import (
     DONE,
     FOLDER,
@@ -42,7 +43,6 @@ SECONDS_FOR_STACKS = 3.0
 SECONDS_TO_END = 10.0
 SECONDS_FOR_WORDS = 3.0
 SECONDS_TO_LEAVE = 15.0  # after the last word of all ranks
-OWN_GAP_S = 5.0  # between two looks
 SECONDS_BETWEEN_LOOKS = 0.2
 
 

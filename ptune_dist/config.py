@@ -100,8 +100,8 @@ class TrainConfig(Section):
     batch_size: Positive = 32  # examples per optimizer step, over all ranks
     micro_batch_tokens: Positive = 8192  # most positions one rank processes at a time
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
-    learning_rate: Annotated[Real, Field(gt=0)] = 0.3
-    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    learning_rate: Annotated[Real, Field(gt=0, le=1e30)] = 0.3  # above, a step leaves float32
+    weight_decay: Annotated[Real, Field(ge=0, le=1e6)] = 0.0
     betas: tuple[Share, Share] = (0.9, 0.999)  # adamw
     eps: Annotated[Real, Field(gt=0)] = 1e-8  # adamw
     momentum: Share = 0.0  # sgd

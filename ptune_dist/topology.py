@@ -40,7 +40,7 @@ class Topology:
     node_rank: int
     head: str  # name or address of node 0; 127.0.0.1 for one node, and on AWS Batch's main node, which has no other
     port: int | None  # of the head, named by the environment or derived from job_id; None: one node, any free port
-    node_names: tuple[str, ...]  # one per node, "node 1" where only the count is known
+    node_names: tuple[str, ...]  # one per node, "1" where only the count is known
     num_procs: int | None  # processes per node that the environment asks for; None where it says nothing
     num_restarts: int  # how often the scheduler has started this job again, 0 where it does not tell
 
@@ -93,7 +93,7 @@ def build_topology(
     port = read_port(env, "PTUNE_PORT", source) or port
     if port is None and num_nodes > 1:
         port = derive_port(job_id)
-    node_names = node_names or tuple(f"node {number}" for number in range(1, num_nodes + 1))
+    node_names = node_names or tuple(str(number) for number in range(1, num_nodes + 1))
     num_procs = read_number(env, "PTUNE_PROCS", source, least=1) or num_procs or None
     return Topology(source, job_id, num_nodes, node_rank, head, port, node_names, num_procs, num_restarts)
 

@@ -230,6 +230,7 @@ def test_a_misspelt_key_that_is_needed_is_said_to_be_misspelt_and_not_only_missi
         ("train.max_steps=1.5", "1.5"),
         ("train.learning_rate=-0.1", "-0.1"),
         ("train.learning_rate=.nan", "finite number"),
+        ("train.learning_rate=1e38", "less than or equal to 1"),
         ("train.learning_rate=yes", "a number is needed"),
         ("train.optimizer=adamx", "'adamx'"),
         ("train.momentum=1", "less than 1"),

@@ -13,7 +13,7 @@ from tests.conftest import ROOT, process_env
 ENVIRONMENTS = ROOT / "tests" / "environments"
 HOSTFILE = "# written by the operator\n\nnode-a slots=2  # the first\nnode-b slots=2\n"
 UUID = "5f0b1c9e-0000-4000-8000-000000000001"
-TWO = ("node 1", "node 2")
+TWO = ("1", "2")
 # A dump and what every node of it finds: source, job_id, head, port, node_names, num_procs, num_restarts.
 JOBS = {
     "slurm": ("slurm", "1.0", "n01", derive_port("1.0"), ("n01", "n02", "n03"), 2, 0),
@@ -25,7 +25,7 @@ JOBS = {
         "skypilot", "sky-managed-2025-01-01-00-00-00-000000_sentiment_7-0", "10.0.0.11",
         derive_port("sky-managed-2025-01-01-00-00-00-000000_sentiment_7-0"), ("10.0.0.11", "10.0.0.12"), 8, 0,
     ),
-    "aws_batch": ("aws batch", UUID, "10.0.0.21", derive_port(UUID), ("node 1", "node 2", "node 3"), None, 1),
+    "aws_batch": ("aws batch", UUID, "10.0.0.21", derive_port(UUID), ("1", "2", "3"), None, 1),
     "azure_ml": ("azure ml", "plum_basket_abc123", "10.0.0.4", 6105, TWO, None, 0),
     "kubeflow": ("kubernetes", "sentiment-node-0-0.sentiment", "sentiment-node-0-0.sentiment", 29500, TWO, None, 0),
     "jobset": (
@@ -163,7 +163,7 @@ def test_a_mistake_is_one_line_that_names_the_variable(name, changes, said):
 
 
 def test_nothing_set_is_one_node_and_any_port():
-    alone = Topology("one node", "", 1, 0, "127.0.0.1", None, ("node 1",), None, 0)
+    alone = Topology("one node", "", 1, 0, "127.0.0.1", None, ("1",), None, 0)
     assert find_topology({}) == alone
     # None of these alone makes a job: shells and images hold them for other reasons.
     assert find_topology({"MASTER_ADDR": "somewhere", "MASTER_PORT": "29500", "NNODES": "", "RANK": "0"}) == alone

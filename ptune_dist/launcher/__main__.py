@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from ptune_dist.cli import Parser
@@ -42,7 +44,7 @@ def launch(parsed: argparse.Namespace) -> int:
     """This node's part of the job. Raises UserError."""
     requests = Requests()
     requests.listen()
-    topology = find_topology(os.environ)
+    topology = name_after_host(find_topology(os.environ))
     command = ["check" if parsed.check else "train", parsed.config, *parsed.overrides]
     config, facts = read_node(parsed, topology)
     if config is None and topology.num_nodes == 1:
@@ -75,9 +77,17 @@ def launch(parsed: argparse.Namespace) -> int:
     return end.status
 
 
+def name_after_host(topology: Topology) -> Topology:
+    """This node's own name where its environment gives it only a number: messages should lead to a machine."""
+    names, rank, host = list(topology.node_names), topology.node_rank, socket.gethostname()
+    if names[rank] == str(rank + 1):
+        names[rank] = host if topology.num_nodes == 1 else f"{rank + 1} ({host})"
+    return replace(topology, node_names=tuple(names))
+
+
 def read_node(parsed: argparse.Namespace, topology: Topology) -> tuple[Config | None, NodeFacts]:
     """The config and what must be equal on all nodes; a mistake is told to the head, which tells all."""
-    name = topology.node_names[topology.node_rank]
+    name = topology.node_name
     try:
         config = load_config(parsed.config, parsed.overrides)
         return config, gather_facts(name, config, count_procs(topology.num_procs))

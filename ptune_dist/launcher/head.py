@@ -171,6 +171,10 @@ class Head(threading.Thread):
     def _absent(self) -> list[str]:
         return [name for i, name in enumerate(self._topology.node_names) if i not in self._links]
 
+    def _name_node(self, number: int) -> str:
+        """As the node itself says, where it has come."""
+        return self._facts[number].node if number in self._facts else self._topology.node_names[number]
+
     def _welcome_nodes(self) -> None:
         with contextlib.suppress(OSError):  # until nobody is at the door
             while True:
@@ -193,7 +197,7 @@ class Head(threading.Thread):
             link.close()
             return
         if number in self._links:
-            name = self._topology.node_names[number]
+            name = self._name_node(number)
             self._ends[number] = End("mistake", f"two launchers say that they are node {name}, number {number}")
         self._links[number] = link
         self._facts[number], self._skews_s[number] = facts, skew_s
@@ -230,7 +234,7 @@ class Head(threading.Thread):
         return end
 
     def _describe_silence(self, number: int, link: Link) -> End:
-        name = self._topology.node_names[number]
+        name = self._name_node(number)
         what = f"has not been heard from for {link.silent_s:.0f} s" if link.is_open else "has closed its line"
         return End("unreachable", f"node {name} {what}", node=name)
 

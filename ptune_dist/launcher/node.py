@@ -18,7 +18,7 @@ from ptune_dist.launcher.facts import NodeFacts
 from ptune_dist.launcher.head import SECONDS_IN_SILENCE, Limits, say
 from ptune_dist.launcher.link import OWN_GAP_S, Link, Message, connect, resolve
 from ptune_dist.launcher.ranks import Ranks, Start
-from ptune_dist.signs import STOPPED, End, first_cause
+from ptune_dist.signs import DONE, STOPPED, End, first_cause
 from ptune_dist.status import end_status, read_status
 from ptune_dist.topology import Topology
 
@@ -66,31 +66,35 @@ class Node:
         self._parent = os.getppid() if ends_with_parent else None
         self._link: Link | None = None
         self._ranks: Ranks | None = None
+        self._left: Ranks | None = None  # whose torchrun has the store that ranks of other nodes still use
         self._has_told, self._has_heard, self._looked_at, self._orphaned_at = False, False, 0.0, 0.0
 
     @property
     def name(self) -> str:
-        return self._topology.node_names[self._topology.node_rank]
+        return self._topology.node_name
 
     def run(self) -> End:
         """Until the head says how it ended, or is gone. Raises UserError where it is not found."""
         give_up_at = time.monotonic() + self._limits.start_timeout_s
         try:
             while True:
-                while self._link is None or not (self._link.is_open or self._has_heard):  # an old head that was leaving
-                    if not self._meet_head(give_up_at):
-                        return End(STOPPED, "asked to stop before the start")
+                if not self._is_led() and not self._meet_head(give_up_at):
+                    return End(STOPPED, "asked to stop before the start")
                 for message in self._link.receive():
                     self._has_heard = True
                     end = self._obey(message)
                     if end:
                         return end
-                end = self._look_around()
+                end = self._look_around() if self._is_led() else None
                 if end:
                     return end
                 time.sleep(0.05)
         finally:
             self._end_ranks(with_stacks=False)
+
+    def _is_led(self) -> bool:
+        """Not where the line was closed without a word: that was the head of an earlier start, which was leaving."""
+        return self._link is not None and (self._link.is_open or self._has_heard)
 
     def _meet_head(self, deadline: float) -> bool:
         """Say who we are; False where we are asked to stop meanwhile. Raises UserError where the head is not found."""
@@ -145,6 +149,7 @@ class Node:
         return None
 
     def _start_ranks(self, address: str, port: int) -> None:
+        self._end_ranks(with_stacks=False)  # of the attempt before
         topology = self._topology
         own = address if topology.node_rank == 0 else self._link.own_address
         self._ranks = Ranks(Start(
@@ -174,7 +179,10 @@ class Node:
         if self._link.silent_s > self._limits.silence_s:
             return self._lose_head()
         end = self._ranks.look() if self._ranks else None
-        if end:
+        if end and end.kind in (DONE, STOPPED) and self._topology.node_rank == 0:
+            self._left, self._ranks = self._ranks, None
+            self._say_ended(end)
+        elif end:
             stuck = self._end_ranks(with_stacks=end.kind in ("hang", "frozen"))
             self._say_ended(first_cause([stuck or end, end]))
         return None
@@ -207,11 +215,11 @@ class Node:
 
     def _end_ranks(self, *, with_stacks: bool) -> End | None:
         """What their stacks say, where they are asked for."""
-        ranks, self._ranks = self._ranks, None
-        if ranks is None:
-            return None
-        stuck = ranks.end(with_stacks=with_stacks)
-        ranks.forget()
+        stuck = None
+        for ranks in filter(None, (self._ranks, self._left)):  # one of them at most
+            stuck = ranks.end(with_stacks=with_stacks)
+            ranks.forget()
+        self._ranks = self._left = None
         return stuck
 
 

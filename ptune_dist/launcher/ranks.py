@@ -109,7 +109,7 @@ class Ranks:
 
     def _copy_output(self) -> None:
         """To our own streams and, together, to a log of the node in the run."""
-        path = self._start.run_dir / "logs" / f"{self._start.node.replace(' ', '-')}.log"
+        path = self._start.run_dir / "logs" / f"{slug(self._start.node)}.log"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             log = open(path, "ab", buffering=0)
@@ -133,7 +133,7 @@ class Ranks:
         ends = list(read_ends(self.folder).values())
         is_all_said = len(ends) == self._start.num_procs
         self._said_at = self._said_at or (time.monotonic() if is_all_said else 0.0)
-        is_left = is_all_said and time.monotonic() - self._said_at > SECONDS_TO_LEAVE
+        is_left = is_all_said and (self._are_gone() or time.monotonic() - self._said_at > SECONDS_TO_LEAVE)
         if found or (self._torchrun.poll() is None and not is_left):
             return found
         if is_all_said:
@@ -160,6 +160,14 @@ class Ranks:
         why = self._what_stacks_say(dead[0].rank)
         text = f"rank {which} on node {self._start.node} was killed after step {dead[0].step}{why}"
         return End("killed", text, dead[0].rank, self._start.node)
+
+    def _are_gone(self) -> bool:
+        """Whether no rank is left. torchrun itself may stay: where the head's leaves first the others complain."""
+        try:
+            ranks = psutil.Process(self._torchrun.pid).children()
+        except psutil.NoSuchProcess:
+            return True
+        return all(state_of(rank.pid) in ("", "Z") for rank in ranks)
 
     def _find_failed(self) -> End | None:
         """A rank that has ended badly while others wait for it; each gets a while to say what it knows."""
@@ -304,6 +312,11 @@ def busy_place(stack: str) -> str:
     if not found or "/torch/distributed/" in found[1]:
         return ""
     return f"{found[3]} ({Path(found[1]).name}, line {found[2]})"
+
+
+def slug(name: str) -> str:
+    """A file's name from a node's: "2 (ip-10-0-0-21)" becomes "2-ip-10-0-0-21"."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")
 
 
 def state_of(pid: int) -> str:

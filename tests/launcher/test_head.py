@@ -149,6 +149,21 @@ def test_a_request_to_stop_is_no_reason_to_start_again(tmp_path):
     assert len(a.starts) == 1 and a.last == KILLED
 
 
+def test_a_request_to_stop_between_two_attempts_ends_the_job_as_stopped(tmp_path):
+    job = Job(tmp_path)
+    nodes = [PretendedNode(job.port, number, ends) for number, ends in enumerate((["wait"], [KILLED]))]
+    while not job.config or job.status.get("state") != "starting":
+        time.sleep(0.01)
+    with open(tmp_path / "run" / ".lock", "w") as lock:  # what the killed rank has not let go of yet
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        while job.status.get("state") != "failed":
+            time.sleep(0.01)
+        nodes[0].link.send(kind="stop")
+        nodes[0].join(5)
+    assert nodes[0].last.kind == STOPPED and len(nodes[0].starts) == 1
+    assert job.status["state"] == "stopped"
+
+
 def test_a_node_that_does_not_come_is_named(tmp_path):
     job = Job(tmp_path, start_timeout_s=0.5)
     (a,) = job.play([])

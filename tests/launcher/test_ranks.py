@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ptune_dist.launcher.ranks import busy_place, copy_lines, state_of
+from ptune_dist.launcher.ranks import busy_place, copy_lines, make_folder, slug, state_of
 
 STACKS = """Fatal Python error: Aborted
 
@@ -62,3 +62,21 @@ def test_a_sink_that_fails_does_not_stop_the_others(tmp_path):
     with open(tmp_path / "source", "rb") as source, open(tmp_path / "log", "wb", buffering=0) as log:
         copy_lines(source, broken, log)
     assert (tmp_path / "log").read_bytes() == b"one\ntwo"
+
+
+def test_the_folders_of_killed_launchers_are_removed_and_those_of_living_ones_stay(tmp_path):
+    killed, claim = make_folder(tmp_path)
+    (killed / "rank-00000.beat").touch()
+    claim.close()  # as the kernel does
+    living, claim = make_folder(tmp_path)
+    assert not killed.exists()
+    own, own_claim = make_folder(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([living, own])
+    claim.close(), own_claim.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("n-1.site", "n-1.site"), ("2 (ip-10-0-0-21)", "2-ip-10-0-0-21"), ("a/b", "a-b")]
+)
+def test_a_node_s_name_makes_a_files_name(name, file):
+    assert slug(name) == file

@@ -275,9 +275,11 @@ def test_ctrl_c_saves_a_second_one_ends_and_a_killed_launcher_leaves_no_process(
     config = write_config(tmp_path / "c.yaml", train={"max_steps": 100_000})
     nodes = Nodes(tmp_path, config)
     nodes.wait_for_steps()
-    assert sorted(nodes.ranks()) == [0, 1]
+    ranks = nodes.ranks()
+    assert sorted(ranks) == [0, 1]
+    ranks[1].parent().suspend()  # torchrun: what it says when the head's has left first is nobody's business
     nodes.launchers[1].send_signal(signal.SIGINT)  # on one node is enough
-    assert nodes.wait(30) == [75, 75], nodes.output
+    assert nodes.wait(10) == [75, 75], nodes.output
     saved = nodes.status
     assert saved["state"] == "stopped" and saved["step"] >= 3
     assert "Traceback" not in nodes.output

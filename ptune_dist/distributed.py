@@ -3,6 +3,7 @@
 Floor 1. Rank and world size come from torchrun's variables; with none set it is a world of one, on the same code path.
 """
 
+import gc
 import os
 import signal
 import socket
@@ -55,8 +56,9 @@ def init_distributed() -> World:
         device = torch.device("cpu")
         # DeepSpeed's shared-memory all-reduce takes 40 s of compiling and takes hosts of one name for one host; gloo
         # serves the few bytes that a prompt's gradient is.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__ = {}  # nor are its other kernels for CPUs worth the compiler's 0.2 s to find
     if not dist.is_initialized():
+        gc.freeze()  # what is imported is no garbage: DeepSpeed's own collection, one per start, takes 0.4 s over it
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
         )

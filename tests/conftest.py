@@ -1,17 +1,15 @@
-"""What the tests share: tiny bases of every architecture, runs under torchrun, and the rule for `gpu`."""
+"""What the tests share: tiny bases of every architecture, a small config, and the rule for `gpu`."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.commands import Commands
+from tests.processes import ROOT
+
 TINY = ROOT / "configs" / "tiny"
 
 
@@ -23,52 +21,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-def run_command(*arguments: str, num_ranks: int = 1, timeout: float = 300, env: dict[str, str] | None = None):
-    """Run `python -m ptune_dist ARGUMENTS`, or with `num_ranks` above 1 the same under torchrun; a CompletedProcess."""
-    return run_module("ptune_dist", *arguments, num_ranks=num_ranks, timeout=timeout, env=env)
-
-
-def run_module(module: str, *arguments: str, num_ranks: int = 1, timeout: float = 300, env=None):
-    """Run a module or a script (a path ending in .py) in a process of its own, or in `num_ranks` of torchrun's."""
-    return subprocess.run(
-        command_line(module, *arguments, num_ranks=num_ranks),
-        cwd=ROOT,
-        env=process_env(env),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-
-
-def run_commands(commands: list[list[str]], folder: Path) -> None:
-    """Several ptune-dist commands, one after another, in one process."""
-    file = folder / "commands.json"
-    file.write_text(json.dumps(commands))
-    done = run_module(str(ROOT / "tests" / "numerics" / "commands_many.py"), str(file))
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-
-
-def command_line(module: str, *arguments: str, num_ranks: int = 1) -> list[str]:
-    target = [module] if module.endswith(".py") else ["-m", module]
-    if num_ranks == 1:
-        return [sys.executable, *target, *map(str, arguments)]
-    rendezvous = ["--nproc-per-node", str(num_ranks), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    return [sys.executable, "-m", "torch.distributed.run", *rendezvous, *target, *map(str, arguments)]
-
-
-def process_env(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment of a started process: one thread a rank, no network, no GPU but for tests that ask for it."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return kept | ours | (extra or {})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def write_config(path: Path, **overrides) -> Path:
@@ -147,6 +99,12 @@ def build_tiny_base(kind: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory) -> Commands:
+    """ptune-dist commands, each in a process of its own, at the price of a fork."""
+    return Commands(tmp_path_factory.mktemp("commands"))
 
 
 @pytest.fixture(scope="session")

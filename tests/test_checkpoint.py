@@ -20,7 +20,7 @@ from ptune_dist.checkpoint import (
     save_checkpoint,
 )
 from ptune_dist.errors import RunFault
-from tests.conftest import process_env
+from tests.processes import process_env
 
 
 def make(step: int) -> Snapshot:

@@ -8,17 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Commands
-from tests.conftest import TINY, command_line, run_command, write_config
+from tests.commands import run_command
+from tests.conftest import TINY, write_config
+from tests.processes import command_line
 
 ROWS = TINY / "data" / "train.jsonl"
 EVALUATE = {"every": 0, "max_examples": 4, "max_new_tokens": 2}
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    with Commands(tmp_path_factory.mktemp("commands")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +218,7 @@ def test_a_run_cannot_be_judged_with_a_prompt_of_another_size_or_on_another_base
 
 
 def test_under_torchrun_a_message_is_said_once_and_every_rank_ends(config, tmp_path):
-    finished = run_command("train", config, "data.max_length=5", f"output_dir={tmp_path}/run", num_ranks=2)
+    finished = run_command("train", config, "data.max_length=5", f"output_dir={tmp_path}/run", num_ranks=2, fresh=True)
     assert finished.returncode != 0  # torchrun's own status: it does not pass that of a rank on
     (line,) = [line for line in finished.stderr.splitlines() if "error: " in line]
     assert line.startswith("error: ") and "line 1: data.target" in line
@@ -232,6 +227,6 @@ def test_under_torchrun_a_message_is_said_once_and_every_rank_ends(config, tmp_p
 
 
 def test_python_m_and_the_exit_status_are_the_commands(config, tmp_path):
-    finished = run_command("train", tmp_path / "no.yaml")
+    finished = run_command("train", tmp_path / "no.yaml", fresh=True)
     assert (finished.returncode, finished.stderr) == (2, f"error: {tmp_path}/no.yaml: No such file or directory\n")
     assert sys.executable in command_line("ptune_dist", "env")

@@ -14,16 +14,11 @@ from safetensors.torch import load_file
 
 from ptune_dist.checkpoint import list_checkpoints, load_checkpoint
 from ptune_dist.metrics import read_metrics
-from tests.commands import Commands, Finished
-from tests.conftest import ROOT, TINY, build_tiny_base, process_env, write_config
+from tests.commands import Finished
+from tests.conftest import TINY, build_tiny_base, write_config
+from tests.processes import ROOT, process_env
 
 VALIDATION = str(TINY / "data" / "validation.jsonl")
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    with Commands(tmp_path_factory.mktemp("commands")) as running:
-        yield running
 
 
 def files_of(run: Path) -> dict[str, bytes]:

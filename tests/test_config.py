@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from ptune_dist.config import Config, known_keys, load_config, render_config
 from ptune_dist.errors import UserError
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 SMALL = """\
 output_dir: runs/x

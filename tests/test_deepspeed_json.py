@@ -7,7 +7,7 @@ import pytest
 from ptune_dist.config import Config
 from ptune_dist.deepspeed_json import fill_deepspeed_json, load_deepspeed_json, zero_stage
 from ptune_dist.errors import UserError
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 SHIPPED = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -23,7 +23,7 @@ from ptune_dist import __version__
 from ptune_dist.config import load_config
 from ptune_dist.launcher.__main__ import parse
 from ptune_dist.topology import find_topology
-from tests.conftest import ROOT, process_env
+from tests.processes import ROOT, process_env
 
 LAUNCH = ROOT / "launch"
 PROGRAMS = Path(sys.executable).parent  # where pip puts the linters

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ptune_dist.files import replace_file, write_durably
-from tests.conftest import process_env
+from tests.processes import process_env
 
 NEW, OLD = b"new" * 5000, b"old" * 5000
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, process_env
+from tests.processes import ROOT, process_env
 
 PACKAGE = ROOT / "ptune_dist"
 # As the design draws it. Every other module says its floor in its own docstring, or in that of its folder.

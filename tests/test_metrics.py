@@ -18,7 +18,7 @@ from ptune_dist.metrics import (
     read_metrics,
     render_samples,
 )
-from tests.conftest import process_env
+from tests.processes import process_env
 
 SAMPLES = [{"input": "a | b", "wanted": "two\nlines", "answer": "[red]x[/red]"}]
 

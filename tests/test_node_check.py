@@ -11,7 +11,7 @@ import pytest
 
 from ptune_dist.node_check import GIB, RankFacts, judge_links, judge_ranks
 from tests.cluster.network import Network
-from tests.conftest import ROOT, process_env
+from tests.processes import ROOT, process_env
 
 SOUND = RankFacts(0, "n0", "H100", 80 * GIB, 79 * GIB, True, 0.01)
 

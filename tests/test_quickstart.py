@@ -14,7 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptune_dist.tiny.text import is_held_out
-from tests.conftest import ROOT, TINY, run_module
+from tests.commands import run_module
+from tests.conftest import TINY
+from tests.processes import ROOT
 
 
 def digest_base() -> dict[str, str]:

@@ -5,7 +5,9 @@ import shutil
 
 from ptune_dist.config import load_config
 from ptune_dist.deepspeed_json import fill_deepspeed_json
-from tests.conftest import ROOT, TINY, run_command
+from tests.commands import run_command
+from tests.conftest import TINY
+from tests.processes import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -31,7 +33,8 @@ def test_prompt_embeds_are_the_virtual_tokens_followed_by_the_tokens_embeddings(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ptune_dist.prompts.store import load_prompt
-    from tests.conftest import run_commands, write_config
+    from tests.commands import run_commands
+    from tests.conftest import write_config
 
     config = write_config(tmp_path / "config.json", prompt={"num_virtual_tokens": 10}, train={"max_steps": 40})
     done = run_command("train", str(config), "train.batch_size=32")
@@ -42,7 +45,7 @@ def test_prompt_embeds_are_the_virtual_tokens_followed_by_the_tokens_embeddings(
         ["export", str(run), "--to", "prompt-embeds", "--out", str(out), "--input", "sample"],
         ["generate", str(run), "--input", "sample", "--output", str(answers)],
     ]
-    run_commands(commands, tmp_path)
+    run_commands(commands)
     tensors = load_file(out / "prompt_embeds.safetensors")
     base = AutoModelForCausalLM.from_pretrained(TINY / "causal", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "causal")

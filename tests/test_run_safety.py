@@ -12,14 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.commands import Commands
-from tests.conftest import ROOT, TINY, build_tiny_base, command_line, process_env, write_config
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    with Commands(tmp_path_factory.mktemp("commands")) as running:
-        yield running
+from tests.conftest import TINY, build_tiny_base, write_config
+from tests.processes import ROOT, command_line, process_env
 
 
 def start(config: Path, num_ranks: int) -> subprocess.Popen:

@@ -8,7 +8,7 @@ import pytest
 
 from ptune_dist.errors import UserError
 from ptune_dist.topology import Topology, derive_port, expand_hostlist, find_topology
-from tests.conftest import ROOT, process_env
+from tests.processes import ROOT, process_env
 
 ENVIRONMENTS = ROOT / "tests" / "environments"
 HOSTFILE = "# written by the operator\n\nnode-a slots=2  # the first\nnode-b slots=2\n"

@@ -8,7 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ptune_dist.metrics import read_metrics
 from ptune_dist.prompts.store import load_prompt
-from tests.conftest import TINY, run_command, run_commands, write_config
+from tests.commands import run_command, run_commands
+from tests.conftest import TINY, write_config
 
 VALIDATION = {"validation": str(TINY / "data" / "validation.jsonl")}
 
@@ -100,7 +101,7 @@ def test_sampling_flags_sample_and_the_seed_decides(run, tmp_path):
     sampling = ["--temperature", "1.5", "--top-p", "0.95", "--seed", "1"]
     flags = {"greedy": [], "once": sampling, "again": sampling, "other": [*sampling[:-1], "2"]}
     common = ["generate", str(run), "--input-file", str(rows), "--max-new-tokens", "8", "--output"]
-    run_commands([[*common, str(tmp_path / name), *more] for name, more in flags.items()], tmp_path)
+    run_commands([[*common, str(tmp_path / name), *more] for name, more in flags.items()])
     answers = {
         name: [json.loads(line)["generated"] for line in (tmp_path / name).read_text().splitlines()] for name in flags
     }

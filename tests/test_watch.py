@@ -13,7 +13,7 @@ from ptune_dist.errors import NodeFault, RunFault, UserError
 from ptune_dist.signs import End, ask_to_stop, read_beats, read_ends
 from ptune_dist.status import read_status
 from ptune_dist.watch import Watch, describe_error, leave_word, status_of_failure
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 REQUESTS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 

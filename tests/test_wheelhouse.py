@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, process_env
+from tests.processes import ROOT, process_env
 
 
 def wheelhouse(*arguments: str) -> subprocess.CompletedProcess:

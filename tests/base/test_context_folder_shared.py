@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from tests.base.cached import build_cache, same_bits, stored_files, tensors_of, tokens_of
-from tests.conftest import process_env
+from tests.processes import process_env
 
 BIG_BYTES = 32 << 20
 START = """

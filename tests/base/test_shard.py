@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ptune_dist.base.shard import fill_part
-from tests.conftest import ROOT, run_module
+from tests.commands import run_module
+from tests.processes import ROOT
 
 KINDS = ["llama", "gpt2", "t5", "bert"]
 NUM_RANKS = 3  # divides next to nothing
@@ -18,7 +19,7 @@ def ranks(tiny_bases, tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("shards")
     bases = [f"{kind}={tiny_bases[kind]}" for kind in KINDS]
     script = str(ROOT / "tests" / "base" / "shard_many.py")
-    done = run_module(script, str(out), *bases, num_ranks=NUM_RANKS, env={"DS_ACCELERATOR": "cpu"})
+    done = run_module(script, str(out), *bases, num_ranks=NUM_RANKS)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(NUM_RANKS)]
 

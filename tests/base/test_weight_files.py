@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ptune_dist.base import weight_files
 from ptune_dist.base.weight_files import DTYPES, WeightFiles, open_weight_files
 from tests.base.bases import error_of, load, logits_of
-from tests.conftest import process_env
+from tests.processes import process_env
 
 SHAPES = {"matrix": (7, 5), "cube": (3, 4, 5), "vector": (11,), "scalar": (), "empty": (0, 4), "row": (1, 9)}
 

@@ -7,7 +7,7 @@ import pytest
 
 from ptune_dist.base.source import load_shape, load_tokenizer
 from ptune_dist.bench.data import LENGTHS, SHAPE, build_tokenizer, count_tokens, split_docstring, write_rows
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 
 @pytest.fixture(scope="module")

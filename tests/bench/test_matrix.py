@@ -4,7 +4,7 @@ import pytest
 
 from ptune_dist.bench.matrix import built_in_values, fill_command, load_matrix
 from ptune_dist.errors import UserError
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 GOOD = "name: m\nsides: {a: 'run {size}'}\ncases: [{name: one, values: {size: 4}}]\n"
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.conftest import ROOT, run_module
+from tests.commands import run_module
+from tests.processes import ROOT
 
 OVERRIDES = [
     "data.validation=null", "train.batch_size=8", "train.max_steps=6", "evaluate.every=0", "evaluate.metrics=[loss]",

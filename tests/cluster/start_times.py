@@ -17,7 +17,8 @@ from pathlib import Path
 
 from ptune_dist.bench.machine import describe_commit, describe_hardware, describe_versions
 from tests.cluster.slurm import Cluster
-from tests.conftest import process_env, write_config
+from tests.conftest import write_config
+from tests.processes import process_env
 
 MOST_S = 120.0
 

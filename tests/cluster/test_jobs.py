@@ -6,7 +6,7 @@ import pytest
 
 from ptune_dist.status import last_step
 from tests.cluster.runs import NUM_STEPS, PATIENCE_S, VALIDATION, Run, only_in_full, write_run
-from tests.conftest import run_command
+from tests.commands import run_command
 
 EVALUATED = 60
 # Greedy answers to all of the validation rows take over a second.

@@ -5,7 +5,6 @@ One process, without Slurm: only rank 0 saves, and a start costs a second or two
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,24 +14,20 @@ from ptune_dist.metrics import read_metrics
 from ptune_dist.run_dir import list_checkpoints
 from ptune_dist.status import read_status
 from tests.cluster.runs import AFTER_THE_RENAME, ENV, MOMENTS, PATIENCE_S, SABOTEUR, write_run
-from tests.commands import Commands, Finished
-from tests.conftest import ROOT, process_env
+from tests.commands import Commands, Finished, Forker
+from tests.processes import ROOT, process_env
 
 NUM_STEPS = 14
 TENSORS = ("prompt.safetensors", "optimizer.safetensors")
-SERVE = "import torch.utils.tensorboard, tests.commands; tests.commands.serve()"  # what every run imports
 
 
 class SabotagedCommands(Commands):
     """Commands of which one can be killed inside its first save."""
 
-    def __enter__(self) -> "SabotagedCommands":
-        self.plan = self.folder / "kill"
-        env = process_env({"PYTHONPATH": f"{SABOTEUR}:{ROOT}", "PTUNE_TEST_KILL": str(self.plan)})
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE], cwd=ROOT, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        return self
+    def __init__(self, folder: Path):
+        self.plan = folder / "kill"
+        env = {"PYTHONPATH": f"{SABOTEUR}:{ROOT}", "PTUNE_TEST_KILL": str(self.plan)}
+        super().__init__(folder, Forker("torch.utils.tensorboard", env=env))  # what every run imports
 
     def run_until(self, moment: str, *argv: object) -> tuple[Finished, list[str]]:
         """A command that is killed at that moment of its first save, and the changes to the disk until then."""
@@ -44,8 +39,7 @@ class SabotagedCommands(Commands):
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    with SabotagedCommands(tmp_path_factory.mktemp("commands")) as commands:
-        yield commands
+    return SabotagedCommands(tmp_path_factory.mktemp("commands"))
 
 
 @pytest.mark.long

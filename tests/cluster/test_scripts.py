@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tests.conftest import process_env, write_config
+from tests.conftest import write_config
+from tests.processes import process_env
 
 END = ["COMPLETED", "FAILED", "CANCELLED"]
 

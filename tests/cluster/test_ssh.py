@@ -16,7 +16,8 @@ import pytest
 from ptune_dist.metrics import read_metrics
 from ptune_dist.status import read_status
 from tests.cluster.network import Network
-from tests.conftest import ROOT, process_env, write_config
+from tests.conftest import write_config
+from tests.processes import ROOT, process_env
 
 SSHD = Path("/usr/sbin/sshd")
 pytestmark = pytest.mark.skipif(not SSHD.exists(), reason="needs openssh-server (tests/cluster/install.sh)")

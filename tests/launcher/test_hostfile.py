@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.conftest import ROOT, process_env
+from tests.processes import ROOT, process_env
 
 GOOD = [
     "worker-1 slots=8\nworker-2 slots=8\n",

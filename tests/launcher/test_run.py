@@ -13,7 +13,9 @@ import pytest
 
 from ptune_dist.metrics import read_metrics
 from ptune_dist.status import read_status
-from tests.conftest import ROOT, free_port, process_env, run_command, write_config
+from tests.commands import run_command
+from tests.conftest import write_config
+from tests.processes import ROOT, free_port, process_env
 
 RUN = str(ROOT / "launch" / "run.sh")
 SABOTEUR = Path(__file__).parent / "saboteur"

@@ -10,7 +10,8 @@ from ptune_dist.config import load_config, render_config
 from ptune_dist.metrics import read_metrics
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.sweep import expand_sweep
-from tests.conftest import run_module, write_config
+from tests.commands import run_module
+from tests.conftest import write_config
 from tests.numerics.plain import read_rows
 from tests.numerics.test_curves import SCRIPT
 

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptune_dist.prompts.store import load_prompt
-from tests.conftest import ARCHITECTURES, TINY, run_command, run_commands, run_module, write_config
+from tests.commands import run_command, run_commands, run_module
+from tests.conftest import ARCHITECTURES, TINY, write_config
 from tests.numerics.plain import with_prompt
 from tests.numerics.test_curves import SCRIPT
 
@@ -53,9 +54,7 @@ def greedy(base, prompt: torch.Tensor, ids: list[int], num_tokens: int, eos: int
 def test_an_exported_adapter_gives_peft_equal_logits(runs, tiny_bases, tmp_path):
     from peft import PeftModel
 
-    run_commands(
-        [["export", str(run), "--to", "peft", "--out", str(tmp_path / k)] for k, run in runs.items()], tmp_path
-    )
+    run_commands([["export", str(run), "--to", "peft", "--out", str(tmp_path / k)] for k, run in runs.items()])
     for kind, run in runs.items():
         tokenizer = AutoTokenizer.from_pretrained(tiny_bases[kind])
         batch = tokenizer(WORDS, return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)
@@ -73,7 +72,7 @@ def test_a_batch_of_unequal_rows_is_answered_as_each_row_alone(runs, tiny_bases,
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"word": word}) + "\n" for word in WORDS))
     more = ["--input-file", str(rows), "--max-new-tokens", "6", "--output"]
-    run_commands([["generate", str(run), *more, str(tmp_path / f"{k}.jsonl")] for k, run in runs.items()], tmp_path)
+    run_commands([["generate", str(run), *more, str(tmp_path / f"{k}.jsonl")] for k, run in runs.items()])
     for kind, run in runs.items():
         out = tmp_path / f"{kind}.jsonl"
         tokenizer = AutoTokenizer.from_pretrained(tiny_bases[kind])

@@ -12,7 +12,6 @@ import pytest
 
 from ptune_dist.checkpoint import list_checkpoints
 from ptune_dist.metrics import read_metrics
-from tests.commands import Commands
 from tests.conftest import TINY
 from tests.numerics.banks import (
     NUM_STEPS,
@@ -42,12 +41,6 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("banks")
     write_rows(made)
     return made
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    with Commands(tmp_path_factory.mktemp("commands")) as running:
-        yield running
 
 
 def steady_bank(folder: Path, name: str, base: Path, cache: dict, **overrides) -> Path:
@@ -87,21 +80,21 @@ def test_a_bank_that_goes_on_from_a_checkpoint_is_bitwise_the_undisturbed_one(ti
     assert any(kept.rglob("*.safetensors"))
 
 
-def test_a_bank_stopped_by_a_signal_goes_on_to_the_same_end_bitwise(tiny_bases, folder, command):
+def test_a_bank_stopped_by_a_signal_goes_on_to_the_same_end_bitwise(tiny_bases, folder, commands):
     long = {"train": STEADY | {"max_steps": 60}}
     whole, stopped = (
         write_bank(folder, name, tiny_bases["gpt2"], MEMBERS, checkpoint={"every": 25}, **long)
         for name in ("whole", "stopped")
     )
-    assert command.run("train", whole).code == 0
-    started = command.start("train", stopped)
+    assert commands.run("train", whole).code == 0
+    started = commands.start("train", stopped)
     started.wait_for(folder / "stopped" / "metrics.jsonl", 7)
     os.kill(started.pid, signal.SIGTERM)
-    assert command.finish(started).code == 75
+    assert commands.finish(started).code == 75
     assert 7 <= len(read_metrics(folder / "stopped")) < 60
-    assert command.run("train", stopped).code == 0
+    assert commands.run("train", stopped).code == 0
     assert_bitwise_equal(folder / "stopped", folder / "whole")
-    assert command.run("train", stopped).code == 0  # nothing is left to do
+    assert commands.run("train", stopped).code == 0  # nothing is left to do
 
 
 def test_a_member_that_is_not_finite_stands_still_and_the_others_end_as_alone(tiny_bases, folder):
@@ -180,50 +173,50 @@ def evaluations(log: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def swept(tiny_bases, folder, command) -> Path:
+def swept(tiny_bases, folder, commands) -> Path:
     """A finished sweep's folder."""
     validation = str(folder / "held_out.jsonl")
     bank = write_bank(folder, "swept", tiny_bases["llama"], MEMBERS, "prefix", data={"validation": validation})
-    assert command.run("train", bank).code == 0
+    assert commands.run("train", bank).code == 0
     return folder / "swept"
 
 
-def test_commands_take_the_best_member_a_named_one_or_a_members_own_folder(swept, command, tmp_path):
+def test_commands_take_the_best_member_a_named_one_or_a_members_own_folder(swept, commands, tmp_path):
     ranking = read_json(swept / "summary.json")["ranking"]
     best, last = ranking[0], ranking[-1]
     ways = [([swept], best), ([swept, "--member", last["member"]], last), ([swept / "members" / last["member"]], last)]
     for number, (which, line) in enumerate(ways):
         member = swept / "members" / line["member"]
-        done = command.run("evaluate", *which)
+        done = commands.run("evaluate", *which)
         assert done.code == 0, done.err
         assert read_json(member / "evaluation.json")["loss"] == pytest.approx(line["validation"]["loss"], rel=1e-5)
         assert (f"member: {best['member']}" in done.err) == (number == 0)
         out = tmp_path / str(number)
-        assert command.run("export", *which, "--to", "peft", "--out", out).code == 0
+        assert commands.run("export", *which, "--to", "peft", "--out", out).code == 0
         virtual = read_json(out / "adapter_config.json")["num_virtual_tokens"]
         assert virtual == (7 if "num_virtual_tokens=7" in line["member"] else 4)
-        done = command.run("generate", *which, "--input", "word", "--max-new-tokens", "4")
+        done = commands.run("generate", *which, "--input", "word", "--max-new-tokens", "4")
         assert done.code == 0 and json.loads(done.out.splitlines()[-1])["word"] == "word"
     adapters = [(tmp_path / str(number) / "adapter_model.safetensors").read_bytes() for number in range(3)]
     assert adapters[0] != adapters[1] == adapters[2]
 
 
-def test_a_member_that_is_not_there_is_said_in_one_line(swept, command, folder):
-    (line,) = command.run("evaluate", swept, "--member", "nobody").errors
+def test_a_member_that_is_not_there_is_said_in_one_line(swept, commands, folder):
+    (line,) = commands.run("evaluate", swept, "--member", "nobody").errors
     assert line.startswith("error: --member: nobody is none of learning_rate=0.1, ")
     own = swept / "members" / "learning_rate=0.1"
-    (line,) = command.run("export", own, "--member", "x", "--to", "peft", "--out", folder / "x").errors
+    (line,) = commands.run("export", own, "--member", "x", "--to", "peft", "--out", folder / "x").errors
     assert line == f"error: --member: {own} is no sweep: leave it out"
     unended = folder / "unended"
     shutil.copytree(swept, unended)
     (unended / "summary.json").unlink()
-    (line,) = command.run("generate", unended, "--input", "word").errors
+    (line,) = commands.run("generate", unended, "--input", "word").errors
     assert line == f"error: {unended}: a sweep that has not ended has no best member: name one with --member"
     assert math.isfinite(read_json(own / "summary.json")["validation"]["loss"])
 
 
-def test_a_bank_in_which_no_member_is_finite_ends_in_one_line(tiny_bases, folder, command):
+def test_a_bank_in_which_no_member_is_finite_ends_in_one_line(tiny_bases, folder, commands):
     others = [WILD, WILD | {"seed": 1}]
     bank = write_bank(folder, "all-wild", tiny_bases["gpt2"], others, "prefix")
-    done = command.run("train", bank)
+    done = commands.run("train", bank)
     assert done.code not in (0, 2, 75) and len(done.errors) == 1, (done.code, done.err)

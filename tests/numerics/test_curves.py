@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ptune_dist.metrics import read_metrics
-from tests.conftest import ARCHITECTURES, run_module, write_config
+from tests.commands import run_module
+from tests.conftest import ARCHITECTURES, write_config
 from tests.numerics.plain import NUM_VIRTUAL, peft_curve, plain_curve, write_initial_prompt
 
 SCRIPT = str(Path(__file__).with_name("train_many.py"))

@@ -15,7 +15,8 @@ from ptune_dist.base.load import load_base
 from ptune_dist.export import export_peft
 from ptune_dist.metrics import read_metrics
 from ptune_dist.prompts.store import load_prompt
-from tests.conftest import ENCODERS, LABELS, SEQ2SEQ, TINY, run_commands, write_config
+from tests.commands import run_commands
+from tests.conftest import ENCODERS, LABELS, SEQ2SEQ, TINY, write_config
 from tests.numerics.plain import (
     NUM_VIRTUAL,
     encode_row,
@@ -185,7 +186,7 @@ def test_answers_and_metrics_are_those_of_each_row_alone(runs, bases, tmp_path):
         embedded[kind] = encoder_inputs(base, prompt, tokenizer, "held")["inputs_embeds"][0].detach()
         commands.append(["evaluate", run, f"data.validation={write_rows(tmp_path / f'{kind}-told.jsonl', rows)}"])
         commands.append(["export", run, "--to", "prompt-embeds", "--input", "held", "--out", str(out)])
-    run_commands(commands, tmp_path)
+    run_commands(commands)
     for kind in KINDS:
         answers = [json.loads(line)["generated"] for line in (tmp_path / f"{kind}.jsonl").read_text().splitlines()]
         assert answers == wanted[kind], kind

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, GenerationConfig
 from ptune_dist.generate import generate_after_decoder_prompt
 from ptune_dist.metrics import read_metrics
 from ptune_dist.prompts.store import load_prompt
-from tests.conftest import SEQ2SEQ, run_commands, write_config
+from tests.commands import run_commands
+from tests.conftest import SEQ2SEQ, write_config
 from tests.numerics.banks import NUM_ROWS, read_json, train_all, write_rows
 from tests.numerics.passes import (
     build_base,
@@ -168,7 +169,7 @@ def test_sharded_over_two_ranks_with_and_without_a_cache_the_curve_is_the_same(e
 def test_answers_are_those_of_greedy_decoding_by_whole_forwards(runs, folder, tiny_bases, tmp_path):
     out = {name: tmp_path / f"{name}.jsonl" for name in KINDS}
     more = ["--input-file", str(folder / "held_out.jsonl"), "--max-new-tokens", str(NUM_NEW), "--output"]
-    run_commands([["generate", str(runs[name]), *more, str(file)] for name, file in out.items()], tmp_path)
+    run_commands([["generate", str(runs[name]), *more, str(file)] for name, file in out.items()])
     for name, (kind, case) in KINDS.items():
         base = load_plain(tiny_bases[kind], "seq2seq" if case == "decoder" else "causal")
         tokenizer, prompt = (

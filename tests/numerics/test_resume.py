@@ -13,7 +13,9 @@ import pytest
 
 from ptune_dist.checkpoint import list_checkpoints, load_checkpoint
 from ptune_dist.metrics import read_metrics
-from tests.conftest import ROOT, command_line, process_env, run_command, run_module, write_config
+from tests.commands import run_command, run_module
+from tests.conftest import write_config
+from tests.processes import ROOT, command_line, process_env
 
 NUM_STEPS = 100
 ZERO3 = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 100, "stage3_param_persistence_threshold": 0}}

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from ptune_dist.metrics import read_metrics
-from tests.conftest import LABELS, ROOT, TINY, command_line, free_port, process_env, run_module, write_config
+from tests.commands import run_module
+from tests.conftest import LABELS, TINY, write_config
 from tests.numerics.test_curves import SCRIPT, curve, train_all
+from tests.processes import ROOT, command_line, free_port, process_env
 
 BUFFER_BYTES = 3000  # at most: positions and the like, whole on every rank
 KINDS = ["llama", "t5", "bert"]

@@ -8,6 +8,7 @@ import ctypes
 import json
 import mmap
 import os
+import signal
 import struct
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 # in a rank's environment
 FOLDER, NODE_NAME, LAUNCHER_PID = "PTUNE_NODE_FOLDER", "PTUNE_NODE_NAME", "PTUNE_LAUNCHER_PID"
+SHOW_STACKS = signal.SIGQUIT  # a rank writes its stacks, whatever it is busy with, and goes on
 PR_SET_PDEATHSIG = 1  # prctl(2)
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not to be loaded between fork and exec
 BEAT = struct.Struct("=qqdd")  # process id, steps done, when, by when the next is due (time.monotonic, in s)

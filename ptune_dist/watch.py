@@ -17,6 +17,7 @@ from ptune_dist.errors import RunFault, UserError
 from ptune_dist.signs import (
     DONE,
     NODE_NAME,
+    SHOW_STACKS,
     STOPPED,
     BeatFile,
     End,
@@ -72,6 +73,7 @@ class Watch:
         if self.folder:
             self._stacks = open(stack_file(self.folder, self._rank), "w")
             faulthandler.enable(self._stacks)
+            faulthandler.register(SHOW_STACKS, self._stacks)
             end_with_parent(signal.SIGTERM)  # saves what there is
         self.beat()
         return self

@@ -249,6 +249,8 @@ class Head(threading.Thread):
             for message in link.receive():
                 if message["kind"] == "ended":
                     self._ends[number] = End(**message["end"])
+                elif message["kind"] == "stacks":  # before the node that found a hang ends its ranks
+                    self._tell_all(kind="stacks")
                 elif message["kind"] == "stop":
                     self._is_asked_to_stop = True
 

@@ -24,6 +24,7 @@ from ptune_dist.topology import Topology
 
 SECONDS_TO_SAVE_ALONE = 20.0
 SECONDS_BETWEEN_INTERRUPTS = 3.0
+SECONDS_FOR_STACKS_OF_OTHERS = 1.0
 
 
 @dataclass
@@ -144,6 +145,8 @@ class Node:
             end = self._ranks.observe()
             stuck = self._end_ranks(with_stacks=message["with_stacks"])
             self._say_ended(first_cause([stuck or end, end]))
+        elif message["kind"] == "stacks" and self._ranks:
+            self._ranks.show_stacks()
         elif message["kind"] == "leave":
             return End(**message["end"])
         return None
@@ -183,9 +186,18 @@ class Node:
             self._left, self._ranks = self._ranks, None
             self._say_ended(end)
         elif end:
-            stuck = self._end_ranks(with_stacks=end.kind in ("hang", "frozen"))
+            stuck = self._end_ranks(with_stacks=self._show_stacks_of_all(end))
             self._say_ended(first_cause([stuck or end, end]))
         return None
+
+    def _show_stacks_of_all(self, end: End) -> bool:
+        """Where ranks hang, before any is ended: what waits for others would fail when it loses them."""
+        is_hang = end.kind in ("hang", "frozen")
+        if is_hang:
+            self._link.send(kind="stacks")
+            self._ranks.show_stacks()
+            time.sleep(SECONDS_FOR_STACKS_OF_OTHERS)
+        return is_hang
 
     def _is_orphan_too_long(self) -> bool:
         """Where our parent, Slurm's stepd say, is gone the ranks may save, but not for long."""

@@ -29,6 +29,7 @@ from ptune_dist.signs import (
     FOLDER,
     LAUNCHER_PID,
     NODE_NAME,
+    SHOW_STACKS,
     STOPPED,
     End,
     ask_to_stop,
@@ -82,6 +83,7 @@ class Ranks:
         )
         if to_pipes:
             self._copy_output()
+        self._has_shown = False
         self._looked_at, self._resumed_at, self._failed_at, self._said_at = time.monotonic(), 0.0, 0.0, 0.0
 
     def _command(self) -> list[str]:
@@ -179,7 +181,7 @@ class Ranks:
         """ "Fatal Python error: Segmentation fault", where the fault handler saw it."""
         path = stack_file(self.folder, rank)
         first = path.read_text(errors="replace").partition("\n")[0] if path.exists() else ""
-        return f": {first}" if first else ", by hand or for want of memory"
+        return f": {first}" if first.startswith("Fatal") else ", by hand or for want of memory"
 
     def _find_frozen(self) -> End | None:
         for beat in read_beats(self.folder):
@@ -210,10 +212,10 @@ class Ranks:
         return replace(end, node=end.node or self._start.node)
 
     def end(self, *, with_stacks: bool) -> End | None:
-        """End every process of this attempt; with stacks, each rank's goes to the run first, and is judged."""
+        """End every process of this attempt; with stacks, each rank's go to the run first, and are judged."""
         stuck = None
         if with_stacks:
-            self._dump_stacks()
+            self.show_stacks()
             stuck = self._find_stuck()
         if self._torchrun.poll() is None:  # first, that it neither complains nor starts another rank
             self._torchrun.kill()
@@ -236,16 +238,21 @@ class Ranks:
                     found.append(process)
         return found
 
-    def _dump_stacks(self) -> None:
-        """The fault handler of each rank writes its stacks on ABRT, whatever the rank is busy with."""
+    def show_stacks(self) -> None:
+        """Have each rank write its stacks, once; the ranks go on. What they do after this is how they end."""
+        if self._has_shown:
+            return
+        self._has_shown = True
         ours = {process.pid for process in self._processes()}
-        pids = [beat.pid for beat in read_beats(self.folder) if beat.pid in ours]
-        for number in (signal.SIGCONT, signal.SIGABRT):
-            for pid in pids:
-                send_signal(pid, number)
+        beats = [beat for beat in read_beats(self.folder) if beat.pid in ours]
+        for number in (SHOW_STACKS, signal.SIGCONT):  # of one that is stopped
+            for beat in beats:
+                send_signal(beat.pid, number)
+        files, before = [stack_file(self.folder, beat.rank) for beat in beats], None
         until = time.monotonic() + SECONDS_FOR_STACKS
-        while time.monotonic() < until and any(state_of(pid) not in ("", "Z") for pid in pids):
-            time.sleep(0.05)
+        while time.monotonic() < until and (sizes := [file.stat().st_size for file in files]) != before:
+            before = sizes if all(sizes) else None
+            time.sleep(0.1)
         self._keep_stacks()
 
     def _find_stuck(self) -> End | None:
@@ -302,7 +309,7 @@ def prepare_child() -> None:
     """
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # ABRT is for stacks: a base in a core file helps nobody
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a base in a core file helps nobody
     end_with_parent(signal.SIGKILL)
 
 

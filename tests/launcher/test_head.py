@@ -55,6 +55,9 @@ class PretendedNode(threading.Thread):
         elif end == "stop":
             self.link.send(kind="stop")
             self.say(KILLED)
+        elif end == "stacks":
+            self.link.send(kind="stacks")
+            self.say(End("hang", "no progress", 1, "b"))
         elif end != "wait":
             self.say(end)
 
@@ -101,6 +104,13 @@ def test_all_nodes_are_started_at_one_address_and_told_the_same_end(tmp_path):
     assert a.last == b.last and a.last.kind == DONE
     assert (job.status["state"], job.status["restarts"], job.status["job_id"]) == ("done", 0, "7")
     assert "end" not in a.heard
+
+
+def test_where_one_node_hangs_all_show_their_stacks_before_any_ends(tmp_path):
+    job = Job(tmp_path, max_restarts=0)
+    a, b = job.play(["wait"], ["stacks"])
+    assert a.last.kind == "hang"
+    assert [kind for kind in a.heard if kind != "beat"] == ["start", "stacks", "end", "leave"]
 
 
 def test_a_fault_ends_the_other_nodes_and_all_are_started_again(tmp_path):

@@ -111,25 +111,27 @@ def run_commands(commands: list[list[str]]) -> None:
 
 def run_module(
     module: str, *arguments: str, num_ranks: int = 1, timeout: float = 300, env: dict[str, str] | None = None,
-    fresh: bool = False,
+    fresh: bool = False, num_nodes: int = 1,
 ) -> subprocess.CompletedProcess:  # fmt: skip
     """Run a module or a script (a path ending in .py). fresh, or with variables of its own: by a new Python, with
-    torchrun where there are several ranks; else forked."""
+    torchrun where there are several ranks; else forked, as ranks of so many nodes."""
     argv = [str(argument) for argument in arguments]
     if not (fresh or env):
         with tempfile.TemporaryDirectory() as folder:
-            return run_forks(module, argv, Path(folder), num_ranks, timeout)
+            return run_forks(module, argv, Path(folder), num_ranks, num_nodes, timeout)
     command = command_line(module, *argv, num_ranks=num_ranks)
     return subprocess.run(command, cwd=ROOT, env=process_env(env), capture_output=True, text=True, timeout=timeout)
 
 
 def run_forks(
-    module: str, argv: list[str], folder: Path, num_ranks: int, timeout: float
+    module: str, argv: list[str], folder: Path, num_ranks: int, num_nodes: int, timeout: float
 ) -> subprocess.CompletedProcess:
     """As torchrun starts ranks and ends them: where one fails the others are ended, and the status is 1."""
-    forker, port, started = shared_forker(), str(free_port()), []
+    forker, port, started, num_local = shared_forker(), str(free_port()), [], num_ranks // num_nodes
     for rank in range(num_ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+        place = {
+            "RANK": rank, "LOCAL_RANK": rank % num_local, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_local
+        }  # fmt: skip
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env = process_env({name: str(value) for name, value in place.items()} if num_ranks > 1 else None)
         started.append(forker.start(module, argv, folder / f"rank-{rank}", env, timeout))

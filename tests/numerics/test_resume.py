@@ -17,7 +17,7 @@ from tests.commands import run_command, run_module
 from tests.conftest import write_config
 from tests.processes import ROOT, command_line, process_env
 
-NUM_STEPS = 100
+NUM_STEPS = 60
 ZERO3 = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 100, "stage3_param_persistence_threshold": 0}}
 
 

@@ -4,7 +4,6 @@ DeepSpeed's JSON may change (checkpointing, offload, shards within a node) chang
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ import pytest
 from ptune_dist.metrics import read_metrics
 from tests.commands import run_module
 from tests.conftest import LABELS, TINY, write_config
-from tests.numerics.test_curves import SCRIPT, curve, train_all
-from tests.processes import ROOT, command_line, free_port, process_env
+from tests.numerics.test_curves import curve, train_all
+from tests.processes import ROOT
 
 BUFFER_BYTES = 3000  # at most: positions and the like, whole on every rank
 KINDS = ["llama", "t5", "bert"]
@@ -172,20 +171,7 @@ def test_with_shards_within_a_node_no_weight_ever_crosses_between_nodes(tiny_bas
             specs.append(
                 write_run(tmp_path, f"{quantization}-{name}", tiny_bases["llama"], zero=zero, quantization=quantization)
             )
-    file = tmp_path / "specs.json"
-    file.write_text(json.dumps(specs))
-    port = str(free_port())
-    nodes = []
-    for node in (0, 1):
-        line = command_line(SCRIPT, str(file), num_ranks=2)
-        at = line.index("--nproc-per-node")
-        line[at : at + 6] = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2",
-                             "--master-addr", "127.0.0.1", "--master-port", port]  # fmt: skip
-        nodes.append(
-            subprocess.Popen(line, cwd=ROOT, env=process_env(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        )
-    for node in nodes:
-        assert node.wait(timeout=300) == 0, node.stderr.read()[-3000:]
+    train_all(specs, tmp_path, num_ranks=4, num_nodes=2)
     for config, _ in specs:
         run = Path(config).parent
         quantization, name = run.name.split("-")
@@ -259,7 +245,7 @@ def test_a_rank_reads_its_share_and_holds_little_more(tmp_path):
     for side in ("ours", "ours-int8"):
         done = run_module(
             "ptune_dist.bench.loading", side, "--base", str(tmp_path / "base"), "--result", str(tmp_path / side),
-            num_ranks=2, env={"DS_ACCELERATOR": "cpu"},
+            num_ranks=2,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         found = json.loads((tmp_path / side).read_text())

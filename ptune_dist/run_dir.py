@@ -92,10 +92,10 @@ def is_locked(run_dir: Path) -> bool:
     try:
         with open(run_dir / ".lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:  # none yet, or a file system without locks: whoever trains next will say so
+        return False
     return False
 
 

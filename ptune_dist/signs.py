@@ -4,6 +4,7 @@ Floor 0. The launcher makes the folder and names it to the ranks in the environm
 its last word, and its stacks; the launcher leaves a request to stop. Without a launcher there is no folder.
 """
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -56,6 +57,9 @@ class End:
         return STATUS.get(self.kind, 1)
 
 
+STOPPED_EARLY = End(STOPPED, "asked to stop before the start")
+
+
 def first_cause(ends: list[End]) -> End:
     """The end that explains the others; of one kind, the one that came first."""
     return min(ends, key=lambda end: KINDS.index(end.kind))
@@ -88,8 +92,8 @@ class BeatFile:
 
     def write(self, step: int, seconds: float) -> None:
         """Alive, with `step` steps done; the next sign comes within so many seconds."""
-        now = time.monotonic()
-        BEAT.pack_into(self._memory, 0, os.getpid(), step, now, now + seconds)
+        now = time.monotonic()  # one copy: pack_into zeroes the memory first, and a reader may look just then
+        self._memory[:] = BEAT.pack(os.getpid(), step, now, now + seconds)
 
 
 def read_beats(folder: Path) -> list[Beat]:
@@ -121,7 +125,8 @@ def stack_file(folder: Path, rank: int) -> Path:
 
 
 def ask_to_stop(folder: Path) -> None:
-    (folder / "stop").touch()
+    with contextlib.suppress(OSError):  # a folder that is gone is a fault of its own
+        (folder / "stop").touch()
 
 
 def is_asked_to_stop(folder: Path) -> bool:

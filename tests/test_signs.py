@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -21,6 +23,7 @@ from ptune_dist.signs import (
     stack_file,
     write_end,
 )
+from tests.processes import process_env
 
 
 def test_the_last_sign_of_each_rank_is_read(tmp_path):
@@ -109,3 +112,22 @@ def test_a_beat_is_32_bytes(tmp_path):
     BeatFile(tmp_path, 0).write(1, 1)
     assert (tmp_path / "rank-00000.beat").stat().st_size == 32
     assert isinstance(read_beats(tmp_path)[0], Beat)
+
+
+def test_a_sign_is_never_seen_half_written(tmp_path):
+    """By another process: a reader that saw a zero would end a healthy job."""
+    script = (
+        "import sys, pathlib\nfrom ptune_dist.signs import BeatFile\nfile = BeatFile(pathlib.Path(sys.argv[1]), 0)\n"
+        "while True:\n    file.write(3, 5.0)\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=process_env())
+    try:
+        until = time.monotonic() + 20
+        while not read_beats(tmp_path):
+            assert time.monotonic() < until
+        for _ in range(10_000):
+            (beat,) = read_beats(tmp_path)
+            assert beat.pid == writer.pid and beat.step == 3 and beat.deadline > beat.at > 1
+    finally:
+        writer.kill()
+        writer.wait()

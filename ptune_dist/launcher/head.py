@@ -13,16 +13,16 @@ from pathlib import Path
 from ptune_dist.config import Config
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.launcher.facts import NodeFacts, judge_facts
-from ptune_dist.launcher.link import OWN_GAP_S, SECONDS_BETWEEN_BEATS, Link, Message, free_port
+from ptune_dist.launcher.link import OWN_GAP_S, Link, Message, free_port
 from ptune_dist.run_dir import check_run_dir, is_finished, is_locked
-from ptune_dist.signs import DONE, STOPPED, WORTH_A_RESTART, End, first_cause
+from ptune_dist.signs import DONE, STOPPED, STOPPED_EARLY, WORTH_A_RESTART, End, first_cause
 from ptune_dist.status import begin_status, end_status
 from ptune_dist.topology import Topology
 
 SECONDS_TO_END = 30.0  # for a node to end its ranks
 SECONDS_FOR_OTHERS = 60.0  # between the first node that is done and the last
 SECONDS_IN_SILENCE = 15.0  # before it is said who is waited for
-SECONDS_FOR_LOCK = 60.0  # until what a killed launcher left is gone
+SECONDS_FOR_LOCK = 180.0  # until what is gone has let go: a file system may notice a dead node after 90 s
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Head(threading.Thread):
         self._facts: dict[int, NodeFacts] = {}
         self._skews_s: dict[int, float] = {}
         self._ends: dict[int, End] = {}
-        self._beat_at, self._heard_all_at, self._is_asked_to_stop = 0.0, time.monotonic(), False
+        self._heard_all_at, self._is_asked_to_stop = time.monotonic(), False
 
     def run(self) -> None:
         try:
@@ -83,10 +83,12 @@ class Head(threading.Thread):
                 return end
             say(f"{end.reason}; restart {attempt + 1} of {self._limits.max_restarts} in place")
             self._ends.clear()
-            self._wait_for_lock()
+            is_free = self._wait_for_lock()
             self._hear_all()
             if self._is_asked_to_stop:
                 return self._stop_between_attempts()
+            if not is_free:
+                return end
         raise AssertionError("the last attempt returns")
 
     def _stop_between_attempts(self) -> End:
@@ -102,7 +104,7 @@ class Head(threading.Thread):
             return End("mistake", str(mistake))
         if not self._wait_for_lock():
             if self._is_asked_to_stop:
-                return End(STOPPED, "asked to stop before the start")
+                return STOPPED_EARLY
             return End(
                 "mistake", f"output_dir: {self._run_dir}: another process is training here: wait for it or end it"
             )
@@ -155,7 +157,7 @@ class Head(threading.Thread):
                 say_at = deadline
             self._hear_all()
             if self._is_asked_to_stop:
-                return End(STOPPED, "asked to stop before the start")
+                return STOPPED_EARLY
             for number, link in self._links.items():
                 if not link.is_open:
                     self._ends.setdefault(number, self._describe_silence(number, link))
@@ -201,6 +203,7 @@ class Head(threading.Thread):
             self._ends[number] = End("mistake", f"two launchers say that they are node {name}, number {number}")
         self._links[number] = link
         self._facts[number], self._skews_s[number] = facts, skew_s
+        link.keep_beating()
 
     def _follow_attempt(self) -> End:
         """Until every node's ranks have ended, or all that can be ended; then the first cause."""
@@ -218,6 +221,7 @@ class Head(threading.Thread):
             if self._ends and first_done_at is None:
                 first_done_at = now
             is_late = first_done_at is not None and now - first_done_at > SECONDS_FOR_OTHERS
+            is_late = is_late or STOPPED_EARLY in self._ends.values()  # the others' ranks wait for that node's
             if (bad or is_late) and asked_at is None:
                 asked_at = now
                 with_stacks = any(end.kind in ("stuck", "hang", "frozen", "unreachable") for end in bad)
@@ -230,7 +234,7 @@ class Head(threading.Thread):
         """How the attempt ended. A stop that one node heard before its start is a stop, though we ended the others."""
         end = first_cause(list(self._ends.values()))
         if end.kind == "ended" and self._is_asked_to_stop and any(e.kind == STOPPED for e in self._ends.values()):
-            return End(STOPPED, "asked to stop before the start")
+            return STOPPED_EARLY
         return end
 
     def _describe_silence(self, number: int, link: Link) -> End:
@@ -239,7 +243,6 @@ class Head(threading.Thread):
         return End("unreachable", f"node {name} {what}", node=name)
 
     def _hear_all(self) -> None:
-        self._beat()
         now = time.monotonic()
         if now - self._heard_all_at > OWN_GAP_S:  # it is we who were away: stopped, or waiting for a disk
             for link in self._links.values():
@@ -251,13 +254,11 @@ class Head(threading.Thread):
                     self._ends[number] = End(**message["end"])
                 elif message["kind"] == "stacks":  # before the node that found a hang ends its ranks
                     self._tell_all(kind="stacks")
+                elif message["kind"] == "beat":
+                    skew_s = message["clock_s"] - time.time()  # what lay unread looks late, never early
+                    self._skews_s[number] = max(self._skews_s[number], skew_s)
                 elif message["kind"] == "stop":
                     self._is_asked_to_stop = True
-
-    def _beat(self) -> None:
-        if time.monotonic() - self._beat_at > SECONDS_BETWEEN_BEATS:
-            self._beat_at = time.monotonic()
-            self._tell_all(kind="beat")
 
     def _tell_all(self, **message) -> None:
         for link in self._links.values():

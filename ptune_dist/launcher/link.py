@@ -36,7 +36,7 @@ class Link:
 
         def beat() -> None:
             while self.is_open:
-                self.send(kind="beat")
+                self.send(kind="beat", clock_s=time.time())
                 time.sleep(SECONDS_BETWEEN_BEATS)
 
         threading.Thread(target=beat, daemon=True).start()

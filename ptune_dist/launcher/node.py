@@ -13,12 +13,12 @@ from pathlib import Path
 
 import psutil
 
-from ptune_dist.errors import UserError
+from ptune_dist.errors import RunFault
 from ptune_dist.launcher.facts import NodeFacts
 from ptune_dist.launcher.head import SECONDS_IN_SILENCE, Limits, say
 from ptune_dist.launcher.link import OWN_GAP_S, Link, Message, connect, resolve
 from ptune_dist.launcher.ranks import Ranks, Start
-from ptune_dist.signs import DONE, STOPPED, End, first_cause
+from ptune_dist.signs import DONE, STOPPED, STOPPED_EARLY, End, first_cause
 from ptune_dist.status import end_status, read_status
 from ptune_dist.topology import Topology
 
@@ -75,12 +75,13 @@ class Node:
         return self._topology.node_name
 
     def run(self) -> End:
-        """Until the head says how it ended, or is gone. Raises UserError where it is not found."""
+        """Until the head says how it ended, or is gone or not found."""
         give_up_at = time.monotonic() + self._limits.start_timeout_s
         try:
             while True:
-                if not self._is_led() and not self._meet_head(give_up_at):
-                    return End(STOPPED, "asked to stop before the start")
+                end = None if self._is_led() else self._meet_head(give_up_at)
+                if end:
+                    return end
                 for message in self._link.receive():
                     self._has_heard = True
                     end = self._obey(message)
@@ -97,25 +98,29 @@ class Node:
         """Not where the line was closed without a word: that was the head of an earlier start, which was leaving."""
         return self._link is not None and (self._link.is_open or self._has_heard)
 
-    def _meet_head(self, deadline: float) -> bool:
-        """Say who we are; False where we are asked to stop meanwhile. Raises UserError where the head is not found."""
-        self._link = self._find_head(deadline)
-        if self._link is None:
-            return False
+    def _meet_head(self, deadline: float) -> End | None:
+        """Say who we are; an end where the head is not found, or we are asked to stop meanwhile."""
+        found = self._find_head(deadline)
+        if isinstance(found, End):
+            return found
+        self._link = found
         self._link.send(
             kind="hello", node_rank=self._topology.node_rank, job_id=self._topology.job_id, facts=self._facts.message(),
             clock_s=time.time(),
         )  # fmt: skip
         self._link.keep_beating()
         self._looked_at = time.monotonic()
-        return True
+        return None
 
-    def _find_head(self, deadline: float) -> Link | None:
-        """Names come late in some clusters, so all of it is tried again until the start's time is over."""
-        head, address = self._topology.head, ""
+    def _find_head(self, deadline: float) -> Link | End:
+        """Names come late in some clusters, so all of it is tried again until the start's time is over.
+
+        The head's own node always meets it, and tells it of a request to stop then.
+        """
+        head, address, is_head = self._topology.head, "", self._topology.node_rank == 0
         say_at = time.monotonic() + SECONDS_IN_SILENCE
-        while time.monotonic() < deadline and not self._requests.to_stop:
-            address = "127.0.0.1" if self._topology.node_rank == 0 else resolve(head)
+        while time.monotonic() < deadline and (is_head or not self._requests.to_stop):
+            address = "127.0.0.1" if is_head else resolve(head)
             link = connect(address, self._port) if address else None
             if link:
                 return link
@@ -125,22 +130,27 @@ class Node:
                 say_at = deadline
             time.sleep(0.2)
         if self._requests.to_stop:
-            return None
+            return STOPPED_EARLY
         waited = f"within {self._limits.start_timeout_s:.0f} s"
-        if not address:
-            raise UserError(
-                f"the head node's name {head!r} does not resolve on node {self.name} {waited}: set PTUNE_HEAD_ADDRESS"
-            )
-        raise UserError(
+        text = (
             f"node {self.name} cannot reach the head node {head} ({address}, port {self._port}) {waited}: "
             "is it started, is the port open between the nodes?"
         )
+        if not address:
+            text = (
+                f"the head node's name {head!r} does not resolve on node {self.name} {waited}: set PTUNE_HEAD_ADDRESS"
+            )
+        say(text)
+        return End("unreachable", text, node=self._topology.node_names[0])  # it may yet come: no mistake
 
     def _obey(self, message: Message) -> End | None:
         if message["kind"] == "start" and self._requests.to_stop:
-            self._say_ended(End(STOPPED, "asked to stop before the start"))
+            self._say_ended(STOPPED_EARLY)
         elif message["kind"] == "start":
-            self._start_ranks(message["address"], message["port"])
+            try:
+                self._start_ranks(message["address"], message["port"])
+            except (RunFault, OSError) as error:  # no memory, no room in /dev/shm
+                self._say_ended(End("fault", f"node {self.name} cannot start its ranks: {error}", node=self.name))
         elif message["kind"] == "end" and self._ranks:
             end = self._ranks.observe()
             stuck = self._end_ranks(with_stacks=message["with_stacks"])

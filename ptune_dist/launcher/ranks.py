@@ -41,6 +41,8 @@ from ptune_dist.signs import (
 )
 
 SECONDS_FOR_STACKS = 3.0
+# For other ranks: in a collective, or in the first look at its result, which on a GPU comes later.
+WHERE_RANKS_WAIT = ("/torch/distributed/", "/torch/cuda/", "/deepspeed/runtime/", "/ptune_dist/distributed.py")
 SECONDS_TO_END = 10.0
 SECONDS_FOR_WORDS = 3.0
 SECONDS_TO_LEAVE = 15.0  # after the last word of all ranks
@@ -83,7 +85,7 @@ class Ranks:
         )
         if to_pipes:
             self._copy_output()
-        self._has_shown = False
+        self._has_shown, self._frozen = False, None
         self._looked_at, self._resumed_at, self._failed_at, self._said_at = time.monotonic(), 0.0, 0.0, 0.0
 
     def _command(self) -> list[str]:
@@ -131,6 +133,10 @@ class Ranks:
         if time.monotonic() - self._looked_at > OWN_GAP_S:  # we were stopped, and the ranks perhaps with us
             self._resumed_at = time.monotonic()
         self._looked_at = time.monotonic()
+        if not self.folder.exists():  # systemd's RemoveIPC, say
+            return self._named(
+                End("error", f"{self.folder} on node {self._start.node}, where its ranks give signs, is gone")
+            )
         found = self._find_dead() or self._find_hung() or self._find_failed()
         ends = list(read_ends(self.folder).values())
         is_all_said = len(ends) == self._start.num_procs
@@ -161,7 +167,8 @@ class Ranks:
         which = ", ".join(str(beat.rank) for beat in dead)
         why = self._what_stacks_say(dead[0].rank)
         text = f"rank {which} on node {self._start.node} was killed after step {dead[0].step}{why}"
-        return End("killed", text, dead[0].rank, self._start.node)
+        kind = "lost" if why.endswith(": Aborted") else "killed"  # NCCL aborts a rank that has lost another
+        return End(kind, text, dead[0].rank, self._start.node)
 
     def _are_gone(self) -> bool:
         """Whether no rank is left. torchrun itself may stay: where the head's leaves first the others complain."""
@@ -184,6 +191,9 @@ class Ranks:
         return f": {first}" if first.startswith("Fatal") else ", by hand or for want of memory"
 
     def _find_frozen(self) -> End | None:
+        """A rank that is stopped, or was until its stacks were asked for."""
+        if self._frozen:
+            return self._frozen
         for beat in read_beats(self.folder):
             if state_of(beat.pid) in ("T", "t"):
                 where = f"rank {beat.rank} on node {self._start.node}"
@@ -242,7 +252,7 @@ class Ranks:
         """Have each rank write its stacks, once; the ranks go on. What they do after this is how they end."""
         if self._has_shown:
             return
-        self._has_shown = True
+        self._has_shown, self._frozen = True, self._find_frozen()
         ours = {process.pid for process in self._processes()}
         beats = [beat for beat in read_beats(self.folder) if beat.pid in ours]
         for number in (SHOW_STACKS, signal.SIGCONT):  # of one that is stopped
@@ -253,7 +263,9 @@ class Ranks:
         while time.monotonic() < until and (sizes := [file.stat().st_size for file in files]) != before:
             before = sizes if all(sizes) else None
             time.sleep(0.1)
-        self._keep_stacks()
+        keeper = threading.Thread(target=self._keep_stacks, daemon=True)  # a disk that stalls may be what hangs
+        keeper.start()
+        keeper.join(SECONDS_FOR_STACKS)
 
     def _find_stuck(self) -> End | None:
         """A rank for which others wait: signs of life cannot tell, since those who wait give none either."""
@@ -295,9 +307,10 @@ def make_folder(parent: Path) -> tuple[Path, IO]:
                 fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
     with fault_on_failed_write(parent):
-        folder = Path(tempfile.mkdtemp(prefix="ptune-", dir=parent))
-        claim = open(folder / "claim", "w")
+        new = Path(tempfile.mkdtemp(prefix=".ptune-", dir=parent))
+        claim = open(new / "claim", "w")
         fcntl.flock(claim, fcntl.LOCK_EX)
+        folder = new.rename(parent / new.name[1:])  # seen by others only now that it is claimed
     return folder, claim
 
 
@@ -316,7 +329,7 @@ def prepare_child() -> None:
 def busy_place(stack: str) -> str:
     """Where a rank was busy when its fault handler wrote its stacks; "" where it waited for other ranks."""
     found = re.search(r'^Current thread .*\n  File "(.*)", line (\d+) in (.*)', stack, re.MULTILINE)
-    if not found or "/torch/distributed/" in found[1]:
+    if not found or any(place in found[1] for place in WHERE_RANKS_WAIT):
         return ""
     return f"{found[3]} ({Path(found[1]).name}, line {found[2]})"
 

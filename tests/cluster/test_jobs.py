@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ptune_dist.status import last_step
-from tests.cluster.runs import NUM_STEPS, PATIENCE_S, VALIDATION, Run, only_in_full, write_run
+from tests.cluster.runs import NUM_STEPS, PATIENCE_S, VALIDATION, Run, only_in_full, wait_until_gone, write_run
 from tests.commands import run_command
 
 EVALUATED = 60
@@ -66,7 +66,7 @@ def test_a_job_saves_once_for_each_request_to_stop_and_goes_on_bitwise(cluster, 
     processes = run.attempt() + run.processes("launcher")
     cluster.requeue(run.job)
     assert stopped_step(run) > EVALUATED
-    assert not [process for process in processes if process.is_running()]
+    wait_until_gone(processes, timeout=5)
 
     run.wait_for_end("COMPLETED")
     assert cluster.facts(run.job)["Restarts"] == "4" and run.status["restarts"] == 4

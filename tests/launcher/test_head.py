@@ -14,7 +14,7 @@ from ptune_dist.launcher import head as head_module
 from ptune_dist.launcher.facts import NodeFacts
 from ptune_dist.launcher.head import Head, Limits
 from ptune_dist.launcher.link import connect, listen
-from ptune_dist.signs import DONE, STOPPED, End
+from ptune_dist.signs import DONE, STOPPED, STOPPED_EARLY, End
 from ptune_dist.status import read_status
 from ptune_dist.topology import Topology
 from tests.conftest import write_config
@@ -45,7 +45,7 @@ class PretendedNode(threading.Thread):
                     self.say(End("ended", node=NAMES[self.number]))
                 elif message["kind"] == "leave":
                     self.last = End(**message["end"])
-            self.link.send(kind="beat")
+            self.link.send(kind="beat", clock_s=time.time())
             time.sleep(0.02)
 
     def act(self, end: End | str) -> None:
@@ -55,6 +55,11 @@ class PretendedNode(threading.Thread):
         elif end == "stop":
             self.link.send(kind="stop")
             self.say(KILLED)
+        elif end == "stop early":
+            self.link.send(kind="stop")
+            self.say(STOPPED_EARLY)
+        elif callable(end):
+            end(self)
         elif end == "stacks":
             self.link.send(kind="stacks")
             self.say(End("hang", "no progress", 1, "b"))
@@ -70,13 +75,19 @@ class Job:
     """A head and the port of its ear."""
 
     def __init__(
-        self, tmp_path, *overrides: str, num_nodes: int = 2, max_restarts: int = 2, start_timeout_s: float = 5
+        self,
+        tmp_path,
+        *overrides: str,
+        num_nodes: int = 2,
+        max_restarts: int = 2,
+        start_timeout_s: float = 5,
+        silence_s: float = 2.0,
     ):
         self.config = load_config(write_config(tmp_path / "c.yaml"), list(overrides))
         self.run_dir, ear = tmp_path / "run", listen(0, "127.0.0.1")
         self.port = ear.getsockname()[1]
         topology = Topology("variables", "7", num_nodes, 0, "x", self.port, NAMES[:num_nodes], 1, 0)
-        limits = Limits(start_timeout_s=start_timeout_s, silence_s=2.0, max_restarts=max_restarts)
+        limits = Limits(start_timeout_s=start_timeout_s, silence_s=silence_s, max_restarts=max_restarts)
         self.head = Head(ear, topology, self.config, limits, is_check=False)
         self.head.start()
 
@@ -172,6 +183,40 @@ def test_a_request_to_stop_between_two_attempts_ends_the_job_as_stopped(tmp_path
         nodes[0].join(5)
     assert nodes[0].last.kind == STOPPED and len(nodes[0].starts) == 1
     assert job.status["state"] == "stopped"
+
+
+def test_a_stop_that_one_node_hears_just_before_its_start_ends_the_others_at_once(tmp_path):
+    job, began = Job(tmp_path), time.monotonic()
+    a, b = job.play(["wait"], ["stop early"])
+    assert a.last == b.last == STOPPED_EARLY and "end" in a.heard
+    assert time.monotonic() - began < 10 and job.status["state"] == "stopped"
+
+
+def test_a_lock_that_outlives_its_killed_owner_ends_the_job_with_the_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(head_module, "SECONDS_FOR_LOCK", 1.0)
+    job = Job(tmp_path)
+    with open(tmp_path / "lock", "w") as lock:
+
+        def die_and_hold(node: PretendedNode) -> None:
+            (tmp_path / "lock").rename(tmp_path / "run" / ".lock")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            node.say(KILLED)
+
+        a, b = job.play(["wait"], [die_and_hold])
+    assert a.last == b.last == KILLED and len(a.starts) == 1
+
+
+def test_a_hello_that_lay_unread_is_no_clock_that_is_off(tmp_path, monkeypatch):
+    """As where the head waits for its disk: what comes late was sent early."""
+    wait_for_lock = Head._wait_for_lock
+    monkeypatch.setattr(Head, "_wait_for_lock", lambda head: (time.sleep(6.5), wait_for_lock(head))[1])
+    job = Job(tmp_path, silence_s=9.0)
+    first = PretendedNode(job.port, 0, [End(DONE)])
+    time.sleep(6.0)
+    second = PretendedNode(job.port, 1, [End(DONE)])
+    for thread in (job.head, first, second):
+        thread.join(10)
+    assert first.last.kind == second.last.kind == DONE
 
 
 def test_a_node_that_does_not_come_is_named(tmp_path):

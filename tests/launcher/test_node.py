@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-from ptune_dist.errors import UserError
 from ptune_dist.launcher.facts import NodeFacts
 from ptune_dist.launcher.head import Limits
 from ptune_dist.launcher.link import Link, listen
@@ -68,7 +67,9 @@ def test_the_head_of_an_earlier_start_that_is_leaving_is_not_the_jobs(tmp_path):
     assert len(heads.hellos) == 3
 
 
-@pytest.mark.parametrize("lose", [keep, lambda link: (link.send(kind="beat"), time.sleep(0.3), link.close())])
+@pytest.mark.parametrize(
+    "lose", [keep, lambda link: (link.send(kind="beat", clock_s=0), time.sleep(0.3), link.close())]
+)
 def test_a_head_that_is_gone_ends_the_node_and_stands_in_the_status(tmp_path, lose):
     begin_status(tmp_path, "7", in_place=False)
     end = node(Heads(lose).port, tmp_path).run()
@@ -96,8 +97,25 @@ def test_a_head_that_never_answers_is_named(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=rf"node b cannot reach the head node 127.0.0.1 .*port {port}.* within 1 s"):
-            node(port, tmp_path, limits=Limits(1.0, 1.0, 0)).run()
+        end = node(port, tmp_path, limits=Limits(1.0, 1.0, 0)).run()
+    assert (end.kind, end.node) == ("unreachable", "a")
+    assert end.reason.startswith(f"node b cannot reach the head node 127.0.0.1 (127.0.0.1, port {port}) within 1 s")
+
+
+def test_ranks_that_cannot_be_started_are_a_fault_of_the_node(tmp_path, monkeypatch):
+    monkeypatch.setattr("ptune_dist.launcher.ranks.sys.executable", str(tmp_path / "no-python"))
+    heard = []
+
+    def start(link: Link) -> None:
+        link.send(kind="start", address="127.0.0.1", port=1)
+        while not any(message["kind"] == "ended" for message in heard):
+            heard.extend(link.receive())
+            time.sleep(0.01)
+        leave(link)
+
+    assert node(Heads(start).port, tmp_path).run() == End(DONE)
+    (end,) = [message["end"] for message in heard if message["kind"] == "ended"]
+    assert (end["kind"], end["node"]) == ("fault", "b") and "no-python" in end["reason"]
 
 
 def test_a_stop_that_comes_with_the_start_is_told_and_no_rank_is_started(tmp_path):

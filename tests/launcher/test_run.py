@@ -49,7 +49,7 @@ class Nodes:
                     subprocess.Popen(
                         [RUN, *own],
                         cwd=folder,
-                        env=settings(**topology | env),
+                        env={k: v for k, v in settings(**topology | env).items() if v != "None"},
                         stdin=subprocess.DEVNULL,
                         stdout=out,
                         stderr=subprocess.STDOUT,
@@ -165,10 +165,10 @@ def test_a_head_that_is_not_found_is_named(config, tmp_path, head):
     began = time.monotonic()
     alone = {"PTUNE_NUM_NODES": 2, "PTUNE_NODE_RANK": 1, "PTUNE_NODE_NAMES": "a,b", "PTUNE_START_TIMEOUT_S": 2}
     nodes = Nodes(tmp_path, config, names="b", PTUNE_HEAD_ADDRESS=head, **alone)
-    assert nodes.wait(30) == [2] and time.monotonic() - began < 15
+    assert nodes.wait(30) == [1] and time.monotonic() - began < 15
     wanted = {
-        "no-such-host.invalid": "error: the head node's name 'no-such-host.invalid' does not resolve on node b",
-        "127.0.0.1": "error: node b cannot reach the head node 127.0.0.1 (127.0.0.1, port ",
+        "no-such-host.invalid": "launcher: the head node's name 'no-such-host.invalid' does not resolve on node b",
+        "127.0.0.1": "launcher: node b cannot reach the head node 127.0.0.1 (127.0.0.1, port ",
     }
     assert only_line(nodes).startswith(wanted[head])
 
@@ -195,6 +195,18 @@ def test_a_wrong_command_line_is_said_in_one_line(config, tmp_path):
 def test_a_request_to_stop_while_others_are_waited_for_ends_with_75(config, tmp_path):
     nodes = Nodes(tmp_path, config, names="a", PTUNE_NUM_NODES=2, PTUNE_NODE_NAMES="a,b")
     wait_until(lambda: nodes.status.get("state") == "starting", 10)
+    nodes.launchers[0].terminate()
+    assert nodes.wait(10) == [75]
+    assert nodes.status["state"] == "stopped"
+
+
+def test_a_request_to_stop_while_the_launcher_looks_at_its_node_ends_with_75(config, tmp_path):
+    slow = tmp_path / "nvidia-smi"
+    slow.write_text("#!/bin/sh\ntouch asked\nsleep 2\n")
+    slow.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PTUNE_PROCS": "", "CUDA_VISIBLE_DEVICES": None}
+    nodes = Nodes(tmp_path, config, names="a", **env)
+    wait_until((tmp_path / "asked").exists, 10)
     nodes.launchers[0].terminate()
     assert nodes.wait(10) == [75]
     assert nodes.status["state"] == "stopped"

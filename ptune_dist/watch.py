@@ -154,7 +154,9 @@ def status_of_failure(run_dir: Path) -> Iterator[None]:
     except UserError:
         raise
     except BaseException as error:
-        end_status(run_dir, describe_error(error))
+        end = describe_error(error)
+        if end.kind != "lost" or own_folder() is None:  # why a rank has lost another, the launchers know
+            end_status(run_dir, end)
         raise
 
 

@@ -236,3 +236,9 @@ def test_what_fails_under_the_runs_lock_is_in_its_status(tmp_path):
         raise RunFault("the loss is nan at step 3")
     found = read_status(tmp_path)
     assert (found["state"], found["kind"], found["reason"]) == ("failed", "fault", "the loss is nan at step 3")
+
+
+def test_that_a_rank_has_lost_another_is_for_its_launcher_to_explain(tmp_path, folder):
+    with pytest.raises(RuntimeError), status_of_failure(tmp_path):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
+    assert read_status(tmp_path) == {}

@@ -137,7 +137,7 @@ class Ranks:
             return self._named(
                 End("error", f"{self.folder} on node {self._start.node}, where its ranks give signs, is gone")
             )
-        found = self._find_dead() or self._find_hung() or self._find_failed()
+        found = self._frozen or self._find_dead() or self._find_hung() or self._find_failed()
         ends = list(read_ends(self.folder).values())
         is_all_said = len(ends) == self._start.num_procs
         self._said_at = self._said_at or (time.monotonic() if is_all_said else 0.0)

@@ -7,7 +7,7 @@ import pytest
 
 from ptune_dist.checkpoint import load_newest_checkpoint
 from ptune_dist.metrics import read_metrics
-from tests.cluster.runs import ENV, PATIENCE_S, Run, wait_until_gone, write_run
+from tests.cluster.runs import ENV, PATIENCE_S, Run, only_in_full, wait_until_gone, write_run
 from tests.cluster.slurm import ROOT
 from tests.conftest import build_tiny_base
 
@@ -70,6 +70,7 @@ def test_a_mistake_ends_the_job_with_status_2_and_is_not_requeued(cluster, tmp_p
     assert str(missing) in run.status["reason"] and str(missing) in run.log
 
 
+@only_in_full  # without Slurm: tests/launcher
 def test_a_node_that_does_not_come_is_named(cluster, tmp_path):
     site = tmp_path / "site.sh"
     site.write_text('[ "${SLURM_NODEID:-}" != 1 ] || [ -z "${SLURM_STEP_NODELIST:-}" ] || sleep 12\n')

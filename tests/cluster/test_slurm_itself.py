@@ -6,6 +6,10 @@ import time
 
 import pytest
 
+from tests.cluster.runs import only_in_full
+
+pytestmark = only_in_full
+
 TASK = """
 import os, socket
 print(os.environ["SLURM_NODEID"], socket.gethostname(), socket.gethostbyname(socket.gethostname()), flush=True)

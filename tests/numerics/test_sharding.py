@@ -16,7 +16,7 @@ from tests.processes import ROOT
 
 BUFFER_BYTES = 3000  # at most: positions and the like, whole on every rank
 KINDS = ["llama", "t5", "bert"]
-DTYPES = {"float32": 20, "bfloat16": 10}  # steps
+DTYPES = {"float32": 12, "bfloat16": 8}  # steps
 PASSES_NOTHING_ON = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
 
@@ -148,7 +148,7 @@ def test_what_deepspeeds_json_may_change_changes_no_curve(tiny_bases, references
         assert curve(run) == pytest.approx(reference, rel=1e-5), name
         assert hashes_of(run, "after") == hashes_of(run, "before"), name
     log = (runs["none-checkpointed"] / "train.log").read_text()
-    assert "activation checkpoint 1: forward" in log and "(mean of 20)" in log
+    assert "activation checkpoint 1: forward" in log and f"(mean of {DTYPES['float32']})" in log
     # Embeddings, two layers, norm and head forward; head, norm and two layers backward; the prompt both ways.
     (first, second) = summary_of(runs["none-plain"])["ranks"]
     assert first["gathers_per_step"] == second["gathers_per_step"] <= 2 * 2 + 7

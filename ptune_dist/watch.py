@@ -155,7 +155,9 @@ def status_of_failure(run_dir: Path) -> Iterator[None]:
         raise
     except BaseException as error:
         end = describe_error(error)
-        if end.kind != "lost" or own_folder() is None:  # why a rank has lost another, the launchers know
+        if (
+            end.kind != "lost" or own_folder() is None or is_orphaned()
+        ):  # why a rank has lost another, the launchers know
             end_status(run_dir, end)
         raise
 

@@ -242,3 +242,12 @@ def test_that_a_rank_has_lost_another_is_for_its_launcher_to_explain(tmp_path, f
     with pytest.raises(RuntimeError), status_of_failure(tmp_path):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
     assert read_status(tmp_path) == {}
+
+
+def test_where_the_launcher_is_dead_nobody_else_says_that_a_rank_was_lost(tmp_path, folder, monkeypatch):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    monkeypatch.setenv("PTUNE_LAUNCHER_PID", str(ended.pid))
+    with pytest.raises(RuntimeError), status_of_failure(tmp_path):
+        raise RuntimeError("Connection closed by peer")
+    assert read_status(tmp_path)["kind"] == "lost"

@@ -22,6 +22,7 @@ from ptune_dist.topology import Topology
 SECONDS_TO_END = 30.0  # for a node to end its ranks
 SECONDS_FOR_OTHERS = 60.0  # between the first node that is done and the last
 SECONDS_IN_SILENCE = 15.0  # before it is said who is waited for
+SECONDS_TO_STALL = 600.0
 SECONDS_FOR_LOCK = 180.0  # until what is gone has let go: a file system may notice a dead node after 90 s
 
 
@@ -57,8 +58,9 @@ class Head(threading.Thread):
             is_known = isinstance(error, RunFault)
             what = str(error) if is_known else f"the head's launcher: {type(error).__name__}: {error}"
             end = End("fault" if is_known else "error", what)
-            if not self._is_check:
-                end_status(self._run_dir, end)
+            with contextlib.suppress(Exception):  # the disk may be what failed
+                if not self._is_check:
+                    end_status(self._run_dir, end)
             with contextlib.suppress(Exception):
                 self._gather_nodes()  # it may have come before they did; whoever comes is told
         for link in self._links.values():
@@ -203,7 +205,7 @@ class Head(threading.Thread):
             self._ends[number] = End("mistake", f"two launchers say that they are node {name}, number {number}")
         self._links[number] = link
         self._facts[number], self._skews_s[number] = facts, skew_s
-        link.keep_beating()
+        link.keep_beating(self._is_awake)
 
     def _follow_attempt(self) -> End:
         """Until every node's ranks have ended, or all that can be ended; then the first cause."""
@@ -242,6 +244,10 @@ class Head(threading.Thread):
         what = f"has not been heard from for {link.silent_s:.0f} s" if link.is_open else "has closed its line"
         return End("unreachable", f"node {name} {what}", node=name)
 
+    def _is_awake(self) -> bool:
+        """A disk that stalls is waited for, but not for ever."""
+        return self.is_alive() and time.monotonic() - self._heard_all_at < SECONDS_TO_STALL
+
     def _hear_all(self) -> None:
         now = time.monotonic()
         if now - self._heard_all_at > OWN_GAP_S:  # it is we who were away: stopped, or waiting for a disk
@@ -254,7 +260,7 @@ class Head(threading.Thread):
                     self._ends[number] = End(**message["end"])
                 elif message["kind"] == "stacks":  # before the node that found a hang ends its ranks
                     self._tell_all(kind="stacks")
-                elif message["kind"] == "beat":
+                elif message["kind"] == "beat" and "clock_s" in message:
                     skew_s = message["clock_s"] - time.time()  # what lay unread looks late, never early
                     self._skews_s[number] = max(self._skews_s[number], skew_s)
                 elif message["kind"] == "stop":

@@ -9,6 +9,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ptune_dist.errors import UserError
@@ -31,11 +32,11 @@ class Link:
         self._sending, self._poll = threading.Lock(), select.poll()
         self._poll.register(connection, select.POLLIN)
 
-    def keep_beating(self) -> None:
-        """A sign of life every second from now on, whatever the launcher is busy with."""
+    def keep_beating(self, is_awake: Callable[[], bool] = lambda: True) -> None:
+        """A sign of life every second from now on, whatever the launcher is busy with, while it is awake."""
 
         def beat() -> None:
-            while self.is_open:
+            while self.is_open and is_awake():
                 self.send(kind="beat", clock_s=time.time())
                 time.sleep(SECONDS_BETWEEN_BEATS)
 

@@ -93,6 +93,8 @@ class Node:
                 time.sleep(0.05)
         finally:
             self._end_ranks(with_stacks=False)
+            if self._link:
+                self._link.close()
 
     def _is_led(self) -> bool:
         """Not where the line was closed without a word: that was the head of an earlier start, which was leaving."""
@@ -178,8 +180,6 @@ class Node:
         if now - self._looked_at > OWN_GAP_S:  # it is we who were away
             self._link.heard_at = now
         self._looked_at = now
-        if self._requests.to_end:
-            return self._say_ended(End("ended", "interrupted", node=self.name))
         if self._is_orphan_too_long():
             return self._say_ended(
                 End("killed", f"what started the launcher on node {self.name} is gone", node=self.name)
@@ -187,9 +187,12 @@ class Node:
         if self._requests.to_stop and not self._has_told:
             self._has_told = True
             self._link.send(kind="stop")
+        if self._requests.to_end:
+            return self._say_ended(End("ended", "interrupted", node=self.name))
         if self._requests.to_stop and self._ranks:
             self._ranks.ask_to_stop()
-        if self._link.silent_s > self._limits.silence_s:
+        # before its first word the head may wait for a disk
+        if self._link.silent_s > (self._limits.silence_s if self._has_heard else self._limits.start_timeout_s):
             return self._lose_head()
         end = self._ranks.look() if self._ranks else None
         if end and end.kind in (DONE, STOPPED) and self._topology.node_rank == 0:

@@ -43,6 +43,7 @@ from ptune_dist.signs import (
 SECONDS_FOR_STACKS = 3.0
 # For other ranks: in a collective, or in the first look at its result, which on a GPU comes later.
 WHERE_RANKS_WAIT = ("/torch/distributed/", "/torch/cuda/", "/deepspeed/runtime/", "/ptune_dist/distributed.py")
+ABORTED = ": Fatal Python error: Aborted"
 SECONDS_TO_END = 10.0
 SECONDS_FOR_WORDS = 3.0
 SECONDS_TO_LEAVE = 15.0  # after the last word of all ranks
@@ -133,11 +134,19 @@ class Ranks:
         if time.monotonic() - self._looked_at > OWN_GAP_S:  # we were stopped, and the ranks perhaps with us
             self._resumed_at = time.monotonic()
         self._looked_at = time.monotonic()
-        if not self.folder.exists():  # systemd's RemoveIPC, say
+        try:
+            return self._judge()
+        except FileNotFoundError:  # systemd's RemoveIPC, say
             return self._named(
-                End("error", f"{self.folder} on node {self._start.node}, where its ranks give signs, is gone")
+                End("error", f"{self.folder}, where ranks give signs, is gone from node {self._start.node}")
             )
+
+    def _judge(self) -> End | None:
+        """How the ranks have ended, what is wrong with one, or None. Raises FileNotFoundError without the folder."""
+        self.folder.stat()
         found = self._frozen or self._find_dead() or self._find_hung() or self._find_failed()
+        if found and found.kind == "lost":
+            found = self.observe()  # another's word may explain it
         ends = list(read_ends(self.folder).values())
         is_all_said = len(ends) == self._start.num_procs
         self._said_at = self._said_at or (time.monotonic() if is_all_said else 0.0)
@@ -164,10 +173,11 @@ class Ranks:
         dead = [b for b in dead if b.rank not in read_ends(self.folder)]  # its word may have come just then
         if not dead:
             return None
+        dead.sort(key=lambda beat: self._what_stacks_say(beat.rank).endswith(ABORTED))
         which = ", ".join(str(beat.rank) for beat in dead)
         why = self._what_stacks_say(dead[0].rank)
         text = f"rank {which} on node {self._start.node} was killed after step {dead[0].step}{why}"
-        kind = "lost" if why.endswith(": Aborted") else "killed"  # NCCL aborts a rank that has lost another
+        kind = "lost" if why.endswith(ABORTED) else "killed"  # NCCL aborts a rank that has lost another
         return End(kind, text, dead[0].rank, self._start.node)
 
     def _are_gone(self) -> bool:

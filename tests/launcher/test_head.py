@@ -219,6 +219,16 @@ def test_a_hello_that_lay_unread_is_no_clock_that_is_off(tmp_path, monkeypatch):
     assert first.last.kind == second.last.kind == DONE
 
 
+def test_a_disk_that_fails_under_the_head_is_told_to_every_node(tmp_path, monkeypatch):
+    def fail(*_, **__) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(head_module, "begin_status", fail)
+    monkeypatch.setattr(head_module, "end_status", fail)
+    a, b = Job(tmp_path).play([], [])
+    assert a.last == b.last and a.last.kind == "error" and "Input/output error" in a.last.reason
+
+
 def test_a_node_that_does_not_come_is_named(tmp_path):
     job = Job(tmp_path, start_timeout_s=0.5)
     (a,) = job.play([])

@@ -48,7 +48,8 @@ def leave(link: Link) -> None:
 
 
 def keep(link: Link, seconds: float = 5.0) -> None:
-    """Open and silent."""
+    """Open, and silent after a word."""
+    link.send(kind="beat", clock_s=0)
     time.sleep(seconds)
     link.close()
 

@@ -61,7 +61,7 @@ def test_a_job_saves_once_for_each_request_to_stop_and_goes_on_bitwise(cluster, 
     processes = run.attempt() + run.processes("launcher")
     cluster.requeue(run.job)
     assert stopped_step(run) > EVALUATED
-    wait_until_gone(processes, timeout=5)
+    wait_until_gone(processes, timeout=15)
 
     run.wait_for_end("COMPLETED")
     assert cluster.facts(run.job)["Restarts"] == "3" and run.status["restarts"] == 3

@@ -189,7 +189,7 @@ def test_a_stop_that_one_node_hears_just_before_its_start_ends_the_others_at_onc
     job, began = Job(tmp_path), time.monotonic()
     a, b = job.play(["wait"], ["stop early"])
     assert a.last == b.last == STOPPED_EARLY and "end" in a.heard
-    assert time.monotonic() - began < 10 and job.status["state"] == "stopped"
+    assert time.monotonic() - began < 30 and job.status["state"] == "stopped"
 
 
 def test_a_lock_that_outlives_its_killed_owner_ends_the_job_with_the_fault(tmp_path, monkeypatch):

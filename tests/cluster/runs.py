@@ -24,8 +24,8 @@ only_in_full = pytest.mark.skipif(not ALL, reason="minutes of Slurm's own patien
 
 NUM_STEPS, EVERY, HANG_TIMEOUT_S = 120, 5, 8
 SECONDS_TO_END = 30  # for every process of a job that has lost one
-# From the moment that a hang is found: 3 s for the stacks, 10 at most for the processes to go; half as much is usual.
-SECONDS_TO_SAY = 7
+# From the moment that a hang is found: 4 s for all nodes' stacks, 10 at most for the processes to go; 3 s are usual.
+SECONDS_TO_SAY = 10
 PATIENCE_S = 180  # with what is no promise: torch is imported twice on each node, and cores may be busy
 SABOTEUR = Path(__file__).parent / "saboteur"
 # Of a save, as the saboteur names them; a file's are: before it, half of it, all of it.

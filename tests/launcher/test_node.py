@@ -47,6 +47,15 @@ def leave(link: Link) -> None:
     link.send(kind="leave", end={"kind": DONE})
 
 
+def start(link: Link, heard: list) -> None:
+    """One attempt, and what the node says until its end."""
+    link.send(kind="start", address="127.0.0.1", port=1)
+    while not any(message["kind"] == "ended" for message in heard):
+        heard.extend(link.receive())
+        time.sleep(0.01)
+    leave(link)
+
+
 def keep(link: Link, seconds: float = 5.0) -> None:
     """Open, and silent after a word."""
     link.send(kind="beat", clock_s=0)
@@ -106,15 +115,7 @@ def test_a_head_that_never_answers_is_named(tmp_path):
 def test_ranks_that_cannot_be_started_are_a_fault_of_the_node(tmp_path, monkeypatch):
     monkeypatch.setattr("ptune_dist.launcher.ranks.sys.executable", str(tmp_path / "no-python"))
     heard = []
-
-    def start(link: Link) -> None:
-        link.send(kind="start", address="127.0.0.1", port=1)
-        while not any(message["kind"] == "ended" for message in heard):
-            heard.extend(link.receive())
-            time.sleep(0.01)
-        leave(link)
-
-    assert node(Heads(start).port, tmp_path).run() == End(DONE)
+    assert node(Heads(lambda link: start(link, heard)).port, tmp_path).run() == End(DONE)
     (end,) = [message["end"] for message in heard if message["kind"] == "ended"]
     assert (end["kind"], end["node"]) == ("fault", "b") and "no-python" in end["reason"]
 
@@ -122,15 +123,11 @@ def test_ranks_that_cannot_be_started_are_a_fault_of_the_node(tmp_path, monkeypa
 def test_a_stop_that_comes_with_the_start_is_told_and_no_rank_is_started(tmp_path):
     heard, requests = [], Requests()
 
-    def start(link: Link) -> None:
+    def stop_and_start(link: Link) -> None:
         requests._handle(signal.SIGUSR2, None)
-        link.send(kind="start", address="127.0.0.1", port=1)
-        while not any(message["kind"] == "ended" for message in heard):
-            heard.extend(link.receive())
-            time.sleep(0.01)
-        leave(link)
+        start(link, heard)
 
-    assert node(Heads(start).port, tmp_path, requests).run() == End(DONE)
+    assert node(Heads(stop_and_start).port, tmp_path, requests).run() == End(DONE)
     assert {"kind": "stop"} in heard
     assert [m["end"]["kind"] for m in heard if m["kind"] == "ended"] == [STOPPED]
 

@@ -22,11 +22,12 @@ SABOTEUR = Path(__file__).parent / "saboteur"
 
 
 def settings(**more: object) -> dict[str, str]:
-    """The environment of a launcher."""
+    """The environment of a launcher; what is None is not in it."""
     names = ("PTUNE_", "SLURM_", "PET_", "OMPI_", "NNODES", "NODE_RANK", "MASTER_ADDR")
     ours = {"PTUNE_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "PYTHONPATH": ""}
     kept = {k: v for k, v in process_env().items() if not k.startswith(names)}
-    return kept | ours | {name: str(value) for name, value in more.items()}
+    found = kept | ours | more
+    return {name: str(value) for name, value in found.items() if value is not None}
 
 
 class Nodes:
@@ -49,7 +50,7 @@ class Nodes:
                     subprocess.Popen(
                         [RUN, *own],
                         cwd=folder,
-                        env={k: v for k, v in settings(**topology | env).items() if v != "None"},
+                        env=settings(**topology | env),
                         stdin=subprocess.DEVNULL,
                         stdout=out,
                         stderr=subprocess.STDOUT,

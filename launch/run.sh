@@ -2,7 +2,7 @@
 # Start this node's part of a job: run it once on each node, under any scheduler or none.
 #
 # usage: launch/run.sh [--check] [--max-restarts N] CONFIG [key.path=value ...]
-# Nodes, this node's rank and the head's address come from the environment (ptune_dist/topology.py), settings of the
+# Nodes, this node's rank and the head's address come from the environment (ptune_dist/cluster/topology.py), settings of the
 # site from launch/site.sh. Exit status: 0 done; 2 your mistake; 75 stopped on request, the same command goes on.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -23,4 +23,4 @@ if ! [ -x "$python" ]; then
   python=$(command -v python3) || { echo "error: no Python: run launch/setup.sh, or set PTUNE_PYTHON" >&2; exit 2; }
 fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # this copy of the code, from whatever folder it is started
-exec "$python" -m ptune_dist.launcher "$@"
+exec "$python" -m ptune_dist.cluster "$@"

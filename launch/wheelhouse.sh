@@ -71,7 +71,7 @@ from huggingface_hub import constants, snapshot_download
 
 from ptune_dist.data.sources import load_rows
 from ptune_dist.errors import UserError
-from ptune_dist.hub import hub_answers
+from ptune_dist.common.hub import hub_answers
 
 OTHER_FORMATS = ["*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.pt", "*.pth", "*.tflite"]
 for word in sys.argv[1:]:

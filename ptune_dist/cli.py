@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ptune_dist.config import Config, load_config
+from ptune_dist.cluster.signs import own_folder
+from ptune_dist.config.schema import Config, load_config
 from ptune_dist.errors import RunFault, UserError
-from ptune_dist.run_dir import find_member_dir, read_run_config
-from ptune_dist.signs import own_folder
-from ptune_dist.watch import leave_word
+from ptune_dist.run.folder import find_member_dir, read_run_config
+from ptune_dist.run.watch import leave_word
 
 USER_MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
 SECONDS_FOR_RANK_0 = 2.0
@@ -159,7 +159,7 @@ def run_train(parsed: argparse.Namespace) -> int:
 def run_check(parsed: argparse.Namespace) -> int:
     def run() -> int:
         load_config(parsed.config, parsed.overrides)
-        from ptune_dist.node_check import check_and_show
+        from ptune_dist.cluster.node_check import check_and_show
 
         return check_and_show()
 
@@ -168,7 +168,7 @@ def run_check(parsed: argparse.Namespace) -> int:
 
 def run_validate(parsed: argparse.Namespace) -> None:
     config = load_config(parsed.config, parsed.overrides)
-    from ptune_dist.validate import validate
+    from ptune_dist.evaluation.validate import validate
 
     validate(config)
 

@@ -13,17 +13,19 @@ import datasets
 import torch
 
 from ptune_dist.base.source import fingerprint_base
-from ptune_dist.config import Config
+from ptune_dist.common.files import fault_on_failed_write
+from ptune_dist.config.schema import Config
 from ptune_dist.data.build import build_inputs, build_split, build_templates
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.sources import Rows, load_rows
-from ptune_dist.distributed import World, init_distributed
+from ptune_dist.distributed.world import World, init_distributed
 from ptune_dist.errors import UserError
-from ptune_dist.evaluate import Judge, build_judge
-from ptune_dist.export import check_for_peft, export_peft, export_prompt_embeds
-from ptune_dist.files import fault_on_failed_write
-from ptune_dist.generate import generate_texts
-from ptune_dist.job import (
+from ptune_dist.evaluation.evaluator import Judge, build_judge
+from ptune_dist.evaluation.generate import generate_texts
+from ptune_dist.prompts.export import check_for_peft, export_peft, export_prompt_embeds
+from ptune_dist.prompts.store import load_prompt
+from ptune_dist.run.folder import write_json
+from ptune_dist.run.job import (
     build_family,
     build_opened_base,
     build_tokenizer,
@@ -31,8 +33,6 @@ from ptune_dist.job import (
     check_base,
     together,
 )
-from ptune_dist.prompts.store import load_prompt
-from ptune_dist.run_dir import write_json
 
 CHUNK_ROWS = 256  # rows of one rank that are answered before they are written
 

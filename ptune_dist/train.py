@@ -9,23 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptune_dist.config import Config
-from ptune_dist.data.bank import TrainingRows
+from ptune_dist.cluster.node_check import check_nodes
+from ptune_dist.cluster.signs import DONE, STOPPED, End
+from ptune_dist.common.files import fault_on_failed_write
+from ptune_dist.config.schema import Config
+from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.data.batches import collate
 from ptune_dist.data.build import build_split
 from ptune_dist.data.encode import Examples, common_context
-from ptune_dist.distributed import World, init_distributed, sum_over_ranks
+from ptune_dist.data.training_rows import TrainingRows
+from ptune_dist.distributed.world import World, init_distributed, sum_over_ranks
 from ptune_dist.errors import RunFault
-from ptune_dist.evaluate import Judge, build_judge
-from ptune_dist.files import fault_on_failed_write
-from ptune_dist.generate import pad_id
-from ptune_dist.job import Job, build_family, build_job, build_tokenizer, from_main, together
-from ptune_dist.judging import StopAgreed, agree_on_stop, is_due, is_evaluation_due, judge_members
-from ptune_dist.metrics import MetricsWriter, StepCount, peak_memory_bytes
-from ptune_dist.node_check import check_nodes
-from ptune_dist.optimizer import learning_rate_at
-from ptune_dist.progress import Progress, checkpoint, restore, store_prompt
-from ptune_dist.run_dir import (
+from ptune_dist.evaluation.during_training import StopAgreed, agree_on_stop, is_due, is_evaluation_due, judge_members
+from ptune_dist.evaluation.evaluator import Judge, build_judge
+from ptune_dist.evaluation.generate import pad_id
+from ptune_dist.optim.optimizer import learning_rate_at
+from ptune_dist.run.folder import (
     check_run_dir,
     is_finished,
     list_checkpoints,
@@ -33,11 +32,12 @@ from ptune_dist.run_dir import (
     write_json,
     write_run_configs,
 )
-from ptune_dist.signs import DONE, STOPPED, End
-from ptune_dist.status import end_status, say_training
-from ptune_dist.summary import build_summary, describe_member, describe_start, say_finished
-from ptune_dist.sweep import expand_sweep
-from ptune_dist.watch import STOPPED_REASON, Watch, status_of_failure
+from ptune_dist.run.job import Job, build_family, build_job, build_tokenizer, from_main, together
+from ptune_dist.run.log import MetricsWriter, StepCount, peak_memory_bytes
+from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
+from ptune_dist.run.status import end_status, say_training
+from ptune_dist.run.summary import build_summary, describe_member, describe_start, say_finished
+from ptune_dist.run.watch import STOPPED_REASON, Watch, status_of_failure
 
 
 def train(config: Config) -> int:

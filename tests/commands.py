@@ -186,8 +186,7 @@ def wait_for_all(pids: list[int]) -> list[int]:
 def serve(imports: list[str]) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401  imported once, here
 
-    import ptune_dist.train
-    import ptune_dist.validate  # noqa: F401
+    import ptune_dist.evaluation.validate  # noqa: F401
 
     for name in imports:
         __import__(name)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ptune_dist.checkpoint import list_checkpoints, load_checkpoint
-from ptune_dist.metrics import read_metrics
+from ptune_dist.run.checkpoint import list_checkpoints, load_checkpoint
+from ptune_dist.run.log import read_metrics
 from tests.commands import Finished
 from tests.conftest import TINY, build_tiny_base, write_config
 from tests.processes import ROOT, process_env

@@ -20,9 +20,9 @@ import yaml
 from kubeflow_trainer_api import models
 
 from ptune_dist import __version__
-from ptune_dist.config import load_config
-from ptune_dist.launcher.__main__ import parse
-from ptune_dist.topology import find_topology
+from ptune_dist.cluster.__main__ import parse
+from ptune_dist.cluster.topology import find_topology
+from ptune_dist.config.schema import load_config
 from tests.processes import ROOT, process_env
 
 LAUNCH = ROOT / "launch"

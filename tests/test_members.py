@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ptune_dist.judging
-from ptune_dist.config import Config, load_config
-from ptune_dist.distributed import World
+import ptune_dist.evaluation.during_training
+from ptune_dist.config.schema import Config, load_config
+from ptune_dist.distributed.world import World
 from ptune_dist.errors import RunFault
-from ptune_dist.judging import end_members, judge_members
-from ptune_dist.metrics import StepCount
-from ptune_dist.progress import Progress, Standing, rank_members
+from ptune_dist.evaluation.during_training import end_members, judge_members
+from ptune_dist.run.log import StepCount
+from ptune_dist.run.progress import Progress, Standing, rank_members
 from ptune_dist.train import freeze_faulty, is_over, metrics_lines
 from tests.conftest import TINY, write_config
 
@@ -37,7 +37,9 @@ def load(tmp_path):
 def stored(monkeypatch) -> list[str]:
     """Names of members whose prompt was stored."""
     names = []
-    monkeypatch.setattr(ptune_dist.judging, "store_prompt", lambda job, name, progress, world: names.append(name))
+    monkeypatch.setattr(
+        ptune_dist.evaluation.during_training, "store_prompt", lambda job, name, progress, world: names.append(name)
+    )
     return names
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ptune_dist.base.int8 import Int8Rows, Int8Weight
 from ptune_dist.base.open import OpenedBase, open_base
-from ptune_dist.base.shard import Fill, Sharder
+from ptune_dist.zero.shard import Fill, Sharder
 
 CPU = torch.device("cpu")
 

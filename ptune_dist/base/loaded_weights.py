@@ -5,10 +5,10 @@ import logging
 import torch
 import transformers
 
-from ptune_dist.base.families import AUTO_CLASS
 from ptune_dist.base.names import describe, is_harmless
 from ptune_dist.base.source import describe_load_error, is_local_only
 from ptune_dist.errors import UserError
+from ptune_dist.families.find import AUTO_CLASS
 
 
 class LoadedWeights:

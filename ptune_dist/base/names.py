@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from ptune_dist.base.families import POOLER, is_outside, may_start_anew
 from ptune_dist.errors import UserError
+from ptune_dist.families.find import POOLER, is_outside, may_start_anew
 
 NUM_NAMED = 5
 # Computed, not loaded; older files carry them.

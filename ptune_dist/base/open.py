@@ -11,15 +11,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PreTrainedModel
 
-from ptune_dist.base.families import AUTO_CLASS, check_decoder_start, check_takes_vectors, find_family, is_outside
-from ptune_dist.base.foresee import check_room_for_copies
 from ptune_dist.base.int8 import Int8Embedding, make_int8
 from ptune_dist.base.loaded_weights import LoadedWeights, load_with_transformers
+from ptune_dist.base.memory_check import check_room_for_copies
 from ptune_dist.base.names import match_names, needs_converting, spellings, wanted_tensors
 from ptune_dist.base.random_weights import RandomWeights
 from ptune_dist.base.source import describe_load_error, is_local_only, load_shape
 from ptune_dist.base.weight_files import WeightFiles, open_weight_files
 from ptune_dist.errors import UserError
+from ptune_dist.families.find import AUTO_CLASS, check_decoder_start, check_takes_vectors, find_family, is_outside
 
 NUM_COMPARED = 16  # rows of tensors that should be one
 

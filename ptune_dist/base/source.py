@@ -11,8 +11,8 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ptune_dist.common.hub import hub_answers
 from ptune_dist.errors import UserError
-from ptune_dist.hub import hub_answers
 
 SAMPLE_BYTES = 1 << 20
 

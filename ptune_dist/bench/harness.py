@@ -23,8 +23,8 @@ from ptune_dist.bench.machine import (
 )
 from ptune_dist.bench.matrix import Case, Matrix, built_in_values, fill_command, load_matrix
 from ptune_dist.bench.report import render_tables
+from ptune_dist.common.files import replace_file
 from ptune_dist.errors import RunFault, UserError
-from ptune_dist.files import replace_file
 
 NUM_LAST_LINES = 3
 

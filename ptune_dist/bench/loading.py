@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 # The environment of the process group must stand before transformers and DeepSpeed look for it.
-from ptune_dist.distributed import World, init_distributed, max_over_ranks  # isort: skip
+from ptune_dist.distributed.world import World, init_distributed, max_over_ranks  # isort: skip
 
 import deepspeed
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations import HfDeepSpeedConfig
 
-from ptune_dist.base.gathers import watch_gathers
 from ptune_dist.base.layers import held_bytes, layers_of
 from ptune_dist.base.load import fill_sharded
 from ptune_dist.base.open import open_base
-from ptune_dist.base.shard import Sharder
 from ptune_dist.bench.probe import held_bytes as resident_bytes
 from ptune_dist.bench.probe import peak_bytes, reset_peak, write_result
+from ptune_dist.zero.gathers import watch_gathers
+from ptune_dist.zero.shard import Sharder
 
 SIDES = ("ours", "ours-int8", "ours-int8-all", "transformers", "bitsandbytes")
 NUM_TOKENS = 64

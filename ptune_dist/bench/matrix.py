@@ -12,8 +12,8 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError, model_validator
 
-from ptune_dist.config import NotNegative, Positive, Section
-from ptune_dist.config_file import read_yaml
+from ptune_dist.config.schema import NotNegative, Positive, Section
+from ptune_dist.config.yaml_file import read_yaml
 from ptune_dist.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]  # names files

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from ptune_dist import train as loop
 from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result
 from ptune_dist.bench.work import share_of_peak, useful_flops
-from ptune_dist.config import Config, load_config
+from ptune_dist.config.schema import Config, load_config
 from ptune_dist.data.build import build_split
-from ptune_dist.distributed import World, init_distributed, max_over_ranks, sum_over_ranks
+from ptune_dist.distributed.world import World, init_distributed, max_over_ranks, sum_over_ranks
 from ptune_dist.errors import RunFault, UserError
-from ptune_dist.job import Job
-from ptune_dist.metrics import read_metrics
+from ptune_dist.run.job import Job
+from ptune_dist.run.log import read_metrics
 
 
 def probe_job(build_job: Callable[..., Job], probe: Probe, jobs: list[Job]) -> Callable[..., Job]:

@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 from ptune_dist.base.layers import held_bytes
 from ptune_dist.bench.probe import write_result
-from ptune_dist.config import load_config
-from ptune_dist.distributed import init_distributed, sum_over_ranks
-from ptune_dist.engine import Engine
-from ptune_dist.job import build_job
-from ptune_dist.progress import Progress, Standing, checkpoint
-from ptune_dist.run_dir import list_checkpoints
+from ptune_dist.config.schema import load_config
+from ptune_dist.distributed.world import init_distributed, sum_over_ranks
+from ptune_dist.run.folder import list_checkpoints
+from ptune_dist.run.job import build_job
+from ptune_dist.run.progress import Progress, Standing, checkpoint
+from ptune_dist.zero.engine import Engine
 
 NUM_SAVES = 20
 

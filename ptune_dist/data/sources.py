@@ -20,9 +20,9 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from ptune_dist.common.hub import hub_answers
 from ptune_dist.data.readers import TEXT_SUFFIXES, name_kind, read_records
 from ptune_dist.errors import UserError
-from ptune_dist.hub import hub_answers
 
 CHUNK_ROWS = 10_000
 _FORMATS = "use " + ", ".join((*TEXT_SUFFIXES, ".parquet")) + ", a folder saved by datasets, or a hub dataset name"

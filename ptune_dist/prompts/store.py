@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ptune_dist.common.files import replace_file
 from ptune_dist.errors import UserError
-from ptune_dist.files import replace_file
 
 
 def save_prompt(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:

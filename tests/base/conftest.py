@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.base.cached import build_cache, stored_files, tensors_of, tokens_of
+from tests.model.cached import build_cache, stored_files, tensors_of, tokens_of
 
 
 @pytest.fixture(scope="session")

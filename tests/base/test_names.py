@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, MixtralConfig, MixtralForCausalLM
 
-from ptune_dist.base.families import AUTO_CLASS, may_start_anew
 from ptune_dist.base.load import fill_whole
+from ptune_dist.families.find import AUTO_CLASS, may_start_anew
 from tests.base.bases import (
     QUERY,
     drop,

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ptune_dist.checkpoint import load_checkpoint
-from ptune_dist.metrics import read_metrics
-from ptune_dist.run_dir import list_checkpoints
-from ptune_dist.status import last_step, read_status
+from ptune_dist.run.checkpoint import load_checkpoint
+from ptune_dist.run.folder import list_checkpoints
+from ptune_dist.run.log import read_metrics
+from ptune_dist.run.status import last_step, read_status
 from tests.cluster.slurm import Cluster
 from tests.conftest import TINY, write_config
 
@@ -175,7 +175,7 @@ class Run:
 
 
 def kind_of(command: list[str]) -> str:
-    for kind, module in (("launcher", "ptune_dist.launcher"), ("torchrun", "torch.distributed.run")):
+    for kind, module in (("launcher", "ptune_dist.cluster"), ("torchrun", "torch.distributed.run")):
         if module in command:
             return kind
     return "rank" if "ptune_dist" in command and "train" in command else ""

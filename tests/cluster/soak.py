@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ptune_dist.bench.machine import describe_commit, describe_hardware, describe_versions
-from ptune_dist.checkpoint import load_newest_checkpoint
-from ptune_dist.run_dir import list_checkpoints
+from ptune_dist.run.checkpoint import load_newest_checkpoint
+from ptune_dist.run.folder import list_checkpoints
 from tests.cluster.runs import HANG_TIMEOUT_S, MOMENTS, PATIENCE_S, SABOTEUR, Run, damage, wait_until_gone
 from tests.cluster.slurm import ROOT, Cluster
 

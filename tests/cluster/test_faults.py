@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from ptune_dist.run_dir import list_checkpoints
-from ptune_dist.status import last_step
+from ptune_dist.run.folder import list_checkpoints
+from ptune_dist.run.status import last_step
 from tests.cluster.runs import (
     HANG_TIMEOUT_S,
     PATIENCE_S,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ptune_dist.status import last_step
+from ptune_dist.run.status import last_step
 from tests.cluster.runs import NUM_STEPS, PATIENCE_S, VALIDATION, Run, only_in_full, wait_until_gone, write_run
 from tests.commands import run_command
 

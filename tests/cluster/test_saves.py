@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ptune_dist.checkpoint import load_newest_checkpoint
-from ptune_dist.metrics import read_metrics
-from ptune_dist.run_dir import list_checkpoints
-from ptune_dist.status import read_status
+from ptune_dist.run.checkpoint import load_newest_checkpoint
+from ptune_dist.run.folder import list_checkpoints
+from ptune_dist.run.log import read_metrics
+from ptune_dist.run.status import read_status
 from tests.cluster.runs import AFTER_THE_RENAME, ENV, MOMENTS, PATIENCE_S, SABOTEUR, write_run
 from tests.commands import Commands, Finished, Forker
 from tests.processes import ROOT, process_env

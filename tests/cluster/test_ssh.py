@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ptune_dist.metrics import read_metrics
-from ptune_dist.status import read_status
+from ptune_dist.run.log import read_metrics
+from ptune_dist.run.status import read_status
 from tests.cluster.network import Network
 from tests.commands import run_command
 from tests.conftest import write_config
@@ -89,7 +89,7 @@ class Hosts:
 
     def launcher(self, host: str) -> int:
         """The process id of the launcher on a host."""
-        found = [pid for pid in self.network.pids(host) if "ptune_dist.launcher" in command_of(pid)]
+        found = [pid for pid in self.network.pids(host) if "ptune_dist.cluster" in command_of(pid)]
         assert len(found) == 1
         return found[0]
 

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from ptune_dist.config import DataConfig
+from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.build import build_inputs, build_label_candidates, build_split, build_templates
 from ptune_dist.errors import UserError
 from ptune_dist.tiny.make import build_tokenizer

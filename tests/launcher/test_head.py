@@ -9,14 +9,14 @@ from dataclasses import asdict
 
 import pytest
 
-from ptune_dist.config import load_config
-from ptune_dist.launcher import head as head_module
-from ptune_dist.launcher.facts import NodeFacts
-from ptune_dist.launcher.head import Head, Limits
-from ptune_dist.launcher.link import connect, listen
-from ptune_dist.signs import DONE, STOPPED, STOPPED_EARLY, End
-from ptune_dist.status import read_status
-from ptune_dist.topology import Topology
+from ptune_dist.cluster import head as head_module
+from ptune_dist.cluster.head import Head, Limits
+from ptune_dist.cluster.link import connect, listen
+from ptune_dist.cluster.node_facts import NodeFacts
+from ptune_dist.cluster.signs import DONE, STOPPED, STOPPED_EARLY, End
+from ptune_dist.cluster.topology import Topology
+from ptune_dist.config.schema import load_config
+from ptune_dist.run.status import read_status
 from tests.conftest import write_config
 
 NAMES = ("a", "b")

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from ptune_dist.cluster.link import MOST_BYTES, Link, connect, free_port, listen, resolve
 from ptune_dist.errors import UserError
-from ptune_dist.launcher.link import MOST_BYTES, Link, connect, free_port, listen, resolve
 
 
 @pytest.fixture

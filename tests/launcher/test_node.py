@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from ptune_dist.launcher.facts import NodeFacts
-from ptune_dist.launcher.head import Limits
-from ptune_dist.launcher.link import Link, listen
-from ptune_dist.launcher.node import Node, Requests
-from ptune_dist.signs import DONE, STOPPED, End
-from ptune_dist.status import begin_status, end_status, read_status
-from ptune_dist.topology import Topology
+from ptune_dist.cluster.head import Limits
+from ptune_dist.cluster.link import Link, listen
+from ptune_dist.cluster.node import Node, Requests
+from ptune_dist.cluster.node_facts import NodeFacts
+from ptune_dist.cluster.signs import DONE, STOPPED, End
+from ptune_dist.cluster.topology import Topology
+from ptune_dist.run.status import begin_status, end_status, read_status
 
 LIMITS = Limits(start_timeout_s=5.0, silence_s=1.0, max_restarts=0)
 
@@ -113,7 +113,7 @@ def test_a_head_that_never_answers_is_named(tmp_path):
 
 
 def test_ranks_that_cannot_be_started_are_a_fault_of_the_node(tmp_path, monkeypatch):
-    monkeypatch.setattr("ptune_dist.launcher.ranks.sys.executable", str(tmp_path / "no-python"))
+    monkeypatch.setattr("ptune_dist.cluster.ranks.sys.executable", str(tmp_path / "no-python"))
     heard = []
     assert node(Heads(lambda link: start(link, heard)).port, tmp_path).run() == End(DONE)
     (end,) = [message["end"] for message in heard if message["kind"] == "ended"]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ptune_dist.launcher.ranks import busy_place, copy_lines, make_folder, slug, state_of
+from ptune_dist.cluster.ranks import busy_place, copy_lines, make_folder, slug, state_of
 
 STACKS = """Fatal Python error: Aborted
 
@@ -26,7 +26,7 @@ Current thread 0x00007fb6a5fcab80 (most recent call first):
         ("/home/me/plugin.py", "sleep_forever", "sleep_forever (plugin.py, line 18)"),
         ("/venv/lib/python3.11/site-packages/torch/nn/functional.py", "linear", "linear (functional.py, line 18)"),
         ("/venv/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", "all_reduce", ""),
-        ("/repository/ptune_dist/distributed.py", "sum_over_ranks", ""),  # .tolist() of what NCCL still reduces
+        ("/repository/ptune_dist/distributed/world.py", "sum_over_ranks", ""),  # .tolist() of what NCCL still reduces
     ],
 )
 def test_a_rank_that_waits_for_others_is_told_from_one_that_is_busy(file, function, place):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from ptune_dist.launcher.requeue import decide, may_requeue
-from ptune_dist.signs import KINDS
-from ptune_dist.status import begin_status, end_status
+from ptune_dist.cluster.requeue import decide, may_requeue
+from ptune_dist.cluster.signs import KINDS
+from ptune_dist.run.status import begin_status, end_status
 from tests.conftest import write_config
 
 LIMITS = {"num_requeues": 0, "max_requeues": 5, "max_idle": 3}
@@ -65,7 +65,7 @@ def test_what_another_job_wrote_decides_nothing_and_a_mistake_is_final(tmp_path,
 
 
 def test_a_loop_without_progress_ends_after_the_limit(tmp_path, capsys):
-    from ptune_dist.signs import End
+    from ptune_dist.cluster.signs import End
 
     codes = []
     for number in range(5):
@@ -79,7 +79,7 @@ def test_a_loop_without_progress_ends_after_the_limit(tmp_path, capsys):
 
 
 def test_the_launcher_answers_for_the_batch_script(tmp_path, monkeypatch, capsys):
-    from ptune_dist.launcher.__main__ import main
+    from ptune_dist.cluster.__main__ import main
 
     config = write_config(tmp_path / "c.yaml")
     (tmp_path / "run").mkdir()

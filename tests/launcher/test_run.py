@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ptune_dist.metrics import read_metrics
-from ptune_dist.status import read_status
+from ptune_dist.run.log import read_metrics
+from ptune_dist.run.status import read_status
 from tests.commands import run_command
 from tests.conftest import write_config
 from tests.processes import ROOT, free_port, process_env

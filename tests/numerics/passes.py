@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from ptune_dist.base.attention import KeysValues
 from ptune_dist.base.layers import layers_of
 from ptune_dist.base.recompute import DEFAULTS, Recomputer
 from ptune_dist.data.batches import Batch
+from ptune_dist.model.attention import KeysValues
+from ptune_dist.model.prompted_model import Contexts, PromptedModel
 from ptune_dist.prompts.prompt_tuning import PromptTuning
-from ptune_dist.segments import Contexts, PromptedModel
 from tests.conftest import SEQ2SEQ, tiny_shape
 
 WIDE = {

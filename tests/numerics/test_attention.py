@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ptune_dist.base.attention import CausalSegments, KeysValues, Segment
-from ptune_dist.base.attention_contexts import ContextSegments
-from ptune_dist.base.attention_flex import FlexSegments
-from ptune_dist.base.attention_layouts import RecordedSegments, build_attention, join_parts
-from ptune_dist.layout import lay_out
+from ptune_dist.model.attention import CausalSegments, KeysValues, Segment
+from ptune_dist.model.attention_contexts import ContextSegments
+from ptune_dist.model.attention_flex import FlexSegments
+from ptune_dist.model.attention_layouts import RecordedSegments, build_attention, join_parts
+from ptune_dist.model.layout import lay_out
 from tests.numerics.passes import NUM_VIRTUAL, draw_batch
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ptune_dist.checkpoint import list_checkpoints
-from ptune_dist.metrics import read_metrics
+from ptune_dist.run.checkpoint import list_checkpoints
+from ptune_dist.run.log import read_metrics
 from tests.conftest import TINY
 from tests.numerics.banks import (
     NUM_STEPS,

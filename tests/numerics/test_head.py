@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import ptune_dist.base.head
-from ptune_dist.metrics import read_metrics
+import ptune_dist.model.head
+from ptune_dist.run.log import read_metrics
 from tests.conftest import SEQ2SEQ
 from tests.numerics.banks import train_all, write_bank, write_rows
 from tests.numerics.passes import (
@@ -62,7 +62,7 @@ CASES += [(kind, placement) for kind in SEQ2SEQ for placement in ("encoder", "de
 def test_chunks_change_neither_loss_nor_gradient_and_no_other_logits_exist(monkeypatch, kind, placement):
     batch, _ = draw_batch(placement)
     base, whole = model_of(kind, placement)
-    monkeypatch.setattr(ptune_dist.base.head, "CHUNK_BYTES", 4 * NUM_LABELS * CHUNK)
+    monkeypatch.setattr(ptune_dist.model.head, "CHUNK_BYTES", 4 * NUM_LABELS * CHUNK)
     _, chunked = model_of(kind, placement)
     num_supervised = sum(len(batch.targets[row]) for row, _ in batch.readers)
     assert num_supervised > 6 * CHUNK and (num_supervised,) not in WIDTHS
@@ -80,7 +80,7 @@ def test_chunks_change_neither_loss_nor_gradient_and_no_other_logits_exist(monke
 
 def test_chunks_with_recomputed_layers_and_without_gradient_are_the_same(monkeypatch):
     batch, _ = draw_batch("prefix")
-    monkeypatch.setattr(ptune_dist.base.head, "CHUNK_BYTES", 4 * NUM_LABELS * CHUNK)
+    monkeypatch.setattr(ptune_dist.model.head, "CHUNK_BYTES", 4 * NUM_LABELS * CHUNK)
     for kind in ("granite", "t5"):
         base, model = model_of(kind, "encoder" if kind == "t5" else "prefix")
         recomputed = build_model(base, model.family, model.placement, recompute=True)
@@ -112,7 +112,7 @@ def test_a_failed_pass_leaves_the_head_as_it_was(monkeypatch):
     batch, _ = draw_batch("prefix")
     base, model = model_of("llama", "prefix")
     ids = torch.arange(5, 11)[None]
-    monkeypatch.setattr(ptune_dist.base.head, "cross_entropy", None)
+    monkeypatch.setattr(ptune_dist.model.head, "cross_entropy", None)
     with pytest.raises(TypeError):
         model(batch)
     torch.testing.assert_close(model.base(ids).logits, base(ids).logits)  # of all positions

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ptune_dist.base.context_cache import ContextCache
-from ptune_dist.contexts import ContextReader
 from ptune_dist.data.batches import Batch
-from ptune_dist.distributed import World
+from ptune_dist.distributed.world import World
+from ptune_dist.model.context_cache import ContextCache
+from ptune_dist.model.contexts import ContextReader
 from tests.conftest import ARCHITECTURES, SEQ2SEQ
 from tests.numerics.passes import (
     assert_same,

@@ -13,8 +13,8 @@ import deepspeed
 import torch
 
 import ptune_dist.train
-from ptune_dist.config import load_config
-from ptune_dist.job import Job, build_job
+from ptune_dist.config.schema import load_config
+from ptune_dist.run.job import Job, build_job
 
 
 def hash_base(job: Job) -> dict[str, str]:

@@ -1,0 +1,202 @@
+"""DeepSpeed's own JSON: read it, fill its `auto` values from the config, refuse contradictions. The one place for both.
+
+Floor 0. The file stays plain DeepSpeed JSON. A value that the config also sets must be `auto`, absent or equal; the
+filled content is what `engine.py` hands to DeepSpeed.
+"""
+
+import copy
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from ptune_dist.config.schema import Config
+from ptune_dist.errors import UserError
+
+# DeepSpeed's names for what train.optimizer and train.schedule name, and the sections that it documents.
+OPTIMIZER_TYPES = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd", "adafactor": "adafactor"}
+SECTIONS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
+    "fp16", "bf16", "amp", "torch_autocast", "data_types", "gradient_clipping", "prescale_gradients",
+    "gradient_predivide_factor", "sparse_gradients", "communication_data_type", "zero_optimization",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "activation_checkpointing", "aio",
+    "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", "flops_profiler", "comms_logger",
+    "tensorboard", "wandb", "csv_monitor", "checkpoint", "compile", "seed", "timers", "nebula",
+)  # fmt: skip
+SCHEDULER_TYPES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+
+# `auto` values that DeepSpeed itself takes, and those that follow from the base's tensors (base/offload.py).
+FILLED_LATER = ("autotuning", "data_types.keep_in_fp32_modules", "zero_optimization.offload_param.buffer_")
+
+
+def load_deepspeed_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
+    """The content of config key `deepspeed`: a file's, given in place, or that of ZeRO stage 0. Raises UserError."""
+    if source is None:
+        return {"zero_optimization": {"stage": 0}}
+    if isinstance(source, dict):
+        check_sections(source, "deepspeed")
+        return copy.deepcopy(source)
+    try:
+        content = json.loads(Path(source).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"deepspeed: {source}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"deepspeed: {source}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"deepspeed: {source} line {error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"deepspeed: {source}: DeepSpeed's JSON is an object, found {type(content).__name__}")
+    check_sections(content, source)
+    return content
+
+
+def check_sections(content: dict[str, Any], file: str) -> None:
+    """Raise UserError for a section of the wrong kind or a misspelt one: DeepSpeed ignores what it does not know."""
+    for key in content:
+        near = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.85)
+        if key not in SECTIONS and near:
+            raise UserError(f"{file}: unknown key {key}, did you mean {near[0]}?")
+    for path in ("bf16", "fp16", "zero_optimization", "optimizer", "scheduler", "optimizer.params", "scheduler.params",
+                 "torch_autocast", "amp", "data_types", "activation_checkpointing", "zero_optimization.offload_param",
+                 "zero_optimization.offload_optimizer"):  # fmt: skip
+        node: Any = content
+        for part in path.split("."):
+            node = node.get(part, {}) if isinstance(node, dict) else node
+        if not isinstance(node, dict):
+            raise UserError(f"{file}: {path} must be an object, found {json.dumps(node)}")
+
+
+def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON with every `auto` filled in and nothing left that contradicts the config. Raises UserError."""
+    content = load_deepspeed_json(config.deepspeed)
+    file = config.deepspeed if isinstance(config.deepspeed, str) else "deepspeed"
+    for key in ("torch_autocast", "amp"):
+        if content.get(key, {}).get("enabled"):
+            raise UserError(f"{file}: {key} would change the precision that model.dtype names: remove the section")
+    settle = Settler(content, str(file))
+    train, dtype = config.train, config.model.dtype
+    settle("bf16.enabled", dtype == "bfloat16", "model.dtype", dtype)
+    settle("fp16.enabled", dtype == "float16", "model.dtype", dtype)
+    settle("gradient_clipping", train.max_grad_norm, "train.max_grad_norm")
+    settle("train_batch_size", train.batch_size, "train.batch_size")
+    for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu"):
+        if content.pop(key, "auto") != "auto":
+            raise UserError(
+                f'{file}: {key} follows from train.batch_size and train.micro_batch_tokens: set it to "auto"'
+            )
+    settle_optimizer(settle, config)
+    settle_scheduler(settle, config)
+    fill_zero_sizes(content.setdefault("zero_optimization", {}), hidden_size)
+    zero = content["zero_optimization"]
+    if str(zero.get("stage", 0)) not in ("0", "1", "2", "3"):
+        raise UserError(f"{file}: zero_optimization.stage is {zero['stage']!r}, not 0, 1, 2 or 3")
+    zero["stage"] = zero_stage(content)
+    if zero.get("round_robin_gradients"):  # it would reorder the flat tensors that optimizer.py cuts
+        raise UserError(
+            f"{file}: zero_optimization.round_robin_gradients has no use for a prompt's gradients: remove it"
+        )
+    refuse_unfilled(content, str(file))
+
+    # The optimizer, its clipping and its schedule are ours (optimizer.py), whatever the stage; how many micro-batches
+    # make a step varies with the lengths of its rows, so the engine is told each boundary and counts none itself.
+    for key in ("optimizer", "scheduler", "train_batch_size"):
+        content.pop(key, None)
+    content |= {
+        "gradient_clipping": 0.0,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if dtype == "bfloat16" and zero_stage(content) > 0:  # bf16 sums of many micro-batches lose what small ones add
+        content.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    content.setdefault("steps_per_print", 1 << 31)  # our own log reports progress
+    return content
+
+
+class Settler:
+    """Settles values that both files can set."""
+
+    def __init__(self, content: dict[str, Any], file: str):
+        self.content, self.file = content, file
+
+    def __call__(self, path: str, value: Any, key: str, shown: Any = None) -> None:
+        """Fill `path` where it is absent or `auto`; raise UserError where it differs from config key `key`."""
+        *parents, leaf = path.split(".")
+        node = self.content
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        found = node.get(leaf, "auto")
+        if found == "auto":
+            node[leaf] = value
+        elif (list(found) if isinstance(found, (list, tuple)) else found) != (
+            list(value) if isinstance(value, tuple) else value
+        ):
+            raise UserError(
+                f"{self.file}: {path} is {json.dumps(found)} but {key} is {json.dumps(shown or value)}: "
+                f'make them equal or set {path} to "auto"'
+            )
+
+
+def settle_optimizer(settle: Settler, config: Config) -> None:
+    """An `optimizer` section must name what train.optimizer names, with the same numbers."""
+    section, train = settle.content.get("optimizer"), config.train
+    if section is None:
+        return
+    kind = str(section.get("type", ""))
+    if OPTIMIZER_TYPES.get(kind.lower()) != train.optimizer:
+        raise UserError(f"{settle.file}: optimizer.type is {kind!r} but train.optimizer is {train.optimizer!r}")
+    params = {"lr": ("learning_rate", train.learning_rate), "weight_decay": ("weight_decay", train.weight_decay)}
+    if train.optimizer == "adamw":
+        params |= {"betas": ("betas", train.betas), "eps": ("eps", train.eps)}
+    if train.optimizer == "sgd":
+        params |= {"momentum": ("momentum", train.momentum)}
+    for name, (key, value) in params.items():
+        if name in section.get("params", {}):
+            settle(f"optimizer.params.{name}", value, f"train.{key}")
+
+
+def settle_scheduler(settle: Settler, config: Config) -> None:
+    """A `scheduler` section must name what train.schedule names, with the same steps."""
+    section, train = settle.content.get("scheduler"), config.train
+    if section is None:
+        return
+    kind = str(section.get("type", ""))
+    if SCHEDULER_TYPES.get(kind) != train.schedule:
+        raise UserError(f"{settle.file}: scheduler.type is {kind!r} but train.schedule is {train.schedule!r}")
+    params = {
+        "warmup_num_steps": ("warmup_steps", train.warmup_steps),
+        "total_num_steps": ("max_steps", train.max_steps),
+        "warmup_max_lr": ("learning_rate", train.learning_rate),
+    }
+    for name, (key, value) in params.items():
+        if name in section.get("params", {}):
+            settle(f"scheduler.params.{name}", value, f"train.{key}")
+    if "warmup_min_lr" in section.get("params", {}):
+        settle("scheduler.params.warmup_min_lr", 0, "the learning rate before train.warmup_steps")
+
+
+def fill_zero_sizes(zero: dict[str, Any], hidden_size: int) -> None:
+    """ZeRO-3's buffer sizes [elements] from the base's width, as Hugging Face fills them."""
+    sizes = {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, size in sizes.items():
+        if zero.get(key) == "auto":
+            zero[key] = size
+
+
+def refuse_unfilled(node: Any, file: str, path: str = "") -> None:
+    """Raise UserError where an `auto` is left that nothing here can fill."""
+    if isinstance(node, dict):
+        for key, child in node.items():
+            refuse_unfilled(child, file, f"{path}.{key}" if path else key)
+    elif node == "auto" and not path.startswith(FILLED_LATER):
+        raise UserError(f'{file}: {path} is "auto" but nothing in the config fills it: give a value')
+
+
+def zero_stage(content: dict[str, Any]) -> int:
+    """The ZeRO stage that DeepSpeed's JSON asks for."""
+    return int(content.get("zero_optimization", {}).get("stage", 0))

@@ -1,0 +1,172 @@
+"""A sweep: several prompts trained together in one job over one base, each the config it would have had alone.
+
+Floor 0. config.py imports this module to check the sweep of a config; so what is here knows a config only as a value.
+"""
+
+import difflib
+import itertools
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ptune_dist.errors import UserError
+
+Config = TypeVar("Config")  # ptune_dist.config.schema.Config
+
+ONLY_MEMBER = "prompt"  # the name of the one member where there is no sweep
+MAX_NAME_LENGTH = 80
+# What members may differ in. The base, the batch size and the length of training are one for the whole job.
+SWEEPABLE = (
+    "seed",
+    "train.learning_rate", "train.weight_decay", "train.schedule", "train.warmup_steps", "train.max_grad_norm",
+    "train.betas", "train.eps", "train.momentum", "train.optimizer",
+    "prompt.num_virtual_tokens", "prompt.init", "prompt.init_text", "prompt.init_labels", "prompt.init_file",
+    "data.train", "data.validation", "data.template", "data.target", "data.labels", "data.max_length",
+    "data.truncation_side", "data.append_eos",
+)  # fmt: skip
+PATH_KEYS = ("data.train", "data.validation", "prompt.init_file")
+# Without these outside the sweep a config can be incomplete although every member of it is complete.
+FILLED_KEYS = (
+    "data.train", "data.validation", "data.template", "data.target", "data.labels",
+    "prompt.init_text", "prompt.init_labels", "prompt.init_file",
+)  # fmt: skip
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # 1e-3, which YAML reads as text
+
+
+def expand_sweep(config: Config) -> dict[str, Config]:
+    """Each member's name and the config that it would have alone, in the order of the sweep.
+
+    config: as load_config returns it, its members checked. Without a sweep it is its own only member, ONLY_MEMBER. A
+    member's output_dir is OUTPUT_DIR/members/NAME.
+    """
+    if not config.sweep:
+        return {ONLY_MEMBER: config}
+    return {name: type(config).model_validate(raw) for name, raw in render_members(config).items()}
+
+
+def member_config(config: Config, name: str) -> Config:
+    """The config of one member. Raises UserError where there is none of that name."""
+    members = expand_sweep(config)
+    if name not in members:
+        raise UserError(f"--member: {name} is none of {', '.join(members)}")
+    return members[name]
+
+
+def render_members(config: Config) -> dict[str, dict[str, Any]]:
+    """Each member's name and its config as plain dicts, not yet validated; empty without a sweep."""
+    members = {}
+    for name, values in name_members(list_members(config.sweep)).items():
+        output_dir = os.path.join(config.output_dir, "members", name)
+        raw = config.model_dump() | {"output_dir": output_dir, "sweep": None, "sweep_halving": None}
+        for key, value in values.items():
+            section, _, leaf = key.rpartition(".")
+            (raw[section] if section else raw)[leaf] = value
+        members[name] = raw
+    return members
+
+
+def list_members(sweep: dict[str, list] | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """The values that each member has of its own, by dotted key; of a mapping's, the last key changes fastest."""
+    if isinstance(sweep, dict):
+        return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+    return list(sweep or [])
+
+
+def name_members(members: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Members by names that are safe as names of folders: `learning_rate=0.1,seed=0`.
+
+    Names are cut to MAX_NAME_LENGTH; those taken already, in upper or lower case, end in -2, -3, ...
+    """
+    named, taken = {}, set()
+    for values in members:
+        # The last part of a key is enough: no two sweepable keys end alike.
+        parts = [f"{key.rpartition('.')[2]}={render_value(key, value)}" for key, value in values.items()]
+        full_name = re.sub(r"[^A-Za-z0-9_.=,+-]", "-", ",".join(parts))
+        name = full_name[:MAX_NAME_LENGTH]
+        for number in itertools.count(2):
+            if name.lower() not in taken:
+                break
+            name = f"{full_name[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}"
+        taken.add(name.lower())
+        named[name] = values
+    return named
+
+
+def render_value(key: str, value: Any) -> str:
+    """A value as part of a name: a path's last part without its suffix, the items of a list joined by +."""
+    if isinstance(value, (list, tuple)):
+        return "+".join(str(item) for item in value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if key in PATH_KEYS:
+        return re.sub(r"\.[A-Za-z]+$", "", Path(str(value)).name)  # v1.5 has no suffix
+    return str(value)
+
+
+def check_sweep(sweep: Any) -> dict[str, list] | list[dict[str, Any]]:
+    """The sweep as read from YAML, with 1e-3 as a number; ValueError, naming sweep.KEY, where it has not the form."""
+    if isinstance(sweep, dict) and sweep:
+        for key, values in sweep.items():
+            check_key(key, values)
+            if not isinstance(values, list):
+                raise ValueError(f"sweep.{key}: a list of values is needed, got {values!r}")
+            if not values:
+                raise ValueError(f"sweep.{key}: the list of values is empty")
+        return {key: [read_number(key, value) for value in values] for key, values in sweep.items()}
+    if isinstance(sweep, list) and sweep:
+        for number, member in enumerate(sweep, 1):
+            if not isinstance(member, dict) or not member:
+                raise ValueError(f"sweep: member {number}: a mapping of keys to values is needed, got {member!r}")
+            for key, value in member.items():
+                check_key(key, value)
+        return [{key: read_number(key, value) for key, value in member.items()} for member in sweep]
+    raise ValueError(f"sweep: a mapping of keys to lists, or a list of mappings, is needed, got {sweep!r}")
+
+
+def check_key(key: Any, value: Any) -> None:
+    """Raise ValueError, with the sweepable key most like it, unless members may differ in this key."""
+    if key in SWEEPABLE:
+        return
+    if isinstance(value, dict):
+        raise ValueError(f"sweep.{key}: the keys of a sweep are dotted, such as train.learning_rate")
+    compared = {known if "." in str(key) else known.rpartition(".")[2]: known for known in SWEEPABLE}
+    near = difflib.get_close_matches(str(key), compared, n=1, cutoff=0.8)  # train.max_steps is no misspelt warmup_steps
+    hint = f", did you mean {compared[near[0]]}?" if near else ""
+    raise ValueError(f"sweep.{key}: not a key that members can differ in{hint}")
+
+
+def read_number(key: str, value: Any) -> Any:
+    is_number = key.startswith("train.") and isinstance(value, str) and _EXPONENT.fullmatch(value)
+    return float(value) if is_number else value
+
+
+def fill_from_members(raw: Any) -> Any:
+    """A config as read from YAML, in which what every member gives and the config lacks is the first member's.
+
+    So that a sweep over tasks need not name a data.train twice. What is not of the right form comes back unchanged.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    try:
+        members = list_members(check_sweep(raw.get("sweep")))
+    except ValueError:  # said where the key itself is checked
+        return raw
+    filled = dict(raw)
+    for key in FILLED_KEYS:
+        section, _, leaf = key.partition(".")
+        # A member that gives prompt.init too says what goes with it: outside the sweep prompt.init stands without.
+        given = all(key in member and not (section == "prompt" and "prompt.init" in member) for member in members)
+        if given and isinstance(filled.get(section, {}), dict):
+            filled[section] = {leaf: members[0][key]} | filled.get(section, {})
+    return filled
+
+
+def map_paths(sweep: Any, resolve: Callable[[Any], Any]) -> Any:
+    """The sweep with its paths resolved."""
+    if isinstance(sweep, dict):
+        return {key: [resolve(v) for v in values] if key in PATH_KEYS else values for key, values in sweep.items()}
+    if sweep:
+        return [{key: resolve(v) if key in PATH_KEYS else v for key, v in member.items()} for member in sweep]
+    return None

@@ -1,0 +1,1 @@
+"""The process group, reductions over ranks, and errors that are raised on all ranks together."""

@@ -1,0 +1,111 @@
+"""The process group and reductions over ranks.
+
+Floor 1. Rank and world size come from torchrun's variables; with none set it is a world of one, on the same code path.
+"""
+
+import gc
+import os
+import signal
+import socket
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# DeepSpeed picks its accelerator when it is imported; without a GPU it must not look for one.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+from ptune_dist.cluster.signs import end_with_parent, own_folder  # noqa: E402
+from ptune_dist.errors import RunFault, UserError  # noqa: E402
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init_distributed() -> World:
+    """Join the process group: NCCL with a GPU per local rank, gloo without. Collective: every rank must call."""
+    if "RANK" not in os.environ:
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    # DeepSpeed still calls collectives by the names they had before torch 2.13, thousands of times a run.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\..* is deprecated")
+    if "TORCHELASTIC_RUN_ID" in os.environ and own_folder() is None:  # no rank goes on training alone
+        end_with_parent(signal.SIGTERM)
+    deepspeed_logger.setLevel(os.environ.get("PTUNE_DEEPSPEED_LOG", "ERROR"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # DeepSpeed's shared-memory all-reduce takes 40 s of compiling and takes hosts of one name for one host; gloo
+        # serves the few bytes that a prompt's gradient is.
+        deepspeed.ops.__compatible_ops__ = {}  # nor are its other kernels for CPUs worth the compiler's 0.2 s to find
+    if not dist.is_initialized():
+        gc.freeze()  # what is imported is no garbage: DeepSpeed's own collection, one per start, takes 0.4 s over it
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
+    """Sums of `values` over all ranks, in float64. Collective: every rank must call."""
+    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def max_over_ranks(value: float, world: World) -> float:
+    """The largest `value` of any rank. Collective: every rank must call."""
+    largest = torch.tensor([value], dtype=torch.float64, device=world.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def gather_from_ranks(value: Any, world: World) -> list[Any]:
+    """`value` of every rank, in rank order, on every rank. Collective: every rank must call."""
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_from_main(value: Any, world: World) -> Any:
+    """Rank 0's `value`, on every rank. Collective: every rank must call."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def raise_together(error: Exception | None, world: World) -> None:
+    """Raise the first rank's error on every rank, so that none waits for one that gave up. Collective.
+
+    A rank that has an error of its own raises that, with its traceback; of an unexpected one the others get the text.
+    """
+    is_ours = isinstance(error, (UserError, RunFault))
+    sent = error if is_ours or error is None else RuntimeError("".join(traceback.format_exception(error)))
+    for found in gather_from_ranks(sent, world):
+        if found is not None:
+            raise error or found

@@ -1,0 +1,1 @@
+"""What is done with a prompt: evaluate, generate, validate a config, compare."""

@@ -1,0 +1,101 @@
+"""What each placement would cost and a context cache would hold, from token statistics: arithmetic, nothing is run.
+
+Floor 6. Costs are in passes of the base's layers over a token: 2 for forward and the way back to the layers' inputs, 1
+where no gradient is wanted. Attention, a few percent of it on rows of some hundred tokens, and the head are left out.
+"""
+
+import statistics
+
+import numpy as np
+import torch
+from rich.table import Table
+from transformers import PretrainedConfig
+
+from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config
+from ptune_dist.config.sweep import expand_sweep
+from ptune_dist.data.encode import Examples, count_equal
+
+GIB = 1 << 30
+
+
+def context_bytes_per_token(shape: PretrainedConfig, family: str, dtype: torch.dtype) -> int:
+    """What is kept of a context's token: keys and values of every layer, or the encoder's output for seq2seq."""
+    text = shape.get_text_config(decoder=True)
+    if family == "seq2seq":
+        return text.hidden_size * dtype.itemsize
+    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * num_heads * head_width * dtype.itemsize
+
+
+def without_lead(contexts: list[np.ndarray]) -> list[int]:
+    """Lengths of contexts without the tokens that all of them begin with: those are computed once per job."""
+    num_lead = min((count_equal(contexts[0], context) for context in contexts), default=0)
+    return [len(context) - num_lead for context in contexts]
+
+
+def placement_costs(
+    examples: Examples, num_virtual: float, *, num_members: int = 1, with_template: bool = False
+) -> dict[str, float]:
+    """Mean passes per row and prompt of a causal base: with all of the input after the virtual tokens, before them, and
+    `with_template` as the examples' own contexts split it. `num_members` prompts read each row.
+    """
+    rows = range(len(examples))
+    inputs, targets = examples.widths.astype(np.float64).mean(axis=0)
+    # A text's last token is not read; virtual tokens that depend on no row are shared by those of a micro-batch.
+    live = 2 * (num_virtual + targets - 1)
+    whole = without_lead([examples.input_ids(i) for i in rows])
+    costs = {
+        "prefix": 2 * (inputs + targets - 1),
+        "infix": np.mean(whole) / num_members + live,
+        "infix, contexts cached": live,
+    }
+    if with_template:
+        own = without_lead([examples.context_ids(i) for i in rows])
+        rest = inputs - examples.num_context.mean()
+        shared = 0 if any(own) else num_virtual
+        costs["template"] = np.mean(own) / num_members + live + 2 * (rest - shared)
+        costs["template, contexts cached"] = live + 2 * (rest - shared)
+    return {name: float(cost) for name, cost in costs.items()}
+
+
+def count_context_tokens(examples: Examples, *, all_of_input: bool, has_lead: bool) -> int:
+    """Tokens that a cache of all distinct contexts holds; with `all_of_input` of a placement that makes it one."""
+    read = examples.input_ids if all_of_input else examples.context_ids
+    distinct = {ids.tobytes(): ids for ids in map(read, range(len(examples)))}
+    contexts = [ids for ids in distinct.values() if len(ids)]
+    return sum(without_lead(contexts)) if has_lead else sum(map(len, contexts))
+
+
+def render_costs(examples: Examples, config: Config) -> Table:
+    """Placements of a causal base beside each other."""
+    members = expand_sweep(config).values()
+    costs = placement_costs(
+        examples, statistics.mean(member.prompt.num_virtual_tokens for member in members), num_members=len(members),
+        with_template=config.prompt.placement == "template",
+    )  # fmt: skip
+    table = Table("placement", "passes of the layers per row" + (" and prompt" if config.sweep else ""), "of prefix")
+    for name, cost in costs.items():
+        table.add_row(name, f"{cost:,.0f}", f"{cost / costs['prefix']:.2f}")
+    return table
+
+
+def describe_cache(examples: Examples, config: Config, shape: PretrainedConfig, family: str) -> str:
+    """How much a cache of all contexts would be, and what the config gives it."""
+    placement = config.prompt.placement
+    is_split = placement in PLACEMENTS_WITH_CONTEXTS
+    tokens = count_context_tokens(examples, all_of_input=not is_split, has_lead=family == "causal")
+    size = tokens * context_bytes_per_token(shape, family, getattr(torch, config.model.dtype))
+    given = config.train.context_cache_gib
+    what = f"contexts of {placement}" if is_split else "as contexts (infix), the inputs"
+    text = f"{what} are {tokens:,} distinct tokens, {size / GIB:,.2f} GiB when all are cached"
+    epochs = config.train.max_steps * config.train.batch_size / len(examples)
+    if given:
+        text += f" of which {min(1.0, given * GIB / max(1, size)):.0%} fit one rank's train.context_cache_gib={given:g}"
+    return text + f"; each would be read {epochs:.1f} times"
+
+
+def describe_choice(placement: str) -> str:
+    if placement in ("prefix", "encoder"):
+        return "prefix reads the input in the light of the prompt; infix does not, which can cost quality (README)"
+    return "the input is read before the prompt, which saves work and can cost quality: compare with prefix"

@@ -1,0 +1,111 @@
+"""Contexts of a micro-batch: from the lead, from the cache, or computed now; the same number of passes on every rank.
+
+Floor 3. The lead is what the contexts of all training rows begin with: its keys/values are computed once per job and
+every context that begins with it goes on from there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS
+from ptune_dist.data.batches import Batch
+from ptune_dist.distributed.world import World, max_over_ranks
+from ptune_dist.model.attention import KeysValues
+from ptune_dist.model.context_cache import ContextCache
+from ptune_dist.model.prompted_model import Contexts, PromptedModel
+
+FEWEST_LEAD_TOKENS = 8  # a shorter one saves less than it costs to treat apart
+
+Read = Callable[[Contexts], list[tuple[torch.Tensor, ...]]]
+
+
+class ContextReader:
+    """Gives batches what their contexts leave. `read` runs the base; it is collective where the base is sharded."""
+
+    def __init__(self, read: Read, model: PromptedModel, world: World, *, cache: ContextCache | None, is_sharded: bool):
+        self._read, self._model, self._world, self.cache = read, model, world, cache
+        self._must_agree = is_sharded and world.size > 1
+        self._lead_tokens, self._lead = np.zeros(0, np.int32), None
+
+    def set_lead(self, tokens: np.ndarray, is_whole: bool) -> None:
+        """What contexts begin with; `is_whole`: they end with it too."""
+        if self._model.uses_segments and len(tokens) and (len(tokens) >= FEWEST_LEAD_TOKENS or is_whole):
+            self._lead_tokens = tokens
+
+    def take_counts(self) -> tuple[int, int]:
+        """Hits and misses of the cache since the last call."""
+        return self.cache.take_counts() if self.cache else (0, 0)
+
+    def hold(self, batch: Batch) -> Batch:
+        """The batch with what was computed of each row's context. Collective: every rank must call.
+
+        Where the base is sharded a rank whose rows have no contexts makes the passes that the others' rows need.
+        """
+        if self._model.placement not in PLACEMENTS_WITH_CONTEXTS:
+            return batch
+        if len(self._lead_tokens) and self._lead is None:
+            self._lead = self._wrap(self._read(Contexts([self._lead_tokens], batch.pad_id))[0])
+        # A decoder wants something of every encoder's input; a causal base needs nothing of an empty context.
+        needed = [tokens for tokens in batch.contexts if len(tokens) or self._model.family == "seq2seq"]
+        distinct = {tokens.tobytes(): tokens for tokens in needed}
+        known = {key: self._recall(tokens) for key, tokens in distinct.items()}
+        for begins in (True, False):
+            missing = [key for key in known if known[key] is None and self._begins(distinct[key]) == begins]
+            computed = self._compute([distinct[key] for key in missing], batch.pad_id, begins)
+            known |= dict(zip(missing, computed, strict=True))
+        if not known:
+            return batch
+        nothing = () if self._model.uses_segments else (empty_like(next(iter(known.values()))[0]),)
+        return batch.with_held([known.get(tokens.tobytes(), nothing) for tokens in batch.contexts])
+
+    def _begins(self, tokens: np.ndarray) -> bool:
+        """Whether a context goes on from the lead."""
+        lead = self._lead_tokens
+        return len(lead) > 0 and len(tokens) >= len(lead) and np.array_equal(tokens[: len(lead)], lead)
+
+    def _recall(self, tokens: np.ndarray) -> tuple | None:
+        """What needs no pass: a context that is the lead, or one that the cache holds."""
+        lead = (self._lead,) if self._begins(tokens) else ()
+        if lead and len(tokens) == len(self._lead_tokens):
+            return lead
+        found = self.cache.get(self._key(tokens)) if self.cache else None
+        if found is None:
+            return None
+        return (*lead, self._wrap(tuple(found[str(i)].to(self._world.device) for i in range(len(found)))))
+
+    def _compute(self, contexts: list[np.ndarray], pad_id: int, begins: bool) -> list[tuple]:
+        """Contexts that all begin with the lead, or all do not.
+
+        With a cache each is computed by itself: in a batch its last bits would depend on what else was missing, and a
+        run that is resumed with an empty cache would not be the undisturbed one bit for bit.
+        """
+        lead = self._lead if begins else None
+        groups = [[tokens] for tokens in contexts] if self.cache else [contexts] if contexts else []
+        num_passes = len(groups)
+        if self._must_agree:
+            num_passes = int(max_over_ranks(num_passes, self._world))
+        idle = np.append(self._lead_tokens if begins else self._lead_tokens[:0], pad_id)
+        computed = []
+        for number in range(num_passes):
+            tokens = groups[number] if number < len(groups) else [idle]
+            passed = self._read(Contexts(tokens, pad_id, lead))
+            computed += passed if number < len(groups) else []
+        for tokens, tensors in zip(contexts, computed, strict=True) if self.cache else ():
+            self.cache.put(self._key(tokens), {str(i): tensor.cpu() for i, tensor in enumerate(tensors)})
+        return [(*([lead] if lead else []), self._wrap(tensors)) for tensors in computed]
+
+    def _key(self, tokens: np.ndarray) -> np.ndarray:
+        """What is held of a context is without its lead."""
+        return np.append(tokens, len(self._lead_tokens) if self._begins(tokens) else 0)
+
+    def _wrap(self, tensors: tuple[torch.Tensor, ...]) -> Any:
+        """Keys/values, or what an encoder left [C, D]."""
+        return KeysValues(*tensors) if len(tensors) == 2 else tensors[0]
+
+
+def empty_like(held: KeysValues | torch.Tensor) -> KeysValues | torch.Tensor:
+    """What an empty context leaves."""
+    return KeysValues(*(part[:, :0] for part in held)) if isinstance(held, KeysValues) else held[:0]

@@ -1,0 +1,92 @@
+"""Take a trained prompt elsewhere: a PEFT adapter, or the embeddings that vLLM's prompt-embeds input takes.
+
+Floor 5.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from ptune_dist.common.files import replace_file
+from ptune_dist.data.encode import TokenPair
+from ptune_dist.errors import UserError
+from ptune_dist.families.find import POOLER
+
+PEFT_TASK = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "SEQ_CLS"}
+
+
+def check_for_peft(facts: dict[str, Any]) -> None:
+    """Raise UserError for a prompt that PEFT cannot place: it puts virtual tokens before everything."""
+    if facts["placement"] not in ("prefix", "encoder"):
+        other = "" if facts["placement"] == "decoder" else ": use --to prompt-embeds"
+        raise UserError(f"--to peft: PEFT has no placement {facts['placement']}{other}")
+
+
+def export_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], out: Path) -> None:
+    """Write an adapter folder for `peft.PeftModel.from_pretrained(base, out)`. Raises UserError.
+
+    The format is PEFT's for PROMPT_TUNING: one tensor `prompt_embeddings` [P, D] and its configuration. An encoder's
+    head is beside it as `base_model.NAME`; its base is to be loaded for as many labels (`num_labels`), in their order.
+    """
+    head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
+    stored = {"prompt_embeddings": tensors["virtual_tokens"]} | {f"base_model.{n}": t for n, t in head.items()}
+    config = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": PEFT_TASK[facts["base"]["family"]],
+        "base_model_name_or_path": facts["base"]["path"],
+        "inference_mode": True,
+        "num_virtual_tokens": facts["num_virtual_tokens"],
+        "token_dim": facts["width"],
+        "num_layers": facts["base"]["num_layers"],
+        "num_attention_heads": facts["base"]["num_attention_heads"],
+        "num_transformer_submodules": 1,  # of seq2seq too: its decoder gets no virtual tokens
+        "modules_to_save": head_modules(head) or None,
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "tokenizer_name_or_path": None,
+        "revision": None,
+    }
+    write_folder(
+        out,
+        {
+            "adapter_model.safetensors": save(stored, {"format": "pt"}),
+            "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        },
+    )
+
+
+def head_modules(names: Iterable[str]) -> list[str]:
+    """The modules that hold a head's parameters, as PEFT wraps them: a head whole, a pooler's layer by itself."""
+    return sorted({name.rpartition(".")[0] if POOLER in name else name.partition(".")[0] for name in names})
+
+
+def export_prompt_embeds(
+    tensors: dict[str, torch.Tensor], embed: Any, inputs: Sequence[TokenPair], dtype: torch.dtype, out: Path
+) -> None:
+    """Write `prompt_embeds.safetensors`: `virtual_tokens` [P, D], and `prompt_embeds.I` [T, D] for each input.
+
+    The latter stand in the order in which the base reads them: context, virtual tokens, rest. `embed` maps T token ids,
+    at least one, to [T, D]. The tensors are in the base's dtype, as vLLM wants them; those of a seq2seq base are its
+    encoder's `inputs_embeds`. Raises UserError, also for an encoder: its answers need its head.
+    """
+    if any(name.startswith("head.") for name in tensors):
+        raise UserError("--to prompt-embeds: this prompt was trained with a classification head: use --to peft")
+    virtual = tensors["virtual_tokens"].to(dtype)
+    found = {"virtual_tokens": virtual}
+    for i, parts in enumerate(inputs):
+        context, rest = (embed(list(ids)).to(dtype) if len(ids) else virtual[:0] for ids in parts)
+        found[f"prompt_embeds.{i}"] = torch.cat([context, virtual, rest])
+    write_folder(out, {"prompt_embeds.safetensors": save({k: t.contiguous() for k, t in found.items()})})
+
+
+def write_folder(out: Path, files: dict[str, bytes]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            replace_file(out / name, data)
+    except OSError as error:
+        raise UserError(f"--out: {out}: {error.strerror}") from None

@@ -1,0 +1,1 @@
+"""A run: its folder, status, checkpoints, progress, stopping, logging and summary."""

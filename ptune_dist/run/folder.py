@@ -1,0 +1,164 @@
+"""A run is one output directory: what is in it, whether it is finished, whether this config may go on with it.
+
+Floor 1.
+"""
+
+import fcntl
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from ptune_dist.common.files import fault_on_failed_write, replace_file
+from ptune_dist.config.schema import Config, load_config, render_config
+from ptune_dist.config.sweep import member_config
+from ptune_dist.errors import UserError
+
+# What may change when a run goes on: how far, how it is watched and how it is spread, not what is learned.
+MAY_CHANGE = ("output_dir", "evaluate", "checkpoint", "deepspeed", "train.max_steps", "train.micro_batch_tokens",
+              "train.resume", "train.hang_timeout_s", "train.context_cache_gib",
+              "train.context_cache_dir")  # fmt: skip
+CHECKPOINT = re.compile(r"step-\d{8}")
+
+
+def read_run_config(run_dir: Path, overrides: list[str] = ()) -> Config:
+    """The config of a run, with overrides. Raises UserError."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run_dir}: not a run: it has no config.yaml")
+    return load_config(file, list(overrides))
+
+
+def find_member_dir(run_dir: Path, member: str | None) -> Path:
+    """The folder of a sweep's member, of the best-ranked where none is named; a run's own without a sweep.
+
+    Raises UserError.
+    """
+    config = read_run_config(run_dir)
+    if not config.sweep:
+        if member:
+            raise UserError(f"--member: {run_dir} is no sweep: leave it out")
+        return run_dir
+    if member is None:
+        summary = read_summary(run_dir)
+        if summary is None:
+            raise UserError(f"{run_dir}: a sweep that has not ended has no best member: name one with --member")
+        member = summary["ranking"][0]["member"]
+        print(f"member: {member}", file=sys.stderr)
+    return run_dir / "members" / Path(member_config(config, member).output_dir).name
+
+
+def check_run_dir(config: Config) -> None:
+    """Raise UserError where the folder holds a run that this config may not go on with."""
+    run_dir = Path(config.output_dir)
+    file = run_dir / "config.yaml"
+    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir: {run_dir}: cannot write in {existing}")
+    if not file.exists() or not has_begun(run_dir):
+        return
+    if config.train.resume == "never":
+        raise UserError(f"output_dir: {run_dir} holds a run and train.resume is never: choose another output_dir")
+    before = load_config(file)
+    key = first_difference(before.model_dump(), config.model_dump())
+    if key:
+        old, new = (read_key(c.model_dump(), key) for c in (before, config))
+        raise UserError(f"{file}: this run began with {key} {old!r}, not {new!r}: choose another output_dir")
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether anything in the folder depends on its config: a checkpoint, a prompt or a summary."""
+    return any((run_dir / name).exists() for name in ("checkpoints", "prompt", "summary.json"))
+
+
+def lock_run_dir(config: Config) -> IO[str]:
+    """Create the run's folder, and lock it while the returned file is open. Raises UserError. One rank calls."""
+    run_dir = Path(config.output_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"output_dir: {run_dir}: another process is training here: wait for it or end it") from None
+    except OSError as error:
+        raise UserError(f"output_dir: {run_dir}: {error.strerror}") from None
+    return lock
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether someone trains in the folder."""
+    try:
+        with open(run_dir / ".lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # none yet, or a file system without locks: whoever trains next will say so
+        return False
+    return False
+
+
+def write_run_configs(config: Config, members: dict[str, Config]) -> None:
+    """Put the resolved config into the run's folder, and each member's of a sweep into its own. Raises RunFault.
+
+    One rank calls.
+    """
+    for own in (config, *(members.values() if config.sweep else ())):
+        file = Path(own.output_dir) / "config.yaml"
+        with fault_on_failed_write(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, render_config(own).encode())
+
+
+def first_difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
+    """The first dotted key whose values differ and may not."""
+    for name in now:
+        key = prefix + name
+        if key == "sweep" and json.dumps(before.get(name)) != json.dumps(now[name]):
+            return key  # as a whole: its keys are dotted, and their order names the members
+        if key in MAY_CHANGE or before.get(name) == now[name]:
+            continue
+        if isinstance(now[name], dict) and isinstance(before.get(name), dict):
+            found = first_difference(before[name], now[name], f"{key}.")
+            if found:
+                return found
+        else:
+            return key
+    return None
+
+
+def read_key(content: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        content = content[part]
+    return content
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """The summary of a finished run, None before."""
+    try:
+        return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def is_finished(config: Config) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do."""
+    summary = read_summary(Path(config.output_dir))
+    if not summary:
+        return None
+    gave_up = 0 < config.evaluate.patience <= summary["evaluations_since_best"]
+    if "ranking" in summary:
+        gave_up = all(line["ended"] for line in summary["ranking"])
+    return summary if gave_up or summary["steps"] >= config.train.max_steps else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if CHECKPOINT.fullmatch(path.name))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Raises RunFault where the disk is full."""
+    with fault_on_failed_write(path):
+        replace_file(path, (json.dumps(content, indent=2) + "\n").encode())

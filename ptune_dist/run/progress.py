@@ -1,0 +1,173 @@
+"""Where a run stands, and its way into and out of checkpoints.
+
+Floor 5.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ptune_dist.config.schema import HIGHER_IS_BETTER
+from ptune_dist.data.training_rows import TrainingRows
+from ptune_dist.distributed.world import World
+from ptune_dist.errors import RunFault, UserError
+from ptune_dist.prompts.store import save_prompt
+from ptune_dist.run.checkpoint import Snapshot, load_newest_checkpoint, save_checkpoint
+from ptune_dist.run.job import Job, from_main, prompt_facts, together
+from ptune_dist.run.log import StepCount, Throughput
+
+
+@dataclass
+class Standing:
+    """Where one member stands."""
+
+    train_loss: float = math.nan
+    before: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
+    best: dict[str, float] = field(default_factory=dict)  # metrics of the best prompt
+    best_step: int = 0
+    samples: list[dict[str, str]] = field(default_factory=list)  # input, wanted, untrained answer, best prompt's answer
+    num_worse: int = 0  # evaluations since the best
+    ended: str = ""  # why it stands still while others go on
+    ended_step: int = 0
+    is_faulty: bool = False  # ended by what was not a number
+
+    def end(self, reason: str, step: int, *, is_faulty: bool = False) -> None:
+        self.ended, self.ended_step, self.is_faulty = reason, step, is_faulty
+
+    def count_evaluation(self, found: dict[str, float], samples: list[dict[str, str]], name: str, step: int) -> bool:
+        """Take in an evaluation; True where `step`'s prompt is the best so far by metric `name`, then by loss."""
+        if step == 0:
+            self.before = found
+            self.samples = [
+                {"input": s["input"], "wanted": s["wanted"], "untrained": s["answer"], "trained": ""} for s in samples
+            ]
+            return False
+        self.last = found
+        if name in self.best and rank_evaluation(found, name) <= rank_evaluation(self.best, name):
+            self.num_worse += 1
+            return False
+        self.best, self.best_step, self.num_worse = found, step, 0
+        for kept, sample in zip(self.samples, samples, strict=False):  # their number may change on resume
+            kept["trained"] = sample["answer"]
+        return True
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint keeps beside tensors."""
+
+    members: dict[str, Standing]
+    step: int = 0
+    elapsed_s: float = 0.0  # in training steps
+    wall_s: float = 0.0  # in all, evaluations and checkpoints included
+    evaluation_pending: bool = True  # due at `step` and not done
+    data_digest: str = ""
+    throughput: Throughput = field(default_factory=Throughput)  # this process's alone
+    saved_step: int = -1  # of the newest checkpoint, this process's alone
+
+    @property
+    def live(self) -> list[str]:
+        """Members that go on."""
+        return [name for name, standing in self.members.items() if not standing.ended]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        kept = {key: value for key, value in vars(self).items() if key not in ("throughput", "saved_step", "members")}
+        return kept | {"members": {name: asdict(standing) for name, standing in self.members.items()}}
+
+    def count_step(self, losses: dict[str, float], count: StepCount) -> None:
+        """One more step done, with the loss of each member that took part."""
+        self.step += 1
+        for name, loss in losses.items():
+            if math.isfinite(loss):
+                self.members[name].train_loss = loss
+        self.elapsed_s += count.seconds
+        self.throughput.count(count)
+        self.wall_s += self.throughput.lap()
+
+
+def rank_evaluation(found: dict[str, float], name: str) -> tuple[float, float]:
+    """Larger is better."""
+    return (found[name] if HIGHER_IS_BETTER[name] else -found[name], -found["loss"])
+
+
+def rank_members(progress: Progress, name: str) -> list[str]:
+    """Members, the best first: by metric `name` of their best prompts, without one by the loss in training.
+
+    Without a judged prompt, one that a fault has ended comes last.
+    """
+
+    def key(member: str) -> tuple:
+        standing = progress.members[member]
+        if standing.best:
+            return (0, *(-value for value in rank_evaluation(standing.best, name)))
+        has_loss = math.isfinite(standing.train_loss)
+        return (2 if standing.is_faulty else 1, standing.train_loss if has_loss else math.inf, 0.0)
+
+    return sorted(progress.members, key=key)
+
+
+def restore(job: Job, rows: TrainingRows, world: World) -> Progress:
+    """Go on from the newest sound checkpoint, or begin. Collective: every rank must call."""
+
+    folder = Path(job.config.output_dir) / "checkpoints"
+    snapshot = from_main(
+        world, lambda: load_newest_checkpoint(folder, lambda text: print(f"warning: {text}", flush=True))
+    )
+    digest = rows.digest()
+    if snapshot is None:
+        return Progress({name: Standing() for name in job.members}, data_digest=digest)
+    kept = dict(snapshot.state["progress"])
+    if "members" not in kept:
+        raise UserError(f"{folder}: these checkpoints are of an earlier version: choose another output_dir")
+    members = {name: Standing(**standing) for name, standing in kept.pop("members").items()}
+    progress = Progress(members, **kept, saved_step=snapshot.step)
+    if progress.data_digest != digest:
+        raise UserError(f"data.train: {rows.names[0]} has changed since this run began: choose another output_dir")
+    if snapshot.state["base"] != job.fingerprint:
+        path = job.config.model.path
+        raise UserError(f"model.path: {path} has changed since this run began: choose another output_dir")
+    job.engine.load_prompts({
+        name: {k.removeprefix(f"{name}/"): t for k, t in snapshot.prompt.items() if k.startswith(f"{name}/")}
+        for name in job.members
+    })  # fmt: skip
+    job.engine.load_optimizer_state(snapshot.optimizer)
+    job.engine.load_loss_scale_state(snapshot.state["loss_scale"])
+    return progress
+
+
+def checkpoint(job: Job, progress: Progress, world: World) -> None:
+    """Save the run's place, unless its step is saved already. Collective: every rank must call."""
+    if progress.saved_step == progress.step:
+        return
+    engine = job.engine
+    snapshot = Snapshot(
+        step=progress.step,
+        prompt={f"{name}/{key}": t for name in job.members for key, t in engine.prompt_tensors(name).items()},
+        optimizer=engine.optimizer_state(),
+        state={
+            "progress": progress.state(),
+            "base": job.fingerprint,
+            "loss_scale": engine.loss_scale_state(),
+        },
+    )
+    folder, keep = Path(job.config.output_dir) / "checkpoints", job.config.checkpoint.keep
+    together(world, lambda: save_checkpoint(folder, snapshot, keep=keep) if world.is_main else None)
+    progress.saved_step = progress.step
+
+
+def store_prompt(job: Job, member: str, progress: Progress, world: World) -> None:
+    """Write a member's `prompt/`. Collective: every rank must call."""
+    facts = prompt_facts(job, member, step=progress.step, metrics=progress.members[member].best)
+    folder = Path(job.members[member].output_dir) / "prompt"
+    tensors = job.engine.prompt_tensors(member)
+
+    def save() -> None:
+        try:
+            save_prompt(folder, tensors, facts)
+        except OSError as error:
+            raise RunFault(f"cannot save the prompt: {error.strerror}: {folder}; the one before it is kept") from None
+
+    together(world, lambda: save() if world.is_main else None)

@@ -1,0 +1,147 @@
+"""What a run says of itself at its start and at its end.
+
+Floor 6.
+"""
+
+import math
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from ptune_dist import __version__
+from ptune_dist.base.layers import disk_bytes, held_bytes
+from ptune_dist.config.schema import Config
+from ptune_dist.data.training_rows import TrainingRows
+from ptune_dist.distributed.world import World, gather_from_ranks, max_over_ranks
+from ptune_dist.evaluation.evaluator import Judge
+from ptune_dist.run.job import Job
+from ptune_dist.run.log import peak_memory_by_kind, peak_memory_bytes, show_samples
+from ptune_dist.run.progress import Progress, Standing, rank_members
+
+MIB = 1 << 20
+
+
+def describe_start(job: Job, rows: TrainingRows, judges: dict[str, Judge], progress: Progress, world: World) -> str:
+    """The first line of a run's log: what goes in and how it is spread."""
+    parts = [f"{len(rows.examples):,} examples, {rows.examples.truncated_share:.1%} truncated"]
+    if judges:
+        held_out = next(iter(judges.values())).split.examples
+        parts.append(f"validation {len(held_out):,}, {held_out.truncated_share:.1%} truncated")
+    if job.config.sweep:
+        parts.append(f"{len(job.members)} members")
+    precision = describe_precision(job.config)
+    parts.append(f"{world.size} ranks on {world.device.type}, ZeRO {job.engine.stage}, {precision}")
+    loading = job.loading
+    parts.append(f"base {held_bytes(job.engine.model.base) / MIB:,.2f} MiB a rank, read in {loading['load_s']:.1f} s")
+    parts.append(f"from step {progress.step}" if progress.step else "from the start")
+    return "; ".join(parts)
+
+
+def describe_precision(config: Config) -> str:
+    return config.model.dtype + (" over int8" if config.model.quantization == "int8" else "")
+
+
+def build_summary(job: Job, progress: Progress, world: World) -> dict[str, Any]:
+    """What `summary.json` holds; a sweep's speaks of its best member and ranks all. Collective."""
+    ranked = rank_members(progress, job.config.evaluate.best)
+    peak = max_over_ranks(peak_memory_bytes(world.device), world)
+    summary = {
+        **describe_member(job, progress, ranked[0]),
+        "samples_per_s": progress.throughput.samples_per_s,
+        "tokens_per_s": progress.throughput.tokens_per_s,
+        "peak_memory_bytes": int(peak),
+        "ranks": gather_from_ranks(describe_rank(job, progress, world), world),
+        "world_size": world.size,
+        "zero_stage": job.engine.stage,
+        "quantization": job.config.model.quantization,
+        "skipped_steps": job.engine.skipped_steps,
+        "wall_s": progress.wall_s + progress.throughput.lap(),
+        "versions": {
+            "ptune_dist": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        },
+    }
+    if job.config.sweep:
+        summary["steps"], summary["stopped_early"] = progress.step, progress.step < job.config.train.max_steps
+        summary["ranking"] = [describe_rank_of(progress.members[name], name) for name in ranked]
+    return summary
+
+
+def describe_member(job: Job, progress: Progress, member: str) -> dict[str, Any]:
+    """What a member's own `summary.json` holds."""
+    standing = progress.members[member]
+    step = standing.ended_step or progress.step
+    return {
+        "steps": step,
+        "stopped_early": step < job.config.train.max_steps,
+        "train_loss": finite(standing.train_loss),
+        "validation": standing.best,
+        "before": standing.before,
+        "best_step": standing.best_step,
+        "evaluations_since_best": standing.num_worse,
+        "samples": standing.samples,
+    } | ({"ended": standing.ended} if standing.ended else {})
+
+
+def finite(value: float) -> float | None:
+    """None, which JSON knows, for what is not a number: a member may have had no good step."""
+    return value if math.isfinite(value) else None
+
+
+def describe_rank_of(standing: Standing, name: str) -> dict[str, Any]:
+    """A line of a sweep's ranking."""
+    return {
+        "member": name, "validation": standing.best, "best_step": standing.best_step,
+        "train_loss": finite(standing.train_loss), "ended": standing.ended or None,
+        "ended_step": standing.ended_step or None,
+    }  # fmt: skip
+
+
+def describe_rank(job: Job, progress: Progress, world: World) -> dict:
+    """What this rank held, read and, in a steady step, gathered."""
+    mean, cache = progress.throughput.per_step, job.engine.contexts.cache
+    found = {
+        "rank": world.rank,
+        "base_bytes": held_bytes(job.engine.model.base),
+        "base_bytes_on_disk": disk_bytes(job.engine.model.base),
+        "peak_memory_bytes": peak_memory_by_kind(world.device),
+        "gathers_per_step": mean("num_gathers"),
+        "gathered_bytes_per_step": mean("gathered_bytes"),
+        "gathered_bytes_between_nodes_per_step": mean("gathered_bytes_between_nodes"),
+        **job.loading,
+    }
+    if cache:
+        found |= {"context_cache_bytes": cache.held_bytes, "context_hits": cache.hits, "context_misses": cache.misses}
+    return found
+
+
+def say_finished(config: Config, summary: dict, world: World) -> None:
+    """The end of a run for people: the metric before and after, some held-out rows' answers, a sweep's ranking."""
+    if not world.is_main:
+        return
+    name, before, after = config.evaluate.best, summary["before"], summary["validation"]
+    show_samples(summary["samples"])
+    if "ranking" in summary:
+        Console().print(render_ranking(summary["ranking"], name))
+    change = (
+        f", {name} {before[name]:.4f} before training, {after[name]:.4f} after"
+        if name in before and name in after
+        else ""
+    )
+    best = f" of the best member, {summary['ranking'][0]['member']}" if change and "ranking" in summary else ""
+    print(f"finished: {config.output_dir}, {summary['steps']} steps{change}{best}", flush=True)
+
+
+def render_ranking(ranking: list[dict[str, Any]], name: str) -> Table:
+    table = Table("", Column("member", overflow="fold"), name, "loss", "at step", "training loss", "")
+    for place, line in enumerate(ranking, 1):
+        found = line["validation"]
+        shown = [f"{found[key]:.4f}" if key in found else "" for key in (name, "loss")]
+        ended = f"{line['ended']} (step {line['ended_step']})" if line["ended"] else ""
+        loss = "" if line["train_loss"] is None else f"{line['train_loss']:.4f}"
+        table.add_row(str(place), line["member"], *shown, str(line["best_step"] or ""), loss, ended)
+    return table

@@ -1,0 +1,1 @@
+"""The DeepSpeed seam: the base under ZeRO. Nothing else in the package imports deepspeed."""

@@ -1,0 +1,245 @@
+"""DeepSpeed's JSON stays its own: `auto` values are filled from the config and contradictions are refused."""
+
+import json
+
+import pytest
+
+from ptune_dist.config.deepspeed_json import fill_deepspeed_json, load_deepspeed_json, zero_stage
+from ptune_dist.config.schema import Config
+from ptune_dist.errors import UserError
+from tests.processes import ROOT
+
+SHIPPED = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def build(deepspeed=None, *, dtype="float32", **train) -> Config:
+    return Config.model_validate(
+        {
+            "output_dir": "x",
+            "model": {"path": "y", "dtype": dtype},
+            "data": {"train": "z", "template": "{{ a }}", "target": "{{ b }}"},
+            "train": train,
+            "deepspeed": deepspeed,
+        }
+    )
+
+
+def fill(deepspeed=None, **settings) -> dict:
+    return fill_deepspeed_json(build(deepspeed, **settings), hidden_size=64)
+
+
+def error_of(deepspeed, **settings) -> str:
+    with pytest.raises(UserError) as caught:
+        fill(deepspeed, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def autos(node) -> list:
+    return (
+        [node]
+        if node == "auto"
+        else [a for child in node.values() for a in autos(child)]
+        if isinstance(node, dict)
+        else []
+    )
+
+
+# What is filled
+
+
+def fill_shipped(path) -> tuple[dict, str, str]:
+    """A ready file's content, filled in, and the stage and precision of its name."""
+    stage, precision, *_ = path.stem.removeprefix("zero").split("_")
+    content = fill(str(path), dtype=DTYPES[precision])
+    if "nvme" in path.stem:  # these follow from the base's tensors
+        assert autos(content) == ["auto", "auto"]
+        content["zero_optimization"]["offload_param"] |= {"buffer_size": 1000, "buffer_count": 4}
+    return content, stage, precision
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_json_is_filled_whole_and_asks_for_what_its_name_says(path):
+    content, stage, precision = fill_shipped(path)
+    assert not autos(content)
+    assert zero_stage(content) == int(stage)
+    assert content["bf16"]["enabled"] == (precision == "bf16") and content["fp16"]["enabled"] == (precision == "fp16")
+
+
+def test_every_shipped_json_is_one_that_deepspeed_itself_takes():
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for path in SHIPPED:
+        content, stage, precision = fill_shipped(path)
+        taken = DeepSpeedConfig(content)
+        assert taken.zero_config.stage == int(stage)
+        assert (taken.bfloat16_config.enabled, taken.float16_config.enabled) == (
+            precision == "bf16",
+            precision == "fp16",
+        )
+
+
+def test_without_a_json_it_is_stage_0_in_the_configs_precision():
+    assert zero_stage(fill()) == 0
+    assert fill(dtype="bfloat16")["bf16"] == {"enabled": True}
+
+
+def test_the_buffer_sizes_follow_the_bases_width():
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto"}  # fmt: skip
+    filled = fill({"zero_optimization": zero})["zero_optimization"]
+    assert (filled["reduce_bucket_size"], filled["stage3_prefetch_bucket_size"]) == (4096, 3686)
+    assert filled["stage3_param_persistence_threshold"] == 640
+    own = fill({"zero_optimization": zero | {"reduce_bucket_size": 100}})["zero_optimization"]
+    assert own["reduce_bucket_size"] == 100  # a number that is given stays
+
+
+def test_what_the_config_does_not_set_passes_unchanged():
+    own = {
+        "zero_optimization": {"stage": 3, "overlap_comm": False, "offload_param": {"device": "cpu"}},
+        "wall_clock_breakdown": True,
+    }
+    filled = fill(own)
+    assert filled["zero_optimization"] == own["zero_optimization"] and filled["wall_clock_breakdown"] is True
+
+
+def test_clipping_schedule_and_accumulation_are_left_to_us():
+    own = {"gradient_clipping": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
+           "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+           "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}}  # fmt: skip
+    filled = fill(own, max_grad_norm=0.5)
+    assert filled["gradient_clipping"] == 0.0 and "optimizer" not in filled and "scheduler" not in filled
+    assert (filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]) == (1, 1)
+
+
+def test_what_was_given_is_not_changed():
+    own = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "gradient_clipping": "auto"}
+    config = build(own)
+    fill_deepspeed_json(config, hidden_size=64)
+    assert (
+        own
+        == config.deepspeed
+        == {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "gradient_clipping": "auto"}
+    )
+
+
+# What is refused
+
+SAME = {
+    "gradient_clipping": (0.5, {"max_grad_norm": 0.5}, "train.max_grad_norm"),
+    "train_batch_size": (16, {"batch_size": 16}, "train.batch_size"),
+    "bf16": ({"enabled": True}, {"dtype": "bfloat16"}, "model.dtype"),
+    "fp16": ({"enabled": True}, {"dtype": "float16"}, "model.dtype"),
+    "optimizer": ({"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}},
+                  {"optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.5}, "train.optimizer"),
+    "scheduler": ({"type": "WarmupCosineLR", "params": {"warmup_num_steps": 5, "total_num_steps": 50}},
+                  {"schedule": "cosine", "warmup_steps": 5, "max_steps": 50}, "train.schedule"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", SAME)
+def test_a_value_that_both_files_set_may_be_equal_and_may_not_differ(key):
+    value, equal, ours = SAME[key]
+    assert fill({key: value}, **equal)
+    message = error_of({key: value})  # against the config's defaults
+    assert key in message and ours in message
+
+
+def adamw(**params) -> dict:
+    return {"optimizer": {"type": "AdamW", "params": params}}
+
+
+def linear(**params) -> dict:
+    return {"scheduler": {"type": "WarmupDecayLR", "params": params}}
+
+
+@pytest.mark.parametrize(
+    "own, train, theirs, ours",
+    [
+        (adamw(lr=0.1), {}, "optimizer.params.lr", "train.learning_rate"),
+        (adamw(betas=[0.9, 0.95]), {}, "optimizer.params.betas", "train.betas"),
+        (adamw(eps=1e-6), {}, "optimizer.params.eps", "train.eps"),
+        (adamw(weight_decay=0.1), {}, "optimizer.params.weight_decay", "train.weight_decay"),
+        (
+            {"optimizer": {"type": "SGD", "params": {"momentum": 0.9}}},
+            {"optimizer": "sgd"},
+            "optimizer.params.momentum",
+            "train.momentum",
+        ),
+        ({"optimizer": {"type": "Lion"}}, {}, "optimizer.type", "train.optimizer"),
+        ({"scheduler": {"type": "OneCycle"}}, {}, "scheduler.type", "train.schedule"),
+        (linear(total_num_steps=7), {}, "scheduler.params.total_num_steps", "train.max_steps"),
+        (linear(warmup_max_lr=7), {}, "scheduler.params.warmup_max_lr", "train.learning_rate"),
+        ({"gradient_accumulation_steps": 4}, {}, "gradient_accumulation_steps", "train.batch_size"),
+        ({"train_micro_batch_size_per_gpu": 4}, {}, "train_micro_batch_size_per_gpu", "train.micro_batch_tokens"),
+    ],
+)
+def test_a_contradiction_between_the_files_names_both_keys(own, train, theirs, ours):
+    message = error_of(own, **train)
+    assert theirs in message and ours in message
+
+
+def test_numbers_written_with_auto_or_equal_are_no_contradiction():
+    assert fill(
+        {
+            "optimizer": {
+                "type": "AdamW",
+                "params": {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0},
+            }
+        }
+    )
+    assert fill({"gradient_clipping": 1}, max_grad_norm=1.0)
+
+
+def test_an_auto_that_nothing_fills_is_named():
+    message = error_of({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}})
+    assert "zero_optimization.sub_group_size" in message
+
+
+def test_the_file_is_named_in_what_is_refused(tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"gradient_clipping": 7}))
+    assert error_of(str(path)).startswith(f"{path}: gradient_clipping is 7 but train.max_grad_norm is 1.0")
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [(b"{\n  'a': 1}", "line 2: not valid JSON"), (b"[1]", "found list"), (b"\xff\xfe", "not UTF-8"), (b"", "line 1")],
+)
+def test_a_file_that_is_no_json_object_is_named_with_the_line(tmp_path, content, says):
+    path = tmp_path / "zero.json"
+    path.write_bytes(content)
+    message = error_of(str(path))
+    assert message.startswith(f"deepspeed: {path}") and says in message
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"deepspeed: {tmp_path}/no.json: No such file"):
+        load_deepspeed_json(str(tmp_path / "no.json"))
+
+
+@pytest.mark.parametrize(
+    "own, key",
+    [
+        ({"bf16": True}, "bf16"),
+        ({"zero_optimization": None}, "zero_optimization"),
+        ({"zero_optimization": 3}, "zero_optimization"),
+        ({"optimizer": "AdamW"}, "optimizer"),
+        ({"scheduler": {"type": "WarmupDecayLR", "params": None}}, "scheduler"),
+    ],
+    ids=str,
+)
+def test_a_section_of_the_wrong_shape_is_the_users_mistake(own, key):
+    assert key in error_of(own)
+
+
+def test_gradients_in_another_order_than_the_optimizers_are_refused():
+    assert "round_robin_gradients" in error_of({"zero_optimization": {"stage": 2, "round_robin_gradients": True}})
+    assert fill({"zero_optimization": {"stage": 2, "round_robin_gradients": False}})
+
+
+@pytest.mark.parametrize("stage", [4, -1, "three", 2.5])
+def test_a_stage_that_is_none_is_named(stage):
+    assert "zero_optimization.stage" in error_of({"zero_optimization": {"stage": stage}})

@@ -1,0 +1,219 @@
+"""A checkpoint is whole, verified and small; whatever fails, the ones before it stay as they were."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptune_dist.errors import RunFault
+from ptune_dist.run.checkpoint import (
+    Snapshot,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest_checkpoint,
+    save_checkpoint,
+)
+from tests.processes import process_env
+
+
+def make(step: int) -> Snapshot:
+    generator = torch.Generator().manual_seed(step)
+    vectors = torch.randn(5, 7, generator=generator)
+    return Snapshot(
+        step=step,
+        prompt={"virtual_tokens": vectors},
+        optimizer={"virtual_tokens.step": torch.tensor(float(step)), "virtual_tokens.exp_avg": vectors.T / 3},
+        state={"progress": {"step": step, "train_loss": 0.1 * step, "best": {}}, "base": "abc", "loss_scale": {}},
+    )
+
+
+def same(a: Snapshot, b: Snapshot) -> bool:
+    def tensors(snapshot):
+        return {("p", k): t for k, t in snapshot.prompt.items()} | {("o", k): t for k, t in snapshot.optimizer.items()}
+
+    x, y = tensors(a), tensors(b)
+    bits = x.keys() == y.keys() and all(torch.equal(x[k], y[k]) and x[k].dtype == y[k].dtype for k in x)
+    return bits and a.step == b.step and a.state == b.state
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A run's folder of checkpoints with those of steps 10 and 20."""
+    for step in (10, 20):
+        save_checkpoint(tmp_path / "checkpoints", make(step), keep=5)
+    return tmp_path / "checkpoints"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(folder):
+    assert same(load_checkpoint(folder / "step-00000020"), make(20))
+    assert same(load_newest_checkpoint(folder, warn=pytest.fail), make(20))
+
+
+def test_bfloat16_scalars_and_no_optimizer_state_come_back_too(tmp_path):
+    snapshot = Snapshot(3, {"a": torch.tensor(1.5), "b": torch.ones(2, dtype=torch.bfloat16)}, {}, {})
+    assert same(load_checkpoint(save_checkpoint(tmp_path, snapshot, keep=1)), snapshot)
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert load_newest_checkpoint(tmp_path / "none", warn=pytest.fail) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert load_newest_checkpoint(tmp_path / "checkpoints", warn=pytest.fail) is None
+
+
+def test_files_are_safetensors_and_json_of_the_prompts_size(folder):
+    files = {path.name: path.read_bytes() for path in (folder / "step-00000020").iterdir()}
+    assert set(files) == {"prompt.safetensors", "optimizer.safetensors", "state.json"}
+    json.loads(files["state.json"])
+    for name in ("prompt", "optimizer"):  # a safetensors file begins with its header's length and the header, JSON
+        data = files[f"{name}.safetensors"]
+        json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert sum(map(len, files.values())) < 2000
+
+
+def test_the_last_few_are_kept(tmp_path):
+    for step in range(1, 7):
+        save_checkpoint(tmp_path, make(step), keep=2)
+    assert names(tmp_path) == ["step-00000005", "step-00000006"]
+
+
+def test_a_checkpoint_of_a_step_that_is_there_already_takes_its_place(folder):
+    damaged = folder / "step-00000020" / "prompt.safetensors"
+    damaged.write_bytes(b"")
+    save_checkpoint(folder, make(20), keep=5)
+    assert names(folder) == ["step-00000010", "step-00000020"]
+    assert same(load_newest_checkpoint(folder, warn=pytest.fail), make(20))
+
+
+def test_what_a_killed_writer_left_is_not_read_and_goes_with_the_next_save(folder):
+    for leftover in (".writing-step-00000030", ".old-step-00000005"):
+        shutil.copytree(folder / "step-00000010", folder / leftover)
+    assert load_newest_checkpoint(folder, warn=pytest.fail).step == 20
+    save_checkpoint(folder, make(30), keep=5)
+    assert names(folder) == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def flip_one_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) - 12] ^= 1
+    file.write_bytes(data)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def replace_by_zeros(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+DAMAGES = [truncate, flip_one_bit, empty, replace_by_zeros, Path.unlink]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", ["prompt.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(folder, damage, name):
+    damage(folder / "step-00000020" / name)
+    warnings = []
+    assert same(load_newest_checkpoint(folder, warnings.append), make(10))
+    (warning,) = warnings
+    assert str(folder / "step-00000020" / name) in warning and "\n" not in warning
+
+
+def test_a_state_that_was_edited_is_damage(folder):
+    file = folder / "step-00000020" / "state.json"
+    state = json.loads(file.read_text())
+    state["progress"]["train_loss"] = 0.0
+    file.write_text(json.dumps(state))
+    assert load_newest_checkpoint(folder, lambda _: None).step == 10
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"x"', "null", "{}"])
+def test_a_state_that_is_other_json_is_damage(folder, content):
+    (folder / "step-00000020" / "state.json").write_text(content)
+    assert load_newest_checkpoint(folder, lambda _: None).step == 10
+
+
+def test_where_all_are_damaged_nothing_is_begun_anew(folder):
+    for step in (10, 20):
+        truncate(folder / f"step-{step:08d}" / "prompt.safetensors")
+    warnings = []
+    with pytest.raises(RunFault, match="no checkpoint is sound"):
+        load_newest_checkpoint(folder, warnings.append)
+    assert len(warnings) == 2
+    assert names(folder) == ["step-00000010", "step-00000020"]
+
+
+def test_a_newer_damaged_checkpoint_does_not_push_out_the_sound_one_just_saved(folder):
+    truncate(folder / "step-00000020" / "prompt.safetensors")  # the run went on from step 10 and is stopped at 15
+    assert save_checkpoint(folder, make(15), keep=1).is_dir()
+    assert load_newest_checkpoint(folder, lambda _: None).step == 15
+
+
+SAVE_ONE = """
+import resource
+from tests.run.test_checkpoint import *
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    save_checkpoint(Path(sys.argv[1]), make(30), keep=1)
+except RunFault as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("name", ["prompt.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_save_that_fails_in_whichever_file_says_so_and_leaves_what_was(folder, name):
+    sizes = {path.name: path.stat().st_size for path in (folder / "step-00000020").iterdir()}
+    assert list(sizes) and sizes["prompt.safetensors"] < sizes["optimizer.safetensors"] < sizes["state.json"]
+    most_bytes = str(sizes[name] - 20)
+    failed = subprocess.run(
+        [sys.executable, "-c", SAVE_ONE, str(folder), most_bytes], env=process_env(), capture_output=True, text=True
+    )
+    assert failed.returncode == 0, failed.stderr
+    (line,) = failed.stdout.splitlines()
+    assert "cannot save the checkpoint of step 30" in line and "File too large" in line
+    assert f"{folder / 'step-00000020'} is kept" in line
+    assert names(folder) == ["step-00000010", "step-00000020"]
+    assert same(load_newest_checkpoint(folder, warn=pytest.fail), make(20))
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_sound_newest_checkpoint(tmp_path):
+    script = """
+import sys
+from pathlib import Path
+from tests.run.test_checkpoint import *
+for step in range(int(sys.argv[2]), 10**8):
+    save_checkpoint(Path(sys.argv[1]), make(step), keep=2)
+    print(step, flush=True)
+"""
+    step = 1
+    for number in range(3):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path), str(step)],
+            env=process_env(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        said = int(writer.stdout.readline())
+        time.sleep(0.05 + 0.017 * number)
+        os.kill(writer.pid, signal.SIGKILL)
+        said = max([said, *map(int, writer.stdout.read().split())])
+        writer.wait()
+        found = load_newest_checkpoint(tmp_path, warn=pytest.fail)
+        assert found.step >= said and same(found, make(found.step))
+        assert len(list_checkpoints(tmp_path)) in (1, 2, 3)
+        step = found.step + 1

@@ -141,7 +141,7 @@ class Batch:
 
     contexts: what stands before the virtual tokens; rests: input after them; targets: what is supervised (an encoder's:
     the number of the label). readers: (row, member) pairs; every loss is one reader's. held: what was computed of each
-    row's context, where it has one. most_targets: supervised tokens of whichever rank has most in this micro-step.
+    row's context, where it has one. numbers: of each row's target, where it is one. most_targets: supervised tokens of whichever rank has most in this micro-step.
     """
 
     contexts: list[np.ndarray]
@@ -151,6 +151,7 @@ class Batch:
     pad_id: int
     held: list[Any] | None = None
     most_targets: int = 0
+    numbers: list[float | None] | None = None
 
     def with_held(self, held: list[Any]) -> "Batch":
         return replace(self, held=held)
@@ -173,6 +174,7 @@ def collate(examples: Examples, shares: list[list[Unit]], rank: int, pad_id: int
         [(row, member) for row, (_, members) in enumerate(units) for member in members],
         pad_id,
         most_targets=most_targets,
+        numbers=[examples.number(i) for i in rows],
     )
 
 

@@ -203,11 +203,11 @@ def vectors_of(contribution: Contribution, like: torch.Tensor) -> torch.Tensor:
     return like[:0] if contribution.vectors is None else contribution.vectors.to(like.dtype)
 
 
-def keys_values_of(contribution: Contribution, dtype: torch.dtype) -> KeysValues | None:
-    """A contribution's keys and values of every layer in the base's dtype."""
+def keys_values_of(contribution: Contribution) -> KeysValues | None:
+    """A contribution's keys and values of every layer."""
     if contribution.keys is None or contribution.values is None:
         return None
-    return KeysValues(contribution.keys.to(dtype), contribution.values.to(dtype))
+    return KeysValues(contribution.keys, contribution.values)
 
 
 def pick(readers: list[tuple[int, int]], numbers: np.ndarray) -> list[tuple[int, int]]:

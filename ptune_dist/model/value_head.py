@@ -39,7 +39,9 @@ class ValueHeads(nn.ModuleList):
         std = getattr(config, "initializer_range", None) or 0.02
         draw = torch.Generator().manual_seed(0)
         super().__init__()
-        start = torch.randn(1, config.hidden_size, generator=draw) * std  # the same for each member, as if it were alone
+        start = (
+            torch.randn(1, config.hidden_size, generator=draw) * std
+        )  # the same for each member, as if it were alone
         for _ in range(num_members):
             head = nn.Linear(config.hidden_size, 1)
             head.weight = nn.Parameter(start.clone())

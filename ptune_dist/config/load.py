@@ -1,26 +1,34 @@
 """YAML and `key.path=value` overrides in, one validated `Config` out; and the resolved config as YAML again."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from ptune_dist.config.messages import describe_first_error, describe_validation_error, name_place
+from ptune_dist.config.messages import describe_first_error, describe_validation_error, find_key, name_place
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import map_paths, render_members
 from ptune_dist.config.yaml_file import apply_override, read_yaml
 from ptune_dist.errors import UserError
 
+Resolve = Callable[[Config], Config]
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Resolve | None = None) -> Config:
     """Read a YAML file, apply `key.path=value` overrides, validate.
 
     Relative paths of files are looked up from the current folder, then from the config's own; those found are made
-    absolute, so that a run can be evaluated from anywhere. Every member of a sweep is validated too. Raises UserError
-    naming the file and the key.
+    absolute, so that a run can be evaluated from anywhere. Every member of a sweep is validated too.
+
+    resolve: checks what this package cannot know (names of methods, objectives and metrics, and the options of a
+    method), for the config and for each member of a sweep. It returns the config with the method's defaults filled in,
+    and must return that one unchanged when it is resolved again; it raises ValueError with a message of one line that
+    begins with the key, or with "unknown key" and the key.
+
+    Raises UserError naming the file and the key.
     """
     raw = read_yaml(path)
     for override in overrides:
@@ -30,18 +38,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         raise UserError(describe_validation_error(error, path, overrides)) from None
     config = resolve_paths(config, Path(path).resolve().parent)
-    check_members(config, name_place("sweep", path, overrides))
-    return config
+    try:
+        resolved = resolve(config) if resolve else config
+    except ValueError as error:
+        raise UserError(f"{name_place(find_key(str(error)), path, overrides)}: {error}") from None
+    if config.sweep:  # members may have other methods: no place for the options of the one outside the sweep
+        resolved = resolved.model_copy(update={"prompt": config.prompt})
+    check_members(resolved, name_place("sweep", path, overrides), resolve)
+    return resolved
 
 
-def check_members(config: Config, place: str) -> None:
+def check_members(config: Config, place: str, resolve: Resolve | None = None) -> None:
     """Raise UserError, beginning with `place`, unless every member of the sweep is a config of its own."""
     names: dict[str, str] = {}
     for name, raw in render_members(config).items():
         try:
             member = Config.model_validate(raw)
+            member = resolve(member) if resolve else member
         except ValidationError as error:
             raise UserError(f"{place}: sweep: {name}: {describe_first_error(error)[1]}") from None
+        except ValueError as error:
+            raise UserError(f"{place}: sweep: {name}: {error}") from None
         if config.sweep_halving and not member.data.validation:
             raise UserError(f"{place}: sweep: {name}: sweep_halving needs data.validation")
         same = names.setdefault(member.model_dump_json(exclude={"output_dir"}), name)

@@ -1,6 +1,7 @@
 """What is wrong with a config, in one line: where it was given, the key, what is wrong, and the nearest known key."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -23,13 +24,24 @@ def name_place(key: str, path: str | Path, overrides: Sequence[str]) -> str:
     return "command line" if from_command_line else str(path)
 
 
-def describe_first_error(error: ValidationError) -> tuple[str, str]:
-    """The key of the first thing wrong ("" where several keys are involved), and a message that names the key."""
+def find_key(message: str) -> str:
+    """The dotted key that a message begins with, also after "unknown key"."""
+    return re.match(r"[\w.]*", message.removeprefix("unknown key "))[0].rstrip(".")
+
+
+def describe_first_error(
+    error: ValidationError, section: type[BaseModel] = Config, prefix: str = ""
+) -> tuple[str, str]:
+    """The key of the first thing wrong ("" where several keys are involved), and a message that names the key.
+
+    section: what was validated, at `prefix` in the config: "" or, say, "prompt.".
+    """
     # An unknown key first: where a key is misspelled, the right one is missing too.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function", "dict", "str")))
+    parts = [str(part) for part in first["loc"] if not str(part).startswith(("function", "dict", "str"))]
+    key = prefix + ".".join(parts)
     if first["type"] == "extra_forbidden":
-        return key, describe_unknown_key(key, known_keys(Config))
+        return key, describe_unknown_key(key, known_keys(section, prefix))
     if first["type"] == "missing":
         return key, f"{key} is missing"
     message = first["msg"].removeprefix("Value error, ")
@@ -47,16 +59,19 @@ def describe_unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
-    """The known dotted key most like `key`, else the last part of a known key most like the last part of `key`.
+    """The known dotted key that is most likely meant by `key`; empty where none is like it.
 
-    Empty where nothing is like it.
+    First come the keys of the same section, then whole keys, then the last parts of keys of any section.
     """
-    known = list(known)
-    whole = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if whole:
-        return whole[0]
-    leaves = [name.rpartition(".")[2] for name in known]
-    return next(iter(difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.6)), "")
+    known = [name for name in known if not key.startswith(f"{name}.")]  # the section itself is not meant
+    section, _, leaf = key.rpartition(".")
+    by_leaf = {name.rpartition(".")[2]: name for name in known}
+    same_section = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    for word, named in ((leaf, same_section), (key, {name: name for name in known}), (leaf, by_leaf)):
+        near = difflib.get_close_matches(word, named, n=1, cutoff=0.6)
+        if near:
+            return named[near[0]]
+    return ""
 
 
 def known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -23,7 +23,6 @@ NotNegative = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0)]
 Real = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)]
 Share = Annotated[Real, Field(ge=0, lt=1)]
 Label = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, (int, float)) else value)]
-Metric = Literal["loss", "perplexity", "exact_match", "accuracy"]
 Sweep = Annotated[dict[str, list[Any]] | list[dict[str, Any]], BeforeValidator(check_sweep)]
 # Which way each metric gets better.
 HIGHER_IS_BETTER: dict[str, bool] = {"loss": False, "perplexity": False, "exact_match": True, "accuracy": True}
@@ -73,10 +72,16 @@ class ModelConfig(Section):
 
 
 class PromptConfig(Section):
-    """The soft prompt: how it is parameterized, where it is placed and how it starts."""
+    """The soft prompt: how it is parameterized, where it is placed and how it starts.
 
-    method: Literal["prompt_tuning"] = "prompt_tuning"
-    """How the prompt is parameterized."""
+    The options of a method are keys of this section too. They are kept as they are given: which of them a method has
+    is checked by the `resolve` of `load_config`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str = "prompt_tuning"
+    """How the prompt is parameterized. Some methods have options of their own, which are listed with the method."""
 
     num_virtual_tokens: Positive = 20
     """The length of the prompt in positions."""
@@ -127,6 +132,10 @@ class DataConfig(Section):
     target: str | None = None
     """The expected output: jinja2 over the columns of a row. The loss is computed only here."""
 
+    references: str | None = None
+    """The column that holds a list of acceptable answers, for metrics that compare with several; `target` where left
+    out."""
+
     labels: list[Label] | None = None
     """The values that the target's one column can take: for accuracy by likelihood, for `init: labels`, and as the
     classes of an encoder base."""
@@ -153,6 +162,13 @@ class TrainConfig(Section):
 
     micro_batch_tokens: Positive = 8192
     """The most positions that a rank processes at a time: the knob for memory. The loss curve does not depend on it."""
+
+    objective: str = "cross_entropy"
+    """How the loss is made from the outputs at the target. `cross_entropy`: the tokens or the class of the target.
+    `mse`: a number."""
+
+    label_smoothing: Share = 0.0
+    """The share of the probability that `cross_entropy` spreads over all tokens, or all classes."""
 
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
     """The optimizer of the prompt."""
@@ -200,10 +216,10 @@ class EvaluateConfig(Section):
     every: NotNegative = 200
     """Steps between evaluations; 0: only before and after training."""
 
-    metrics: list[Metric] = ["loss"]
+    metrics: list[str] = ["loss"]
     """What is computed. The loss is always among the results."""
 
-    best_metric: Metric | None = None
+    best_metric: str | None = None
     """The metric by which the best prompt is kept; the first of `metrics` where left out."""
 
     patience: NotNegative = 0

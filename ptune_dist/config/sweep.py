@@ -1,6 +1,6 @@
 """A sweep: several prompts trained together in one job over one base, each the config it would have had alone.
 
-Floor 0. config.py imports this module to check the sweep of a config; so what is here knows a config only as a value.
+The schema imports this module to check the sweep of a config, so a config is only a value here.
 """
 
 import difflib
@@ -17,38 +17,68 @@ Config = TypeVar("Config")  # ptune_dist.config.schema.Config
 
 ONLY_MEMBER = "prompt"  # the name of the one member where there is no sweep
 MAX_NAME_LENGTH = 80
-# What members may differ in. The base, the batch size and the length of training are one for the whole job.
+# What members may differ in, beside the options of a prompt's method. The base, the placement, the batch size and the
+# length of training are the same for the whole job.
 SWEEPABLE = (
     "seed",
-    "train.learning_rate", "train.weight_decay", "train.schedule", "train.warmup_steps", "train.max_grad_norm",
-    "train.betas", "train.eps", "train.momentum", "train.optimizer",
-    "prompt.num_virtual_tokens", "prompt.init", "prompt.init_text", "prompt.init_labels", "prompt.init_file",
-    "data.train", "data.validation", "data.template", "data.target", "data.labels", "data.max_length",
-    "data.truncation_side", "data.append_eos",
-)  # fmt: skip
+    "train.learning_rate",
+    "train.weight_decay",
+    "train.schedule",
+    "train.warmup_steps",
+    "train.max_grad_norm",
+    "train.betas",
+    "train.eps",
+    "train.momentum",
+    "train.optimizer",
+    "prompt.method",
+    "prompt.num_virtual_tokens",
+    "prompt.init",
+    "prompt.init_text",
+    "prompt.init_labels",
+    "prompt.init_file",
+    "data.train",
+    "data.validation",
+    "data.template",
+    "data.target",
+    "data.references",
+    "data.labels",
+    "data.max_length",
+    "data.truncation_side",
+    "data.append_eos",
+)
+PROMPT_KEY = re.compile(r"prompt\.(?!placement$)\w+")  # the schema has not all of them: a method has its own options
 PATH_KEYS = ("data.train", "data.validation", "prompt.init_file")
 # Without these outside the sweep a config can be incomplete although every member of it is complete.
 FILLED_KEYS = (
-    "data.train", "data.validation", "data.template", "data.target", "data.labels",
-    "prompt.init_text", "prompt.init_labels", "prompt.init_file",
-)  # fmt: skip
+    "data.train",
+    "data.validation",
+    "data.template",
+    "data.target",
+    "data.labels",
+    "prompt.method",
+    "prompt.init_text",
+    "prompt.init_labels",
+    "prompt.init_file",
+)
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # 1e-3, which YAML reads as text
 
 
-def expand_sweep(config: Config) -> dict[str, Config]:
+def expand_sweep(config: Config, resolve: Callable[[Config], Config] | None = None) -> dict[str, Config]:
     """Each member's name and the config that it would have alone, in the order of the sweep.
 
     config: as load_config returns it, its members checked. Without a sweep it is its own only member, ONLY_MEMBER. A
     member's output_dir is OUTPUT_DIR/members/NAME.
+    resolve: as for load_config; without it a member's prompt has only the options that the config gives.
     """
     if not config.sweep:
         return {ONLY_MEMBER: config}
-    return {name: type(config).model_validate(raw) for name, raw in render_members(config).items()}
+    members = {name: type(config).model_validate(raw) for name, raw in render_members(config).items()}
+    return {name: resolve(member) for name, member in members.items()} if resolve else members
 
 
-def member_config(config: Config, name: str) -> Config:
+def member_config(config: Config, name: str, resolve: Callable[[Config], Config] | None = None) -> Config:
     """The config of one member. Raises UserError where there is none of that name."""
-    members = expand_sweep(config)
+    members = expand_sweep(config, resolve)
     if name not in members:
         raise UserError(f"--member: {name} is none of {', '.join(members)}")
     return members[name]
@@ -79,9 +109,10 @@ def name_members(members: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
     Names are cut to MAX_NAME_LENGTH; those taken already, in upper or lower case, end in -2, -3, ...
     """
-    named, taken = {}, set()
+    named: dict[str, dict[str, Any]] = {}
+    taken: set[str] = set()
     for values in members:
-        # The last part of a key is enough: no two sweepable keys end alike.
+        # The last part of a key is enough: no two sweepable keys of the schema end alike.
         parts = [f"{key.rpartition('.')[2]}={render_value(key, value)}" for key, value in values.items()]
         full_name = re.sub(r"[^A-Za-z0-9_.=,+-]", "-", ",".join(parts))
         name = full_name[:MAX_NAME_LENGTH]
@@ -106,7 +137,7 @@ def render_value(key: str, value: Any) -> str:
 
 
 def check_sweep(sweep: Any) -> dict[str, list] | list[dict[str, Any]]:
-    """The sweep as read from YAML, with 1e-3 as a number; ValueError, naming sweep.KEY, where it has not the form."""
+    """The sweep as read from YAML, with 1e-3 as a number. Raises ValueError, naming sweep.KEY, if it is malformed."""
     if isinstance(sweep, dict) and sweep:
         for key, values in sweep.items():
             check_key(key, values)
@@ -127,38 +158,40 @@ def check_sweep(sweep: Any) -> dict[str, list] | list[dict[str, Any]]:
 
 def check_key(key: Any, value: Any) -> None:
     """Raise ValueError, with the sweepable key most like it, unless members may differ in this key."""
-    if key in SWEEPABLE:
+    if key in SWEEPABLE or PROMPT_KEY.fullmatch(str(key)):
         return
     if isinstance(value, dict):
         raise ValueError(f"sweep.{key}: the keys of a sweep are dotted, such as train.learning_rate")
     compared = {known if "." in str(key) else known.rpartition(".")[2]: known for known in SWEEPABLE}
-    near = difflib.get_close_matches(str(key), compared, n=1, cutoff=0.8)  # train.max_steps is no misspelt warmup_steps
+    # A high cutoff: train.max_steps is no misspelled warmup_steps.
+    near = difflib.get_close_matches(str(key), compared, n=1, cutoff=0.8)
     hint = f", did you mean {compared[near[0]]}?" if near else ""
     raise ValueError(f"sweep.{key}: not a key that members can differ in{hint}")
 
 
 def read_number(key: str, value: Any) -> Any:
+    """The value, where YAML read a number such as 1e-3 as text: the number."""
     is_number = key.startswith("train.") and isinstance(value, str) and _EXPONENT.fullmatch(value)
     return float(value) if is_number else value
 
 
 def fill_from_members(raw: Any) -> Any:
-    """A config as read from YAML, in which what every member gives and the config lacks is the first member's.
+    """A config as read from YAML, with what every member gives and the config lacks taken from the first member.
 
-    So that a sweep over tasks need not name a data.train twice. What is not of the right form comes back unchanged.
+    So a sweep over tasks need not name a data.train twice. A malformed value is returned unchanged.
     """
     if not isinstance(raw, dict):
         return raw
     try:
         members = list_members(check_sweep(raw.get("sweep")))
-    except ValueError:  # said where the key itself is checked
+    except ValueError:  # reported where the key itself is checked
         return raw
     filled = dict(raw)
     for key in FILLED_KEYS:
         section, _, leaf = key.partition(".")
-        # A member that gives prompt.init too says what goes with it: outside the sweep prompt.init stands without.
-        given = all(key in member and not (section == "prompt" and "prompt.init" in member) for member in members)
-        if given and isinstance(filled.get(section, {}), dict):
+        # Where a member gives prompt.init too, init_text and the like belong to that, not to the prompt.init outside.
+        is_needed = not key.startswith("prompt.init_") or all("prompt.init" not in member for member in members)
+        if is_needed and all(key in member for member in members) and isinstance(filled.get(section, {}), dict):
             filled[section] = {leaf: members[0][key]} | filled.get(section, {})
     return filled
 

@@ -10,6 +10,7 @@ from ptune_dist.config.load import load_config, render_config
 from ptune_dist.config.messages import known_keys
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
+from tests.config.resolving import resolve
 from tests.processes import ROOT
 
 SMALL = """\
@@ -34,7 +35,7 @@ def write(tmp_path):
 
 def error_of(path: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        load_config(path, list(overrides))
+        load_config(path, list(overrides), resolve=resolve)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -194,7 +195,7 @@ def test_contexts_are_cached_where_the_placement_has_some(write, override):
         ("train.learning_rat", "train.learning_rate"),
         ("train.lr_learning_rate", "train.learning_rate"),
         ("trainn", "train"),
-        ("prompt.num_virtual_token", "prompt.num_virtual_tokens"),
+        ("prompt.num_virtual_token", "prompt.num_virtual_tokens"),  # which resolve says
         ("max_steps", "train.max_steps"),
         ("checkpoint.evry", "checkpoint.every"),
         ("train.context_cache_gb", "train.context_cache_gib"),

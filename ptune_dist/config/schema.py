@@ -90,8 +90,8 @@ class PromptConfig(Section):
     """Where the virtual tokens stand. `prefix`: before the input. `infix`: between input and target. `template`: where
     `{{ prompt }}` stands in `data.template`. `encoder`, `decoder`: before what that half of a seq2seq base reads."""
 
-    init: Literal["random", "vocab", "text", "labels", "file"] = "vocab"
-    """What the virtual tokens start from. `random`: random vectors. `vocab`: embeddings of random tokens. `text`,
+    init: Literal["random", "vocab", "text", "labels", "file"] | None = None
+    """What the prompt starts from; where left out, what suits the method. `random`: random numbers. `vocab`: embeddings of random tokens. `text`,
     `labels`: embeddings of a text or of the labels. `file`: an earlier prompt."""
 
     init_text: str | None = None

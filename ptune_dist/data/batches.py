@@ -141,7 +141,8 @@ class Batch:
 
     contexts: what stands before the virtual tokens; rests: input after them; targets: what is supervised (an encoder's:
     the number of the label). readers: (row, member) pairs; every loss is one reader's. held: what was computed of each
-    row's context, where it has one. numbers: of each row's target, where it is one. most_targets: supervised tokens of whichever rank has most in this micro-step.
+    row's context, where it has one. most_targets: supervised tokens of whichever rank has most in this micro-step.
+    numbers: each row's target, where targets are numbers.
     """
 
     contexts: list[np.ndarray]

@@ -113,10 +113,10 @@ def encode_rows(
     """Encode every row to at most `max_length` tokens of input and target together.
 
     The input starts as the tokenizer starts a text (a BOS, say): in the context, or in the rest where the row has no
-    context. Too long an input loses tokens at `truncation_side`, but not its start or end; a target loses none. Where an
-    input has both parts, the longer one (of equals the rest) loses tokens first, all if need be, and only then the
-    other: a short shared instruction outlives a long input. Raises UserError, with the row's line, for a target that is
-    empty, does not fit or is of the wrong kind, for a row without a value, and for one without a single marker.
+    context. Too long an input loses tokens at `truncation_side`, but not its start or end; a target loses none. Where
+    an input has both parts, the longer one (of equals the rest) loses tokens first, all if need be, and only then the
+    other: a short shared instruction outlives a long input. Raises UserError, with the row's line, for a target that
+    is empty, does not fit or is of the wrong kind, for a row without a value, and for one without a single marker.
     """
     start, end = encoding.specials
     pieces = []

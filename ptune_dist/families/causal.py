@@ -63,13 +63,12 @@ class PromptedCausal(PromptedModel):
         laid = lay_out(batch, [contribution.num_vectors for contribution in contributions], outside)
         tokens = self.embed_tokens(laid.tokens)
         vectors = [vectors_of(contribution, tokens) for contribution in contributions]
+        parts = [part.to(tokens.dtype) for part in outside.parts]
         inputs = {
             "inputs_embeds": torch.cat([*vectors, tokens])[self.to_tensor(laid.source)][None],
             "position_ids": self.to_tensor(laid.position_ids)[None],
             "attention_mask": NO_MASK.to(tokens),
-            "segments": build_attention(
-                laid.segments, [part.to(tokens.dtype) for part in outside.parts], tokens.device
-            ),
+            "segments": build_attention(laid.segments, parts, tokens.device),
         }
         places = self.to_tensor(laid.predicts)
         targets = self.to_tensor(laid.targets)

@@ -1,6 +1,6 @@
 """The head of a language model at supervised positions only, a chunk of them at a time.
 
-No tensor [B, T, V] exists: positions are selected at the input of the base's own head, so that whatever a base does after
+No tensor [B, T, V] exists: positions are selected at the input of the base's own head, so that what a base does after
 it (scaling, soft caps) still happens. Shapes: B rows, T tokens, U supervised positions, D width, V vocabulary.
 """
 

@@ -1,8 +1,8 @@
 """Where everything stands in a pass: from a micro-batch to one row of live positions. Index arithmetic only.
 
-A reader is one member reading one row. Where all rows have the same context (or none, as in `prefix`), the virtual tokens
-cannot depend on the row: a member's stand there once, and all its readers attend to them. Elsewhere every reader has its
-own, after its row's context. Legend: S readers, N live positions, U supervised tokens.
+A reader is one member reading one row. Where all rows have the same context (or none, as in `prefix`), the virtual
+tokens cannot depend on the row: a member's stand there once, and all its readers attend to them. Elsewhere every reader
+has its own, after its row's context. Legend: S readers, N live positions, U supervised tokens.
 """
 
 from dataclasses import dataclass

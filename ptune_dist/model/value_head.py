@@ -35,15 +35,15 @@ class ValueHeads(nn.ModuleList):
     """One linear head for each member, in float32; it starts as transformers starts a new head."""
 
     def __init__(self, base: PreTrainedModel, num_members: int, device: torch.device):
-        config = base.config.get_text_config(decoder=True)
-        std = getattr(config, "initializer_range", None) or 0.02
+        std = getattr(base.config.get_text_config(decoder=True), "initializer_range", None) or 0.02
+        width = base.get_output_embeddings().in_features
         draw = torch.Generator().manual_seed(0)
         super().__init__()
         start = (
-            torch.randn(1, config.hidden_size, generator=draw) * std
-        )  # the same for each member, as if it were alone
+            torch.randn(1, width, generator=draw) * std
+        )  # as if it were alone
         for _ in range(num_members):
-            head = nn.Linear(config.hidden_size, 1)
+            head = nn.Linear(width, 1)
             head.weight = nn.Parameter(start.clone())
             nn.init.zeros_(head.bias)
             self.append(head.to(device))

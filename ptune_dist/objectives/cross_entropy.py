@@ -1,4 +1,4 @@
-"""Cross entropy over tokens, or over an encoder's labels, with label smoothing (Szegedy et al. 2016) where asked for."""
+"""Cross entropy over tokens, or over an encoder's labels, with optional label smoothing (Szegedy et al. 2016)."""
 
 import torch
 from torch.nn import functional

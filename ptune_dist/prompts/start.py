@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from ptune_dist.config.schema import DataConfig, PromptConfig
 from ptune_dist.errors import UserError
 
 # The paper samples from the 5,000 most common tokens, which are the first of its vocabulary.
@@ -107,21 +106,6 @@ class Start:
         if not ids:
             raise UserError(f"prompt.init: the label {text!r} has no tokens")
         return self.lookup(ids).mean(dim=0)
-
-
-def build_start(
-    prompt: PromptConfig, data: DataConfig, *, seed: int, tokenizer: PreTrainedTokenizerBase, lookup: Lookup
-) -> Start:
-    """The start that config sections `prompt` and `data` ask for."""
-    return Start(
-        kind=prompt.init,
-        seed=seed,
-        tokenizer=tokenizer,
-        lookup=lookup,
-        text=prompt.init_text,
-        labels=prompt.init_labels or data.labels,
-        file=prompt.init_file,
-    )
 
 
 def random_vectors(num: int, width: int, generator: torch.Generator) -> torch.Tensor:

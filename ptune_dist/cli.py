@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ptune_dist.cluster.signs import own_folder
-from ptune_dist.config.schema import Config, load_config
+from ptune_dist.config.load import load_config
+from ptune_dist.config.schema import Config
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run.folder import find_member_dir, read_run_config
 from ptune_dist.run.watch import leave_word

@@ -22,7 +22,7 @@ from kubeflow_trainer_api import models
 from ptune_dist import __version__
 from ptune_dist.cluster.__main__ import parse
 from ptune_dist.cluster.topology import find_topology
-from ptune_dist.config.schema import load_config
+from ptune_dist.config.load import load_config
 from tests.processes import ROOT, process_env
 
 LAUNCH = ROOT / "launch"

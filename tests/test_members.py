@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import ptune_dist.evaluation.during_training
-from ptune_dist.config.schema import Config, load_config
+from ptune_dist.config.load import load_config
+from ptune_dist.config.schema import Config
 from ptune_dist.distributed.world import World
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.during_training import end_members, judge_members

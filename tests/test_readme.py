@@ -4,7 +4,7 @@ import re
 import shutil
 
 from ptune_dist.config.deepspeed_json import fill_deepspeed_json
-from ptune_dist.config.schema import load_config
+from ptune_dist.config.load import load_config
 from tests.commands import run_command
 from tests.conftest import TINY
 from tests.processes import ROOT

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from ptune_dist import train as loop
 from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result
 from ptune_dist.bench.work import share_of_peak, useful_flops
-from ptune_dist.config.schema import Config, load_config
+from ptune_dist.config.load import load_config
+from ptune_dist.config.schema import Config
 from ptune_dist.data.build import build_split
 from ptune_dist.distributed.world import World, init_distributed, max_over_ranks, sum_over_ranks
 from ptune_dist.errors import RunFault, UserError

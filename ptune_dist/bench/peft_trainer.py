@@ -27,7 +27,8 @@ from ptune_dist.base.load import load_base  # noqa: E402
 from ptune_dist.base.source import load_shape, load_tokenizer  # noqa: E402
 from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result  # noqa: E402
 from ptune_dist.bench.work import share_of_peak, useful_flops  # noqa: E402
-from ptune_dist.config.schema import Config, load_config  # noqa: E402
+from ptune_dist.config.load import load_config  # noqa: E402
+from ptune_dist.config.schema import Config  # noqa: E402
 from ptune_dist.data.build import build_split  # noqa: E402
 from ptune_dist.data.encode import Examples  # noqa: E402
 from ptune_dist.errors import UserError  # noqa: E402

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ptune_dist.bench.machine import describe_commit, describe_hardware, describe_versions
 from ptune_dist.bench.probe import write_result
-from ptune_dist.config.schema import load_config
+from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
 from ptune_dist.run.log import read_metrics
 from ptune_dist.tiny.text import SKILLS

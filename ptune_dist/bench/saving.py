@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ptune_dist.base.layers import held_bytes
 from ptune_dist.bench.probe import write_result
-from ptune_dist.config.schema import load_config
+from ptune_dist.config.load import load_config
 from ptune_dist.distributed.world import init_distributed, sum_over_ranks
 from ptune_dist.run.folder import list_checkpoints
 from ptune_dist.run.job import build_job

@@ -15,7 +15,8 @@ from ptune_dist.cluster.node_facts import NodeFacts, count_procs, gather_facts
 from ptune_dist.cluster.requeue import may_requeue
 from ptune_dist.cluster.signs import End
 from ptune_dist.cluster.topology import Topology, find_topology
-from ptune_dist.config.schema import Config, load_config
+from ptune_dist.config.load import load_config
+from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
 
 LEAST_SILENCE_S, MOST_SILENCE_S = 3.0, 30.0  # a beat comes every second

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ptune_dist import __version__
 from ptune_dist.cluster.signs import End
-from ptune_dist.config.schema import Config, render_config
+from ptune_dist.config.load import render_config
+from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")

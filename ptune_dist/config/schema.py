@@ -1,20 +1,15 @@
-"""The typed config: YAML and `key.path=value` overrides in, one validated `Config` out.
+"""The sections of the config: every key with its type, default and meaning, and the checks that span several keys.
 
-Floor 0: no torch here, so that a login node can read a config in a fraction of a second.
+The string under a key is its description: `docs/configuration.md` is generated from these. No torch is imported here,
+so that a login node reads a config in a fraction of a second.
 """
 
-import difflib
-import os
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ptune_dist.config.sweep import check_sweep, fill_from_members, map_paths, render_members
-from ptune_dist.config.yaml_file import apply_override, read_yaml
-from ptune_dist.errors import UserError
+from ptune_dist.config.sweep import check_sweep, fill_from_members
 
 
 def refuse_bool(value: Any) -> Any:
@@ -39,18 +34,35 @@ PROMPT_MARKER = re.compile(r"\{\{-?\s*prompt\s*-?\}\}")  # in data.template, for
 class Section(BaseModel):
     """Part of the config: unknown keys are refused, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
-    path: str  # local folder or hub name
+    """The frozen base model."""
+
+    path: str
+    """A local folder or a name on the Hugging Face hub: a transformers model in safetensors files."""
+
     family: Literal["auto", "causal", "seq2seq", "encoder"] = "auto"
+    """How the base reads an example; `auto` takes it from the base's own config."""
+
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantization: Literal["none", "int8"] = "none"  # int8: of the frozen linear layers' weights
-    int8_include: list[Literal["head", "embeddings"]] = []  # in int8 too
-    int8_activations: bool = False  # LLM.int8(): multiply in int8; faster on some devices, coarser everywhere
-    int8_threshold: Annotated[Real, Field(ge=0)] = 6.0  # int8_activations: inputs with an entry beyond it stay float
-    random_init: bool = False  # build from the shape alone: benchmarks without weights
+    """The precision of the computation. DeepSpeed's `bf16` and `fp16` sections follow it; `float16` needs a GPU."""
+
+    quantization: Literal["none", "int8"] = "none"
+    """`int8` stores the weights of the frozen linear layers in 8 bits."""
+
+    int8_include: list[Literal["head", "embeddings"]] = []
+    """Also stored in 8 bits: the output head, the token embeddings."""
+
+    int8_activations: bool = False
+    """Multiply in int8 too, as LLM.int8() does: faster on some devices, coarser on all of them."""
+
+    int8_threshold: Annotated[Real, Field(ge=0)] = 6.0
+    """With `int8_activations`: input columns with an entry beyond it stay in floating point."""
+
+    random_init: bool = False
+    """Build the base from its shape with random weights, for benchmarks without a download."""
 
     @model_validator(mode="after")
     def check_int8(self) -> "ModelConfig":
@@ -61,15 +73,30 @@ class ModelConfig(Section):
 
 
 class PromptConfig(Section):
+    """The soft prompt: how it is parameterized, where it is placed and how it starts."""
+
     method: Literal["prompt_tuning"] = "prompt_tuning"
+    """How the prompt is parameterized."""
+
     num_virtual_tokens: Positive = 20
-    # prefix: [prompt, input, target]; infix: [input, prompt, target]; template: where {{ prompt }} stands in
-    # data.template; encoder and decoder: before the input, or the target, of a seq2seq base
+    """The length of the prompt in positions."""
+
     placement: Literal["prefix", "infix", "template", "encoder", "decoder"] = "prefix"
+    """Where the virtual tokens stand. `prefix`: before the input. `infix`: between input and target. `template`: where
+    `{{ prompt }}` stands in `data.template`. `encoder`, `decoder`: before what that half of a seq2seq base reads."""
+
     init: Literal["random", "vocab", "text", "labels", "file"] = "vocab"
-    init_text: str | None = None  # init: text
-    init_labels: list[Label] | None = None  # init: labels; data.labels where left out
-    init_file: str | None = None  # init: file, a run, a prompt folder or a PEFT adapter
+    """What the virtual tokens start from. `random`: random vectors. `vocab`: embeddings of random tokens. `text`,
+    `labels`: embeddings of a text or of the labels. `file`: an earlier prompt."""
+
+    init_text: str | None = None
+    """The text to start from, with `init: text`."""
+
+    init_labels: list[Label] | None = None
+    """The labels to start from, with `init: labels`; `data.labels` where left out."""
+
+    init_file: str | None = None
+    """The run, prompt folder or PEFT adapter to start from, with `init: file`."""
 
     @model_validator(mode="after")
     def check_init(self) -> "PromptConfig":
@@ -85,43 +112,111 @@ class PromptConfig(Section):
 
 
 class DataConfig(Section):
+    """The examples, and how a row becomes an input and a target."""
+
     train: str
+    """The training rows: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, a folder saved by `datasets`, or a dataset
+    on the hub (`NAME`, `NAME@CONFIG`, `NAME:SPLIT`)."""
+
     validation: str | None = None
-    template: str | None = None  # jinja2 over a row's columns; needed unless the data is .txt
+    """The validation rows, in the same forms."""
+
+    template: str | None = None
+    """The input: jinja2 over the columns of a row. Needed unless the data is a .txt file."""
+
     target: str | None = None
-    labels: list[Label] | None = None  # the values of the target's one column, for accuracy by likelihood
-    max_length: Positive = 512  # input and target tokens of one example, virtual tokens apart
-    truncation_side: Literal["left", "right"] = "left"  # the end of the input that is cut
-    append_eos: bool = True  # the target ends with the tokenizer's end-of-sequence token
+    """The expected output: jinja2 over the columns of a row. The loss is computed only here."""
+
+    labels: list[Label] | None = None
+    """The values that the target's one column can take: for accuracy by likelihood, for `init: labels`, and as the
+    classes of an encoder base."""
+
+    max_length: Positive = 512
+    """The most tokens of one example, input and target together, without virtual tokens. A longer input is cut; a
+    target never is."""
+
+    truncation_side: Literal["left", "right"] = "left"
+    """The end of the input that is cut."""
+
+    append_eos: bool = True
+    """Whether the target ends with the tokenizer's end-of-sequence token."""
 
 
 class TrainConfig(Section):
+    """The optimization."""
+
     max_steps: Positive = 1000
-    batch_size: Positive = 32  # examples per optimizer step, over all ranks
-    micro_batch_tokens: Positive = 8192  # most positions one rank processes at a time
+    """The number of optimizer steps."""
+
+    batch_size: Positive = 32
+    """Examples per optimizer step, over all ranks."""
+
+    micro_batch_tokens: Positive = 8192
+    """The most positions that a rank processes at a time: the knob for memory. The loss curve does not depend on it."""
+
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    """The optimizer of the prompt."""
+
     learning_rate: Annotated[Real, Field(gt=0, le=1e30)] = 0.3  # above, a step leaves float32
+    """The highest learning rate of the schedule."""
+
     weight_decay: Annotated[Real, Field(ge=0, le=1e6)] = 0.0
-    betas: tuple[Share, Share] = (0.9, 0.999)  # adamw
-    eps: Annotated[Real, Field(gt=0)] = 1e-8  # adamw
-    momentum: Share = 0.0  # sgd
+    """Decoupled weight decay."""
+
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's moments."""
+
+    eps: Annotated[Real, Field(gt=0)] = 1e-8
+    """AdamW's term for numerical stability."""
+
+    momentum: Share = 0.0
+    """SGD's momentum."""
+
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """The learning rate after warm-up: constant, or falling to zero at `max_steps`."""
+
     warmup_steps: NotNegative = 0
-    max_grad_norm: Annotated[Real, Field(ge=0)] = 1.0  # 0: no clipping
-    context_cache_gib: Annotated[Real, Field(ge=0)] = 0.0  # of contexts' keys and values, kept in memory by each rank
-    context_cache_dir: str | None = None  # a folder for those that memory does not hold
+    """Steps over which the learning rate rises linearly from zero."""
+
+    max_grad_norm: Annotated[Real, Field(ge=0)] = 1.0
+    """The gradient is scaled down to this norm; 0: no clipping."""
+
+    context_cache_gib: Annotated[Real, Field(ge=0)] = 0.0
+    """Memory of each rank for the keys and values of contexts, kept across steps and epochs."""
+
+    context_cache_dir: str | None = None
+    """A folder for the contexts that memory does not hold."""
+
     resume: Literal["auto", "never"] = "auto"
-    hang_timeout_s: Annotated[Real, Field(ge=0)] = 600.0  # a rank without progress for so long ends the job; 0: never
+    """Whether the same command on an existing run resumes it or refuses."""
+
+    hang_timeout_s: Annotated[Real, Field(ge=0)] = 600.0
+    """A rank that makes no progress for so long ends the job; 0: never."""
 
 
 class EvaluateConfig(Section):
-    every: NotNegative = 200  # steps; 0: only before and after training
+    """Evaluations on the validation rows during training."""
+
+    every: NotNegative = 200
+    """Steps between evaluations; 0: only before and after training."""
+
     metrics: list[Metric] = ["loss"]
-    best_metric: Metric | None = None  # keeps the best prompt; the first of `metrics` where left out
-    patience: NotNegative = 0  # stop after so many evaluations without a better one; 0: never
-    max_examples: NotNegative = 0  # judge on the first so many rows; 0: all
+    """What is computed. The loss is always among the results."""
+
+    best_metric: Metric | None = None
+    """The metric by which the best prompt is kept; the first of `metrics` where left out."""
+
+    patience: NotNegative = 0
+    """Stop after this many evaluations without a better one; 0: never."""
+
+    max_examples: NotNegative = 0
+    """Evaluate on the first so many rows; 0: on all."""
+
     max_new_tokens: Positive = 32
-    num_samples: NotNegative = 5  # generated answers shown at each evaluation
+    """The most tokens of a generated answer."""
+
+    num_samples: NotNegative = 5
+    """Generated answers shown at each evaluation."""
 
     @property
     def best(self) -> str:
@@ -129,28 +224,49 @@ class EvaluateConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: NotNegative = 100  # steps; 0: only at the end
+    """Checkpoints, from which a run resumes."""
+
+    every: NotNegative = 100
+    """Steps between checkpoints; 0: only at the end."""
+
     keep: Positive = 2
+    """How many checkpoints are kept."""
 
 
 class HalvingConfig(Section):
-    """Successive halving (Jamieson and Talwalkar, 2016): only the members best on validation go on."""
+    """Successive halving of a sweep (Jamieson and Talwalkar, 2016): the members that are worse on validation stop."""
 
-    every: Positive  # steps
-    keep: Annotated[Real, Field(gt=0, lt=1)]  # the share of the members that go on
+    every: Positive
+    """Steps between two selections."""
+
+    keep: Annotated[Real, Field(gt=0, lt=1)]
+    """The share of the members that continue."""
 
 
 class Config(Section):
+    """One run."""
+
     output_dir: str
+    """The run's folder, relative to the current folder."""
+
     seed: Annotated[NotNegative, Field(lt=2**32)] = 0
+    """Decides the order of examples and the initial prompt. Results do not depend on the number of ranks."""
+
     model: ModelConfig
     prompt: PromptConfig = PromptConfig()
     data: DataConfig
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    deepspeed: str | dict[str, Any] | None = None  # a DeepSpeed JSON file, or its content
-    sweep: Sweep | None = None  # {key: values}: every combination is a member; [{key: value}, ...]: each mapping is one
+
+    deepspeed: str | dict[str, Any] | None = None
+    """A DeepSpeed JSON file, or its content. Its `auto` values are filled from this config. ZeRO stage 0 where left
+    out."""
+
+    sweep: Sweep | None = None
+    """Prompts that are trained together. `{key: [values]}`: each combination is a member; `[{key: value}, ...]`: each
+    mapping is one."""
+
     sweep_halving: HalvingConfig | None = None
 
     @model_validator(mode="before")
@@ -194,119 +310,3 @@ class Config(Section):
                     f"leave it out, or set prompt.placement to one of {', '.join(PLACEMENTS_WITH_CONTEXTS)}"
                 )
         return self
-
-
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a YAML file, apply `key.path=value` overrides, validate.
-
-    Relative paths of files are looked up from the current folder, then from the config's own; those found are made
-    absolute, so that a run can be evaluated from anywhere. Every member of a sweep is validated too. Raises UserError
-    naming the file and the key.
-    """
-    raw = read_yaml(path)
-    for override in overrides:
-        apply_override(raw, override)
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(describe_validation_error(error, path, overrides)) from None
-    config = resolve_paths(config, Path(path).resolve().parent)
-    check_members(config, name_place("sweep", path, overrides))
-    return config
-
-
-def check_members(config: Config, place: str) -> None:
-    """Raise UserError, beginning with `place`, unless every member of the sweep is a config of its own."""
-    names: dict[str, str] = {}
-    for name, raw in render_members(config).items():
-        try:
-            member = Config.model_validate(raw)
-        except ValidationError as error:
-            raise UserError(f"{place}: sweep: {name}: {describe_first_error(error)[1]}") from None
-        if config.sweep_halving and not member.data.validation:
-            raise UserError(f"{place}: sweep: {name}: sweep_halving needs data.validation")
-        same = names.setdefault(member.model_dump_json(exclude={"output_dir"}), name)
-        if same != name:
-            raise UserError(f"{place}: sweep: {same} and {name} are the same member, leave one out")
-
-
-def describe_validation_error(error: ValidationError, path: str | Path, overrides: list[str]) -> str:
-    """The first thing wrong, in one line: file (or command line), key, what, and the nearest known key."""
-    key, what = describe_first_error(error)
-    return f"{name_place(key, path, overrides)}: {what}"
-
-
-def name_place(key: str, path: str | Path, overrides: list[str]) -> str:
-    """Where a key was given: the command line, if it, its section or a key below it was, else the file."""
-    given = [override.partition("=")[0] for override in overrides]
-    from_command_line = key and any(f"{key}.".startswith(f"{g}.") or f"{g}.".startswith(f"{key}.") for g in given)
-    return "command line" if from_command_line else str(path)
-
-
-def describe_first_error(error: ValidationError) -> tuple[str, str]:
-    """The key of the first thing wrong ("" where it is several keys'), and what is wrong, the key named."""
-    # An unknown key first: where a key is misspelt, the right one is missing too.
-    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function", "dict", "str")))
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(Config), n=1, cutoff=0.5) or difflib.get_close_matches(
-            key.rpartition(".")[2], [k.rpartition(".")[2] for k in known_keys(Config)], n=1, cutoff=0.6
-        )
-        hint = f", did you mean {near[0]}?" if near else ""
-        return key, f"unknown key {key}{hint}"
-    if first["type"] == "missing":
-        return key, f"{key} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    if message.startswith(key):  # a check of several keys, or of a sweep's, names them itself
-        return key, message
-    shown = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
-    return key, f"{key}: {message}{shown}"
-
-
-def known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of the config."""
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        for kind in (field.annotation, *get_args(field.annotation)):  # a section, or a section or None
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += known_keys(kind, f"{prefix}{name}.")
-    return keys
-
-
-def resolve_paths(config: Config, config_dir: Path) -> Config:
-    """Make the paths of files and folders that exist absolute; other names (a hub's, say) stay as they are."""
-
-    def resolve(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        value = os.path.expanduser(value)
-        name, colon, split = value.rpartition(":") if ":" in value else (value, "", "")  # a saved folder's FOLDER:SPLIT
-        for folder in (Path.cwd(), config_dir):
-            if (folder / value).exists():
-                return os.path.abspath(folder / value)
-            if colon and (folder / name).is_dir():
-                return os.path.abspath(folder / name) + colon + split
-        return value
-
-    cache_dir = config.train.context_cache_dir
-    if cache_dir:  # a run makes it
-        cache_dir = os.path.abspath(os.path.expanduser(cache_dir))
-    return config.model_copy(
-        update={
-            "output_dir": os.path.expanduser(config.output_dir),
-            "model": config.model.model_copy(update={"path": resolve(config.model.path)}),
-            "prompt": config.prompt.model_copy(update={"init_file": resolve(config.prompt.init_file)}),
-            "data": config.data.model_copy(
-                update={"train": resolve(config.data.train), "validation": resolve(config.data.validation)}
-            ),
-            "train": config.train.model_copy(update={"context_cache_dir": cache_dir}),
-            "deepspeed": resolve(config.deepspeed),
-            "sweep": map_paths(config.sweep, resolve),
-        }
-    )
-
-
-def render_config(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

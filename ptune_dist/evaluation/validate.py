@@ -12,7 +12,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from ptune_dist.base.open import OpenedBase
-from ptune_dist.config.schema import Config, render_config
+from ptune_dist.config.load import render_config
+from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.data.build import Split, build_split
 from ptune_dist.data.encode import token_statistics

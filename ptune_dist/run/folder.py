@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ptune_dist.common.files import fault_on_failed_write, replace_file
-from ptune_dist.config.schema import Config, load_config, render_config
+from ptune_dist.config.load import load_config, render_config
+from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import member_config
 from ptune_dist.errors import UserError
 

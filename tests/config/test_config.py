@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from ptune_dist.config.schema import Config, known_keys, load_config, render_config
+from ptune_dist.config.load import load_config, render_config
+from ptune_dist.config.messages import known_keys
+from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
 from tests.processes import ROOT
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ptune_dist.config.schema import Config, known_keys, load_config, render_config
+from ptune_dist.config.load import load_config, render_config
+from ptune_dist.config.messages import known_keys
+from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import FILLED_KEYS, ONLY_MEMBER, PATH_KEYS, SWEEPABLE, expand_sweep, member_config
 from ptune_dist.errors import UserError
 from ptune_dist.run.folder import first_difference

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from ptune_dist.config.schema import load_config
+from ptune_dist.config.load import load_config
 from ptune_dist.data.encode import Examples
 from ptune_dist.evaluation.placement_costs import (
     context_bytes_per_token,

@@ -15,7 +15,7 @@ from ptune_dist.cluster.link import connect, listen
 from ptune_dist.cluster.node_facts import NodeFacts
 from ptune_dist.cluster.signs import DONE, STOPPED, STOPPED_EARLY, End
 from ptune_dist.cluster.topology import Topology
-from ptune_dist.config.schema import load_config
+from ptune_dist.config.load import load_config
 from ptune_dist.run.status import read_status
 from tests.conftest import write_config
 

@@ -6,7 +6,7 @@ import pytest
 
 from ptune_dist.cluster import node_facts as facts
 from ptune_dist.cluster.node_facts import NodeFacts, count_procs, gather_facts, judge_facts
-from ptune_dist.config.schema import load_config
+from ptune_dist.config.load import load_config
 from tests.conftest import write_config
 
 SOUND = NodeFacts("n0", num_procs=8, config_digest="c0ffee", versions="torch 2.13", free_bytes=1 << 40)

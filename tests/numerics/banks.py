@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptune_dist.config.schema import load_config, render_config
+from ptune_dist.config.load import load_config, render_config
 from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.log import read_metrics

@@ -13,7 +13,7 @@ import deepspeed
 import torch
 
 import ptune_dist.train
-from ptune_dist.config.schema import load_config
+from ptune_dist.config.load import load_config
 from ptune_dist.run.job import Job, build_job
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ptune_dist.config.schema import Config, load_config
+from ptune_dist.config.load import load_config
+from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.errors import UserError
 from ptune_dist.run.folder import (

@@ -1,0 +1,87 @@
+"""YAML and `key.path=value` overrides in, one validated `Config` out; and the resolved config as YAML again."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ptune_dist.config.messages import describe_first_error, describe_validation_error, name_place
+from ptune_dist.config.schema import Config
+from ptune_dist.config.sweep import map_paths, render_members
+from ptune_dist.config.yaml_file import apply_override, read_yaml
+from ptune_dist.errors import UserError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key.path=value` overrides, validate.
+
+    Relative paths of files are looked up from the current folder, then from the config's own; those found are made
+    absolute, so that a run can be evaluated from anywhere. Every member of a sweep is validated too. Raises UserError
+    naming the file and the key.
+    """
+    raw = read_yaml(path)
+    for override in overrides:
+        apply_override(raw, override)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(describe_validation_error(error, path, overrides)) from None
+    config = resolve_paths(config, Path(path).resolve().parent)
+    check_members(config, name_place("sweep", path, overrides))
+    return config
+
+
+def check_members(config: Config, place: str) -> None:
+    """Raise UserError, beginning with `place`, unless every member of the sweep is a config of its own."""
+    names: dict[str, str] = {}
+    for name, raw in render_members(config).items():
+        try:
+            member = Config.model_validate(raw)
+        except ValidationError as error:
+            raise UserError(f"{place}: sweep: {name}: {describe_first_error(error)[1]}") from None
+        if config.sweep_halving and not member.data.validation:
+            raise UserError(f"{place}: sweep: {name}: sweep_halving needs data.validation")
+        same = names.setdefault(member.model_dump_json(exclude={"output_dir"}), name)
+        if same != name:
+            raise UserError(f"{place}: sweep: {same} and {name} are the same member, leave one out")
+
+
+def resolve_paths(config: Config, config_dir: Path) -> Config:
+    """Make the paths of files and folders that exist absolute; other names (a hub's, say) stay as they are."""
+
+    def resolve(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        value = os.path.expanduser(value)
+        name, colon, split = value.rpartition(":") if ":" in value else (value, "", "")  # a saved folder's FOLDER:SPLIT
+        for folder in (Path.cwd(), config_dir):
+            if (folder / value).exists():
+                return os.path.abspath(folder / value)
+            if colon and (folder / name).is_dir():
+                return os.path.abspath(folder / name) + colon + split
+        return value
+
+    cache_dir = config.train.context_cache_dir
+    if cache_dir:  # a run makes it
+        cache_dir = os.path.abspath(os.path.expanduser(cache_dir))
+    return config.model_copy(
+        update={
+            "output_dir": os.path.expanduser(config.output_dir),
+            "model": config.model.model_copy(update={"path": resolve(config.model.path)}),
+            "prompt": config.prompt.model_copy(update={"init_file": resolve(config.prompt.init_file)}),
+            "data": config.data.model_copy(
+                update={"train": resolve(config.data.train), "validation": resolve(config.data.validation)}
+            ),
+            "train": config.train.model_copy(update={"context_cache_dir": cache_dir}),
+            "deepspeed": resolve(config.deepspeed),
+            "sweep": map_paths(config.sweep, resolve),
+        }
+    )
+
+
+def render_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

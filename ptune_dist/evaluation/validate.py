@@ -17,7 +17,7 @@ from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.data.build import Split, build_split
 from ptune_dist.data.encode import token_statistics
-from ptune_dist.evaluation.evaluator import build_judge
+from ptune_dist.evaluation.evaluator import build_evaluator
 from ptune_dist.evaluation.placement_costs import describe_cache, describe_choice, render_costs
 from ptune_dist.run.folder import check_run_dir
 from ptune_dist.run.job import build_parts
@@ -40,7 +40,7 @@ def validate(config: Config) -> None:
             if split and not any(split.digest() == known.digest() for known in splits.values()):
                 splits[which + label] = split
         if held_out := splits.get("validation" + label):
-            build_judge(member, held_out, tokenizer, family)
+            build_evaluator(member, held_out, tokenizer, family)
     train = next(iter(splits.values()))
 
     console.rule("config")

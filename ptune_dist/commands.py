@@ -20,7 +20,7 @@ from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.sources import Rows, load_rows
 from ptune_dist.distributed.world import World, init_distributed
 from ptune_dist.errors import UserError
-from ptune_dist.evaluation.evaluator import Judge, build_judge
+from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator
 from ptune_dist.evaluation.generate import generate_texts
 from ptune_dist.prompts.export import check_for_peft, export_peft, export_prompt_embeds
 from ptune_dist.prompts.store import load_prompt
@@ -38,19 +38,19 @@ CHUNK_ROWS = 256  # rows of one rank that are answered before they are written
 
 
 def evaluate_run(config: Config, run_dir: Path) -> None:
-    """Judge the prompt on `data.validation`; print the metrics and write evaluation.json. Collective."""
+    """Evaluate the prompt on `data.validation`; print the metrics and write evaluation.json. Collective."""
     world = init_distributed()
-    judge = together(world, lambda: build_run_judge(config, run_dir))
+    evaluator = together(world, lambda: build_run_evaluator(config, run_dir))
     engine = build_trained_job(config, run_dir, world).engine
-    ((metrics, samples),) = judge(engine, engine.members).values()
-    content = {"data": config.data.validation, "num_examples": len(judge.split.examples), **metrics}
+    ((metrics, samples),) = evaluator(engine, engine.members).values()
+    content = {"data": config.data.validation, "num_examples": len(evaluator.split.examples), **metrics}
     file = run_dir / "evaluation.json"
     together(world, lambda: write_json(file, content | {"samples": samples}) if world.is_main else None)
     if world.is_main:
         print(json.dumps(content, indent=2))
 
 
-def build_run_judge(config: Config, run_dir: Path) -> Judge:
+def build_run_evaluator(config: Config, run_dir: Path) -> Evaluator:
     tokenizer, family = build_tokenizer(config), build_family(config)
     split = build_split(
         config.data, tokenizer, which="validation", family=family, max_examples=config.evaluate.max_examples,
@@ -58,7 +58,7 @@ def build_run_judge(config: Config, run_dir: Path) -> Judge:
     )  # fmt: skip
     if split is None:
         raise UserError(f"{run_dir}/config.yaml: data.validation is missing: give data.validation=FILE")
-    return build_judge(config, split, tokenizer, family)
+    return build_evaluator(config, split, tokenizer, family)
 
 
 def generate_for_run(

@@ -20,8 +20,8 @@ from ptune_dist.data.encode import Examples, common_context
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, init_distributed, sum_over_ranks
 from ptune_dist.errors import RunFault
-from ptune_dist.evaluation.during_training import StopAgreed, agree_on_stop, is_due, is_evaluation_due, judge_members
-from ptune_dist.evaluation.evaluator import Judge, build_judge
+from ptune_dist.evaluation.during_training import StopAgreed, agree_on_stop, evaluate_members, is_due, is_evaluation_due
+from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator
 from ptune_dist.evaluation.generate import pad_id
 from ptune_dist.optim.optimizer import learning_rate_at
 from ptune_dist.run.folder import (
@@ -51,15 +51,15 @@ def train(config: Config) -> int:
     with Watch(world.rank, config.train.hang_timeout_s) as watch:
         if watch.folder:
             check_nodes(world)
-        rows, judges = together(world, lambda: build_data(config))
+        rows, evaluators = together(world, lambda: build_data(config))
         job = build_job(config, world, with_start=from_main(world, lambda: not has_checkpoint(config)))
         job.engine.contexts.set_lead(*lead_of(rows.examples))
         with together(world, lambda: lock_run_dir(config) if world.is_main else nullcontext()):
             with status_of_failure(Path(config.output_dir)) if world.is_main else nullcontext():
-                return train_job(job, rows, judges, watch, world)
+                return train_job(job, rows, evaluators, watch, world)
 
 
-def train_job(job: Job, rows: TrainingRows, judges: dict[str, Judge], watch: Watch, world: World) -> int:
+def train_job(job: Job, rows: TrainingRows, evaluators: dict[str, Evaluator], watch: Watch, world: World) -> int:
     """What `train` does once everything is loaded and the run's folder is ours. Collective."""
     config, end = job.config, End(DONE)
     progress = restore(job, rows, world)
@@ -68,10 +68,10 @@ def train_job(job: Job, rows: TrainingRows, judges: dict[str, Judge], watch: Wat
     together(world, lambda: watch.begin_steps(Path(config.output_dir)))
     with together(world, lambda: open_metrics(job, progress, world)) as metrics:
         if world.is_main:
-            metrics.say(describe_start(job, rows, judges, progress, world))
+            metrics.say(describe_start(job, rows, held_out_of(evaluators), progress, world))
         try:
-            run_steps(job, rows, judges, progress, metrics, watch, world)
-            summary = finish(job, judges, progress, metrics, watch, world)
+            run_steps(job, rows, evaluators, progress, metrics, watch, world)
+            summary = finish(job, evaluators, progress, metrics, watch, world)
         except StopAgreed:
             end = End(STOPPED, STOPPED_REASON)
             if world.is_main:
@@ -84,8 +84,8 @@ def train_job(job: Job, rows: TrainingRows, judges: dict[str, Judge], watch: Wat
 
 
 def run_steps(
-    job: Job, rows: TrainingRows, judges: dict[str, Judge], progress: Progress, metrics: MetricsWriter | None,
-    watch: Watch, world: World,
+    job: Job, rows: TrainingRows, evaluators: dict[str, Evaluator], progress: Progress,
+    metrics: MetricsWriter | None, watch: Watch, world: World,
 ) -> None:  # fmt: skip
     """Steps until the run is over. Collective.
 
@@ -97,8 +97,8 @@ def run_steps(
     config = job.config
     if agree_on_stop(watch, metrics, world):  # while everything was loaded: there is nothing to save
         raise StopAgreed
-    if judges and progress.evaluation_pending:
-        judge_members(job, judges, progress, metrics, watch, world)
+    if evaluators and progress.evaluation_pending:
+        evaluate_members(job, evaluators, progress, metrics, watch, world)
     while not is_over(config, progress):
         began, step, gathers = time.perf_counter(), progress.step + 1, job.engine.gathers.copy()
         job.engine.contexts.take_counts()  # an evaluation's, which are no step's
@@ -114,14 +114,14 @@ def run_steps(
         if world.is_main:
             metrics.step(*metrics_lines(job, progress, losses, learning_rates, world))
 
-        progress.evaluation_pending = bool(judges) and is_evaluation_due(config, step)
+        progress.evaluation_pending = bool(evaluators) and is_evaluation_due(config, step)
         is_stopped = agree_on_stop(watch, metrics, world) and not is_over(config, progress)
         if is_stopped or is_due(config.checkpoint.every, step, config):
             checkpoint(job, progress, world)
         if is_stopped:
             raise StopAgreed
         if progress.evaluation_pending:
-            judge_members(job, judges, progress, metrics, watch, world)
+            evaluate_members(job, evaluators, progress, metrics, watch, world)
 
 
 def accumulate_step(
@@ -173,13 +173,13 @@ def describe_fault(job: Job, rows: TrainingRows, examples: list[int], step: int,
     )
 
 
-def build_data(config: Config) -> tuple[TrainingRows, dict[str, Judge]]:
-    """The members' training rows, and for each the judge over its validation split where it has one. Raises UserError.
+def build_data(config: Config) -> tuple[TrainingRows, dict[str, Evaluator]]:
+    """The members' training rows, and the evaluator of each one's validation split. Raises UserError.
 
     What several members share is read once.
     """
     tokenizer, family = build_tokenizer(config), build_family(config)
-    members, splits, judges, known = expand_sweep(config), {}, {}, {}
+    members, splits, evaluators, known = expand_sweep(config), {}, {}, {}
     for name, member in members.items():
         key = member.data.model_dump_json()
         if key not in known:
@@ -188,12 +188,17 @@ def build_data(config: Config) -> tuple[TrainingRows, dict[str, Judge]]:
                 member.data, tokenizer, which="validation", max_examples=config.evaluate.max_examples, **options
             )
             split = build_split(member.data, tokenizer, which="train", **options)
-            known[key] = split, build_judge(member, held_out, tokenizer, family) if held_out else None
-        splits[name], judge = known[key]
-        if judge:
-            judges[name] = judge
+            known[key] = split, build_evaluator(member, held_out, tokenizer, family) if held_out else None
+        splits[name], evaluator = known[key]
+        if evaluator:
+            evaluators[name] = evaluator
     seeds = {name: member.seed for name, member in members.items()}
-    return TrainingRows(splits, batch_size=config.train.batch_size, seeds=seeds), judges
+    return TrainingRows(splits, batch_size=config.train.batch_size, seeds=seeds), evaluators
+
+
+def held_out_of(evaluators: dict[str, Evaluator]) -> Examples | None:
+    """The first member's validation rows."""
+    return next((evaluator.split.examples for evaluator in evaluators.values()), None)
 
 
 def lead_of(examples: Examples) -> tuple[np.ndarray, bool]:
@@ -203,13 +208,14 @@ def lead_of(examples: Examples) -> tuple[np.ndarray, bool]:
 
 
 def finish(
-    job: Job, judges: dict[str, Judge], progress: Progress, metrics: MetricsWriter | None, watch: Watch, world: World
+    job: Job, evaluators: dict[str, Evaluator], progress: Progress, metrics: MetricsWriter | None, watch: Watch,
+    world: World,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the summaries, return the run's; where nothing is judged the last prompt is kept. Collective."""
-    if any(name in judges and not progress.members[name].best for name in progress.live):
-        judge_members(job, judges, progress, metrics, watch, world)
+    """Write the summaries, return the run's; where nothing is evaluated the last prompt is kept. Collective."""
+    if any(name in evaluators and not progress.members[name].best for name in progress.live):
+        evaluate_members(job, evaluators, progress, metrics, watch, world)
     for name, standing in progress.members.items():
-        if not standing.best:  # never judged: there is no validation, or it was brought to a stand before
+        if not standing.best:  # never evaluated: there is no validation, or it was brought to a stand before
             store_prompt(job, name, progress, world)
     if progress.step < job.config.train.max_steps:  # patience ended it, perhaps between two checkpoints
         checkpoint(job, progress, world)

@@ -1,4 +1,4 @@
-"""Judge a prompt on held-out rows: loss, perplexity, exact match, accuracy by likelihood.
+"""Evaluate a prompt on held-out rows: loss, perplexity, exact match, accuracy by likelihood.
 
 Floor 5. Rows are shared among the ranks and each is counted once, whatever the world size.
 """
@@ -22,7 +22,7 @@ Evaluation = tuple[dict[str, float], list[dict[str, str]]]  # metrics, and answe
 
 
 @dataclass
-class Judge:
+class Evaluator:
     """All that evaluation needs besides the prompt; built once, used at every evaluation."""
 
     split: Split
@@ -115,15 +115,15 @@ class Judge:
         return self.labels[ids[0]] if self.labels else self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def build_judge(config, split: Split, tokenizer: PreTrainedTokenizerBase, family: str) -> Judge:
-    """The judge that config section `evaluate` asks for, over a split. Raises UserError."""
+def build_evaluator(config, split: Split, tokenizer: PreTrainedTokenizerBase, family: str) -> Evaluator:
+    """The evaluator that config section `evaluate` asks for, over a split. Raises UserError."""
     matched = sorted({"exact_match", "accuracy"} & set(config.evaluate.metrics))
     if matched and split.rows.kind == "text":
         raise UserError(f"evaluate.metrics: {split.rows.name} is plain text without targets for {matched[0]}")
     candidates = None
     if "accuracy" in config.evaluate.metrics:
         candidates = build_label_candidates(config.data, split, tokenizer, family, config.prompt.placement)
-    return Judge(
+    return Evaluator(
         split, tokenizer, list(config.evaluate.metrics), micro_batch_tokens=config.train.micro_batch_tokens,
         max_new_tokens=config.evaluate.max_new_tokens, num_samples=config.evaluate.num_samples,
         candidates=candidates, labels=config.data.labels if family == "encoder" else None,

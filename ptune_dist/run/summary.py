@@ -14,9 +14,9 @@ from rich.table import Column, Table
 from ptune_dist import __version__
 from ptune_dist.base.layers import disk_bytes, held_bytes
 from ptune_dist.config.schema import Config
+from ptune_dist.data.encode import Examples
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, gather_from_ranks, max_over_ranks
-from ptune_dist.evaluation.evaluator import Judge
 from ptune_dist.run.job import Job
 from ptune_dist.run.log import peak_memory_by_kind, peak_memory_bytes, show_samples
 from ptune_dist.run.progress import Progress, Standing, rank_members
@@ -24,11 +24,10 @@ from ptune_dist.run.progress import Progress, Standing, rank_members
 MIB = 1 << 20
 
 
-def describe_start(job: Job, rows: TrainingRows, judges: dict[str, Judge], progress: Progress, world: World) -> str:
-    """The first line of a run's log: what goes in and how it is spread."""
+def describe_start(job: Job, rows: TrainingRows, held_out: Examples | None, progress: Progress, world: World) -> str:
+    """The first line of a run's log: its rows, those held out for validation if any, and how it is spread."""
     parts = [f"{len(rows.examples):,} examples, {rows.examples.truncated_share:.1%} truncated"]
-    if judges:
-        held_out = next(iter(judges.values())).split.examples
+    if held_out:
         parts.append(f"validation {len(held_out):,}, {held_out.truncated_share:.1%} truncated")
     if job.config.sweep:
         parts.append(f"{len(job.members)} members")

@@ -36,6 +36,11 @@ class TrainingRows:
             found[name] = [start + i for i in chosen]
         return found
 
+    def slice_of(self, member: str) -> slice:
+        """Where a member's examples are among all."""
+        start, count = self._places[member]
+        return slice(start, start + count)
+
     def units(self, examples: dict[str, list[int]], members: Sequence[str]) -> list[Unit]:
         """Each example once with all members that read it; members are numbered as in `members`."""
         return join_readers((i, members.index(name)) for name, chosen in examples.items() for i in chosen)
@@ -61,4 +66,11 @@ def join_examples(parts: list[Examples]) -> Examples:
         is_truncated=np.concatenate([part.is_truncated for part in parts]),
         where=where,
         num_context=np.concatenate([part.num_context for part in parts]),
+        numbers=join_numbers(parts),
     )
+
+
+def join_numbers(parts: list[Examples]) -> np.ndarray | None:
+    """Targets that are numbers: those of all parts, or of none."""
+    found = [part.numbers for part in parts if part.numbers is not None]
+    return np.concatenate(found) if found else None

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ptune_dist.base.trained_head import trained_parameters
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import Examples
 from ptune_dist.model.attention import KeysValues
@@ -91,10 +92,15 @@ class PromptedModel(nn.Module):
         self.base.eval()
         return self
 
+    def begin_step(self, step: int) -> None:
+        """Called before the passes of optimizer step `step`."""
+        for prompt in self.prompts:
+            prompt.begin_step(step)
+
     def trainable(self, member: int = 0) -> dict[str, nn.Parameter]:
         """What is trained and stored of a member, by name: its prompt's parameters and those of a trained head."""
         found = dict(self.prompts[member].named_parameters())
-        found |= {f"head.{name}": p for name, p in self.base.named_parameters() if p.requires_grad}
+        found |= {f"head.{name}": p for name, p in trained_parameters(self.base).items()}
         if self.value_heads is not None:
             found |= {f"value_head.{name}": p for name, p in self.value_heads[member].named_parameters()}
         return found

@@ -10,11 +10,12 @@ from typing import Any
 
 from ptune_dist.config.schema import HIGHER_IS_BETTER
 from ptune_dist.data.training_rows import TrainingRows
-from ptune_dist.distributed.world import World
+from ptune_dist.distributed.world import World, from_main, together
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.prompts.store import save_prompt
 from ptune_dist.run.checkpoint import Snapshot, load_newest_checkpoint, save_checkpoint
-from ptune_dist.run.job import Job, from_main, prompt_facts, together
+from ptune_dist.run.job import Job
+from ptune_dist.run.stored_prompt import prompt_facts, prompt_tensors
 from ptune_dist.run.log import StepCount, Throughput
 
 
@@ -162,7 +163,7 @@ def store_prompt(job: Job, member: str, progress: Progress, world: World) -> Non
     """Write a member's `prompt/`. Collective: every rank must call."""
     facts = prompt_facts(job, member, step=progress.step, metrics=progress.members[member].best)
     folder = Path(job.members[member].output_dir) / "prompt"
-    tensors = job.engine.prompt_tensors(member)
+    tensors = prompt_tensors(job, member)
 
     def save() -> None:
         try:

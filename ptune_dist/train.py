@@ -18,7 +18,7 @@ from ptune_dist.data.batches import collate
 from ptune_dist.data.build import build_split
 from ptune_dist.data.encode import Examples, common_context
 from ptune_dist.data.training_rows import TrainingRows
-from ptune_dist.distributed.world import World, init_distributed, sum_over_ranks
+from ptune_dist.distributed.world import World, from_main, init_distributed, sum_over_ranks, together
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.during_training import StopAgreed, agree_on_stop, is_due, is_evaluation_due, judge_members
 from ptune_dist.evaluation.evaluator import Judge, build_judge
@@ -32,7 +32,7 @@ from ptune_dist.run.folder import (
     write_json,
     write_run_configs,
 )
-from ptune_dist.run.job import Job, build_family, build_job, build_tokenizer, from_main, together
+from ptune_dist.run.job import Job, build_family, build_job, build_tokenizer
 from ptune_dist.run.log import MetricsWriter, StepCount, peak_memory_bytes
 from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
 from ptune_dist.run.status import end_status, say_training

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ptune_dist.base.trained_head import trained_parameters
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import Examples
 from ptune_dist.model.attention import KeysValues, Segment, use_segments
@@ -56,7 +57,7 @@ class PromptedModel(nn.Module):
 
     def trainable(self, member: int = 0) -> dict[str, nn.Parameter]:
         """What is trained and stored of a member, by name: its prompt's parameters and those of an encoder's head."""
-        head = {f"head.{name}": p for name, p in self.base.named_parameters() if p.requires_grad}
+        head = {f"head.{name}": p for name, p in trained_parameters(self.base).items()}
         return dict(self.prompts[member].named_parameters()) | head
 
     def forward(self, work: Batch | Contexts) -> Any:
@@ -236,7 +237,7 @@ class PromptedModel(nn.Module):
         parts = tokens.split([len(text) for text in texts])
         rows = [torch.cat([virtual[member], part]) for member, part in zip(members, parts, strict=True)]
         mask = pad_rows([np.ones(len(row)) for row in rows], 0)[0]
-        unread = sum(vector[:0].sum() for vector in virtual)  # 0: DeepSpeed wants a gradient for every parameter
+        unread = sum(vector[:0].sum() for vector in virtual)  # 0: an idle rank too has something to go back through
         return pad_sequence(rows, batch_first=True) + unread, self._tensor(mask)
 
     def _head_losses(self, batch: Batch, starts: list[int], **inputs) -> tuple[torch.Tensor, np.ndarray]:

@@ -6,16 +6,15 @@ Floor 5. What is read from files is read first, on every rank, and a mistake fou
 import inspect
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptune_dist.base.layers import embedding_width, hidden_size, layers_of, max_positions
-from ptune_dist.base.load import fill_sharded, fill_whole
+from ptune_dist.base.load import fill_whole
 from ptune_dist.base.memory_check import foresee
 from ptune_dist.base.open import OpenedBase, open_base
 from ptune_dist.base.recompute import read_settings
@@ -23,7 +22,7 @@ from ptune_dist.base.source import fingerprint_base, load_shape, load_tokenizer
 from ptune_dist.config.deepspeed_json import fill_deepspeed_json, zero_stage
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import ONLY_MEMBER, expand_sweep
-from ptune_dist.distributed.world import World, broadcast_from_main, raise_together
+from ptune_dist.distributed.world import World, together
 from ptune_dist.errors import UserError
 from ptune_dist.families.find import find_family
 from ptune_dist.model.context_cache import ContextCache
@@ -32,9 +31,8 @@ from ptune_dist.prompts.prompt_tuning import PromptTuning
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.zero.engine import Engine, build_engine, check_with_deepspeed
 from ptune_dist.zero.offload import settle_offload, without_autos
-from ptune_dist.zero.shard import Sharder
-
-T = TypeVar("T")
+from ptune_dist.zero.residency import settle_residency
+from ptune_dist.zero.shard import Sharder, fill_sharded
 
 
 @dataclass
@@ -47,25 +45,6 @@ class Job:
     engine: Engine
     fingerprint: str  # of the base
     loading: dict[str, float]  # this rank's seconds and bytes of reading the base
-
-
-def together(world: World, function: Callable[[], T]) -> T:
-    """Call `function`, which must not communicate, on every rank; where it raises on one, raise on all. Collective."""
-    error, result = None, None
-    try:
-        result = function()
-    except Exception as caught:
-        error = caught
-    raise_together(error, world)
-    return result
-
-
-def from_main(world: World, function: Callable[[], T]) -> T:
-    """What `function` finds on rank 0, on every rank; where it raises, all raise. Collective.
-
-    For what is read from the run: on a shared disk another node may still see what stood there before.
-    """
-    return broadcast_from_main(together(world, lambda: function() if world.is_main else None), world)
 
 
 def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -148,6 +127,7 @@ def build_deepspeed_json(config: Config, base: PreTrainedModel, world: World | N
     content = fill_deepspeed_json(config, hidden_size=hidden_size(base))
     check_with_deepspeed(without_autos(content), config.deepspeed)
     settle_offload(content, base, world.size if world else None, file)
+    settle_residency(content, base)
     read_settings(content, len(layers_of(base)), file)
     return content
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from ptune_dist.config.schema import HIGHER_IS_BETTER
 from ptune_dist.data.training_rows import TrainingRows
-from ptune_dist.distributed.world import World
+from ptune_dist.distributed.world import World, from_main, together
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.prompts.store import save_prompt
 from ptune_dist.run.checkpoint import Snapshot, load_newest_checkpoint, save_checkpoint
-from ptune_dist.run.job import Job, from_main, prompt_facts, together
+from ptune_dist.run.job import Job, prompt_facts
 from ptune_dist.run.log import StepCount, Throughput
 
 

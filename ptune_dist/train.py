@@ -172,9 +172,9 @@ def accumulate_step(training: Training, examples: dict[str, list[int]]) -> dict[
     plan = engine.plan(units, data, training.config.train.micro_batch_tokens)
     engine.model.begin_step(training.progress.step + 1)
     total = torch.zeros(len(engine.members), device=world.device)
-    for number, shares in enumerate(plan, 1):
+    for shares in plan:
         batch = collate(data, shares, world.rank, pad_id(training.job.tokenizer))
-        total += engine.accumulate(batch, scales=scales, is_last=number == len(plan))
+        total += engine.accumulate(batch, scales=scales)
         training.watch.beat()
     sums = dict(zip(engine.members, sum_over_ranks(total.tolist(), world), strict=True))
     return {name: sums[name] / divisor for name, divisor in divisors.items()}

@@ -23,12 +23,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations import HfDeepSpeedConfig
 
 from ptune_dist.base.layers import held_bytes, layers_of
-from ptune_dist.base.load import fill_sharded
 from ptune_dist.base.open import open_base
 from ptune_dist.bench.probe import held_bytes as resident_bytes
 from ptune_dist.bench.probe import peak_bytes, reset_peak, write_result
 from ptune_dist.zero.gathers import watch_gathers
-from ptune_dist.zero.shard import Sharder
+from ptune_dist.zero.shard import Sharder, fill_sharded
 
 SIDES = ("ours", "ours-int8", "ours-int8-all", "transformers", "bitsandbytes")
 NUM_TOKENS = 64

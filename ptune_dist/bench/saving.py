@@ -27,10 +27,11 @@ NUM_SAVES = 20
 
 def give_moments(engine: Engine) -> None:
     """The optimizer's state of a prompt that has been trained: a step without a gradient makes it."""
-    for member in engine._optimizer.members.values():
-        for tensor in member.whole:
-            tensor.grad = tensor.detach().clone()
-        member.torch_optimizer.step()
+    for member in engine.prompts.members.values():
+        for parameter in member.parameters:
+            parameter.grad = parameter.detach().clone()
+        member.optimizer.step()
+        member.clear_gradients()
 
 
 def main() -> int:

@@ -76,7 +76,7 @@ class PromptedModel(nn.Module):
         self.head = HeadAtTargets(base) if self.has_language_head else None
         self.value_heads: ValueHeads | None = None
         if self.predicts_numbers and self.has_language_head:
-            self.value_heads = ValueHeads(base, len(prompts), self.device)
+            self.value_heads = ValueHeads(base, len(prompts))
 
     @property
     def predicts_numbers(self) -> bool:
@@ -85,6 +85,12 @@ class PromptedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.prompts.parameters()).device
+
+    def place(self, device: torch.device) -> None:
+        """Move what is trained to the device; the base is there already, or sharded."""
+        self.prompts.to(device)
+        if self.value_heads is not None:
+            self.value_heads.to(device)
 
     def train(self, mode: bool = True) -> "PromptedModel":
         """The prompts follow `mode`; the base never leaves eval mode."""

@@ -34,7 +34,7 @@ def measure_scale(numbers: np.ndarray) -> TargetScale:
 class ValueHeads(nn.ModuleList):
     """One linear head for each member, in float32; it starts as transformers starts a new head."""
 
-    def __init__(self, base: PreTrainedModel, num_members: int, device: torch.device):
+    def __init__(self, base: PreTrainedModel, num_members: int):
         std = getattr(base.config.get_text_config(decoder=True), "initializer_range", None) or 0.02
         width = base.get_output_embeddings().in_features
         draw = torch.Generator().manual_seed(0)
@@ -46,7 +46,7 @@ class ValueHeads(nn.ModuleList):
             head = nn.Linear(width, 1)
             head.weight = nn.Parameter(start.clone())
             nn.init.zeros_(head.bias)
-            self.append(head.to(device))
+            self.append(head)
 
     def predict(self, hidden: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
         """Numbers [U] from hidden states [U, H], each by the head of its member [U]."""

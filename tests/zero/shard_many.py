@@ -13,11 +13,11 @@ import deepspeed
 import torch
 
 from ptune_dist.base.layers import held_bytes
-from ptune_dist.base.load import fill_sharded, fill_whole
+from ptune_dist.base.load import fill_whole
 from ptune_dist.base.open import open_base
 from ptune_dist.distributed.world import init_distributed
 from ptune_dist.zero.gathers import watch_gathers
-from ptune_dist.zero.shard import Sharder
+from ptune_dist.zero.shard import Sharder, fill_sharded
 from tests.conftest import LABELS
 
 CONTENT = {

@@ -82,7 +82,8 @@ def train(config: Config) -> int:
         is_new = from_main(world, lambda: not has_checkpoint(config))
         job = build_job(reading, world, with_start=is_new, scales=measure_scales(reading, rows))
         job.engine.contexts.set_lead(*find_lead(rows.examples))
-        with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: status_of_failure(Path(config.output_dir))):
+        run_dir = Path(config.output_dir)
+        with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: status_of_failure(run_dir)):
             return train_job(job, rows, evaluators, watch, world)
 
 

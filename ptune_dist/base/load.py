@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptune_dist.base.int8 import Int8Rows, Int8Weight
-from ptune_dist.base.open import OpenedBase, open_base
+from ptune_dist.base.open import OpenedBase
 
 CPU = torch.device("cpu")
 Fill = Callable[[int, torch.Tensor], None]  # (first element, 1-D tensor to fill)
@@ -110,8 +110,3 @@ def int8_rows(opened: OpenedBase, name: str, module: Int8Weight) -> Int8Rows:
     read = opened.weights.read_columns if module.stored_transposed else opened.weights.read_rows
     stored = opened.names[name]
     return Int8Rows(lambda first, last: read(stored, first, last), *module.weight.shape)
-
-
-def load_base(path: str, **options) -> PreTrainedModel:
-    """A whole frozen base on the CPU; options are those of `open_base`. Raises UserError."""
-    return fill_whole(open_base(path, **options))

@@ -20,6 +20,7 @@ from ptune_dist.distributed.world import init_distributed, sum_over_ranks
 from ptune_dist.run.folder import list_checkpoints
 from ptune_dist.run.job import build_job
 from ptune_dist.run.progress import Progress, Standing, checkpoint
+from ptune_dist.run.reading import build_reading
 from ptune_dist.zero.engine import Engine
 
 NUM_SAVES = 20
@@ -41,7 +42,7 @@ def main() -> int:
     parser.add_argument("--result", required=True)
     args = parser.parse_intermixed_args()
     config, world = load_config(args.config, args.overrides), init_distributed()
-    job = build_job(config, world)
+    job = build_job(build_reading(config), world)
     give_moments(job.engine)
     progress = Progress({name: Standing() for name in job.members})
     seconds = []

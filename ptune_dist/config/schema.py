@@ -91,8 +91,8 @@ class PromptConfig(Section):
     `{{ prompt }}` stands in `data.template`. `encoder`, `decoder`: before what that half of a seq2seq base reads."""
 
     init: Literal["random", "vocab", "text", "labels", "file"] | None = None
-    """What the prompt starts from; where left out, what suits the method. `random`: random numbers. `vocab`: embeddings of random tokens. `text`,
-    `labels`: embeddings of a text or of the labels. `file`: an earlier prompt."""
+    """What the prompt starts from; where left out, what suits the method. `random`: random numbers. `vocab`: embeddings
+    of random tokens. `text`, `labels`: embeddings of a text or of the labels. `file`: an earlier prompt."""
 
     init_text: str | None = None
     """The text to start from, with `init: text`."""

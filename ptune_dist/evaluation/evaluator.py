@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ptune_dist.config.schema import Config
 from ptune_dist.data.batches import collate
 from ptune_dist.data.build import Split, build_label_candidates
 from ptune_dist.data.encode import Examples
 from ptune_dist.distributed.world import gather_from_ranks
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.generate import generate_texts, pad_id
+from ptune_dist.run.reading import Reading
 from ptune_dist.zero.engine import Engine
 
 Evaluation = tuple[dict[str, float], list[dict[str, str]]]  # metrics, and answers to some rows
@@ -115,16 +117,17 @@ class Evaluator:
         return self.labels[ids[0]] if self.labels else self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def build_evaluator(config, split: Split, tokenizer: PreTrainedTokenizerBase, family: str) -> Evaluator:
+def build_evaluator(config: Config, split: Split, reading: Reading) -> Evaluator:
     """The evaluator that config section `evaluate` asks for, over a split. Raises UserError."""
     matched = sorted({"exact_match", "accuracy"} & set(config.evaluate.metrics))
     if matched and split.rows.kind == "text":
         raise UserError(f"evaluate.metrics: {split.rows.name} is plain text without targets for {matched[0]}")
     candidates = None
+    encoding = reading.encoding(config)
     if "accuracy" in config.evaluate.metrics:
-        candidates = build_label_candidates(config.data, split, tokenizer, family, config.prompt.placement)
+        candidates = build_label_candidates(config.data, split, encoding)
     return Evaluator(
-        split, tokenizer, list(config.evaluate.metrics), micro_batch_tokens=config.train.micro_batch_tokens,
+        split, reading.tokenizer, list(config.evaluate.metrics), micro_batch_tokens=config.train.micro_batch_tokens,
         max_new_tokens=config.evaluate.max_new_tokens, num_samples=config.evaluate.num_samples,
-        candidates=candidates, labels=config.data.labels if family == "encoder" else None,
+        candidates=candidates, labels=config.data.labels if reading.family.trains_head else None,
     )  # fmt: skip

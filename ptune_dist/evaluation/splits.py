@@ -25,9 +25,7 @@ def build_splits(reading: Reading) -> tuple[TrainingRows, dict[str, Evaluator]]:
         key = member.data.model_dump_json()
         if key not in known:
             encoding = reading.encoding(member)
-            held_out = build_split(
-                member.data, encoding, which="validation", max_examples=config.evaluate.max_examples
-            )
+            held_out = build_split(member.data, encoding, which="validation", max_examples=config.evaluate.max_examples)
             split = build_split(member.data, encoding, which="train")
             assert split is not None, "data.train is required"
             known[key] = split, build_evaluator(member, held_out, reading) if held_out else None

@@ -1,7 +1,11 @@
 """Which family a base belongs to."""
 
+from typing import Any
+
 from transformers import PretrainedConfig
 
+from ptune_dist.base.open import OpenedBase, open_base
+from ptune_dist.base.source import load_shape
 from ptune_dist.errors import UserError
 from ptune_dist.families import FAMILIES
 from ptune_dist.families.family import Family
@@ -19,3 +23,8 @@ def find_family(shape: PretrainedConfig, asked: str, path: str) -> Family:
     if own is not None and found is not own:
         raise UserError(f"model.family: {path} is a {kind} model, which is {own.name}, not {found.name}")
     return found
+
+
+def open_any(path: str, family: str = "auto", **options: Any) -> OpenedBase:
+    """A base of any family without its weights; options are those of `open_base`. Raises UserError."""
+    return open_base(path, find_family(load_shape(path), family, path), **options)

@@ -39,9 +39,7 @@ class ValueHeads(nn.ModuleList):
         width = base.get_output_embeddings().in_features
         draw = torch.Generator().manual_seed(0)
         super().__init__()
-        start = (
-            torch.randn(1, width, generator=draw) * std
-        )  # as if it were alone
+        start = torch.randn(1, width, generator=draw) * std  # as if it were alone
         for _ in range(num_members):
             head = nn.Linear(width, 1)
             head.weight = nn.Parameter(start.clone())

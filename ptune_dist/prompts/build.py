@@ -46,7 +46,8 @@ def choose_start(prompt: PromptConfig) -> str:
     method = find_method(prompt)
     start = prompt.init or method.default_start
     if start not in method.starts:
-        raise ValueError(f"prompt.init: {start} is not for {prompt.method}, which starts from {', '.join(method.starts)}")
+        known = ", ".join(method.starts)
+        raise ValueError(f"prompt.init: {start} is not for {prompt.method}, which starts from {known}")
     return start
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed's own JSON: read it, fill its `auto` values from the config, refuse contradictions. The one place for both.
 
-Floor 0. The file stays plain DeepSpeed JSON. A value that the config also sets must be `auto`, absent or equal; the
-filled content is what `engine.py` hands to DeepSpeed.
+The file stays plain DeepSpeed JSON. A value that the config also sets must be `auto`, absent or equal; the filled
+content is what the `zero` package hands to DeepSpeed.
 """
 
 import copy
@@ -13,16 +13,20 @@ from typing import Any
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
 
-# DeepSpeed's names for what train.optimizer and train.schedule name, and the sections that it documents.
+# DeepSpeed's names for the values of train.optimizer and train.schedule, and the sections that it documents.
 OPTIMIZER_TYPES = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd", "adafactor": "adafactor"}
-SECTIONS = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
-    "fp16", "bf16", "amp", "torch_autocast", "data_types", "gradient_clipping", "prescale_gradients",
-    "gradient_predivide_factor", "sparse_gradients", "communication_data_type", "zero_optimization",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "activation_checkpointing", "aio",
-    "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", "flops_profiler", "comms_logger",
-    "tensorboard", "wandb", "csv_monitor", "checkpoint", "compile", "seed", "timers", "nebula",
-)  # fmt: skip
+SECTIONS = """
+train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler fp16 bf16 amp
+torch_autocast data_types gradient_clipping prescale_gradients gradient_predivide_factor sparse_gradients
+communication_data_type zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+activation_checkpointing aio steps_per_print wall_clock_breakdown dump_state memory_breakdown flops_profiler
+comms_logger tensorboard wandb csv_monitor checkpoint compile seed timers nebula
+""".split()
+# The keys that must be objects where they are given.
+OBJECTS = """
+bf16 fp16 zero_optimization optimizer scheduler optimizer.params scheduler.params torch_autocast amp data_types
+activation_checkpointing zero_optimization.offload_param zero_optimization.offload_optimizer
+""".split()
 SCHEDULER_TYPES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 # `auto` values that DeepSpeed itself takes, and those that follow from the base's tensors (zero/).
@@ -57,14 +61,12 @@ def load_deepspeed_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
 
 
 def check_sections(content: dict[str, Any], file: str) -> None:
-    """Raise UserError for a section of the wrong kind or a misspelt one: DeepSpeed ignores what it does not know."""
+    """Raise UserError for a section of the wrong type or a misspelled one: DeepSpeed ignores what it does not know."""
     for key in content:
         near = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.85)
         if key not in SECTIONS and near:
             raise UserError(f"{file}: unknown key {key}, did you mean {near[0]}?")
-    for path in ("bf16", "fp16", "zero_optimization", "optimizer", "scheduler", "optimizer.params", "scheduler.params",
-                 "torch_autocast", "amp", "data_types", "activation_checkpointing", "zero_optimization.offload_param",
-                 "zero_optimization.offload_optimizer"):  # fmt: skip
+    for path in OBJECTS:
         node: Any = content
         for part in path.split("."):
             node = node.get(part, {}) if isinstance(node, dict) else node
@@ -80,7 +82,8 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
         if content.get(key, {}).get("enabled"):
             raise UserError(f"{file}: {key} would change the precision that model.dtype names: remove the section")
     settle = Settler(content, str(file))
-    train, dtype = config.train, config.model.dtype
+    train = config.train
+    dtype = config.model.dtype
     settle("bf16.enabled", dtype == "bfloat16", "model.dtype", dtype)
     settle("fp16.enabled", dtype == "float16", "model.dtype", dtype)
     settle("gradient_clipping", train.max_grad_norm, "train.max_grad_norm")
@@ -113,10 +116,11 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
 
 
 class Settler:
-    """Settles values that both files can set."""
+    """Settles the values that both files can set."""
 
     def __init__(self, content: dict[str, Any], file: str):
-        self.content, self.file = content, file
+        self.content = content
+        self.file = file
 
     def __call__(self, path: str, value: Any, key: str, shown: Any = None) -> None:
         """Fill `path` where it is absent or `auto`; raise UserError where it differs from config key `key`."""
@@ -127,18 +131,22 @@ class Settler:
         found = node.get(leaf, "auto")
         if found == "auto":
             node[leaf] = value
-        elif (list(found) if isinstance(found, (list, tuple)) else found) != (
-            list(value) if isinstance(value, tuple) else value
-        ):
+        elif as_json(found) != as_json(value):
             raise UserError(
                 f"{self.file}: {path} is {json.dumps(found)} but {key} is {json.dumps(shown or value)}: "
                 f'make them equal or set {path} to "auto"'
             )
 
 
+def as_json(value: Any) -> Any:
+    """The value as JSON holds it: a tuple is a list."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def settle_optimizer(settle: Settler, config: Config) -> None:
     """An `optimizer` section must name what train.optimizer names, with the same numbers."""
-    section, train = settle.content.get("optimizer"), config.train
+    section = settle.content.get("optimizer")
+    train = config.train
     if section is None:
         return
     kind = str(section.get("type", ""))
@@ -156,7 +164,8 @@ def settle_optimizer(settle: Settler, config: Config) -> None:
 
 def settle_scheduler(settle: Settler, config: Config) -> None:
     """A `scheduler` section must name what train.schedule names, with the same steps."""
-    section, train = settle.content.get("scheduler"), config.train
+    section = settle.content.get("scheduler")
+    train = config.train
     if section is None:
         return
     kind = str(section.get("type", ""))
@@ -186,7 +195,7 @@ def fill_zero_sizes(zero: dict[str, Any], hidden_size: int) -> None:
 
 
 def refuse_unfilled(node: Any, file: str, path: str = "") -> None:
-    """Raise UserError where an `auto` is left that nothing here can fill."""
+    """Raise UserError for an `auto` that nothing in the config can fill."""
     if isinstance(node, dict):
         for key, child in node.items():
             refuse_unfilled(child, file, f"{path}.{key}" if path else key)

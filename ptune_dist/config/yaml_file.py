@@ -1,7 +1,4 @@
-"""A config as it is written: a YAML file and `key.path=value` on the command line, before anything is checked.
-
-Floor 0.
-"""
+"""A config as it is written: a YAML file and `key.path=value` on the command line, before anything is checked."""
 
 import contextlib
 from pathlib import Path
@@ -13,7 +10,7 @@ from ptune_dist.errors import UserError
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is a mistake, not the loss of the first."""
+    """YAML that refuses a key given twice, where PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -32,7 +29,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{path}: {reason}") from None
     except yaml.YAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values, found {type(raw).__name__}")
@@ -44,7 +42,8 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"command line: {override!r} is not key.path=value")
-    *parents, leaf = key.split(".", 1 if key.startswith("sweep.") else -1)  # the keys of a sweep are dotted themselves
+    max_split = 1 if key.startswith("sweep.") else -1  # the keys of a sweep are dotted themselves
+    *parents, leaf = key.split(".", max_split)
     node = raw
     for parent in parents:
         child = node.setdefault(parent, {})
@@ -57,7 +56,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """YAML, except that 1e-3 is a number (YAML wants 1.0e-3) and what is not YAML, `{{ word }} =`, is text."""
+    """YAML, except that 1e-3 is a number (YAML wants 1.0e-3) and what is not YAML, such as `{{ word }} =`, is text."""
     with contextlib.suppress(ValueError):
         if "e" in text.lower() and text[:1] in "0123456789.-+":
             return float(text)

@@ -219,19 +219,22 @@ def finish(
             store_prompt(job, name, progress, world)
     if progress.step < job.config.train.max_steps:  # patience ended it, perhaps between two checkpoints
         checkpoint(job, progress, world)
-    summary = build_summary(job, progress, world)
+    signatures = {name: evaluator.signatures for name, evaluator in evaluators.items()}
+    summary = build_summary(job, progress, signatures, world)
     if world.is_main:
         metrics.ranks(progress.step, summary["ranks"])
         for line in job.engine.recomputer.describe_profile() if job.engine.recomputer else ():
             metrics.say(line)
-    together(world, lambda: write_summaries(job, progress, summary) if world.is_main else None)
+    together(world, lambda: write_summaries(job, progress, signatures, summary) if world.is_main else None)
     return summary
 
 
-def write_summaries(job: Job, progress: Progress, summary: dict[str, Any]) -> None:
+def write_summaries(
+    job: Job, progress: Progress, signatures: dict[str, dict[str, str]], summary: dict[str, Any]
+) -> None:
     """Raises RunFault. One rank calls."""
     for name, member in job.members.items() if job.config.sweep else ():
-        write_json(Path(member.output_dir) / "summary.json", describe_member(job, progress, name))
+        write_json(Path(member.output_dir) / "summary.json", describe_member(job, progress, name, signatures))
     write_json(Path(job.config.output_dir) / "summary.json", summary)
 
 

@@ -132,6 +132,11 @@ class DataConfig(Section):
     target: str | None = None
     """The expected output: jinja2 over the columns of a row. The loss is computed only here."""
 
+    references: str | None = None
+    """A column with the acceptable answers of a validation row, a text or a list of texts, for the metrics that compare
+    generated answers: the best one counts. `answers.text` is what `text` holds inside column `answers`. The target
+    where left out."""
+
     labels: list[Label] | None = None
     """The values that the target's one column can take: for accuracy by likelihood, for `init: labels`, and as the
     classes of an encoder base."""

@@ -18,6 +18,7 @@ from ptune_dist.data.encode import Examples
 from ptune_dist.distributed.world import gather_from_ranks
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.generate import generate_texts, pad_id
+from ptune_dist.evaluation.references import build_references
 from ptune_dist.metrics import METRICS
 from ptune_dist.metrics.metric import Metric, Need, References, RowLoss
 from ptune_dist.zero.engine import Engine
@@ -161,9 +162,7 @@ def build_evaluator(config: Config, split: Split, tokenizer: PreTrainedTokenizer
         candidates = dict(zip(config.data.labels, examples, strict=True))
         references["label_losses"] = [[config.data.labels[number]] for number in right]
     if split.rows.kind != "text":
-        references["answers"] = [
-            [target] for target in decode_targets(split.examples, tokenizer, config.data.labels, family)
-        ]
+        references["answers"] = build_references(config.data, split.rows)
     return Evaluator(
         split,
         tokenizer,
@@ -174,13 +173,3 @@ def build_evaluator(config: Config, split: Split, tokenizer: PreTrainedTokenizer
         num_samples=config.evaluate.num_samples,
         candidates=candidates,
     )
-
-
-def decode_targets(
-    examples: Examples, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None, family: str
-) -> list[str]:
-    """The text of every row's target, an encoder's being the number of a label."""
-    targets = map(examples.target_ids, range(len(examples)))
-    if family == "encoder":
-        return [labels[ids[0]] for ids in targets]
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in targets]

@@ -3,10 +3,12 @@
 from ptune_dist.metrics.likelihood import ACCURACY, LOSS, PERPLEXITY
 from ptune_dist.metrics.metric import Metric
 from ptune_dist.metrics.text import EXACT_MATCH
+from ptune_dist.metrics.translation import BLEU
 
 METRICS: dict[str, Metric] = {
     "loss": LOSS,
     "perplexity": PERPLEXITY,
     "accuracy": ACCURACY,
     "exact_match": EXACT_MATCH,
+    "bleu": BLEU,
 }

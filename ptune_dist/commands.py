@@ -37,6 +37,8 @@ def evaluate_run(config: Config, run_dir: Path) -> None:
     engine = build_trained_job(reading, run_dir, world).engine
     ((metrics, samples),) = evaluator(engine, engine.members).values()
     content = {"data": config.data.validation, "num_examples": len(evaluator.split.examples), **metrics}
+    if evaluator.signatures:
+        content["signatures"] = evaluator.signatures
     file = run_dir / "evaluation.json"
     together(world, lambda: write_json(file, content | {"samples": samples}) if world.is_main else None)
     if world.is_main:

@@ -236,21 +236,24 @@ def finish(training: Training) -> dict[str, Any]:
             store_prompt(job, name, progress, world)
     if progress.step < training.config.train.max_steps:  # patience ended it, perhaps between two checkpoints
         checkpoint(job, progress, world)
-    summary = build_summary(job, progress, world)
+    signatures = {name: evaluator.signatures for name, evaluator in training.evaluators.items()}
+    summary = build_summary(job, progress, signatures, world)
     if training.metrics:
         training.metrics.ranks(progress.step, summary["ranks"])
     if job.engine.recomputer:
         for line in job.engine.recomputer.describe_profile():
             training.say(line)
-    together(world, lambda: write_summaries(job, progress, summary) if world.is_main else None)
+    together(world, lambda: write_summaries(job, progress, signatures, summary) if world.is_main else None)
     return summary
 
 
-def write_summaries(job: Job, progress: Progress, summary: dict[str, Any]) -> None:
+def write_summaries(
+    job: Job, progress: Progress, signatures: dict[str, dict[str, str]], summary: dict[str, Any]
+) -> None:
     """Raises RunFault. One rank calls."""
     if job.config.sweep:
         for name, member in job.members.items():
-            write_json(Path(member.output_dir) / "summary.json", describe_member(job, progress, name))
+            write_json(Path(member.output_dir) / "summary.json", describe_member(job, progress, name, signatures))
     write_json(Path(job.config.output_dir) / "summary.json", summary)
 
 

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ptune_dist.config.schema import HIGHER_IS_BETTER
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, together
 from ptune_dist.errors import RunFault, UserError
+from ptune_dist.metrics import METRICS
 from ptune_dist.prompts.store import save_prompt
 from ptune_dist.run.checkpoint import Snapshot, load_newest_checkpoint, save_checkpoint
 from ptune_dist.run.job import Job
@@ -91,13 +91,13 @@ class Progress:
 
 def rank_evaluation(found: dict[str, float], name: str) -> tuple[float, float]:
     """Larger is better."""
-    return (found[name] if HIGHER_IS_BETTER[name] else -found[name], -found["loss"])
+    return (found[name] if METRICS[name].higher_is_better else -found[name], -found["loss"])
 
 
 def rank_members(progress: Progress, name: str) -> list[str]:
     """Members, the best first: by metric `name` of their best prompts, without one by the loss in training.
 
-    Without a judged prompt, one that a fault has ended comes last.
+    Without an evaluated prompt, one that a fault has ended comes last.
     """
 
     def key(member: str) -> tuple:

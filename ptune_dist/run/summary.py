@@ -43,12 +43,15 @@ def describe_precision(config: Config) -> str:
     return config.model.dtype + (" over int8" if config.model.quantization == "int8" else "")
 
 
-def build_summary(job: Job, progress: Progress, world: World) -> dict[str, Any]:
-    """What `summary.json` holds; a sweep's speaks of its best member and ranks all. Collective."""
+def build_summary(job: Job, progress: Progress, signatures: dict[str, dict[str, str]], world: World) -> dict[str, Any]:
+    """What `summary.json` holds; a sweep's is about its best member and ranks all. Collective.
+
+    `signatures` say for each member how exactly its metrics are computed.
+    """
     ranked = rank_members(progress, job.config.evaluate.best)
     peak = max_over_ranks(peak_memory_bytes(world.device), world)
     summary = {
-        **describe_member(job, progress, ranked[0]),
+        **describe_member(job, progress, ranked[0], signatures),
         "samples_per_s": progress.throughput.samples_per_s,
         "tokens_per_s": progress.throughput.tokens_per_s,
         "peak_memory_bytes": int(peak),
@@ -70,11 +73,11 @@ def build_summary(job: Job, progress: Progress, world: World) -> dict[str, Any]:
     return summary
 
 
-def describe_member(job: Job, progress: Progress, member: str) -> dict[str, Any]:
+def describe_member(job: Job, progress: Progress, member: str, signatures: dict[str, dict[str, str]]) -> dict[str, Any]:
     """What a member's own `summary.json` holds."""
     standing = progress.members[member]
     step = standing.ended_step or progress.step
-    return {
+    found = {
         "steps": step,
         "stopped_early": step < job.config.train.max_steps,
         "train_loss": finite(standing.train_loss),
@@ -83,7 +86,12 @@ def describe_member(job: Job, progress: Progress, member: str) -> dict[str, Any]
         "best_step": standing.best_step,
         "evaluations_since_best": standing.num_worse,
         "samples": standing.samples,
-    } | ({"ended": standing.ended} if standing.ended else {})
+    }
+    if signatures.get(member):
+        found["signatures"] = signatures[member]
+    if standing.ended:
+        found["ended"] = standing.ended
+    return found
 
 
 def finite(value: float) -> float | None:

@@ -17,6 +17,7 @@ from ptune_dist.families.find import find_family
 from ptune_dist.objectives import OBJECTIVES
 from ptune_dist.objectives.objective import Objective
 from ptune_dist.prompts.build import find_method
+from ptune_dist.run.resolve import resolve
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,13 @@ class Reading:
 
 def build_reading(config: Config) -> Reading:
     """Raises UserError, also for what the config asks of a base that cannot do it."""
+    try:
+        config = resolve(config)  # a config that was read by a command is resolved already
+        members = expand_sweep(config, resolve)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     shape = load_shape(config.model.path)
     family = find_family(shape, config.model.family, config.model.path)
-    members = expand_sweep(config)
     objective = OBJECTIVES[config.train.objective].build(config.train)
     check_family_fits(config, members, family, objective)
     return Reading(config, members, family, read_tokenizer(config, family, shape), objective)

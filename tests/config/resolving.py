@@ -1,11 +1,9 @@
-"""A `resolve` for `load_config` with two small methods and a few names, as a caller supplies it."""
+"""A `resolve` for `load_config` with two small methods, as a caller supplies it."""
 
 from pydantic import ValidationError
 
 from ptune_dist.config.messages import describe_first_error, describe_unknown_key
 from ptune_dist.config.schema import Config, Positive, PromptConfig, Section
-
-METRICS = ("loss", "perplexity", "exact_match", "accuracy")
 
 
 class NoOptions(Section):
@@ -24,9 +22,6 @@ OPTIONS = {"prompt_tuning": NoOptions, "layered": LayeredOptions}
 
 def resolve(config: Config) -> Config:
     """The config with the defaults of its method; ValueError, beginning with the key, for what is unknown."""
-    for name in config.evaluate.metrics:
-        if name not in METRICS:
-            raise ValueError(f"evaluate.metrics: unknown metric {name!r}")
     method = config.prompt.method
     if method not in OPTIONS:
         raise ValueError(f"prompt.method: unknown method {method!r}")

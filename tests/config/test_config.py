@@ -241,7 +241,7 @@ def test_a_misspelt_key_that_is_needed_is_said_to_be_misspelt_and_not_only_missi
         ("model.dtype=float64", "'float64'"),
         ("seed=-1", "-1"),
         ("data.labels=positive", "'positive'"),
-        ("evaluate.metrics=[f1]", "'f1'"),
+        ("evaluate.metrics=[f2]", "'f2'"),
         ("checkpoint.keep=0", "greater than 0"),
         ("prompt.placement=suffix", "'infix', 'template', 'encoder' or 'decoder'"),
         ("train.context_cache_gib=-1", "greater than or equal to 0"),

@@ -112,3 +112,8 @@ def tiny_bases(tmp_path_factory) -> dict[str, Path]:
     """A folder for each of ARCHITECTURES, SEQ2SEQ and ENCODERS."""
     root = tmp_path_factory.mktemp("bases")
     return {kind: build_tiny_base(kind, root / kind) for kind in ARCHITECTURES + SEQ2SEQ + ENCODERS}
+
+
+@pytest.fixture(scope="session")
+def llama(tiny_bases) -> Path:
+    return tiny_bases["llama"]

@@ -18,7 +18,7 @@ def ranks(tiny_bases, tmp_path_factory) -> list[dict]:
     """What each of three ranks found."""
     out = tmp_path_factory.mktemp("shards")
     bases = [f"{kind}={tiny_bases[kind]}" for kind in KINDS]
-    script = str(ROOT / "tests" / "base" / "shard_many.py")
+    script = str(ROOT / "tests" / "zero" / "shard_many.py")
     done = run_module(script, str(out), *bases, num_ranks=NUM_RANKS)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(NUM_RANKS)]

@@ -149,10 +149,11 @@ def bounded(kind: type, *, low: float = -math.inf, above: float = -math.inf, hig
 
 def run_train(parsed: argparse.Namespace) -> int:
     def run() -> int:
-        config = load_config(parsed.config, parsed.overrides)
+        load_config(parsed.config, parsed.overrides)  # most mistakes show before torch is imported
+        from ptune_dist.run.resolve import resolve
         from ptune_dist.train import train
 
-        return train(config)
+        return train(load_config(parsed.config, parsed.overrides, resolve=resolve))
 
     return leave_word(run)
 
@@ -168,10 +169,11 @@ def run_check(parsed: argparse.Namespace) -> int:
 
 
 def run_validate(parsed: argparse.Namespace) -> None:
-    config = load_config(parsed.config, parsed.overrides)
+    load_config(parsed.config, parsed.overrides)
     from ptune_dist.evaluation.validate import validate
+    from ptune_dist.run.resolve import resolve
 
-    validate(config)
+    validate(load_config(parsed.config, parsed.overrides, resolve=resolve))
 
 
 def run_evaluate(parsed: argparse.Namespace) -> None:
@@ -184,7 +186,10 @@ def run_evaluate(parsed: argparse.Namespace) -> None:
 def read_trained_run(parsed: argparse.Namespace) -> tuple[Path, Config]:
     """The folder of the prompt that is meant, a run's own or a member's, and its config. Raises UserError."""
     run_dir = find_member_dir(Path(parsed.run_dir), parsed.member)
-    return run_dir, read_run_config(run_dir, parsed.overrides)
+    read_run_config(run_dir, parsed.overrides)  # most mistakes show before torch is imported
+    from ptune_dist.run.resolve import resolve
+
+    return run_dir, read_run_config(run_dir, parsed.overrides, resolve=resolve)
 
 
 def run_generate(parsed: argparse.Namespace) -> None:

@@ -1,7 +1,4 @@
-"""What `evaluate`, `generate` and `export` do with a run's trained prompt.
-
-Floor 6.
-"""
+"""What `evaluate`, `generate` and `export` do with a run's trained prompt."""
 
 import contextlib
 import json
@@ -14,51 +11,48 @@ import torch
 
 from ptune_dist.base.source import fingerprint_base
 from ptune_dist.common.files import fault_on_failed_write
-from ptune_dist.config.schema import Config
+from ptune_dist.config.schema import Config, DataConfig
 from ptune_dist.data.build import build_inputs, build_split, build_templates
-from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.sources import Rows, load_rows
-from ptune_dist.distributed.world import World, init_distributed
+from ptune_dist.distributed.world import World, init_distributed, together
 from ptune_dist.errors import UserError
-from ptune_dist.evaluation.evaluator import Judge, build_judge
+from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator
 from ptune_dist.evaluation.generate import generate_texts
+from ptune_dist.families import FAMILIES
 from ptune_dist.prompts.export import check_for_peft, export_peft, export_prompt_embeds
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.folder import write_json
-from ptune_dist.run.job import (
-    build_family,
-    build_opened_base,
-    build_tokenizer,
-    build_trained_job,
-    check_base,
-    together,
-)
+from ptune_dist.run.job import open_base_of
+from ptune_dist.run.reading import Reading, build_reading
+from ptune_dist.run.stored_prompt import build_trained_job, check_base
 
 CHUNK_ROWS = 256  # rows of one rank that are answered before they are written
 
 
 def evaluate_run(config: Config, run_dir: Path) -> None:
-    """Judge the prompt on `data.validation`; print the metrics and write evaluation.json. Collective."""
+    """Evaluate the prompt on `data.validation`; print the metrics and write evaluation.json. Collective."""
     world = init_distributed()
-    judge = together(world, lambda: build_run_judge(config, run_dir))
-    engine = build_trained_job(config, run_dir, world).engine
-    ((metrics, samples),) = judge(engine, engine.members).values()
-    content = {"data": config.data.validation, "num_examples": len(judge.split.examples), **metrics}
+    reading = together(world, lambda: build_reading(config))
+    evaluator = together(world, lambda: build_run_evaluator(reading, run_dir))
+    engine = build_trained_job(reading, run_dir, world).engine
+    ((metrics, samples),) = evaluator(engine, engine.members).values()
+    content = {"data": config.data.validation, "num_examples": len(evaluator.split.examples), **metrics}
+    if evaluator.signatures:
+        content["signatures"] = evaluator.signatures
     file = run_dir / "evaluation.json"
     together(world, lambda: write_json(file, content | {"samples": samples}) if world.is_main else None)
     if world.is_main:
         print(json.dumps(content, indent=2))
 
 
-def build_run_judge(config: Config, run_dir: Path) -> Judge:
-    tokenizer, family = build_tokenizer(config), build_family(config)
-    split = build_split(
-        config.data, tokenizer, which="validation", family=family, max_examples=config.evaluate.max_examples,
-        placement=config.prompt.placement,
-    )  # fmt: skip
+def build_run_evaluator(reading: Reading, run_dir: Path) -> Evaluator:
+    """Raises UserError."""
+    config = reading.config
+    encoding = reading.encoding(config)
+    split = build_split(config.data, encoding, which="validation", max_examples=config.evaluate.max_examples)
     if split is None:
         raise UserError(f"{run_dir}/config.yaml: data.validation is missing: give data.validation=FILE")
-    return build_judge(config, split, tokenizer, family)
+    return build_evaluator(config, split, reading)
 
 
 def generate_for_run(
@@ -67,10 +61,11 @@ def generate_for_run(
 ) -> None:  # fmt: skip
     """Answer one text or the rows of a file: JSON lines in the rows' order, written as they come. Collective."""
     world = init_distributed()
-    rows = together(world, lambda: read_input_rows(config, text, file))
-    inputs = together(world, lambda: build_run_inputs(config, rows))
+    reading = together(world, lambda: build_reading(config))
+    rows = together(world, lambda: read_input_rows(config.data, config.prompt.placement, text, file))
+    inputs = together(world, lambda: build_inputs(config.data, rows, reading.encoding(config)))
     stream = together(world, lambda: open_output(output, world))
-    job = build_trained_job(config, run_dir, world)
+    job = build_trained_job(reading, run_dir, world)
     chunk = CHUNK_ROWS * world.size
     with fault_on_failed_write(output) if output else contextlib.nullcontext(), stream as out:
         for first in range(0, len(inputs), chunk):
@@ -85,10 +80,6 @@ def generate_for_run(
                 print(json.dumps(row, ensure_ascii=False, default=str), file=out, flush=True)
 
 
-def build_run_inputs(config: Config, rows: Rows) -> list[TokenPair]:
-    return build_inputs(config.data, rows, build_tokenizer(config), build_family(config), config.prompt.placement)
-
-
 def open_output(path: Path | None, world: World) -> contextlib.AbstractContextManager[TextIO | None]:
     """Where rank 0 writes: a file or standard output; None on the other ranks. Raises UserError."""
     if not world.is_main:
@@ -99,11 +90,11 @@ def open_output(path: Path | None, world: World) -> contextlib.AbstractContextMa
         raise UserError(f"--output: {path}: {error.strerror}") from None
 
 
-def read_input_rows(config: Config, text: str | None, file: str | None) -> Rows:
+def read_input_rows(data: DataConfig, placement: str, text: str | None, file: str | None) -> Rows:
     """The rows of a file, or the one row that a text makes for a template of one column. Raises UserError."""
     if file:
         return load_rows(file, key="--input-file", default_split="test")
-    template, _ = build_templates(config.data, config.prompt.placement)
+    template, _ = build_templates(data, placement)
     if len(template.columns) != 1:
         columns = ", ".join(template.columns) or "none"
         raise UserError(f"--input: data.template takes {columns}: give rows with --input-file")
@@ -114,14 +105,15 @@ def export_run(config: Config, run_dir: Path, *, to: str, out: Path, text: str |
     """Write a PEFT adapter, or prompt embeddings of the given inputs, to folder `out`. Raises UserError."""
     tensors, facts = load_prompt(run_dir / "prompt")
     if to == "peft":
-        check_for_peft(facts)
-        export_peft(tensors, facts, out)
+        check_for_peft(tensors, facts)
+        export_peft(tensors, facts, FAMILIES[facts["base"]["family"]].peft_task, out)
         return
     model = config.model
     fingerprint = fingerprint_base(model.path, random_init=model.random_init, seed=config.seed)
     check_base(config, facts, fingerprint, run_dir)
-    dtype = getattr(torch, model.dtype)
-    is_given = text is not None or file is not None
-    rows = read_input_rows(config, text, file) if is_given else None
-    inputs = build_run_inputs(config, rows) if is_given else []
-    export_prompt_embeds(tensors, build_opened_base(config).embed, inputs, dtype, out)
+    reading = build_reading(config)
+    inputs = []
+    if text is not None or file is not None:
+        rows = read_input_rows(config.data, config.prompt.placement, text, file)
+        inputs = build_inputs(config.data, rows, reading.encoding(config))
+    export_prompt_embeds(tensors, open_base_of(reading).embed, inputs, getattr(torch, model.dtype), out)

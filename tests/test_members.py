@@ -1,4 +1,4 @@
-"""Which members of a sweep go on: each is judged by its own judge, and one that stands still asks for nothing more."""
+"""Which members of a sweep go on: each is evaluated on its own rows, and one that is stopped is not evaluated."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from ptune_dist.config.load import load_config
 from ptune_dist.config.schema import Config
 from ptune_dist.distributed.world import World
 from ptune_dist.errors import RunFault
-from ptune_dist.evaluation.during_training import end_members, judge_members
+from ptune_dist.evaluation.during_training import end_members, evaluate_members
 from ptune_dist.run.log import StepCount
 from ptune_dist.run.progress import Progress, Standing, rank_members
 from ptune_dist.train import freeze_faulty, is_over, metrics_lines
@@ -44,14 +44,14 @@ def stored(monkeypatch) -> list[str]:
     return names
 
 
-class FakeJudge:
+class FakeEvaluator:
     """Gives each member the loss that `losses` has for it."""
 
     def __init__(self, **losses: float):
         self.losses, self.asked = {name.replace("_", "="): loss for name, loss in losses.items()}, []
 
     def __call__(self, engine, members, between_batches):
-        assert members, "nothing to judge"
+        assert members, "nothing to evaluate"
         self.asked.append(list(members))
         return {name: ({"loss": self.losses[name]}, []) for name in members}
 
@@ -68,32 +68,32 @@ def ended(progress: Progress) -> dict[str, tuple[str, int]]:
     return {n: (standing.ended, standing.ended_step) for n, standing in progress.members.items() if standing.ended}
 
 
-def test_members_are_judged_together_where_they_have_one_judge_and_by_their_own_where_not(load, stored):
-    first, second = FakeJudge(seed_0=1.0, seed_1=2.0), FakeJudge(seed_2=3.0, seed_3=4.0)
-    judges = dict(zip(NAMES, (first, first, second, second), strict=True))
+def test_members_with_one_evaluator_are_evaluated_together_and_others_by_their_own(load, stored):
+    first, second = FakeEvaluator(seed_0=1.0, seed_1=2.0), FakeEvaluator(seed_2=3.0, seed_3=4.0)
+    evaluators = dict(zip(NAMES, (first, first, second, second), strict=True))
     progress = begin(step=5)
-    judge_members(job_of(load()), judges, progress, None, None, WORLD)
+    evaluate_members(job_of(load()), evaluators, progress, None, None, WORLD)
     assert (first.asked, second.asked) == ([NAMES[:2]], [NAMES[2:]])
     assert [standing.best["loss"] for standing in progress.members.values()] == [1.0, 2.0, 3.0, 4.0]
     assert stored == NAMES and not progress.evaluation_pending
 
 
-def test_a_judge_all_of_whose_members_stand_still_is_not_asked(load, stored):
-    first, second = FakeJudge(seed_0=1.0, seed_1=2.0), FakeJudge(seed_2=3.0, seed_3=4.0)
+def test_an_evaluator_all_of_whose_members_are_stopped_is_not_asked(load, stored):
+    first, second = FakeEvaluator(seed_0=1.0, seed_1=2.0), FakeEvaluator(seed_2=3.0, seed_3=4.0)
     progress = begin(step=5)
     for name in NAMES[2:]:
         progress.members[name].end("no better in 2 evaluations", 4)
-    judge_members(
+    evaluate_members(
         job_of(load()), dict(zip(NAMES, (first, first, second, second), strict=True)), progress, None, None, WORLD
     )
     assert (first.asked, second.asked) == ([NAMES[:2]], [])
     assert stored == NAMES[:2]
 
 
-def test_a_member_whose_validation_is_not_finite_stands_still_and_its_prompt_is_not_stored(load, stored):
-    judge = FakeJudge(seed_0=1.0, seed_1=math.nan, seed_2=math.inf, seed_3=2.0)
+def test_a_member_whose_validation_is_not_finite_is_stopped_and_its_prompt_is_not_stored(load, stored):
+    evaluator = FakeEvaluator(seed_0=1.0, seed_1=math.nan, seed_2=math.inf, seed_3=2.0)
     progress = begin(step=5)
-    judge_members(job_of(load()), dict.fromkeys(NAMES, judge), progress, None, None, WORLD)
+    evaluate_members(job_of(load()), dict.fromkeys(NAMES, evaluator), progress, None, None, WORLD)
     assert stored == ["seed=0", "seed=3"] == progress.live
     assert ended(progress)["seed=1"] == ("the validation loss is nan", 5)
 
@@ -101,7 +101,7 @@ def test_a_member_whose_validation_is_not_finite_stands_still_and_its_prompt_is_
 def test_the_last_member_s_validation_that_is_not_finite_ends_the_run(load, stored):
     progress = begin(step=5, names=NAMES[:1])
     with pytest.raises(RunFault, match="the validation loss is nan at step 5; the best prompt is kept"):
-        judge_members(job_of(load()), {NAMES[0]: FakeJudge(seed_0=math.nan)}, progress, None, None, WORLD)
+        evaluate_members(job_of(load()), {NAMES[0]: FakeEvaluator(seed_0=math.nan)}, progress, None, None, WORLD)
     assert not stored
 
 
@@ -112,7 +112,9 @@ def test_halving_keeps_the_share_that_is_best_on_validation_and_one_at_least(loa
         progress.members[name].last = {"loss": loss}
     end_members(config, progress, None)
     assert progress.live == ["seed=1", "seed=3"]
-    assert ended(progress) == dict.fromkeys(["seed=0", "seed=2"], ("weaker than those that go on", 5))
+    assert ended(progress) == dict.fromkeys(
+        ["seed=0", "seed=2"], ("worse on validation than the members that continue", 5)
+    )
     for step, live in ((6, 2), (10, 1), (15, 1)):  # 6: no halving is due
         progress.step = step
         end_members(config, progress, None)
@@ -152,7 +154,7 @@ def test_a_member_that_a_step_brings_to_a_stand_leaves_no_number_that_is_not_fin
     assert progress.members["seed=1"].train_loss == 2.0
 
 
-def test_members_are_ranked_by_their_best_prompts_and_those_never_judged_last():
+def test_members_are_ranked_by_their_best_prompts_and_those_never_evaluated_last():
     progress = begin()
     for name, found in zip(NAMES, ({"loss": 2.0}, {}, {"loss": 1.0}, {}), strict=True):
         progress.members[name].best = found

@@ -1,4 +1,9 @@
-"""The frozen base: loading it by parts, int8, sharding, what is known about its architecture. Floor 2."""
+"""The frozen base: loading it by parts, int8, sharding, what is known about its architecture."""
 
-# DeepSpeed picks its accelerator when it is first imported, and accelerate imports it: ours must be picked before.
-from ptune_dist.distributed import world  # noqa: F401
+import os
+
+import torch
+
+# accelerate, which loading needs, imports DeepSpeed, and DeepSpeed picks its accelerator when it is imported: without a
+# GPU it must not look for one.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

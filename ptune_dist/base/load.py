@@ -1,4 +1,4 @@
-"""Fill an opened base from its weights, every tensor whole or a rank's own part of it.
+"""Fill an opened base from its weights: every tensor whole here, a rank's own part of it in `zero.shard`.
 
 Memory is made for all tensors before anything is read: what reading needs for a moment then leaves no holes between.
 """
@@ -11,10 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptune_dist.base.int8 import Int8Rows, Int8Weight
-from ptune_dist.base.open import OpenedBase, open_base
-from ptune_dist.zero.shard import Fill, Sharder
+from ptune_dist.base.open import OpenedBase
 
 CPU = torch.device("cpu")
+Fill = Callable[[int, torch.Tensor], None]  # (first element, 1-D tensor to fill)
 
 
 def fill_whole(opened: OpenedBase, device: torch.device = CPU) -> PreTrainedModel:
@@ -30,19 +30,6 @@ def fill_whole(opened: OpenedBase, device: torch.device = CPU) -> PreTrainedMode
     model = place_parameters(opened, place, device)
     for whole, fill in unfilled:
         fill(0, whole.view(-1))
-    return model
-
-
-def fill_sharded(opened: OpenedBase, sharder: Sharder) -> PreTrainedModel:
-    """This rank's part of every tensor: ZeRO 3. Buffers are whole, on the device. Raises UserError."""
-
-    def place(parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
-        made = nn.Parameter(torch.empty(1, dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
-        sharder.shard(made, fill)
-        return made
-
-    model = place_parameters(opened, place, sharder.device)
-    sharder.fill_parts()
     return model
 
 
@@ -123,8 +110,3 @@ def int8_rows(opened: OpenedBase, name: str, module: Int8Weight) -> Int8Rows:
     read = opened.weights.read_columns if module.stored_transposed else opened.weights.read_rows
     stored = opened.names[name]
     return Int8Rows(lambda first, last: read(stored, first, last), *module.weight.shape)
-
-
-def load_base(path: str, **options) -> PreTrainedModel:
-    """A whole frozen base on the CPU; options are those of `open_base`. Raises UserError."""
-    return fill_whole(open_base(path, **options))

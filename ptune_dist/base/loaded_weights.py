@@ -5,10 +5,10 @@ import logging
 import torch
 import transformers
 
+from ptune_dist.base.architecture import Architecture
 from ptune_dist.base.names import describe, is_harmless
 from ptune_dist.base.source import describe_load_error, is_local_only
 from ptune_dist.errors import UserError
-from ptune_dist.families.find import AUTO_CLASS
 
 
 class LoadedWeights:
@@ -33,13 +33,13 @@ class LoadedWeights:
         return self._tensors[name][:, first:last].T.contiguous()
 
 
-def load_with_transformers(path: str, family: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def load_with_transformers(path: str, family: Architecture, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every tensor of a base by its name in the model. Raises UserError."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()
     try:
-        model, report = AUTO_CLASS[family].from_pretrained(
+        model, report = family.auto_class.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
             local_files_only=is_local_only(path),
         )  # fmt: skip

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from ptune_dist.base.architecture import Architecture
 from ptune_dist.errors import UserError
-from ptune_dist.families.find import POOLER, is_outside, may_start_anew
 
 NUM_NAMED = 5
 # Computed, not loaded; older files carry them.
@@ -16,7 +16,9 @@ COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|\.token_type_ids$|
 Shapes = dict[str, tuple[int, ...]]
 
 
-def match_names(model: PreTrainedModel, stored: Shapes, family: str, path: str) -> tuple[dict[str, str], list[str]]:
+def match_names(
+    model: PreTrainedModel, stored: Shapes, family: Architecture, path: str
+) -> tuple[dict[str, str], list[str]]:
     """Model name -> stored name, and the parameters that start anew (a new head's). Raises UserError."""
     wanted, aliases = wanted_tensors(model)
     names: dict[str, str] = {}
@@ -27,7 +29,7 @@ def match_names(model: PreTrainedModel, stored: Shapes, family: str, path: str) 
     missing = [name for name in wanted if name not in names]
     wrong = [name for name in names if name in wanted and stored[names[name]] != wanted[name]]
     # Another head than the one asked for is no part of the base.
-    new = [name for name in missing + wrong if may_start_anew(model, name, family)]
+    new = [name for name in missing + wrong if family.may_start_anew(model, name)]
     wrong = [name for name in wrong if name not in new]
     used = {s for name in names for alias in aliases.get(name, [name]) for s in spellings(model, alias)}
     problems = {
@@ -64,13 +66,11 @@ def is_ignored(model: PreTrainedModel, name: str, kind: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def is_harmless(model: PreTrainedModel, stored: str, family: str) -> bool:
-    """A stored tensor that the model can do without: one it computes, or an encoder's other head."""
+def is_harmless(model: PreTrainedModel, stored: str, family: Architecture) -> bool:
+    """Whether the model can do without a stored tensor: it computes it, or its family does not need it."""
     if COMPUTED.search(stored) or is_ignored(model, stored, "unexpected"):
         return True
-    parts = dict(model.base_model.named_children())
-    is_other_head = is_outside(model, stored) and stored.partition(".")[0] not in parts
-    return family == "encoder" and (is_other_head or POOLER in f".{stored}")
+    return family.may_be_left_out(model, stored)
 
 
 def describe(problems: dict[str, list[str]]) -> str:

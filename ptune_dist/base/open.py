@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ptune_dist.base.architecture import Architecture
 from ptune_dist.base.int8 import Int8Embedding, make_int8
 from ptune_dist.base.loaded_weights import LoadedWeights, load_with_transformers
 from ptune_dist.base.memory_check import check_room_for_copies
@@ -19,7 +19,6 @@ from ptune_dist.base.random_weights import RandomWeights
 from ptune_dist.base.source import describe_load_error, is_local_only, load_shape
 from ptune_dist.base.weight_files import WeightFiles, open_weight_files
 from ptune_dist.errors import UserError
-from ptune_dist.families.find import AUTO_CLASS, check_decoder_start, check_takes_vectors, find_family, is_outside
 
 NUM_COMPARED = 16  # rows of tensors that should be one
 
@@ -39,7 +38,7 @@ class OpenedBase:
     """A model whose parameters have shapes and no memory, and where their numbers come from."""
 
     model: PreTrainedModel
-    family: str
+    family: Architecture
     dtype: torch.dtype
     weights: WeightFiles | RandomWeights | LoadedWeights
     names: dict[str, str]  # of a parameter or buffer in the model -> in the weights
@@ -63,53 +62,50 @@ class OpenedBase:
 
 
 def open_base(
-    path: str, *, family: str = "auto", dtype: torch.dtype, random_init: bool = False, seed: int = 0,
-    int8: dict[str, Any] | None = None, labels: list[str] | None = None,
-) -> OpenedBase:  # fmt: skip
+    path: str,
+    family: Architecture,
+    *,
+    dtype: torch.dtype,
+    random_init: bool = False,
+    seed: int = 0,
+    int8: dict[str, Any] | None = None,
+    labels: list[str] | None = None,
+) -> OpenedBase:
     """Make the model without memory and find its weights; no weight is read. Raises UserError.
 
     `int8` holds `include` and `threshold` of `int8.make_int8`; None leaves the weights in `dtype`. `labels` are those
-    that an encoder's head tells apart.
+    that a classifier's head tells apart.
     """
     shape = load_shape(path)
-    family = find_family(shape, family, path)
     if getattr(shape, "quantization_config", None):
         raise UserError(f"model.path: {path} is stored quantized: give the float base and set model.quantization=int8")
-    if family == "encoder" and labels:
-        shape.id2label, shape.problem_type = dict(enumerate(labels)), "single_label_classification"
+    family.prepare_shape(shape, labels)
     try:
         with WithoutMemory(), init_empty_weights(include_buffers=False):
-            model = AUTO_CLASS[family].from_config(shape, dtype=dtype)
+            model = family.auto_class.from_config(shape, dtype=dtype)
     except Exception as error:  # each architecture checks its own numbers
         raise UserError(describe_load_error(path, "config.json", error)) from None
     model.tie_weights()
-    check_takes_vectors(model, family, path)
-    check_decoder_start(model, family, path)
+    family.check_model(model, path)
     opened = find_weights(model, path, family, dtype=dtype, random_init=random_init, seed=seed)
     unknown = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in opened.names]
     if unknown:
         raise UserError(f"model.path: {path}: its buffer {unknown[0]} is neither stored nor computed when it is made")
-    if family == "encoder":
-        opened.trained = {n for n, _ in model.named_parameters() if is_outside(model, n) or n in opened.new}
+    opened.trained = family.trained_names(model, opened.new)
     if int8 is not None:
         make_int8(model, dtype=dtype, skip={name.rpartition(".")[0] for name in opened.trained}, **int8)
     for module in model.modules():  # T5's stacks have configs of their own
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False
-    if family != "encoder":
-        model.generation_config = build_generation_config(model.config)
+    generation_config = family.generation_config(model.config)
+    if generation_config is not None:
+        model.generation_config = generation_config
     model.eval().requires_grad_(False)
     return opened
 
 
-def build_generation_config(shape: transformers.PretrainedConfig) -> GenerationConfig:
-    """Answers depend on our settings, not on what a base's folder suggests; where a decoder starts is the base's."""
-    start = getattr(shape, "decoder_start_token_id", None)
-    return GenerationConfig(decoder_start_token_id=start) if shape.is_encoder_decoder else GenerationConfig()
-
-
 def find_weights(
-    model: PreTrainedModel, path: str, family: str, *, dtype: torch.dtype, random_init: bool, seed: int
+    model: PreTrainedModel, path: str, family: Architecture, *, dtype: torch.dtype, random_init: bool, seed: int
 ) -> OpenedBase:
     """The weights for an empty model: its files', random ones, or transformers' own loader's. Raises UserError."""
     if random_init:

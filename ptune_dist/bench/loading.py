@@ -23,12 +23,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations import HfDeepSpeedConfig
 
 from ptune_dist.base.layers import held_bytes, layers_of
-from ptune_dist.base.load import fill_sharded
-from ptune_dist.base.open import open_base
 from ptune_dist.bench.probe import held_bytes as resident_bytes
 from ptune_dist.bench.probe import peak_bytes, reset_peak, write_result
+from ptune_dist.families.find import open_any
 from ptune_dist.zero.gathers import watch_gathers
-from ptune_dist.zero.shard import Sharder
+from ptune_dist.zero.shard import Sharder, fill_sharded
 
 SIDES = ("ours", "ours-int8", "ours-int8-all", "transformers", "bitsandbytes")
 NUM_TOKENS = 64
@@ -47,7 +46,7 @@ def load(side: str, base: str, dtype: torch.dtype, content: dict[str, Any]) -> t
     """The loaded model and the bytes that this rank asked its files for (0 where the side does not say)."""
     if side.startswith("ours"):
         include = ["head", "embeddings"] if side.endswith("all") else []
-        opened = open_base(base, dtype=dtype, int8={"include": include, "threshold": None} if "int8" in side else None)
+        opened = open_any(base, dtype=dtype, int8={"include": include, "threshold": None} if "int8" in side else None)
         model = fill_sharded(opened, Sharder(content, torch.int8))
         return model, opened.weights.bytes_read
     if side == "transformers":

@@ -23,7 +23,7 @@ from torch import nn  # noqa: E402
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from ptune_dist.base.layers import embedding_width  # noqa: E402
-from ptune_dist.base.load import load_base  # noqa: E402
+from ptune_dist.base.load import fill_whole  # noqa: E402
 from ptune_dist.base.source import load_shape, load_tokenizer  # noqa: E402
 from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result  # noqa: E402
 from ptune_dist.bench.work import share_of_peak, useful_flops  # noqa: E402
@@ -32,22 +32,30 @@ from ptune_dist.config.schema import Config  # noqa: E402
 from ptune_dist.data.build import build_split  # noqa: E402
 from ptune_dist.data.encode import Examples  # noqa: E402
 from ptune_dist.errors import UserError  # noqa: E402
-from ptune_dist.prompts.initialise import build_initial_vectors  # noqa: E402
+from ptune_dist.families.find import open_any  # noqa: E402
+from ptune_dist.prompts.build import build_prompt  # noqa: E402
+from ptune_dist.prompts.method import BaseFacts  # noqa: E402
+from ptune_dist.run.reading import build_reading  # noqa: E402
 
 IGNORED = -100  # labels that transformers leaves out of the loss
 
 
 def build_model(config: Config, tokenizer) -> nn.Module:
     """The base under PEFT with our starting vectors. Made before the TrainingArguments: DeepSpeed shards it later."""
-    base = load_base(
-        config.model.path, dtype=getattr(torch, config.model.dtype), random_init=config.model.random_init,
+    opened = open_any(
+        config.model.path,
+        dtype=getattr(torch, config.model.dtype),
+        random_init=config.model.random_init,
         seed=config.seed,
-    )  # fmt: skip
+    )
+    base = fill_whole(opened)
     width = embedding_width(base)
-    vectors = build_initial_vectors(
-        config.prompt, config.data, seed=config.seed, width=width, tokenizer=tokenizer,
-        lookup=lambda ids: base.get_input_embeddings()(torch.tensor(ids)).float(),
-    )  # fmt: skip
+
+    def lookup(ids: list[int]) -> torch.Tensor:
+        return base.get_input_embeddings()(torch.tensor(ids)).float()
+
+    prompt = build_prompt(config, BaseFacts(width), tokenizer, lookup, with_start=True)
+    vectors = prompt.plain()["virtual_tokens"]
     model = get_peft_model(
         base, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(vectors), token_dim=width)
     )
@@ -172,7 +180,8 @@ def run_peer(config: Config, *, micro_batch_size: int, log_steps: int) -> dict:
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\..* is deprecated")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = load_tokenizer(config.model.path, load_shape(config.model.path))
-    examples = build_split(config.data, tokenizer, which="train").examples
+    reading = build_reading(config)
+    examples = build_split(config.data, reading.encoding(config), which="train").examples
     rows = build_rows(examples)
     model = build_model(config, tokenizer)
     arguments = build_arguments(

@@ -20,6 +20,7 @@ from ptune_dist.distributed.world import init_distributed, sum_over_ranks
 from ptune_dist.run.folder import list_checkpoints
 from ptune_dist.run.job import build_job
 from ptune_dist.run.progress import Progress, Standing, checkpoint
+from ptune_dist.run.reading import build_reading
 from ptune_dist.zero.engine import Engine
 
 NUM_SAVES = 20
@@ -27,10 +28,11 @@ NUM_SAVES = 20
 
 def give_moments(engine: Engine) -> None:
     """The optimizer's state of a prompt that has been trained: a step without a gradient makes it."""
-    for member in engine._optimizer.members.values():
-        for tensor in member.whole:
-            tensor.grad = tensor.detach().clone()
-        member.torch_optimizer.step()
+    for member in engine.prompts.members.values():
+        for parameter in member.parameters:
+            parameter.grad = parameter.detach().clone()
+        member.optimizer.step()
+        member.clear_gradients()
 
 
 def main() -> int:
@@ -40,7 +42,7 @@ def main() -> int:
     parser.add_argument("--result", required=True)
     args = parser.parse_intermixed_args()
     config, world = load_config(args.config, args.overrides), init_distributed()
-    job = build_job(config, world)
+    job = build_job(build_reading(config), world)
     give_moments(job.engine)
     progress = Progress({name: Standing() for name in job.members})
     seconds = []

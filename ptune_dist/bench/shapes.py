@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ptune_dist.base.open import open_base
 from ptune_dist.bench.data import SHAPE
+from ptune_dist.families.find import open_any
 
 SHARD_BYTES = 1 << 30
 
@@ -27,7 +27,7 @@ def write_shape(shape: Path, out: Path) -> None:
 
 def write_weights(out: Path, dtype: torch.dtype, seed: int) -> None:
     """Random weights in safetensors files of a gibibyte, and their index: one shard in memory at a time."""
-    weights = open_base(str(out), dtype=dtype, random_init=True, seed=seed).weights
+    weights = open_any(str(out), dtype=dtype, random_init=True, seed=seed).weights
     where: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
 

@@ -29,8 +29,14 @@ activation_checkpointing zero_optimization.offload_param zero_optimization.offlo
 """.split()
 SCHEDULER_TYPES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
-# `auto` values that DeepSpeed itself takes, and those that follow from the base's tensors (base/offload.py).
-FILLED_LATER = ("autotuning", "data_types.keep_in_fp32_modules", "zero_optimization.offload_param.buffer_")
+# `auto` values that DeepSpeed itself takes, and those that follow from the base's tensors (zero/).
+FILLED_LATER = (
+    "autotuning",
+    "data_types.keep_in_fp32_modules",
+    "zero_optimization.offload_param.buffer_",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.stage3_model_persistence_threshold",
+)
 
 
 def load_deepspeed_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
@@ -94,25 +100,17 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
     if str(zero.get("stage", 0)) not in ("0", "1", "2", "3"):
         raise UserError(f"{file}: zero_optimization.stage is {zero['stage']!r}, not 0, 1, 2 or 3")
     zero["stage"] = zero_stage(content)
-    if zero.get("round_robin_gradients"):  # it would reorder the flat tensors that optimizer.py cuts
+    if zero.get("round_robin_gradients"):
         raise UserError(
             f"{file}: zero_optimization.round_robin_gradients has no use for a prompt's gradients: remove it"
         )
     refuse_unfilled(content, str(file))
 
-    # The optimizer, its clipping and its schedule are ours (optimizer.py), whatever the stage; how many micro-batches
-    # make a step varies with the lengths of its rows, so the engine is told each boundary and counts none itself.
+    # DeepSpeed gets the frozen base alone: gradients, clipping, optimizer and schedule are ours (optim/). How many
+    # micro-batches make a step varies with the lengths of its rows, and DeepSpeed counts none.
     for key in ("optimizer", "scheduler", "train_batch_size"):
         content.pop(key, None)
-    content |= {
-        "gradient_clipping": 0.0,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    if dtype == "bfloat16" and zero_stage(content) > 0:  # bf16 sums of many micro-batches lose what small ones add
-        content.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    content |= {"gradient_clipping": 0.0, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     content.setdefault("steps_per_print", 1 << 31)  # our own log reports progress
     return content
 
@@ -190,7 +188,6 @@ def fill_zero_sizes(zero: dict[str, Any], hidden_size: int) -> None:
     sizes = {
         "reduce_bucket_size": hidden_size * hidden_size,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
     }
     for key, size in sizes.items():
         if zero.get(key) == "auto":

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from ptune_dist.config.messages import describe_first_error, describe_validation_error, find_key, name_place
 from ptune_dist.config.schema import Config
-from ptune_dist.config.sweep import map_paths, render_members
+from ptune_dist.config.sweep import map_paths, render_members, sweep_keys
 from ptune_dist.config.yaml_file import apply_override, read_yaml
 from ptune_dist.errors import UserError
 
@@ -43,7 +43,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Res
     except ValueError as error:
         raise UserError(f"{name_place(find_key(str(error)), path, overrides)}: {error}") from None
     if config.sweep:  # members may have other methods: no place for the options of the one outside the sweep
-        resolved = resolved.model_copy(update={"prompt": config.prompt})
+        start = {} if "prompt.method" in sweep_keys(config.sweep) else {"init": resolved.prompt.init}
+        resolved = resolved.model_copy(update={"prompt": config.prompt.model_copy(update=start)})
     check_members(resolved, name_place("sweep", path, overrides), resolve)
     return resolved
 

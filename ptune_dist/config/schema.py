@@ -7,9 +7,10 @@ so that a login node reads a config in a fraction of a second.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ptune_dist.config.sweep import check_sweep, fill_from_members
+from ptune_dist.metrics import METRICS
 
 
 def refuse_bool(value: Any) -> Any:
@@ -18,14 +19,19 @@ def refuse_bool(value: Any) -> Any:
     return value
 
 
+def check_metric(name: str) -> str:
+    if name not in METRICS:
+        raise ValueError(f"unknown metric, use one of {', '.join(METRICS)}")
+    return name
+
+
 Positive = Annotated[int, BeforeValidator(refuse_bool), Field(gt=0)]
 NotNegative = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0)]
 Real = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)]
 Share = Annotated[Real, Field(ge=0, lt=1)]
 Label = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, (int, float)) else value)]
+Metric = Annotated[str, AfterValidator(check_metric)]
 Sweep = Annotated[dict[str, list[Any]] | list[dict[str, Any]], BeforeValidator(check_sweep)]
-# Which way each metric gets better.
-HIGHER_IS_BETTER: dict[str, bool] = {"loss": False, "perplexity": False, "exact_match": True, "accuracy": True}
 PLACEMENTS_WITH_CONTEXTS = ("infix", "template", "decoder")  # tokens stand before the prompt, and depend on none
 PROMPT_MARKER = re.compile(r"\{\{-?\s*prompt\s*-?\}\}")  # in data.template, for placement template
 
@@ -90,9 +96,9 @@ class PromptConfig(Section):
     """Where the virtual tokens stand. `prefix`: before the input. `infix`: between input and target. `template`: where
     `{{ prompt }}` stands in `data.template`. `encoder`, `decoder`: before what that half of a seq2seq base reads."""
 
-    init: Literal["random", "vocab", "text", "labels", "file"] = "vocab"
-    """What the virtual tokens start from. `random`: random vectors. `vocab`: embeddings of random tokens. `text`,
-    `labels`: embeddings of a text or of the labels. `file`: an earlier prompt."""
+    init: Literal["random", "vocab", "text", "labels", "file"] | None = None
+    """What the prompt starts from; where left out, what suits the method. `random`: random numbers. `vocab`: embeddings
+    of random tokens. `text`, `labels`: embeddings of a text or of the labels. `file`: an earlier prompt."""
 
     init_text: str | None = None
     """The text to start from, with `init: text`."""
@@ -133,8 +139,9 @@ class DataConfig(Section):
     """The expected output: jinja2 over the columns of a row. The loss is computed only here."""
 
     references: str | None = None
-    """The column that holds a list of acceptable answers, for metrics that compare with several; `target` where left
-    out."""
+    """A column with the acceptable answers of a validation row, a text or a list of texts, for the metrics that compare
+    generated answers: the best one counts. `answers.text` is what `text` holds inside column `answers`. The target
+    where left out."""
 
     labels: list[Label] | None = None
     """The values that the target's one column can take: for accuracy by likelihood, for `init: labels`, and as the
@@ -295,10 +302,12 @@ class Config(Section):
         is_text = self.data.train.lower().endswith(".txt")
         if not is_text and (self.data.template is None or self.data.target is None):
             raise ValueError("data.template and data.target are needed unless data.train is a .txt file")
-        if is_text and {"exact_match", "accuracy"} & set(self.evaluate.metrics):
+        needs = {METRICS[name].needs: name for name in reversed(self.evaluate.metrics)}
+        if is_text and set(needs) - {"losses"}:
             raise ValueError("evaluate.metrics: a .txt file has no targets to match, use loss and perplexity")
-        if "accuracy" in self.evaluate.metrics and not self.data.labels:
-            raise ValueError("evaluate.metrics: accuracy needs data.labels, the values that the target can take")
+        if "label_losses" in needs and not self.data.labels:
+            name = needs["label_losses"]
+            raise ValueError(f"evaluate.metrics: {name} needs data.labels, the values that the target can take")
         if self.evaluate.best_metric and self.evaluate.best_metric not in ("loss", *self.evaluate.metrics):
             raise ValueError(f"evaluate.best_metric: {self.evaluate.best_metric} is not among evaluate.metrics")
         if self.prompt.init == "labels" and not (self.prompt.init_labels or self.data.labels):

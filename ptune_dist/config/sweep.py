@@ -104,6 +104,11 @@ def list_members(sweep: dict[str, list] | list[dict[str, Any]] | None) -> list[d
     return list(sweep or [])
 
 
+def sweep_keys(sweep: dict[str, list] | list[dict[str, Any]] | None) -> set[str]:
+    """The dotted keys that members differ in."""
+    return {key for member in list_members(sweep) for key in member}
+
+
 def name_members(members: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Members by names that are safe as names of folders: `learning_rate=0.1,seed=0`.
 

@@ -1,8 +1,8 @@
-"""Read .jsonl, .json, .csv, .tsv and .txt row by row, each row with its line number.
+"""Read .jsonl, .json, .csv, .tsv and .txt files row by row, each row with its line number.
 
-These are read here and not by the loaders of `datasets`, because those change what the file says: ISO dates become
-timestamps, a CSV row with one field too many moves all its fields one column to the left, a column that first appears
-after 10 MB is an error, and no error names a line. Values pass unchanged and every error names file and line.
+The loaders of `datasets` are not used for these, because they alter the data: ISO dates become timestamps, a CSV row
+with one field too many is shifted by one column, a column that first appears after 10 MB is an error, and no error
+names a line. Here values are unchanged, and every error names the file and the line.
 """
 
 import csv
@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from ptune_dist.errors import UserError
 
@@ -20,9 +21,9 @@ _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
 def read_records(path: Path, name: str) -> Iterator[tuple[int, dict]]:
-    """Yield (line number from 1, row) for a file with one of TEXT_SUFFIXES; `name` is what errors call the file.
+    """Yield (line number from 1, row) for a file with one of TEXT_SUFFIXES; errors refer to the file as `name`.
 
-    A UTF-8 byte order mark is skipped, blank lines are no rows (but are counted) except in .txt.
+    A UTF-8 byte order mark is skipped. Blank lines are counted but are not rows, except in .txt files.
     """
     readers = {".jsonl": _read_json_lines, ".json": _read_json, ".txt": _read_text}
     suffix = path.suffix.lower()
@@ -39,11 +40,12 @@ def read_records(path: Path, name: str) -> Iterator[tuple[int, dict]]:
         raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
 
 
-def _open(path: Path, newline: str | None = None):
+def _open(path: Path, newline: str | None = None) -> TextIO:
     return open(path, encoding="utf-8-sig", newline=newline)
 
 
 def _first_undecodable_line(path: Path) -> int:
+    number = 1
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -64,7 +66,10 @@ def _read_json(path: Path, name: str) -> Iterator[tuple[int, dict]]:
         head = file.read(1)
         while head.isspace():
             head = file.read(1)
-    yield from (_read_json_array if head == "[" else _read_json_lines)(path, name)
+    if head == "[":
+        yield from _read_json_array(path, name)
+    else:
+        yield from _read_json_lines(path, name)
 
 
 def _read_json_lines(path: Path, name: str) -> Iterator[tuple[int, dict]]:
@@ -76,30 +81,33 @@ def _read_json_lines(path: Path, name: str) -> Iterator[tuple[int, dict]]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise _not_json(name, number, line, error) from None
-            yield number, _checked_object(row, name, number)
+            yield number, _check_object(row, name, number)
 
 
 def _read_json_array(path: Path, name: str) -> Iterator[tuple[int, dict]]:
-    """Rows of one array, decoded one after the other so that each has its line."""
+    """Rows of a JSON array, decoded one at a time so that each has its line number."""
     with _open(path) as file:
         text = file.read()
-    decoder, position = json.JSONDecoder(), _skip_blanks(text, text.index("[") + 1)
-    line, counted = 1, 0
-    closed = text.startswith("]", position)
-    while not closed:
-        line, counted = line + text.count("\n", counted, position), position
+    decoder = json.JSONDecoder()
+    position = _skip_blanks(text, text.index("[") + 1)
+    line = 1
+    counted = 0  # `line` counts the line breaks before this position
+    is_closed = text.startswith("]", position)
+    while not is_closed:
+        line += text.count("\n", counted, position)
+        counted = position
         try:
             row, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise _not_json(
-                name, getattr(error, "lineno", line), text[getattr(error, "pos", position) :], error
-            ) from None
-        yield line, _checked_object(row, name, line)
+            bad_line = getattr(error, "lineno", line)
+            bad_text = text[getattr(error, "pos", position) :]
+            raise _not_json(name, bad_line, bad_text, error) from None
+        yield line, _check_object(row, name, line)
         position = _skip_blanks(text, end)
-        closed = text.startswith("]", position)
-        if not closed and not text.startswith(",", position):
-            raise _misplaced(name, text, position, "where ',' or ']' should follow a row")
-        if not closed:
+        is_closed = text.startswith("]", position)
+        if not is_closed:
+            if not text.startswith(",", position):
+                raise _misplaced(name, text, position, "where ',' or ']' should follow a row")
             position = _skip_blanks(text, position + 1)
     position = _skip_blanks(text, position + 1)
     if position < len(text):
@@ -112,7 +120,9 @@ def _misplaced(name: str, text: str, position: int, place: str) -> UserError:
 
 
 def _skip_blanks(text: str, position: int) -> int:
-    return _BLANKS.match(text, position).end()
+    blanks = _BLANKS.match(text, position)
+    assert blanks is not None  # the pattern matches the empty string too
+    return blanks.end()
 
 
 def _excerpt(text: str) -> str:
@@ -125,10 +135,10 @@ def _excerpt(text: str) -> str:
 def _not_json(name: str, line: int, text: str, error: Exception) -> UserError:
     reason = getattr(error, "msg", None) or "it is nested too deeply"
     shape = "one object on each line" if Path(name).suffix.lower() == ".jsonl" else "an array of objects"
-    return UserError(f"{name} line {line}: not JSON ({reason}), found {_excerpt(text)}; the file must hold {shape}")
+    return UserError(f"{name} line {line}: not JSON ({reason}), found {_excerpt(text)}; the file must contain {shape}")
 
 
-def _checked_object(row: object, name: str, line: int) -> dict:
+def _check_object(row: object, name: str, line: int) -> dict:
     if isinstance(row, dict) and row:
         return row
     if isinstance(row, list) and Path(name).suffix.lower() == ".jsonl":
@@ -140,22 +150,24 @@ def _checked_object(row: object, name: str, line: int) -> dict:
 
 
 def name_kind(value: object) -> str:
-    """The kind of a JSON value in words; whole numbers and fractions are one kind."""
+    """The type of a JSON value in words; integers and floats are one type."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, (int, float)):
         return "a number"
-    return "text" if isinstance(value, str) else "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, str):
+        return "text"
+    return "a list" if isinstance(value, list) else "an object"
 
 
 def _read_delimited(path: Path, name: str, delimiter: str) -> Iterator[tuple[int, dict]]:
-    """Rows of text fields, the header's names as keys; the line is the one on which the row begins."""
-    csv.field_size_limit(sys.maxsize)  # the standard library stops at 128 KB a field
+    """Rows of text fields, keyed by the header's names; a row's line is the one on which it begins."""
+    csv.field_size_limit(sys.maxsize)  # the standard library's default is 128 KB per field
     with _open(path, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header, line = None, 1
+        header = None
         while True:
             line = reader.line_num + 1
             try:
@@ -163,22 +175,22 @@ def _read_delimited(path: Path, name: str, delimiter: str) -> Iterator[tuple[int
             except StopIteration:
                 return
             except csv.Error as error:
-                hint = "" if "NUL" in str(error) else "; a quote inside a quoted field is written twice"
+                hint = "" if "NUL" in str(error) else "; write a quote inside a quoted field twice"
                 raise UserError(f"{name} line {line}: {error}{hint}") from None
             if not fields:
                 continue
             if header is None:
-                header = _checked_header(fields, name, line)
+                header = _check_header(fields, name, line)
             elif len(fields) != len(header):
                 raise UserError(
                     f"{name} line {line}: {len(fields)} fields where the header has {len(header)}; "
-                    "put a field that holds the separator in double quotes"
+                    "put a field that contains the separator in double quotes"
                 )
             else:
                 yield line, dict(zip(header, fields, strict=True))
 
 
-def _checked_header(fields: list[str], name: str, line: int) -> list[str]:
+def _check_header(fields: list[str], name: str, line: int) -> list[str]:
     for index, field in enumerate(fields):
         if not field.strip():
             raise UserError(f"{name} line {line}: column {index + 1} has no name in the header; name it")

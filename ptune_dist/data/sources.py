@@ -1,7 +1,7 @@
-"""A data source as the user wrote it (`data.train: ...`) -> Rows: a `datasets.Dataset` that knows each row's line.
+"""Load a data source (`data.train: ...`) as Rows: a `datasets.Dataset` that can name the line of each row.
 
-Text files are read by readers.py straight into memory, so nothing of them is cached, stale or locked between ranks.
-Parquet files, saved folders and hub names are loaded by `datasets` and share its cache and its locks.
+Text files are read into memory by readers.py: they are not cached, so they cannot be stale, and ranks need no locks.
+Parquet files, saved folders and hub datasets are loaded by `datasets`, with its cache and its locks.
 """
 
 import contextlib
@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import datasets.config
+import datasets.exceptions
 import pyarrow
 import pyarrow.parquet
 
@@ -33,8 +35,8 @@ _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<config>[^:@]+))?(:(?P
 class Rows:
     """The rows of one source.
 
-    name: the source as the user wrote it. kind: "rows", or "text" for .txt, whose rows are lines in a column `text`
-    with their line breaks. path: the file when it is one whose lines can be counted.
+    name: the source as the user wrote it. kind: "text" for a .txt file, whose rows are its lines, with line breaks, in
+    a column `text`; otherwise "rows". path: the file, if it is a text file whose lines can be counted.
     """
 
     name: str
@@ -49,19 +51,19 @@ class Rows:
         return self.dataset.column_names
 
     def where(self, index: int) -> str:
-        """Name row `index` (from 0) for people; reads the file again to count its lines, so for messages only."""
+        """The place of row `index` (from 0) for error messages; slow, because it reads the file to count lines."""
         if self.path is not None:
-            with contextlib.suppress(UserError):  # the file was changed since
+            with contextlib.suppress(UserError):  # the file has changed since it was loaded
                 for line, _ in islice(read_records(self.path, self.name), index, index + 1):
                     return f"{self.name} line {line}"
         return f"{self.name} row {index + 1} (the first is row 1)"
 
 
 def load_rows(source: str, *, key: str, default_split: str) -> Rows:
-    """Load a file, a folder saved by `datasets` or a hub dataset; `key` is the config key that names it.
+    """Load a file, a folder saved by `datasets`, or a hub dataset; `key` is the config key that names it.
 
-    FOLDER:SPLIT and NAME@CONFIG:SPLIT choose a split, otherwise it is `default_split`. Any rank may call this at any
-    time. Raises UserError for whatever is wrong with the source, with its line where it has lines.
+    FOLDER:SPLIT and NAME@CONFIG:SPLIT select a split; the default is `default_split`. Not collective. Raises UserError
+    for anything wrong with the source, with the line number if it is a text file.
     """
     path = Path(source).expanduser()
     folder, _, folder_split = source.rpartition(":")
@@ -85,26 +87,28 @@ def _load_file(path: Path, name: str, key: str) -> Rows:
     if suffix == ".parquet":
         return Rows(name, _load_parquet(path, name, key), "rows")
     if suffix not in TEXT_SUFFIXES:
-        raise UserError(f"{key}: {name} is of an unknown kind ({suffix or 'no extension'}); {_FORMATS}")
+        raise UserError(f"{key}: {name} has an unknown type ({suffix or 'no extension'}); {_FORMATS}")
     table = _build_table(read_records(path, name), path, name)
-    dataset = datasets.Dataset(table, fingerprint=hashlib.sha256(_stamp(path).encode()).hexdigest()[:16])
+    dataset = datasets.Dataset(table, fingerprint=_stamp(path))
     if suffix == ".txt" and len(dataset) and not any(line.strip() for line in dataset["text"]):
         raise UserError(f"{key}: {name} has no text")
     return Rows(name, dataset, "text" if suffix == ".txt" else "rows", path)
 
 
 def _stamp(path: Path) -> str:
-    """Changes whenever the file does: `datasets` itself looks at the modification time alone, which `cp -p` keeps."""
+    """A digest that changes with the file; `datasets` checks only the modification time, which `cp -p` preserves."""
     stat = path.stat()
-    return f"{path.resolve()}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
+    version = f"{path.resolve()}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
+    return hashlib.sha256(version.encode()).hexdigest()[:16]
 
 
 def _build_table(records: Iterable[tuple[int, dict]], path: Path, name: str) -> pyarrow.Table:
-    """Arrow table with the union of the rows' columns; whole numbers among fractions become fractions."""
-    rows, tables = (row for _, row in records), []
+    """An Arrow table with the union of the rows' columns; integers in a column with floats become floats."""
+    rows = (row for _, row in records)
+    tables = []
     try:
         while chunk := list(islice(rows, CHUNK_ROWS)):
-            columns = {column: None for row in chunk for column in row}
+            columns = dict.fromkeys(column for row in chunk for column in row)  # in order of appearance
             tables.append(pyarrow.table({column: [row.get(column) for row in chunk] for column in columns}))
         return pyarrow.concat_tables(tables, promote_options="permissive") if tables else pyarrow.table({})
     except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
@@ -112,25 +116,25 @@ def _build_table(records: Iterable[tuple[int, dict]], path: Path, name: str) -> 
 
 
 def _explain_types(path: Path, name: str, error: Exception) -> UserError:
-    """Find the first value that does not fit the rows before it."""
+    """The error that names the first value whose type differs from that of earlier rows."""
     first_seen: dict[str, tuple[str, int]] = {}
     for line, row in read_records(path, name):
         for field, value in _walk(row, ""):
             problem = _unstorable(value)
             if problem:
-                return UserError(f"{name} line {line}: column {field!r} holds {problem}")
+                return UserError(f"{name} line {line}: column {field!r} contains {problem}")
             kind = name_kind(value)
-            before, line_before = first_seen.setdefault(field, (kind, line))
-            if kind != before:
-                mend = "write one kind in every row"
+            first_kind, first_line = first_seen.setdefault(field, (kind, line))
+            if kind != first_kind:
                 return UserError(
-                    f"{name} line {line}: column {field!r} holds {kind}, but {before} in line {line_before}; {mend}"
+                    f"{name} line {line}: column {field!r} contains {kind}, but {first_kind} in line {first_line}; "
+                    "use the same type in every row"
                 )
     return UserError(f"{name}: the rows do not fit into one table: {_one_line(error)}")
 
 
 def _walk(value: object, field: str) -> Iterator[tuple[str, object]]:
-    """Every value inside, nulls left out, with a path such as "meta.tags[]"."""
+    """Every non-null value nested in `value`, with its path, such as "meta.tags[]"."""
     if field and value is not None:
         yield field, value
     if isinstance(value, dict):
@@ -142,10 +146,11 @@ def _walk(value: object, field: str) -> Iterator[tuple[str, object]]:
 
 
 def _unstorable(value: object) -> str | None:
+    """Why Arrow cannot store a value, or None."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return "a whole number of more than 64 bits; write it as text"
+        return "an integer of more than 64 bits; write it as text"
     if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        return "half of a surrogate pair, which is no character; write the character itself"
+        return "half of a surrogate pair, which is not a character; write the character itself"
     return None
 
 
@@ -154,9 +159,9 @@ def _load_parquet(path: Path, name: str, key: str) -> datasets.Dataset:
         if pyarrow.parquet.read_metadata(path).num_rows == 0:
             raise UserError(f"{key}: {name} has no rows")
         with _quiet():
-            # A config name is part of the cache's key.
-            stamp = hashlib.sha256(_stamp(path).encode()).hexdigest()[:16]
-            return datasets.load_dataset("parquet", stamp, data_files=glob.escape(str(path.resolve())), split="train")
+            # The stamp is passed as the dataset's config name, which is part of the key of its cache.
+            files = glob.escape(str(path.resolve()))
+            return datasets.load_dataset("parquet", _stamp(path), data_files=files, split="train")
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError) as error:
         reason = _one_line(error.__cause__ or error)
         raise UserError(f"{key}: {name} cannot be read as parquet: {reason}") from None
@@ -168,21 +173,23 @@ def _load_saved(path: Path, name: str, split: str, key: str) -> datasets.Dataset
             loaded = datasets.load_from_disk(str(path))
     except FileNotFoundError:
         raise UserError(
-            f"{key}: {name} is a folder, but not one saved by datasets' save_to_disk; name a file in it, or save it so"
+            f"{key}: {name} is a folder, but not one written by save_to_disk of `datasets`; "
+            "name a file in it, or save it that way"
         ) from None
-    except IndexError:  # what a saved dataset of no rows raises
+    except IndexError:  # raised for a saved dataset without rows
         raise UserError(f"{key}: {name} has no rows") from None
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:  # damaged JSON or Arrow files
         raise UserError(f"{key}: the saved folder {name} cannot be loaded: {_one_line(error)}") from None
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise UserError(f"{key}: {name} has no split {split!r} but {', '.join(loaded)}; write {name}:SPLIT")
+            splits = ", ".join(map(str, loaded))
+            raise UserError(f"{key}: {name} has no split {split!r}, only {splits}; write {name}:SPLIT")
         loaded = loaded[split]
     return loaded.with_format(None)
 
 
 def _looks_like_path(source: str) -> bool:
-    """True for what cannot be meant as a hub name: ./x, /x, ~/x, a/b/c, x.jsonl (but not user/data-1.5)."""
+    """True for what cannot be a hub name: ./x, /x, ~/x, a/b/c, x.jsonl (but not user/data-1.5)."""
     name = re.split("[@:]", source)[0]
     if source.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(source):
         return True
@@ -194,19 +201,21 @@ def _describe_missing(path: Path, source: str, key: str) -> str:
     if not folder.is_dir():
         return f"{key}: no file {source} (there is no folder {folder}); {_FORMATS}"
     near = difflib.get_close_matches(path.name, os.listdir(folder), n=1)
-    mend = f"did you mean {folder / near[0]}?" if near else f"looked in {folder.resolve()}"
-    return f"{key}: no file {source}; {mend}"
+    hint = f"did you mean {folder / near[0]}?" if near else f"looked in {folder.resolve()}"
+    return f"{key}: no file {source}; {hint}"
 
 
 def _load_hub(source: str, default_split: str, key: str) -> datasets.Dataset:
     name, config, split = split_hub_name(source, default_split)
     with _quiet():
-        online, was_offline = hub_answers(), datasets.config.HF_HUB_OFFLINE
-        # With no network `datasets` retries every look-up for a minute or more; offline, it turns to its cache at once.
+        online = hub_answers()
+        was_offline = datasets.config.HF_HUB_OFFLINE
+        # Without a network, `datasets` retries every look-up for a minute or more; in offline mode it goes straight to
+        # its cache.
         datasets.config.HF_HUB_OFFLINE = was_offline or not online
         try:
             return datasets.load_dataset(name, config, split=split)
-        except Exception as error:  # wrong name or split, gated, damaged, cut off
+        except Exception as error:  # wrong name or split, gated, damaged, connection lost
             raise UserError(f"{key}: {_describe_hub_error(source, online, error)}") from None
         finally:
             datasets.config.HF_HUB_OFFLINE = was_offline
@@ -218,14 +227,15 @@ def _describe_hub_error(source: str, online: bool, error: Exception) -> str:
     if isinstance(error, ValueError):
         return f"{source} cannot be loaded from the cache, and the hub cannot be reached: {_one_line(error)}"
     return (
-        f"{source} is no file or folder here, and as a hub dataset it cannot be reached "
-        "and is not in the cache: no network, or a wrong name"
+        f"{source} is not a file or folder here; as a hub dataset it cannot be reached and is not in the cache: "
+        "there is no network, or the name is wrong"
     )
 
 
 def split_hub_name(source: str, default_split: str) -> tuple[str, str | None, str]:
     """NAME, NAME@CONFIG, NAME:SPLIT or NAME@CONFIG:SPLIT -> (name, config or None, split)."""
     parts = _HUB_NAME.fullmatch(source)
+    assert parts is not None, f"{source!r} looks like a path"
     return parts["name"], parts["config"], parts["split"] or default_split
 
 
@@ -235,8 +245,8 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """No progress bars and no log lines of `datasets` and the hub: what is wrong is said once, by us."""
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and log lines of `datasets` and the hub; errors are reported once, by us."""
     loggers = [logging.getLogger("datasets"), logging.getLogger("huggingface_hub")]
     levels = [logger.level for logger in loggers]
     bars_were_on = not datasets.are_progress_bars_disabled()

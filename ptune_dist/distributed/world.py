@@ -1,29 +1,23 @@
-"""The process group and reductions over ranks.
+"""The process group and what ranks do together: reductions, broadcasts, errors that all raise.
 
-Floor 1. Rank and world size come from torchrun's variables; with none set it is a world of one, on the same code path.
+Rank and world size come from torchrun's variables; with none set it is a world of one, on the same code path.
 """
 
-import gc
 import os
 import signal
 import socket
 import traceback
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-# DeepSpeed picks its accelerator when it is imported; without a GPU it must not look for one.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+from ptune_dist.cluster.signs import end_with_parent, own_folder
+from ptune_dist.errors import RunFault, UserError
 
-import deepspeed  # noqa: E402
-from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
-
-from ptune_dist.cluster.signs import end_with_parent, own_folder  # noqa: E402
-from ptune_dist.errors import RunFault, UserError  # noqa: E402
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,24 +38,15 @@ def init_distributed() -> World:
     if "RANK" not in os.environ:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         os.environ.update({name: str(value) for name, value in alone.items()})
-    # DeepSpeed still calls collectives by the names they had before torch 2.13, thousands of times a run.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\..* is deprecated")
     if "TORCHELASTIC_RUN_ID" in os.environ and own_folder() is None:  # no rank goes on training alone
         end_with_parent(signal.SIGTERM)
-    deepspeed_logger.setLevel(os.environ.get("PTUNE_DEEPSPEED_LOG", "ERROR"))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        # DeepSpeed's shared-memory all-reduce takes 40 s of compiling and takes hosts of one name for one host; gloo
-        # serves the few bytes that a prompt's gradient is.
-        deepspeed.ops.__compatible_ops__ = {}  # nor are its other kernels for CPUs worth the compiler's 0.2 s to find
     if not dist.is_initialized():
-        gc.freeze()  # what is imported is no garbage: DeepSpeed's own collection, one per start, takes 0.4 s over it
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
-        )
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
 
 
@@ -109,3 +94,22 @@ def raise_together(error: Exception | None, world: World) -> None:
     for found in gather_from_ranks(sent, world):
         if found is not None:
             raise error or found
+
+
+def together(world: World, function: Callable[[], T]) -> T:
+    """Call `function`, which must not communicate, on every rank; if it raises on one, raise on all. Collective."""
+    error, result = None, None
+    try:
+        result = function()
+    except Exception as caught:
+        error = caught
+    raise_together(error, world)
+    return result
+
+
+def from_main(world: World, function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, on every rank; if it raises, all raise. Collective.
+
+    For what is read from the run: on a shared disk another node may still see an older state.
+    """
+    return broadcast_from_main(together(world, lambda: function() if world.is_main else None), world)

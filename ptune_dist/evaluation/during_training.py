@@ -1,14 +1,11 @@
-"""Between steps: is a checkpoint or an evaluation due, is any rank asked to stop, which members go on?
-
-Floor 6. Evaluations of the members, with what follows from them.
-"""
+"""Between training steps: evaluate the members of a run, keep the best prompts, and stop members and the run."""
 
 import math
 
 from ptune_dist.config.schema import Config
 from ptune_dist.distributed.world import World, sum_over_ranks
 from ptune_dist.errors import RunFault
-from ptune_dist.evaluation.evaluator import Evaluation, Judge
+from ptune_dist.evaluation.evaluator import Evaluation, Evaluator
 from ptune_dist.run.job import Job
 from ptune_dist.run.log import MetricsWriter
 from ptune_dist.run.progress import Progress, checkpoint, rank_evaluation, store_prompt
@@ -16,7 +13,7 @@ from ptune_dist.run.watch import Watch
 
 
 class StopAgreed(Exception):
-    """Every rank has left what it did, an evaluation say, because one was asked to stop."""
+    """All ranks have left what they did, an evaluation for instance, because one was asked to stop."""
 
 
 def agree_on_stop(watch: Watch, metrics: MetricsWriter | None, world: World) -> bool:
@@ -28,58 +25,88 @@ def agree_on_stop(watch: Watch, metrics: MetricsWriter | None, world: World) -> 
     return num_asked > 0
 
 
-def judge_members(
-    job: Job, judges: dict[str, Judge], progress: Progress, metrics: MetricsWriter | None, watch: Watch, world: World
+def evaluate_members(
+    job: Job, evaluators: dict[str, Evaluator], progress: Progress, metrics: MetricsWriter | None, watch: Watch,
+    world: World,
 ) -> None:  # fmt: skip
-    """Evaluate the members that go on; keep each one's prompt where it is its best so far. Collective.
+    """Evaluate the live members; store the prompt of each one that is better than before. Collective.
 
-    Raises RunFault where the only one left has no finite loss, and StopAgreed, with the step saved, where any rank is
-    asked to stop: the evaluation is done again when the run goes on.
+    Raises RunFault where the only live member has no finite loss, and StopAgreed, after a checkpoint of this step,
+    where any rank is asked to stop: the evaluation is then repeated when the run is resumed.
     """
-    config, step = job.config, progress.step
-    found: dict[str, Evaluation] = {}
+    found = run_evaluators(job, evaluators, progress, metrics, watch, world)
+    step = progress.step
+    for name, (values, samples) in found.items():
+        if world.is_main:
+            metrics.evaluation(step, values, samples, member=name if job.config.sweep else None)
+        if not math.isfinite(values["loss"]):
+            reason = f"the validation loss is {values['loss']}"
+            if progress.live == [name]:
+                raise RunFault(f"{reason} at step {step}; the best prompt is kept")
+            progress.members[name].end(reason, step, is_faulty=True)
+        elif progress.members[name].count_evaluation(values, samples, job.config.evaluate.best, step):
+            store_prompt(job, name, progress, world)
+    progress.evaluation_pending = False
+    end_members(job.config, progress, metrics)
+
+
+def run_evaluators(
+    job: Job, evaluators: dict[str, Evaluator], progress: Progress, metrics: MetricsWriter | None, watch: Watch,
+    world: World,
+) -> dict[str, Evaluation]:  # fmt: skip
+    """What the evaluators find about the live members; members with one evaluator are evaluated together.
+
+    Evaluators run in the order of their first members, which is the same on all ranks. Collective.
+    """
 
     def between_batches() -> None:
         watch.beat()
         if agree_on_stop(watch, metrics, world):
-            if step:
+            if progress.step:
                 checkpoint(job, progress, world)
             raise StopAgreed
 
-    for judge in {id(judge): judge for judge in judges.values()}.values():
-        if judged := [name for name in progress.live if judges.get(name) is judge]:
-            found |= judge(job.engine, judged, between_batches)
-    for name, (values, samples) in found.items():
-        if world.is_main:
-            metrics.evaluation(step, values, samples, member=name if config.sweep else None)
-        if not math.isfinite(values["loss"]):
-            what = f"the validation loss is {values['loss']}"
-            if progress.live == [name]:
-                raise RunFault(f"{what} at step {step}; the best prompt is kept")
-            progress.members[name].end(what, step, is_faulty=True)
-        elif progress.members[name].count_evaluation(values, samples, config.evaluate.best, step):
-            store_prompt(job, name, progress, world)
-    progress.evaluation_pending = False
-    end_members(config, progress, metrics)
+    found: dict[str, Evaluation] = {}
+    distinct = {id(evaluator): evaluator for evaluator in evaluators.values()}
+    for evaluator in distinct.values():
+        members = [name for name in progress.live if evaluators.get(name) is evaluator]
+        if members:
+            found |= evaluator(job.engine, members, between_batches)
+    return found
 
 
 def end_members(config: Config, progress: Progress, metrics: MetricsWriter | None) -> None:
-    """After an evaluation: members without progress stand still, and at a halving the weaker ones."""
-    step, name = progress.step, config.evaluate.best
-    ended = {}
-    for member in progress.live if config.sweep else ():
-        num_worse = progress.members[member].num_worse
-        if 0 < config.evaluate.patience <= num_worse:
-            ended[member] = f"no better in {num_worse} evaluations"
+    """After an evaluation, stop the members of a sweep that make no progress and, at a halving, the worse ones."""
+    if not config.sweep:
+        return
+    ended = find_without_progress(config, progress)
     live = [member for member in progress.live if member not in ended]
-    if config.sweep_halving and step and step % config.sweep_halving.every == 0 and step < config.train.max_steps:
-        live.sort(key=lambda member: rank_evaluation(progress.members[member].last, name), reverse=True)
-        for member in live[max(1, math.ceil(len(live) * config.sweep_halving.keep)) :]:
-            ended[member] = "weaker than those that go on"
+    ended |= dict.fromkeys(find_halved(config, progress, live), "worse on validation than the members that continue")
     for member, reason in ended.items():
-        progress.members[member].end(reason, step)
+        progress.members[member].end(reason, progress.step)
         if metrics:
-            metrics.say(f"{member} stands still from step {step} on: {reason}")
+            metrics.say(f"{member} is stopped at step {progress.step}: {reason}")
+
+
+def find_without_progress(config: Config, progress: Progress) -> dict[str, str]:
+    """Members whose evaluations have been no better for `evaluate.patience` times, each with the reason."""
+    num_worse = {member: progress.members[member].num_worse for member in progress.live}
+    return {
+        member: f"no better in {count} evaluations"
+        for member, count in num_worse.items()
+        if 0 < config.evaluate.patience <= count
+    }
+
+
+def find_halved(config: Config, progress: Progress, live: list[str]) -> list[str]:
+    """The members among `live` that successive halving leaves out at this step."""
+    halving = config.sweep_halving
+    step = progress.step
+    if not halving or step == 0 or step % halving.every or step >= config.train.max_steps:
+        return []
+    name = config.evaluate.best
+    ranked = sorted(live, key=lambda member: rank_evaluation(progress.members[member].last, name), reverse=True)
+    return ranked[max(1, math.ceil(len(ranked) * halving.keep)) :]
 
 
 def is_evaluation_due(config: Config, step: int) -> bool:
@@ -88,5 +115,5 @@ def is_evaluation_due(config: Config, step: int) -> bool:
 
 
 def is_due(every: int, step: int, config: Config) -> bool:
-    """Every so many steps, and at the end."""
+    """Whether `step` is one of every `every` steps, or the last."""
     return step == config.train.max_steps or (every > 0 and step % every == 0)

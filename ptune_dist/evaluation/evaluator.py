@@ -1,130 +1,196 @@
-"""Judge a prompt on held-out rows: loss, perplexity, exact match, accuracy by likelihood.
+"""Evaluate prompts on held-out rows: what the metrics need is computed once, then every metric.
 
-Floor 5. Rows are shared among the ranks and each is counted once, whatever the world size.
+Rows are shared among the ranks and each is counted once, whatever the world size. Every rank computes the metrics, from
+the same gathered numbers.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ptune_dist.data.batches import collate
+from ptune_dist.config.schema import Config
+from ptune_dist.data.batches import Batch, collate
 from ptune_dist.data.build import Split, build_label_candidates
 from ptune_dist.data.encode import Examples
 from ptune_dist.distributed.world import gather_from_ranks
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.generate import generate_texts, pad_id
+from ptune_dist.evaluation.references import build_references
+from ptune_dist.metrics import METRICS
+from ptune_dist.metrics.metric import Metric, Need, References, RowLoss
+from ptune_dist.objectives.objective import Objective
+from ptune_dist.run.reading import Reading
 from ptune_dist.zero.engine import Engine
 
 Evaluation = tuple[dict[str, float], list[dict[str, str]]]  # metrics, and answers to some rows
 
 
 @dataclass
-class Judge:
-    """All that evaluation needs besides the prompt; built once, used at every evaluation."""
+class Evaluator:
+    """Everything that an evaluation needs besides the prompt; built once, used at every evaluation.
+
+    references: for each need of the metrics, one entry for each row. candidates: for each label, the rows with that
+    label as their target.
+    """
 
     split: Split
     tokenizer: PreTrainedTokenizerBase
-    metrics: list[str]
+    metrics: list[Metric]
+    references: dict[Need, References]
     micro_batch_tokens: int
     max_new_tokens: int
     num_samples: int
-    candidates: tuple[list[Examples], list[int]] | None = None
-    labels: list[str] | None = None  # an encoder's, whose targets are their numbers
+    candidates: dict[str, Examples] = field(default_factory=dict)
 
     def __call__(
         self, engine: Engine, members: Sequence[str], between_batches: Callable[[], None] = lambda: None
     ) -> dict[str, Evaluation]:
-        """Each member's metrics, `loss` per supervised token always among them, and some rows' answers. Collective.
+        """Each member's metrics, the loss always among them, and some rows' answers. Collective.
 
         `between_batches` is called on every rank after each batch, and may communicate or raise.
         """
         numbers = [engine.members.index(name) for name in members]
         losses = self._losses(engine, self.split.examples, numbers, between_batches)
-        accuracies = self._accuracies(engine, numbers, between_batches) if "accuracy" in self.metrics else None
+        labels = self._likeliest_labels(engine, numbers, between_batches) if self._is_needed("label_losses") else None
+        values = self._values(engine, numbers, between_batches) if self._is_needed("values") else None
         found = {}
-        for place, (name, number) in enumerate(zip(members, numbers, strict=True)):
-            loss = sum(losses[place]) / int(self.split.examples.num_targets.sum())
-            metrics = {"loss": loss}
-            if "perplexity" in self.metrics:
-                metrics["perplexity"] = math.exp(loss) if loss < 700 else math.inf
-            if accuracies:
-                metrics["accuracy"] = accuracies[place]
-            answers = self._answers(engine, number, between_batches)
-            if "exact_match" in self.metrics:
-                right = [answer.strip() == self._wanted(i).strip() for i, answer in answers.items()]
-                metrics["exact_match"] = sum(right) / len(right)
-            found[name] = metrics, self._samples(answers)
+        for place, name in enumerate(members):
+            texts = self._answers(engine, numbers[place], between_batches)
+            given: dict[Need, Sequence[Any]] = {"losses": list(map(RowLoss, losses[place], self._num_tokens))}
+            if labels is not None:
+                given["label_losses"] = labels[place]
+            if values is not None:
+                given["values"] = values[place]
+            if self._is_needed("answers"):
+                given["answers"] = texts
+            found[name] = self._compute(given), self._samples(texts)
         return found
 
-    def _samples(self, answers: dict[int, str]) -> list[dict[str, str]]:
+    @property
+    def signatures(self) -> dict[str, str]:
+        """How exactly metrics are computed, of those that have something to say about it."""
+        return {m.name: m.signature(self.references[m.needs]) for m in self.metrics if m.signature is not None}
+
+    @property
+    def _num_tokens(self) -> list[int]:
+        """The tokens of each row's target."""
+        return self.split.examples.num_targets.tolist()
+
+    def _is_needed(self, need: Need) -> bool:
+        return any(metric.needs == need for metric in self.metrics)
+
+    def _compute(self, given: dict[Need, Sequence[Any]]) -> dict[str, float]:
+        return {m.name: float(m.compute(given[m.needs], self.references.get(m.needs, ()))) for m in self.metrics}
+
+    def _samples(self, answers: list[str]) -> list[dict[str, str]]:
         return [
-            {"input": self._input(i).strip(), "wanted": self._wanted(i).strip(), "answer": answers[i].strip()}
-            for i in sorted(answers)[: self.num_samples]
+            {"input": self._input(i).strip(), "wanted": self.references["answers"][i][0], "answer": answer}
+            for i, answer in enumerate(answers[: self.num_samples])
         ]
 
-    def _answers(self, engine: Engine, member: int, between_batches: Callable[[], None]) -> dict[int, str]:
-        """Generated answers: of every row where they are judged, of a few where they are only shown."""
-        if self.split.rows.kind == "text":
-            return {}
-        examples = self.split.examples
-        count = len(examples) if "exact_match" in self.metrics else min(self.num_samples, len(examples))
-        inputs = [(examples.context_ids(i).tolist(), examples.rest_ids(i).tolist()) for i in range(count)]
-        return dict(
-            generate_texts(
-                engine, self.tokenizer, inputs, max_new_tokens=self.max_new_tokens,
-                micro_batch_tokens=self.micro_batch_tokens, member=member, between_batches=between_batches,
-            )
-        )  # fmt: skip
+    def _input(self, index: int) -> str:
+        return self.tokenizer.decode(self.split.examples.input_ids(index), skip_special_tokens=True)
 
-    def _accuracies(self, engine: Engine, members: list[int], between_batches: Callable[[], None]) -> list[float]:
-        """For each member the share of rows whose right label is the likeliest of all."""
-        examples, right = self.candidates
-        # [labels, members, rows]
-        losses = [self._losses(engine, label, members, between_batches) for label in examples]
-        return (
-            (torch.tensor(losses, dtype=torch.float64).argmin(dim=0) == torch.tensor(right))
-            .double()
-            .mean(dim=1)
-            .tolist()
+    def _answers(self, engine: Engine, member: int, between_batches: Callable[[], None]) -> list[str]:
+        """Generated answers of the first rows: of all where a metric needs them, else of those that are shown."""
+        if self.split.rows.kind == "text":
+            return []
+        examples = self.split.examples
+        count = len(examples) if self._is_needed("answers") else min(self.num_samples, len(examples))
+        inputs = [(examples.context_ids(i).tolist(), examples.rest_ids(i).tolist()) for i in range(count)]
+        answers = dict(
+            generate_texts(
+                engine,
+                self.tokenizer,
+                inputs,
+                max_new_tokens=self.max_new_tokens,
+                micro_batch_tokens=self.micro_batch_tokens,
+                member=member,
+                between_batches=between_batches,
+            )
         )
+        return [answers[i].strip() for i in range(count)]
+
+    def _likeliest_labels(
+        self, engine: Engine, members: list[int], between_batches: Callable[[], None]
+    ) -> list[list[str]]:
+        """For each member the likeliest label of each row."""
+        labels = list(self.candidates)
+        losses = [self._losses(engine, rows, members, between_batches) for rows in self.candidates.values()]
+        chosen = np.argmin(np.array(losses), axis=0)  # [members, rows], from [labels, members, rows]
+        return [[labels[number] for number in row] for row in chosen]
 
     def _losses(
         self, engine: Engine, examples: Examples, members: list[int], between_batches: Callable[[], None]
     ) -> list[list[float]]:
         """Summed negative log-likelihood of every example's target, for each member, on every rank."""
+
+        def losses_of(batch: Batch) -> list[float]:
+            return engine.row_losses(batch).double().tolist()
+
+        return self._of_readers(losses_of, engine, examples, members, between_batches)
+
+    def _values(self, engine: Engine, members: list[int], between_batches: Callable[[], None]) -> list[list[float]]:
+        """For each member the number that it predicts for each row."""
+        return self._of_readers(engine.row_values, engine, self.split.examples, members, between_batches)
+
+    def _of_readers(
+        self,
+        function: Callable[[Batch], list[float]],
+        engine: Engine,
+        examples: Examples,
+        members: list[int],
+        between_batches: Callable[[], None],
+    ) -> list[list[float]]:
+        """What `function` finds for the readers of a batch, for each member and example, on every rank. Collective."""
         plan = engine.plan([(i, tuple(members)) for i in range(len(examples))], examples, self.micro_batch_tokens)
         mine: list[tuple[tuple[int, int], float]] = []
         for shares in plan:
-            units = shares[engine.world.rank]
-            batch = collate(examples, shares, engine.world.rank, pad_id(self.tokenizer))
-            losses = engine.row_losses(batch).double().tolist()
-            readers = [(example, member) for example, some in units for member in some]
-            mine += zip(readers, losses[: len(readers)], strict=True)
+            readers = [(example, member) for example, some in shares[engine.world.rank] for member in some]
+            found = function(collate(examples, shares, engine.world.rank, pad_id(self.tokenizer)))
+            mine += zip(readers, found[: len(readers)], strict=True)  # a rank that idles has a reader that is no row
             between_batches()
         everyone = dict(pair for pairs in gather_from_ranks(mine, engine.world) for pair in pairs)
         return [[everyone[i, member] for i in range(len(examples))] for member in members]
 
-    def _input(self, index: int) -> str:
-        return self.tokenizer.decode(self.split.examples.input_ids(index), skip_special_tokens=True)
 
-    def _wanted(self, index: int) -> str:
-        ids = self.split.examples.target_ids(index)
-        return self.labels[ids[0]] if self.labels else self.tokenizer.decode(ids, skip_special_tokens=True)
+def build_evaluator(config: Config, split: Split, reading: Reading) -> Evaluator:
+    """The evaluator that config section `evaluate` asks for, over a split. Raises UserError."""
+    metrics = [METRICS[name] for name in dict.fromkeys(["loss", *config.evaluate.metrics])]
+    for metric in metrics:
+        metric.check_available()
+        check_objective_fits(metric, reading.objective, config.train.objective)
+        if split.rows.kind == "text" and metric.needs != "losses":
+            raise UserError(f"evaluate.metrics: {split.rows.name} is plain text without targets for {metric.name}")
+    references: dict[Need, References] = {}
+    candidates = {}
+    if any(metric.needs == "label_losses" for metric in metrics):
+        examples, right = build_label_candidates(config.data, split, reading.encoding(config))
+        labels = config.data.labels or []
+        candidates = dict(zip(labels, examples, strict=True))
+        references["label_losses"] = [[labels[number]] for number in right]
+    if split.examples.numbers is not None:
+        references["values"] = [[number] for number in split.examples.numbers.tolist()]
+    if split.rows.kind != "text":
+        references["answers"] = build_references(config.data, split.rows)
+    return Evaluator(
+        split,
+        reading.tokenizer,
+        metrics,
+        references,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        max_new_tokens=config.evaluate.max_new_tokens,
+        num_samples=config.evaluate.num_samples,
+        candidates=candidates,
+    )
 
 
-def build_judge(config, split: Split, tokenizer: PreTrainedTokenizerBase, family: str) -> Judge:
-    """The judge that config section `evaluate` asks for, over a split. Raises UserError."""
-    matched = sorted({"exact_match", "accuracy"} & set(config.evaluate.metrics))
-    if matched and split.rows.kind == "text":
-        raise UserError(f"evaluate.metrics: {split.rows.name} is plain text without targets for {matched[0]}")
-    candidates = None
-    if "accuracy" in config.evaluate.metrics:
-        candidates = build_label_candidates(config.data, split, tokenizer, family, config.prompt.placement)
-    return Judge(
-        split, tokenizer, list(config.evaluate.metrics), micro_batch_tokens=config.train.micro_batch_tokens,
-        max_new_tokens=config.evaluate.max_new_tokens, num_samples=config.evaluate.num_samples,
-        candidates=candidates, labels=config.data.labels if family == "encoder" else None,
-    )  # fmt: skip
+def check_objective_fits(metric: Metric, objective: Objective, name: str) -> None:
+    """Raise UserError for a metric of texts where the objective predicts numbers, and the other way round."""
+    predicts_numbers = objective.target == "number"
+    if metric.name != "loss" and (metric.needs == "values") != predicts_numbers:
+        what = "numbers" if metric.needs == "values" else "texts or labels"
+        raise UserError(f"evaluate.metrics: {metric.name} is for {what}, which train.objective={name} does not predict")

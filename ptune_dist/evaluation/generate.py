@@ -31,10 +31,11 @@ def generate_texts(
     ranks. `sampling` holds transformers' own names (do_sample, temperature, top_p, ...); greedy without it. Collective:
     every rank must exhaust it.
     """
-    world, family = engine.world, engine.model.family
+    world = engine.world
+    is_classifier = not engine.model.has_language_head
     num_virtual = engine.model.prompts[member].num_virtual_tokens
     lengths = [len(context) + len(rest) for context, rest in inputs]
-    extra = num_virtual + (0 if family == "encoder" else max_new_tokens)
+    extra = num_virtual + (0 if is_classifier else max_new_tokens)
     plan = plan_micro_batches(
         [(i, (0,)) for i in range(len(inputs))],
         lambda units: len(units) * (max((lengths[i] for i, _ in units), default=0) + extra),
@@ -57,7 +58,7 @@ def generate_texts(
         if settings.max_new_tokens < 1:  # the input fills a base's last learned position
             yield from ((i, "") for group in groups for i in group)
             continue
-        if family == "encoder":
+        if is_classifier:
             texts = name_labels(engine, mine)
         else:
             texts = tokenizer.batch_decode(generate_ids(engine, mine, settings, member), skip_special_tokens=True)
@@ -69,9 +70,9 @@ def generate_texts(
 def room_for_answer(engine: Engine, longest: int, num_virtual: int) -> int:
     """The most new tokens after inputs of up to `longest` tokens, where positions are learned."""
     most = max_positions(engine.model.base)
-    if most is None or engine.model.family == "encoder":
+    if most is None or not engine.model.has_language_head:
         return sys.maxsize
-    if engine.model.family == "seq2seq":
+    if engine.model.base.config.is_encoder_decoder:
         return most - 1 - (num_virtual if engine.model.placement == "decoder" else 0)
     return most - num_virtual - longest
 
@@ -79,8 +80,7 @@ def room_for_answer(engine: Engine, longest: int, num_virtual: int) -> int:
 @torch.no_grad()
 def name_labels(engine: Engine, inputs: list[TokenPair]) -> list[str]:
     """The likeliest label of each input."""
-    vectors, mask = engine.model.embed([np.array(rest) for _, rest in inputs], [0] * len(inputs))
-    chosen = engine.model.label_logits(vectors, mask).argmax(dim=1).tolist()
+    chosen = engine.model.label_logits([np.array(rest) for _, rest in inputs], [0] * len(inputs)).argmax(dim=1).tolist()
     return [engine.model.base.config.id2label[index] for index in chosen]
 
 
@@ -94,7 +94,7 @@ def generate_ids(engine: Engine, inputs: list[TokenPair], settings: GenerationCo
         return generate_after_decoder_prompt(model, inputs, member, settings, options)
     texts = [np.array([*context, *rest], np.int64) for context, rest in inputs]
     vectors, mask = model.embed(texts, [member] * len(texts))  # [B, P + T, D]
-    if model.family == "causal":
+    if not model.base.config.is_encoder_decoder:
         num_virtual = model.prompts[member].num_virtual_tokens
         for row, (context, _) in enumerate(inputs):
             # The context to the front of the virtual tokens, padding to the front of all.
@@ -108,7 +108,7 @@ def generate_ids(engine: Engine, inputs: list[TokenPair], settings: GenerationCo
 def generate_after_decoder_prompt(model, inputs: list[TokenPair], member: int, settings, options: dict) -> list:
     """A seq2seq base whose decoder reads [virtual tokens, start, answer]: the virtual tokens are read first."""
     padded, present = pad_rows([np.array([*context, *rest]) for context, rest in inputs], settings.pad_token_id)
-    vectors = model.prompts[member]()
+    vectors = model.prompts[member]().vectors
     device = vectors.device
     ids, mask = torch.from_numpy(padded).to(device), torch.from_numpy(present).to(device).long()
     encoded = model.base.get_encoder()(input_ids=ids, attention_mask=mask)

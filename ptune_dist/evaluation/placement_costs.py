@@ -14,18 +14,9 @@ from transformers import PretrainedConfig
 from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config
 from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.data.encode import Examples, count_equal
+from ptune_dist.families.family import Family
 
 GIB = 1 << 30
-
-
-def context_bytes_per_token(shape: PretrainedConfig, family: str, dtype: torch.dtype) -> int:
-    """What is kept of a context's token: keys and values of every layer, or the encoder's output for seq2seq."""
-    text = shape.get_text_config(decoder=True)
-    if family == "seq2seq":
-        return text.hidden_size * dtype.itemsize
-    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * num_heads * head_width * dtype.itemsize
 
 
 def without_lead(contexts: list[np.ndarray]) -> list[int]:
@@ -80,12 +71,12 @@ def render_costs(examples: Examples, config: Config) -> Table:
     return table
 
 
-def describe_cache(examples: Examples, config: Config, shape: PretrainedConfig, family: str) -> str:
+def describe_cache(examples: Examples, config: Config, shape: PretrainedConfig, family: Family) -> str:
     """How much a cache of all contexts would be, and what the config gives it."""
     placement = config.prompt.placement
     is_split = placement in PLACEMENTS_WITH_CONTEXTS
-    tokens = count_context_tokens(examples, all_of_input=not is_split, has_lead=family == "causal")
-    size = tokens * context_bytes_per_token(shape, family, getattr(torch, config.model.dtype))
+    tokens = count_context_tokens(examples, all_of_input=not is_split, has_lead=family.shares_leads)
+    size = tokens * family.context_bytes_per_token(shape, getattr(torch, config.model.dtype))
     given = config.train.context_cache_gib
     what = f"contexts of {placement}" if is_split else "as contexts (infix), the inputs"
     text = f"{what} are {tokens:,} distinct tokens, {size / GIB:,.2f} GiB when all are cached"

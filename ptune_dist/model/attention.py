@@ -32,6 +32,9 @@ class KeysValues(NamedTuple):
     def length(self) -> int:
         return self.keys.shape[1]
 
+    def to(self, dtype: torch.dtype) -> "KeysValues":
+        return KeysValues(self.keys.to(dtype), self.values.to(dtype))
+
 
 class Segment(NamedTuple):
     """A run of live positions. It reads itself causally, and before that all of what it names, in this order.

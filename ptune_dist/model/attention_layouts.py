@@ -1,7 +1,9 @@
 """Which kind of attention a pass over segments takes on a device; and keys/values recorded on the way.
 
-Floor 2. Shapes: L layers, C positions of a context, N live positions, G key/value heads, H heads, D width of a head.
+Shapes: L layers, C positions of a context, N live positions, G key/value heads, H heads, D width of a head.
 """
+
+from typing import Any, Protocol
 
 import torch
 
@@ -10,28 +12,66 @@ from ptune_dist.model.attention_contexts import ContextSegments
 from ptune_dist.model.attention_flex import FlexSegments
 
 
-def build_attention(segments: list[Segment], outside: list[KeysValues], device: torch.device):
+class SegmentAttention(Protocol):
     """What `attention.attend` takes as `segments`."""
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: int, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
+        ...
+
+
+def build_attention(segments: list[Segment], outside: list[KeysValues], device: torch.device) -> SegmentAttention:
+    """The attention of a pass. On devices without a kernel for ragged rows, by what its segments read."""
     if device.type == "cuda":
         return FlexSegments(segments, outside, device)
-    if outside and not any(segment.parents for segment in segments):
-        return ContextSegments(segments, outside, device)
-    return CausalSegments(segments, join_parts(outside), device)
+    if not any(segment.parents for segment in segments):
+        return ContextSegments(segments, outside, device) if outside else CausalSegments(segments, None, device)
+    parents = {run for segment in segments for run in segment.parents}
+    alone = [s for s in segments if s.contexts and not s.parents and (s.start, s.length) not in parents]
+    if not alone:
+        return CausalSegments(segments, join_parts(outside), device)
+    return MixedSegments(segments, alone, outside, device)
+
+
+class MixedSegments:
+    """Some segments read keys/values of their own from outside, others read live ones and perhaps a shared lead."""
+
+    def __init__(self, segments: list[Segment], alone: list[Segment], outside: list[KeysValues], device: torch.device):
+        chained = [segment for segment in segments if segment not in alone]
+        named = {segment.contexts for segment in chained if segment.contexts}
+        assert len(named) <= 1, "segments that read live ones share their contexts"
+        lead = join_parts([outside[number] for contexts in named for number in contexts])
+        self._parts = [CausalSegments(chained, lead, device), ContextSegments(alone, outside, device)]
+        live = [torch.arange(s.start, s.start + s.length) for part in (chained, alone) for s in by_start(part)]
+        self._places = torch.cat(live).argsort().to(device)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: int, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
+        found = [part.attend(q, k, v, layer=layer, scale=scale, window=window) for part in self._parts]
+        return torch.cat(found).index_select(0, self._places)
+
+
+def by_start(segments: list[Segment]) -> list[Segment]:
+    return sorted(segments, key=lambda segment: segment.start)
 
 
 class RecordedSegments:
     """Attention that keeps the keys/values of its segments."""
 
     def __init__(self, segments: list[Segment], outside: list[KeysValues], device: torch.device):
-        is_cuda = device.type == "cuda"
-        self._attention = (
-            FlexSegments(segments, outside, device)
-            if is_cuda
-            else CausalSegments(segments, join_parts(outside), device)
-        )
-        self._segments, self._layers = segments, []
+        self._attention: SegmentAttention
+        if device.type == "cuda":
+            self._attention = FlexSegments(segments, outside, device)
+        else:
+            self._attention = CausalSegments(segments, join_parts(outside), device)
+        self._segments = segments
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def attend(self, q, k, v, **settings) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> torch.Tensor:
         self._layers.append((k, v))
         return self._attention.attend(q, k, v, **settings)
 

@@ -1,7 +1,7 @@
 """Contexts of a micro-batch: from the lead, from the cache, or computed now; the same number of passes on every rank.
 
-Floor 3. The lead is what the contexts of all training rows begin with: its keys/values are computed once per job and
-every context that begins with it goes on from there.
+The lead is what the contexts of all training rows begin with: its keys/values are computed once per job, and every
+context that begins with it continues from there.
 """
 
 from collections.abc import Callable
@@ -26,9 +26,13 @@ class ContextReader:
     """Gives batches what their contexts leave. `read` runs the base; it is collective where the base is sharded."""
 
     def __init__(self, read: Read, model: PromptedModel, world: World, *, cache: ContextCache | None, is_sharded: bool):
-        self._read, self._model, self._world, self.cache = read, model, world, cache
+        self.cache = cache
+        self._read = read
+        self._model = model
+        self._world = world
         self._must_agree = is_sharded and world.size > 1
-        self._lead_tokens, self._lead = np.zeros(0, np.int32), None
+        self._lead_tokens = np.zeros(0, np.int32)
+        self._lead: KeysValues | None = None
 
     def set_lead(self, tokens: np.ndarray, is_whole: bool) -> None:
         """What contexts begin with; `is_whole`: they end with it too."""
@@ -48,8 +52,7 @@ class ContextReader:
             return batch
         if len(self._lead_tokens) and self._lead is None:
             self._lead = self._wrap(self._read(Contexts([self._lead_tokens], batch.pad_id))[0])
-        # A decoder wants something of every encoder's input; a causal base needs nothing of an empty context.
-        needed = [tokens for tokens in batch.contexts if len(tokens) or self._model.family == "seq2seq"]
+        needed = [tokens for tokens in batch.contexts if len(tokens) or self._model.needs_empty_contexts]
         distinct = {tokens.tobytes(): tokens for tokens in needed}
         known = {key: self._recall(tokens) for key, tokens in distinct.items()}
         for begins in (True, False):
@@ -83,7 +86,9 @@ class ContextReader:
         run that is resumed with an empty cache would not be the undisturbed one bit for bit.
         """
         lead = self._lead if begins else None
-        groups = [[tokens] for tokens in contexts] if self.cache else [contexts] if contexts else []
+        groups = [contexts] if contexts else []
+        if self.cache:
+            groups = [[tokens] for tokens in contexts]
         num_passes = len(groups)
         if self._must_agree:
             num_passes = int(max_over_ranks(num_passes, self._world))
@@ -93,9 +98,11 @@ class ContextReader:
             tokens = groups[number] if number < len(groups) else [idle]
             passed = self._read(Contexts(tokens, pad_id, lead))
             computed += passed if number < len(groups) else []
-        for tokens, tensors in zip(contexts, computed, strict=True) if self.cache else ():
-            self.cache.put(self._key(tokens), {str(i): tensor.cpu() for i, tensor in enumerate(tensors)})
-        return [(*([lead] if lead else []), self._wrap(tensors)) for tensors in computed]
+        if self.cache:
+            for tokens, tensors in zip(contexts, computed, strict=True):
+                self.cache.put(self._key(tokens), {str(i): tensor.cpu() for i, tensor in enumerate(tensors)})
+        before = () if lead is None else (lead,)
+        return [(*before, self._wrap(tensors)) for tensors in computed]
 
     def _key(self, tokens: np.ndarray) -> np.ndarray:
         """What is held of a context is without its lead."""

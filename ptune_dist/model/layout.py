@@ -1,16 +1,19 @@
-"""Where everything stands in a pass: from a micro-batch to one row of live positions. Index arithmetic alone.
+"""Where everything stands in a pass: from a micro-batch to one row of live positions. Index arithmetic only.
 
-Floor 3. A reader is one member reading one row. Where all rows have one context (or none, as in `prefix`), the virtual
-tokens cannot depend on the row: a member's stand there once and all its readers attend to them. Elsewhere every reader
+A reader is one member reading one row. Where all rows have the same context (or none, as in `prefix`), the virtual
+tokens cannot depend on the row: a member's stand there once, and all its readers attend to them. Elsewhere every reader
 has its own, after its row's context. Legend: S readers, N live positions, U supervised tokens.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from ptune_dist.data.batches import Batch
-from ptune_dist.model.attention import Segment
+from ptune_dist.model.attention import KeysValues, Segment
+
+Run = tuple[int, int]  # first live position, number of live positions
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Layout:
     """Live positions are drawn from [virtual tokens of every member, tokens of every reader], end to end.
 
     source [N]: which of those stands at each live position. position_ids [N]: its place in its own text.
-    predicts [U]: the live position whose next token is supervised; targets [U]: that token; reader [U]: whose it is.
+    predicts [U]: the live position whose next token is supervised. targets [U]: that token. reader [U]: whose it is.
+    tokens: of all readers, end to end.
     """
 
     segments: list[Segment]
@@ -27,52 +31,102 @@ class Layout:
     predicts: np.ndarray
     targets: np.ndarray
     reader: np.ndarray
-    tokens: np.ndarray  # of all readers, end to end
+    tokens: np.ndarray
+
+
+class Before(NamedTuple):
+    """Keys/values from outside that a text reads first: their numbers, and how many positions they are together."""
+
+    numbers: tuple[int, ...] = ()
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Outside:
+    """All keys/values from outside, each once, and who reads them: `rows` their contexts, `members` their prefixes."""
+
+    parts: list[KeysValues]
+    rows: list[Before]
+    members: list[Before]
+
+    def of(self, row: int, member: int) -> Before:
+        """What a reader reads: its member's prefix, then its row's context."""
+        prefix = self.members[member]
+        context = self.rows[row]
+        return Before(prefix.numbers + context.numbers, prefix.length + context.length)
+
+
+def collect_outside(batch: Batch, prefixes: list[KeysValues | None]) -> Outside:
+    """The contexts that the batch holds and the members' own keys/values (None where a member has none)."""
+    parts: list[KeysValues] = []
+    numbers: dict[int, int] = {}  # by identity: rows share contexts and leads
+
+    def number(part: KeysValues) -> int:
+        if id(part.keys) not in numbers:
+            numbers[id(part.keys)] = len(parts)
+            parts.append(part)
+        return numbers[id(part.keys)]
+
+    held = batch.held or [()] * len(batch.contexts)
+    if shares_context(batch):  # the same tokens, perhaps held twice
+        held = [held[0]] * len(held)
+    rows = [
+        Before(tuple(number(part) for part in some), len(context))
+        for some, context in zip(held, batch.contexts, strict=True)
+    ]
+    members = [Before() if prefix is None else Before((number(prefix),), prefix.length) for prefix in prefixes]
+    return Outside(parts, rows, members)
 
 
 def shares_context(batch: Batch) -> bool:
     """Whether the virtual tokens depend on no row: no row has a context, or several rows have the same one."""
     first, *others = batch.contexts
-    return not len(first) and not others or bool(others) and all(np.array_equal(first, other) for other in others)
+    if not others:
+        return not len(first)
+    return all(np.array_equal(first, other) for other in others)
 
 
-def lay_out(batch: Batch, num_virtual: list[int], context_numbers: list[tuple[int, ...]]) -> Layout:
-    """`num_virtual`: virtual tokens of each member. `context_numbers`: for each row, the keys/values that it reads."""
-    pen = Pen(num_virtual)
+def lay_out(batch: Batch, num_vectors: list[int], outside: Outside) -> Layout:
+    """`num_vectors`: of each member, the virtual tokens that stand in the sequence."""
+    pen = Pen(num_vectors)
     is_shared = shares_context(batch)
-    homes: dict[int, tuple[int, int]] = {}  # member -> run of its shared virtual tokens
+    homes: dict[int, Run] = {}  # member -> run of its shared virtual tokens
     if is_shared:
         for member in sorted({member for _, member in batch.readers}):
-            homes[member] = pen.write(
-                pen.virtual(member), context_numbers[0], (), offset=len(batch.contexts[0]),
-            )  # fmt: skip
+            homes[member] = pen.write(pen.virtual(member), outside.of(0, member), parent=None)
     for number, (row, member) in enumerate(batch.readers):
         text = np.concatenate([batch.rests[row], batch.targets[row]])
-        # Nothing is predicted from a text's last token, so it is not read.
-        tokens, own = pen.take(text[:-1]), batch.contexts[row]
+        tokens = pen.take(text[:-1])  # nothing is predicted from a text's last token, so it is not read
+        before = outside.of(row, member)
         if is_shared:
-            first_virtual, length = homes[member]
-            run = pen.write(tokens, context_numbers[row], (homes[member],), offset=len(own) + length)
-            before, start = first_virtual + length - 1, run[0]
+            home = homes[member]
+            start, _ = pen.write(tokens, before, parent=home)
+            last_virtual = home[0] + home[1] - 1
         else:
-            run = pen.write(np.concatenate([pen.virtual(member), tokens]), context_numbers[row], (), offset=len(own))
-            start = run[0] + num_virtual[member]
-            before = start - 1
-        pen.supervise(batch.targets[row], number, len(batch.rests[row]), before, start)
+            first, _ = pen.write(np.concatenate([pen.virtual(member), tokens]), before, parent=None)
+            start = first + num_vectors[member]
+            last_virtual = start - 1
+        pen.supervise(batch.targets[row], number, len(batch.rests[row]), last_virtual, start)
     return pen.finish()
 
 
 class Pen:
     """Writes live positions one run after another."""
 
-    def __init__(self, num_virtual: list[int]):
-        self._virtual_starts = np.concatenate([[0], np.cumsum(num_virtual)])
-        self._num_live, self._num_tokens = 0, 0
+    def __init__(self, num_vectors: list[int]):
+        self._virtual_starts = np.concatenate([[0], np.cumsum(num_vectors)])
+        self._num_live = 0
+        self._num_tokens = 0
         self._segments: list[Segment] = []
-        self._source, self._positions, self._tokens = [], [], []
-        self._predicts, self._targets, self._reader = [], [], []
+        self._source: list[np.ndarray] = []
+        self._positions: list[np.ndarray] = []
+        self._tokens: list[np.ndarray] = []
+        self._predicts: list[np.ndarray] = []
+        self._targets: list[np.ndarray] = []
+        self._reader: list[np.ndarray] = []
 
     def virtual(self, member: int) -> np.ndarray:
+        """Sources of a member's virtual tokens."""
         return np.arange(self._virtual_starts[member], self._virtual_starts[member + 1])
 
     def take(self, tokens: np.ndarray) -> np.ndarray:
@@ -82,34 +136,28 @@ class Pen:
         self._num_tokens += len(tokens)
         return np.arange(first, first + len(tokens))
 
-    def write(
-        self, source: np.ndarray, contexts: tuple[int, ...], parents: tuple[tuple[int, int], ...], *, offset: int
-    ) -> tuple[int, int]:
-        """A segment; returns its run of live positions."""
+    def write(self, source: np.ndarray, before: Before, *, parent: Run | None) -> Run:
+        """A segment that reads `before` from outside and then the live run `parent`; returns its own run."""
         run = (self._num_live, len(source))
-        if len(source):
-            self._segments.append(Segment(*run, contexts, parents, offset))
-            self._source.append(source)
-            self._positions.append(np.arange(offset, offset + len(source)))
-            self._num_live += len(source)
+        if not len(source):
+            return run
+        parents = (parent,) if parent is not None and parent[1] else ()
+        offset = before.length + sum(length for _, length in parents)
+        self._segments.append(Segment(*run, before.numbers, parents, offset))
+        self._source.append(source)
+        self._positions.append(np.arange(offset, offset + len(source)))
+        self._num_live += len(source)
         return run
 
-    def supervise(self, targets: np.ndarray, reader: int, num_rest: int, before: int, start: int) -> None:
-        """A reader's targets: text token t stands at live position start + t, the one before it at `before`."""
+    def supervise(self, targets: np.ndarray, reader: int, num_rest: int, last_virtual: int, start: int) -> None:
+        """A reader's targets: text token t stands at live position start + t, the one before it at `last_virtual`."""
         places = start + np.arange(num_rest - 1, num_rest - 1 + len(targets))
         if num_rest == 0 and len(targets):
-            places[0] = before
+            places[0] = last_virtual
         self._predicts.append(places)
         self._targets.append(targets)
         self._reader.append(np.full(len(targets), reader))
 
     def finish(self) -> Layout:
-        return Layout(
-            self._segments,
-            *(
-                np.concatenate(parts).astype(np.int64)
-                for parts in (
-                    self._source, self._positions, self._predicts, self._targets, self._reader, self._tokens,
-                )
-            ),
-        )  # fmt: skip
+        parts = (self._source, self._positions, self._predicts, self._targets, self._reader, self._tokens)
+        return Layout(self._segments, *(np.concatenate(part).astype(np.int64) for part in parts))

@@ -1,13 +1,12 @@
-"""Placement and the segment pass: batch + bank + base -> negative log-likelihood per reader.
+"""A frozen base and the prompts that are trained over it: what all families share.
 
-Floor 3. Each token is computed once: virtual tokens that depend on no row once for all rows, a context once for all
-members and without gradient, logits at targets alone. A reader is one member reading one row.
+Each token is computed once: virtual tokens that depend on no row once for all rows, a context once for all members and
+without gradient, logits at targets only. A reader is one member reading one row.
 
-Shapes: S readers, B rows, T tokens, P virtual tokens, C context positions, D width, N live positions, U supervised
-tokens, L layers, G key/value heads, V labels.
+Shapes: S readers, B rows, T tokens, P virtual tokens, D width, U supervised positions, K members, H hidden size.
 """
 
-import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +16,16 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ptune_dist.base.trained_head import trained_parameters
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import Examples
-from ptune_dist.model.attention import KeysValues, Segment, use_segments
-from ptune_dist.model.attention_layouts import RecordedSegments, build_attention
-from ptune_dist.model.given_cache import GivenCache, pad_contexts
+from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.head import HeadAtTargets
-from ptune_dist.model.layout import lay_out, shares_context
+from ptune_dist.model.value_head import TargetScale, ValueHeads
+from ptune_dist.objectives.objective import Objective
+from ptune_dist.prompts.method import Contribution, Method
 
-# A mask of four dimensions goes through transformers untouched; this one would fit no keys, were it read.
-NO_MASK = torch.zeros(1, 1, 1, 0)
+LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # an objective's losses or validation_losses
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,60 @@ class Contexts:
     lead: KeysValues | None = None
 
 
-class PromptedModel(nn.Module):
-    """A frozen base and the prompts that are trained over it, with their virtual tokens where `placement` puts them."""
+@dataclass(frozen=True)
+class Supervised:
+    """The supervised positions of a pass and the base's inputs for it.
 
-    def __init__(self, base: PreTrainedModel, prompts: list[nn.Module], family: str, placement: str = "prefix"):
+    rows, places [U]: where the outputs are wanted. targets [U]: token ids. reader [U]: whose each one is.
+    """
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    targets: torch.Tensor
+    reader: np.ndarray
+    inputs: dict[str, Any]
+
+
+class PromptedModel(nn.Module):
+    """A base and the prompts over it, with virtual tokens where `placement` puts them. Families subclass it."""
+
+    has_language_head = True
+    uses_segments = False  # all texts of a pass are one row without padding
+    needs_empty_contexts = False  # something is computed of a context even where it has no tokens
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        prompts: list[Method],
+        objective: Objective,
+        placement: str = "prefix",
+        target_scales: list[TargetScale] | None = None,
+    ):
+        """`target_scales`: of each member, where the objective's targets are numbers."""
         super().__init__()
-        self.base, self.prompts, self.family, self.placement = base, nn.ModuleList(prompts), family, placement
-        self.uses_segments = family == "causal" and use_segments(base)
-        self._head = HeadAtTargets(base) if family != "encoder" else None
-        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        self.base = base
+        self.prompts = nn.ModuleList(prompts)
+        self.objective = objective
+        self.placement = placement
+        self.target_scales = target_scales or [TargetScale()] * len(prompts)
+        self.head = HeadAtTargets(base) if self.has_language_head else None
+        self.value_heads: ValueHeads | None = None
+        if self.predicts_numbers and self.has_language_head:
+            self.value_heads = ValueHeads(base, len(prompts))
+
+    @property
+    def predicts_numbers(self) -> bool:
+        return self.objective.target == "number"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.prompts.parameters()).device
+
+    def place(self, device: torch.device) -> None:
+        """Move what is trained to the device; the base is there already, or sharded."""
+        self.prompts.to(device)
+        if self.value_heads is not None:
+            self.value_heads.to(device)
 
     def train(self, mode: bool = True) -> "PromptedModel":
         """The prompts follow `mode`; the base never leaves eval mode."""
@@ -54,219 +98,130 @@ class PromptedModel(nn.Module):
         self.base.eval()
         return self
 
+    def begin_step(self, step: int) -> None:
+        """Called before the passes of optimizer step `step`."""
+        for prompt in self.prompts:
+            prompt.begin_step(step)
+
     def trainable(self, member: int = 0) -> dict[str, nn.Parameter]:
-        """What is trained and stored of a member, by name: its prompt's parameters and those of an encoder's head."""
-        head = {f"head.{name}": p for name, p in self.base.named_parameters() if p.requires_grad}
-        return dict(self.prompts[member].named_parameters()) | head
+        """What is trained and stored of a member, by name: its prompt's parameters and those of a trained head."""
+        found = dict(self.prompts[member].named_parameters())
+        found |= {f"head.{name}": p for name, p in trained_parameters(self.base).items()}
+        if self.value_heads is not None:
+            found |= {f"value_head.{name}": p for name, p in self.value_heads[member].named_parameters()}
+        return found
 
-    def forward(self, work: Batch | Contexts) -> Any:
-        """Of a batch: the summed negative log-likelihood of each reader's target, [S] in float32.
-
-        Of contexts: what later positions need of each, without its lead: keys and values [L, C, G, D], or what a
-        seq2seq base's encoder leaves, [C, D]. Without gradient.
-        """
-        if isinstance(work, Contexts):
-            return self._read_contexts(work)
-        losses, reader = self._losses(work)
-        return losses.new_zeros(len(work.readers)).index_add(0, self._tensor(reader), losses)
-
-    def _losses(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
-        """Losses [U], and the number of each one's reader."""
-        if self.family == "encoder":
-            return self._label_losses(batch)
-        if self.family == "seq2seq":
-            return self._decoder_losses(batch)
-        return self._segment_losses(batch) if self.uses_segments else self._padded_losses(batch)
+    # ------------------------------------------------------------- what a family provides
 
     def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
         """Positions that a micro-batch of these units makes a rank hold at once, padding included."""
-        rows = [example for example, _ in units]
-        readers = [(example, self._num_virtual(member)) for example, members in units for member in members]
-        if not units:
-            return 0
-        num_context = int(examples.num_context[rows].sum())
-        contexts = num_context if with_contexts else 0
-        if self.family == "causal" and self.uses_segments:
-            num_virtual = [count for _, count in readers] if num_context else self._distinct_virtual(units)
-            live = sum(int(examples.lengths[row] - examples.num_context[row]) - 1 for row, _ in readers)
-            return max(contexts, live + sum(num_virtual))
-        read, written = examples.widths[[row for row, _ in readers]].T
-        if self.family == "causal":
-            widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
-        else:
-            widest = int(read.max()) + int(written.max())
-        return max(contexts, len(readers) * (widest + max(count for _, count in readers)))
+        raise NotImplementedError
 
-    def _distinct_virtual(self, units: list[Unit]) -> list[int]:
-        return [self._num_virtual(member) for member in {member for _, members in units for member in members}]
+    def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
+        """What later positions need of each context, without its lead; without gradient.
 
-    # ------------------------------------------------------------- causal bases
+        Keys and values [L, C, G, Dh], or the output of a seq2seq base's encoder [C, D].
+        """
+        raise NotImplementedError
 
-    def _segment_losses(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
-        """All texts as one row of live positions."""
-        outside, numbers = collect_outside(batch)
-        laid = lay_out(batch, [prompt.num_virtual_tokens for prompt in self.prompts], numbers)
-        tokens = self._embed_tokens(laid.tokens)
-        virtual = [prompt().to(tokens.dtype) for prompt in self.prompts]
-        losses = self._head.losses(
-            torch.zeros_like(places := self._tensor(laid.predicts)), places, self._tensor(laid.targets),
-            most_targets=batch.most_targets,
-            inputs_embeds=torch.cat([*virtual, tokens])[self._tensor(laid.source)][None],
-            position_ids=self._tensor(laid.position_ids)[None], attention_mask=NO_MASK.to(tokens),
-            segments=build_attention(laid.segments, outside, tokens.device),
-        )  # fmt: skip
-        return losses, laid.reader
+    def supervise(self, batch: Batch) -> Supervised:
+        """The pass that a batch asks for."""
+        raise NotImplementedError
 
-    def _padded_losses(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
-        """A padded row [virtual tokens, rest, target] for each reader, after its row's context if there is one."""
-        texts = [np.concatenate([batch.rests[row], batch.targets[row]])[:-1] for row, _ in batch.readers]
-        vectors, mask = self._with_virtual(batch, texts)
-        starts = [self._num_virtual(member) + len(batch.rests[row]) - 1 for row, member in batch.readers]
-        inputs = {"inputs_embeds": vectors, "attention_mask": mask}
-        if batch.held:
-            inputs |= self._after_contexts([batch.held[row][0] for row, _ in batch.readers], mask)
-        return self._head_losses(batch, starts, **inputs)
+    # ------------------------------------------------------------- losses and values
 
-    def _after_contexts(self, held: list[KeysValues], mask: torch.Tensor) -> dict[str, Any]:
-        """Inputs of padded rows that stand after contexts."""
-        lengths = self._tensor(np.array([context.length for context in held]))
-        before = torch.arange(int(lengths.max()), device=mask.device) >= lengths.max() - lengths[:, None]
-        inputs = {
-            "past_key_values": GivenCache(pad_contexts(held)),
-            "attention_mask": torch.cat([before.to(mask), mask], dim=1),
-        }
-        if self._takes_positions:
-            inputs["position_ids"] = lengths[:, None] + torch.arange(mask.shape[1], device=mask.device)
-        return inputs
+    def losses(self, batch: Batch, *, for_validation: bool = False) -> torch.Tensor:
+        """The summed loss of each reader's targets, [S] in float32."""
+        loss_of = self.objective.validation_losses if for_validation else self.objective.losses
+        losses, reader = self._losses(batch, loss_of)
+        return losses.new_zeros(len(batch.readers)).index_add(0, self.to_tensor(reader), losses)
 
-    # ------------------------------------------------------------- seq2seq and encoder bases
+    def _losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
+        """Losses [U], and the number of each one's reader."""
+        if self.predicts_numbers:
+            return self._number_losses(batch, loss_of)
+        asked = self.supervise(batch)
+        assert self.head is not None, "families without a language head compute their own losses"
+        return self.head.losses(asked, loss_of, most_targets=batch.most_targets), asked.reader
 
-    def _decoder_losses(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
-        """A seq2seq base: virtual tokens before what its encoder reads, or before what its decoder does."""
-        rows = [row for row, _ in batch.readers]
-        start = [self.base.config.decoder_start_token_id]
-        written = [np.concatenate([start, batch.targets[row][:-1]]) for row in rows]
-        if self.placement == "decoder":
-            hidden = [batch.held[row][0] for row in rows]
-            read = self._tensor(pad_rows([np.ones(len(part)) for part in hidden], 0)[0])
-            vectors, _ = self._with_virtual(batch, written, self.base.get_decoder().get_input_embeddings())
-            inputs = {"encoder_outputs": (pad_sequence(hidden, batch_first=True),), "decoder_inputs_embeds": vectors}
-            starts = [self._num_virtual(member) for _, member in batch.readers]
-            return self._head_losses(batch, starts, attention_mask=read, **inputs)
-        vectors, mask = self._with_virtual(batch, [batch.rests[row] for row in rows])
-        ids = self._tensor(pad_rows(written, batch.pad_id)[0])
-        return self._head_losses(
-            batch, [0] * len(rows), inputs_embeds=vectors, attention_mask=mask, decoder_input_ids=ids
-        )
+    def _number_losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
+        numbers, reader = self._predict(batch)
+        wanted = [self.target_scales[m].standardize(batch.numbers[row]) for row, m in pick(batch.readers, reader)]
+        return loss_of(numbers, torch.tensor(wanted, dtype=torch.float32, device=numbers.device)), reader
 
-    def _label_losses(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
-        labels = [batch.targets[row] for row, _ in batch.readers]
-        supervised = np.array([number for number, label in enumerate(labels) if len(label)], np.int64)
-        logits = self.label_logits(*self._with_virtual(batch, [batch.rests[row] for row, _ in batch.readers]))
-        wanted = self._tensor(np.concatenate(labels))
-        chosen = logits[self._tensor(supervised)].float()
-        return nn.functional.cross_entropy(chosen, wanted, reduction="none"), supervised
+    def values(self, batch: Batch) -> list[float]:
+        """Each reader's predicted number, in the original unit of the targets."""
+        numbers, reader = self._predict(batch)
+        members = [member for _, member in pick(batch.readers, reader)]
+        scaled = zip(members, numbers.tolist(), strict=True)
+        return [self.target_scales[member].restore(number) for member, number in scaled]
 
-    def label_logits(self, vectors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """An encoder's logits [S, V]."""
-        return self.base(inputs_embeds=vectors, attention_mask=mask).logits
-
-    # ------------------------------------------------------------- contexts
-
-    @torch.no_grad()
-    def _read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
-        if self.uses_segments:
-            return self._record_segments(work)
-        padded, present = pad_rows(work.tokens, work.pad_id)
-        ids, mask = self._tensor(padded), self._tensor(present)
-        if self.family == "seq2seq":
-            hidden = self.base.get_encoder()(input_ids=ids, attention_mask=mask)[0]
-            return [(row[: len(tokens)].clone(),) for row, tokens in zip(hidden, work.tokens, strict=True)]
-        cache = GivenCache([], record=True)
-        self._inner(input_ids=ids, attention_mask=mask, past_key_values=cache)
-        return [
-            tuple(torch.stack([part[row, :, : len(tokens)].transpose(0, 1) for part in parts])
-                  for parts in zip(*cache.recorded, strict=True))
-            for row, tokens in enumerate(work.tokens)
-        ]  # fmt: skip
-
-    def _record_segments(self, work: Contexts) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        num_lead = work.lead.length if work.lead else 0
-        own = [tokens[num_lead:] for tokens in work.tokens]
-        ends = np.cumsum([len(tokens) for tokens in own]).tolist()
-        segments = [
-            Segment(end - len(tokens), len(tokens), (0,) if num_lead else (), (), num_lead)
-            for tokens, end in zip(own, ends, strict=True)
-        ]
-        vectors = self._embed_tokens(np.concatenate(own))
-        places = np.concatenate([num_lead + np.arange(len(tokens)) for tokens in own])
-        recorded = RecordedSegments(segments, [work.lead] if num_lead else [], vectors.device)
-        self._inner(
-            inputs_embeds=vectors[None], position_ids=self._tensor(places)[None], attention_mask=NO_MASK.to(vectors),
-            segments=recorded, use_cache=False,
-        )  # fmt: skip
-        return recorded.cut()
-
-    @property
-    def _inner(self) -> nn.Module:
-        """The base without its head."""
-        return getattr(self.base, self.base.base_model_prefix)
+    def _predict(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
+        """Standardized numbers [U] in float32 and each one's reader."""
+        asked = self.supervise(batch)
+        assert self.head is not None and self.value_heads is not None
+        members = self.to_tensor(np.array([member for _, member in pick(batch.readers, asked.reader)], np.int64))
+        return self.value_heads.predict(self.head.hidden(asked), members), asked.reader
 
     # ------------------------------------------------------------- parts of passes
 
-    def _num_virtual(self, member: int) -> int:
+    def contributions(self) -> list[Contribution]:
+        """What each member adds to a pass."""
+        return [prompt() for prompt in self.prompts]
+
+    def num_virtual(self, member: int) -> int:
         return self.prompts[member].num_virtual_tokens
 
-    def _embed_tokens(self, tokens: np.ndarray, embeddings: nn.Module | None = None) -> torch.Tensor:
+    def embed_tokens(self, tokens: np.ndarray, embeddings: nn.Module | None = None) -> torch.Tensor:
         """[len(tokens), D]."""
-        return (embeddings or self.base.get_input_embeddings())(self._tensor(tokens)[None])[0]
-
-    def _with_virtual(
-        self, batch: Batch, texts: list[np.ndarray], embeddings: nn.Module | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Vectors [S, P + T, D] of every reader's virtual tokens and text, padded on the right, and their mask."""
-        return self.embed(texts, [member for _, member in batch.readers], embeddings)
+        return (embeddings or self.base.get_input_embeddings())(self.to_tensor(tokens)[None])[0]
 
     def embed(
-        self, texts: list[np.ndarray], members: list[int], embeddings: nn.Module | None = None
+        self,
+        texts: list[np.ndarray],
+        members: list[int],
+        contributions: list[Contribution] | None = None,
+        embeddings: nn.Module | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[virtual tokens of a member, text] for each text: vectors [S, P + T, D] and their mask, padded right."""
-        tokens = self._embed_tokens(np.concatenate(texts), embeddings)
-        virtual = [prompt().to(tokens.dtype) for prompt in self.prompts]
+        contributions = contributions or self.contributions()
+        tokens = self.embed_tokens(np.concatenate(texts), embeddings)
+        virtual = [vectors_of(contribution, tokens) for contribution in contributions]
         parts = tokens.split([len(text) for text in texts])
         rows = [torch.cat([virtual[member], part]) for member, part in zip(members, parts, strict=True)]
         mask = pad_rows([np.ones(len(row)) for row in rows], 0)[0]
-        unread = sum(vector[:0].sum() for vector in virtual)  # 0: DeepSpeed wants a gradient for every parameter
-        return pad_sequence(rows, batch_first=True) + unread, self._tensor(mask)
+        return pad_sequence(rows, batch_first=True), self.to_tensor(mask)
 
-    def _head_losses(self, batch: Batch, starts: list[int], **inputs) -> tuple[torch.Tensor, np.ndarray]:
-        """Losses of targets whose first is predicted at position `starts` of each reader's row."""
+    def supervise_rows(self, batch: Batch, starts: list[int], **inputs: Any) -> Supervised:
+        """Targets whose first is predicted at position `starts` of each reader's own row."""
         targets = [batch.targets[row] for row, _ in batch.readers]
         reader = np.repeat(np.arange(len(targets)), [len(target) for target in targets])
-        places = np.concatenate([start + np.arange(len(target)) for start, target in zip(starts, targets, strict=True)])
-        losses = self._head.losses(
-            self._tensor(reader), self._tensor(places), self._tensor(np.concatenate(targets)),
-            most_targets=batch.most_targets, **inputs,
-        )  # fmt: skip
-        return losses, reader
+        places = [start + np.arange(len(target)) for start, target in zip(starts, targets, strict=True)]
+        return Supervised(
+            rows=self.to_tensor(reader),
+            places=self.to_tensor(np.concatenate(places)),
+            targets=self.to_tensor(np.concatenate(targets)),
+            reader=reader,
+            inputs=inputs,
+        )
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        device = next(self.prompts.parameters()).device
-        return torch.from_numpy(np.asarray(array, np.int64)).to(device, non_blocking=True)
+    def to_tensor(self, array: np.ndarray) -> torch.Tensor:
+        """Whole numbers on the model's device."""
+        return torch.from_numpy(np.asarray(array, np.int64)).to(self.device, non_blocking=True)
 
 
-def collect_outside(batch: Batch) -> tuple[list[KeysValues], list[tuple[int, ...]]]:
-    """Keys/values from outside, each once, and for each row the numbers of those that it reads."""
-    outside: list[KeysValues] = []
-    numbers: list[tuple[int, ...]] = []
-    held = batch.held or [()] * len(batch.contexts)
-    if shares_context(batch):  # the same tokens, perhaps held twice
-        held = [held[0]] * len(held)
-    known: dict[int, int] = {}
-    for parts in held:
-        for part in parts:
-            if id(part.keys) not in known:
-                known[id(part.keys)] = len(outside)
-                outside.append(part)
-        numbers.append(tuple(known[id(part.keys)] for part in parts))
-    return outside, numbers
+def vectors_of(contribution: Contribution, like: torch.Tensor) -> torch.Tensor:
+    """A contribution's virtual tokens [P, D] in the dtype of the tokens `like` [T, D]; none are [0, D]."""
+    return like[:0] if contribution.vectors is None else contribution.vectors.to(like.dtype)
+
+
+def keys_values_of(contribution: Contribution) -> KeysValues | None:
+    """A contribution's keys and values of every layer."""
+    if contribution.keys is None or contribution.values is None:
+        return None
+    return KeysValues(contribution.keys, contribution.values)
+
+
+def pick(readers: list[tuple[int, int]], numbers: np.ndarray) -> list[tuple[int, int]]:
+    """(row, member) of the readers of these numbers."""
+    return [readers[number] for number in numbers]

@@ -1,1 +1,11 @@
-"""Prompts: one file per method, how they start, and how they are stored. Floor 2."""
+"""Prompts: one file per method, how they start, how they are stored, and how they are exported.
+
+To add a method, write its class in a file of its own (`method.py` is the interface) and name it here.
+"""
+
+from ptune_dist.prompts.method import Method
+from ptune_dist.prompts.prompt_tuning import PromptTuning
+
+METHODS: dict[str, type[Method]] = {
+    "prompt_tuning": PromptTuning,
+}

@@ -1,7 +1,4 @@
-"""Take a trained prompt elsewhere: a PEFT adapter, or the embeddings that vLLM's prompt-embeds input takes.
-
-Floor 5.
-"""
+"""Take a trained prompt elsewhere: a PEFT adapter, or the embeddings that vLLM's prompt-embeds input takes."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -14,29 +11,34 @@ from safetensors.torch import save
 from ptune_dist.common.files import replace_file
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.errors import UserError
-from ptune_dist.families.find import POOLER
+from ptune_dist.prompts import METHODS
 
-PEFT_TASK = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "SEQ_CLS"}
+POOLER = ".pooler."
+VALUE_HEAD = "value_head."
 
 
-def check_for_peft(facts: dict[str, Any]) -> None:
+def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Raise UserError for a prompt that PEFT cannot place: it puts virtual tokens before everything."""
     if facts["placement"] not in ("prefix", "encoder"):
         other = "" if facts["placement"] == "decoder" else ": use --to prompt-embeds"
         raise UserError(f"--to peft: PEFT has no placement {facts['placement']}{other}")
+    if any(name.startswith(VALUE_HEAD) for name in tensors):
+        raise UserError("--to peft: PEFT has no head that answers numbers for language models")
 
 
-def export_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], out: Path) -> None:
+def export_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], task_type: str, out: Path) -> None:
     """Write an adapter folder for `peft.PeftModel.from_pretrained(base, out)`. Raises UserError.
 
-    The format is PEFT's for PROMPT_TUNING: one tensor `prompt_embeddings` [P, D] and its configuration. An encoder's
-    head is beside it as `base_model.NAME`; its base is to be loaded for as many labels (`num_labels`), in their order.
+    The format is PEFT's: one tensor `prompt_embeddings` and its configuration. An encoder's head is beside it as
+    `base_model.NAME`; its base is to be loaded for as many labels (`num_labels`), in their order. `task_type` is PEFT's
+    name for the base's family.
     """
+    adapter = METHODS[facts["method"]].to_peft(tensors)
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
-    stored = {"prompt_embeddings": tensors["virtual_tokens"]} | {f"base_model.{n}": t for n, t in head.items()}
+    stored = {"prompt_embeddings": adapter.prompt_embeddings.contiguous()}
+    stored |= {f"base_model.{name}": tensor for name, tensor in head.items()}
     config = {
-        "peft_type": "PROMPT_TUNING",
-        "task_type": PEFT_TASK[facts["base"]["family"]],
+        "task_type": task_type,
         "base_model_name_or_path": facts["base"]["path"],
         "inference_mode": True,
         "num_virtual_tokens": facts["num_virtual_tokens"],
@@ -45,10 +47,8 @@ def export_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], out: Pa
         "num_attention_heads": facts["base"]["num_attention_heads"],
         "num_transformer_submodules": 1,  # of seq2seq too: its decoder gets no virtual tokens
         "modules_to_save": head_modules(head) or None,
-        "prompt_tuning_init": "RANDOM",
-        "prompt_tuning_init_text": None,
-        "tokenizer_name_or_path": None,
         "revision": None,
+        **adapter.settings,
     }
     write_folder(
         out,
@@ -75,6 +75,10 @@ def export_prompt_embeds(
     """
     if any(name.startswith("head.") for name in tensors):
         raise UserError("--to prompt-embeds: this prompt was trained with a classification head: use --to peft")
+    if any(name.startswith(VALUE_HEAD) for name in tensors):
+        raise UserError("--to prompt-embeds: this prompt was trained with a head that answers numbers")
+    if "virtual_tokens" not in tensors:
+        raise UserError("--to prompt-embeds: this prompt has keys and values of every layer and no input embeddings")
     virtual = tensors["virtual_tokens"].to(dtype)
     found = {"virtual_tokens": virtual}
     for i, parts in enumerate(inputs):

@@ -8,11 +8,12 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from ptune_dist.common.files import fault_on_failed_write, replace_file
-from ptune_dist.config.load import load_config, render_config
+from ptune_dist.config.load import Resolve, load_config, render_config
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import member_config
 from ptune_dist.errors import UserError
@@ -24,12 +25,12 @@ MAY_CHANGE = ("output_dir", "evaluate", "checkpoint", "deepspeed", "train.max_st
 CHECKPOINT = re.compile(r"step-\d{8}")
 
 
-def read_run_config(run_dir: Path, overrides: list[str] = ()) -> Config:
-    """The config of a run, with overrides. Raises UserError."""
+def read_run_config(run_dir: Path, overrides: Sequence[str] = (), *, resolve: Resolve | None = None) -> Config:
+    """The config of a run, with overrides; `resolve` as for `load_config`. Raises UserError."""
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir}: not a run: it has no config.yaml")
-    return load_config(file, list(overrides))
+    return load_config(file, list(overrides), resolve=resolve)
 
 
 def find_member_dir(run_dir: Path, member: str | None) -> Path:

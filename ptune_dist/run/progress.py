@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ptune_dist.config.schema import HIGHER_IS_BETTER
 from ptune_dist.data.training_rows import TrainingRows
-from ptune_dist.distributed.world import World
+from ptune_dist.distributed.world import World, from_main, together
 from ptune_dist.errors import RunFault, UserError
+from ptune_dist.metrics import METRICS
 from ptune_dist.prompts.store import save_prompt
 from ptune_dist.run.checkpoint import Snapshot, load_newest_checkpoint, save_checkpoint
-from ptune_dist.run.job import Job, from_main, prompt_facts, together
+from ptune_dist.run.job import Job
 from ptune_dist.run.log import StepCount, Throughput
+from ptune_dist.run.stored_prompt import prompt_facts, prompt_tensors
 
 
 @dataclass
@@ -90,13 +91,13 @@ class Progress:
 
 def rank_evaluation(found: dict[str, float], name: str) -> tuple[float, float]:
     """Larger is better."""
-    return (found[name] if HIGHER_IS_BETTER[name] else -found[name], -found["loss"])
+    return (found[name] if METRICS[name].higher_is_better else -found[name], -found["loss"])
 
 
 def rank_members(progress: Progress, name: str) -> list[str]:
     """Members, the best first: by metric `name` of their best prompts, without one by the loss in training.
 
-    Without a judged prompt, one that a fault has ended comes last.
+    Without an evaluated prompt, one that a fault has ended comes last.
     """
 
     def key(member: str) -> tuple:
@@ -162,7 +163,7 @@ def store_prompt(job: Job, member: str, progress: Progress, world: World) -> Non
     """Write a member's `prompt/`. Collective: every rank must call."""
     facts = prompt_facts(job, member, step=progress.step, metrics=progress.members[member].best)
     folder = Path(job.members[member].output_dir) / "prompt"
-    tensors = job.engine.prompt_tensors(member)
+    tensors = prompt_tensors(job, member)
 
     def save() -> None:
         try:

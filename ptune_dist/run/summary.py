@@ -14,9 +14,9 @@ from rich.table import Column, Table
 from ptune_dist import __version__
 from ptune_dist.base.layers import disk_bytes, held_bytes
 from ptune_dist.config.schema import Config
+from ptune_dist.data.encode import Examples
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, gather_from_ranks, max_over_ranks
-from ptune_dist.evaluation.evaluator import Judge
 from ptune_dist.run.job import Job
 from ptune_dist.run.log import peak_memory_by_kind, peak_memory_bytes, show_samples
 from ptune_dist.run.progress import Progress, Standing, rank_members
@@ -24,11 +24,10 @@ from ptune_dist.run.progress import Progress, Standing, rank_members
 MIB = 1 << 20
 
 
-def describe_start(job: Job, rows: TrainingRows, judges: dict[str, Judge], progress: Progress, world: World) -> str:
-    """The first line of a run's log: what goes in and how it is spread."""
+def describe_start(job: Job, rows: TrainingRows, held_out: Examples | None, progress: Progress, world: World) -> str:
+    """The first line of a run's log: its rows, those held out for validation if any, and how it is spread."""
     parts = [f"{len(rows.examples):,} examples, {rows.examples.truncated_share:.1%} truncated"]
-    if judges:
-        held_out = next(iter(judges.values())).split.examples
+    if held_out:
         parts.append(f"validation {len(held_out):,}, {held_out.truncated_share:.1%} truncated")
     if job.config.sweep:
         parts.append(f"{len(job.members)} members")
@@ -44,12 +43,15 @@ def describe_precision(config: Config) -> str:
     return config.model.dtype + (" over int8" if config.model.quantization == "int8" else "")
 
 
-def build_summary(job: Job, progress: Progress, world: World) -> dict[str, Any]:
-    """What `summary.json` holds; a sweep's speaks of its best member and ranks all. Collective."""
+def build_summary(job: Job, progress: Progress, signatures: dict[str, dict[str, str]], world: World) -> dict[str, Any]:
+    """What `summary.json` holds; a sweep's is about its best member and ranks all. Collective.
+
+    `signatures` say for each member how exactly its metrics are computed.
+    """
     ranked = rank_members(progress, job.config.evaluate.best)
     peak = max_over_ranks(peak_memory_bytes(world.device), world)
     summary = {
-        **describe_member(job, progress, ranked[0]),
+        **describe_member(job, progress, ranked[0], signatures),
         "samples_per_s": progress.throughput.samples_per_s,
         "tokens_per_s": progress.throughput.tokens_per_s,
         "peak_memory_bytes": int(peak),
@@ -71,11 +73,11 @@ def build_summary(job: Job, progress: Progress, world: World) -> dict[str, Any]:
     return summary
 
 
-def describe_member(job: Job, progress: Progress, member: str) -> dict[str, Any]:
+def describe_member(job: Job, progress: Progress, member: str, signatures: dict[str, dict[str, str]]) -> dict[str, Any]:
     """What a member's own `summary.json` holds."""
     standing = progress.members[member]
     step = standing.ended_step or progress.step
-    return {
+    found = {
         "steps": step,
         "stopped_early": step < job.config.train.max_steps,
         "train_loss": finite(standing.train_loss),
@@ -84,7 +86,12 @@ def describe_member(job: Job, progress: Progress, member: str) -> dict[str, Any]
         "best_step": standing.best_step,
         "evaluations_since_best": standing.num_worse,
         "samples": standing.samples,
-    } | ({"ended": standing.ended} if standing.ended else {})
+    }
+    if signatures.get(member):
+        found["signatures"] = signatures[member]
+    if standing.ended:
+        found["ended"] = standing.ended
+    return found
 
 
 def finite(value: float) -> float | None:

@@ -1,21 +1,22 @@
-"""The DeepSpeed seam: a model and its prompt in, training steps out.
+"""The engine: a base and the prompts over it in, training steps out.
 
-Floor 4. DeepSpeed shards the base, casts, scales the loss, reduces gradients and calls our optimizer; nothing above
-this file knows that it exists.
+DeepSpeed shards the base and gathers it for each pass; the prompts are outside DeepSpeed, in `optim.prompt_state`.
+Nothing above this file knows that DeepSpeed exists.
 """
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
 from ptune_dist.base.layers import layers_of
 from ptune_dist.base.recompute import Recomputer, read_settings
+from ptune_dist.base.trained_head import set_apart
 from ptune_dist.config.deepspeed_json import zero_stage
+from ptune_dist.config.schema import Config, TrainConfig
 from ptune_dist.data.batches import Batch, Plan, Unit, plan_micro_batches
 from ptune_dist.data.encode import Examples
 from ptune_dist.distributed.world import World
@@ -23,122 +24,106 @@ from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.contexts import ContextReader
 from ptune_dist.model.prompted_model import Contexts, PromptedModel
-from ptune_dist.optim.optimizer import Member, PromptOptimizer, build_torch_optimizer
-from ptune_dist.zero.gathers import watch_gathers
-from ptune_dist.zero.resident import keep_resident
+from ptune_dist.optim.loss_scale import build_loss_scale
+from ptune_dist.optim.optimizer import build_torch_optimizer
+from ptune_dist.optim.prompt_state import Member, PromptState
+from ptune_dist.zero.passes import Passes, ShardedPasses, WholePasses
+from ptune_dist.zero.setup import quiet_deepspeed
+
+T = TypeVar("T")
 
 
 class Engine:
-    """A PromptedModel under DeepSpeed: a base and the members of its bank."""
+    """A base, the prompts over it and their training state."""
 
     def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, optimizer: PromptOptimizer, world: World, stage: int,
-        recomputer: Recomputer | None, cache: ContextCache | None,
-    ):  # fmt: skip
-        self._engine, self._optimizer, self.world, self.stage = engine, optimizer, world, stage
-        self.model: PromptedModel = engine.module
-        self.recomputer, self.gathers = recomputer, watch_gathers()
-        self.members = list(optimizer.members)
-        self.contexts = ContextReader(self._without_gradient, self.model, world, cache=cache, is_sharded=stage == 3)
+        self,
+        model: PromptedModel,
+        passes: Passes,
+        prompts: PromptState,
+        world: World,
+        stage: int,
+        recomputer: Recomputer | None = None,
+        cache: ContextCache | None = None,
+    ):
+        self.model = model
+        self.prompts = prompts
+        self.world = world
+        self.stage = stage  # of ZeRO, as DeepSpeed's JSON asks for it
+        self.recomputer = recomputer
+        self.gathers = passes.gathers
+        self.members = list(prompts.members)
+        self._passes = passes
+        self.contexts = ContextReader(self._read_contexts, model, world, cache=cache, is_sharded=passes.is_sharded)
 
-    def accumulate(self, batch: Batch, *, scales: Sequence[float], is_last: bool) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns each member's summed negative log-likelihood [K].
+    def accumulate(self, batch: Batch, *, scales: Sequence[float]) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns each member's summed loss [K].
 
-        `scales` are, for each member, 1 / supervised tokens of its whole step, over all ranks. DeepSpeed averages
-        gradients over ranks, so the loss is multiplied by their number. Collective: every rank must call.
+        `scales` are, for each member, 1 / the divisor of its whole step, over all ranks. Gradients are summed
+        over ranks by `step`. Collective: every rank must call.
         """
         batch = self.contexts.hold(batch)
-        self._engine.set_gradient_accumulation_boundary(is_last)
-        losses = self._engine(batch)
+        losses = self._passes.run(lambda: self.model.losses(batch))
         reader = torch.tensor([member for _, member in batch.readers], device=losses.device)
         total = losses.new_zeros(len(self.members)).index_add(0, reader, losses)
         # Weights first: one member's sum that is not a number leaves the others' gradients as they are.
-        self._engine.backward((total * total.new_tensor(scales)).sum() * self.world.size)
+        self._passes.backward(self.prompts.scale((total * total.new_tensor(scales)).sum()))
         return total.detach()
 
     def step(self, learning_rates: dict[str, float]) -> dict[str, str]:
         """Move the members that are named, each by its own learning rate; what went wrong, by member. Collective."""
-        for name, member in self._optimizer.members.items():
-            member.moves, member.fault = name in learning_rates, None
-            for group in member.torch_optimizer.param_groups if member.moves else ():
-                group["lr"] = learning_rates[name]
-        self._engine.step()
-        return {name: member.fault for name, member in self._optimizer.members.items() if member.fault}
+        return self.prompts.step(learning_rates)
 
     def grad_norm(self, member: str) -> float:
-        """The norm of a member's gradient in the last step, before clipping."""
-        return self._optimizer.members[member].grad_norm
+        """The norm of a member's gradient in its last step, before clipping."""
+        return self.prompts.members[member].grad_norm
 
     def row_losses(self, batch: Batch) -> torch.Tensor:
-        """Negative log-likelihood per reader [S], without gradient. Collective: every rank must call."""
-        return self._without_gradient(self.contexts.hold(batch))
+        """The validation loss of each reader [S], without gradient. Collective: every rank must call."""
+        held = self.contexts.hold(batch)
+        return self._without_gradient(lambda: self.model.losses(held, for_validation=True))
 
-    def _without_gradient(self, work: Batch | Contexts) -> Any:
-        was_training = self._engine.training
-        self._engine.eval()
+    def row_values(self, batch: Batch) -> list[float]:
+        """Each reader's predicted number, in the unit of the data. Collective: every rank must call."""
+        held = self.contexts.hold(batch)
+        return self._without_gradient(lambda: self.model.values(held))
+
+    def _read_contexts(self, contexts: Contexts) -> list[tuple[torch.Tensor, ...]]:
+        return self._without_gradient(lambda: self.model.read_contexts(contexts))
+
+    def _without_gradient(self, work: Callable[[], T]) -> T:
+        was_training = self.model.training
+        self.model.eval()
         with torch.no_grad():
-            found = self._engine(work)
-        self._engine.train(was_training)
+            found = self._passes.run(work)
+        self.model.train(was_training)
         return found
 
     def prompt_tensors(self, member: str) -> dict[str, torch.Tensor]:
         """A member's trainable tensors, whole, float32, on the CPU."""
-        found = self._optimizer.members[member]
-        return {name: p.detach().cpu().clone() for name, p in zip(found.names, found.whole, strict=True)}
+        return self.prompts.members[member].tensors()
 
     def load_prompts(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Set members' trainable tensors, in DeepSpeed's masters and in what the model reads. Collective."""
-        masters = self._masters()
-        for number, (name, member) in enumerate(self._optimizer.members.items()):
-            parameters = list(self.model.trainable(number).values())
-            gathered = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3)
-            with torch.no_grad(), gathered:
-                for key, whole, parameter in zip(member.names, member.whole, parameters, strict=True):
-                    whole.copy_(tensors[name][key])
-                    parameter.data.copy_(whole)
-            assert masters or (self.stage == 0 and parameters[0].dtype == torch.float32), "no masters are found"
-            if masters:
-                self._optimizer.write_back(member, masters[number])
-
-    def _masters(self) -> list[list[torch.Tensor]]:
-        """This rank's float32 master weights of each member; none where the model's own are the masters."""
-        inner = self._engine.optimizer
-        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-            if hasattr(inner, name):
-                flat = getattr(inner, name)
-                assert len(flat) == len(self.members), "DeepSpeed has one flat tensor for each member"
-                return [[part] for part in flat]
-        return [list(group) for group in inner.fp32_groups] if hasattr(inner, "fp32_groups") else []
+        """Set every member's trainable tensors."""
+        for name, member in self.prompts.members.items():
+            member.load_tensors(tensors[name])
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """The torch optimizers' tensors by `MEMBER/TENSOR.KEY`, whole, on the CPU."""
-        return {
-            f"{name}/{key}": tensor for name, member in self._optimizer.members.items()
-            for key, tensor in member.state().items()
-        }  # fmt: skip
+        return self.prompts.optimizer_state()
 
     def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Set what `optimizer_state` gave, at any world size and stage."""
-        for name, member in self._optimizer.members.items():
-            own = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
-            member.load_state(own)
+        self.prompts.load_optimizer_state(tensors)
 
     def loss_scale_state(self) -> dict[str, float]:
-        """The numbers of fp16's dynamic loss scale, for an exact resume; empty in other precisions."""
-        scaler = self._loss_scaler()
-        return {k: v for k, v in vars(scaler).items() if k in LOSS_SCALE_KEYS} if scaler else {}
+        """The numbers of fp16's loss scale, for an exact resume; empty in other precisions."""
+        return self.prompts.loss_scale.state() if self.prompts.loss_scale else {}
 
     def load_loss_scale_state(self, state: dict[str, float]) -> None:
-        scaler = self._loss_scaler()
-        if scaler is not None:
-            vars(scaler).update({k: v for k, v in state.items() if k in vars(scaler)})
-
-    def _loss_scaler(self) -> Any:
-        """Where DeepSpeed keeps it: ZeRO in `loss_scaler`, stage 0 in `loss_scale_config`."""
-        if not self._engine.fp16_enabled():
-            return None
-        inner = self._engine.optimizer
-        return getattr(inner, "loss_scaler", None) or getattr(inner, "loss_scale_config", None)
+        """Set what `loss_scale_state` gave; ignored where this precision has no loss scale."""
+        if self.prompts.loss_scale:
+            self.prompts.loss_scale.load_state(state)
 
     def plan(self, units: Sequence[Unit], examples: Examples, micro_batch_tokens: int) -> Plan:
         """Micro-batches of every rank, by the positions that this base and placement need."""
@@ -152,7 +137,7 @@ class Engine:
     @property
     def skipped_steps(self) -> int:
         """Steps that fp16 overflow skipped."""
-        return self._engine.skipped_steps
+        return self.prompts.skipped_steps
 
 
 # Where DeepSpeed's own checks look, by the name of the check.
@@ -161,11 +146,11 @@ SECTION_OF = {
     "DeepSpeedFP16Config": ["fp16"],
     "DeepSpeedBF16Config": ["bf16"],
 }
-LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def check_with_deepspeed(content: dict[str, Any], source: Any) -> None:
     """Raise UserError for what DeepSpeed itself refuses in its JSON; `source` is the config's `deepspeed`."""
+    quiet_deepspeed()
     file = source if isinstance(source, str) else "deepspeed"
     try:
         DeepSpeedConfig(copy.deepcopy(content))
@@ -178,44 +163,30 @@ def check_with_deepspeed(content: dict[str, Any], source: Any) -> None:
 
 
 def build_engine(
-    configs: dict[str, Any], base, prompts: dict[str, torch.nn.Module], content: dict[str, Any], world: World, *,
-    family: str, cache: ContextCache | None = None,
-) -> Engine:  # fmt: skip
-    """Put base and prompts under DeepSpeed as its filled JSON asks; `configs` are the members' own. Collective.
+    model: PromptedModel,
+    configs: dict[str, Config],
+    content: dict[str, Any],
+    world: World,
+    *,
+    cache: ContextCache | None = None,
+) -> Engine:
+    """An engine over a model whose base is sharded already where DeepSpeed's filled JSON asks for stage 3.
 
-    Raises UserError.
+    `configs` are the members' own, in the order of the model's prompts. Collective. Raises UserError.
     """
-    stage, first = zero_stage(content), next(iter(configs.values()))
-    model = PromptedModel(base, list(prompts.values()), family, first.prompt.placement)
-    named = {name: model.trainable(number) for number, name in enumerate(prompts)}
-    members = {name: build_member(configs[name].train, tensors, world.device) for name, tensors in named.items()}
-    for tensors in named.values():
-        for parameter in tensors.values():  # DeepSpeed casts no parameter of a model that has sharded ones
-            parameter.data = parameter.data.to(getattr(torch, first.model.dtype))
-    optimizer = PromptOptimizer(
-        members, {name: tensors.values() for name, tensors in named.items()}, stage=stage, world_size=world.size,
-        device=world.device,
-    )  # fmt: skip
-    layers = layers_of(base)
+    first = next(iter(configs.values()))
+    set_apart(model.base, world.device, getattr(torch, first.model.dtype))
+    model.place(world.device)
+    members = {name: build_member(configs[name].train, model.trainable(number)) for number, name in enumerate(configs)}
+    layers = layers_of(model.base)
     settings = read_settings(content, len(layers), "deepspeed")
     recomputer = Recomputer(settings, layers) if settings else None
-    if stage == 3:
-        # One gather per layer instead of one per linear.
-        deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
-    try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=content)
-    except NotImplementedError as error:  # combinations of precisions that DeepSpeed has no optimizer for
-        raise UserError(f"deepspeed: DeepSpeed cannot do this: {error}") from None
-    optimizer.is_ready = True
-    if stage == 3:
-        keep_resident(engine.optimizer, model, layers, content)
-    return Engine(engine, optimizer, world, stage, recomputer, cache)
+    stage = zero_stage(content)
+    passes = ShardedPasses(model.base, layers, content) if stage == 3 else WholePasses()
+    state = PromptState(members, world, build_loss_scale(content))
+    return Engine(model, passes, state, world, stage, recomputer, cache)
 
 
-def build_member(train, named: dict[str, torch.nn.Parameter], device: torch.device) -> Member:
-    """A member's whole tensors and the optimizer that config section `train` asks for."""
-    return Member(
-        {name: torch.nn.Parameter(p.to(device)) for name, p in named.items()},
-        lambda parameters: build_torch_optimizer(train, parameters),
-        train.max_grad_norm,
-    )
+def build_member(train: TrainConfig, named: dict[str, torch.nn.Parameter]) -> Member:
+    """A member with the optimizer that config section `train` asks for."""
+    return Member(named, build_torch_optimizer(train, list(named.values())), train.max_grad_norm)

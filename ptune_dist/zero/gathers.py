@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.comm import comm
 
@@ -28,7 +29,7 @@ class Gathers:
 
 
 def watch_gathers() -> Gathers:
-    """The running count of this process, at DeepSpeed's door to the process group. Nothing is timed or waited for."""
+    """The running count of this process, where DeepSpeed calls the process group. Nothing is timed or waited for."""
     backend = comm.cdb
     if not hasattr(backend, "ptune_gathers"):
         backend.ptune_gathers = Gathers()
@@ -37,9 +38,10 @@ def watch_gathers() -> Gathers:
 
 
 def counted(gather: Any, gathers: Gathers) -> Any:
+    """`gather`, DeepSpeed's all-gather, that adds each call to `gathers`."""
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or dist.get_world_size()
 
-    def run(output_tensor, input_tensor, group=None, **options):
+    def run(output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, **options: Any) -> Any:
         ranks = dist.get_process_group_ranks(group)
         near = sum(rank // ranks_per_node == dist.get_rank() // ranks_per_node for rank in ranks)
         gathers.num += 1

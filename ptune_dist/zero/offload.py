@@ -58,11 +58,12 @@ def settle_offload(content: dict[str, Any], model: PreTrainedModel, world_size: 
 
 
 def without_autos(content: dict[str, Any]) -> dict[str, Any]:
-    """A copy for DeepSpeed's own check, which knows no `auto` for the buffers that `settle_offload` fills."""
+    """A copy for DeepSpeed's own check, which knows no `auto` for what follows from the base's tensors."""
     checked = copy.deepcopy(content)
-    offload = checked["zero_optimization"].get("offload_param", {})
-    for key in [key for key, value in offload.items() if value == "auto"]:
-        del offload[key]
+    zero = checked["zero_optimization"]
+    for section in (zero, zero.get("offload_param") or {}):
+        for key in [key for key, value in section.items() if value == "auto"]:
+            del section[key]
     return checked
 
 

@@ -2,10 +2,9 @@
 
 `deepspeed.zero.Init` allocates every parameter whole on every rank, broadcasts it and then cuts it. Here its own
 bookkeeping is kept and that is left out. What is set on a parameter mirrors `Init._partition_param` and
-`Init._partition_param_sec` of DeepSpeed 0.19.
+`Init._partition_param_sec` of DeepSpeed 0.19; `layout_check.py` holds it against what this release does.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -17,17 +16,38 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from deepspeed.utils import groups
 from torch import nn
+from transformers import PreTrainedModel
 
-Fill = Callable[[int, torch.Tensor], None]  # (first element, 1-D tensor to fill)
+from ptune_dist.base.load import Fill, place_parameters
+from ptune_dist.base.open import OpenedBase
+from ptune_dist.zero.layout_check import check_layout
+from ptune_dist.zero.setup import join_deepspeed
+
+
+def fill_sharded(opened: OpenedBase, sharder: "Sharder") -> PreTrainedModel:
+    """The base with this rank's part of every tensor. Buffers are whole, on the device. Raises UserError."""
+
+    def place(parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
+        made = nn.Parameter(torch.empty(1, dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
+        sharder.shard(made, fill)
+        return made
+
+    model = place_parameters(opened, place, sharder.device)
+    sharder.fill_parts()
+    return model
 
 
 class Sharder:
-    """Cuts parameters over the ranks as DeepSpeed's JSON asks. Making one is collective: every rank must call."""
+    """Cuts parameters over the ranks as DeepSpeed's JSON asks.
+
+    Making one is collective: every rank must call. Raises RunFault where this DeepSpeed cuts in another way.
+    """
 
     def __init__(self, content: dict[str, Any], swapped_dtype: torch.dtype):
         """`swapped_dtype` is what goes to NVMe: DeepSpeed's swapper has buffers of one dtype; the rest, and
         what is larger than a buffer, stays in memory.
         """
+        join_deepspeed()
         offload = content["zero_optimization"].get("offload_param", {})
         is_hpz = content["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
         swapper = None
@@ -37,11 +57,11 @@ class Sharder:
             config_dict_or_path=content,
             remote_device=offload.get("device"),
             param_swapper=swapper,
-            # hpZ's, where an earlier job of this process has made it: DeepSpeed makes it once
-            zero_param_parallel_group=groups._ZERO_PARAM_INTRA_PARALLEL_GROUP if is_hpz else None,
+            # hpZ's, if an earlier job of this process has made it: DeepSpeed makes it once
+            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group() if is_hpz else None,
         )
-
         self._unfilled: list[tuple[torch.Tensor, int, int, Fill]] = []
+        check_layout(self)
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +76,7 @@ class Sharder:
         """
         init = self._init
         init._convert_to_deepspeed_param(parameter)
-        aligned = init._aligned_size(parameter)
+        aligned = parameter.aligned_size()
         parameter.ds_numel_aligned = aligned
         size = aligned // init.dp_world_size
         on_nvme = init.remote_device == OffloadDeviceEnum.nvme and self._is_swapped(parameter, size)
@@ -110,5 +130,7 @@ def fill_part(part: torch.Tensor, start: int, num_elements: int, fill: Fill) -> 
 def mark(part: torch.Tensor, size: int) -> torch.Tensor:
     """What DeepSpeed keeps on a partition."""
     part.requires_grad = False
-    part.ds_numel, part.status, part.final_location = size, PartitionedParamStatus.AVAILABLE, None
+    part.ds_numel = size
+    part.status = PartitionedParamStatus.AVAILABLE
+    part.final_location = None
     return part

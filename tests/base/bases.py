@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ptune_dist.base.load import load_base
-from ptune_dist.base.open import OpenedBase, open_base
+from ptune_dist.base.load import fill_whole
+from ptune_dist.base.open import OpenedBase
 from ptune_dist.errors import UserError
+from ptune_dist.families.find import open_any
 from tests.conftest import ENCODERS, SEQ2SEQ
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"  # of a tiny Llama
@@ -18,11 +19,11 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 2], [60, 70, 80, 90, 100, 110]])
 
 
 def load(path, **options):
-    return load_base(str(path), **{"dtype": torch.float32} | options)
+    return fill_whole(open_any(str(path), **{"dtype": torch.float32} | options))
 
 
 def open_only(path, **options) -> OpenedBase:
-    return open_base(str(path), **{"dtype": torch.float32} | options)
+    return open_any(str(path), **{"dtype": torch.float32} | options)
 
 
 def error_of(call, *arguments, starts: str = "model.path: ", **options) -> str:

@@ -1,4 +1,4 @@
-"""Which examples a step takes, how they are shared among ranks, and how a micro-batch is laid out."""
+"""Which examples a step reads, how they are split over ranks, and what a micro-batch contains."""
 
 import dataclasses
 from collections import Counter
@@ -93,7 +93,7 @@ def test_no_rank_idles_while_another_has_rows_to_spare():
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_have_work_alike_to_one_row_in_every_micro_batch_and_to_a_third_where_examples_have_owners(world_size):
+def test_ranks_have_similar_work_to_one_row_in_every_micro_batch_and_to_a_third_where_examples_have_owners(world_size):
     for work in (None, shared):
         plan = plan_micro_batches(alone(range(64)), shared, world_size=world_size, micro_batch_tokens=500, work=work)
         assert len(plan) > 1
@@ -122,16 +122,17 @@ def test_an_example_goes_to_its_owner_unless_that_rank_has_much_more_work():
     assert [[len(share) for share in shares] for shares in evens] == [[13, 7]]
 
 
-def test_an_owner_keeps_its_examples_but_for_the_same_few():
-    num_all, lent = 0, Counter()
+def test_an_owner_keeps_its_examples_except_the_same_few():
+    num_all = 0
+    moved = Counter()
     for seed in range(100):
         chosen = np.random.default_rng(seed).permutation(64)[:32]
         plan = plan_micro_batches(alone(chosen), shared, world_size=2, micro_batch_tokens=1000, work=shared)
         for shares in plan:
-            lent.update(i for rank, share in enumerate(shares) for i, _ in share if i % 2 != rank)
+            moved.update(i for rank, share in enumerate(shares) for i, _ in share if i % 2 != rank)
             num_all += sum(map(len, shares))
-    assert 0 < lent.total() < 0.1 * num_all
-    assert sum(n for _, n in lent.most_common(16)) > 0.9 * lent.total()  # a quarter of the 64
+    assert 0 < moved.total() < 0.1 * num_all
+    assert sum(n for _, n in moved.most_common(16)) > 0.9 * moved.total()  # a quarter of the 64
 
 
 def test_a_unit_is_split_only_where_its_members_are_too_many_and_then_into_as_few_parts_as_fit():

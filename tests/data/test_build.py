@@ -8,6 +8,7 @@ from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.build import build_inputs, build_label_candidates, build_split, build_templates
 from ptune_dist.errors import UserError
 from ptune_dist.tiny.make import build_tokenizer
+from tests.data.texts import encoding_of
 
 TOKENIZER = build_tokenizer()
 ROWS = '{"text": "ab", "label": "yes"}\n{"text": "cdefgh", "label": "no"}\n'
@@ -30,35 +31,37 @@ def decode(ids) -> str:
 
 
 def test_an_encoders_split_has_the_numbers_of_its_labels(data):
-    split = build_split(data(labels=["no", "yes"]), TOKENIZER, which="train", family="encoder")
+    split = build_split(
+        data(labels=["no", "yes"]), encoding_of(TOKENIZER, family="encoder", labels=["no", "yes"]), which="train"
+    )
     assert [split.examples.target_ids(i).tolist() for i in (0, 1)] == [[1], [0]]
 
 
 def test_plain_text_is_for_causal_bases(data):
     section = data("some text", "a.txt")
-    assert len(build_split(section, TOKENIZER, which="train").examples) == 1
-    with pytest.raises(UserError, match="data.train: .*a.txt is plain text, which a seq2seq base cannot be trained on"):
-        build_split(section, TOKENIZER, which="train", family="seq2seq")
+    assert len(build_split(section, encoding_of(TOKENIZER), which="train").examples) == 1
+    with pytest.raises(UserError, match="data.train: .*a.txt is plain text, which only a causal base"):
+        build_split(section, encoding_of(TOKENIZER, family="seq2seq"), which="train")
 
 
 def test_the_first_examples_alone_are_read_where_so_many_are_asked_for(data):
-    assert len(build_split(data(), TOKENIZER, which="train", max_examples=1).examples) == 1
-    assert len(build_split(data(), TOKENIZER, which="train", max_examples=9).examples) == 2
+    assert len(build_split(data(), encoding_of(TOKENIZER), which="train", max_examples=1).examples) == 1
+    assert len(build_split(data(), encoding_of(TOKENIZER), which="train", max_examples=9).examples) == 2
 
 
 def test_the_digest_changes_with_a_target_and_with_the_template(data):
-    first = build_split(data(), TOKENIZER, which="train").digest()
-    assert build_split(data(), TOKENIZER, which="train").digest() == first
-    other_target = build_split(data(ROWS.replace("no", "on")), TOKENIZER, which="train").digest()
-    other_template = build_split(data(template="{{ text }};"), TOKENIZER, which="train").digest()
+    first = build_split(data(), encoding_of(TOKENIZER), which="train").digest()
+    assert build_split(data(), encoding_of(TOKENIZER), which="train").digest() == first
+    other_target = build_split(data(ROWS.replace("no", "on")), encoding_of(TOKENIZER), which="train").digest()
+    other_template = build_split(data(template="{{ text }};"), encoding_of(TOKENIZER), which="train").digest()
     assert len({first, other_target, other_template}) == 3
 
 
 @pytest.mark.parametrize("family", ["causal", "seq2seq", "encoder"])
 def test_inputs_alone_are_those_that_training_saw(data, family):
     section = data(labels=["no", "yes"])
-    split = build_split(section, TOKENIZER, which="train", family=family)
-    inputs = build_inputs(section, split.rows, TOKENIZER, family)
+    split = build_split(section, encoding_of(TOKENIZER, family=family, labels=["no", "yes"]), which="train")
+    inputs = build_inputs(section, split.rows, encoding_of(TOKENIZER, family=family, labels=["no", "yes"]))
     assert inputs == [([], split.examples.input_ids(i).tolist()) for i in (0, 1)]
     assert decode(inputs[0][1]) == "ab:"
 
@@ -74,11 +77,12 @@ def test_inputs_alone_are_those_that_training_saw(data, family):
 )
 def test_a_placement_splits_inputs_alone_and_candidates_as_training_does(data, family, placement, template, parts):
     section = data(labels=["no", "yes"], template=template)
-    split = build_split(section, TOKENIZER, which="train", family=family, placement=placement)
+    encoding = encoding_of(TOKENIZER, family=family, placement=placement)
+    split = build_split(section, encoding, which="train")
     wanted = [(split.examples.context_ids(i).tolist(), split.examples.rest_ids(i).tolist()) for i in (0, 1)]
     assert tuple(map(decode, wanted[0])) == parts
-    assert build_inputs(section, split.rows, TOKENIZER, family, placement) == wanted
-    candidates, _ = build_label_candidates(section, split, TOKENIZER, family, placement)
+    assert build_inputs(section, split.rows, encoding) == wanted
+    candidates, _ = build_label_candidates(section, split, encoding)
     for examples in candidates:
         assert [(examples.context_ids(i).tolist(), examples.rest_ids(i).tolist()) for i in (0, 1)] == wanted
 
@@ -87,12 +91,12 @@ def test_the_digest_changes_with_the_split_and_is_the_old_one_without_contexts(d
     templates = ["{{ text }}:", "{{ prompt }}{{ text }}:", "{{ text }}{{ prompt }}:", "{{ text }}:{{ prompt }}"]
     placements = ["prefix", "template", "template", "template"]
     prefix, first, middle, last = (
-        build_split(data(template=template), TOKENIZER, which="train", placement=placement)
+        build_split(data(template=template), encoding_of(TOKENIZER, placement=placement), which="train")
         for template, placement in zip(templates, placements, strict=True)
     )
     assert prefix.digest() == first.digest() == hash_ids_and_offsets(prefix.examples)
     assert len({split.digest() for split in (prefix, middle, last)}) == 3
-    assert build_split(data(), TOKENIZER, which="train", placement="infix").digest() == last.digest()
+    assert build_split(data(), encoding_of(TOKENIZER, placement="infix"), which="train").digest() == last.digest()
 
 
 def hash_ids_and_offsets(examples) -> str:
@@ -104,26 +108,27 @@ def test_a_prompt_without_its_place_is_refused_and_no_column_is_looked_for(data)
     assert build_templates(data(template="{{ prompt }}{{ text }}"), "template")[0].columns == ("text",)
     assert build_templates(data(template="{{ prompt }}{{ text }}"))[0].columns == ("prompt", "text")
     with pytest.raises(UserError, match="^data.template: placement template needs {{ prompt }} where the virtual"):
-        build_split(data(), TOKENIZER, which="train", placement="template")
+        build_split(data(), encoding_of(TOKENIZER, placement="template"), which="train")
     with pytest.raises(UserError, match="^data.target uses column 'prompt', which "):
         section = data(template="{{ prompt }}{{ text }}", target="{{ prompt }}")
-        build_split(section, TOKENIZER, which="train", placement="template")
+        build_split(section, encoding_of(TOKENIZER, placement="template"), which="train")
     with pytest.raises(UserError, match="^data.template and data.target are needed"):
-        build_split(data(target=None, template=None), TOKENIZER, which="train", placement="template")
+        build_split(data(target=None, template=None), encoding_of(TOKENIZER, placement="template"), which="train")
 
 
 def test_plain_text_has_no_context_and_no_place_for_a_marker(data):
     section = data("some text", "a.txt")
-    assert not build_split(section, TOKENIZER, which="train", placement="infix").examples.num_context.any()
+    assert not build_split(section, encoding_of(TOKENIZER, placement="infix"), which="train").examples.num_context.any()
     with pytest.raises(UserError, match="data.train: .*a.txt is plain text, which has no template for {{ prompt }}"):
-        build_split(section, TOKENIZER, which="train", placement="template")
+        build_split(section, encoding_of(TOKENIZER, placement="template"), which="train")
 
 
 @pytest.mark.parametrize("family", ["causal", "encoder"])
 def test_each_label_is_a_candidate_for_every_row(data, family):
     section = data(labels=["no", "yes"])
-    split = build_split(section, TOKENIZER, which="train", family=family)
-    candidates, right = build_label_candidates(section, split, TOKENIZER, family)
+    split = build_split(section, encoding_of(TOKENIZER, family=family, labels=["no", "yes"]), which="train")
+    encoding = encoding_of(TOKENIZER, family=family, labels=["no", "yes"])
+    candidates, right = build_label_candidates(section, split, encoding)
     assert right == [1, 0]
     for label, examples in enumerate(candidates):
         for row in (0, 1):

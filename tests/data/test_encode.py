@@ -10,14 +10,10 @@ from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from ptune_dist.data import encode
-from ptune_dist.data.encode import (
-    encode_inputs,
-    encode_rows,
-    special_ids,
-)
+from ptune_dist.data.framing import special_ids
 from ptune_dist.data.sources import Rows, load_rows
 from ptune_dist.data.template import compile_template
-from tests.data.texts import compile_pair, error_of, texts_of, tokenizer_with
+from tests.data.texts import compile_pair, encode_inputs, encode_rows, error_of, texts_of, tokenizer_with
 
 
 @pytest.mark.parametrize(

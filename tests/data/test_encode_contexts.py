@@ -11,12 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from ptune_dist.data.encode import (
     Examples,
     common_context,
-    encode_inputs,
     token_statistics,
 )
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.template import compile_template
-from tests.data.texts import encode_split, error_of, parts_of, tokenizer_with
+from tests.data.texts import encode_inputs, encode_split, error_of, parts_of, tokenizer_with
 
 
 @pytest.mark.parametrize(

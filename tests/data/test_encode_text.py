@@ -4,12 +4,11 @@ import pytest
 
 from ptune_dist.data import encode
 from ptune_dist.data.encode import (
-    encode_rows,
     encode_text_blocks,
     token_statistics,
 )
 from ptune_dist.data.sources import Rows, load_rows
-from tests.data.texts import compile_pair, texts_of, tokenizer_with
+from tests.data.texts import compile_pair, encode_rows, texts_of, tokenizer_with
 
 
 def load_text(tmp_path, text: str) -> Rows:

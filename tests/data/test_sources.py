@@ -1,4 +1,4 @@
-"""Every kind of source gives its rows unchanged, and every fault in one is one line that names file and line."""
+"""Every kind of source gives its rows unchanged, and every error is one line that names the file and the line."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def error_of(source, **options) -> str:
     return message
 
 
-# What the rows hold
+# The rows
 
 
 def test_jsonl_rows_and_their_lines_with_blank_lines_counted(write):
@@ -138,7 +138,7 @@ def test_saved_folder_of_one_dataset_and_of_splits(tmp_path):
     assert load(tmp_path / "many", default_split="validation").dataset["text"][:] == ["v", "w"]
     assert len(load(f"{tmp_path / 'many'}:validation")) == 2
     message = error_of(tmp_path / "many", default_split="test")
-    assert "no split 'test' but train, validation" in message
+    assert "no split 'test', only train, validation" in message
     assert message.startswith("data.train: ")
 
 
@@ -188,7 +188,7 @@ def test_several_processes_load_the_same_parquet_file_at_once(tmp_path):
         assert (child.returncode, out.strip(), err) == (0, "20000 {'text': 'row 19999'}", "")
 
 
-# What is wrong with a source
+# Errors in a source
 
 
 def test_missing_file_names_the_nearest_one(write, tmp_path):
@@ -274,34 +274,34 @@ def test_array_in_a_jsonl_file_is_told_its_extension(write):
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        (['{"a": 1}', '{"a": null}', '{"a": "x"}'], "line 3: column 'a' holds text, but a number in line 1"),
-        (['{"a": "x"}', '{"a": 1}'], "line 2: column 'a' holds a number, but text in line 1"),
-        (['{"a": true}', '{"a": 1}'], "line 2: column 'a' holds a number, but true or false in line 1"),
-        (['{"a": "x"}', '{"a": ["x"]}'], "line 2: column 'a' holds a list, but text in line 1"),
-        (['{"a": [{"b": 1}]}', '{"a": [{"b": "x"}]}'], "line 2: column 'a[].b' holds text, but a number in line 1"),
-        (['{"a": [1, "x"]}'], "line 1: column 'a[]' holds text, but a number in line 1"),
-        (['{"a": 1}', '{"a": 99999999999999999999}'], "line 2: column 'a' holds a whole number of more than 64 bits"),
-        (['{"a": "\\ud800"}'], "line 1: column 'a' holds half of a surrogate pair"),
+        (['{"a": 1}', '{"a": null}', '{"a": "x"}'], "line 3: column 'a' contains text, but a number in line 1"),
+        (['{"a": "x"}', '{"a": 1}'], "line 2: column 'a' contains a number, but text in line 1"),
+        (['{"a": true}', '{"a": 1}'], "line 2: column 'a' contains a number, but true or false in line 1"),
+        (['{"a": "x"}', '{"a": ["x"]}'], "line 2: column 'a' contains a list, but text in line 1"),
+        (['{"a": [{"b": 1}]}', '{"a": [{"b": "x"}]}'], "line 2: column 'a[].b' contains text, but a number in line 1"),
+        (['{"a": [1, "x"]}'], "line 1: column 'a[]' contains text, but a number in line 1"),
+        (['{"a": 1}', '{"a": 99999999999999999999}'], "line 2: column 'a' contains an integer of more than 64 bits"),
+        (['{"a": "\\ud800"}'], "line 1: column 'a' contains half of a surrogate pair"),
         (['{"a": 0.5}', '{"a": 1152921504606846977}'], "a.jsonl: the rows do not fit into one table: "),
     ],
 )
-def test_kinds_of_values_that_drift_name_line_and_column(write, rows, expected):
+def test_a_value_of_another_type_names_line_and_column(write, rows, expected):
     assert expected in error_of(write("a.jsonl", "\n".join(rows)))
 
 
-def test_kinds_that_drift_far_into_the_file(write):
+def test_a_value_of_another_type_is_found_far_into_the_file(write):
     message = error_of(write("a.jsonl", '{"a": 1}\n' * (2 * CHUNK_ROWS) + '{"a": "x"}\n'))
-    assert f"line {2 * CHUNK_ROWS + 1}: column 'a' holds text" in message
+    assert f"line {2 * CHUNK_ROWS + 1}: column 'a' contains text" in message
 
 
-def test_whole_numbers_and_fractions_are_one_kind(write):
+def test_integers_and_floats_are_one_type(write):
     assert load(write("a.jsonl", '{"a": 1}\n{"a": 0.5}\n')).dataset["a"][:] == [1.0, 0.5]
     far_apart = load(write("b.jsonl", '{"a": 1}\n' * CHUNK_ROWS + '{"a": 0.5}\n')).dataset
     assert [far_apart[0]["a"], far_apart[-1]["a"]] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "b.json", "a.csv", "a.tsv", "a.txt"])
-def test_undecodable_bytes_name_the_line_and_the_mend(write, name):
+def test_undecodable_bytes_name_the_line_and_the_fix(write, name):
     content = {"a.jsonl": b'{"text": "a"}\n', "a.json": b'{"text": "a"}\n', "b.json": b"[\n"}
     message = error_of(write(name, content.get(name, b"text\n") + b'{"text": "caf\xe9"}\n'))
     assert f"{name} line 2: these bytes are not UTF-8 text; save the file as UTF-8" in message
@@ -324,14 +324,14 @@ def test_damaged_csv_names_the_line(write, content, expected):
 
 def test_unknown_extension_lists_the_known_ones(write):
     message = error_of(write("a.xlsx", "x"))
-    assert "unknown kind (.xlsx)" in message
+    assert "unknown type (.xlsx)" in message
     assert ".jsonl" in message
     assert "no extension" in error_of(write("rows", "x"))
 
 
 def test_damaged_parquet_and_folders_that_are_not_saved_datasets(write, tmp_path):
     assert "a.parquet cannot be read as parquet" in error_of(write("a.parquet", "not parquet"))
-    assert "not one saved by datasets' save_to_disk" in error_of(tmp_path)
+    assert "not one written by save_to_disk of `datasets`" in error_of(tmp_path)
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
     (tmp_path / "saved" / "state.json").write_text("{")
     assert "saved cannot be loaded" in error_of(tmp_path / "saved")
@@ -369,4 +369,4 @@ def test_hub_name_without_a_network_is_refused_at_once(source, tmp_path, monkeyp
     message = error_of(source)
     assert time.monotonic() - began < 10
     assert message.startswith(f"data.train: {source} ")
-    assert "no network, or a wrong name" in message
+    assert "there is no network, or the name is wrong" in message

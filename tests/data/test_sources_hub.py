@@ -74,15 +74,22 @@ def answers(tmp_path_factory):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name} | {
-        "HF_HOME": str(folder / "hf"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
+        "HF_HOME": str(folder / "hf"),
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "PYTHONPATH": str(ROOT),
+        "NO_PROXY": "127.0.0.1",
+    }
 
     def load(*sources: str) -> dict[str, str]:
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, *sources],
-            env=environment, cwd=folder, capture_output=True, text=True, timeout=120, check=True,
-        )  # fmt: skip
+            env=environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
         assert done.stderr == ""
         return dict(zip(sources, done.stdout.splitlines(), strict=True))
 
@@ -99,7 +106,7 @@ def test_name_config_and_split(answers):
     assert online["user/rows@two"] == "['other']"
 
 
-def test_wrong_config_split_and_name_are_each_said_in_one_line(answers):
+def test_wrong_config_split_and_name_are_each_reported_in_one_line(answers):
     online, _ = answers
     assert "BuilderConfig 'three' not found. Available: ['one', 'two']" in online["user/rows@three"]
     assert "Unknown split \"dev\". Should be one of ['train', 'test']" in online["user/rows:dev"]
@@ -113,4 +120,4 @@ def test_without_a_network_the_cache_serves_what_was_loaded_before(answers):
     assert (
         "the hub cannot be reached: There are multiple 'user/rows' configurations in the cache" in offline["user/rows"]
     )
-    assert "no network, or a wrong name" in offline["user/none"]
+    assert "there is no network, or the name is wrong" in offline["user/none"]

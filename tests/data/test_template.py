@@ -1,4 +1,4 @@
-"""Templates say what they need, print values as they are, and let no missing value pass."""
+"""Templates know their columns, print values unchanged, and refuse missing values."""
 
 import pytest
 
@@ -145,9 +145,13 @@ def test_the_marker_is_no_column_even_where_the_row_has_one_of_its_name():
 
 @pytest.mark.parametrize(
     ("placement", "expected"),
-    [("prefix", ("", "a column!")), ("encoder", ("", "a column!")), ("infix", ("a column!", "")),
-     ("decoder", ("a column!", ""))],
-)  # fmt: skip
+    [
+        ("prefix", ("", "a column!")),
+        ("encoder", ("", "a column!")),
+        ("infix", ("a column!", "")),
+        ("decoder", ("a column!", "")),
+    ],
+)
 def test_elsewhere_prompt_is_a_column_like_any_other(placement, expected):
     assert split("{{ prompt }}!", placement, prompt="a column") == expected
 
@@ -172,7 +176,7 @@ def test_a_row_that_renders_no_marker_or_several_is_named(source, count):
     with pytest.raises(UserError) as caught:
         split(source, a="one")
     assert str(caught.value) == (
-        f"a.jsonl line 7: data.template renders {{{{ prompt }}}} {count} times for this row; it must do so exactly once"
+        f"a.jsonl line 7: data.template renders {{{{ prompt }}}} {count} times for this row; it must occur exactly once"
     )
 
 

@@ -4,9 +4,12 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from ptune_dist.data.encode import encode_rows
+from ptune_dist.data import encode
+from ptune_dist.data.encode import Encoding, Examples, TokenPair
+from ptune_dist.data.sources import Rows
 from ptune_dist.data.template import compile_template
 from ptune_dist.errors import UserError
+from ptune_dist.families import FAMILIES
 from ptune_dist.tiny.make import build_tokenizer
 
 
@@ -25,6 +28,38 @@ def compile_pair(template="{{ text }}", target="{{ label }}"):
         "template": compile_template(template, key="data.template"),
         "target": compile_template(target, key="data.target"),
     }
+
+
+def encoding_of(
+    tokenizer,
+    *,
+    max_length: int = 99,
+    family: str = "causal",
+    labels: list[str] | None = None,
+    append_eos: bool = True,
+    objective_target: str = "text",
+    **options,
+) -> Encoding:
+    """How a family's rows become token ids."""
+    found = FAMILIES[family]
+    targets = found.build_targets(objective_target, tokenizer, labels, append_eos)
+    return Encoding(tokenizer, found.frame_text(), targets, max_length, **options)
+
+
+def split_options(options: dict) -> tuple[dict, dict]:
+    """Options of `encode`'s functions, and those of `encoding_of`."""
+    of_rows = {key: value for key, value in options.items() if key.startswith(("template", "target"))}
+    return of_rows, {key: value for key, value in options.items() if key not in of_rows}
+
+
+def encode_rows(rows: Rows, tokenizer, **options) -> Examples:
+    of_rows, of_encoding = split_options(options)
+    return encode.encode_rows(rows, encoding_of(tokenizer, **of_encoding), **of_rows)
+
+
+def encode_inputs(rows: Rows, tokenizer, **options) -> list[TokenPair]:
+    of_rows, of_encoding = split_options(options)
+    return encode.encode_inputs(rows, encoding_of(tokenizer, **of_encoding), **of_rows)
 
 
 def texts_of(tokenizer, examples):

@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from ptune_dist.base.layers import layers_of
 from ptune_dist.base.recompute import DEFAULTS, Recomputer
 from ptune_dist.data.batches import Batch
+from ptune_dist.families import FAMILIES
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.prompted_model import Contexts, PromptedModel
+from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 from tests.conftest import SEQ2SEQ, tiny_shape
 
@@ -59,7 +61,7 @@ def build_model(
     prompts = [PromptTuning(torch.randn(count, width, generator=draw) * 0.5) for count in num_virtual]
     if recompute:
         Recomputer(DEFAULTS, layers_of(base))
-    return PromptedModel(base, prompts, family, placement).train()
+    return FAMILIES[family].model_class(base, prompts, CrossEntropy(), placement).train()
 
 
 def draw_tokens(draw: np.random.Generator, count: int) -> np.ndarray:
@@ -100,14 +102,14 @@ def hold(model: PromptedModel, batch: Batch) -> Batch:
     """The batch with what each row's context leaves, computed in one pass."""
     if not any(map(len, batch.contexts)):
         return batch
-    passed = model(Contexts(batch.contexts, batch.pad_id))
+    passed = model.read_contexts(Contexts(batch.contexts, batch.pad_id))
     return batch.with_held([(KeysValues(*tensors) if len(tensors) == 2 else tensors[0],) for tensors in passed])
 
 
 def losses_and_gradients(model: PromptedModel, batch: Batch) -> list[torch.Tensor]:
     """Losses [S], and the gradient [P, D] of each member's prompt under weights that differ from reader to reader."""
     model.zero_grad()
-    losses = model(batch)
+    losses = model.losses(batch)
     (losses * weights_of(batch)).sum().backward()
     return [losses.detach(), *(prompt.virtual_tokens.grad for prompt in model.prompts)]
 

@@ -155,7 +155,7 @@ def test_halving_drops_the_weaker_half_and_leaves_the_rest_as_alone(tiny_bases, 
         live = live[:half]
     ranking = read_json(folder / "halving" / "summary.json")["ranking"]
     assert {line["member"]: line["ended_step"] for line in ranking if line["ended"]} == ended
-    assert {line["ended"] for line in ranking} == {None, "weaker than those that go on"}
+    assert {line["ended"] for line in ranking} == {None, "worse on validation than the members that continue"}
     assert_ends_as_alone(folder / "halving", {name: alone[name] for name in live})
     for name, step in ended.items():
         found = [

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ptune_dist.base.load import load_base
+from ptune_dist.base.load import fill_whole
+from ptune_dist.families.find import open_any
 from ptune_dist.prompts.export import export_peft
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.log import read_metrics
@@ -104,7 +105,7 @@ def starting_head(base: Path, kind: str) -> dict[str, torch.Tensor] | None:
     """The numbers that our encoder's head starts from, by name; everything else is the base's own."""
     if kind in SEQ2SEQ:
         return None
-    started = load_base(str(base), family="encoder", labels=LABELS, dtype=torch.float32, seed=0)
+    started = fill_whole(open_any(str(base), labels=LABELS, dtype=torch.float32, seed=0))
     return {name: p.detach().clone() for name, p in started.named_parameters() if p.requires_grad}
 
 

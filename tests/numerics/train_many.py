@@ -32,8 +32,8 @@ def hash_base(job: Job) -> dict[str, str]:
 def main() -> None:
     seen: list[tuple[Job, dict[str, str]]] = []
 
-    def build_and_hash(config, world, **options) -> Job:
-        job = build_job(config, world, **options)
+    def build_and_hash(reading, world, **options) -> Job:
+        job = build_job(reading, world, **options)
         seen.append((job, hash_base(job)))
         return job
 

@@ -12,6 +12,7 @@ from ptune_dist.prompts.export import check_for_peft, export_peft, export_prompt
 
 VECTORS = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 FACTS = {
+    "method": "prompt_tuning",
     "num_virtual_tokens": 4,
     "width": 8,
     "base": {"path": "/bases/tiny", "family": "causal", "num_layers": 2, "num_attention_heads": 3},
@@ -26,7 +27,7 @@ def facts_of(family: str) -> dict:
 def test_the_peft_adapter_is_one_tensor_and_a_configuration_that_peft_reads_as_prompt_tuning(tmp_path):
     from peft import PeftConfig, PromptTuningConfig
 
-    export_peft({"virtual_tokens": VECTORS}, FACTS, tmp_path / "adapter")
+    export_peft({"virtual_tokens": VECTORS}, FACTS, "CAUSAL_LM", tmp_path / "adapter")
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_model.safetensors",
         "adapter_config.json",
@@ -47,7 +48,7 @@ def test_the_peft_adapter_is_one_tensor_and_a_configuration_that_peft_reads_as_p
 
 
 def test_a_seq2seq_adapter_is_for_the_encoder_alone(tmp_path):
-    export_peft({"virtual_tokens": VECTORS}, facts_of("seq2seq"), tmp_path)
+    export_peft({"virtual_tokens": VECTORS}, facts_of("seq2seq"), "SEQ_2_SEQ_LM", tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["task_type"], config["num_transformer_submodules"]) == ("SEQ_2_SEQ_LM", 1)
     assert config["modules_to_save"] is None
@@ -55,7 +56,7 @@ def test_a_seq2seq_adapter_is_for_the_encoder_alone(tmp_path):
 
 
 def test_an_encoders_head_is_exported_as_modules_that_peft_saves(tmp_path):
-    export_peft({"virtual_tokens": VECTORS} | HEAD, facts_of("encoder"), tmp_path)
+    export_peft({"virtual_tokens": VECTORS} | HEAD, facts_of("encoder"), "SEQ_CLS", tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["bert.pooler.dense", "classifier"])
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -128,15 +129,15 @@ def test_without_inputs_the_virtual_tokens_stand_alone(tmp_path):
 )
 def test_a_placement_that_peft_has_not_is_refused(placement, message):
     with pytest.raises(UserError) as caught:
-        check_for_peft({"placement": placement})
+        check_for_peft({}, {"placement": placement})
     assert str(caught.value) == message
-    check_for_peft({"placement": "prefix"})
-    check_for_peft({"placement": "encoder"})
+    check_for_peft({}, {"placement": "prefix"})
+    check_for_peft({}, {"placement": "encoder"})
 
 
 def test_an_earlier_export_is_replaced(tmp_path):
     for vectors in (VECTORS, 2 * VECTORS):
-        export_peft({"virtual_tokens": vectors}, FACTS, tmp_path)
+        export_peft({"virtual_tokens": vectors}, FACTS, "CAUSAL_LM", tmp_path)
     assert torch.equal(load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"], 2 * VECTORS)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "PROMPT_TUNING"
 
@@ -144,4 +145,4 @@ def test_an_earlier_export_is_replaced(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"--out: {tmp_path}/file"):
-        export_peft({"virtual_tokens": VECTORS}, FACTS, tmp_path / "file")
+        export_peft({"virtual_tokens": VECTORS}, FACTS, "CAUSAL_LM", tmp_path / "file")

@@ -13,11 +13,11 @@ import deepspeed
 import torch
 
 from ptune_dist.base.layers import held_bytes
-from ptune_dist.base.load import fill_sharded, fill_whole
-from ptune_dist.base.open import open_base
+from ptune_dist.base.load import fill_whole
 from ptune_dist.distributed.world import init_distributed
+from ptune_dist.families.find import open_any
 from ptune_dist.zero.gathers import watch_gathers
-from ptune_dist.zero.shard import Sharder
+from ptune_dist.zero.shard import Sharder, fill_sharded
 from tests.conftest import LABELS
 
 CONTENT = {
@@ -30,10 +30,10 @@ INT8 = {"include": [], "threshold": None}
 def check(folder: str, sharder: Sharder, **options) -> dict:
     """Collective: every rank must call."""
     options = {"dtype": torch.float32, "labels": LABELS} | options
-    opened = open_base(folder, **options)
+    opened = open_any(folder, **options)
     base, gathers = fill_sharded(opened, sharder), watch_gathers()
     facts = {"bytes_read": opened.weights.bytes_read, "bytes_held": held_bytes(base), "different": []}
-    whole = fill_whole(open_base(folder, **options))
+    whole = fill_whole(open_any(folder, **options))
     wanted, before = dict(whole.named_parameters()), gathers.copy()
     for name, parameter in base.named_parameters():
         if not parameter.requires_grad:  # a trained head is whole

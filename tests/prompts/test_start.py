@@ -1,13 +1,11 @@
 """Where the virtual tokens start: each `prompt.init`, a function of the seed alone."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from ptune_dist.errors import UserError
-from ptune_dist.prompts.initialise import build_initial_vectors
+from ptune_dist.prompts.start import Start
 from ptune_dist.prompts.store import save_prompt
 from ptune_dist.tiny.make import build_tokenizer
 
@@ -17,14 +15,16 @@ EMBEDDINGS = torch.randn(len(TOKENIZER), WIDTH, generator=torch.Generator().manu
 
 
 def build(init: str, num: int = 6, seed: int = 0, data_labels=None, tokenizer=TOKENIZER, **given) -> torch.Tensor:
-    prompt = SimpleNamespace(
-        init=init, num_virtual_tokens=num, init_text=given.get("text"), init_labels=given.get("labels"),
-        init_file=given.get("file"),
-    )  # fmt: skip
-    return build_initial_vectors(
-        prompt, SimpleNamespace(labels=data_labels), seed=seed, width=WIDTH, tokenizer=tokenizer,
+    start = Start(
+        kind=init,
+        seed=seed,
+        tokenizer=tokenizer,
         lookup=lambda ids: EMBEDDINGS[torch.tensor(ids)],
-    )  # fmt: skip
+        text=given.get("text"),
+        labels=given.get("labels") or data_labels,
+        file=given.get("file"),
+    )
+    return start.vectors(num, WIDTH)
 
 
 def ids_of(vectors: torch.Tensor) -> list[int]:

@@ -1,0 +1,154 @@
+"""How an example is framed in token ids: the special tokens around its input, and what its target is.
+
+Families differ only in these two things; `families/` chooses.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ptune_dist.errors import UserError
+
+Where = Callable[[int], str]  # index of a text -> the name of its row, for messages
+
+
+@dataclass(frozen=True)
+class Framing:
+    """ends_input: the input ends as the tokenizer ends a text; else the target continues it.
+
+    starts_target: the target is a text of its own and begins as any text does. reads_plain_text: a text without input
+    and target can be learned.
+    """
+
+    ends_input: bool
+    starts_target: bool = False
+    reads_plain_text: bool = False
+
+
+class Target(NamedTuple):
+    """The supervised part of one row: token ids, or one placeholder id for a label or a number."""
+
+    ids: list[int]
+    number: float | None = None
+
+
+class Targets:
+    """Turns rendered targets into what is supervised."""
+
+    takes_room = True  # of data.max_length
+
+    def encode(self, texts: list[str], where: Where, key: str) -> list[Target]:
+        """Raises UserError with the row's name for a text that cannot be a target; `key` is the config's."""
+        raise NotImplementedError
+
+    def render(self, ids: np.ndarray, number: float | None) -> str:
+        """A target for people."""
+        raise NotImplementedError
+
+
+class TextTargets(Targets):
+    """Tokens of a text, ended by the tokenizer's end-of-sequence token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True, starts: bool = False):
+        """`starts`: begin as the tokenizer begins a text. Raises UserError where there is no token to end with."""
+        self._tokenizer = tokenizer
+        self._before = special_ids(tokenizer)[0] if starts else []
+        self._after = end_ids(tokenizer) if append_eos else []
+
+    def encode(self, texts: list[str], where: Where, key: str) -> list[Target]:
+        found = []
+        for index, (text, ids) in enumerate(zip(texts, tokenize(self._tokenizer, texts), strict=True)):
+            if not text.strip() or not ids:
+                raise UserError(describe_empty(where(index), key))
+            found.append(Target(self._before + ids + self._after))
+        return found
+
+    def render(self, ids: np.ndarray, number: float | None) -> str:
+        return self._tokenizer.decode(ids)
+
+
+class LabelTargets(Targets):
+    """The number of a label."""
+
+    takes_room = False
+
+    def __init__(self, labels: list[str]):
+        self._labels = labels
+
+    def encode(self, texts: list[str], where: Where, key: str) -> list[Target]:
+        found = []
+        for index, text in enumerate(texts):
+            label = text.strip()
+            if not label:
+                raise UserError(describe_empty(where(index), key))
+            if label not in self._labels:
+                raise UserError(f"{where(index)}: {key} is {label!r}, which data.labels does not list")
+            found.append(Target([self._labels.index(label)]))
+        return found
+
+    def render(self, ids: np.ndarray, number: float | None) -> str:
+        return self._labels[int(ids[0])]
+
+
+class NumberTargets(Targets):
+    """A real number, for regression; the one id of the target is a placeholder."""
+
+    takes_room = False
+
+    def encode(self, texts: list[str], where: Where, key: str) -> list[Target]:
+        found = []
+        for index, text in enumerate(texts):
+            if not text.strip():
+                raise UserError(describe_empty(where(index), key))
+            number = read_number(text)
+            if number is None:
+                raise UserError(f"{where(index)}: {key} is {text.strip()!r}, but train.objective=mse needs a number")
+            found.append(Target([0], number))
+        return found
+
+    def render(self, ids: np.ndarray, number: float | None) -> str:
+        return f"{number:g}"
+
+
+def read_number(text: str) -> float | None:
+    """A finite number; None for anything else."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def describe_empty(where: str, key: str) -> str:
+    return f"{where}: {key} is empty for this row; fill it or drop the row"
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids without special tokens."""
+    if not any(texts):  # as the contexts are under prefix: no need to ask
+        return [[] for _ in texts]
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text: a BOS, a CLS, a SEP, or none."""
+    probe = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    ids = list(probe["input_ids"])
+    mask = list(probe["special_tokens_mask"])
+    if 0 in mask:
+        return ids[: mask.index(0)], ids[len(mask) - mask[::-1].index(0) :]
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)  # it has no token for "a"
+    return [i for i in ids if i not in ends], [i for i in ids if i in ends]
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path or 'of the base'} has no end-of-sequence token to end targets "
+            "with; name its eos_token in its tokenizer_config.json"
+        )
+    return [tokenizer.eos_token_id]

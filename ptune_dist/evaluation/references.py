@@ -1,0 +1,54 @@
+"""The acceptable answers to a row: what generated answers are compared with."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ptune_dist.config.schema import DataConfig
+from ptune_dist.data.sources import Rows
+from ptune_dist.data.template import compile_template, render_batches
+from ptune_dist.errors import UserError
+
+BATCH_ROWS = 1000
+KEY = "data.references"
+
+
+def build_references(data: DataConfig, rows: Rows) -> list[list[str]]:
+    """One or several texts for each row, without whitespace at either end.
+
+    They are read from the column `data.references`, in which `answers.text` is what `text` holds inside column
+    `answers`; without one, the rendered target is the only reference. Raises UserError with the row and the key.
+    """
+    if data.references is None:
+        template = compile_template(data.target, key="data.target")
+        batches = render_batches(rows, {"data.target": template}, BATCH_ROWS)
+        return [[text.strip()] for _, texts in batches for text in texts]
+    is_column = data.references in rows.columns()
+    column, *names = [data.references] if is_column else data.references.split(".")
+    if column not in rows.columns():
+        raise UserError(
+            f"{KEY} is column {column!r}, which {rows.name} does not have; "
+            f"its columns: {', '.join(rows.columns()) or 'none'}"
+        )
+    return [
+        read_references(value, names, functools.partial(rows.where, index))
+        for index, value in enumerate(rows.dataset[column])
+    ]
+
+
+def read_references(value: Any, names: list[str], where: Callable[[], str]) -> list[str]:
+    """The texts of one row's value, which is a text, a number or a list of them, found under `names` inside it."""
+    for name in names:
+        value = [look_up(part, name) for part in value] if isinstance(value, list) else look_up(value, name)
+    listed = value if isinstance(value, list) else [value]
+    if not listed or any(reference is None for reference in listed):
+        raise UserError(f"{where()}: {KEY} is missing, null or empty for this row; fill it or drop the row")
+    for reference in listed:
+        if not isinstance(reference, str | int | float):
+            kind = type(reference).__name__
+            raise UserError(f"{where()}: {KEY} holds a {kind}; a text or a list of texts is needed")
+    return [str(reference).strip() for reference in listed]
+
+
+def look_up(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None

@@ -1,0 +1,59 @@
+"""The rows of a run: what its members train on, and what evaluates them."""
+
+import numpy as np
+
+from ptune_dist.data.build import Split, build_split
+from ptune_dist.data.encode import Examples, common_context
+from ptune_dist.data.training_rows import TrainingRows
+from ptune_dist.errors import UserError
+from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator
+from ptune_dist.model.value_head import TargetScale, measure_scale
+from ptune_dist.prompts.build import find_method
+from ptune_dist.run.reading import Reading
+
+
+def build_splits(reading: Reading) -> tuple[TrainingRows, dict[str, Evaluator]]:
+    """The members' training rows, and the evaluator of each member that has validation rows. Raises UserError.
+
+    What several members share is read once.
+    """
+    config = reading.config
+    splits: dict[str, Split] = {}
+    evaluators: dict[str, Evaluator] = {}
+    known: dict[str, tuple[Split, Evaluator | None]] = {}
+    for name, member in reading.members.items():
+        key = member.data.model_dump_json()
+        if key not in known:
+            encoding = reading.encoding(member)
+            held_out = build_split(member.data, encoding, which="validation", max_examples=config.evaluate.max_examples)
+            split = build_split(member.data, encoding, which="train")
+            assert split is not None, "data.train is required"
+            known[key] = split, build_evaluator(member, held_out, reading) if held_out else None
+        splits[name], evaluator = known[key]
+        check_inputs(splits[name].examples, member.prompt.method, stands=find_method(member.prompt).stands_in_sequence)
+        if evaluator:
+            evaluators[name] = evaluator
+    seeds = {name: member.seed for name, member in reading.members.items()}
+    return TrainingRows(splits, batch_size=config.train.batch_size, seeds=seeds), evaluators
+
+
+def check_inputs(examples: Examples, method: str, *, stands: bool) -> None:
+    """Raise UserError for an empty input where a method has no virtual token to predict the target from."""
+    empty = np.flatnonzero(examples.lengths == examples.num_targets)
+    if not stands and len(empty):
+        raise UserError(f"{examples.where(int(empty[0]))}: the input is empty, but {method} needs one token at least")
+
+
+def measure_scales(reading: Reading, rows: TrainingRows) -> dict[str, TargetScale] | None:
+    """Mean and standard deviation of each member's targets, where they are numbers."""
+    if rows.examples.numbers is None:
+        return None
+    if not reading.config.train.standardize_targets:
+        return dict.fromkeys(reading.members, TargetScale())
+    return {name: measure_scale(rows.examples.numbers[rows.slice_of(name)]) for name in reading.members}
+
+
+def find_lead(examples: Examples) -> tuple[np.ndarray, bool]:
+    """What the contexts of all examples begin with, and whether they end with it."""
+    lead = common_context(examples)
+    return lead, bool((examples.num_context == len(lead)).all())

@@ -1,0 +1,188 @@
+"""Decoder-only language models (GPT-2, Llama, Qwen, ...): [virtual tokens, input, target] is read as one text.
+
+Shapes: S readers, T tokens, P virtual tokens, C context positions, D width, N live positions, L layers, G key/value
+heads, Dh width of a head.
+"""
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ptune_dist.data.batches import Batch, Unit, pad_rows
+from ptune_dist.data.encode import Examples
+from ptune_dist.data.framing import Framing
+from ptune_dist.errors import UserError
+from ptune_dist.families.family import Family
+from ptune_dist.model.attention import KeysValues, Segment, use_segments
+from ptune_dist.model.attention_layouts import RecordedSegments, build_attention
+from ptune_dist.model.given_cache import GivenCache, pad_contexts
+from ptune_dist.model.layout import collect_outside, lay_out
+from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised, keys_values_of, vectors_of
+
+# A mask of four dimensions goes through transformers untouched; this one would fit no keys, were it read.
+NO_MASK = torch.zeros(1, 1, 1, 0)
+
+
+class PromptedCausal(PromptedModel):
+    """All texts of a pass are one row of segments, where the base's attention allows it; else rows are padded."""
+
+    def __init__(self, base: PreTrainedModel, *args: Any, **options: Any):
+        super().__init__(base, *args, **options)
+        self.uses_segments = use_segments(base)
+        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+
+    def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
+        if not units:
+            return 0
+        rows = [example for example, _ in units]
+        readers = [(example, self.num_virtual(member)) for example, members in units for member in members]
+        num_context = int(examples.num_context[rows].sum())
+        contexts = num_context if with_contexts else 0
+        if self.uses_segments:
+            live = sum(int(examples.lengths[row] - examples.num_context[row]) - 1 for row, _ in readers)
+            if num_context:
+                return max(contexts, live + sum(count for _, count in readers))
+            members = {member for _, some in units for member in some}
+            return live + sum(self.num_virtual(member) for member in members)
+        read, written = examples.widths[[row for row, _ in readers]].T
+        widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
+        return max(contexts, len(readers) * (widest + max(count for _, count in readers)))
+
+    def supervise(self, batch: Batch) -> Supervised:
+        return self._supervise_segments(batch) if self.uses_segments else self._supervise_padded(batch)
+
+    def _supervise_segments(self, batch: Batch) -> Supervised:
+        """All texts as one row of live positions."""
+        contributions = self.contributions()
+        outside = collect_outside(batch, [keys_values_of(contribution) for contribution in contributions])
+        laid = lay_out(batch, [contribution.num_vectors for contribution in contributions], outside)
+        tokens = self.embed_tokens(laid.tokens)
+        vectors = [vectors_of(contribution, tokens) for contribution in contributions]
+        parts = [part.to(tokens.dtype) for part in outside.parts]
+        inputs = {
+            "inputs_embeds": torch.cat([*vectors, tokens])[self.to_tensor(laid.source)][None],
+            "position_ids": self.to_tensor(laid.position_ids)[None],
+            "attention_mask": NO_MASK.to(tokens),
+            "segments": build_attention(laid.segments, parts, tokens.device),
+        }
+        places = self.to_tensor(laid.predicts)
+        targets = self.to_tensor(laid.targets)
+        return Supervised(torch.zeros_like(places), places, targets, laid.reader, inputs)
+
+    def _supervise_padded(self, batch: Batch) -> Supervised:
+        """A padded row [virtual tokens, rest, target] for each reader, after its context or its member's prefix."""
+        contributions = self.contributions()
+        texts = [np.concatenate([batch.rests[row], batch.targets[row]])[:-1] for row, _ in batch.readers]
+        members = [member for _, member in batch.readers]
+        vectors, mask = self.embed(texts, members, contributions)
+        starts = [contributions[member].num_vectors + len(batch.rests[row]) - 1 for row, member in batch.readers]
+        inputs = {"inputs_embeds": vectors, "attention_mask": mask}
+        before: list[KeysValues] = []
+        if batch.held:
+            before = [batch.held[row][0] for row, _ in batch.readers]
+        elif any(contribution.keys is not None for contribution in contributions):
+            before = self._prefixes_of(members, contributions, vectors.dtype)
+        if before:
+            inputs |= self._after(before, mask)
+        return self.supervise_rows(batch, starts, **inputs)
+
+    def _prefixes_of(self, members: list[int], contributions: list, dtype: torch.dtype) -> list[KeysValues]:
+        """Each reader's prefix; that of a member without keys/values is empty."""
+        found = [keys_values_of(contribution) for contribution in contributions]
+        some = next(prefix for prefix in found if prefix is not None)
+        empty = KeysValues(some.keys[:, :0], some.values[:, :0])
+        return [(found[member] or empty).to(dtype) for member in members]
+
+    def _after(self, before: list[KeysValues], mask: torch.Tensor) -> dict[str, Any]:
+        """Inputs of padded rows that stand after keys/values of their own."""
+        lengths = self.to_tensor(np.array([part.length for part in before]))
+        present = torch.arange(int(lengths.max()), device=mask.device) >= lengths.max() - lengths[:, None]
+        inputs: dict[str, Any] = {
+            "past_key_values": GivenCache(pad_contexts(before)),
+            "attention_mask": torch.cat([present.to(mask), mask], dim=1),
+        }
+        if self._takes_positions:
+            inputs["position_ids"] = lengths[:, None] + torch.arange(mask.shape[1], device=mask.device)
+        return inputs
+
+    # ------------------------------------------------------------- contexts
+
+    @torch.no_grad()
+    def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
+        if self.uses_segments:
+            return self._record_segments(work)
+        padded, present = pad_rows(work.tokens, work.pad_id)
+        cache = GivenCache([], record=True)
+        self._inner(input_ids=self.to_tensor(padded), attention_mask=self.to_tensor(present), past_key_values=cache)
+        return [
+            tuple(
+                torch.stack([part[row, :, : len(tokens)].transpose(0, 1) for part in parts])
+                for parts in zip(*(cache.recorded or ()), strict=True)
+            )
+            for row, tokens in enumerate(work.tokens)
+        ]
+
+    def _record_segments(self, work: Contexts) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        num_lead = work.lead.length if work.lead else 0
+        own = [tokens[num_lead:] for tokens in work.tokens]
+        ends = np.cumsum([len(tokens) for tokens in own]).tolist()
+        segments = [
+            Segment(end - len(tokens), len(tokens), (0,) if num_lead else (), (), num_lead)
+            for tokens, end in zip(own, ends, strict=True)
+        ]
+        vectors = self.embed_tokens(np.concatenate(own))
+        places = np.concatenate([num_lead + np.arange(len(tokens)) for tokens in own])
+        recorded = RecordedSegments(segments, [work.lead] if work.lead else [], vectors.device)
+        self._inner(
+            inputs_embeds=vectors[None],
+            position_ids=self.to_tensor(places)[None],
+            attention_mask=NO_MASK.to(vectors),
+            segments=recorded,
+            use_cache=False,
+        )
+        return recorded.cut()
+
+    @property
+    def _inner(self) -> nn.Module:
+        """The base without its head."""
+        return getattr(self.base, self.base.base_model_prefix)
+
+
+class Causal(Family):
+    """Reads on from input to target; may read a context before the virtual tokens."""
+
+    name = "causal"
+    auto_class = AutoModelForCausalLM
+    architectures = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    model_class = PromptedCausal
+    placements = ("prefix", "infix", "template")
+    peft_task = "CAUSAL_LM"
+    shares_leads = True
+
+    def is_own(self, shape: PretrainedConfig) -> bool:
+        return not shape.is_encoder_decoder and self.knows(shape)
+
+    def frame_text(self) -> Framing:
+        return Framing(ends_input=False, reads_plain_text=True)
+
+    def check_model(self, model: PreTrainedModel, path: str) -> None:
+        if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
+            raise UserError(self.describe_no_vectors(model, path))
+
+    def check_contexts(self, model: PreTrainedModel, placement: str) -> None:
+        inner = getattr(model, model.base_model_prefix, model)
+        if placement != "prefix" and "past_key_values" not in inspect.signature(inner.forward).parameters:
+            kind = model.config.model_type
+            raise UserError(f"prompt.placement: {kind} models keep no keys and values: use prefix")
+
+    def context_bytes_per_token(self, shape: PretrainedConfig, dtype: torch.dtype) -> int:
+        """Keys and values of every layer."""
+        text = shape.get_text_config(decoder=True)
+        num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return 2 * text.num_hidden_layers * num_heads * head_width * dtype.itemsize

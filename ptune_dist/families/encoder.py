@@ -1,0 +1,110 @@
+"""Text encoders with a classification head (BERT, RoBERTa, ...): [virtual tokens, input] is read, a label answered.
+
+The head is new: it is trained with the prompt and stored with it. For regression it has one output.
+Shapes: S readers, U supervised readers, T tokens, P virtual tokens, V labels.
+"""
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from ptune_dist.base.architecture import model_types
+from ptune_dist.data.batches import Batch, Unit
+from ptune_dist.data.encode import Examples
+from ptune_dist.data.framing import Framing, LabelTargets, NumberTargets, Targets
+from ptune_dist.families.family import Family
+from ptune_dist.families.seq2seq import count_padded
+from ptune_dist.model.prompted_model import LossOf, PromptedModel
+
+POOLER = ".pooler."
+
+
+class PromptedEncoder(PromptedModel):
+    """Rows are padded; the base's own head gives the outputs."""
+
+    has_language_head = False
+
+    def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
+        return count_padded(self, units, examples, with_contexts=with_contexts)
+
+    def label_logits(self, texts: list[np.ndarray], members: list[int]) -> torch.Tensor:
+        """[S, V]; of a regression [S, 1]."""
+        vectors, mask = self.embed(texts, members)
+        return self.base(inputs_embeds=vectors, attention_mask=mask).logits
+
+    def _losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
+        if self.predicts_numbers:
+            return self._number_losses(batch, loss_of)
+        logits, reader = self._outputs(batch)
+        targets = np.concatenate([batch.targets[row] for row, _ in batch.readers])
+        return loss_of(logits, self.to_tensor(targets)), reader
+
+    def _predict(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
+        outputs, reader = self._outputs(batch)
+        return outputs[:, 0].float(), reader
+
+    def _outputs(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
+        """Outputs [U, V] of the readers that have a target, and their numbers: a rank that idles has none."""
+        readers = batch.readers
+        has_target = np.array([len(batch.targets[row]) > 0 for row, _ in readers])
+        reader = np.flatnonzero(has_target)
+        logits = self.label_logits([batch.rests[row] for row, _ in readers], [member for _, member in readers])
+        return logits[self.to_tensor(reader)], reader
+
+
+class Encoder(Family):
+    """Classifies, or scores, an input that ends as a text ends."""
+
+    name = "encoder"
+    auto_class = AutoModelForSequenceClassification
+    architectures = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    model_class = PromptedEncoder
+    placements = ("prefix",)
+    peft_task = "SEQ_CLS"
+    trains_head = True
+    has_contexts = False
+
+    def is_own(self, shape: PretrainedConfig) -> bool:
+        is_masked_model = any(kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES for kind in model_types(shape))
+        return is_masked_model and not shape.is_encoder_decoder and not getattr(shape, "is_decoder", False)
+
+    def frame_text(self) -> Framing:
+        return Framing(ends_input=True)
+
+    def build_targets(
+        self, objective_target: str, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None, append_eos: bool
+    ) -> Targets:
+        return NumberTargets() if objective_target == "number" else LabelTargets(labels or [])
+
+    def prepare_shape(self, shape: PretrainedConfig, labels: list[str] | None) -> None:
+        if labels:
+            shape.id2label = dict(enumerate(labels))
+            shape.problem_type = "single_label_classification"
+        else:
+            shape.num_labels = 1
+            shape.problem_type = "regression"
+
+    def trained_names(self, model: PreTrainedModel, new: list[str]) -> set[str]:
+        return {name for name, _ in model.named_parameters() if is_outside(model, name) or name in new}
+
+    def may_start_anew(self, model: PreTrainedModel, name: str) -> bool:
+        """The head, or a pooler, which masked language models lack."""
+        return is_outside(model, name) or POOLER in name
+
+    def may_be_left_out(self, model: PreTrainedModel, stored: str) -> bool:
+        """Another head, or a pooler that this architecture does without."""
+        parts = dict(model.base_model.named_children())
+        is_other_head = is_outside(model, stored) and stored.partition(".")[0] not in parts
+        return is_other_head or POOLER in f".{stored}"
+
+    def generation_config(self, shape: PretrainedConfig) -> None:
+        return None
+
+
+def is_outside(model: PreTrainedModel, name: str) -> bool:
+    """Whether a classifier's parameter stands outside of its encoder: DeBERTa's pooler does, BERT's does not."""
+    return not name.startswith(f"{model.base_model_prefix}.")

@@ -1,0 +1,102 @@
+"""Encoder-decoders (T5, BART, ...): the encoder reads [virtual tokens, input], the decoder writes the target.
+
+Under placement decoder the virtual tokens stand before what the decoder reads, and the encoder's output is a context.
+Shapes: S readers, T tokens, C context positions, D width.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+from ptune_dist.data.batches import Batch, Unit, pad_rows
+from ptune_dist.data.encode import Examples
+from ptune_dist.data.framing import Framing
+from ptune_dist.errors import UserError
+from ptune_dist.families.family import Family
+from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised
+
+
+class PromptedSeq2Seq(PromptedModel):
+    """Rows are padded; every reader has its own virtual tokens."""
+
+    needs_empty_contexts = True  # the decoder wants something of every encoder's input
+
+    def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
+        return count_padded(self, units, examples, with_contexts=with_contexts)
+
+    def supervise(self, batch: Batch) -> Supervised:
+        readers = batch.readers
+        members = [member for _, member in readers]
+        start = [self.base.config.decoder_start_token_id]
+        written = [np.concatenate([start, batch.targets[row][:-1]]) for row, _ in readers]
+        if self.placement == "decoder":
+            assert batch.held is not None, "placement decoder has a context for every row"
+            hidden = [batch.held[row][0] for row, _ in readers]
+            read = self.to_tensor(pad_rows([np.ones(len(part)) for part in hidden], 0)[0])
+            vectors, _ = self.embed(written, members, embeddings=self.base.get_decoder().get_input_embeddings())
+            inputs: dict[str, Any] = {
+                "encoder_outputs": (pad_sequence(hidden, batch_first=True),),
+                "decoder_inputs_embeds": vectors,
+                "attention_mask": read,
+            }
+            return self.supervise_rows(batch, [self.num_virtual(member) for member in members], **inputs)
+        vectors, mask = self.embed([batch.rests[row] for row, _ in readers], members)
+        inputs = {
+            "inputs_embeds": vectors,
+            "attention_mask": mask,
+            "decoder_input_ids": self.to_tensor(pad_rows(written, batch.pad_id)[0]),
+        }
+        return self.supervise_rows(batch, [0] * len(readers), **inputs)
+
+    @torch.no_grad()
+    def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
+        padded, present = pad_rows(work.tokens, work.pad_id)
+        encoder = self.base.get_encoder()
+        hidden = encoder(input_ids=self.to_tensor(padded), attention_mask=self.to_tensor(present))[0]
+        return [(row[: len(tokens)].clone(),) for row, tokens in zip(hidden, work.tokens, strict=True)]
+
+
+def count_padded(model: PromptedModel, units: list[Unit], examples: Examples, *, with_contexts: bool) -> int:
+    """Positions of readers that are padded to one width."""
+    if not units:
+        return 0
+    rows = [example for example, _ in units]
+    readers = [(example, model.num_virtual(member)) for example, members in units for member in members]
+    contexts = int(examples.num_context[rows].sum()) if with_contexts else 0
+    read, written = examples.widths[[row for row, _ in readers]].T
+    widest = int(read.max()) + int(written.max())
+    return max(contexts, len(readers) * (widest + max(count for _, count in readers)))
+
+
+class Seq2Seq(Family):
+    """Reads an input that ends as a text ends, and writes a target that begins as a text begins."""
+
+    name = "seq2seq"
+    auto_class = AutoModelForSeq2SeqLM
+    architectures = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    model_class = PromptedSeq2Seq
+    placements = ("prefix", "encoder", "decoder")
+    peft_task = "SEQ_2_SEQ_LM"
+
+    def is_own(self, shape: PretrainedConfig) -> bool:
+        return shape.is_encoder_decoder
+
+    def frame_text(self) -> Framing:
+        return Framing(ends_input=True, starts_target=True)
+
+    def check_model(self, model: PreTrainedModel, path: str) -> None:
+        super().check_model(model, path)
+        if getattr(model.config, "decoder_start_token_id", None) is None:
+            raise UserError(f"model.path: {path}/config.json names no decoder_start_token_id: set it there")
+
+    def generation_config(self, shape: PretrainedConfig) -> GenerationConfig:
+        """Where a decoder starts is the base's."""
+        return GenerationConfig(decoder_start_token_id=getattr(shape, "decoder_start_token_id", None))
+
+    def context_bytes_per_token(self, shape: PretrainedConfig, dtype: torch.dtype) -> int:
+        """The encoder's output."""
+        return shape.get_text_config(decoder=True).hidden_size * dtype.itemsize

@@ -1,0 +1,30 @@
+"""Translations against reference translations, by sacrebleu (Post, 2018, arXiv:1804.08771), from 0 to 100."""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from ptune_dist.metrics.metric import Metric, References
+
+
+def bleu(answers: Sequence[str], references: References) -> float:
+    """BLEU of the whole corpus, with sacrebleu's defaults: case matters, the 13a tokenizer, exponential smoothing."""
+    return build_bleu(references).corpus_score(answers, None).score
+
+
+def sign_bleu(references: References) -> str:
+    return str(build_bleu(references).get_signature())
+
+
+def build_bleu(references: References):
+    """A scorer of answers to rows with these references."""
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(references=to_streams(references), force=True)  # force: no warning about text that looks tokenized
+
+
+def to_streams(references: References) -> list[tuple[str | None, ...]]:
+    """References as sacrebleu takes them: all first ones, all second ones, ..., None where a row has no more."""
+    return list(zip_longest(*references))
+
+
+BLEU = Metric("bleu", "answers", bleu, package="sacrebleu", module="sacrebleu", signature=sign_bleu)

@@ -1,0 +1,161 @@
+"""Everything that training changes, in one small object: the prompts' tensors, optimizers, faults and loss scale.
+
+A prompt is a few hundred kB, so its tensors are whole, in float32 and the same on every rank. Each rank computes the
+gradient of its own rows; the gradients are summed over the ranks once a step, and every rank then takes the same step.
+So nothing here depends on how the base is stored, and a checkpoint restores at any world size.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from ptune_dist.distributed.world import World
+from ptune_dist.optim.gradients import sum_gradients
+from ptune_dist.optim.loss_scale import LossScale
+
+
+class Member:
+    """One member's trainable tensors with the torch optimizer that moves them."""
+
+    def __init__(self, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float):
+        """`named` are float32; `max_grad_norm` 0 clips nothing."""
+        self.named = named
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm = 0.0  # in its last step, before clipping
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.named.values())
+
+    def norm(self) -> torch.Tensor:
+        """The norm of the whole gradient, a scalar on the device."""
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in self.parameters]))
+
+    def step(self, learning_rate: float) -> None:
+        """Clip by the norm in `grad_norm` and step."""
+        if self.max_grad_norm:
+            scale = min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6))
+            for parameter in self.parameters:
+                parameter.grad.mul_(scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+
+    def is_finite(self) -> torch.Tensor:
+        """Whether all tensors are finite, a scalar on the device."""
+        return torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all()
+
+    def clear_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Copies of the trainable tensors on the CPU."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.named.items()}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Set what `tensors` gave."""
+        for name, parameter in self.named.items():
+            parameter.copy_(tensors[name])
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """The optimizer's tensors by `TENSOR.KEY`, on the CPU."""
+        return {
+            f"{name}.{key}": torch.as_tensor(value).detach().cpu().clone()
+            for name, parameter in self.named.items()
+            for key, value in self.optimizer.state[parameter].items()
+            if value is not None
+        }
+
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Set what `optimizer_state` gave."""
+        by_name: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.named}
+        for path, tensor in tensors.items():
+            name, _, key = path.rpartition(".")
+            by_name[name][key] = tensor.clone()
+        content = self.optimizer.state_dict()
+        content["state"] = dict(enumerate(by_name.values()))
+        self.optimizer.load_state_dict(content)
+
+
+class PromptState:
+    """The members' training state."""
+
+    def __init__(self, members: dict[str, Member], world: World, loss_scale: LossScale | None = None):
+        self.members = members
+        self.loss_scale = loss_scale
+        self.skipped_steps = 0  # because of fp16's overflows
+        self._world = world
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss to call backward on."""
+        return loss if self.loss_scale is None else loss * self.loss_scale.cur_scale
+
+    def step(self, learning_rates: dict[str, float]) -> dict[str, str]:
+        """Sum the gradients and move the members that are named, each by its own learning rate; returns their faults.
+
+        A member whose gradient, or whose tensors after the step, are not finite keeps the tensors that it had, and the
+        others are unaffected. Under a loss scale a gradient that is not finite skips the step of all. Gradients are
+        cleared. Collective: every rank must call.
+        """
+        moving = {name: self.members[name] for name in learning_rates}
+        parameters = [parameter for member in moving.values() for parameter in member.parameters]
+        sum_gradients(parameters, self._world)
+        if self.loss_scale is not None:
+            for parameter in parameters:
+                parameter.grad.div_(self.loss_scale.cur_scale)
+        norms = torch.stack([member.norm() for member in moving.values()]).tolist() if moving else []
+        faults: dict[str, str] = {}
+        if not self._skips(norms):
+            faults = self._move(moving, norms, learning_rates)
+        for member in self.members.values():
+            member.clear_gradients()
+        return faults
+
+    def _skips(self, norms: list[float]) -> bool:
+        """Whether the loss scale was too large for this step; adjusts it."""
+        if self.loss_scale is None:
+            return False
+        has_overflow = not all(math.isfinite(norm) for norm in norms)
+        if has_overflow and self.loss_scale.is_exhausted:
+            return False
+        self.loss_scale.count_step(has_overflow)
+        self.skipped_steps += has_overflow
+        return has_overflow
+
+    def _move(self, moving: dict[str, Member], norms: list[float], rates: dict[str, float]) -> dict[str, str]:
+        """Step the members whose gradient is finite, and take back what leaves the finite; the faults of the others."""
+        faults, before = {}, {}
+        for (name, member), norm in zip(moving.items(), norms, strict=True):
+            member.grad_norm = norm
+            if not math.isfinite(norm):
+                faults[name] = f"the gradient's norm is {norm}"
+                continue
+            before[name] = [parameter.detach().clone() for parameter in member.parameters]
+            member.step(rates[name])
+        finite = torch.stack([moving[name].is_finite() for name in before]).tolist() if before else []
+        for name, is_finite in zip(before, finite, strict=True):
+            if is_finite:
+                continue
+            faults[name] = "the prompt is not finite after the optimizer's step"
+            for parameter, kept in zip(moving[name].parameters, before[name], strict=True):
+                parameter.data.copy_(kept)
+        return faults
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """The optimizers' tensors by `MEMBER/TENSOR.KEY`, on the CPU."""
+        return {
+            f"{name}/{path}": tensor
+            for name, member in self.members.items()
+            for path, tensor in member.optimizer_state().items()
+        }
+
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Set what `optimizer_state` gave, whatever the world size was."""
+        for name, member in self.members.items():
+            prefix = f"{name}/"
+            own = {path.removeprefix(prefix): t for path, t in tensors.items() if path.startswith(prefix)}
+            member.load_optimizer_state(own)

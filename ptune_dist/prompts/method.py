@@ -1,0 +1,94 @@
+"""The interface of a method: how a prompt is parameterized, and what it contributes to a pass.
+
+Shapes: P positions, D width, L layers, G key/value heads, Dh width of a head.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from ptune_dist.prompts.start import Start
+
+
+class Options(BaseModel):
+    """The options of one method, which stand under `prompt:` beside the keys that all methods share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What a method may need to know of the base. The numbers of attention are None where the base has none."""
+
+    width: int  # of an input embedding
+    num_layers: int | None = None
+    num_key_value_heads: int | None = None
+    head_width: int | None = None
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a prompt adds to a pass; either part may be absent.
+
+    vectors [P, D]: virtual tokens that stand in the sequence. keys, values [L, P, G, Dh]: of every layer, attended to
+    by all positions and read before the sequence; rotary bases take them as already rotated.
+    """
+
+    vectors: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+    @property
+    def num_vectors(self) -> int:
+        return 0 if self.vectors is None else len(self.vectors)
+
+    @property
+    def num_prefix(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[1]
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """What PEFT stores of a prompt: the tensor `prompt_embeddings`, and entries of adapter_config.json."""
+
+    prompt_embeddings: torch.Tensor
+    settings: dict[str, Any]
+
+
+class Method(nn.Module):
+    """One soft prompt. Its parameters are what is trained and checkpointed, in float32.
+
+    A method is one file: this class with the attributes below, and a line in `prompts.METHODS`.
+    """
+
+    options_type: ClassVar[type[Options]] = Options  # its own keys under `prompt:`
+    families: ClassVar[tuple[str, ...] | None] = None  # of bases; None: all
+    placements: ClassVar[tuple[str, ...] | None] = None  # None: all that the family has
+    starts: ClassVar[tuple[str, ...]] = ("vocab", "random", "text", "labels", "file")  # values of prompt.init
+    default_start: ClassVar[str] = "vocab"
+    stands_in_sequence: ClassVar[bool] = True  # False: keys and values only, so nothing can be predicted from it alone
+
+    num_virtual_tokens: int  # positions that the prompt takes
+
+    @classmethod
+    def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "Method":
+        """A prompt at its start. Reading the start may raise UserError."""
+        raise NotImplementedError
+
+    def forward(self) -> Contribution:
+        raise NotImplementedError
+
+    def begin_step(self, step: int) -> None:
+        """Called before the passes of optimizer step `step`: for methods whose forward draws random numbers."""
+
+    def plain(self) -> dict[str, torch.Tensor]:
+        """The prompt with any reparameterization folded in, by name: what is served and exported."""
+        raise NotImplementedError
+
+    @classmethod
+    def to_peft(cls, plain: dict[str, torch.Tensor]) -> PeftAdapter:
+        """A plain prompt in PEFT's format."""
+        raise NotImplementedError

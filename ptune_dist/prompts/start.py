@@ -1,0 +1,158 @@
+"""Where a prompt starts (Lester et al. 2021, section 3.2): random numbers, the vocabulary, a text, labels, or a file.
+
+Shapes: P virtual tokens, D width.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from ptune_dist.errors import UserError
+
+# The paper samples from the 5,000 most common tokens, which are the first of its vocabulary.
+NUM_COMMON_TOKENS = 5000
+PROMPT_FILES = ("prompt/prompt.safetensors", "prompt.safetensors", "adapter_model.safetensors")
+VECTOR_NAMES = ("virtual_tokens", "prompt_embeddings")  # ours and PEFT's
+
+NOTHING = "nothing"
+
+Lookup = Callable[[list[int]], torch.Tensor]  # token ids -> embeddings [len(ids), D]
+
+
+@dataclass
+class Start:
+    """The start that config section `prompt` asks for; a function of `seed` alone.
+
+    `lookup` reads rows of the base's embeddings. Kind NOTHING gives zeros: a trained prompt will be loaded.
+    """
+
+    kind: str  # prompt.init, or NOTHING
+    seed: int
+    tokenizer: PreTrainedTokenizerBase
+    lookup: Lookup
+    text: str | None = None
+    labels: list[str] | None = None
+    file: str | None = None
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def vectors(self, num: int, width: int) -> torch.Tensor:
+        """Virtual tokens [P, D]. Raises UserError."""
+        if self.kind == NOTHING:
+            return torch.zeros(num, width)
+        if self.kind == "random":
+            return random_vectors(num, width, self.generator)
+        if self.kind == "text":
+            return self._text_vectors(num)
+        if self.kind == "labels":
+            return self._label_vectors(num)
+        if self.kind == "file":
+            return read_vectors(self.file or "", num, width)
+        return self._vocab_vectors(num)
+
+    def tensors(self, wanted: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+        """The tensors of these names and shapes in `prompt.init_file`, in float32. Raises UserError."""
+        file = find_prompt_file(self.file or "")
+        stored = read_tensors(file)
+        missing = [name for name in wanted if name not in stored]
+        if missing:
+            raise UserError(
+                f"prompt.init_file: {file} holds no {missing[0]}, only {', '.join(sorted(stored)[:5])}: a prompt of "
+                "this method cannot be trained further from it; prompt.method=prompt_tuning can, from its plain vectors"
+            )
+        for name, shape in wanted.items():
+            if tuple(stored[name].shape) != tuple(shape):
+                raise UserError(
+                    f"prompt.init_file: {file} holds {name} {tuple(stored[name].shape)}, this prompt has {tuple(shape)}"
+                )
+        return {name: stored[name].float() for name in wanted}
+
+    def _text_vectors(self, num: int) -> torch.Tensor:
+        """[P, D]: embeddings of the text's tokens, repeated or cut to P."""
+        ids = self.tokenizer.encode(self.text or "", add_special_tokens=False)
+        if not ids:
+            raise UserError(f"prompt.init_text: {self.text!r} has no tokens")
+        return self.lookup((ids * (num // len(ids) + 1))[:num])
+
+    def _vocab_vectors(self, num: int) -> torch.Tensor:
+        """[P, D]: embeddings of tokens drawn from the common part of the vocabulary, special tokens left out."""
+        special = set(self.tokenizer.all_special_ids)
+        common = [i for i in sorted(self.tokenizer.get_vocab().values()) if i not in special][:NUM_COMMON_TOKENS]
+        order = torch.randperm(len(common), generator=self.generator)[:num].tolist()
+        if len(order) < num:  # a small vocabulary: draw with repetition
+            order = torch.randint(len(common), (num,), generator=self.generator).tolist()
+        return self.lookup([common[i] for i in order])
+
+    def _label_vectors(self, num: int) -> torch.Tensor:
+        """[P, D]: each label's mean embedding, then draws from the vocabulary for the rest of P."""
+        labels = self.labels or []
+        if len(labels) > num:
+            raise UserError(f"prompt.num_virtual_tokens is {num} but there are {len(labels)} labels to start from")
+        parts = [torch.stack([self._mean_of(label) for label in labels])]
+        if num > len(labels):
+            parts.append(self._vocab_vectors(num - len(labels)))
+        return torch.cat(parts)
+
+    def _mean_of(self, text: str) -> torch.Tensor:
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if not ids:
+            raise UserError(f"prompt.init: the label {text!r} has no tokens")
+        return self.lookup(ids).mean(dim=0)
+
+
+def random_vectors(num: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """[P, D], uniform in [-0.5, 0.5) as in the paper."""
+    return torch.rand(num, width, generator=generator) - 0.5
+
+
+def find_prompt_file(source: str) -> Path:
+    """The tensor file of a run, a prompt folder or a PEFT adapter folder; a file is itself."""
+    return next((Path(source) / name for name in PROMPT_FILES if (Path(source) / name).is_file()), Path(source))
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Raises UserError."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"prompt.init_file: cannot read {file}: {error}") from None
+
+
+def read_vectors(source: str, num: int, width: int) -> torch.Tensor:
+    """Plain virtual tokens [P, D] from a run, a prompt folder, a PEFT adapter folder or a safetensors file.
+
+    PEFT's p-tuning adapters hold the vectors with their encoder folded in. Raises UserError.
+    """
+    file = find_prompt_file(source)
+    tensors = read_tensors(file)
+    found = next((tensors[name] for name in VECTOR_NAMES if name in tensors), None)
+    if found is None:
+        raise UserError(f"prompt.init_file: {file} holds no virtual_tokens, only {', '.join(sorted(tensors)[:5])}")
+    settings = read_adapter_settings(file.parent)
+    kind = settings.get("peft_type", "PROMPT_TUNING")
+    if kind not in ("PROMPT_TUNING", "P_TUNING"):
+        raise UserError(f"prompt.init_file: {file} is a PEFT adapter of type {kind}, which holds no virtual tokens")
+    if settings.get("num_transformer_submodules") == 2:  # PEFT keeps rows for a decoder too, which nothing reads
+        found = found[: len(found) // 2]
+    if tuple(found.shape) != (num, width):
+        raise UserError(
+            f"prompt.init_file: {file} holds {tuple(found.shape)}, "
+            f"this prompt is (num_virtual_tokens, width) = {(num, width)}"
+        )
+    return found.float()
+
+
+def read_adapter_settings(folder: Path) -> dict[str, Any]:
+    """PEFT's adapter_config.json beside its tensors; empty where there is none."""
+    try:
+        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,42 @@
+"""The part of a config's checks that needs the seams: names of methods, objectives and families."""
+
+from ptune_dist.config.schema import Config
+from ptune_dist.families import FAMILIES
+from ptune_dist.objectives import OBJECTIVES
+from ptune_dist.prompts.build import check_options, choose_start, find_method
+
+
+def resolve(config: Config) -> Config:
+    """Check a config, or a member's, and fill in what its method leaves open.
+
+    For `config.load.load_config`. Raises ValueError that begins with the key.
+    """
+    check_family(config)
+    check_objective(config)
+    prompt = config.prompt
+    method = find_method(prompt)
+    options = check_options(prompt)
+    if method.placements is not None and prompt.placement not in method.placements:
+        raise ValueError(f"prompt.placement: {prompt.method} is for placement {' and '.join(method.placements)}")
+    if not method.stands_in_sequence and config.data.train.lower().endswith(".txt"):
+        raise ValueError(f"prompt.method: {prompt.method} needs an input before the target, and a .txt file has none")
+    filled = {"init": choose_start(prompt), **options.model_dump()}
+    return config.model_copy(update={"prompt": prompt.model_copy(update=filled)})
+
+
+def check_family(config: Config) -> None:
+    family = config.model.family
+    if family != "auto" and family not in FAMILIES:
+        raise ValueError(f"model.family: {family} is none of auto, {', '.join(FAMILIES)}")
+
+
+def check_objective(config: Config) -> None:
+    name = config.train.objective
+    if name not in OBJECTIVES:
+        raise ValueError(f"train.objective: {name} is none of {', '.join(OBJECTIVES)}")
+    objective = OBJECTIVES[name].build(config.train)
+    if objective.target == "number":
+        if config.data.train.lower().endswith(".txt"):
+            raise ValueError(f"train.objective: {name} needs data.target, a number, and a .txt file has none")
+        if config.data.labels:
+            raise ValueError(f"data.labels is given but train.objective is {name}, whose targets are numbers")

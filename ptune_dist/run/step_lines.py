@@ -1,0 +1,54 @@
+"""What a training step writes to metrics.jsonl."""
+
+from ptune_dist.distributed.world import World
+from ptune_dist.run.job import Job
+from ptune_dist.run.log import peak_memory_bytes
+from ptune_dist.run.progress import Progress
+
+MEAN_KEYS = ("loss", "learning_rate", "grad_norm")  # of a sweep's members
+
+Line = dict[str, float]
+
+
+def step_lines(
+    job: Job, progress: Progress, losses: dict[str, float], learning_rates: dict[str, float], world: World
+) -> tuple[Line, dict[str, Line]]:
+    """A line of the run's metrics.jsonl, and a line for each member of a sweep.
+
+    A sweep's own line holds means over its members. A member that this step has stopped has no line of it.
+    """
+    lines = {
+        name: member_line(job, progress, name, loss, learning_rates[name])
+        for name, loss in losses.items()
+        if not progress.members[name].ended
+    }
+    last = progress.throughput.last
+    line = {
+        "step": progress.step,
+        **{key: sum(one[key] for one in lines.values()) / len(lines) for key in MEAN_KEYS},
+        "samples_per_s": last.num_samples / last.seconds,
+        "tokens_per_s": last.num_tokens / last.seconds,
+        "peak_memory_bytes": peak_memory_bytes(world.device),
+        "num_gathers": last.num_gathers,
+        "gathered_bytes": last.gathered_bytes,
+        "gathered_bytes_between_nodes": last.gathered_bytes_between_nodes,
+        "time_s": progress.elapsed_s,
+    }
+    cache = job.engine.contexts.cache
+    if cache:
+        hits, misses = job.engine.contexts.take_counts()
+        line["context_hit_rate"] = hits / max(1, hits + misses)
+        line["context_cache_bytes"] = cache.held_bytes
+    if not job.config.sweep:
+        return line, {}
+    return line | {"num_members": len(lines)}, lines
+
+
+def member_line(job: Job, progress: Progress, name: str, loss: float, learning_rate: float) -> Line:
+    return {
+        "step": progress.step,
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "grad_norm": job.engine.grad_norm(name),
+        "time_s": progress.elapsed_s,
+    }

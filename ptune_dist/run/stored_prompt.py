@@ -1,0 +1,97 @@
+"""The trained prompt of a run: what is stored beside its tensors, and whether it fits a config and a base."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptune_dist.config.schema import Config
+from ptune_dist.config.sweep import ONLY_MEMBER
+from ptune_dist.distributed.world import World, together
+from ptune_dist.errors import UserError
+from ptune_dist.model.value_head import TargetScale
+from ptune_dist.prompts.build import check_options
+from ptune_dist.prompts.store import load_prompt
+from ptune_dist.run.job import Job, base_facts, build_job
+from ptune_dist.run.reading import Reading
+
+
+def build_trained_job(reading: Reading, run_dir: Path, world: World) -> Job:
+    """The job of a run with its trained prompt. Collective: every rank must call. Raises UserError."""
+    tensors, facts = together(world, lambda: load_prompt(run_dir / "prompt"))
+    check_prompt(reading, facts, run_dir)
+    scales = {ONLY_MEMBER: TargetScale(**facts["target_scale"])} if facts.get("target_scale") else None
+    job = build_job(reading, world, with_start=False, scales=scales)
+    check_base(reading.config, facts, job.fingerprint, run_dir)
+    job.engine.load_prompts({ONLY_MEMBER: tensors})
+    return job
+
+
+def check_base(config: Config, facts: dict[str, Any], fingerprint: str, run_dir: Path) -> None:
+    """Raise UserError where the base is not the one that a prompt was trained on."""
+    trained_on = facts["base"]["fingerprint"]
+    if trained_on != fingerprint:
+        raise UserError(
+            f"model.path: {config.model.path} is not the base that the prompt of {run_dir} was trained on "
+            f"(fingerprint {fingerprint}, not {trained_on})"
+        )
+
+
+def check_prompt(reading: Reading, facts: dict[str, Any], run_dir: Path) -> None:
+    """Raise UserError where the config has come to describe another prompt than the trained one."""
+    config = reading.config
+    stored_options = facts.get("options", {})
+    asked_options = check_options(config.prompt).model_dump()
+    asked = {key: getattr(config.prompt, key) for key in ("method", "num_virtual_tokens", "placement")}
+    stored = {key: facts[key] for key in asked} | stored_options
+    for key, value in (asked | asked_options).items():
+        if key in stored and value != stored[key]:
+            raise UserError(f"prompt.{key}: the prompt of {run_dir} was trained with {stored[key]!r}, not {value!r}")
+    if facts.get("labels") not in (None, config.data.labels):
+        raise UserError(f"data.labels: the head of {run_dir} was trained to tell {facts['labels']} apart")
+    objective = facts.get("objective", "cross_entropy")
+    if objective != config.train.objective:
+        raise UserError(
+            f"train.objective: the prompt of {run_dir} was trained with {objective!r}, not {config.train.objective!r}"
+        )
+
+
+def prompt_facts(job: Job, member: str, *, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+    """What is stored beside a prompt's tensors."""
+    config = job.members[member]
+    model = job.engine.model
+    family = job.reading.family
+    text = model.base.config.get_text_config()
+    facts = {
+        "method": config.prompt.method,
+        "num_virtual_tokens": config.prompt.num_virtual_tokens,
+        "width": base_facts(model.base).width,
+        "placement": config.prompt.placement,
+        "step": step,
+        "validation": metrics,
+        "labels": config.data.labels if family.trains_head else None,
+        "base": {
+            "path": config.model.path,
+            "family": family.name,
+            "model_type": model.base.config.model_type,
+            "fingerprint": job.fingerprint,
+            # for PEFT's adapter_config.json; a state-space model has no heads
+            "num_layers": getattr(text, "num_hidden_layers", None),
+            "num_attention_heads": getattr(text, "num_attention_heads", None),
+        },
+    }
+    options = check_options(config.prompt).model_dump()
+    if options:
+        facts["options"] = options
+    if model.predicts_numbers:
+        scale = model.target_scales[list(job.members).index(member)]
+        facts["objective"] = config.train.objective
+        facts["target_scale"] = {"mean": scale.mean, "std": scale.std}
+    return facts
+
+
+def prompt_tensors(job: Job, member: str) -> dict[str, torch.Tensor]:
+    """What is stored of a prompt: all that was trained, and the plain prompt that it amounts to."""
+    number = list(job.members).index(member)
+    plain = {name: tensor.float().cpu().clone() for name, tensor in job.engine.model.prompts[number].plain().items()}
+    return plain | job.engine.prompt_tensors(member)

@@ -1,0 +1,75 @@
+"""Whether this release of DeepSpeed cuts a parameter as `shard.py` does: a small one is cut both ways and gathered.
+
+Another release may pad, order or describe its partitions in another way, and training would go on with wrong weights.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import deepspeed
+import torch
+from torch import nn
+
+from ptune_dist.errors import RunFault
+
+PARTS = ("ds_tensor", "ds_secondary_tensor")
+NUM_PER_RANK = 3  # elements; one more in all, so that the last part is padded
+FACTS = ("ds_numel", "ds_shape", "ds_numel_aligned", "ds_status", "ds_persist", "ds_param_type")
+FACTS_OF_PART = ("ds_numel", "status", "final_location")
+
+
+class Cutter(Protocol):
+    @property
+    def device(self) -> torch.device: ...
+
+    def shard(self, parameter: nn.Parameter, fill: Callable[[int, torch.Tensor], None]) -> None: ...
+
+    def fill_parts(self) -> None: ...
+
+
+def check_layout(cutter: Cutter) -> None:
+    """Raise RunFault where DeepSpeed describes or fills its partitions differently. Collective."""
+    whole = torch.arange(1.0, NUM_PER_RANK * torch.distributed.get_world_size() + 2, device=cutter.device)
+    ours = nn.Parameter(torch.empty(1).expand(whole.shape), requires_grad=False)
+    cutter.shard(ours, lambda start, out: out.copy_(whole[start : start + len(out)]))
+    cutter.fill_parts()
+    theirs = nn.Parameter(whole.clone(), requires_grad=False)
+    ours.convert_to_zero_parameters(param_list=[theirs])
+    found = difference(ours, theirs)
+    for parameter in (ours, theirs):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if found is None and not torch.equal(parameter.detach(), whole):
+                found = "what it gathers is not what was cut"
+    if found is not None:
+        raise RunFault(
+            f"DeepSpeed {deepspeed.__version__} cuts parameters otherwise than ptune_dist expects: {found}: "
+            "install a release that pyproject.toml allows"
+        )
+
+
+def difference(ours: nn.Parameter, theirs: nn.Parameter) -> str | None:
+    """What differs between two cut parameters of equal content."""
+    if vars(ours).keys() != vars(theirs).keys():
+        return f"attributes {', '.join(sorted(vars(ours).keys() ^ vars(theirs).keys()))}"
+    for name in FACTS:
+        if getattr(ours, name) != getattr(theirs, name):
+            return f"{name} is {getattr(theirs, name)}, not {getattr(ours, name)}"
+    for name in PARTS:
+        found = difference_of_parts(getattr(ours, name), getattr(theirs, name))
+        if found is not None:
+            return f"{name}: {found}"
+    return None
+
+
+def difference_of_parts(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> str | None:
+    """What differs between this rank's parts; `ours` is None without hpZ's second cut."""
+    if ours is None or theirs is None:
+        return None if ours is theirs else "only one is there"
+    if vars(ours).keys() != vars(theirs).keys():
+        return f"attributes {', '.join(sorted(vars(ours).keys() ^ vars(theirs).keys()))}"
+    for name in FACTS_OF_PART:
+        if getattr(ours, name) != getattr(theirs, name):
+            return f"{name} is {getattr(theirs, name)}, not {getattr(ours, name)}"
+    if ours.shape != theirs.shape or ours.device != theirs.device:
+        return f"{tuple(theirs.shape)} on {theirs.device}, not {tuple(ours.shape)} on {ours.device}"
+    return None

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 from ptune_dist.config.messages import describe_first_error, describe_unknown_key
 from ptune_dist.config.schema import Config, Positive, PromptConfig, Section
 
-METRICS = ("loss", "perplexity", "exact_match", "accuracy")
+OBJECTIVES = ("cross_entropy",)
 
 
 class NoOptions(Section):
@@ -24,9 +24,8 @@ OPTIONS = {"prompt_tuning": NoOptions, "layered": LayeredOptions}
 
 def resolve(config: Config) -> Config:
     """The config with the defaults of its method; ValueError, beginning with the key, for what is unknown."""
-    for name in config.evaluate.metrics:
-        if name not in METRICS:
-            raise ValueError(f"evaluate.metrics: unknown metric {name!r}")
+    if config.train.objective not in OBJECTIVES:
+        raise ValueError(f"train.objective: unknown objective {config.train.objective!r}")
     method = config.prompt.method
     if method not in OPTIONS:
         raise ValueError(f"prompt.method: unknown method {method!r}")

@@ -223,10 +223,10 @@ class EvaluateConfig(Section):
     every: NotNegative = 200
     """Steps between evaluations; 0: only before and after training."""
 
-    metrics: list[str] = ["loss"]
+    metrics: list[Metric] = ["loss"]
     """What is computed. The loss is always among the results."""
 
-    best_metric: str | None = None
+    best_metric: Metric | None = None
     """The metric by which the best prompt is kept; the first of `metrics` where left out."""
 
     patience: NotNegative = 0

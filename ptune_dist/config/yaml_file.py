@@ -1,6 +1,7 @@
 """A config as it is written: a YAML file and `key.path=value` on the command line, before anything is checked."""
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ import yaml
 
 from ptune_dist.errors import UserError
 
+BARE_TEMPLATE = re.compile(r":\s+\{\{")
+
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where PyYAML silently keeps the last."""
+    """YAML that refuses a key given twice, where PyYAML silently keeps the last, and a key that is not plain text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value} is given twice", key.start_mark)
             seen.add(key.value)
@@ -23,18 +28,28 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError naming file and line."""
+    text = ""
     try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=UniqueKeyLoader)  # a SafeLoader
+        text = Path(path).read_text(encoding="utf-8")
+        raw = yaml.load(text, Loader=UniqueKeyLoader)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{path}: {reason}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        problem = getattr(error, "problem", error)
+        hint = '; put a template in quotes: "{{ column }}"' if mark and has_bare_template(text, mark.line) else ""
+        raise UserError(f"{path}{line}: not valid YAML: {problem}{hint}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values, found {type(raw).__name__}")
     return raw
+
+
+def has_bare_template(text: str, line: int) -> bool:
+    """Whether the line, from 0, has a value that begins with {{ without quotes, which YAML reads as a mapping."""
+    lines = text.splitlines()
+    return line < len(lines) and BARE_TEMPLATE.search(lines[line]) is not None
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

@@ -1,9 +1,11 @@
-"""A `resolve` for `load_config` with two small methods, as a caller supplies it."""
+"""A `resolve` for `load_config` with two small methods and a few names, as a caller supplies it."""
 
 from pydantic import ValidationError
 
 from ptune_dist.config.messages import describe_first_error, describe_unknown_key
 from ptune_dist.config.schema import Config, Positive, PromptConfig, Section
+
+OBJECTIVES = ("cross_entropy",)
 
 
 class NoOptions(Section):
@@ -22,6 +24,8 @@ OPTIONS = {"prompt_tuning": NoOptions, "layered": LayeredOptions}
 
 def resolve(config: Config) -> Config:
     """The config with the defaults of its method; ValueError, beginning with the key, for what is unknown."""
+    if config.train.objective not in OBJECTIVES:
+        raise ValueError(f"train.objective: unknown objective {config.train.objective!r}")
     method = config.prompt.method
     if method not in OPTIONS:
         raise ValueError(f"prompt.method: unknown method {method!r}")

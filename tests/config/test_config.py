@@ -50,7 +50,7 @@ def test_a_small_file_gets_the_documented_defaults(write):
         0,
         "float32",
         20,
-        "vocab",
+        None,
     )
     assert (config.train.batch_size, config.train.micro_batch_tokens, config.data.max_length) == (32, 8192, 512)
     assert (config.checkpoint.every, config.checkpoint.keep, config.deepspeed) == (100, 2, None)
@@ -241,7 +241,7 @@ def test_a_misspelt_key_that_is_needed_is_said_to_be_misspelt_and_not_only_missi
         ("model.dtype=float64", "'float64'"),
         ("seed=-1", "-1"),
         ("data.labels=positive", "'positive'"),
-        ("evaluate.metrics=[f2]", "'f2'"),
+        ("evaluate.metrics=[f3]", "'f3'"),
         ("checkpoint.keep=0", "greater than 0"),
         ("prompt.placement=suffix", "'infix', 'template', 'encoder' or 'decoder'"),
         ("train.context_cache_gib=-1", "greater than or equal to 0"),
@@ -303,6 +303,20 @@ def test_a_file_that_is_no_mapping_of_yaml_is_named_with_the_line(write, content
     path = write(content)
     message = error_of(path)
     assert message.startswith(str(path)) and says in message
+
+
+@pytest.mark.parametrize("value", ["{{ text }}", "{{ text }} =", "{{ text }}:", "{{ text }}, more"])
+@pytest.mark.parametrize("line", ["  template: VALUE\n", "  nested: {template: VALUE}\n"])
+def test_a_template_without_quotes_is_told_to_be_quoted(write, value, line):
+    path = write("output_dir: x\ndata:\n" + line.replace("VALUE", value))
+    message = error_of(path)
+    assert message.startswith(f"{path} line 3: not valid YAML: ")
+    assert message.endswith('; put a template in quotes: "{{ column }}"')
+
+
+@pytest.mark.parametrize("content", ["? [a, b]\n: 1\n", "? {a: b}\n: 1\n"])
+def test_a_key_that_is_a_list_or_a_mapping_is_refused(write, content):
+    assert "line 1: not valid YAML: a key must be plain text" in error_of(write(content))
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):

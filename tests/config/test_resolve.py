@@ -69,6 +69,7 @@ def test_a_resolved_config_reads_back_equal(load):
         ("prompt.zzzzqqqq=3", "unknown key prompt.zzzzqqqq"),
         ("prompt.num_layers=0", "prompt.num_layers: Input should be greater than 0, got 0"),
         ("prompt.method=other", "prompt.method: unknown method 'other'"),
+        ("train.objective=other", "train.objective: unknown objective 'other'"),
     ],
 )
 def test_what_resolve_refuses_is_one_line_with_its_place(error_of, override, message):

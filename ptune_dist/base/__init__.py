@@ -1,4 +1,4 @@
-"""The frozen base: loading it by parts, int8, sharding, what is known about its architecture. Floor 2."""
+"""The frozen base: loading all or part of it, int8, recomputation, and facts about its architecture."""
 
-# DeepSpeed picks its accelerator when it is first imported, and accelerate imports it: ours must be picked before.
+# DeepSpeed selects its accelerator when it is first imported, which accelerate does: ours must be set before that.
 from ptune_dist.distributed import world  # noqa: F401

@@ -1,10 +1,11 @@
-"""Fill an opened base from its weights, every tensor whole or a rank's own part of it.
+"""Fill an opened base from its weights: every tensor whole, or only this rank's part of it.
 
-Memory is made for all tensors before anything is read: what reading needs for a moment then leaves no holes between.
+Memory for all tensors is allocated before anything is read, so that temporary buffers do not fragment it.
 """
 
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,14 +13,25 @@ from transformers import PreTrainedModel
 
 from ptune_dist.base.int8 import Int8Rows, Int8Weight
 from ptune_dist.base.open import OpenedBase, open_base
-from ptune_dist.zero.shard import Fill, Sharder
 
 CPU = torch.device("cpu")
+
+Fill = Callable[[int, torch.Tensor], None]  # (first element, 1-D tensor to fill)
+
+
+class Sharder(Protocol):
+    """Partitions parameters over the ranks; implemented by `zero.shard.Sharder`."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def shard(self, parameter: nn.Parameter, fill: Fill) -> None: ...
+
+    def fill_parts(self) -> None: ...
 
 
 def fill_whole(opened: OpenedBase, device: torch.device = CPU) -> PreTrainedModel:
     """Every tensor whole on the device: ZeRO 0, 1, 2. Raises UserError."""
-
     unfilled: list[tuple[torch.Tensor, Fill]] = []
 
     def place(parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
@@ -34,7 +46,7 @@ def fill_whole(opened: OpenedBase, device: torch.device = CPU) -> PreTrainedMode
 
 
 def fill_sharded(opened: OpenedBase, sharder: Sharder) -> PreTrainedModel:
-    """This rank's part of every tensor: ZeRO 3. Buffers are whole, on the device. Raises UserError."""
+    """This rank's part of every tensor, and whole buffers on the device: ZeRO 3. Raises UserError."""
 
     def place(parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
         made = nn.Parameter(torch.empty(1, dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
@@ -49,14 +61,15 @@ def fill_sharded(opened: OpenedBase, sharder: Sharder) -> PreTrainedModel:
 def place_parameters(
     opened: OpenedBase, place: Callable[[nn.Parameter, Fill], nn.Parameter], device: torch.device
 ) -> PreTrainedModel:
-    """Put a parameter with memory wherever the model has one without: one for all modules that share it.
+    """Replace every parameter without memory by one that `place` makes; modules that share one still share it.
 
-    An encoder's head and the buffers are filled here.
+    Trained parameters (an encoder's head) and the buffers are filled here.
     """
-    model, placed = opened.model, {}
+    model = opened.model
+    placed: dict[int, nn.Parameter] = {}
     for name, parameter, fill in list(parameter_fills(opened)):
         if name in opened.trained:
-            whole = torch.empty(parameter.shape)  # trained, so in float32 and whole, for DeepSpeed to cut
+            whole = torch.empty(parameter.shape)  # float32, and whole: DeepSpeed partitions what is trained
             fill(0, whole.view(-1))
             placed[id(parameter)] = nn.Parameter(whole)
         else:
@@ -70,7 +83,7 @@ def place_parameters(
 
 
 def place_buffers(opened: OpenedBase, device: torch.device) -> None:
-    """Whole buffers on the device: stored ones are read, the others have been computed."""
+    """Put whole buffers on the device; those in the files are read, the others are already computed."""
     for module_name, module in opened.model.named_modules():
         for leaf, buffer in module._buffers.items():
             name = f"{module_name}.{leaf}" if module_name else leaf
@@ -82,7 +95,7 @@ def place_buffers(opened: OpenedBase, device: torch.device) -> None:
 
 
 def parameter_fills(opened: OpenedBase) -> Iterator[tuple[str, nn.Parameter, Fill]]:
-    """Name, parameter and how to fill it, once for each parameter; an int8 weight before its scales."""
+    """Name, parameter and its fill, once for each parameter; an int8 weight comes before its scales."""
     seen: set[int] = set()
     for module_name, module in opened.model.named_modules():
         rows = None
@@ -106,7 +119,7 @@ def plain_fill(opened: OpenedBase, name: str) -> Fill:
 
 
 def new_head_fill(opened: OpenedBase, name: str) -> Fill:
-    """A new head starts as transformers' own do, normal weights and no bias; it is filled whole."""
+    """A new head is initialized as in transformers, with normal weights and zero biases; it is filled whole."""
     std = getattr(opened.model.config, "initializer_range", None) or 0.02
     generator = torch.Generator().manual_seed(opened.seed + zlib.crc32(name.encode()))
 
@@ -125,6 +138,6 @@ def int8_rows(opened: OpenedBase, name: str, module: Int8Weight) -> Int8Rows:
     return Int8Rows(lambda first, last: read(stored, first, last), *module.weight.shape)
 
 
-def load_base(path: str, **options) -> PreTrainedModel:
-    """A whole frozen base on the CPU; options are those of `open_base`. Raises UserError."""
+def load_base(path: str, **options: Any) -> PreTrainedModel:
+    """A whole frozen base on the CPU, with the options of `open_base`. Raises UserError."""
     return fill_whole(open_base(path, **options))

@@ -1,18 +1,19 @@
-"""Weights by way of transformers' own loader, whole on every rank: for architectures whose names it has to convert."""
+"""Weights from transformers' own loader, whole on every rank: for architectures whose names it must convert."""
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
 
-from ptune_dist.base.names import describe, is_harmless
+from ptune_dist.base.names import NameTest, describe, is_harmless
 from ptune_dist.base.source import describe_load_error, is_local_only
 from ptune_dist.errors import UserError
-from ptune_dist.families.find import AUTO_CLASS
 
 
 class LoadedWeights:
-    """Weights that transformers has loaded, read as files are."""
+    """Weights that transformers has loaded, with the interface of `weight_files.WeightFiles`."""
 
     bytes_read = 0
 
@@ -33,21 +34,30 @@ class LoadedWeights:
         return self._tensors[name][:, first:last].T.contiguous()
 
 
-def load_with_transformers(path: str, family: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every tensor of a base by its name in the model. Raises UserError."""
+def load_with_transformers(
+    path: str, from_pretrained: Callable[..., Any], dtype: torch.dtype, *, may_be_unused: NameTest
+) -> dict[str, torch.Tensor]:
+    """Every tensor of a base by its name in the model. Raises UserError.
+
+    `from_pretrained` is that of the base's auto class. `may_be_unused` is as in `names.match_names`.
+    """
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()
     try:
-        model, report = AUTO_CLASS[family].from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+        model, report = from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
             local_files_only=is_local_only(path),
-        )  # fmt: skip
-    except Exception as error:  # safetensors, hub and transformers each raise their own
+        )
+    except Exception as error:  # safetensors, the hub and transformers each have their own errors
         raise UserError(describe_load_error(path, "weights", error)) from None
     finally:
         transformers.logging.set_verbosity(verbosity)
-    extra = [name for name in report["unexpected_keys"] if not is_harmless(model, name, family)]
+    extra = [name for name in report["unexpected_keys"] if not is_harmless(model, name, may_be_unused)]
     if extra:
         raise UserError(f"model.path: the weights of {path} do not fit its config.json: {describe({'extra': extra})}")
     reported = [*report["missing_keys"], *report["mismatched_keys"]]

@@ -1,23 +1,29 @@
-"""Which stored tensor is which parameter of a model, and what is wrong where they do not fit."""
+"""Match the stored tensors to the parameters of a model, and describe where they do not fit."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ptune_dist.errors import UserError
-from ptune_dist.families.find import POOLER, is_outside, may_start_anew
 
 NUM_NAMED = 5
-# Computed, not loaded; older files carry them.
+# Buffers that are computed instead of loaded; older files contain them.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|\.token_type_ids$|masked_bias$")
 
 Shapes = dict[str, tuple[int, ...]]
+NameTest = Callable[[str], bool]
 
 
-def match_names(model: PreTrainedModel, stored: Shapes, family: str, path: str) -> tuple[dict[str, str], list[str]]:
-    """Model name -> stored name, and the parameters that start anew (a new head's). Raises UserError."""
+def match_names(
+    model: PreTrainedModel, stored: Shapes, path: str, *, may_start_anew: NameTest, may_be_unused: NameTest
+) -> tuple[dict[str, str], list[str]]:
+    """Model name -> stored name, and the parameters that start anew. Raises UserError if anything does not fit.
+
+    `may_start_anew`: whether a parameter of the model may be absent from the files (a new head). `may_be_unused`:
+    whether a stored tensor may have no place in the model (another head).
+    """
     wanted, aliases = wanted_tensors(model)
     names: dict[str, str] = {}
     for name in wanted:
@@ -26,13 +32,13 @@ def match_names(model: PreTrainedModel, stored: Shapes, family: str, path: str) 
             names |= dict.fromkeys(aliases[name], found)
     missing = [name for name in wanted if name not in names]
     wrong = [name for name in names if name in wanted and stored[names[name]] != wanted[name]]
-    # Another head than the one asked for is no part of the base.
-    new = [name for name in missing + wrong if may_start_anew(model, name, family)]
+    # A stored head for other labels is not part of the base.
+    new = [name for name in missing + wrong if may_start_anew(name)]
     wrong = [name for name in wrong if name not in new]
     used = {s for name in names for alias in aliases.get(name, [name]) for s in spellings(model, alias)}
     problems = {
         "missing": [name for name in missing if name not in new and not is_ignored(model, name, "missing")],
-        "extra": [s for s in stored if s not in used and not is_harmless(model, s, family)],
+        "extra": [s for s in stored if s not in used and not is_harmless(model, s, may_be_unused)],
         "mis-shaped": [f"{n} {list(stored[names[n]])} for {list(wanted[n])}" for n in wrong],
     }
     if any(problems.values()):
@@ -41,36 +47,37 @@ def match_names(model: PreTrainedModel, stored: Shapes, family: str, path: str) 
 
 
 def wanted_tensors(model: PreTrainedModel) -> tuple[Shapes, dict[str, list[str]]]:
-    """Shapes of a model's parameters and stored buffers, and every name that each goes by (tied ones have several)."""
-    wanted, aliases, first_of = {}, {}, {}
+    """Shapes of a model's parameters and stored buffers, and all names of each; tied parameters have several."""
+    wanted: Shapes = {}
+    aliases: dict[str, list[str]] = {}
+    first_of: dict[int, str] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         first = first_of.setdefault(id(tensor), name)
         wanted.setdefault(first, tuple(tensor.shape))
         aliases.setdefault(first, []).append(name)
+    buffers = dict(model.named_buffers())
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in first_of and name in dict(model.named_buffers()):
-            wanted[name], aliases[name] = tuple(tensor.shape), [name]
+        if id(tensor) not in first_of and name in buffers:
+            wanted[name] = tuple(tensor.shape)
+            aliases[name] = [name]
     return wanted, aliases
 
 
 def spellings(model: PreTrainedModel, name: str) -> list[str]:
-    """A tensor's name, and that in a file of the model below or above its head."""
+    """A tensor's name, and its name in a file of the model without or with the head."""
     prefix = f"{model.base_model_prefix}."
     return [name, name.removeprefix(prefix) if name.startswith(prefix) else prefix + name]
 
 
 def is_ignored(model: PreTrainedModel, name: str, kind: str) -> bool:
+    """Whether transformers ignores a tensor that is `kind`: missing or unexpected."""
     patterns = getattr(model, f"_keys_to_ignore_on_load_{kind}") or []
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def is_harmless(model: PreTrainedModel, stored: str, family: str) -> bool:
-    """A stored tensor that the model can do without: one it computes, or an encoder's other head."""
-    if COMPUTED.search(stored) or is_ignored(model, stored, "unexpected"):
-        return True
-    parts = dict(model.base_model.named_children())
-    is_other_head = is_outside(model, stored) and stored.partition(".")[0] not in parts
-    return family == "encoder" and (is_other_head or POOLER in f".{stored}")
+def is_harmless(model: PreTrainedModel, stored: str, may_be_unused: NameTest) -> bool:
+    """Whether a stored tensor may be left out: the model computes it, transformers ignores it, or it may be unused."""
+    return bool(COMPUTED.search(stored)) or is_ignored(model, stored, "unexpected") or may_be_unused(stored)
 
 
 def describe(problems: dict[str, list[str]]) -> str:
@@ -84,7 +91,7 @@ def describe(problems: dict[str, list[str]]) -> str:
 
 
 def needs_converting(model: PreTrainedModel, stored: Iterable[str]) -> bool:
-    """Whether transformers would merge, permute or rename any stored tensor for this architecture."""
+    """Whether transformers merges, permutes or renames any stored tensor when it loads this architecture."""
     wanted = set(model.state_dict(keep_vars=True))
     for transform in get_model_conversion_mapping(model):
         only_renames = not hasattr(transform, "operations")

@@ -1,6 +1,7 @@
 """Open a base: make the model without memory, find its weights, and say whatever is wrong. Only headers are read."""
 
 import copy
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,15 @@ from ptune_dist.base.random_weights import RandomWeights
 from ptune_dist.base.source import describe_load_error, is_local_only, load_shape
 from ptune_dist.base.weight_files import WeightFiles, open_weight_files
 from ptune_dist.errors import UserError
-from ptune_dist.families.find import AUTO_CLASS, check_decoder_start, check_takes_vectors, find_family, is_outside
+from ptune_dist.families.find import (
+    AUTO_CLASS,
+    POOLER,
+    check_decoder_start,
+    check_takes_vectors,
+    find_family,
+    is_outside,
+    may_start_anew,
+)
 
 NUM_COMPARED = 16  # rows of tensors that should be one
 
@@ -120,18 +129,31 @@ def find_weights(
         return OpenedBase(model, family, dtype, RandomWeights(shapes, std=std, seed=seed), names, [], seed)
     files = open_weight_files(path, local_only=is_local_only(path))
     why = "its tensor names need converting"
+    may_differ = {
+        "may_start_anew": functools.partial(may_start_anew, model, family=family),
+        "may_be_unused": functools.partial(may_be_unused, model, family=family),
+    }
     if not needs_converting(model, files.shapes):
-        names, new = match_names(model, files.shapes, family, path)
+        names, new = match_names(model, files.shapes, path, **may_differ)
         check_ties(model, files, path)
         check_floats(model, files, names, path)
         if all(name in names or name in new for name, _ in model.named_parameters()):
             return OpenedBase(model, family, dtype, files, names, new, seed)
         why = "some of its parameters are computed, not stored"  # Marian's positions
     check_room_for_copies(sum(p.numel() * p.element_size() for p in model.parameters()), path)
-    tensors = load_with_transformers(path, family, dtype)
-    matched = match_names(model, {name: tuple(t.shape) for name, t in tensors.items()}, family, path)
+    tensors = load_with_transformers(
+        path, AUTO_CLASS[family].from_pretrained, dtype, may_be_unused=may_differ["may_be_unused"]
+    )
+    matched = match_names(model, {name: tuple(t.shape) for name, t in tensors.items()}, path, **may_differ)
     note = f"{why}: transformers loads it whole on every rank"
     return OpenedBase(model, family, dtype, LoadedWeights(tensors), *matched, seed, note=note)
+
+
+def may_be_unused(model: PreTrainedModel, stored: str, family: str) -> bool:
+    """Whether a stored tensor may have no place in the model: it belongs to an encoder's other head, or pooler."""
+    parts = dict(model.base_model.named_children())
+    is_other_head = is_outside(model, stored) and stored.partition(".")[0] not in parts
+    return family == "encoder" and (is_other_head or POOLER in f".{stored}")
 
 
 def check_floats(model: PreTrainedModel, files: WeightFiles, names: dict[str, str], path: str) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptune_dist.base.layers import embedding_width, hidden_size, layers_of, max_positions
 from ptune_dist.base.load import fill_sharded, fill_whole
-from ptune_dist.base.memory_check import foresee
+from ptune_dist.base.memory_check import check_memory
 from ptune_dist.base.open import OpenedBase, open_base
 from ptune_dist.base.recompute import read_settings
 from ptune_dist.base.source import fingerprint_base, load_shape, load_tokenizer
@@ -123,7 +123,7 @@ def build_parts(
                 member.prompt, member.data, seed=member.seed, width=width, tokenizer=tokenizer, lookup=opened.embed
             )
     if world is not None:
-        foresee(opened.model, content, config.model.path, world.size, world.device)
+        check_memory(opened.model, content, config.model.path, world.size, world.device)
     return opened, tokenizer, vectors, content
 
 

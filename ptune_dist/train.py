@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ptune_dist.cluster.node_check import check_nodes
-from ptune_dist.cluster.signs import DONE, STOPPED, End
+from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import expand_sweep
@@ -35,9 +35,9 @@ from ptune_dist.run.folder import (
 from ptune_dist.run.job import Job, build_family, build_job, build_tokenizer, from_main, together
 from ptune_dist.run.log import MetricsWriter, StepCount, peak_memory_bytes
 from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
-from ptune_dist.run.status import end_status, say_training
+from ptune_dist.run.status import end_status, mark_running
 from ptune_dist.run.summary import build_summary, describe_member, describe_start, say_finished
-from ptune_dist.run.watch import STOPPED_REASON, Watch, status_of_failure
+from ptune_dist.run.watch import STOPPED_REASON, Watch, failure_in_status
 
 
 def train(config: Config) -> int:
@@ -47,7 +47,7 @@ def train(config: Config) -> int:
     summary = from_main(world, lambda: is_finished(config))
     if summary:
         say_finished(config, summary, world)
-        return End(DONE).status
+        return Outcome(DONE).exit_status
     with Watch(world.rank, config.train.hang_timeout_s) as watch:
         if watch.folder:
             check_nodes(world)
@@ -55,15 +55,15 @@ def train(config: Config) -> int:
         job = build_job(config, world, with_start=from_main(world, lambda: not has_checkpoint(config)))
         job.engine.contexts.set_lead(*lead_of(rows.examples))
         with together(world, lambda: lock_run_dir(config) if world.is_main else nullcontext()):
-            with status_of_failure(Path(config.output_dir)) if world.is_main else nullcontext():
+            with failure_in_status(Path(config.output_dir)) if world.is_main else nullcontext():
                 return train_job(job, rows, judges, watch, world)
 
 
 def train_job(job: Job, rows: TrainingRows, judges: dict[str, Judge], watch: Watch, world: World) -> int:
     """What `train` does once everything is loaded and the run's folder is ours. Collective."""
-    config, end = job.config, End(DONE)
+    config, end = job.config, Outcome(DONE)
     progress = restore(job, rows, world)
-    together(world, lambda: say_training(Path(config.output_dir)) if world.is_main else None)
+    together(world, lambda: mark_running(Path(config.output_dir)) if world.is_main else None)
     together(world, lambda: write_run_configs(config, job.members) if world.is_main else None)
     together(world, lambda: watch.begin_steps(Path(config.output_dir)))
     with together(world, lambda: open_metrics(job, progress, world)) as metrics:
@@ -73,14 +73,14 @@ def train_job(job: Job, rows: TrainingRows, judges: dict[str, Judge], watch: Wat
             run_steps(job, rows, judges, progress, metrics, watch, world)
             summary = finish(job, judges, progress, metrics, watch, world)
         except StopAgreed:
-            end = End(STOPPED, STOPPED_REASON)
+            end = Outcome(STOPPED, STOPPED_REASON)
             if world.is_main:
                 metrics.say(f"stopped at step {progress.step} on request; the same command goes on from here")
     if world.is_main:
         end_status(Path(config.output_dir), end)
     if end.kind == DONE:
         say_finished(config, summary, world)
-    return end.status
+    return end.exit_status
 
 
 def run_steps(

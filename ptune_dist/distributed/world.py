@@ -22,7 +22,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
-from ptune_dist.cluster.signs import end_with_parent, own_folder  # noqa: E402
+from ptune_dist.cluster.processes import signal_on_parent_death  # noqa: E402
+from ptune_dist.cluster.rank_files import node_folder  # noqa: E402
 from ptune_dist.errors import RunFault, UserError  # noqa: E402
 
 
@@ -46,8 +47,8 @@ def init_distributed() -> World:
         os.environ.update({name: str(value) for name, value in alone.items()})
     # DeepSpeed still calls collectives by the names they had before torch 2.13, thousands of times a run.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\..* is deprecated")
-    if "TORCHELASTIC_RUN_ID" in os.environ and own_folder() is None:  # no rank goes on training alone
-        end_with_parent(signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ and node_folder() is None:  # no rank goes on training alone
+        signal_on_parent_death(signal.SIGTERM)
     deepspeed_logger.setLevel(os.environ.get("PTUNE_DEEPSPEED_LOG", "ERROR"))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -34,6 +34,7 @@ from ptune_dist.run.job import Job, build_job
 from ptune_dist.run.log import MetricsWriter, StepCount
 from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
 from ptune_dist.run.reading import build_reading
+from ptune_dist.run.resolve import resolve_whole
 from ptune_dist.run.status import end_status, say_training
 from ptune_dist.run.step_lines import step_lines
 from ptune_dist.run.summary import build_summary, describe_member, describe_start, say_finished
@@ -69,6 +70,7 @@ class Training:
 def train(config: Config) -> int:
     """Train the prompts that `config` asks for, or resume their run; returns the exit status. Collective."""
     world = init_distributed()
+    config, _ = together(world, lambda: resolve_whole(config))
     together(world, lambda: check_run_dir(config))
     summary = from_main(world, lambda: is_finished(config))
     if summary:

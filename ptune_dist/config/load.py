@@ -39,14 +39,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Res
         raise UserError(describe_validation_error(error, path, overrides)) from None
     config = resolve_paths(config, Path(path).resolve().parent)
     try:
-        resolved = resolve(config) if resolve else config
+        resolved = resolve_outside_sweep(config, resolve) if resolve else config
     except ValueError as error:
         raise UserError(f"{name_place(find_key(str(error)), path, overrides)}: {error}") from None
-    if config.sweep:  # members may have other methods: no place for the options of the one outside the sweep
-        start = {} if "prompt.method" in sweep_keys(config.sweep) else {"init": resolved.prompt.init}
-        resolved = resolved.model_copy(update={"prompt": config.prompt.model_copy(update=start)})
     check_members(resolved, name_place("sweep", path, overrides), resolve)
     return resolved
+
+
+def resolve_outside_sweep(config: Config, resolve: Resolve) -> Config:
+    """A config with its method's defaults filled in; of a sweep without those that belong to its members."""
+    resolved = resolve(config)
+    if not config.sweep:
+        return resolved
+    # Members may have other methods, which have other options and start in other ways.
+    start = {} if "prompt.method" in sweep_keys(config.sweep) else {"init": resolved.prompt.init}
+    return resolved.model_copy(update={"prompt": config.prompt.model_copy(update=start)})
 
 
 def check_members(config: Config, place: str, resolve: Resolve | None = None) -> None:

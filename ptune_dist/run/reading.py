@@ -9,7 +9,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ptune_dist.base.source import load_shape, load_tokenizer
 from ptune_dist.config.schema import Config
-from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.data.encode import Encoding
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
@@ -17,7 +16,7 @@ from ptune_dist.families.find import find_family
 from ptune_dist.objectives import OBJECTIVES
 from ptune_dist.objectives.objective import Objective
 from ptune_dist.prompts.build import find_method
-from ptune_dist.run.resolve import resolve
+from ptune_dist.run.resolve import resolve_whole
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,7 @@ class Reading:
 
 def build_reading(config: Config) -> Reading:
     """Raises UserError, also for what the config asks of a base that cannot do it."""
-    try:
-        config = resolve(config)  # a config that was read by a command is resolved already
-        members = expand_sweep(config, resolve)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    config, members = resolve_whole(config)
     shape = load_shape(config.model.path)
     family = find_family(shape, config.model.family, config.model.path)
     objective = OBJECTIVES[config.train.objective].build(config.train)

@@ -1,6 +1,9 @@
 """The part of a config's checks that needs the seams: names of methods, objectives and families."""
 
+from ptune_dist.config.load import resolve_outside_sweep
 from ptune_dist.config.schema import Config
+from ptune_dist.config.sweep import expand_sweep
+from ptune_dist.errors import UserError
 from ptune_dist.families import FAMILIES
 from ptune_dist.objectives import OBJECTIVES
 from ptune_dist.prompts.build import check_options, choose_start, find_method
@@ -22,6 +25,15 @@ def resolve(config: Config) -> Config:
         raise ValueError(f"prompt.method: {prompt.method} needs an input before the target, and a .txt file has none")
     filled = {"init": choose_start(prompt), **options.model_dump()}
     return config.model_copy(update={"prompt": prompt.model_copy(update=filled)})
+
+
+def resolve_whole(config: Config) -> tuple[Config, dict[str, Config]]:
+    """A config and its members, resolved; one that a command has read is resolved already. Raises UserError."""
+    try:
+        resolved = resolve_outside_sweep(config, resolve)
+        return resolved, expand_sweep(resolved, resolve)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def check_family(config: Config) -> None:

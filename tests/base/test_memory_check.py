@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig
 
 from ptune_dist.base import memory_check as module
-from ptune_dist.base.memory_check import GIB, foresee, free_host_bytes
+from ptune_dist.base.memory_check import GIB, check_memory, free_host_bytes
 from tests.base.bases import error_of, load, open_only
 
 CPU = torch.device("cpu")
@@ -51,13 +51,13 @@ def whole_gib(opened) -> float:
 
 
 def gib_of(message: str) -> float:
-    """What the message says that is needed."""
+    """The GiB needed according to the message."""
     assert "GiB are free" in message
-    return float(re.search(r"takes ([\d.]+) GiB", message)[1])
+    return float(re.search(r"needs ([\d.]+) GiB", message)[1])
 
 
 def refusal(opened, path: Path, world_size: int = 1, **zero) -> str:
-    return error_of(foresee, opened.model, {"zero_optimization": zero}, str(path), world_size, CPU)
+    return error_of(check_memory, opened.model, {"zero_optimization": zero}, str(path), world_size, CPU)
 
 
 # Memory
@@ -74,7 +74,7 @@ def test_a_base_too_large_for_memory_is_refused_in_seconds_before_it_is_read(hug
     assert gib_of(message) == pytest.approx(whole_gib(opened), abs=0.1)
 
 
-def test_a_tensor_larger_than_memory_is_foreseen_too(tmp_path):
+def test_a_tensor_larger_than_memory_is_refused_too(tmp_path):
     wide = {"hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1}
     base = write_sparse(tmp_path / "wide", "llama", **wide)
     assert "this host's memory" in refusal(open_only(base), base, stage=0)
@@ -82,7 +82,7 @@ def test_a_tensor_larger_than_memory_is_foreseen_too(tmp_path):
 
 def test_a_base_that_fits_is_not_refused(llama):
     for stage in (0, 3):
-        foresee(open_only(llama).model, {"zero_optimization": {"stage": stage}}, str(llama), 2, CPU)
+        check_memory(open_only(llama).model, {"zero_optimization": {"stage": stage}}, str(llama), 2, CPU)
 
 
 def test_int8_takes_a_quarter_and_bfloat16_half(huge):
@@ -105,7 +105,7 @@ def test_many_hosts_hold_what_one_cannot(huge, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     opened = open_only(huge)
     assert gib_of(refusal(opened, huge, 4, stage=3)) == pytest.approx(whole_gib(opened) / 2, rel=0.01)
-    foresee(opened.model, {"zero_optimization": {"stage": 3}}, str(huge), 10_000, CPU)
+    check_memory(opened.model, {"zero_optimization": {"stage": 3}}, str(huge), 10_000, CPU)
 
 
 def test_a_base_that_transformers_loads_must_fit_whole_on_every_rank(tmp_path, monkeypatch):
@@ -133,7 +133,7 @@ def test_a_base_on_disk_need_not_fit_in_memory(llama, tmp_path, monkeypatch):
     others = sum(p.nbytes for p in opened.model.parameters()) - layers  # embeddings and head stay in memory
     monkeypatch.setattr(module, "free_host_bytes", lambda: others + 100)
     offload = {"device": "nvme", "nvme_path": str(tmp_path)}
-    foresee(opened.model, {"zero_optimization": {"stage": 3, "offload_param": offload}}, str(llama), 2, CPU)
+    check_memory(opened.model, {"zero_optimization": {"stage": 3, "offload_param": offload}}, str(llama), 2, CPU)
     assert "memory" in refusal(opened, llama, 2, stage=3, offload_param={"device": "cpu"})
 
 

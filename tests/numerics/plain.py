@@ -144,3 +144,26 @@ def peft_curve(base_dir: Path, family: str = "causal", head=None) -> list[float]
         return model(input_ids=ids, attention_mask=mask, labels=labels).loss
 
     return run_loop(trained, loss_of, padded_batches(AutoTokenizer.from_pretrained(base_dir), family))
+
+
+def peft_method_curve(
+    base_dir: Path, settings, start: dict[str, torch.Tensor], family: str = "causal", head=None
+) -> list[float]:
+    """Losses of any of PEFT's prompt methods: `settings` is its config, `start` its prompt encoder's parameters."""
+    from peft import get_peft_model
+
+    settings.task_type = PEFT_TASK[family]
+    base = load_plain(base_dir, family, head)
+    model = get_peft_model(base, settings).eval()
+    encoder = model.prompt_encoder["default"]
+    wanted = encoder.state_dict()
+    with torch.no_grad():
+        for name, tensor in start.items():  # for seq2seq PEFT has as many rows again that nothing reads
+            wanted[name][: len(tensor)] = tensor
+    encoder.load_state_dict(wanted)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def loss_of(ids, mask, labels):
+        return model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+    return run_loop(trained, loss_of, padded_batches(AutoTokenizer.from_pretrained(base_dir), family))

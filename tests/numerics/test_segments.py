@@ -36,7 +36,7 @@ def bases() -> dict:
 def build_reader(model, lead=None, cache: bool = True) -> ContextReader:
     def read(work):
         with torch.no_grad():
-            return model(work)
+            return model.read_contexts(work)
 
     kept = ContextCache(max_bytes=1 << 24, folder=None, identity="here") if cache else None
     world = World(0, 1, torch.device("cpu"))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, MixtralConfig, MixtralForCausalLM
 
 from ptune_dist.base.load import fill_whole
-from ptune_dist.families.find import AUTO_CLASS, may_start_anew
+from ptune_dist.families import FAMILIES
 from tests.base.bases import (
     QUERY,
     drop,
@@ -37,7 +37,7 @@ def copy_of(tiny_bases, tmp_path):
 
 
 def with_transformers(folder: Path, kind: str, dtype: torch.dtype, **options):
-    return AUTO_CLASS[family_of(kind)].from_pretrained(folder, dtype=dtype, **options).eval()
+    return FAMILIES[family_of(kind)].auto_class.from_pretrained(folder, dtype=dtype, **options).eval()
 
 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -139,7 +139,7 @@ def test_a_file_of_the_model_below_the_head_is_loaded(tiny_bases, tmp_path, kind
     prefixes = ("model.", "transformer.", "bert.", "roberta.", "lm_head.")
     assert not any(name.startswith(prefixes) for name in load_file(tmp_path / "model.safetensors"))
     model, theirs = load(tmp_path, labels=LABELS), load(tiny_bases[kind], labels=LABELS).state_dict()
-    ours = {n: t for n, t in model.state_dict().items() if not may_start_anew(model, n, family_of(kind))}
+    ours = {n: t for n, t in model.state_dict().items() if not FAMILIES[family_of(kind)].may_start_anew(model, n)}
     assert ours and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
@@ -266,7 +266,7 @@ def test_an_encoders_body_may_not_start_anew(copy_of, kind):
 
 @pytest.mark.parametrize("below", [False, True])
 def test_an_encoders_file_with_more_layers_than_its_config_is_refused(tiny_bases, tmp_path, below):
-    auto = AutoModel if below else AUTO_CLASS["encoder"]
+    auto = AutoModel if below else FAMILIES["encoder"].auto_class
     auto.from_pretrained(tiny_bases["bert"]).save_pretrained(tmp_path)
     rewrite_shape(tmp_path, num_hidden_layers=1)
     assert "16 extra tensors: " in error_of(load, tmp_path)

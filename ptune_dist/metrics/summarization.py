@@ -1,0 +1,30 @@
+"""Summaries against reference summaries, by rouge-score (Lin, 2004), from 0 to 1.
+
+The mean over rows of the F-measure with the reference that fits best, without stemming, as Hugging Face's `evaluate`
+has it. rouge-score's words are runs of a-z and 0-9: texts in other scripts have none and score 0.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from ptune_dist.metrics.metric import Metric, References, mean
+
+
+def rouge(kind: str, answers: Sequence[str], references: References) -> float:
+    """`kind` is rouge-score's name: rouge1 and rouge2 compare single words and pairs, rougeL the longest sequence."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer([kind], use_stemmer=False)
+    return mean(
+        scorer.score_multi(accepted, answer)[kind].fmeasure
+        for answer, accepted in zip(answers, references, strict=True)
+    )
+
+
+def build_rouge(kind: str) -> Metric:
+    return Metric(kind, "answers", partial(rouge, kind), package="rouge-score", module="rouge_score")
+
+
+ROUGE_1 = build_rouge("rouge1")
+ROUGE_2 = build_rouge("rouge2")
+ROUGE_L = build_rouge("rougeL")

@@ -146,7 +146,10 @@ def render_metrics() -> str:
     }
     rows = []
     for name, metric in METRICS.items():
-        meaning = (metric.compute.__doc__ or "").partition("\n\n")[0]
+        function = getattr(metric.compute, "func", metric.compute)  # of a functools.partial
+        if not function.__doc__:
+            raise ValueError(f"metric {name} has no description: write a docstring for {function.__name__}")
+        meaning = function.__doc__.partition("\n\n")[0]
         better = "higher" if metric.higher_is_better else "lower"
         rows.append([f"`{name}`", " ".join(meaning.split()), needs[metric.needs], better, metric.package or "-"])
     return render_table(["metric", "meaning", "computed from", "better", "library"], rows)

@@ -1,6 +1,6 @@
 """What each placement learns on the shipped base, at equal steps and at equal training time.
 
-    python -m ptune_dist.bench.quality --out docs/benchmarks/placement_quality.json --document README.md
+    python -m ptune_dist.bench.quality --out docs/benchmarks/placement_quality.json --document docs/concepts.md
 
 `--document` puts the table of an earlier --out, or of this one, between the document's quality marks.
 

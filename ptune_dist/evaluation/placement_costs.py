@@ -88,5 +88,7 @@ def describe_cache(examples: Examples, config: Config, shape: PretrainedConfig, 
 
 def describe_choice(placement: str) -> str:
     if placement in ("prefix", "encoder"):
-        return "prefix reads the input in the light of the prompt; infix does not, which can cost quality (README)"
+        return (
+            "prefix reads the input with the prompt in view; infix does not, which can cost quality (docs/concepts.md)"
+        )
     return "the input is read before the prompt, which saves work and can cost quality: compare with prefix"

@@ -33,10 +33,12 @@ from ptune_dist.run.folder import (
     write_run_configs,
 )
 from ptune_dist.run.job import Job, build_family, build_job, build_tokenizer, from_main, together
-from ptune_dist.run.log import MetricsWriter, StepCount, peak_memory_bytes
+from ptune_dist.run.memory import peak_memory_bytes
+from ptune_dist.run.metrics_log import MetricsWriter
 from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
 from ptune_dist.run.status import end_status, say_training
 from ptune_dist.run.summary import build_summary, describe_member, describe_start, say_finished
+from ptune_dist.run.throughput import StepCount
 from ptune_dist.run.watch import STOPPED_REASON, Watch, status_of_failure
 
 
@@ -68,7 +70,8 @@ def train_job(job: Job, rows: TrainingRows, judges: dict[str, Judge], watch: Wat
     together(world, lambda: watch.begin_steps(Path(config.output_dir)))
     with together(world, lambda: open_metrics(job, progress, world)) as metrics:
         if world.is_main:
-            metrics.say(describe_start(job, rows, judges, progress, world))
+            validation = next(iter(judges.values())).split.examples if judges else None
+            metrics.say(describe_start(job, rows, validation, progress, world))
         try:
             run_steps(job, rows, judges, progress, metrics, watch, world)
             summary = finish(job, judges, progress, metrics, watch, world)

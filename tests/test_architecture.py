@@ -22,7 +22,7 @@ LAYERS = [
     ["families", "objectives", "metrics", "optim"],
     ["prompts", "base", "data"],
     ["distributed"],
-    ["config", "common", "errors", "cluster.signs", "cluster.topology"],
+    ["config", "common", "errors", "tiny", "cluster.signs", "cluster.topology"],
 ]
 OUTSIDE = ("__init__", "__main__", "tiny")  # the version, the entry point, and the maker of the shipped bases
 MAX_TOP_LEVEL_MODULES = 6

@@ -1,8 +1,10 @@
-"""Where everything stands in a pass: from a micro-batch to one row of live positions. Index arithmetic alone.
+"""The layout of a pass: from a micro-batch to one row of live positions. Index arithmetic only.
 
-Floor 3. A reader is one member reading one row. Where all rows have one context (or none, as in `prefix`), the virtual
-tokens cannot depend on the row: a member's stand there once and all its readers attend to them. Elsewhere every reader
-has its own, after its row's context. Legend: S readers, N live positions, U supervised tokens.
+A reader is one member that reads one row. If all rows have the same context (or none, as with `prefix`), the virtual
+tokens cannot depend on the row: each member's virtual tokens occur once, and all its readers attend to them. Otherwise
+every reader has its own virtual tokens, after the context of its row.
+
+Shapes: S readers, N live positions, U supervised tokens.
 """
 
 from dataclasses import dataclass
@@ -15,10 +17,11 @@ from ptune_dist.model.attention import Segment
 
 @dataclass(frozen=True)
 class Layout:
-    """Live positions are drawn from [virtual tokens of every member, tokens of every reader], end to end.
+    """Live positions, each taken from [virtual tokens of all members, tokens of all readers], concatenated.
 
-    source [N]: which of those stands at each live position. position_ids [N]: its place in its own text.
-    predicts [U]: the live position whose next token is supervised; targets [U]: that token; reader [U]: whose it is.
+    source [N]: the index in that concatenation of what stands at each live position. position_ids [N]: its position in
+    its own text. predicts [U]: the live position whose next token is supervised. targets [U]: that token. reader [U]:
+    the reader it belongs to. tokens: the tokens of all readers, concatenated.
     """
 
     segments: list[Segment]
@@ -27,52 +30,61 @@ class Layout:
     predicts: np.ndarray
     targets: np.ndarray
     reader: np.ndarray
-    tokens: np.ndarray  # of all readers, end to end
+    tokens: np.ndarray
 
 
 def shares_context(batch: Batch) -> bool:
     """Whether the virtual tokens depend on no row: no row has a context, or several rows have the same one."""
     first, *others = batch.contexts
-    return not len(first) and not others or bool(others) and all(np.array_equal(first, other) for other in others)
+    if not others:
+        return len(first) == 0
+    return all(np.array_equal(first, other) for other in others)
 
 
 def lay_out(batch: Batch, num_virtual: list[int], context_numbers: list[tuple[int, ...]]) -> Layout:
-    """`num_virtual`: virtual tokens of each member. `context_numbers`: for each row, the keys/values that it reads."""
-    pen = Pen(num_virtual)
+    """`num_virtual` is by member. `context_numbers` lists, by row, the keys/values that the row attends to."""
+    builder = LayoutBuilder(num_virtual)
     is_shared = shares_context(batch)
-    homes: dict[int, tuple[int, int]] = {}  # member -> run of its shared virtual tokens
+    shared_runs: dict[int, tuple[int, int]] = {}  # member -> run of its virtual tokens
     if is_shared:
         for member in sorted({member for _, member in batch.readers}):
-            homes[member] = pen.write(
-                pen.virtual(member), context_numbers[0], (), offset=len(batch.contexts[0]),
-            )  # fmt: skip
+            virtual = builder.virtual(member)
+            shared_runs[member] = builder.add(virtual, context_numbers[0], (), offset=len(batch.contexts[0]))
     for number, (row, member) in enumerate(batch.readers):
         text = np.concatenate([batch.rests[row], batch.targets[row]])
-        # Nothing is predicted from a text's last token, so it is not read.
-        tokens, own = pen.take(text[:-1]), batch.contexts[row]
+        tokens = builder.take(text[:-1])  # nothing is predicted from the last token, so it is not read
+        context_length = len(batch.contexts[row])
         if is_shared:
-            first_virtual, length = homes[member]
-            run = pen.write(tokens, context_numbers[row], (homes[member],), offset=len(own) + length)
-            before, start = first_virtual + length - 1, run[0]
+            first_virtual, length = shared_runs[member]
+            offset = context_length + length
+            start, _ = builder.add(tokens, context_numbers[row], (shared_runs[member],), offset=offset)
+            before = first_virtual + length - 1
         else:
-            run = pen.write(np.concatenate([pen.virtual(member), tokens]), context_numbers[row], (), offset=len(own))
-            start = run[0] + num_virtual[member]
+            own = np.concatenate([builder.virtual(member), tokens])
+            first_virtual, _ = builder.add(own, context_numbers[row], (), offset=context_length)
+            start = first_virtual + num_virtual[member]
             before = start - 1
-        pen.supervise(batch.targets[row], number, len(batch.rests[row]), before, start)
-    return pen.finish()
+        builder.supervise(batch.targets[row], number, len(batch.rests[row]), before, start)
+    return builder.finish()
 
 
-class Pen:
-    """Writes live positions one run after another."""
+class LayoutBuilder:
+    """Builds a layout by adding one run of live positions after another."""
 
     def __init__(self, num_virtual: list[int]):
         self._virtual_starts = np.concatenate([[0], np.cumsum(num_virtual)])
-        self._num_live, self._num_tokens = 0, 0
+        self._num_live = 0
+        self._num_tokens = 0
         self._segments: list[Segment] = []
-        self._source, self._positions, self._tokens = [], [], []
-        self._predicts, self._targets, self._reader = [], [], []
+        self._source: list[np.ndarray] = []
+        self._positions: list[np.ndarray] = []
+        self._tokens: list[np.ndarray] = []
+        self._predicts: list[np.ndarray] = []
+        self._targets: list[np.ndarray] = []
+        self._reader: list[np.ndarray] = []
 
     def virtual(self, member: int) -> np.ndarray:
+        """Sources of a member's virtual tokens."""
         return np.arange(self._virtual_starts[member], self._virtual_starts[member + 1])
 
     def take(self, tokens: np.ndarray) -> np.ndarray:
@@ -82,10 +94,10 @@ class Pen:
         self._num_tokens += len(tokens)
         return np.arange(first, first + len(tokens))
 
-    def write(
+    def add(
         self, source: np.ndarray, contexts: tuple[int, ...], parents: tuple[tuple[int, int], ...], *, offset: int
     ) -> tuple[int, int]:
-        """A segment; returns its run of live positions."""
+        """Add a segment, unless it is empty; returns its run (start, length) of live positions."""
         run = (self._num_live, len(source))
         if len(source):
             self._segments.append(Segment(*run, contexts, parents, offset))
@@ -95,7 +107,7 @@ class Pen:
         return run
 
     def supervise(self, targets: np.ndarray, reader: int, num_rest: int, before: int, start: int) -> None:
-        """A reader's targets: text token t stands at live position start + t, the one before it at `before`."""
+        """Add a reader's targets. Its text's first token is at live position `start`, what precedes it at `before`."""
         places = start + np.arange(num_rest - 1, num_rest - 1 + len(targets))
         if num_rest == 0 and len(targets):
             places[0] = before
@@ -104,12 +116,15 @@ class Pen:
         self._reader.append(np.full(len(targets), reader))
 
     def finish(self) -> Layout:
+        def join(parts: list[np.ndarray]) -> np.ndarray:
+            return np.concatenate(parts).astype(np.int64)
+
         return Layout(
-            self._segments,
-            *(
-                np.concatenate(parts).astype(np.int64)
-                for parts in (
-                    self._source, self._positions, self._predicts, self._targets, self._reader, self._tokens,
-                )
-            ),
-        )  # fmt: skip
+            segments=self._segments,
+            source=join(self._source),
+            position_ids=join(self._positions),
+            predicts=join(self._predicts),
+            targets=join(self._targets),
+            reader=join(self._reader),
+            tokens=join(self._tokens),
+        )

@@ -15,7 +15,7 @@ from ptune_dist.errors import RunFault, UserError
 from ptune_dist.prompts.store import save_prompt
 from ptune_dist.run.checkpoint import Snapshot, load_newest_checkpoint, save_checkpoint
 from ptune_dist.run.job import Job, from_main, prompt_facts, together
-from ptune_dist.run.log import StepCount, Throughput
+from ptune_dist.run.throughput import StepCount, Throughput
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The context cache gives back what was put in, keeps to its budget, and knows one context from another."""
+"""The context cache returns what was put in, keeps its budget, and tells contexts apart."""
 
 import numpy as np
 import torch

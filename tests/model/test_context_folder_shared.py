@@ -1,4 +1,4 @@
-"""Processes that share a folder of contexts, and are killed in it, do each other no harm."""
+"""Processes that share a folder of contexts, and are killed while writing, do each other no harm."""
 
 import contextlib
 import os

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ptune_dist.base.load import load_base
 from ptune_dist.prompts.export import export_peft
 from ptune_dist.prompts.store import load_prompt
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_commands
 from tests.conftest import ENCODERS, LABELS, SEQ2SEQ, TINY, write_config
 from tests.numerics.plain import (

@@ -152,7 +152,7 @@ def test_where_all_are_damaged_nothing_is_begun_anew(folder):
     for step in (10, 20):
         truncate(folder / f"step-{step:08d}" / "prompt.safetensors")
     warnings = []
-    with pytest.raises(RunFault, match="no checkpoint is sound"):
+    with pytest.raises(RunFault, match="all checkpoints are damaged"):
         load_newest_checkpoint(folder, warnings.append)
     assert len(warnings) == 2
     assert names(folder) == ["step-00000010", "step-00000020"]

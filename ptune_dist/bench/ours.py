@@ -47,7 +47,9 @@ def probe_job(build_job: Callable[..., Job], probe: Probe, jobs: list[Job]) -> C
 
 def read_steps(run_dir: Path) -> tuple[list[float], list[int], list[int]]:
     """Loss, rows and real tokens of every step, from the run's metrics.jsonl."""
-    losses, rows, tokens = [], [], []
+    losses: list[float] = []
+    rows: list[int] = []
+    tokens: list[int] = []
     before = 0.0
     for line in read_metrics(run_dir):
         step_s = line["time_s"] - before

@@ -56,7 +56,9 @@ class ContextBucket:
         self._shape = (len(groups), num_members, longest)  # [E, M, S]
         self._lengths = torch.tensor([group[0].offset for group in groups], device=device)
         self._masks: dict[tuple[torch.dtype, int | None], tuple[torch.Tensor, torch.Tensor]] = {}
-        index, live, kept = [], [], []
+        index: list[torch.Tensor] = []
+        live: list[torch.Tensor] = []
+        kept: list[torch.Tensor] = []
         for e, group in enumerate(groups):
             for m in range(num_members):
                 s = group[min(m, len(group) - 1)]  # if a context has fewer segments, its last one is repeated

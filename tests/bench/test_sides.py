@@ -37,7 +37,8 @@ def test_ours_and_the_peer_have_one_loss_curve_and_report_the_same_measures(tmp_
         )
         assert done.returncode == 0, done.stderr
         found[side] = json.loads(result.read_text())
-    ours, peer = found["ours"], found["peft_trainer"]
+    ours = found["ours"]
+    peer = found["peft_trainer"]
     assert ours["loss_curve"] == pytest.approx(peer["loss_curve"], abs=1e-4)
     assert len(ours["loss_curve"]) == ours["steps"] == peer["steps"] == 6
     for name in ("rows_timed", "tokens_timed", "world_size"):

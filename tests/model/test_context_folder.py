@@ -88,7 +88,7 @@ def test_a_foreign_file_is_removed_and_missed(tmp_path, stored):
     for content in (b"text\n", bytes(1000), os.urandom(1000), b"\xff" * 100, deep, without_metadata):
         stored.write_bytes(content)
         assert_removed_and_missed(tmp_path, stored)
-    stored.write_bytes(context_cache.pack(tensors_of(1), key_of_other))  # sound, under the name of another context
+    stored.write_bytes(context_cache.pack(tensors_of(1), key_of_other))  # valid, under the name of another context
     assert_removed_and_missed(tmp_path, stored)
     stored.write_bytes(whole)
     assert same_bits(build_cache(tmp_path).get(tokens_of(0)), tensors_of(0))
@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_read_is_a_miss_with_one_warning(tmp_path, stored)
 
 @contextlib.contextmanager
 def largest_file(num_bytes: int):
-    """The kernel refuses to write more into one file, in mid-write, as a full disk does."""
+    """The kernel stops a larger write in the middle, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -129,7 +129,7 @@ def test_a_disk_that_fills_in_mid_write_gives_one_warning_and_is_then_only_read(
 
 @contextlib.contextmanager
 def ordinary_user():
-    """Permissions bind root too."""
+    """Permissions apply to root too."""
     before = os.geteuid()
     if before == 0:
         os.seteuid(65534)
@@ -180,7 +180,7 @@ GIB = 1 << 30
         (1000 * GIB, GIB + ITEM_BYTES - 1, False),
         (10 * GIB, GIB // 4, True),
         (10 * GIB, GIB // 6, False),  # 2% are 0.2 GiB
-        (0, 0, True),  # a file system that does not say
+        (0, 0, True),  # a file system that reports no size
     ],
 )
 def test_the_last_of_a_disk_is_left_free(total, free, written, tmp_path, monkeypatch):
@@ -191,6 +191,7 @@ def test_the_last_of_a_disk_is_left_free(total, free, written, tmp_path, monkeyp
         cache.put(tokens_of(number), tensors_of(number))
     assert len(stored_files(tmp_path)) == (3 if written else 0)
     assert len(cache.warnings) == (0 if written else 1)
-    usage.total, usage.free = 1000 * GIB, 500 * GIB  # someone made room
+    usage.total = 1000 * GIB
+    usage.free = 500 * GIB  # someone made room
     cache.put(tokens_of(9), tensors_of(9))
     assert same_bits(cache.get(tokens_of(9)), tensors_of(9))

@@ -52,7 +52,8 @@ def test_a_run_leaves_its_steps_in_metrics_jsonl_tensorboard_and_the_log(tmp_pat
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (text,) = events.Tensors("validation/samples/text_summary")
     assert "two lines" in text.tensor_proto.string_val[0].decode()
-    log, console = (tmp_path / "train.log").read_text(), capsys.readouterr().out
+    log = (tmp_path / "train.log").read_text()
+    console = capsys.readouterr().out
     for said in ("step 1/3", "step 3/3", "1,234 tokens/s", "exact_match 0.5000", "ETA 0:00:00", "all is well"):
         assert said in log and said in console
     assert "\x1b" not in log + console  # plain lines where there is no terminal

@@ -13,8 +13,8 @@ from ptune_dist.config.schema import Config
 from ptune_dist.distributed.world import World
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.during_training import end_members, evaluate_members
-from ptune_dist.run.log import StepCount
 from ptune_dist.run.progress import Progress, Standing, rank_members
+from ptune_dist.run.throughput import StepCount
 from ptune_dist.train import freeze_faulty, is_over, metrics_lines
 from tests.conftest import TINY, write_config
 

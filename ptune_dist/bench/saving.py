@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ptune_dist.base.layers import held_bytes
+from ptune_dist.bench.arguments import side_parser
 from ptune_dist.bench.probe import write_result
 from ptune_dist.config.load import load_config
 from ptune_dist.distributed.world import init_distributed, sum_over_ranks

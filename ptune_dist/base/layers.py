@@ -1,60 +1,68 @@
-"""Where things are in a transformers model, found by structure and not by name."""
+"""Facts about a transformers model, found by its structure instead of by names."""
+
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
-LEAST_SHARE = 0.1  # of the largest stack's parameters: smaller module lists are no stacks of layers
+MIN_SHARE = 0.1  # of the largest stack's parameters; smaller module lists are not stacks of layers
 
 
-def layer_stacks(base: PreTrainedModel) -> list[nn.ModuleList]:
-    """The stacks of transformer layers, an encoder's before its decoder's: outermost module lists of weight."""
+def layer_stacks(base: nn.Module) -> list[nn.ModuleList]:
+    """The stacks of transformer layers, the encoder's before the decoder's: the outermost large module lists."""
     outermost: list[nn.ModuleList] = []
     for module in base.modules():
         if isinstance(module, nn.ModuleList) and not any(module in stack.modules() for stack in outermost):
             outermost.append(module)
     sizes = {id(stack): sum(parameter_size(p) for p in stack.parameters()) for stack in outermost}
     largest = max(sizes.values(), default=0)
-    return [stack for stack in outermost if sizes[id(stack)] >= LEAST_SHARE * largest]
+    return [stack for stack in outermost if sizes[id(stack)] >= MIN_SHARE * largest]
 
 
-def layers_of(base: PreTrainedModel) -> list[nn.Module]:
+def layers_of(base: nn.Module) -> list[nn.Module]:
     """Every transformer layer, in the order of its stacks."""
     return [layer for stack in layer_stacks(base) for layer in stack]
 
 
 def parameter_size(parameter: nn.Parameter) -> int:
-    """Elements of a parameter, also where ZeRO-3 has cut it."""
+    """Elements of a whole parameter, even if ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
+def partition_of(parameter: nn.Parameter) -> Any:
+    """This rank's part of a parameter that ZeRO-3 has partitioned, with DeepSpeed's attributes; None if it is whole."""
+    return getattr(parameter, "ds_tensor", None)
+
+
 def held_bytes(base: nn.Module) -> int:
-    """Bytes of the frozen base in this rank's memory: its parts under ZeRO-3, those of hpZ too, and whole buffers."""
-    held = sum(buffer.nbytes for buffer in base.buffers())
-    for parameter in base.parameters():
-        if parameter.requires_grad:  # an encoder's head
-            continue
-        part = getattr(parameter, "ds_tensor", None)
-        if part is None:
-            held += parameter.nbytes
-        else:
-            held += 0 if is_on_disk(parameter) else part.ds_numel * parameter.element_size()
-            second = getattr(parameter, "ds_secondary_tensor", None)
-            held += second.nbytes if second is not None else 0
-    return held
+    """Bytes of the frozen base in this rank's memory: its partitions, including those of hpZ, and whole buffers."""
+    frozen = [parameter for parameter in base.parameters() if not parameter.requires_grad]  # not an encoder's head
+    return sum(buffer.nbytes for buffer in base.buffers()) + sum(memory_bytes(parameter) for parameter in frozen)
+
+
+def memory_bytes(parameter: nn.Parameter) -> int:
+    """Bytes of a parameter in this rank's memory."""
+    part = partition_of(parameter)
+    if part is None:
+        return parameter.nbytes
+    secondary = getattr(parameter, "ds_secondary_tensor", None)  # hpZ's
+    held = 0 if is_on_disk(parameter) else part.ds_numel * parameter.element_size()
+    return held + (secondary.nbytes if secondary is not None else 0)
 
 
 def disk_bytes(base: nn.Module) -> int:
-    """Bytes of the base that this rank keeps on a disk."""
-    return sum(p.ds_tensor.ds_numel * p.element_size() for p in base.parameters() if is_on_disk(p))
+    """Bytes of the base that this rank stores on disk."""
+    on_disk = [parameter for parameter in base.parameters() if is_on_disk(parameter)]
+    return sum(partition_of(parameter).ds_numel * parameter.element_size() for parameter in on_disk)
 
 
 def is_on_disk(parameter: nn.Parameter) -> bool:
-    return getattr(getattr(parameter, "ds_tensor", None), "final_location", None) == "nvme"
+    return getattr(partition_of(parameter), "final_location", None) == "nvme"
 
 
 def embedding_width(base: PreTrainedModel) -> int:
-    """D, the width of an input embedding. OPT's is not always the hidden size."""
-    return base.get_input_embeddings().embedding_dim
+    """D, the width of an input embedding, which is not always the hidden size (OPT)."""
+    return cast(int, base.get_input_embeddings().embedding_dim)
 
 
 def hidden_size(base: PreTrainedModel) -> int:
@@ -62,15 +70,15 @@ def hidden_size(base: PreTrainedModel) -> int:
 
 
 def max_positions(base: PreTrainedModel) -> int | None:
-    """The most positions that learned position embeddings have; None where positions are computed (rotary, ALiBi)."""
+    """The number of learned position embeddings, or None if positions are computed (rotary, ALiBi)."""
     text = base.config.get_text_config()
-    if text.model_type == "mpt":  # ALiBi, but from a table of fixed length
+    if text.model_type == "mpt":  # ALiBi, but from a table of fixed size
         return text.max_seq_len
     tokens = base.get_input_embeddings()
     tables = {n: m for n, m in base.named_modules() if isinstance(m, nn.Embedding) and m is not tokens}
-    most = getattr(text, "max_position_embeddings", None)
-    if not tables or most is None:
+    num_positions = getattr(text, "max_position_embeddings", None)
+    if not tables or num_positions is None:
         return None
-    # RoBERTa counts positions from the padding token's id on
-    counted_from = [m.padding_idx + 1 for n, m in tables.items() if "position" in n and m.padding_idx is not None]
-    return most - max(counted_from, default=0)
+    # RoBERTa's first position is one more than the padding token's id.
+    first = [m.padding_idx + 1 for n, m in tables.items() if "position" in n and m.padding_idx is not None]
+    return num_positions - max(first, default=0)

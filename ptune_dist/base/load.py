@@ -1,6 +1,6 @@
 """Fill an opened base from its weights: every tensor whole here, a rank's own part of it in `zero.shard`.
 
-Memory is made for all tensors before anything is read: what reading needs for a moment then leaves no holes between.
+Memory for all tensors is allocated before anything is read, so that temporary buffers do not fragment it.
 """
 
 import zlib
@@ -14,12 +14,12 @@ from ptune_dist.base.int8 import Int8Rows, Int8Weight
 from ptune_dist.base.open import OpenedBase
 
 CPU = torch.device("cpu")
+
 Fill = Callable[[int, torch.Tensor], None]  # (first element, 1-D tensor to fill)
 
 
 def fill_whole(opened: OpenedBase, device: torch.device = CPU) -> PreTrainedModel:
     """Every tensor whole on the device: ZeRO 0, 1, 2. Raises UserError."""
-
     unfilled: list[tuple[torch.Tensor, Fill]] = []
 
     def place(parameter: nn.Parameter, fill: Fill) -> nn.Parameter:
@@ -36,14 +36,15 @@ def fill_whole(opened: OpenedBase, device: torch.device = CPU) -> PreTrainedMode
 def place_parameters(
     opened: OpenedBase, place: Callable[[nn.Parameter, Fill], nn.Parameter], device: torch.device
 ) -> PreTrainedModel:
-    """Put a parameter with memory wherever the model has one without: one for all modules that share it.
+    """Replace every parameter, which is on the meta device, by the one that `place` makes; sharing is preserved.
 
-    An encoder's head and the buffers are filled here.
+    Trained parameters (an encoder's head) and the buffers are filled here.
     """
-    model, placed = opened.model, {}
+    model = opened.model
+    placed: dict[int, nn.Parameter] = {}
     for name, parameter, fill in list(parameter_fills(opened)):
         if name in opened.trained:
-            whole = torch.empty(parameter.shape)  # trained, so in float32 and whole, for DeepSpeed to cut
+            whole = torch.empty(parameter.shape)  # float32, and whole: DeepSpeed partitions what is trained
             fill(0, whole.view(-1))
             placed[id(parameter)] = nn.Parameter(whole)
         else:
@@ -57,7 +58,7 @@ def place_parameters(
 
 
 def place_buffers(opened: OpenedBase, device: torch.device) -> None:
-    """Whole buffers on the device: stored ones are read, the others have been computed."""
+    """Put whole buffers on the device; those in the files are read, the others are already computed."""
     for module_name, module in opened.model.named_modules():
         for leaf, buffer in module._buffers.items():
             name = f"{module_name}.{leaf}" if module_name else leaf
@@ -69,7 +70,7 @@ def place_buffers(opened: OpenedBase, device: torch.device) -> None:
 
 
 def parameter_fills(opened: OpenedBase) -> Iterator[tuple[str, nn.Parameter, Fill]]:
-    """Name, parameter and how to fill it, once for each parameter; an int8 weight before its scales."""
+    """Name, parameter and its fill, once for each parameter; an int8 weight comes before its scales."""
     seen: set[int] = set()
     for module_name, module in opened.model.named_modules():
         rows = None
@@ -93,7 +94,7 @@ def plain_fill(opened: OpenedBase, name: str) -> Fill:
 
 
 def new_head_fill(opened: OpenedBase, name: str) -> Fill:
-    """A new head starts as transformers' own do, normal weights and no bias; it is filled whole."""
+    """A new head is initialized as in transformers, with normal weights and zero biases; it is filled whole."""
     std = getattr(opened.model.config, "initializer_range", None) or 0.02
     generator = torch.Generator().manual_seed(opened.seed + zlib.crc32(name.encode()))
 

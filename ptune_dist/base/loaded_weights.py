@@ -1,4 +1,4 @@
-"""Weights by way of transformers' own loader, whole on every rank: for architectures whose names it has to convert."""
+"""Weights from transformers' own loader, whole on every rank: for architectures whose names it must convert."""
 
 import logging
 
@@ -12,7 +12,7 @@ from ptune_dist.errors import UserError
 
 
 class LoadedWeights:
-    """Weights that transformers has loaded, read as files are."""
+    """Weights that transformers has loaded, with the interface of `weight_files.WeightFiles`."""
 
     bytes_read = 0
 
@@ -40,10 +40,14 @@ def load_with_transformers(path: str, family: Architecture, dtype: torch.dtype) 
     transformers.logging.disable_progress_bar()
     try:
         model, report = family.auto_class.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
             local_files_only=is_local_only(path),
-        )  # fmt: skip
-    except Exception as error:  # safetensors, hub and transformers each raise their own
+        )
+    except Exception as error:  # safetensors, the hub and transformers each have their own errors
         raise UserError(describe_load_error(path, "weights", error)) from None
     finally:
         transformers.logging.set_verbosity(verbosity)

@@ -1,4 +1,4 @@
-"""What loading will take, against what there is: said before the first byte is read."""
+"""Compare the memory that the base needs with the memory that is free, before any weights are read."""
 
 import os
 import shutil
@@ -18,22 +18,15 @@ GIB = 1 << 30
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def foresee(model: nn.Module, content: dict[str, Any], path: str, world_size: int, device: torch.device) -> None:
-    """Raise UserError where the base will not fit where DeepSpeed's JSON puts it."""
-    zero = content["zero_optimization"]
-    offload = zero.get("offload_param") or {}
+def check_memory(model: nn.Module, content: dict[str, Any], path: str, world_size: int, device: torch.device) -> None:
+    """Raise UserError if the base does not fit where DeepSpeed's JSON (`content`) places it."""
+    offload = content["zero_optimization"].get("offload_param") or {}
     place = offload.get("device", "none")
-    num_parts = world_size if zero.get("stage") == 3 else 1
-    node_parts = zero.get("zero_hpz_partition_size", 1) if num_parts > 1 else 1
-
-    def part_bytes(parameters: Iterable[nn.Parameter]) -> int:
-        sizes = {id(p): p.numel() * p.element_size() for p in parameters}.values()
-        return sum(ceil(size / num_parts) + (ceil(size / node_parts) if node_parts > 1 else 0) for size in sizes)
-
-    needed, local = part_bytes(model.parameters()), local_ranks(world_size)
+    local = local_ranks(world_size)
+    needed = part_bytes(model.parameters(), content, world_size)
     if place == "nvme":
-        on_disk = part_bytes(p for layer in layers_of(model) for p in layer.parameters())
-        folder = next(f for f in (Path(offload["nvme_path"]), *Path(offload["nvme_path"]).parents) if f.exists())
+        on_disk = part_bytes((p for layer in layers_of(model) for p in layer.parameters()), content, world_size)
+        folder = existing_folder(Path(offload["nvme_path"]))
         check_room(on_disk * local, shutil.disk_usage(folder).free, f"on the disk of {folder}", path, local)
         needed -= on_disk
     if device.type == "cuda" and place == "none":
@@ -42,18 +35,35 @@ def foresee(model: nn.Module, content: dict[str, Any], path: str, world_size: in
         check_room(needed * local, free_host_bytes(), "in this host's memory", path, local)
 
 
+def part_bytes(parameters: Iterable[nn.Parameter], content: dict[str, Any], world_size: int) -> int:
+    """Bytes of one rank's part of the parameters, including hpZ's second copy within a node."""
+    zero = content["zero_optimization"]
+    num_parts = world_size if zero.get("stage") == 3 else 1
+    parts_per_node = zero.get("zero_hpz_partition_size", 1) if num_parts > 1 else 1
+    sizes = {id(p): p.numel() * p.element_size() for p in parameters}.values()
+    total = sum(ceil(size / num_parts) for size in sizes)
+    if parts_per_node > 1:
+        total += sum(ceil(size / parts_per_node) for size in sizes)
+    return total
+
+
+def existing_folder(path: Path) -> Path:
+    """The nearest folder above a path, or the path itself, that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
 def check_room(needed: int, free: int, where: str, path: str, num_ranks: int) -> None:
-    """Raise UserError where `needed` bytes are more than `free`."""
+    """Raise UserError if `needed` bytes are more than `free`."""
     if needed > free:
         of = f" for {num_ranks} ranks" if num_ranks > 1 else ""
         raise UserError(
-            f"model.path: {path} takes {needed / GIB:.1f} GiB {where}{of}, {free / GIB:.1f} GiB are free: use more "
+            f"model.path: {path} needs {needed / GIB:.1f} GiB {where}{of}, but {free / GIB:.1f} GiB are free: use more "
             "ranks with ZeRO-3, model.quantization=int8, or offload_param in DeepSpeed's JSON"
         )
 
 
 def check_room_for_copies(num_bytes: int, path: str) -> None:
-    """Raise UserError where this host cannot hold a whole copy for each of its ranks."""
+    """Raise UserError if this host cannot hold a whole copy for each of its ranks."""
     local = local_ranks(1)
     check_room(num_bytes * local, free_host_bytes(), "in this host's memory, whole on every rank,", path, local)
 
@@ -63,7 +73,7 @@ def local_ranks(world_size: int) -> int:
 
 
 def free_host_bytes() -> int:
-    """Memory that can be had without swapping; the limits of a container or a Slurm job count (cgroup v2)."""
+    """Memory available without swapping, within the limits of a container or a Slurm job (cgroup v2)."""
     free = psutil.virtual_memory().available
     own = next((line[3:] for line in read_lines(Path("/proc/self/cgroup")) if line.startswith("0::")), "/")
     group = CGROUP / own.strip("/")

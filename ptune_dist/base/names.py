@@ -1,4 +1,4 @@
-"""Which stored tensor is which parameter of a model, and what is wrong where they do not fit."""
+"""Match the stored tensors to the parameters of a model, and describe where they do not fit."""
 
 import re
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from ptune_dist.base.architecture import Architecture
 from ptune_dist.errors import UserError
 
 NUM_NAMED = 5
-# Computed, not loaded; older files carry them.
+# Buffers that are computed instead of loaded; older files contain them.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|\.token_type_ids$|masked_bias$")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -43,25 +43,30 @@ def match_names(
 
 
 def wanted_tensors(model: PreTrainedModel) -> tuple[Shapes, dict[str, list[str]]]:
-    """Shapes of a model's parameters and stored buffers, and every name that each goes by (tied ones have several)."""
-    wanted, aliases, first_of = {}, {}, {}
+    """Shapes of a model's parameters and stored buffers, and all names of each; tied parameters have several."""
+    wanted: Shapes = {}
+    aliases: dict[str, list[str]] = {}
+    first_of: dict[int, str] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         first = first_of.setdefault(id(tensor), name)
         wanted.setdefault(first, tuple(tensor.shape))
         aliases.setdefault(first, []).append(name)
+    buffers = dict(model.named_buffers())
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in first_of and name in dict(model.named_buffers()):
-            wanted[name], aliases[name] = tuple(tensor.shape), [name]
+        if id(tensor) not in first_of and name in buffers:
+            wanted[name] = tuple(tensor.shape)
+            aliases[name] = [name]
     return wanted, aliases
 
 
 def spellings(model: PreTrainedModel, name: str) -> list[str]:
-    """A tensor's name, and that in a file of the model below or above its head."""
+    """A tensor's name, and its name in a file of the model without or with the head."""
     prefix = f"{model.base_model_prefix}."
     return [name, name.removeprefix(prefix) if name.startswith(prefix) else prefix + name]
 
 
 def is_ignored(model: PreTrainedModel, name: str, kind: str) -> bool:
+    """Whether transformers ignores a tensor that is `kind`: missing or unexpected."""
     patterns = getattr(model, f"_keys_to_ignore_on_load_{kind}") or []
     return any(re.search(pattern, name) for pattern in patterns)
 
@@ -84,7 +89,7 @@ def describe(problems: dict[str, list[str]]) -> str:
 
 
 def needs_converting(model: PreTrainedModel, stored: Iterable[str]) -> bool:
-    """Whether transformers would merge, permute or rename any stored tensor for this architecture."""
+    """Whether transformers merges, permutes or renames any stored tensor when it loads this architecture."""
     wanted = set(model.state_dict(keep_vars=True))
     for transform in get_model_conversion_mapping(model):
         only_renames = not hasattr(transform, "operations")

@@ -1,7 +1,7 @@
-"""Random weights for a shape without files: the same numbers whatever part of a tensor is asked for, and by whom.
+"""Random weights for a base without files: any part of a tensor can be read, with the same numbers on every rank.
 
-A pool of normal numbers is drawn once; a tensor is the pool from a place that its name decides, again and again. So any
-rank has its part of a 70B base in the time it takes to copy it.
+A pool of normal numbers is drawn once. A tensor repeats the pool, starting at a position that depends on its name, so a
+rank gets its part of a 70B base in the time it takes to copy it.
 """
 
 import zlib
@@ -9,26 +9,28 @@ from math import prod
 
 import torch
 
-POOL_SIZE = (1 << 24) - 3  # a prime: rows of one matrix start at different places
+POOL_SIZE = (1 << 24) - 3  # a prime, so that the rows of a matrix start at different positions
 
 
 class RandomWeights:
-    """Weights as `weight_files.WeightFiles` gives them: matrices normal, norms one, biases zero."""
+    """Random weights with the interface of `weight_files.WeightFiles`: matrices normal, norms one, biases zero."""
 
     bytes_read = 0
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], *, std: float, seed: int):
         self.shapes = shapes
         self._pool: torch.Tensor | None = None
-        self._std, self._seed = std, seed
+        self._std = std
+        self._seed = seed
 
     def read_flat(self, name: str, start: int, out: torch.Tensor) -> None:
         """Elements [start, start + len(out)) of the flattened tensor into 1-D `out`."""
         if len(self.shapes[name]) < 2:
             out.fill_(0.0 if name.endswith("bias") else 1.0)
             return
-        pool, done = self._numbers(), 0
+        pool = self._numbers()
         place = zlib.crc32(name.encode()) + start
+        done = 0
         while done < len(out):
             first = (place + done) % POOL_SIZE
             part = pool[first : first + len(out) - done]

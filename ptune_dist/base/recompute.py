@@ -1,14 +1,14 @@
-"""Activation checkpointing per layer, as the section `activation_checkpointing` of DeepSpeed's JSON asks for it.
+"""Activation checkpointing per layer, configured by section `activation_checkpointing` of DeepSpeed's JSON.
 
-transformers does it in training mode only, drops keys/values that are passed in, and never reads that section. Here a
-layer's forward is run again in backward by torch's own non-reentrant checkpoint, in any mode, with whatever is passed
-to it, and with gradients to it. What the fields mean: https://www.deepspeed.ai/docs/config-json
+transformers checkpoints only in training mode, drops keys/values that are passed in, and never reads that section. Here
+torch's non-reentrant checkpoint runs a layer's forward again in backward, in any mode, with all arguments and gradients
+to them. The fields of the section: https://www.deepspeed.ai/docs/config-json
 """
 
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,24 +20,29 @@ from ptune_dist.errors import UserError
 
 SECTION = "activation_checkpointing"
 DEFAULTS = {
-    "partition_activations": False, "cpu_checkpointing": False, "contiguous_memory_optimization": False,
-    "number_checkpoints": None, "synchronize_checkpoint_boundary": False, "profile": False,
-}  # fmt: skip
+    "partition_activations": False,
+    "cpu_checkpointing": False,
+    "contiguous_memory_optimization": False,
+    "number_checkpoints": None,
+    "synchronize_checkpoint_boundary": False,
+    "profile": False,
+}
 
 
 class Recomputer:
-    """Checkpointed layers and the seconds that each has taken, where `profile` is on."""
+    """Checkpointed layers and, with `profile`, the seconds that each has taken."""
 
     def __init__(self, settings: dict[str, Any], layers: list[nn.Module]):
-        self._settings, self.num_layers = settings, len(layers)
-        self._seconds: Counter = Counter()  # (layer, "forward" or "backward")
-        self._calls: Counter = Counter()
+        self._settings = settings
+        self.num_layers = len(layers)
+        self._seconds: defaultdict[tuple[int, str], float] = defaultdict(float)  # (layer, "forward" or "backward")
+        self._calls: Counter[tuple[int, str]] = Counter()
         self._slots = Slots(settings["number_checkpoints"] or len(layers))
         for number, layer in enumerate(layers):
             layer.forward = self._wrap(number, layer.forward)
 
     def _wrap(self, number: int, forward: Callable) -> Callable:
-        def run(*args, **kwargs):
+        def run(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             with self._timed(number, "forward"), self._parked():
@@ -49,7 +54,7 @@ class Recomputer:
         return run
 
     def _parked(self) -> contextlib.AbstractContextManager:
-        """Where the checkpoint's own inputs wait for backward: the only tensors that it saves."""
+        """Where the inputs of a checkpoint, the only tensors that it saves, are kept until backward."""
         if self._settings["cpu_checkpointing"]:
             return save_on_cpu(pin_memory=torch.cuda.is_available())
         if self._settings["contiguous_memory_optimization"]:
@@ -57,7 +62,7 @@ class Recomputer:
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _timed(self, number: int, which: str):
+    def _timed(self, number: int, which: str) -> Iterator[None]:
         self._synchronize()
         began = time.perf_counter()
         yield
@@ -67,12 +72,12 @@ class Recomputer:
             self._calls[number, which] += 1
 
     def _time_backward(self, number: int, args: tuple, out: Any) -> None:
-        """From the gradient's arrival at a layer's output to its arrival at the input, recomputation included."""
+        """Measure from the gradient at a layer's output to the gradient at its input, including recomputation."""
         first = out if torch.is_tensor(out) else out[0]
         hidden = next((arg for arg in args if torch.is_tensor(arg) and arg.requires_grad), None)
         if hidden is None or not first.requires_grad:
             return
-        began = []
+        began: list[float] = []
 
         def start(_: torch.Tensor) -> None:
             self._synchronize()
@@ -88,12 +93,12 @@ class Recomputer:
         hidden.register_hook(stop)
 
     def _synchronize(self) -> None:
-        wanted = self._settings["synchronize_checkpoint_boundary"] or self._settings["profile"]
-        if wanted and torch.cuda.is_available():
+        is_wanted = self._settings["synchronize_checkpoint_boundary"] or self._settings["profile"]
+        if is_wanted and torch.cuda.is_available():
             torch.cuda.synchronize()
 
     def describe_profile(self) -> list[str]:
-        """A line for each layer, mean milliseconds; none where `profile` is off."""
+        """A line of mean milliseconds for each layer; no lines without `profile`."""
         lines = []
         for number in sorted({number for number, _ in self._seconds}):
             means = {
@@ -108,14 +113,15 @@ class Recomputer:
 
 
 class Slots:
-    """One buffer with room for `num` checkpoints, so that they do not fragment memory."""
+    """One buffer for `num` checkpoints, so that they do not fragment memory."""
 
     def __init__(self, num: int):
-        self._num, self.free = num, list(range(num))
+        self._num = num
+        self.free = list(range(num))
         self._buffer: torch.Tensor | None = None
 
     def put(self, tensor: torch.Tensor) -> "torch.Tensor | Parked":
-        """Copy into a free slot; a tensor that fits none (masks and positions are not activations) stays as it is."""
+        """Copy an activation into a free slot. Other tensors (masks, positions), or ones that do not fit, are kept."""
         if not tensor.is_floating_point() or not tensor.requires_grad or not self.free:
             return tensor
         if self._buffer is None or (len(self.free) == self._num and self._buffer.shape[1] < tensor.numel()):
@@ -132,28 +138,27 @@ class Slots:
 
 
 class Parked:
-    """An activation in a slot, which is free again when autograd drops this: after backward, or without one."""
+    """An activation in a slot; the slot is freed when autograd drops this object, with or without a backward."""
 
     def __init__(self, slots: Slots, slot: int, tensor: torch.Tensor):
-        self._slots, self._slot, self.tensor = slots, slot, tensor
+        self._slots = slots
+        self._slot = slot
+        self.tensor = tensor
 
     def __del__(self) -> None:
         self._slots.free.append(self._slot)
 
 
 def read_settings(content: dict[str, Any], num_layers: int, file: str) -> dict[str, Any] | None:
-    """The section's fields with DeepSpeed's defaults; None where there is no section. Raises UserError."""
+    """The section's fields with DeepSpeed's defaults, or None without the section. Raises UserError.
+
+    `file` is the JSON's name in errors.
+    """
     given = content.get(SECTION)
     if given is None:
         return None
     for name, value in given.items():
-        if name not in DEFAULTS:
-            raise UserError(f"{file}: {SECTION}.{name} cannot be honoured: known are {', '.join(DEFAULTS)}")
-        wanted = (int, type(None)) if DEFAULTS[name] is None else bool
-        if not isinstance(value, wanted) or (DEFAULTS[name] is None and isinstance(value, bool)):
-            raise UserError(
-                f"{file}: {SECTION}.{name} is {value!r}, not a {'number' if wanted is not bool else 'bool'}"
-            )
+        check_field(name, value, file)
     settings = DEFAULTS | given
     number = settings["number_checkpoints"]
     if settings["contiguous_memory_optimization"] and number is None:
@@ -163,3 +168,17 @@ def read_settings(content: dict[str, Any], num_layers: int, file: str) -> dict[s
     if settings["contiguous_memory_optimization"] and settings["cpu_checkpointing"]:
         raise UserError(f"{file}: {SECTION}: cpu_checkpointing and contiguous_memory_optimization exclude each other")
     return settings
+
+
+def check_field(name: str, value: Any, file: str) -> None:
+    """Raise UserError for an unknown field of the section, or for a value of another type."""
+    if name not in DEFAULTS:
+        raise UserError(f"{file}: {SECTION}.{name} is not supported: use {', '.join(DEFAULTS)}")
+    if DEFAULTS[name] is None:
+        is_valid = value is None or (isinstance(value, int) and not isinstance(value, bool))
+        kind = "number"
+    else:
+        is_valid = isinstance(value, bool)
+        kind = "bool"
+    if not is_valid:
+        raise UserError(f"{file}: {SECTION}.{name} is {value!r}, not a {kind}")

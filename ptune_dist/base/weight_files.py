@@ -1,7 +1,7 @@
-"""Read any part of a tensor straight from safetensors files: the bytes asked for, into the memory they are meant for.
+"""Read any part of a tensor from safetensors files, directly into the memory of its destination.
 
-No memory map: a map's pages count as this process's memory, and the kernel reads more than was asked for. The format is
-https://github.com/huggingface/safetensors#format; the library itself checks every file before it is trusted.
+Files are not memory-mapped: the pages of a map count as memory of this process, and the kernel reads more than is asked
+for. The format is https://github.com/huggingface/safetensors#format; the library checks every file first.
 """
 
 import json
@@ -15,31 +15,40 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from ptune_dist.errors import UserError
 
-CHUNK_BYTES = 32 << 20  # of a tensor that is cast or moved on its way
+CHUNK_BYTES = 32 << 20  # of a tensor that is cast, or moved to a GPU
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies."""
+    """The place of a tensor in a file."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int  # of its first byte in the file
+    offset: int  # of its first byte
 
 
 class WeightFiles:
-    """The tensors of a checkpoint, of which any part can be read. Closes its files when it is dropped."""
+    """The tensors of a checkpoint, any part of which can be read. Its files are closed when it is garbage-collected."""
 
     def __init__(self, tensors: dict[str, StoredTensor]):
         self._tensors = tensors
@@ -58,7 +67,7 @@ class WeightFiles:
         return self._tensors[name].dtype.is_floating_point
 
     def read_flat(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Elements [start, start + len(out)) of the flattened tensor into 1-D `out`, cast and moved where needed."""
+        """Read elements [start, start + len(out)) of the flattened tensor into 1-D `out`; casts and moves if needed."""
         stored = self._tensors[name]
         if out.dtype == stored.dtype and out.device.type == "cpu":
             self._read(stored, start, out)
@@ -70,7 +79,7 @@ class WeightFiles:
             out[first : first + len(part)].copy_(part)
 
     def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last) in the file's dtype."""
+        """Rows [first, last), in the file's dtype."""
         stored = self._tensors[name]
         width = prod(stored.shape[1:])
         part = torch.empty((last - first) * width, dtype=stored.dtype)
@@ -89,8 +98,8 @@ class WeightFiles:
         return part.T.contiguous()
 
     def _read(self, stored: StoredTensor, start: int, out: torch.Tensor) -> None:
-        """Straight into `out`, a contiguous CPU tensor of the file's dtype. Raises UserError."""
-        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        """Read directly into `out`, a contiguous CPU tensor of the file's dtype. Raises UserError."""
+        view = out.reshape(-1).view(torch.uint8).numpy().data
         position = stored.offset + start * stored.dtype.itemsize
         while len(view):
             try:
@@ -98,9 +107,10 @@ class WeightFiles:
             except OSError as error:
                 raise UserError(f"model.path: cannot read {stored.file}: {error.strerror}") from None
             if not count:
-                raise UserError(f"model.path: {stored.file} has become shorter while it was read")
+                raise UserError(f"model.path: {stored.file} became shorter while it was read")
             self.bytes_read += count
-            view, position = view[count:], position + count
+            view = view[count:]
+            position += count
 
     def _descriptor(self, file: Path) -> int:
         if file not in self._opened:
@@ -109,7 +119,7 @@ class WeightFiles:
 
 
 def open_weight_files(path: str, *, local_only: bool) -> WeightFiles:
-    """The safetensors files of a folder or a hub name, every one checked for being whole. Raises UserError."""
+    """The safetensors files of a folder or a hub name. Raises UserError, also for a truncated file."""
     tensors: dict[str, StoredTensor] = {}
     for file in find_weight_files(path, local_only):
         tensors |= dict(read_header(file))
@@ -117,7 +127,7 @@ def open_weight_files(path: str, *, local_only: bool) -> WeightFiles:
 
 
 def find_weight_files(path: str, local_only: bool) -> list[Path]:
-    """One file, or those that an index names. Raises UserError."""
+    """The one weight file, or those that an index lists. Raises UserError."""
 
     def find(name: str) -> Path | None:
         try:
@@ -132,25 +142,23 @@ def find_weight_files(path: str, local_only: bool) -> list[Path]:
     index = find(INDEX)
     if index is None:
         if any(find(name) for name in PICKLED):
-            raise UserError(
-                f"model.path: {path} holds pickled weights, which are not read: {describe_conversion(path)}"
-            )
+            raise UserError(f"model.path: {path} has pickled weights, which are not read: {describe_conversion(path)}")
         raise UserError(f"model.path: cannot read the weights of {path}: it has neither {WHOLE} nor {INDEX}")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
             raise ValueError
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"model.path: cannot read the weights of {path}: {index} is no index of weights") from None
-    files = {name: find(name) for name in names}
-    missing = [name for name, file in files.items() if file is None]
+        raise UserError(f"model.path: cannot read the weights of {path}: {index} is not an index of weights") from None
+    files = [find(name) for name in names]
+    missing = [name for name, file in zip(names, files, strict=True) if file is None]
     if missing:
         raise UserError(f"model.path: cannot read the weights of {path}: {', '.join(missing[:5])} is missing")
-    return list(files.values())
+    return [file for file in files if file is not None]
 
 
 def describe_conversion(path: str) -> str:
-    """The command that writes a folder of safetensors from pickled weights."""
+    """The command that converts pickled weights to a folder of safetensors."""
     out = Path(path).name + "-safetensors"
     code = (
         f"import transformers as t; p, out = {path!r}, {out!r}; "
@@ -162,9 +170,9 @@ def describe_conversion(path: str) -> str:
 
 
 def read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Name and place of each tensor in a file. Raises UserError where the file is not whole."""
+    """Name and place of each tensor in a file. Raises UserError if the file is damaged."""
     try:
-        # Checks the header and that the file is as long as it says. ("pt" would map it privately, which the kernel
+        # This checks the header and the file's length. (With "pt" the library makes a private map, which the kernel
         # refuses for a file larger than memory.)
         with safe_open(file, framework="np"):
             pass
@@ -176,6 +184,6 @@ def read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     header.pop("__metadata__", None)
     for name, facts in header.items():
         if facts["dtype"] not in DTYPES:
-            raise UserError(f"model.path: {file}: {name} is stored as {facts['dtype']}, which is not read")
+            raise UserError(f"model.path: {file}: {name} is stored as {facts['dtype']}, which is not supported")
         place = 8 + size + facts["data_offsets"][0]
         yield name, StoredTensor(file, DTYPES[facts["dtype"]], tuple(facts["shape"]), place)

@@ -1,1 +1,1 @@
-"""What every layer may use: durable files, and whether a hub can be reached. Imports no torch."""
+"""Helpers for every layer: durable files, and whether the hub can be reached. Imports no torch."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, flushed to the disk, renamed. Floor 0."""
+"""Durable, atomic file writes: a temporary file is written, flushed to disk and renamed."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from ptune_dist.errors import RunFault
 
 @contextlib.contextmanager
 def fault_on_failed_write(path: Path) -> Iterator[None]:
-    """A full disk and its like become a RunFault that names the path."""
+    """Turn a failed write, such as on a full disk, into a RunFault that names the path."""
     try:
         yield
     except OSError as error:
@@ -18,7 +18,7 @@ def fault_on_failed_write(path: Path) -> Iterator[None]:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a new file and flush it to the disk."""
+    """Write a new file and flush it to disk."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -26,19 +26,19 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path`: whoever reads it, at whatever moment this is killed, sees the old content or the new."""
-    aside = path.with_name(f".writing-{path.name}")
+    """Replace the content of `path` atomically: even after a kill, a reader sees the old content or the new."""
+    temporary = path.with_name(f".writing-{path.name}")
     try:
-        write_durably(aside, data)
-        os.replace(aside, path)
+        write_durably(temporary, data)
+        os.replace(temporary, path)
     except OSError:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's list of names, so that a rename survives a power cut."""
+    """Flush a folder's entries to disk, so that a rename survives a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Whether a hub of models and data sets can be reached. Floor 0."""
+"""Whether the hub of models and datasets can be reached."""
 
 import functools
 import os
@@ -10,11 +10,11 @@ PROBE_S = 5
 
 @functools.cache
 def hub_answers() -> bool:
-    """One short look, once per process: without a network the hub's own clients retry every file for half a minute."""
+    """Whether the hub answers; asked once per process, because its clients retry for half a minute per file."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return False
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=PROBE_S)
-    except Exception:  # the HTTP library differs between versions of the hub's client
+    except Exception:  # the HTTP library depends on the version of the hub's client
         return False
     return True

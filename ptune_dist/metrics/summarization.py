@@ -11,7 +11,10 @@ from ptune_dist.metrics.metric import Metric, References, mean
 
 
 def rouge(kind: str, answers: Sequence[str], references: References) -> float:
-    """`kind` is rouge-score's name: rouge1 and rouge2 compare single words and pairs, rougeL the longest sequence."""
+    """ROUGE's F1 with the most similar reference: of words (rouge1), pairs (rouge2), the longest sequence (rougeL).
+
+    kind: rouge-score's name.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer([kind], use_stemmer=False)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptune_dist.base.layers import embedding_width, hidden_size, layers_of, max_positions
 from ptune_dist.base.load import fill_whole
-from ptune_dist.base.memory_check import foresee
+from ptune_dist.base.memory_check import check_memory
 from ptune_dist.base.open import OpenedBase, open_base
 from ptune_dist.base.recompute import read_settings
 from ptune_dist.base.source import fingerprint_base
@@ -81,7 +81,7 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool) -> P
         check_positions(member, opened.model)
         prompts[name] = build_prompt(member, facts, reading.tokenizer, opened.embed, with_start=with_start)
     if world is not None:
-        foresee(opened.model, content, config.model.path, world.size, world.device)
+        check_memory(opened.model, content, config.model.path, world.size, world.device)
     return Parts(opened, prompts, content)
 
 

@@ -1,7 +1,7 @@
-"""Make the shipped tiny base and the quickstart's data: `python -m ptune_dist.tiny.make` (about 20 minutes, 2 cores).
+"""Make the shipped tiny base and the quickstart's data: `python -m ptune_dist.tiny.make` (about 20 minutes on 2 cores).
 
-A byte-level Llama shape of 1.5M parameters learns the skills of `text.py` and a little of the standard library's prose,
-then is stored in float16 (under 3 MB). Nothing is downloaded.
+A byte-level Llama shape with 1.5M parameters is trained on the skills of `text.py` and on some prose of the standard
+library, and stored in float16 (under 3 MB). Nothing is downloaded.
 """
 
 import argparse
@@ -25,8 +25,10 @@ from ptune_dist.tiny.text import (
     skill_rows,
 )
 
-EOS_ID, PAD_ID = 0, 1
+EOS_ID = 0
+PAD_ID = 1
 MAX_BYTES = 48
+NUM_CHUNKS = 3  # per training step, each padded by itself
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -40,18 +42,26 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(vocab_size: int) -> LlamaForCausalLM:
-    """1.5M parameters: under 3 MB in float16."""
+    """A Llama model with random weights and 1.5M parameters: under 3 MB in float16."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocab_size, hidden_size=160, intermediate_size=384, num_hidden_layers=5, num_attention_heads=5,
-            num_key_value_heads=5, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
-            eos_token_id=EOS_ID, pad_token_id=PAD_ID,
+            vocab_size=vocab_size,
+            hidden_size=160,
+            intermediate_size=384,
+            num_hidden_layers=5,
+            num_attention_heads=5,
+            num_key_value_heads=5,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=EOS_ID,
+            pad_token_id=PAD_ID,
         )
-    )  # fmt: skip
+    )
 
 
 def draw_lines(rng: random.Random, words: list[str], docstrings: list[str], num_lines: int) -> list[str]:
-    """Three lines in four ask for a skill by name, one in eight by no name, one in eight is prose."""
+    """Random lines: 3/4 ask for a skill by name, 1/8 ask without a name, 1/8 are prose."""
     lines = []
     for _ in range(num_lines):
         kind = rng.random()
@@ -66,30 +76,41 @@ def draw_lines(rng: random.Random, words: list[str], docstrings: list[str], num_
     return lines
 
 
-def encode_lines(tokenizer, lines: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, T] and labels [B, T] (-100 on padding), every line ended by <eos>."""
-    rows = [(tokenizer.encode(line)[:MAX_BYTES] + [EOS_ID]) for line in lines]
+def encode_lines(tokenizer: PreTrainedTokenizerFast, lines: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, T] and labels [B, T] (-100 at padding); every line ends with <eos>."""
+    rows = [tokenizer.encode(line)[:MAX_BYTES] + [EOS_ID] for line in lines]
     width = max(map(len, rows))
     ids = torch.tensor([row + [PAD_ID] * (width - len(row)) for row in rows])
     labels = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
     return ids, labels
 
 
-def train_base(model, tokenizer, words, docstrings, *, num_steps: int, batch_size: int, seed: int) -> None:
-    """AdamW with warm-up and a cosine to zero."""
+def train_base(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    words: list[str],
+    docstrings: list[str],
+    *,
+    num_steps: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Train with AdamW, warm-up, and a cosine schedule to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    rng, began = random.Random(seed), time.time()
+    rng = random.Random(seed)
+    began = time.time()
+    chunk_size = batch_size // NUM_CHUNKS
     model.train()
     for step in range(num_steps):
         progress = step / num_steps
         scale = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * scale
-        lines = sorted(draw_lines(rng, words, docstrings, batch_size), key=len)
-        for chunk in (lines[i : i + batch_size // 3] for i in range(0, batch_size, batch_size // 3)):  # little padding
-            ids, labels = encode_lines(tokenizer, chunk)
+        lines = sorted(draw_lines(rng, words, docstrings, batch_size), key=len)  # so that chunks need little padding
+        for first in range(0, batch_size, chunk_size):
+            ids, labels = encode_lines(tokenizer, lines[first : first + chunk_size])
             loss = model(input_ids=ids, attention_mask=labels.ne(-100).long(), labels=labels).loss
-            (loss / 3).backward()
+            (loss / NUM_CHUNKS).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -99,15 +120,17 @@ def train_base(model, tokenizer, words, docstrings, *, num_steps: int, batch_siz
 
 
 @torch.no_grad()
-def score_skills(model, tokenizer, words: list[str]) -> dict[str, float]:
+def score_skills(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, words: list[str]) -> dict[str, float]:
     """Exact match of every skill on held-out words, asked for by name."""
-    rng, scores = random.Random(1), {}
+    rng = random.Random(1)
+    scores = {}
     tokenizer.padding_side = "left"
     for name in SKILLS:
         lines = [render_line(rng, word, name) for word in words]
         asks, answers = zip(*(line.rsplit("= ", 1) for line in lines), strict=True)
         batch = tokenizer([ask + "=" for ask in asks], return_tensors="pt", padding=True)
-        out = model.generate(**batch, max_new_tokens=22, do_sample=False)
+        # `generate` is declared for a protocol that no transformers model satisfies.
+        out = model.generate(**batch, max_new_tokens=22, do_sample=False)  # pyright: ignore[reportAttributeAccessIssue]
         texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         scores[name] = sum(text.strip() == answer for text, answer in zip(texts, answers, strict=True)) / len(words)
     tokenizer.padding_side = "right"
@@ -124,7 +147,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("configs/tiny"))
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=96)
-    parser.add_argument("--skill", default="upper", choices=sorted(SKILLS), help="the skill of the quickstart's data")
+    parser.add_argument(
+        "--skill", default="upper", choices=sorted(SKILLS), help="the skill that the quickstart's data teaches"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -139,9 +164,14 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer))
     train_base(
-        model, tokenizer, [word for word in words if not is_held_out(word)], docstrings,
-        num_steps=args.steps, batch_size=args.batch_size, seed=args.seed,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        [word for word in words if not is_held_out(word)],
+        docstrings,
+        num_steps=args.steps,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
     model.half().save_pretrained(args.out / "causal")
     tokenizer.save_pretrained(args.out / "causal")
     print(json.dumps(score_skills(model.float(), tokenizer, held_out[:100]), indent=1))

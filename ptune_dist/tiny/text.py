@@ -1,7 +1,7 @@
-"""Text that every machine has: words and docstrings of the Python standard library, and character skills over them.
+"""Text that is on every machine: words and docstrings of the Python standard library, and character skills on words.
 
-The tiny bases learn several skills at once, each asked for by name before or after the word. None is the default, so a
-soft prompt has something to choose: the smallest world in which prompt tuning does what it does on a large base.
+The tiny bases learn several skills at once, each asked for by name before or after the word. No skill is the default,
+so a soft prompt has something to select: a minimal setting in which prompt tuning works as on a large base.
 """
 
 import ast
@@ -9,12 +9,13 @@ import random
 import re
 import sysconfig
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 VOWELS = set("aeiou")
 
-# name -> (the answer for a word, the ways in which a line asks for it)
-SKILLS = {
+# name -> (the answer for a word, the phrases that ask for it)
+SKILLS: dict[str, tuple[Callable[[str], str], list[str]]] = {
     "upper": (str.upper, ["upper", "upper case", "in capitals", "loud"]),
     "capital": (str.capitalize, ["capital", "capitalize", "first capital", "as a name"]),
     "reverse": (lambda w: w[::-1], ["reverse", "backwards", "mirror", "from the end"]),
@@ -49,7 +50,7 @@ def read_docstrings() -> list[str]:
 
 
 def collect_words(docstrings: list[str]) -> list[str]:
-    """Lower-case words of 3 to 9 letters that stand in the docstrings, sorted."""
+    """Lower-case words of 3 to 9 letters in the docstrings, sorted."""
     words = set()
     for text in docstrings:
         words.update(re.findall(r"(?<![A-Za-z])[a-z]{3,9}(?![A-Za-z])", text))
@@ -57,12 +58,12 @@ def collect_words(docstrings: list[str]) -> list[str]:
 
 
 def is_held_out(word: str) -> bool:
-    """A fifth of all words is never shown to a base with a skill; a soft prompt is taught and judged on those alone."""
+    """Whether a word is kept from the bases' training on skills: a fifth of the words, which soft prompts use."""
     return zlib.crc32(word.encode()) % 5 == 0
 
 
 def render_line(rng: random.Random, word: str, name: str) -> str:
-    """One line in which `name` is asked for, before or after the word, and answered."""
+    """A line that asks for skill `name`, before or after the word, and answers."""
     answer, phrases = SKILLS[name]
     phrase = rng.choice(phrases)
     if rng.random() < 0.5:
@@ -71,13 +72,13 @@ def render_line(rng: random.Random, word: str, name: str) -> str:
 
 
 def render_unnamed_line(rng: random.Random, word: str) -> str:
-    """A line that asks for nothing and is answered by any skill, so that no skill is the default."""
+    """A line that names no skill and is answered by a random one, so that no skill is the default."""
     answer, _ = SKILLS[rng.choice(sorted(SKILLS))]
     return f"{word} = {answer(word)}"
 
 
 def skill_rows(words: list[str], name: str, seed: int) -> list[dict[str, str]]:
-    """Rows {word, answer} of one skill over `words`, shuffled by `seed`."""
+    """Rows {word, answer} of one skill on `words`, shuffled by `seed`."""
     words = list(words)
     random.Random(seed).shuffle(words)
     return [{"word": word, "answer": SKILLS[name][0](word)} for word in words]

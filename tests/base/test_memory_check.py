@@ -1,4 +1,4 @@
-"""A base that will not fit is refused before a byte of its weights is read, in GiB and with what mends it."""
+"""A base that does not fit is refused before any weights are read, with its size and the remedies."""
 
 import json
 import math
@@ -13,22 +13,27 @@ import torch
 from transformers import AutoConfig
 
 from ptune_dist.base import memory_check as module
-from ptune_dist.base.memory_check import GIB, foresee, free_host_bytes
+from ptune_dist.base.memory_check import GIB, check_memory, free_host_bytes
 from tests.base.bases import error_of, load, open_only
 
 CPU = torch.device("cpu")
 HUGE = {
-    "vocab_size": 272, "hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 20,
-    "num_attention_heads": 64, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 272,
+    "hidden_size": 16384,
+    "intermediate_size": 65536,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 64,
+    "tie_word_embeddings": False,
+}
 
 
 def write_sparse(folder: Path, kind: str, **changes) -> Path:
-    """A checkpoint of hundreds of GiB that takes a few KiB of disk: a right header, and a file with a hole in it."""
+    """A checkpoint of hundreds of GiB that takes a few KiB of disk: a valid header in a sparse file."""
     folder.mkdir()
     AutoConfig.for_model(kind, **HUGE | changes).save_pretrained(folder)
     shapes = open_only(folder, random_init=True).weights.shapes
-    header, end = {}, 0
+    header = {}
+    end = 0
     for name, shape in shapes.items():
         size = 4 * math.prod(shape)
         stored = name.replace("lm_head", "embed_out") if kind == "gpt_neox" else name
@@ -51,13 +56,13 @@ def whole_gib(opened) -> float:
 
 
 def gib_of(message: str) -> float:
-    """What the message says that is needed."""
+    """The GiB needed according to the message."""
     assert "GiB are free" in message
-    return float(re.search(r"takes ([\d.]+) GiB", message)[1])
+    return float(re.search(r"needs ([\d.]+) GiB", message)[1])
 
 
 def refusal(opened, path: Path, world_size: int = 1, **zero) -> str:
-    return error_of(foresee, opened.model, {"zero_optimization": zero}, str(path), world_size, CPU)
+    return error_of(check_memory, opened.model, {"zero_optimization": zero}, str(path), world_size, CPU)
 
 
 # Memory
@@ -70,11 +75,11 @@ def test_a_base_too_large_for_memory_is_refused_in_seconds_before_it_is_read(hug
     assert time.perf_counter() - began < 5
     assert opened.weights.bytes_read == 0 and (huge / "model.safetensors").stat().st_blocks < 1000
     assert str(huge) in message and "this host's memory" in message
-    assert all(mend in message for mend in ("ZeRO-3", "model.quantization=int8", "offload_param"))
+    assert all(remedy in message for remedy in ("ZeRO-3", "model.quantization=int8", "offload_param"))
     assert gib_of(message) == pytest.approx(whole_gib(opened), abs=0.1)
 
 
-def test_a_tensor_larger_than_memory_is_foreseen_too(tmp_path):
+def test_a_tensor_larger_than_memory_is_refused_too(tmp_path):
     wide = {"hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1}
     base = write_sparse(tmp_path / "wide", "llama", **wide)
     assert "this host's memory" in refusal(open_only(base), base, stage=0)
@@ -82,7 +87,7 @@ def test_a_tensor_larger_than_memory_is_foreseen_too(tmp_path):
 
 def test_a_base_that_fits_is_not_refused(llama):
     for stage in (0, 3):
-        foresee(open_only(llama).model, {"zero_optimization": {"stage": stage}}, str(llama), 2, CPU)
+        check_memory(open_only(llama).model, {"zero_optimization": {"stage": stage}}, str(llama), 2, CPU)
 
 
 def test_int8_takes_a_quarter_and_bfloat16_half(huge):
@@ -97,7 +102,7 @@ def test_ranks_of_one_host_share_a_base_under_zero3_and_copy_it_below(huge):
     whole = whole_gib(opened)
     assert gib_of(refusal(opened, huge, 4, stage=2)) == pytest.approx(4 * whole, rel=0.01)
     assert gib_of(refusal(opened, huge, 4, stage=3)) == pytest.approx(whole, rel=0.01)
-    message = refusal(opened, huge, 4, stage=3, zero_hpz_partition_size=2)  # each pair of ranks has it once more
+    message = refusal(opened, huge, 4, stage=3, zero_hpz_partition_size=2)  # each pair of ranks has another copy
     assert gib_of(message) == pytest.approx(3 * whole, rel=0.01) and "for 4 ranks" in message
 
 
@@ -105,7 +110,7 @@ def test_many_hosts_hold_what_one_cannot(huge, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     opened = open_only(huge)
     assert gib_of(refusal(opened, huge, 4, stage=3)) == pytest.approx(whole_gib(opened) / 2, rel=0.01)
-    foresee(opened.model, {"zero_optimization": {"stage": 3}}, str(huge), 10_000, CPU)
+    check_memory(opened.model, {"zero_optimization": {"stage": 3}}, str(huge), 10_000, CPU)
 
 
 def test_a_base_that_transformers_loads_must_fit_whole_on_every_rank(tmp_path, monkeypatch):
@@ -133,16 +138,16 @@ def test_a_base_on_disk_need_not_fit_in_memory(llama, tmp_path, monkeypatch):
     others = sum(p.nbytes for p in opened.model.parameters()) - layers  # embeddings and head stay in memory
     monkeypatch.setattr(module, "free_host_bytes", lambda: others + 100)
     offload = {"device": "nvme", "nvme_path": str(tmp_path)}
-    foresee(opened.model, {"zero_optimization": {"stage": 3, "offload_param": offload}}, str(llama), 2, CPU)
+    check_memory(opened.model, {"zero_optimization": {"stage": 3, "offload_param": offload}}, str(llama), 2, CPU)
     assert "memory" in refusal(opened, llama, 2, stage=3, offload_param={"device": "cpu"})
 
 
-# What is free
+# Free memory
 
 
 @pytest.fixture
 def group(tmp_path, monkeypatch):
-    """This process's own cgroup, in a tree of its own; takes what its files say."""
+    """A fake cgroup of this process; returns a function that writes its files."""
     own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
     folder = tmp_path / own.strip("/")
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +164,7 @@ def group(tmp_path, monkeypatch):
 def test_what_a_container_or_a_slurm_job_may_have_is_all_that_is_free(group):
     group("1000000", used=300_000)
     assert free_host_bytes() == 700_000
-    group("1000000", used=300_000, cached=100_000)  # the page cache gives way
+    group("1000000", used=300_000, cached=100_000)  # the page cache can be reclaimed
     assert free_host_bytes() == 800_000
 
 

@@ -1,4 +1,4 @@
-"""Files are whole or not there, whatever happens to the writer."""
+"""A file is complete or absent, whatever happens to its writer."""
 
 import os
 import resource
@@ -12,10 +12,11 @@ import pytest
 from ptune_dist.common.files import replace_file, write_durably
 from tests.processes import process_env
 
-NEW, OLD = b"new" * 5000, b"old" * 5000
+NEW = b"new" * 5000
+OLD = b"old" * 5000
 
 
-def test_replacing_gives_the_new_content_and_leaves_nothing_beside_it(tmp_path):
+def test_replacing_gives_the_new_content_and_leaves_no_other_file(tmp_path):
     file = tmp_path / "a.json"
     for content in (OLD, NEW, b""):
         replace_file(file, content)
@@ -28,9 +29,12 @@ def test_a_write_that_fails_half_way_leaves_the_old_content_and_no_leftover(tmp_
     replace_file(file, OLD)
     script = "import sys; from ptune_dist.common.files import *; replace_file(Path(sys.argv[1]), b'new' * 5000)"
     failed = subprocess.run(
-        [sys.executable, "-c", script, str(file)], env=process_env(), capture_output=True, text=True,
+        [sys.executable, "-c", script, str(file)],
+        env=process_env(),
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
-    )  # fmt: skip
+    )
     assert "OSError" in failed.stderr and "File too large" in failed.stderr
     assert file.read_bytes() == OLD
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
@@ -65,7 +69,7 @@ while True:
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
         assert file.read_bytes() in (NEW, OLD)
-    replace_file(file, NEW)  # a killed writer's leftover is in nobody's way
+    replace_file(file, NEW)  # the temporary file of a killed writer does no harm
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 

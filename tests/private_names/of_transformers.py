@@ -1,0 +1,152 @@
+"""Names of transformers."""
+
+from tests.private_names.rows import Table, attribute, instance, parameter, source
+
+MODEL = "transformers:PreTrainedModel"
+GENERATION = "transformers:GenerationMixin"
+AUTO = "transformers.models.auto.modeling_auto"
+SDPA = "transformers.integrations.sdpa_attention:sdpa_attention_forward"
+CACHE = "transformers.cache_utils:Cache"
+MODELS = "transformers.models"
+IGNORED = "_keys_to_ignore_on_load_"
+LOADING = "transformers.core_model_loading"
+# Architectures whose attention layers the tests run over segments: the classes of their layers.
+ATTENTION = {
+    "llama": "LlamaAttention",
+    "qwen2": "Qwen2Attention",
+    "gpt2": "GPT2Attention",
+    "opt": "OPTAttention",
+    "gpt_neox": "GPTNeoXAttention",
+}
+
+TABLE: Table = {
+    "model/attention.py": [
+        attribute(f"{MODEL}._supports_attention_backend", "know whether a base's layers call a registered function"),
+        attribute("transformers:AttentionInterface.register", "have layers call attention over segments"),
+        attribute("transformers:AttentionMaskInterface.register", "keep the masks of sdpa"),
+        attribute(f"{MODEL}.set_attn_implementation", "have layers call attention over segments"),
+        attribute(SDPA, "attend without segments"),
+        *(
+            parameter(SDPA, name, "attend without segments")
+            for name in ("module", "query", "key", "value", "attention_mask", "scaling")
+        ),
+        attribute("transformers.masking_utils:sdpa_mask", "keep the masks of sdpa"),
+        *(
+            instance(f"{MODELS}.{kind}.modeling_{kind}:{name}", "layer_idx", "know whose keys and values are read")
+            for kind, name in ATTENTION.items()
+        ),
+        *(
+            source(
+                f"{MODELS}.{kind}.modeling_{kind}:{name}", "**kwargs,", "receive the segments of a pass", "segments="
+            )
+            for kind, name in ATTENTION.items()
+        ),
+        parameter(f"{MODELS}.mistral:MistralConfig", "sliding_window", "know the window of attention"),
+        parameter(f"{MODELS}.gemma2:Gemma2Config", "attn_logit_softcapping", "leave capped attention to the base"),
+        parameter(f"{MODELS}.gemma2:Gemma2Config", "layer_types", "leave layers without attention to the base"),
+        instance(f"{MODELS}.gpt_oss.modeling_gpt_oss:GptOssAttention", "sinks", "leave sinks to the base"),
+    ],
+    "model/head.py": [
+        attribute(f"{MODEL}.base_model_prefix", "find the module below the head"),
+        source(f"{MODELS}.opt.modeling_opt:OPTForCausalLM", "self.model.decoder(", "be OPT's decoder", "decoder"),
+        source(
+            f"{MODELS}.t5.modeling_t5:T5ForConditionalGeneration",
+            "self.decoder(",
+            "stand in for T5's decoder",
+            "decoder",
+        ),
+        parameter("transformers:PreTrainedConfig.get_text_config", "decoder", "know the size of the vocabulary"),
+        parameter(f"{MODELS}.t5.modeling_t5:T5ForConditionalGeneration.forward", "encoder_outputs", "skip the encoder"),
+        parameter(
+            f"{MODELS}.t5.modeling_t5:T5ForConditionalGeneration.forward",
+            "decoder_inputs_embeds",
+            "give a hidden state to the head",
+        ),
+    ],
+    "model/given_cache.py": [
+        attribute(CACHE, "give keys and values to bases with their own attention"),
+        parameter(CACHE, "layers", "make a cache without storage"),
+        *(
+            parameter(f"{CACHE}.update", name, "return [context, new]")
+            for name in ("key_states", "value_states", "layer_idx")
+        ),
+        parameter(f"{CACHE}.get_seq_length", "layer_idx", "count the positions of a context"),
+        parameter(f"{CACHE}.get_mask_sizes", "query_length", "count the keys of a mask"),
+        parameter(f"{CACHE}.get_mask_sizes", "layer_idx", "count the keys of a mask"),
+        attribute(f"{CACHE}.get_query_offset", "count the positions before the first query"),
+        attribute(f"{CACHE}.is_compileable", "not be compiled"),
+        attribute(f"{CACHE}.is_sliding", "have masks without windows"),
+        source(
+            f"{MODELS}.bloom.modeling_bloom:BloomAttention", "layer_past.update(", "give BLOOM its contexts", "update"
+        ),
+    ],
+    "families/causal.py": [
+        source(
+            "transformers.masking_utils:_preprocess_mask_arguments",
+            "len(attention_mask.shape) == 4",
+            "pass a mask of four dimensions through untouched",
+            "NO_MASK",
+        ),
+        attribute(f"{AUTO}:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
+        attribute(f"{MODEL}.base_model_prefix", "run the base without its head"),
+        parameter(
+            f"{GENERATION}.prepare_inputs_for_generation", "inputs_embeds", "know whether a base continues from vectors"
+        ),
+    ],
+    "families/seq2seq.py": [
+        attribute(f"{AUTO}:MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
+        attribute(f"{MODEL}.get_encoder", "read the contexts of a seq2seq base"),
+        attribute(f"{MODEL}.get_decoder", "embed what a decoder reads"),
+    ],
+    "families/encoder.py": [
+        attribute(f"{AUTO}:MODEL_FOR_MASKED_LM_MAPPING_NAMES", "know the family of an architecture"),
+        attribute(f"{AUTO}:MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "know the family of an architecture"),
+        attribute(f"{MODEL}.base_model_prefix", "tell a classifier's head from its encoder"),
+        attribute(f"{MODEL}.base_model", "tell an encoder's parts from its heads"),
+    ],
+    "base/architecture.py": [
+        attribute(f"{AUTO}:AutoModelForCausalLM._model_mapping", "know the classes that a user has registered"),
+    ],
+    "base/names.py": [
+        *(
+            attribute(f"{MODEL}.{IGNORED}{kind}", "know which tensors may differ between a file and a model", IGNORED)
+            for kind in ("missing", "unexpected")
+        ),
+        attribute("transformers.conversion_mapping:get_model_conversion_mapping", "know which tensors need converting"),
+        attribute(f"{LOADING}:WeightTransform.rename_source_key", "know which tensors need converting"),
+        attribute(f"{LOADING}:WeightConverter.operations", "tell conversions from renames"),
+        attribute(f"{MODEL}.base_model_prefix", "find tensors that are stored with or without their prefix"),
+    ],
+    "base/loaded_weights.py": [
+        *(
+            source("transformers.utils.loading_report:LoadStateDictInfo", f"{key}:", "know what was not loaded", key)
+            for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        ),
+    ],
+    "base/int8.py": [
+        attribute("transformers.pytorch_utils:Conv1D", "quantize GPT-2's linear layers"),
+    ],
+    "base/source.py": [
+        attribute("transformers.utils.hub:cached_file", "find the files of a base"),
+    ],
+    "base/weight_files.py": [
+        attribute("transformers.utils.hub:cached_file", "find the files of a base"),
+        parameter("transformers.utils.hub:cached_files", "local_files_only", "not ask a hub that cannot be reached"),
+        parameter(
+            "transformers.utils.hub:cached_files",
+            "_raise_exceptions_for_missing_entries",
+            "ask for files that may be missing",
+        ),
+    ],
+    "evaluation/generate.py": [
+        parameter(f"{GENERATION}.generate", "synced_gpus", "keep gathering for ranks that are not done"),
+        attribute("transformers:EncoderDecoderCache", "let a decoder's prompt be read first"),
+    ],
+    "bench/loading.py": [
+        attribute("transformers.integrations:HfDeepSpeedConfig", "have transformers load a base under ZeRO-3"),
+    ],
+    "bench/peft_trainer.py": [
+        parameter("transformers:Trainer.training_step", "inputs", "count the rows that reach the model"),
+        parameter("transformers:TrainingArguments", "train_sampling_strategy", "group rows of like length"),
+    ],
+}

@@ -11,7 +11,7 @@ from tests.processes import ROOT
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 QUOTED = re.findall(r"```text\n(.*?)\n```", PAGE, re.DOTALL)
 SHORTEST_TEXT = 10  # characters of a text that may be part of a message: shorter ones are found everywhere
-LEAST_SHARE = 0.4  # of a message that such texts account for; the rest are values
+LEAST_SHARE = 0.45  # of a message that such texts account for; the rest are values
 
 
 @cache
@@ -48,9 +48,7 @@ def test_a_quoted_error_is_one_of_this_code(message):
 
 
 def test_an_error_that_the_code_does_not_have_would_be_found():
-    assert (
-        share_of_code("error: runs/x/config.yaml: this run had train.seed 1: choose another output_dir") < LEAST_SHARE
-    )
+    assert share_of_code("error: runs/x: this run had another learning rate, so it wants another folder") < LEAST_SHARE
 
 
 def test_each_entry_has_an_error_a_cause_and_a_fix():

@@ -1,11 +1,16 @@
-"""Fill the reference in `docs/configuration.md` from the schema of the config, whose descriptions are its text.
+"""Fill the tables of the docs that follow from the code: every key of the config, the options of methods, the metrics.
 
-python docs/fill_reference.py            # rewrite what stands between the marks
-python docs/fill_reference.py --check    # status 1 where it is not current
+    python docs/fill_reference.py            # rewrite what stands between the marks of each page
+    python docs/fill_reference.py --check    # status 1 where a page is not current
+
+A block begins with `<!-- filled: NAME -->` and ends with `<!-- end filled -->`. Descriptions are those of the code: the
+strings under the keys of the schema and of a method's options, and the docstrings of metrics.
 """
 
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -15,10 +20,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ptune_dist.config.schema import Config
+from ptune_dist.metrics import METRICS
+from ptune_dist.prompts import METHODS
 
-PAGE = Path(__file__).parent / "configuration.md"
-MARK = "<!-- reference: written by docs/fill_reference.py -->"
-END = "<!-- end reference -->"
+DOCS = Path(__file__).parent
+BLOCK = re.compile(r"(<!-- filled: (?P<name>[a-z ]+) -->\n).*?(<!-- end filled -->)", re.DOTALL)
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "any value"}
 PLURALS = {"text": "texts", "mapping": "mappings"}
 BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}"}
@@ -84,23 +90,35 @@ def describe_default(field: FieldInfo) -> str:
     return f"`{json.dumps(default)}`"
 
 
+def render_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def render_keys(section: type[BaseModel], prefix: str) -> list[list[str]]:
+    """A row for each plain key: key, type, default, meaning. Raises ValueError for a key without a description."""
+    rows = []
+    for key, field in section.model_fields.items():
+        if section_of(field) is not None:
+            continue
+        if not field.description:
+            raise ValueError(f"{prefix}{key} has no description: write a string under it")
+        meaning = " ".join(field.description.split())
+        kind = describe_type(field.annotation, field.metadata)
+        rows.append([f"`{prefix}{key}`", kind, describe_default(field), meaning])
+    return rows
+
+
 def render_section(name: str, section: type[BaseModel]) -> str:
     """A heading, the section's sentence and a table of its plain keys."""
-    lines = [f"### {name or 'Top level'}", "", (section.__doc__ or "").partition("\n\n")[0].strip(), ""]
-    lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for key, field in section.model_fields.items():
-        if section_of(field) is None:
-            meaning = " ".join((field.description or "").split())
-            dotted = f"{name}.{key}" if name else key
-            lines.append(
-                f"| `{dotted}` | {describe_type(field.annotation, field.metadata)} | {describe_default(field)} "
-                f"| {meaning} |"
-            )
-    return "\n".join(lines)
+    heading = f"### {name}" if name else "### Top level"
+    sentence = (section.__doc__ or "").partition("\n\n")[0].strip()
+    rows = render_keys(section, f"{name}." if name else "")
+    return f"{heading}\n\n{sentence}\n\n{render_table(['key', 'type', 'default', 'meaning'], rows)}"
 
 
 def render_reference() -> str:
-    """All sections, those of the top level first."""
+    """All sections, the keys of the top level first."""
     parts = [render_section("", Config)]
     for name, field in Config.model_fields.items():
         section = section_of(field)
@@ -109,20 +127,59 @@ def render_reference() -> str:
     return "\n\n".join(parts)
 
 
+def render_options() -> str:
+    """The options that methods have of their own."""
+    rows = []
+    for name, method in METHODS.items():
+        for row in render_keys(method.options_type, "prompt."):
+            rows.append([f"`{name}`", *row])
+    return render_table(["method", "option", "type", "default", "meaning"], rows)
+
+
+def render_metrics() -> str:
+    """What each metric is, what it is computed from and by which library."""
+    needs = {
+        "losses": "losses",
+        "label_losses": "likelihoods of labels",
+        "answers": "generated answers",
+        "values": "numbers",
+    }
+    rows = []
+    for name, metric in METRICS.items():
+        function = getattr(metric.compute, "func", metric.compute)  # of a functools.partial
+        if not function.__doc__:
+            raise ValueError(f"metric {name} has no description: write a docstring for {function.__name__}")
+        meaning = function.__doc__.partition("\n\n")[0]
+        better = "higher" if metric.higher_is_better else "lower"
+        rows.append([f"`{name}`", " ".join(meaning.split()), needs[metric.needs], better, metric.package or "-"])
+    return render_table(["metric", "meaning", "computed from", "better", "library"], rows)
+
+
+RENDER: dict[str, Callable[[], str]] = {
+    "every key": render_reference,
+    "options of methods": render_options,
+    "metrics": render_metrics,
+}
+
+
+def fill(text: str) -> str:
+    """A page with its blocks filled."""
+    return BLOCK.sub(lambda found: f"{found[1]}\n{RENDER[found['name']]()}\n\n{found[3]}", text)
+
+
 def main() -> int:
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARK)
-    _, found, after = rest.partition(END)
-    if not found:
-        print(f"error: {PAGE}: no block between {MARK} and {END}", file=sys.stderr)
-        return 2
-    filled = f"{before}{MARK}\n\n{render_reference()}\n\n{END}{after}"
-    if "--check" in sys.argv[1:]:
-        if filled != text:
-            print(f"error: {PAGE} is not current: run python docs/fill_reference.py", file=sys.stderr)
-        return int(filled != text)
-    PAGE.write_text(filled, encoding="utf-8")
-    return 0
+    status = 0
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        filled = fill(text)
+        if filled == text:
+            continue
+        if "--check" in sys.argv[1:]:
+            print(f"error: {page} is not current: run python docs/fill_reference.py", file=sys.stderr)
+            status = 1
+        else:
+            page.write_text(filled, encoding="utf-8")
+    return status
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Start this node's part of a job: run it once on each node, under any scheduler or none.
+# Start this node's part of a job. Run it once on each node, with or without a scheduler.
 #
 # usage: launch/run.sh [--check] [--max-restarts N] CONFIG [key.path=value ...]
-# Nodes, this node's rank and the head's address come from the environment (ptune_dist/cluster/topology.py), settings of the
-# site from launch/site.sh. Exit status: 0 done; 2 your mistake; 75 stopped on request, the same command goes on.
+# The nodes, this node's rank and the head's address come from the environment (ptune_dist/cluster/topology.py), and
+# settings of the site from launch/site.sh. Exit status: 0 done; 2 your mistake; 75 stopped on request (the same command
+# resumes).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -16,11 +17,11 @@ set +a
 
 python=${PTUNE_PYTHON:-$root/.venv/bin/python}
 if [ -n "${PTUNE_PYTHON:-}" ] && ! [ -x "$PTUNE_PYTHON" ]; then
-  echo "error: PTUNE_PYTHON: $PTUNE_PYTHON is no program" >&2
+  echo "error: PTUNE_PYTHON: $PTUNE_PYTHON is not an executable" >&2
   exit 2
 fi
 if ! [ -x "$python" ]; then
   python=$(command -v python3) || { echo "error: no Python: run launch/setup.sh, or set PTUNE_PYTHON" >&2; exit 2; }
 fi
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # this copy of the code, from whatever folder it is started
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # this copy of the code, in any working directory
 exec "$python" -m ptune_dist.cluster "$@"

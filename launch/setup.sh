@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Make .venv in the repository's root and install the package with what CI tested (launch/constraints.txt).
+# Create .venv in the repository's root and install the package with the versions that CI tested
+# (launch/constraints.txt).
 #
-# usage: launch/setup.sh [EXTRA ...]     e.g. launch/setup.sh test
-# PYTHON=python3.12 picks an interpreter. Nothing is done where the same install has been done before.
+# usage: launch/setup.sh [EXTRA ...]     such as launch/setup.sh test
+# PYTHON=python3.12 selects an interpreter. If the same install has been done before, nothing is done.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +21,7 @@ find_python() {
 extras=$(IFS=,; echo "$*")
 stamp=.venv/.installed-${extras:-base}
 wanted=$(cat pyproject.toml launch/constraints.txt | sha256sum)
-if [ -z "$extras" ]; then # any install has the base
+if [ -z "$extras" ]; then # every install includes the base package
   for found in .venv/.installed-*; do
     if [ "$(cat "$found" 2>/dev/null)" = "$wanted" ]; then stamp=$found; fi
   done
@@ -31,12 +32,12 @@ fi
 
 python=$(find_python)
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-  rm -rf .venv # half made
-  echo "making .venv with $("$python" --version)"
+  rm -rf .venv # incomplete
+  echo "creating .venv with $("$python" --version)"
   "$python" -m venv .venv
 fi
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt)
-echo "installing torch, DeepSpeed, transformers and what they need (once, a few minutes)"
-"${pip[@]}" torch  # first and alone: pip then picks the build of this machine, CUDA's where there is a GPU
+echo "installing torch, DeepSpeed, transformers and their dependencies (once, takes a few minutes)"
+"${pip[@]}" torch  # first and alone, so that pip selects the build for this machine
 "${pip[@]}" --editable ".${extras:+[$extras]}"
 echo "$wanted" >"$stamp"

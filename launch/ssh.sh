@@ -2,11 +2,12 @@
 # Start a job on hosts that have no scheduler.
 #
 # usage: launch/ssh.sh HOSTFILE [--check] CONFIG [key.path=value ...]
-# HOSTFILE is DeepSpeed's: a line `worker-1 slots=8` for each host, # for comments; slots are the ranks of a host. Every
-# host needs this repository and the config at the same place, a shared output_dir, and to be reached by ssh without a
-# question. The first host is the head: PTUNE_HEAD_ADDRESS says how the others reach it, where not by that name.
-# Each line of output is begun with its host. Where one host fails, or on Ctrl-C, the others are asked to save and to
-# end; the first failure's status is returned. PTUNE_SSH="ssh -p 2222" is used in place of ssh.
+# HOSTFILE has DeepSpeed's format: one line `worker-1 slots=8` per host, where slots is the number of ranks, and
+# comments after #. Every host needs this repository and the config at the same path, a shared output_dir, and ssh
+# access without a password prompt. The first host is the head; if the others cannot reach it by that name, set
+# PTUNE_HEAD_ADDRESS.
+# Each line of output starts with its host. If one host fails, or on Ctrl-C, the others are asked to save and exit; the
+# status of the first failure is returned. PTUNE_SSH="ssh -p 2222" replaces ssh.
 set -uo pipefail
 [ $# -ge 2 ] || { echo "usage: launch/ssh.sh HOSTFILE [--check] CONFIG [key.path=value ...]" >&2; exit 2; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -28,7 +29,7 @@ done <"$hostfile"
 repeated=$(printf '%s\n' "${hosts[@]}" | sort | uniq -d | head -n 1)
 [ -z "$repeated" ] || { echo "error: $hostfile names $repeated twice" >&2; exit 2; }
 
-names=("${hosts[@]#*@}") # user@host is ssh's business
+names=("${hosts[@]#*@}") # only ssh needs user@
 settings=(
   PTUNE_NUM_NODES=${#hosts[@]} PTUNE_HEAD_ADDRESS="${PTUNE_HEAD_ADDRESS:-${names[0]}}"
   PTUNE_NODE_NAMES="$(IFS=,; echo "${names[*]}")" PTUNE_JOB_ID="ssh-$(date +%Y%m%d-%H%M%S)-$$" PTUNE_STOP_WITH_INPUT=1
@@ -39,17 +40,18 @@ done
 read -ra ssh <<<"${PTUNE_SSH:-ssh}"
 ssh+=(-T -o BatchMode=yes -o ConnectTimeout=15 -o ServerAliveInterval=10 -o ServerAliveCountMax=3)
 
-# The hosts' standard input, which says nothing: where it ends, because we close it or are gone, the launchers stop.
+# The standard input of all hosts, to which nothing is written. When it ends, because we close it or die, the launchers
+# stop.
 lifeline=$(mktemp -u) && mkfifo -m 600 "$lifeline" && exec 9<>"$lifeline" 8<"$lifeline" && rm "$lifeline" || exit 1
 stop_hosts() {
   exec 9>&-
-  trap 'exit 130' INT TERM # a second one leaves the hosts to it
+  trap 'exit 130' INT TERM # a second one does not wait for the hosts
 }
 trap stop_hosts INT TERM
 
-run_hosts() { # prints the status of each that ends
+run_hosts() { # prints the exit status of each host
   exec 9>&-
-  trap '' INT TERM # a Ctrl-C in the terminal is ours alone to pass on
+  trap '' INT TERM # only we handle a Ctrl-C in the terminal
   for i in "${!hosts[@]}"; do
     command=$(printf '%q ' "${settings[@]}" PTUNE_NODE_RANK="$i" PTUNE_PROCS="${slots[i]}" "$root/launch/run.sh" "$@")
     {

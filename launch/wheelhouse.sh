@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Collect into DIR what nodes without a network need: the wheels of every package (DIR/wheels), bases and data sets of a
-# hub (DIR/hub, an HF_HOME), folders of bases (DIR/bases). Run it where there is a network, on a machine like the nodes:
-# the wheels are for the Python and the platform of .venv, which is made where it is missing.
+# Collect what nodes without a network need in DIR: the wheels of every package (DIR/wheels), models and data sets from
+# the hub (DIR/hub, for use as HF_HOME), and local models (DIR/bases). Run it on a machine with a network that is
+# otherwise like the nodes: the wheels are for the Python and the platform of .venv, which is created if missing.
 #
 # usage: launch/wheelhouse.sh [--extra EXTRA] [--base HUB_NAME_OR_FOLDER] [--data HUB_DATASET] DIR
-# Each option may be given several times. PTUNE_PYTHON=... is used in place of .venv's interpreter.
+# Each option may be repeated. PTUNE_PYTHON=... replaces the interpreter of .venv.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -25,18 +25,18 @@ while [ $# -gt 0 ]; do
       esac
       shift 2
       ;;
-    -*) fail "$1 is no option: use --extra, --base or --data" ;;
+    -*) fail "unknown option $1: use --extra, --base or --data" ;;
     *)
-      [ -z "$dir" ] || fail "one folder is filled, not two: $dir, $1"
+      [ -z "$dir" ] || fail "expected one directory, not two: $dir, $1"
       dir=$(realpath --canonicalize-missing "$1")
       shift
       ;;
   esac
 done
 [ -n "$dir" ] || fail "usage: launch/wheelhouse.sh [--extra EXTRA] [--base HUB_NAME_OR_FOLDER] [--data HUB_DATASET] DIR"
-[[ $dir != *[[:space:]]* ]] || fail "$dir: pip takes no folder with a space in its name"
+[[ $dir != *[[:space:]]* ]] || fail "$dir: pip does not accept a directory with a space in its name"
 for folder in "${folders[@]}"; do
-  [ -f "$folder/config.json" ] || fail "--base $folder: no base: it has no config.json"
+  [ -f "$folder/config.json" ] || fail "--base $folder: not a model: it has no config.json"
 done
 
 cd "$root"
@@ -60,7 +60,7 @@ PYTHON
 )
 mapfile -t needed <<<"$needed"
 
-# What a hub has is fetched as training would fetch it, so that it is found again.
+# Downloaded exactly as training would, so that training finds it.
 if [ ${#from_hub[@]} -gt 0 ]; then
   mkdir -p "$dir/hub"
   env --unset HF_HUB_CACHE --unset HF_DATASETS_CACHE HF_HOME="$dir/hub" PYTHONPATH="$root" \
@@ -84,7 +84,7 @@ for word in sys.argv[1:]:
             snapshot_download(name, ignore_patterns=OTHER_FORMATS)
         else:
             load_rows(name, key=option, default_split="train")
-    except Exception as error:  # a wrong name, a gated base, a connection that broke
+    except Exception as error:  # a wrong name, a gated model, a broken connection
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"error: {option} {name}: {lines[0]}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
@@ -102,12 +102,12 @@ mkdir -p "$dir/wheels"
 pip=("$python" -m pip --disable-pip-version-check --quiet)
 "${pip[@]}" wheel --constraint launch/constraints.txt --wheel-dir "$dir/wheels" "${needed[@]}"
 export PIP_NO_INDEX=1 PIP_FIND_LINKS=$dir/wheels
-"${pip[@]}" install --dry-run --ignore-installed --constraint launch/constraints.txt "${needed[@]}" # none is missing
+"${pip[@]}" install --dry-run --ignore-installed --constraint launch/constraints.txt "${needed[@]}" # checks that none is missing
 
 cat <<TEXT
 
 $(du --summarize --human-readable "$dir" | cut --fields=1) in $dir, for $("$python" --version) on $(uname --machine).
-Bring it and this repository to the nodes, and in the repository's folder there:
+Copy it and this repository to the nodes, and run in the repository's directory there:
 
 export PIP_NO_INDEX=1 PIP_FIND_LINKS=$dir/wheels
 export HF_HOME=$dir/hub HF_HUB_OFFLINE=1

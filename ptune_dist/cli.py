@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ptune_dist.cluster.signs import own_folder
+from ptune_dist.cluster.rank_files import node_folder
 from ptune_dist.config.load import load_config
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run.folder import find_member_dir, read_run_config
-from ptune_dist.run.watch import leave_word
+from ptune_dist.run.watch import report_outcome
 
 USER_MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
 SECONDS_FOR_RANK_0 = 2.0
@@ -40,10 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         return parsed.run(parsed) or 0
     except UserError as error:
         say_error(error)
-        return USER_MISTAKE if own_folder() is None else 0
+        return USER_MISTAKE if node_folder() is None else 0
     except RunFault as error:
         say_error(error)
-        return FAULT if own_folder() is None else 0
+        return FAULT if node_folder() is None else 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def say_error(error: Exception) -> None:
     """One line, on rank 0 only: every rank has the same error. A launcher says it itself."""
-    if own_folder():
+    if node_folder():
         return
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -155,7 +155,7 @@ def run_train(parsed: argparse.Namespace) -> int:
 
         return train(load_config(parsed.config, parsed.overrides, resolve=resolve))
 
-    return leave_word(run)
+    return report_outcome(run)
 
 
 def run_check(parsed: argparse.Namespace) -> int:
@@ -165,7 +165,7 @@ def run_check(parsed: argparse.Namespace) -> int:
 
         return check_and_show()
 
-    return leave_word(run)
+    return report_outcome(run)
 
 
 def run_validate(parsed: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ptune_dist.cluster.node_check import check_nodes
-from ptune_dist.cluster.signs import DONE, STOPPED, End
+from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config
 from ptune_dist.data.batches import collate
@@ -31,14 +31,15 @@ from ptune_dist.run.folder import (
     write_run_configs,
 )
 from ptune_dist.run.job import Job, build_job
-from ptune_dist.run.log import MetricsWriter, StepCount
+from ptune_dist.run.metrics_log import MetricsWriter
 from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
 from ptune_dist.run.reading import build_reading
 from ptune_dist.run.resolve import resolve_whole
-from ptune_dist.run.status import end_status, say_training
+from ptune_dist.run.status import end_status, mark_running
 from ptune_dist.run.step_lines import step_lines
 from ptune_dist.run.summary import build_summary, describe_member, describe_start, say_finished
-from ptune_dist.run.watch import STOPPED_REASON, Watch, status_of_failure
+from ptune_dist.run.throughput import StepCount
+from ptune_dist.run.watch import STOPPED_REASON, Watch, failure_in_status
 
 
 @dataclass
@@ -75,7 +76,7 @@ def train(config: Config) -> int:
     summary = from_main(world, lambda: is_finished(config))
     if summary:
         say_finished(config, summary, world)
-        return End(DONE).status
+        return Outcome(DONE).exit_status
     with Watch(world.rank, config.train.hang_timeout_s) as watch:
         if watch.folder:
             check_nodes(world)
@@ -85,7 +86,7 @@ def train(config: Config) -> int:
         job = build_job(reading, world, with_start=is_new, scales=measure_scales(reading, rows))
         job.engine.contexts.set_lead(*find_lead(rows.examples))
         run_dir = Path(config.output_dir)
-        with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: status_of_failure(run_dir)):
+        with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
             return train_job(job, rows, evaluators, watch, world)
 
 
@@ -94,10 +95,10 @@ def train_job(job: Job, rows: TrainingRows, evaluators: dict[str, Evaluator], wa
     config = job.config
     run_dir = Path(config.output_dir)
     progress = restore(job, rows, world)
-    together(world, lambda: say_training(run_dir) if world.is_main else None)
+    together(world, lambda: mark_running(run_dir) if world.is_main else None)
     together(world, lambda: write_run_configs(config, job.members) if world.is_main else None)
     together(world, lambda: watch.begin_steps(run_dir))
-    end = End(DONE)
+    end = Outcome(DONE)
     summary: dict[str, Any] = {}
     with on_main(world, lambda: open_metrics(job, progress)) as metrics:
         training = Training(job, rows, evaluators, progress, metrics, watch, world)
@@ -108,13 +109,13 @@ def train_job(job: Job, rows: TrainingRows, evaluators: dict[str, Evaluator], wa
             run_steps(training)
             summary = finish(training)
         except StopAgreed:
-            end = End(STOPPED, STOPPED_REASON)
+            end = Outcome(STOPPED, STOPPED_REASON)
             training.say(f"stopped at step {progress.step} on request; the same command resumes")
     if world.is_main:
         end_status(run_dir, end)
     if end.kind == DONE:
         say_finished(config, summary, world)
-    return end.status
+    return end.exit_status
 
 
 def run_steps(training: Training) -> None:

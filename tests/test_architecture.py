@@ -22,7 +22,7 @@ LAYERS = [
     ["objectives", "optim"],
     ["prompts", "base", "data"],
     ["distributed"],
-    ["config", "metrics", "common", "errors", "cluster.signs", "cluster.topology"],  # a config names metrics
+    ["config", "metrics", "common", "errors", "cluster.outcome", "cluster.processes", "cluster.rank_files"],
 ]
 OUTSIDE = ("__init__", "__main__", "tiny")  # the version, the entry point, and the maker of the shipped bases
 MAX_TOP_LEVEL_MODULES = 6

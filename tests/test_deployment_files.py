@@ -1,7 +1,7 @@
-"""The files for containers and clouds: accepted by the projects they are for, and of one mind with each other.
+"""The files for containers and clouds are valid for their projects, and consistent with each other.
 
-PTUNE_TEST_CLOUDS=1 adds the clouds' own parsers, which are too heavy for every run. tests/schemas/ is what two of them
-check a file's keys and types with.
+PTUNE_TEST_CLOUDS=1 adds the clouds' own parsers, which are too large to install for every run. tests/schemas/ has the
+schemas with which two of them check keys and types.
 """
 
 import json
@@ -26,7 +26,7 @@ from ptune_dist.config.load import load_config
 from tests.processes import ROOT, process_env
 
 LAUNCH = ROOT / "launch"
-PROGRAMS = Path(sys.executable).parent  # where pip puts the linters
+PROGRAMS = Path(sys.executable).parent  # where pip installs the linters
 IMAGE = f"registry.example.com/ptune_dist:{__version__}"
 SCRIPTS = [*LAUNCH.glob("*.sh"), *ROOT.glob("slurm/*.sbatch"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
 DOCS = (ROOT / "docs" / "clouds.md").read_text(encoding="utf-8")
@@ -55,25 +55,25 @@ COMMANDS = {
 
 
 def mounts(containers: list[dict]) -> dict[str, str]:
-    """Path -> volume of the one container."""
+    """The volumes of the only container, by path."""
     (container,) = containers
     return {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
 
 
-# Each file by the schema of its project
+# Schemas
 
 
 @pytest.mark.parametrize(
     "content, kind", [(TRAINJOB, models.TrainerV1alpha1TrainJob), (JOBSET, models.JobsetV1alpha2JobSet)]
 )
-def test_kubernetes_knows_every_key_and_type(content, kind):
-    assert kind.from_dict(content).to_dict() == content  # what it does not know it leaves out
+def test_kubernetes_knows_every_key_and_type(content: dict, kind: type):
+    assert kind.from_dict(content).to_dict() == content  # unknown keys are dropped
 
 
 @pytest.mark.parametrize(
     "content, schema", [(AWS_BATCH, "aws_batch_job_definition.json"), (SKYPILOT, "skypilot_task.json")]
 )
-def test_the_cloud_knows_every_key_and_type(content, schema):
+def test_the_cloud_knows_every_key_and_type(content: dict, schema: str):
     validator = jsonschema.Draft202012Validator(json.loads((ROOT / "tests" / "schemas" / schema).read_text()))
     assert not [error.message for error in validator.iter_errors(content)]
     assert list(validator.iter_errors(content | {"runn": "x"}))
@@ -105,9 +105,9 @@ assert not found.has_errors(), found.generate_report()
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not os.environ.get("PTUNE_TEST_CLOUDS"), reason="PTUNE_TEST_CLOUDS=1: installs 0.6 GB for a while")
+@pytest.mark.skipif(not os.environ.get("PTUNE_TEST_CLOUDS"), reason="installs 0.6 GB: set PTUNE_TEST_CLOUDS=1")
 @pytest.mark.parametrize("package", PARSERS)
-def test_the_clouds_own_parser_takes_the_file(package, tmp_path):
+def test_the_clouds_own_parser_accepts_the_file(package: str, tmp_path: Path):
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True)
@@ -115,11 +115,11 @@ def test_the_clouds_own_parser_takes_the_file(package, tmp_path):
     subprocess.run([python, "-c", PARSERS[package]], cwd=ROOT, env=env, check=True)
 
 
-# What the files say
+# Contents
 
 
 @pytest.mark.parametrize("file", COMMANDS)
-def test_every_command_is_one_that_the_launcher_takes(file):
+def test_the_launcher_accepts_every_command(file: str):
     script, *arguments = COMMANDS[file]
     assert script == "launch/run.sh" and os.access(ROOT / script, os.X_OK)
     parsed = parse(arguments)
@@ -128,7 +128,7 @@ def test_every_command_is_one_that_the_launcher_takes(file):
     assert config.output_dir == f"{shared}/quickstart"
 
 
-def test_all_take_one_image():
+def test_all_use_the_same_image():
     azure = AZURE_ML["environment"]["image"]
     assert {TRAINJOB["spec"]["trainer"]["image"], JOBSET_POD["containers"][0]["image"], azure} == {IMAGE}
     assert AWS_NODES["container"]["image"] == IMAGE
@@ -136,7 +136,7 @@ def test_all_take_one_image():
 
 
 @pytest.mark.parametrize("pod", [TRAINJOB_POD, JOBSET_POD], ids=["trainjob", "jobset"])
-def test_a_pod_has_the_shared_folder_its_shared_memory_and_time_to_save(pod):
+def test_a_pod_has_the_shared_volume_shared_memory_and_time_to_save(pod: dict):
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert mounts(pod["containers"]) == {"/runs": "runs", "/dev/shm": "shm"}
     assert "persistentVolumeClaim" in volumes["runs"] and volumes["shm"]["emptyDir"]["medium"] == "Memory"
@@ -149,7 +149,7 @@ def test_the_trainjob_patches_the_runtimes_own_job_and_container():
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_pods_of_the_jobset_find_each_other(rank):
+def test_the_pods_of_the_jobset_find_each_other(rank: int):
     labels = {
         "jobset.sigs.k8s.io/jobset-name": JOBSET["metadata"]["name"],
         "jobset.sigs.k8s.io/replicatedjob-name": JOBSET["spec"]["replicatedJobs"][0]["name"],
@@ -158,9 +158,8 @@ def test_the_pods_of_the_jobset_find_each_other(rank):
     env = {"JOB_COMPLETION_INDEX": str(rank)}  # set by Kubernetes for an Indexed Job
     for entry in JOBSET_POD["containers"][0]["env"]:
         path = entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath", "")
-        env[entry["name"]] = (
-            labels[path.removeprefix("metadata.labels['").removesuffix("']")] if path else entry["value"]
-        )
+        label = path.removeprefix("metadata.labels['").removesuffix("']")
+        env[entry["name"]] = labels[label] if path else entry["value"]
     topology = find_topology(env)
     assert (topology.source, topology.node_rank, topology.num_restarts) == ("jobset", rank, 3)
     assert topology.head == "ptune-node-0-0.ptune"
@@ -175,16 +174,18 @@ def test_the_pods_of_the_jobset_find_each_other(rank):
         ("Pod ptune/x has condition DisruptionTarget matching FailJob rule at index 1", "Restart"),
     ],
 )
-def test_the_jobset_fails_at_once_for_a_mistake_alone(message, action):
+def test_only_a_mistake_fails_the_jobset_immediately(message: str, action: str):
     assert JOB["backoffLimit"] == 0 and JOBSET_POD["restartPolicy"] == "Never"
     statuses, condition = JOB["podFailurePolicy"]["rules"]
     assert statuses["onExitCodes"]["values"] == [2, 75]
     assert statuses["onExitCodes"]["containerName"] == JOBSET_POD["containers"][0]["name"]
     assert condition["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     rules = JOBSET["spec"]["failurePolicy"]["rules"]
-    fitting = [r for r in rules if any(re.search(pattern, message) for pattern in r["onJobFailureMessagePatterns"])]
-    assert len(fitting) == 1 and fitting[0]["action"].startswith(action)
-    assert action == "FailJobSet" or fitting[0]["action"].endswith("IgnoreMaxRestarts")
+    matching = [
+        rule for rule in rules if any(re.search(pattern, message) for pattern in rule["onJobFailureMessagePatterns"])
+    ]
+    assert len(matching) == 1 and matching[0]["action"].startswith(action)
+    assert action == "FailJobSet" or matching[0]["action"].endswith("IgnoreMaxRestarts")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_the_jobset_fails_at_once_for_a_mistake_alone(message, action):
         ({"onExitCode": "1", "onReason": "Essential container in task exited"}, "RETRY"),
     ],
 )
-def test_aws_batch_starts_again_for_all_but_a_mistake(seen, action):
+def test_aws_batch_retries_everything_but_a_mistake(seen: dict[str, str], action: str):
     rules = AWS_BATCH["retryStrategy"]["evaluateOnExit"]
     seen = {"onReason": "x", **seen}
     first = next(
@@ -206,52 +207,62 @@ def test_aws_batch_starts_again_for_all_but_a_mistake(seen, action):
     assert len(rules) <= 5 and 1 <= AWS_BATCH["retryStrategy"]["attempts"] <= 10  # the service's limits
 
 
-def test_aws_batch_mounts_what_it_names():
+def test_aws_batch_mounts_the_volume_that_it_declares():
     container = AWS_NODES["container"]
-    (volume,), (mount,) = container["volumes"], container["mountPoints"]
+    (volume,) = container["volumes"]
+    (mount,) = container["mountPoints"]
     assert mount == {"sourceVolume": volume["name"], "containerPath": "/runs", "readOnly": False}
     assert {entry["type"] for entry in container["resourceRequirements"]} == {"VCPU", "MEMORY", "GPU"}
     assert AWS_BATCH["type"] == "multinode" and AWS_BATCH["nodeProperties"]["mainNode"] == 0
 
 
-def test_skypilot_recovers_on_fresh_machines_over_a_mount_that_can_append():
+def test_skypilot_recovers_on_new_machines_with_a_mount_that_supports_appending():
     recovery = SKYPILOT["resources"]["job_recovery"]
     assert SKYPILOT["resources"]["use_spot"] and recovery["recover_on_exit_codes"] == [75]
     assert SKYPILOT["file_mounts"]["/runs"]["mode"] == "MOUNT_CACHED"
     assert "bash launch/setup.sh" in SKYPILOT["setup"] and SKYPILOT["workdir"] == "."
 
 
-def test_azure_ml_starts_one_launcher_a_node_over_a_lasting_folder():
+def test_azure_ml_starts_one_launcher_per_node_with_a_permanent_output():
     assert AZURE_ML["distribution"] == {"type": "pytorch", "process_count_per_instance": 1}
     output = AZURE_ML["outputs"]["runs"]
     assert output["mode"] == "rw_mount" and not re.search(r"\$\{\{|name", output["path"])
     assert f"cd {re.search(r'^WORKDIR (.*)$', DOCKERFILE, re.MULTILINE)[1]} &&" in AZURE_ML["command"]
     assert set(AZURE_ML) == {
-        "$schema", "type", "display_name", "experiment_name", "environment", "compute", "command", "distribution",
-        "resources", "outputs", "limits",
-    }  # fmt: skip
+        "$schema",
+        "type",
+        "display_name",
+        "experiment_name",
+        "environment",
+        "compute",
+        "command",
+        "distribution",
+        "resources",
+        "outputs",
+        "limits",
+    }
 
 
 @pytest.mark.parametrize("file", ["trainjob.yaml", "jobset.yaml", "skypilot.yaml", "aws_batch.json", "azureml.yaml"])
-def test_the_page_gives_the_command_of_each_file(file):
+def test_the_docs_have_the_command_of_each_file(file: str):
     (path,) = LAUNCH.rglob(file)
     name = path.relative_to(ROOT).as_posix()
     commands = re.findall(rf"`([^`]*{re.escape(name)}[^`]*)`", DOCS)
     assert commands
     if path.suffix == ".yaml":  # JSON has no comments
-        head = " ".join(path.read_text().split("\n")[:2])
-        assert any(command in head for command in commands)
+        first_lines = " ".join(path.read_text().split("\n")[:2])
+        assert any(command in first_lines for command in commands)
 
 
 # The image
 
 
-def test_the_dockerfile_has_no_lint():
+def test_the_dockerfile_passes_its_linter():
     done = subprocess.run([PROGRAMS / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_image_is_pinned_has_no_root_and_no_keys():
+def test_the_image_is_pinned_and_has_no_root_user_or_keys():
     (base,) = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
     assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-\w+-ubuntu\d\d\.04", base)
     assert re.findall(r"^USER (\d+)", DOCKERFILE, re.MULTILINE)[-1] != "0"
@@ -260,8 +271,8 @@ def test_the_image_is_pinned_has_no_root_and_no_keys():
     assert "launch/constraints.txt" in (LAUNCH / "setup.sh").read_text()
 
 
-def test_an_edit_of_the_code_installs_nothing_again(tmp_path):
-    """What is copied before the install is all that setup.sh and pip need, and is not kept out of the build."""
+def test_editing_the_code_does_not_repeat_the_install():
+    """What is copied before the install is all that setup.sh and pip need, and .dockerignore does not exclude it."""
     ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
     before, after = DOCKERFILE.split("bash launch/setup.sh\n")
     assert re.findall(r"^COPY (?:--\S+ )?(.*)$", after, re.MULTILINE) == [". ."]
@@ -281,7 +292,7 @@ def test_an_edit_of_the_code_installs_nothing_again(tmp_path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_is_sound(path):
+def test_a_script_passes_its_linter(path: Path):
     subprocess.run(["bash", "-n", path], check=True)
     lint = [PROGRAMS / "shellcheck", "--shell=bash", "--severity=warning", "--external-sources", path]
     done = subprocess.run(lint, cwd=ROOT, capture_output=True, text=True)

@@ -24,14 +24,14 @@ def wheelhouse(*arguments: str) -> subprocess.CompletedProcess:
     "arguments, said",
     [
         ([], "usage: launch/wheelhouse.sh"),
-        (["DIR", "OTHER"], "one folder is filled, not two"),
-        (["--wheels", "DIR"], "--wheels is no option"),
+        (["DIR", "OTHER"], "expected one directory, not two"),
+        (["--wheels", "DIR"], "unknown option --wheels"),
         (["DIR", "--base"], "--base needs a value"),
-        (["--base", "docs", "DIR"], "docs: no base: it has no config.json"),
+        (["--base", "docs", "DIR"], "docs: not a model: it has no config.json"),
         (["--extra", "tset", "DIR"], "--extra tset: pyproject.toml has bench, test"),
         (["--base", "gpt2", "DIR"], "--base gpt2: https://huggingface.co cannot be reached"),
         (["--data", "glue@sst2", "DIR"], "--data glue@sst2: https://huggingface.co cannot be reached"),
-        (["A DIR"], "pip takes no folder with a space"),
+        (["A DIR"], "pip does not accept a directory with a space"),
     ],
 )
 def test_wheelhouse_says_a_mistake_in_one_line(arguments, said, tmp_path):

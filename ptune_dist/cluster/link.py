@@ -1,7 +1,4 @@
-"""A line between two launchers: JSON, one message a line, and how long the other has been silent.
-
-Floor 6.
-"""
+"""A connection between two launchers: one JSON message a line, and how long the other side has been silent."""
 
 import contextlib
 import json
@@ -15,41 +12,49 @@ from typing import Any
 from ptune_dist.errors import UserError
 
 Message = dict[str, Any]
-MOST_BYTES = 1 << 20  # of a message: whoever sends more is no launcher
-SECONDS_TO_SEND = 5.0
-SECONDS_BETWEEN_BEATS = 1.0
-OWN_GAP_S = 5.0  # between two looks of a launcher's own: more means that it was stopped, or waited for a disk
+MAX_MESSAGE_BYTES = 1 << 20  # whoever sends more is not a launcher
+SEND_TIMEOUT_S = 5.0
+HEARTBEAT_INTERVAL_S = 1.0
+OWN_PAUSE_S = 5.0  # a longer gap between two checks means that this launcher was suspended or waited for a disk
+
+
+def is_always_awake() -> bool:
+    return True
 
 
 class Link:
-    """Messages both ways over a socket. A link that fails is closed and stays so."""
+    """Messages in both directions over a socket. A link that fails is closed and stays closed."""
 
     def __init__(self, connection: socket.socket):
-        self._socket, self._received, self._messages = connection, b"", []
-        self._socket.settimeout(SECONDS_TO_SEND)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.is_open, self.heard_at = True, time.monotonic()
-        self._sending, self._poll = threading.Lock(), select.poll()
+        connection.settimeout(SEND_TIMEOUT_S)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.is_open = True
+        self.heard_at = time.monotonic()
+        self._socket = connection
+        self._received = b""
+        self._messages: list[Message] = []
+        self._sending = threading.Lock()
+        self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
 
-    def keep_beating(self, is_awake: Callable[[], bool] = lambda: True) -> None:
-        """A sign of life every second from now on, whatever the launcher is busy with, while it is awake."""
+    def start_heartbeat(self, is_awake: Callable[[], bool] = is_always_awake) -> None:
+        """Send a heartbeat every second from a thread, however busy the launcher is, as long as it is awake."""
 
-        def beat() -> None:
+        def send_heartbeats() -> None:
             while self.is_open and is_awake():
                 self.send(kind="beat", clock_s=time.time())
-                time.sleep(SECONDS_BETWEEN_BEATS)
+                time.sleep(HEARTBEAT_INTERVAL_S)
 
-        threading.Thread(target=beat, daemon=True).start()
+        threading.Thread(target=send_heartbeats, daemon=True).start()
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the other was last heard; endless where the line is closed."""
+        """Seconds since the last message; infinite on a closed link."""
         return time.monotonic() - self.heard_at if self.is_open else float("inf")
 
     @property
     def own_address(self) -> str:
-        """By which the other reaches this node."""
+        """The address of this node that the other side can reach."""
         return self._socket.getsockname()[0]
 
     def send(self, **message: Any) -> None:
@@ -60,13 +65,14 @@ class Link:
             self.close()
 
     def receive(self) -> list[Message]:
-        """The messages that are here, without waiting."""
+        """The messages that have arrived, without waiting."""
         self._read()
-        messages, self._messages = self._messages, []
+        messages = self._messages
+        self._messages = []
         return messages
 
     def receive_one(self) -> Message | None:
-        """The first message, if it is here; the others stay."""
+        """The first message, if one has arrived; later ones stay queued."""
         self._read()
         return self._messages.pop(0) if self._messages else None
 
@@ -75,13 +81,13 @@ class Link:
             if not (self.is_open and self._poll.poll(0)):
                 return
             data = self._socket.recv(65536)
-            if not data or len(self._received) > MOST_BYTES:
+            if not data or len(self._received) > MAX_MESSAGE_BYTES:
                 raise ConnectionError
             *lines, self._received = (self._received + data).split(b"\n")
             messages = [json.loads(line) for line in lines]
             if not all(isinstance(message, dict) and "kind" in message for message in messages):
                 raise ValueError
-        except (OSError, ValueError, RecursionError):  # JSON that is nested thousands of times
+        except (OSError, ValueError, RecursionError):  # JSON nested thousands of levels deep
             return self.close()
         self._messages += messages
         self.heard_at = time.monotonic()
@@ -93,21 +99,21 @@ class Link:
 
 
 def listen(port: int, address: str = "") -> socket.socket:
-    """The head's ear, on every interface where no address is given. Raises UserError where the port is taken."""
-    ear = socket.socket()
-    ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """The head's listening socket, by default on every interface. Raises UserError if the port is taken."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        ear.bind((address, port))
+        listener.bind((address, port))
     except OSError as error:
-        ear.close()
-        raise UserError(f"port {port} of the head node: {error.strerror}: set PTUNE_PORT to a free one") from None
-    ear.listen(1024)
-    ear.setblocking(False)
-    return ear
+        listener.close()
+        raise UserError(f"port {port} of the head node: {error.strerror}: set PTUNE_PORT to a free port") from None
+    listener.listen(1024)
+    listener.setblocking(False)
+    return listener
 
 
 def resolve(head: str) -> str | None:
-    """The IPv4 address of a name."""
+    """The IPv4 address of a host name; None if it does not resolve."""
     try:
         return socket.getaddrinfo(head, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
     except OSError:
@@ -115,7 +121,7 @@ def resolve(head: str) -> str | None:
 
 
 def connect(address: str, port: int) -> Link | None:
-    """One try."""
+    """A link to a listening launcher, after a single attempt; None if nobody answers."""
     try:
         return Link(socket.create_connection((address, port), timeout=3.0))
     except OSError:

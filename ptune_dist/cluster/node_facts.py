@@ -1,6 +1,6 @@
 """What must be equal on all nodes, and what each must have, before any rank is started.
 
-Floor 6. Pure but for `gather_facts`. Devices and network are the ranks' own to measure (`node_check.py`).
+Everything but `gather_facts` and `count_procs` is pure. The ranks measure GPUs and the network (`node_check.py`).
 """
 
 import hashlib
@@ -13,22 +13,29 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from ptune_dist import __version__
-from ptune_dist.cluster.signs import End
+from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.config.load import render_config
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")
-MOST_CLOCK_SKEW_S = 5.0
-LEAST_FREE_BYTES = 16 << 20  # in output_dir: a prompt, its optimizer and logs are small
+MAX_CLOCK_SKEW_S = 5.0
 MIB = 1 << 20
+MIN_FREE_BYTES = 16 * MIB  # in output_dir: a prompt, its optimizer state and logs are small
+# Facts that must be equal, what they are called, and what to do about a difference.
+EQUAL_FACTS = (
+    ("num_procs", "number of processes (GPUs)", "use nodes of one kind, or set PTUNE_PROCS"),
+    ("config_digest", "config", "start every node with the same command, file and working directory"),
+    ("versions", "versions", "install the same packages on every node"),
+)
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """Of one node; `mistake` where its own launcher cannot go on."""
+    """Facts about one node; `mistake` says why its own launcher cannot continue."""
 
     node: str
     num_procs: int = 0
@@ -38,12 +45,12 @@ class NodeFacts:
     clock_s: float = 0.0
     mistake: str = ""
 
-    def message(self) -> dict:
+    def message(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def gather_facts(node: str, config: Config, num_procs: int) -> NodeFacts:
-    """Of this node."""
+    """The facts about this node. Raises UserError if a package is missing."""
     folder = Path(config.output_dir).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     versions = [f"python {platform.python_version()}", f"ptune_dist {__version__}"]
@@ -52,46 +59,69 @@ def gather_facts(node: str, config: Config, num_procs: int) -> NodeFacts:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             raise UserError(f"{package} is not installed") from None
-    digest = hashlib.sha256(render_config(config).encode()).hexdigest()[:16]
-    return NodeFacts(node, num_procs, digest, ", ".join(versions), shutil.disk_usage(existing).free, time.time())
+    return NodeFacts(
+        node=node,
+        num_procs=num_procs,
+        config_digest=hashlib.sha256(render_config(config).encode()).hexdigest()[:16],
+        versions=", ".join(versions),
+        free_bytes=shutil.disk_usage(existing).free,
+        clock_s=time.time(),
+    )
 
 
-def judge_facts(found: list[NodeFacts], skews_s: list[float], output_dir: str) -> End | None:
-    """What is wrong with a node, if anything. `skews_s`: each node's clock less the head's."""
-    for fact in found:
+def judge_facts(facts: list[NodeFacts], skews_s: list[float], output_dir: str) -> Outcome | None:
+    """The first node that is unfit, if any. `skews_s`: each node's clock minus the head's."""
+    unfit = find_mistake(facts) or find_difference(facts) or find_full_disk(facts, output_dir)
+    return unfit or find_skew(facts, skews_s)
+
+
+def find_mistake(facts: list[NodeFacts]) -> Outcome | None:
+    """A node whose own launcher cannot continue."""
+    for fact in facts:
         if fact.mistake:
-            return End(
-                "mistake", f"node {fact.node}: {fact.mistake}" if len(found) > 1 else fact.mistake, node=fact.node
-            )
-    for key, what, mend in (
-        ("num_procs", "processes (GPUs)", "take nodes of one kind, or set PTUNE_PROCS"),
-        ("config_digest", "config", "start every node with the same command, file and working folder"),
-        ("versions", "versions", "install the same on every node"),
-    ):
-        usual = statistics.mode(getattr(fact, key) for fact in found)
-        for fact in found:
-            if getattr(fact, key) != usual:
-                text = f"node {fact.node} has other {what} than most: {getattr(fact, key)}, not {usual}: {mend}"
-                return End("mistake", text, node=fact.node)
-    for fact in found:
-        if fact.free_bytes < LEAST_FREE_BYTES:
-            text = f"node {fact.node}: only {fact.free_bytes / MIB:.1f} MiB are free in output_dir {output_dir}"
-            return End("mistake", text, node=fact.node)
-    middle = statistics.median_low(skews_s)  # the mean of two would halve what they are apart
-    for fact, skew in zip(found, skews_s, strict=True):
-        if abs(skew - middle) > MOST_CLOCK_SKEW_S:
-            text = f"node {fact.node}: its clock is {skew - middle:+.0f} s off the others': synchronize it"
-            return End("mistake", text, node=fact.node)
+            text = f"node {fact.node}: {fact.mistake}" if len(facts) > 1 else fact.mistake
+            return Outcome("mistake", text, node=fact.node)
     return None
 
 
-def count_procs(asked: int | None) -> int:
-    """Processes of this node: what the environment asks for, else one per GPU, else one. No torch."""
-    if asked:
-        return asked
+def find_difference(facts: list[NodeFacts]) -> Outcome | None:
+    """A node that differs from most others in what must be equal."""
+    for key, what, remedy in EQUAL_FACTS:
+        usual = statistics.mode(getattr(fact, key) for fact in facts)
+        for fact in facts:
+            own = getattr(fact, key)
+            if own != usual:
+                text = f"node {fact.node} differs from the other nodes in its {what}: {own}, not {usual}: {remedy}"
+                return Outcome("mistake", text, node=fact.node)
+    return None
+
+
+def find_full_disk(facts: list[NodeFacts], output_dir: str) -> Outcome | None:
+    for fact in facts:
+        if fact.free_bytes < MIN_FREE_BYTES:
+            text = f"node {fact.node}: only {fact.free_bytes / MIB:.1f} MiB are free in output_dir {output_dir}"
+            return Outcome("mistake", text, node=fact.node)
+    return None
+
+
+def find_skew(facts: list[NodeFacts], skews_s: list[float]) -> Outcome | None:
+    """A node whose clock is off."""
+    middle = statistics.median_low(skews_s)  # the mean of two clocks would halve the difference between them
+    for fact, skew_s in zip(facts, skews_s, strict=True):
+        if abs(skew_s - middle) > MAX_CLOCK_SKEW_S:
+            text = f"its clock differs from the other nodes' by {skew_s - middle:+.0f} s: synchronize it"
+            return Outcome("mistake", f"node {fact.node}: {text}", node=fact.node)
+    return None
+
+
+def count_procs(requested: int | None) -> int:
+    """The number of processes of this node: as requested, else one per GPU, else one. Does not load torch."""
+    if requested:
+        return requested
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return max(1, len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"]))
+        names = [name.strip() for name in visible.split(",")]
+        return max(1, len([name for name in names if name not in ("", "-1")]))
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):

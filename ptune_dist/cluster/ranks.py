@@ -1,10 +1,6 @@
-"""The ranks of one node: torchrun started, watched from outside, ended with everything that it started.
-
-Floor 6.
-"""
+"""The ranks of one node: torchrun is started, and ended together with every process that came from it."""
 
 import contextlib
-import fcntl
 import os
 import re
 import resource
@@ -16,43 +12,36 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 import psutil
 
-from ptune_dist.cluster.link import OWN_GAP_S
-from ptune_dist.cluster.signs import (
-    DONE,
-    FOLDER,
+from ptune_dist.cluster.link import OWN_PAUSE_S
+from ptune_dist.cluster.outcome import Outcome, find_cause
+from ptune_dist.cluster.processes import is_dead, send_signal, signal_on_parent_death
+from ptune_dist.cluster.rank_files import (
     LAUNCHER_PID,
+    NODE_FOLDER,
     NODE_NAME,
     SHOW_STACKS,
-    STOPPED,
-    End,
-    ask_to_stop,
-    end_with_parent,
-    first_cause,
-    read_beats,
-    read_ends,
+    create_node_folder,
+    read_heartbeats,
+    request_stop,
     stack_file,
 )
-from ptune_dist.common.files import fault_on_failed_write
+from ptune_dist.cluster.rank_monitor import RankMonitor
 
 SECONDS_FOR_STACKS = 3.0
-# For other ranks: in a collective, or in the first look at its result, which on a GPU comes later.
-WHERE_RANKS_WAIT = ("/torch/distributed/", "/torch/cuda/", "/deepspeed/runtime/", "/ptune_dist/distributed/world.py")
-ABORTED = ": Fatal Python error: Aborted"
 SECONDS_TO_END = 10.0
-SECONDS_FOR_WORDS = 3.0
-SECONDS_TO_LEAVE = 15.0  # after the last word of all ranks
-SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_EXIT = 15.0  # after the last rank has recorded its outcome
+SECONDS_BETWEEN_CHECKS = 0.2
 
 
 @dataclass(frozen=True)
-class Start:
-    """What torchrun is told."""
+class RankLaunch:
+    """What to start on one node, and where in the job."""
 
     command: Sequence[str]  # of the package: ["train", CONFIG, ...]
     run_dir: Path
@@ -68,230 +57,107 @@ class Start:
 
 
 class Ranks:
-    """One attempt on one node."""
+    """One attempt on one node. Raises RunFault or OSError if it cannot be started."""
 
-    def __init__(self, start: Start):
-        self._start, self._began = start, time.monotonic()
-        memory = Path("/dev/shm")  # signs of life are no work for a disk
-        self.folder, self._claim = make_folder(memory if memory.is_dir() else Path(tempfile.gettempdir()))
+    def __init__(self, launch: RankLaunch):
+        self._launch = launch
+        memory = Path("/dev/shm")  # heartbeats should not wait for a disk
+        self.folder, self._claim = create_node_folder(memory if memory.is_dir() else Path(tempfile.gettempdir()))
+        self._monitor = RankMonitor(self.folder, launch.node, launch.num_procs, launch.start_timeout_s)
         self._copiers: list[threading.Thread] = []
-        to_pipes = {} if sys.stdout.isatty() else {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self._checked_at = time.monotonic()
+        self._all_reported_at = 0.0
+        self._has_shown_stacks = False
+        has_terminal = sys.stdout.isatty()
         self._torchrun = subprocess.Popen(
-            self._command(),
-            env=self._environment(),
+            build_torchrun_command(launch, self.folder),
+            env=build_environment(launch, self.folder),
             start_new_session=True,
             preexec_fn=prepare_child,
             stdin=subprocess.DEVNULL,
-            **to_pipes,
+            stdout=None if has_terminal else subprocess.PIPE,
+            stderr=None if has_terminal else subprocess.PIPE,
         )
-        if to_pipes:
+        if not has_terminal:
             self._copy_output()
-        self._has_shown, self._frozen = False, None
-        self._looked_at, self._resumed_at, self._failed_at, self._said_at = time.monotonic(), 0.0, 0.0, 0.0
-
-    def _command(self) -> list[str]:
-        start = self._start
-        return [
-            sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=static", f"--rdzv-id={start.job_id}",
-            f"--nnodes={start.num_nodes}", f"--node-rank={start.node_rank}", f"--nproc-per-node={start.num_procs}",
-            f"--master-addr={start.address}", f"--master-port={start.port}", "--max-restarts=0",
-            f"--log-dir={self.folder / 'torchrun'}",  # a folder of its own would stay where it is killed
-            # requests to stop come by the launcher's file: torchrun must not kill what is being saved
-            "--signals-to-handle=SIGQUIT", "-m", "ptune_dist", *start.command,
-        ]  # fmt: skip
-
-    def _environment(self) -> dict[str, str]:
-        start = self._start
-        cores = max(1, len(os.sched_getaffinity(0)) // start.num_procs)
-        defaults = {
-            "NCCL_DEBUG": "WARN", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": str(cores),
-            "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
-        }  # fmt: skip
-        if start.interface:
-            defaults["GLOO_SOCKET_IFNAME"] = start.interface
-        ours = {FOLDER: str(self.folder), NODE_NAME: start.node, LAUNCHER_PID: str(os.getpid())}
-        return defaults | os.environ | ours
 
     def _copy_output(self) -> None:
-        """To our own streams and, together, to a log of the node in the run."""
-        path = self._start.run_dir / "logs" / f"{slug(self._start.node)}.log"
+        """Copy what the ranks print to our own streams, and both to the node's log in the run directory."""
+        path = self._launch.run_dir / "logs" / f"{to_file_name(self._launch.node)}.log"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             log = open(path, "ab", buffering=0)
         except OSError:
             log = None
         for source, sink in ((self._torchrun.stdout, sys.stdout.buffer), (self._torchrun.stderr, sys.stderr.buffer)):
-            self._copiers.append(threading.Thread(target=copy_lines, args=(source, sink, log), daemon=True))
-            self._copiers[-1].start()
+            copier = threading.Thread(target=copy_lines, args=(source, sink, log), daemon=True)
+            copier.start()
+            self._copiers.append(copier)
 
-    def ask_to_stop(self) -> None:
-        ask_to_stop(self.folder)
+    def request_stop(self) -> None:
+        request_stop(self.folder)
 
-    def look(self) -> End | None:
-        """How the ranks of this node have ended, or what is wrong with one that has not; None while all is well."""
-        if time.monotonic() - self._looked_at < SECONDS_BETWEEN_LOOKS:
+    def check(self) -> Outcome | None:
+        """How the ranks of this node have ended, or what is wrong with one of them; None while all is well."""
+        now = time.monotonic()
+        if now - self._checked_at < SECONDS_BETWEEN_CHECKS:
             return None
-        if time.monotonic() - self._looked_at > OWN_GAP_S:  # we were stopped, and the ranks perhaps with us
-            self._resumed_at = time.monotonic()
-        self._looked_at = time.monotonic()
+        if now - self._checked_at > OWN_PAUSE_S:  # this launcher was suspended, and perhaps its ranks as well
+            self._monitor.resumed_at = now
+        self._checked_at = now
         try:
-            return self._judge()
-        except FileNotFoundError:  # systemd's RemoveIPC, say
-            return self._named(
-                End("error", f"{self.folder}, where ranks give signs, is gone from node {self._start.node}")
-            )
+            self.folder.stat()
+            return self._monitor.find_problem() or self._find_end()
+        except FileNotFoundError:  # removed by systemd's RemoveIPC, for instance
+            node = self._launch.node
+            text = f"{self.folder}, the folder for heartbeats, has disappeared from node {node}"
+            return Outcome("error", text, node=node)
 
-    def _judge(self) -> End | None:
-        """How the ranks have ended, what is wrong with one, or None. Raises FileNotFoundError without the folder."""
-        self.folder.stat()
-        found = self._frozen or self._find_dead() or self._find_hung() or self._find_failed()
-        if found and found.kind == "lost":
-            found = self.observe()  # another's word may explain it
-        ends = list(read_ends(self.folder).values())
-        is_all_said = len(ends) == self._start.num_procs
-        self._said_at = self._said_at or (time.monotonic() if is_all_said else 0.0)
-        is_left = is_all_said and (self._are_gone() or time.monotonic() - self._said_at > SECONDS_TO_LEAVE)
-        if found or (self._torchrun.poll() is None and not is_left):
-            return found
-        if is_all_said:
-            return first_cause(ends)
-        code = self._torchrun.returncode
-        kind, text = "killed" if code < 0 else "error", f"torchrun on node {self._start.node} ended with status {code}"
-        return self._named(first_cause([*ends, End(kind, text)]))
-
-    def observe(self) -> End:
-        """What this node knows when it is told to end its ranks for what happened on another."""
-        ends = [*read_ends(self.folder).values()]
-        found = [end for end in (self._find_dead(), self._find_frozen(), *ends) if end]
-        found = [end for end in found if end.kind not in (DONE, STOPPED)]
-        return self._named(first_cause(found)) if found else End("ended", node=self._start.node)
-
-    def _find_dead(self) -> End | None:
-        """A rank that is gone without a last word."""
-        ends = read_ends(self.folder)
-        dead = [b for b in read_beats(self.folder) if b.rank not in ends and state_of(b.pid) in ("", "Z")]
-        dead = [b for b in dead if b.rank not in read_ends(self.folder)]  # its word may have come just then
-        if not dead:
+    def _find_end(self) -> Outcome | None:
+        """How healthy ranks have ended: as they reported, or as torchrun's exit status tells."""
+        status = self._torchrun.poll()  # before the outcomes are read: a rank records its own before torchrun exits
+        outcomes = self._monitor.outcomes()
+        if len(outcomes) == self._launch.num_procs:
+            self._all_reported_at = self._all_reported_at or time.monotonic()
+            is_late = time.monotonic() - self._all_reported_at > SECONDS_TO_EXIT
+            has_ended = status is not None or is_late or self._are_ranks_gone()
+            return find_cause(outcomes) if has_ended else None
+        if status is None:
             return None
-        dead.sort(key=lambda beat: self._what_stacks_say(beat.rank).endswith(ABORTED))
-        which = ", ".join(str(beat.rank) for beat in dead)
-        why = self._what_stacks_say(dead[0].rank)
-        text = f"rank {which} on node {self._start.node} was killed after step {dead[0].step}{why}"
-        kind = "lost" if why.endswith(ABORTED) else "killed"  # NCCL aborts a rank that has lost another
-        return End(kind, text, dead[0].rank, self._start.node)
+        text = f"torchrun on node {self._launch.node} exited with status {status}"
+        own = Outcome("killed" if status < 0 else "error", text)
+        return self._monitor.with_node(find_cause([*outcomes, own]))
 
-    def _are_gone(self) -> bool:
-        """Whether no rank is left. torchrun itself may stay: where the head's leaves first the others complain."""
+    def _are_ranks_gone(self) -> bool:
+        """Whether no rank is left. torchrun itself may linger: if the head's exits first, the others complain."""
         try:
             ranks = psutil.Process(self._torchrun.pid).children()
         except psutil.NoSuchProcess:
             return True
-        return all(state_of(rank.pid) in ("", "Z") for rank in ranks)
+        return all(is_dead(rank.pid) for rank in ranks)
 
-    def _find_failed(self) -> End | None:
-        """A rank that has ended badly while others wait for it; each gets a while to say what it knows."""
-        ends = [end for end in read_ends(self.folder).values() if end.kind not in (DONE, STOPPED)]
-        self._failed_at = self._failed_at or (time.monotonic() if ends else 0.0)
-        return first_cause(ends) if ends and time.monotonic() - self._failed_at > SECONDS_FOR_WORDS else None
-
-    def _what_stacks_say(self, rank: int) -> str:
-        """ "Fatal Python error: Segmentation fault", where the fault handler saw it."""
-        path = stack_file(self.folder, rank)
-        first = path.read_text(errors="replace").partition("\n")[0] if path.exists() else ""
-        return f": {first}" if first.startswith("Fatal") else ", by hand or for want of memory"
-
-    def _find_frozen(self) -> End | None:
-        """A rank that is stopped, or was until its stacks were asked for."""
-        if self._frozen:
-            return self._frozen
-        for beat in read_beats(self.folder):
-            if state_of(beat.pid) in ("T", "t"):
-                where = f"rank {beat.rank} on node {self._start.node}"
-                text = f"{where} is stopped (SIGSTOP or a debugger) after step {beat.step}"
-                return End("frozen", text, beat.rank, self._start.node)
-        return None
-
-    def _find_hung(self) -> End | None:
-        """The rank of this node whose next sign of life is overdue, the longest silent first."""
-        now, beats = time.monotonic(), read_beats(self.folder)
-        node, patience = self._start.node, self._start.start_timeout_s
-        if len(beats) < self._start.num_procs and now - self._began > patience:
-            return End("hang", f"a rank on node {node} has not begun within {patience:.0f} s", node=node)
-        late = [beat for beat in beats if now > max(beat.deadline, self._resumed_at + beat.deadline - beat.at)]
-        late = [beat for beat in late if beat.rank not in read_ends(self.folder)]
-        if not late:
-            return None
-        worst = min(late, key=lambda beat: beat.at)
-        frozen = self._find_frozen()
-        text = (
-            f"rank {worst.rank} on node {node} has made no progress for {now - worst.at:.0f} s, after step {worst.step}"
-        )
-        return frozen or End("hang", text, worst.rank, node)
-
-    def _named(self, end: End) -> End:
-        return replace(end, node=end.node or self._start.node)
-
-    def end(self, *, with_stacks: bool) -> End | None:
-        """End every process of this attempt; with stacks, each rank's go to the run first, and are judged."""
-        stuck = None
-        if with_stacks:
-            self.show_stacks()
-            stuck = self._find_stuck()
-        if self._torchrun.poll() is None:  # first, that it neither complains nor starts another rank
-            self._torchrun.kill()
-        self._torchrun.wait()
-        until = time.monotonic() + SECONDS_TO_END
-        while (processes := self._processes()) and time.monotonic() < until:
-            for process in processes:
-                send_signal(process.pid, signal.SIGKILL)
-            psutil.wait_procs(processes, timeout=1.0)
-        for copier in self._copiers:
-            copier.join(timeout=2.0)
-        return stuck
-
-    def _processes(self) -> list[psutil.Process]:
-        """All that was started for this attempt, by the node's folder in its environment: orphans are among them."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(FOLDER) == str(self.folder):
-                    found.append(process)
-        return found
+    def summarize(self) -> Outcome:
+        """What this node knows when its ranks must be ended because of a failure on another node."""
+        return self._monitor.summarize()
 
     def show_stacks(self) -> None:
-        """Have each rank write its stacks, once; the ranks go on. What they do after this is how they end."""
-        if self._has_shown:
+        """Have each rank write its stacks, once, and copy them to the run directory. The ranks continue."""
+        if self._has_shown_stacks:
             return
-        self._has_shown, self._frozen = True, self._find_frozen()
-        ours = {process.pid for process in self._processes()}
-        beats = [beat for beat in read_beats(self.folder) if beat.pid in ours]
-        for number in (SHOW_STACKS, signal.SIGCONT):  # of one that is stopped
+        self._has_shown_stacks = True
+        self._monitor.remember_frozen()
+        own_pids = {process.pid for process in self._processes()}
+        beats = [beat for beat in read_heartbeats(self.folder) if beat.pid in own_pids]
+        for number in (SHOW_STACKS, signal.SIGCONT):  # a suspended process handles a signal only once it is resumed
             for beat in beats:
                 send_signal(beat.pid, number)
-        files, before = [stack_file(self.folder, beat.rank) for beat in beats], None
-        until = time.monotonic() + SECONDS_FOR_STACKS
-        while time.monotonic() < until and (sizes := [file.stat().st_size for file in files]) != before:
-            before = sizes if all(sizes) else None
-            time.sleep(0.1)
-        keeper = threading.Thread(target=self._keep_stacks, daemon=True)  # a disk that stalls may be what hangs
+        wait_until_written([stack_file(self.folder, beat.rank) for beat in beats], SECONDS_FOR_STACKS)
+        keeper = threading.Thread(target=self._keep_stacks, daemon=True)  # in a thread: the disk may be what hangs
         keeper.start()
         keeper.join(SECONDS_FOR_STACKS)
 
-    def _find_stuck(self) -> End | None:
-        """A rank for which others wait: signs of life cannot tell, since those who wait give none either."""
-        for beat in sorted(read_beats(self.folder), key=lambda beat: beat.at):
-            path = stack_file(self.folder, beat.rank)
-            place = busy_place(path.read_text(errors="replace")) if path.exists() else ""
-            if place:
-                seconds, node = time.monotonic() - beat.at, self._start.node
-                text = (
-                    f"rank {beat.rank} on node {node} has made no progress for {seconds:.0f} s, after step {beat.step}"
-                )
-                return End("stuck", f"{text}, in {place}", beat.rank, node)
-        return None
-
     def _keep_stacks(self) -> None:
-        folder = self._start.run_dir / "stacks"
+        folder = self._launch.run_dir / "stacks"
         try:
             folder.mkdir(exist_ok=True)
             for path in self.folder.glob("rank-*.txt"):
@@ -300,77 +166,115 @@ class Ranks:
         except OSError:
             return  # a full disk must not keep the launcher from ending the ranks
 
-    def forget(self) -> None:
-        """Remove the node's folder."""
+    def end(self, *, with_stacks: bool) -> Outcome | None:
+        """End every process of this attempt. With stacks, each rank first writes its own; returns a stuck rank."""
+        stuck = None
+        if with_stacks:
+            self.show_stacks()
+            stuck = self._monitor.find_stuck()
+        if self._torchrun.poll() is None:  # first, so that it neither complains nor starts another rank
+            self._torchrun.kill()
+        self._torchrun.wait()
+        give_up_at = time.monotonic() + SECONDS_TO_END
+        processes = self._processes()
+        while processes and time.monotonic() < give_up_at:
+            for process in processes:
+                send_signal(process.pid, signal.SIGKILL)
+            psutil.wait_procs(processes, timeout=1.0)
+            processes = self._processes()
+        for copier in self._copiers:
+            copier.join(timeout=2.0)
+        return stuck
+
+    def _processes(self) -> list[psutil.Process]:
+        """Every process of this attempt, orphans included: they have the node's folder in their environment."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(NODE_FOLDER) == str(self.folder):
+                    found.append(process)
+        return found
+
+    def remove_folder(self) -> None:
+        """Remove the node's folder, after the ranks have ended."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._claim.close()
 
 
-def make_folder(parent: Path) -> tuple[Path, IO]:
-    """A new folder and the file in it whose lock says that its launcher lives; those of killed launchers are removed.
+def build_torchrun_command(launch: RankLaunch, folder: Path) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--rdzv-backend=static",
+        f"--rdzv-id={launch.job_id}",
+        f"--nnodes={launch.num_nodes}",
+        f"--node-rank={launch.node_rank}",
+        f"--nproc-per-node={launch.num_procs}",
+        f"--master-addr={launch.address}",
+        f"--master-port={launch.port}",
+        "--max-restarts=0",
+        f"--log-dir={folder / 'torchrun'}",  # one of its own would remain when torchrun is killed
+        "--signals-to-handle=SIGQUIT",  # requests to stop come through our file: torchrun must not kill a save
+        "-m",
+        "ptune_dist",
+        *launch.command,
+    ]
 
-    A lock and not a process id: containers that share /dev/shm do not share ids. Raises RunFault.
-    """
-    for folder in parent.glob("ptune-*"):
-        with contextlib.suppress(OSError):
-            with open(folder / "claim") as claim:
-                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-    with fault_on_failed_write(parent):
-        new = Path(tempfile.mkdtemp(prefix=".ptune-", dir=parent))
-        claim = open(new / "claim", "w")
-        fcntl.flock(claim, fcntl.LOCK_EX)
-        folder = new.rename(parent / new.name[1:])  # seen by others only now that it is claimed
-    return folder, claim
+
+def build_environment(launch: RankLaunch, folder: Path) -> dict[str, str]:
+    """Our own environment with what the ranks need. Variables that are set already win over the defaults."""
+    num_cores = max(1, len(os.sched_getaffinity(0)) // launch.num_procs)
+    defaults = {
+        "NCCL_DEBUG": "WARN",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": str(num_cores),
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
+    }
+    if launch.interface:
+        defaults["GLOO_SOCKET_IFNAME"] = launch.interface
+    ours = {NODE_FOLDER: str(folder), NODE_NAME: launch.node, LAUNCHER_PID: str(os.getpid())}
+    return defaults | os.environ | ours
 
 
 def prepare_child() -> None:
-    """In torchrun before it begins: it dies with its launcher, and stop requests are none of its business.
+    """Runs in torchrun's process before torchrun: it dies with its launcher and ignores requests to stop.
 
-    What is ignored here is ignored by the ranks too until `Watch` handles it, so that a request that comes while they
-    load is not their end.
+    The ranks inherit the ignored signals until `Watch` handles them, so a request to stop cannot kill a rank while it
+    is loading.
     """
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a base in a core file helps nobody
-    end_with_parent(signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the whole base
+    signal_on_parent_death(signal.SIGKILL)
 
 
-def busy_place(stack: str) -> str:
-    """Where a rank was busy when its fault handler wrote its stacks; "" where it waited for other ranks."""
-    found = re.search(r'^Current thread .*\n  File "(.*)", line (\d+) in (.*)', stack, re.MULTILINE)
-    if not found or any(place in found[1] for place in WHERE_RANKS_WAIT):
-        return ""
-    return f"{found[3]} ({Path(found[1]).name}, line {found[2]})"
+def wait_until_written(files: list[Path], seconds: float) -> None:
+    """Return once no file is empty and none grows any more, or after so many seconds."""
+    give_up_at = time.monotonic() + seconds
+    before: list[int] = []
+    while time.monotonic() < give_up_at:
+        sizes = [file.stat().st_size for file in files]
+        if sizes == before and all(sizes):
+            return
+        before = sizes
+        time.sleep(0.1)
 
 
-def slug(name: str) -> str:
-    """A file's name from a node's: "2 (ip-10-0-0-21)" becomes "2-ip-10-0-0-21"."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-")
-
-
-def state_of(pid: int) -> str:
-    """A letter as in proc(5), "" where there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
-
-
-def send_signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
+def to_file_name(node: str) -> str:
+    """A file name made of a node's name: "2 (ip-10-0-0-21)" becomes "2-ip-10-0-0-21"."""
+    return re.sub(r"[^\w.-]+", "-", node).strip("-")
 
 
 def copy_lines(source: BinaryIO, sink: BinaryIO, log: BinaryIO | None) -> None:
-    """Until the source ends; a sink that fails is no reason to stop reading, which would block the ranks."""
+    """Copy until the source ends. A sink that fails does not stop the reading, since that would block the ranks."""
+    sinks = [sink] if log is None else [sink, log]
     for line in iter(source.readline, b""):
-        for out in (sink, log):
+        for out in sinks:
             try:
-                if out:
-                    out.write(line)
-                    out.flush()
+                out.write(line)
+                out.flush()
             except (OSError, ValueError):
                 continue

@@ -1,49 +1,56 @@
-"""May the scheduler start this job again? Asked by slurm/*.sbatch after srun, whose exit statuses do not tell.
+"""Whether the scheduler should start this job again. slurm/*.sbatch ask after srun, whose exit status does not tell."""
 
-Floor 6.
-"""
-
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ptune_dist.run.status import last_step, read_status
 
-REQUEUE, MISTAKE = 75, 2
+REQUEUE = 75
+MISTAKE = 2
 
 
-def decide(
-    status: dict[str, Any], step: int, *, num_requeues: int, max_requeues: int, max_idle: int
-) -> tuple[int, str]:
-    """The batch script's exit status, 75 to go on, and the reason. `status`: status.json's; `step`: newest saved."""
-    state, kind, reason = (status.get(key, "") for key in ("state", "kind", "reason"))
+@dataclass(frozen=True)
+class RequeueLimits:
+    """How often a job may be requeued, and how often it has been."""
+
+    num_requeues: int
+    max_requeues: int
+    max_idle_starts: int  # in a row, without a step gained
+
+
+def decide_requeue(status: dict[str, Any], step: int, limits: RequeueLimits) -> tuple[int, str]:
+    """The exit status of the batch script (75 to requeue) and the reason.
+
+    `status` is the content of status.json, `step` the one of the newest checkpoint.
+    """
+    state = status.get("state", "")
+    kind = status.get("kind", "")
+    reason = status.get("reason", "")
     if state == "done":
         return 0, "done"
     if kind == "mistake":
-        return 2, reason
+        return MISTAKE, reason
     if kind == "fault":
-        return 1, f"{reason}: the same would come again"
+        return 1, f"{reason}: it would happen again"
     num_idle = status.get("idle_starts", 0) + 1 if step == status.get("started_at_step", step) else 0
-    if num_idle >= max_idle:
-        return 1, f"{num_idle} starts in a row have gained no step: {reason or 'no reason is known'}"
-    if num_requeues >= max_requeues:
-        return 1, f"requeued {num_requeues} times, the most that is allowed: {reason}"
-    return REQUEUE, reason or "ended without a word"
+    if num_idle >= limits.max_idle_starts:
+        return 1, f"{num_idle} starts in a row have gained no step: {reason or 'the reason is unknown'}"
+    if limits.num_requeues >= limits.max_requeues:
+        return 1, f"requeued {limits.num_requeues} times, which is the limit: {reason}"
+    return REQUEUE, reason or "ended without reporting an outcome"
 
 
-def may_requeue(
-    run_dir: Path, srun_status: int, job_id: str, *, num_requeues: int, max_requeues: int, max_idle: int
-) -> int:
-    """`decide` for a run, said in a line.
+def may_requeue(run_dir: Path, srun_status: int, job_id: str, limits: RequeueLimits) -> int:
+    """The exit status of the batch script, after printing the decision.
 
-    srun's own status counts where it tells of a mistake, and where `status.json` is of another job, or there is none:
-    this one has not come so far as to write it.
+    srun's own status counts if it is a user's mistake, or if status.json is missing or was written by another job: this
+    one then failed before it could write its own.
     """
     status = read_status(run_dir)
     is_ours = str(status.get("job_id", "")).partition(".")[0] == job_id
     if srun_status == MISTAKE or not is_ours:
         return srun_status
-    found, reason = decide(
-        status, last_step(run_dir), num_requeues=num_requeues, max_requeues=max_requeues, max_idle=max_idle
-    )
-    print(f"launcher: {'may go on' if found == REQUEUE else 'ends'}: {reason}", flush=True)
-    return found
+    code, reason = decide_requeue(status, last_step(run_dir), limits)
+    print(f"launcher: {'requeueing' if code == REQUEUE else 'not requeueing'}: {reason}", flush=True)
+    return code

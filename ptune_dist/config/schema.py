@@ -177,6 +177,10 @@ class TrainConfig(Section):
     label_smoothing: Share = 0.0
     """The share of the probability that `cross_entropy` spreads over all tokens, or all classes."""
 
+    standardize_targets: bool = True
+    """With numbers as targets: learn them as (number - mean) / standard deviation of the training set. Answers and
+    metrics are in the original unit either way."""
+
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
     """The optimizer of the prompt."""
 

@@ -40,7 +40,7 @@ class TrainingRows:
 
     def slice_of(self, member: str) -> slice:
         """Where a member's examples are among all."""
-        start, count = self._places[member]
+        start, count = self._ranges[member]
         return slice(start, start + count)
 
     def units(self, examples: dict[str, list[int]], members: Sequence[str]) -> list[Unit]:

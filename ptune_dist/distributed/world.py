@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ptune_dist.cluster.signs import end_with_parent, own_folder
+from ptune_dist.cluster.processes import signal_on_parent_death
+from ptune_dist.cluster.rank_files import node_folder
 from ptune_dist.errors import RunFault, UserError
 
 T = TypeVar("T")
@@ -38,8 +39,8 @@ def init_distributed() -> World:
     if "RANK" not in os.environ:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         os.environ.update({name: str(value) for name, value in alone.items()})
-    if "TORCHELASTIC_RUN_ID" in os.environ and own_folder() is None:  # no rank goes on training alone
-        end_with_parent(signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ and node_folder() is None:  # no rank goes on training alone
+        signal_on_parent_death(signal.SIGTERM)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

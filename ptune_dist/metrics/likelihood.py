@@ -12,6 +12,7 @@ def mean_loss(rows: Sequence[RowLoss], _: References = ()) -> float:
 
 
 def perplexity(rows: Sequence[RowLoss], _: References = ()) -> float:
+    """exp of the loss."""
     loss = mean_loss(rows)
     return math.exp(loss) if loss < 700 else math.inf
 

@@ -22,9 +22,29 @@ def build_bleu(references: References):
     return BLEU(references=to_streams(references), force=True)  # force: no warning about text that looks tokenized
 
 
+def chrf(answers: Sequence[str], references: References) -> float:
+    """chrF2 of the whole corpus, with sacrebleu's defaults: characters in runs of up to 6, no words.
+
+    Unlike BLEU it needs no tokenizer, so it suits languages that write no spaces.
+    """
+    return build_chrf(references).corpus_score(answers, None).score
+
+
+def sign_chrf(references: References) -> str:
+    return str(build_chrf(references).get_signature())
+
+
+def build_chrf(references: References):
+    """A scorer of answers to rows with these references."""
+    from sacrebleu.metrics import CHRF
+
+    return CHRF(references=to_streams(references))
+
+
 def to_streams(references: References) -> list[tuple[str | None, ...]]:
     """References as sacrebleu takes them: all first ones, all second ones, ..., None where a row has no more."""
     return list(zip_longest(*references))
 
 
 BLEU = Metric("bleu", "answers", bleu, package="sacrebleu", module="sacrebleu", signature=sign_bleu)
+CHRF = Metric("chrf", "answers", chrf, package="sacrebleu", module="sacrebleu", signature=sign_chrf)

@@ -190,7 +190,9 @@ class PromptedModel(nn.Module):
         parts = tokens.split([len(text) for text in texts])
         rows = [torch.cat([virtual[member], part]) for member, part in zip(members, parts, strict=True)]
         mask = pad_rows([np.ones(len(row)) for row in rows], 0)[0]
-        return pad_sequence(rows, batch_first=True), self.to_tensor(mask)
+        # Zero: under ZeRO-3 every rank needs the same backward pass, whichever members its rows are for.
+        unread = sum(vectors[:0].sum() for vectors in virtual)
+        return pad_sequence(rows, batch_first=True) + unread, self.to_tensor(mask)
 
     def supervise_rows(self, batch: Batch, starts: list[int], **inputs: Any) -> Supervised:
         """Targets whose first is predicted at position `starts` of each reader's own row."""

@@ -5,9 +5,11 @@ To add a method, write its class in a file of its own (`method.py` is the interf
 
 from ptune_dist.prompts.method import Method
 from ptune_dist.prompts.p_tuning import PTuning
+from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 
 METHODS: dict[str, type[Method]] = {
     "prompt_tuning": PromptTuning,
     "p_tuning": PTuning,
+    "prefix_tuning": PrefixTuning,
 }

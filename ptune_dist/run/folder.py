@@ -1,7 +1,4 @@
-"""A run is one output directory: what is in it, whether it is finished, whether this config may go on with it.
-
-Floor 1.
-"""
+"""A run is one output directory: what is in it, whether it is finished, whether a config may resume it."""
 
 import fcntl
 import json
@@ -18,10 +15,19 @@ from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import member_config
 from ptune_dist.errors import UserError
 
-# What may change when a run goes on: how far, how it is watched and how it is spread, not what is learned.
-MAY_CHANGE = ("output_dir", "evaluate", "checkpoint", "deepspeed", "train.max_steps", "train.micro_batch_tokens",
-              "train.resume", "train.hang_timeout_s", "train.context_cache_gib",
-              "train.context_cache_dir")  # fmt: skip
+# What may change when a run is resumed: its length, how it is watched and distributed, but not what is learned.
+MAY_CHANGE = (
+    "output_dir",
+    "evaluate",
+    "checkpoint",
+    "deepspeed",
+    "train.max_steps",
+    "train.micro_batch_tokens",
+    "train.resume",
+    "train.hang_timeout_s",
+    "train.context_cache_gib",
+    "train.context_cache_dir",
+)
 CHECKPOINT = re.compile(r"step-\d{8}")
 
 
@@ -34,26 +40,23 @@ def read_run_config(run_dir: Path, overrides: Sequence[str] = (), *, resolve: Re
 
 
 def find_member_dir(run_dir: Path, member: str | None) -> Path:
-    """The folder of a sweep's member, of the best-ranked where none is named; a run's own without a sweep.
-
-    Raises UserError.
-    """
+    """The directory of a sweep's member, by default the best one's; the run's own without a sweep. Raises UserError."""
     config = read_run_config(run_dir)
     if not config.sweep:
         if member:
-            raise UserError(f"--member: {run_dir} is no sweep: leave it out")
+            raise UserError(f"--member: {run_dir} is not a sweep: omit it")
         return run_dir
     if member is None:
         summary = read_summary(run_dir)
         if summary is None:
-            raise UserError(f"{run_dir}: a sweep that has not ended has no best member: name one with --member")
+            raise UserError(f"{run_dir}: an unfinished sweep has no best member: name one with --member")
         member = summary["ranking"][0]["member"]
         print(f"member: {member}", file=sys.stderr)
     return run_dir / "members" / Path(member_config(config, member).output_dir).name
 
 
 def check_run_dir(config: Config) -> None:
-    """Raise UserError where the folder holds a run that this config may not go on with."""
+    """Raise UserError if the directory cannot be written, or holds a run that this config may not resume."""
     run_dir = Path(config.output_dir)
     file = run_dir / "config.yaml"
     existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
@@ -66,17 +69,18 @@ def check_run_dir(config: Config) -> None:
     before = load_config(file)
     key = first_difference(before.model_dump(), config.model_dump())
     if key:
-        old, new = (read_key(c.model_dump(), key) for c in (before, config))
-        raise UserError(f"{file}: this run began with {key} {old!r}, not {new!r}: choose another output_dir")
+        old = read_key(before.model_dump(), key)
+        new = read_key(config.model_dump(), key)
+        raise UserError(f"{file}: this run was started with {key} {old!r}, not {new!r}: choose another output_dir")
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Whether anything in the folder depends on its config: a checkpoint, a prompt or a summary."""
+    """Whether the directory has anything that depends on its config: a checkpoint, a prompt or a summary."""
     return any((run_dir / name).exists() for name in ("checkpoints", "prompt", "summary.json"))
 
 
 def lock_run_dir(config: Config) -> IO[str]:
-    """Create the run's folder, and lock it while the returned file is open. Raises UserError. One rank calls."""
+    """Create the run's directory, and lock it while the returned file is open. For one rank. Raises UserError."""
     run_dir = Path(config.output_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -90,23 +94,23 @@ def lock_run_dir(config: Config) -> IO[str]:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether someone trains in the folder."""
+    """Whether a process is training in the directory."""
     try:
         with open(run_dir / ".lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # none yet, or a file system without locks: whoever trains next will say so
+    except OSError:  # no lock yet, or a file system without locks, which `lock_run_dir` reports
         return False
     return False
 
 
 def write_run_configs(config: Config, members: dict[str, Config]) -> None:
-    """Put the resolved config into the run's folder, and each member's of a sweep into its own. Raises RunFault.
-
-    One rank calls.
-    """
-    for own in (config, *(members.values() if config.sweep else ())):
+    """Write the resolved config, and each member's into its own directory. For one rank. Raises RunFault."""
+    configs = [config]
+    if config.sweep:
+        configs += members.values()
+    for own in configs:
         file = Path(own.output_dir) / "config.yaml"
         with fault_on_failed_write(file):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -114,11 +118,11 @@ def write_run_configs(config: Config, members: dict[str, Config]) -> None:
 
 
 def first_difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
-    """The first dotted key whose values differ and may not."""
+    """The first dotted key whose values differ although it may not change."""
     for name in now:
         key = prefix + name
         if key == "sweep" and json.dumps(before.get(name)) != json.dumps(now[name]):
-            return key  # as a whole: its keys are dotted, and their order names the members
+            return key  # as a whole: its own keys are dotted, and their order determines the members' names
         if key in MAY_CHANGE or before.get(name) == now[name]:
             continue
         if isinstance(now[name], dict) and isinstance(before.get(name), dict):
@@ -137,7 +141,7 @@ def read_key(content: dict[str, Any], key: str) -> Any:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """The summary of a finished run, None before."""
+    """The summary of a finished run, else None."""
     try:
         return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -145,14 +149,14 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 
 def is_finished(config: Config) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do."""
+    """The summary of a run that has nothing left to do, else None."""
     summary = read_summary(Path(config.output_dir))
     if not summary:
         return None
-    gave_up = 0 < config.evaluate.patience <= summary["evaluations_since_best"]
+    is_stopped_early = 0 < config.evaluate.patience <= summary["evaluations_since_best"]
     if "ranking" in summary:
-        gave_up = all(line["ended"] for line in summary["ranking"])
-    return summary if gave_up or summary["steps"] >= config.train.max_steps else None
+        is_stopped_early = all(line["ended"] for line in summary["ranking"])
+    return summary if is_stopped_early or summary["steps"] >= config.train.max_steps else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -161,6 +165,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Raises RunFault where the disk is full."""
+    """Raises RunFault if the file cannot be written."""
     with fault_on_failed_write(path):
         replace_file(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -1,6 +1,6 @@
-"""How a rank is watched: requests to stop, signs of life, stacks where it hangs, and its last word.
+"""How a rank is watched: requests to stop, heartbeats, the stacks of a rank that hangs, and its outcome.
 
-Floor 1. A launcher (`launch/run.sh`) watches from outside. Without one, a timer in the process ends a hang.
+A launcher (`launch/run.sh`) watches from outside. Without one, a timer inside the process ends a hang.
 """
 
 import contextlib
@@ -11,31 +11,31 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TextIO
 
-from ptune_dist.cluster.signs import (
-    DONE,
+from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome
+from ptune_dist.cluster.processes import signal_on_parent_death
+from ptune_dist.cluster.rank_files import (
     NODE_NAME,
     SHOW_STACKS,
-    STOPPED,
-    BeatFile,
-    End,
-    end_with_parent,
-    is_asked_to_stop,
-    is_orphaned,
-    own_folder,
+    HeartbeatFile,
+    is_launcher_dead,
+    is_stop_requested,
+    node_folder,
     stack_file,
-    write_end,
+    write_outcome,
 )
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run.status import end_status
 
 SECONDS_BETWEEN_INTERRUPTS = 3.0
-SECONDS_TO_SAVE_ALONE = 20.0  # where the launcher is dead, and perhaps the other ranks
+SECONDS_TO_SAVE_ALONE = 20.0  # after the launcher, and perhaps other ranks, have died
 SECONDS_BETWEEN_TIMERS = 1.0
 STOPPED_REASON = "stopped on request, after saving"
 NEVER_S = 10 * 365 * 86400.0
-SAID_OF_LOST_PEERS = (
+# Fragments of what gloo and NCCL say when another rank has gone away.
+LOST_PEER_MESSAGES = (
     "gloo/transport",
     "Connection closed by peer",
     "ncclRemoteError",
@@ -45,52 +45,60 @@ SAID_OF_LOST_PEERS = (
 
 
 class Watch:
-    """Remembers that TERM, USR2 or INT, or the launcher, asked this rank to stop, and tells that it is alive.
+    """Notices requests to stop, from TERM, USR2, INT or the launcher, and reports that this rank is alive.
 
-    Before `begin_steps`, when there is nothing to save, INT ends the process at once. After it the first is a request,
-    and a second one ends; since one Ctrl-C reaches a rank twice, from the terminal and from torchrun, a second one
-    counts after a while only. The ranks agree on a stop by adding `requested` up over ranks at a step boundary.
+    Before `begin_steps` there is nothing to save, and INT ends the process at once. After it, the first INT is a
+    request to stop and a second one ends the process. One Ctrl-C reaches a rank twice, from the terminal and from
+    torchrun, so a second one counts only after a few seconds. The ranks agree to stop by summing `requested` at a step
+    boundary.
     """
 
     def __init__(self, rank: int, hang_timeout_s: float):
-        self.folder = own_folder()
-        self._hang_timeout_s, self._rank = hang_timeout_s or NEVER_S, rank
-        # reading data and base gives no sign of life, and the first step may compile
-        self._patience_s = max(self._hang_timeout_s, float(os.environ.get("PTUNE_LOAD_TIMEOUT_S") or 3600))
-        self._file = BeatFile(self.folder, rank) if self.folder else None
-        self._stacks, self._timer_set_at = None, 0.0
-        self._step, self._asked, self._asked_at = 0, False, 0.0
-        self._is_stepping, self._parent = False, os.getppid()
-        self._before: dict[int, Any] = {}
+        self.folder = node_folder()
+        self._rank = rank
+        self._hang_timeout_s = hang_timeout_s or NEVER_S
+        # Reading the data and the base sends no heartbeat, and the first step may compile.
+        load_timeout_s = float(os.environ.get("PTUNE_LOAD_TIMEOUT_S") or 3600)
+        self._patience_s = max(self._hang_timeout_s, load_timeout_s)
+        self._file = HeartbeatFile(self.folder, rank) if self.folder else None
+        self._stacks: TextIO | None = None
+        self._timer_set_at = 0.0
+        self._step = 0
+        self._is_stepping = False
+        self._is_asked = False
+        self._asked_at = 0.0
+        self._parent = os.getppid()
+        self._handlers_before: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
-        return self._asked or (self.folder is not None and is_asked_to_stop(self.folder))
+        """Whether this rank has been asked to stop."""
+        return self._is_asked or (self.folder is not None and is_stop_requested(self.folder))
 
     def __enter__(self) -> "Watch":
         for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._handle)
+            self._handlers_before[number] = signal.signal(number, self._handle)
         if self.folder:
             self._stacks = open(stack_file(self.folder, self._rank), "w")
             faulthandler.enable(self._stacks)
             faulthandler.register(SHOW_STACKS, self._stacks)
-            end_with_parent(signal.SIGTERM)  # saves what there is
+            signal_on_parent_death(signal.SIGTERM)  # a request to save and stop
         self.beat()
         return self
 
     def __exit__(self, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
-        if self._stacks and not self.folder:  # no hang: the empty file goes
+        if self._stacks and not self.folder:  # there was no hang: remove the empty file
             self._stacks.close()
             path = Path(self._stacks.name)
             path.unlink()
-            with contextlib.suppress(OSError):  # other ranks' files
+            with contextlib.suppress(OSError):  # if files of other ranks are left
                 path.parent.rmdir()
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
     def begin_steps(self, run_dir: Path) -> None:
-        """Everything is loaded: from here on a sign of life is due within the hang timeout."""
+        """Everything is loaded: from the first step on, heartbeats are due within the hang timeout."""
         self._is_stepping = True
         if not self.folder and self._hang_timeout_s < NEVER_S:
             path = stack_file(run_dir / "stacks", self._rank)
@@ -99,75 +107,85 @@ class Watch:
         self.beat()
 
     def beat(self, step: int | None = None) -> None:
-        """A sign of life; `step` where one more is done."""
+        """Send a heartbeat; `step` is the number of steps done, if another one is."""
         if step is not None:
             self._step = step
             if self._patience_s != self._hang_timeout_s:
-                self._patience_s, self._timer_set_at = self._hang_timeout_s, 0.0
+                self._patience_s = self._hang_timeout_s
+                self._timer_set_at = 0.0
         if self._file:
             self._file.write(self._step, self._patience_s)
         elif self._stacks and time.monotonic() - self._timer_set_at > SECONDS_BETWEEN_TIMERS:
             self._timer_set_at = time.monotonic()
             faulthandler.dump_traceback_later(self._patience_s, exit=True, file=self._stacks)
 
-    def _handle(self, number: int, _frame: object) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and not self._is_stepping:
             raise KeyboardInterrupt
-        if os.getppid() != self._parent and self._stacks:  # an orphan: the others may be gone as well
+        if os.getppid() != self._parent and self._stacks:  # an orphan: other ranks may be gone, and saving may hang
             faulthandler.dump_traceback_later(SECONDS_TO_SAVE_ALONE, exit=True, file=self._stacks)
-        if not self._asked:
-            self._asked, self._asked_at = True, time.monotonic()
+        if not self._is_asked:
+            self._is_asked = True
+            self._asked_at = time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._asked_at > SECONDS_BETWEEN_INTERRUPTS:
             raise KeyboardInterrupt
 
 
-def leave_word(function: Callable[[], int]) -> int:
-    """Call `function`, leave word of its end to the launcher where there is one, and return the exit status."""
-    if own_folder():  # requests to stop wait until `Watch` hears them; there is nothing to save before
-        end_with_parent(signal.SIGKILL)
-        if is_orphaned():
+def report_outcome(function: Callable[[], int]) -> int:
+    """Call `function` and return its exit status; a launcher, if there is one, learns how it ended.
+
+    Under a launcher a known outcome has status 0, since torchrun takes any other for a crash.
+    """
+    if node_folder():  # until `Watch` takes over there is nothing to save, and requests to stop are ignored
+        signal_on_parent_death(signal.SIGKILL)
+        if is_launcher_dead():  # it died before the line above took effect
             os._exit(1)
     try:
         status = function()
     except BaseException as error:
-        say_end(describe_error(error))
+        record_outcome(describe_error(error))
         raise
-    say_end(End(STOPPED, STOPPED_REASON) if status == 75 else End(DONE))
-    return status if own_folder() is None else 0
+    record_outcome(Outcome(STOPPED, STOPPED_REASON) if status == 75 else Outcome(DONE))
+    return status if node_folder() is None else 0
 
 
-def say_end(end: End) -> None:
-    folder, rank = own_folder(), int(os.environ.get("RANK", 0))
-    if folder:
-        with contextlib.suppress(OSError):
-            write_end(folder, replace(end, rank=rank, node=end.node or os.environ.get(NODE_NAME, "")))
+def record_outcome(outcome: Outcome) -> None:
+    """Record this rank's outcome for its launcher, if there is one."""
+    folder = node_folder()
+    if folder is None:
+        return
+    rank = int(os.environ.get("RANK", 0))
+    node = outcome.node or os.environ.get(NODE_NAME, "")
+    with contextlib.suppress(OSError):
+        write_outcome(folder, replace(outcome, rank=rank, node=node))
 
 
 @contextlib.contextmanager
-def status_of_failure(run_dir: Path) -> Iterator[None]:
-    """Where what follows fails, status.json says why. One rank enters, under the run's lock.
+def failure_in_status(run_dir: Path) -> Iterator[None]:
+    """If the body fails, record why in status.json. For one rank, which holds the run's lock.
 
-    A mistake of the user's leaves the run as it was.
+    A user's mistake leaves the run as it was. A rank that has lost another does not know why; its launcher does.
     """
     try:
         yield
     except UserError:
         raise
     except BaseException as error:
-        end = describe_error(error)
-        if (
-            end.kind != "lost" or own_folder() is None or is_orphaned()
-        ):  # why a rank has lost another, the launchers know
-            end_status(run_dir, end)
+        outcome = describe_error(error)
+        has_launcher = node_folder() is not None and not is_launcher_dead()
+        if outcome.kind != "lost" or not has_launcher:
+            end_status(run_dir, outcome)
         raise
 
 
-def describe_error(error: BaseException) -> End:
-    """What an exception of a rank was."""
+def describe_error(error: BaseException) -> Outcome:
+    """The outcome of a rank that ends with this exception."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, (UserError, RunFault)):
-        return End("mistake" if isinstance(error, UserError) else "fault", text, node=getattr(error, "node", ""))
+    if isinstance(error, UserError):
+        return Outcome("mistake", text)
+    if isinstance(error, RunFault):
+        return Outcome("fault", text, node=getattr(error, "node", ""))
     if isinstance(error, KeyboardInterrupt):
-        return End("ended", "interrupted")
-    is_lost = any(word in text for word in SAID_OF_LOST_PEERS)
-    return End("lost" if is_lost else "error", f"{type(error).__name__}: {text[:300]}")
+        return Outcome("ended", "interrupted")
+    is_lost = any(message in text for message in LOST_PEER_MESSAGES)
+    return Outcome("lost" if is_lost else "error", f"{type(error).__name__}: {text[:300]}")

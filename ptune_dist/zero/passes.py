@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ptune_dist.errors import UserError
 from ptune_dist.zero.gathers import Gathers, watch_gathers
+from ptune_dist.zero.residency import keep_resident
 from ptune_dist.zero.setup import join_deepspeed
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ class ShardedPasses:
             self._engine, *_ = deepspeed.initialize(model=traced, config=content)
         except NotImplementedError as error:  # combinations of precisions that DeepSpeed does not know
             raise UserError(f"deepspeed: DeepSpeed cannot do this: {error}") from None
+        keep_resident(base)
 
     def run(self, work: Callable[[], T]) -> T:
         """What `work` computes of the base."""

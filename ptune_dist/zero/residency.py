@@ -37,6 +37,18 @@ def settle_residency(content: dict[str, Any], base: PreTrainedModel) -> None:
         zero[ONE_AT_MOST] = 10 * hidden_size(base)  # as Hugging Face fills it
 
 
+def keep_resident(base: PreTrainedModel) -> None:
+    """Have the persistent parameters of a base that DeepSpeed has taken stay gathered in every kind of pass.
+
+    DeepSpeed itself keeps them only in passes that repeat the one before: generation or an evaluation would receive the
+    base anew for each token or batch. A module does not release parameters that are external to it.
+    """
+    for parameter in base.parameters():
+        if parameter.ds_persist:
+            assert hasattr(parameter, "is_external_param"), "DeepSpeed knows no external parameters any more"
+            parameter.is_external_param = True
+
+
 def count_resident(base: PreTrainedModel, max_live: int) -> int:
     """Elements that may stay gathered where `max_live` may be at once."""
     if count_elements(base) <= max_live:

@@ -1,11 +1,14 @@
-"""What the head decides, told by nodes that only pretend: who is started, ended, started again."""
+"""What the head decides about nodes that are only simulated: who is started, ended, and started again."""
 
 import fcntl
 import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,87 +16,98 @@ from ptune_dist.cluster import head as head_module
 from ptune_dist.cluster.head import Head, Limits
 from ptune_dist.cluster.link import connect, listen
 from ptune_dist.cluster.node_facts import NodeFacts
-from ptune_dist.cluster.signs import DONE, STOPPED, STOPPED_EARLY, End
+from ptune_dist.cluster.outcome import DONE, STOPPED, STOPPED_EARLY, Outcome
 from ptune_dist.cluster.topology import Topology
 from ptune_dist.config.load import load_config
 from ptune_dist.run.status import read_status
 from tests.conftest import write_config
 
 NAMES = ("a", "b")
+KILLED = Outcome("killed", "rank 1 was killed", 1, "b")
 
 
-class PretendedNode(threading.Thread):
-    """Says hello, answers each start with the next of its ends, and keeps the head's last word."""
+class FakeNode(threading.Thread):
+    """Joins the head, reacts to each start as scripted, and keeps the outcome that the head reports."""
 
-    def __init__(self, port: int, number: int, ends: list[End | str], **facts):
+    def __init__(self, port: int, rank: int, reactions: list[Outcome | str | Callable], **facts: object):
         super().__init__(daemon=True)
-        self.number, self.ends, self.starts, self.last, self.heard = number, list(ends), [], None, []
+        self.rank = rank
+        self.reactions = list(reactions)
+        self.starts: list[tuple[str, int]] = []
+        self.received: list[str] = []
+        self.outcome: Outcome | None = None
         self.is_running = False
         self.link = connect("127.0.0.1", port)
-        found = NodeFacts(NAMES[number], **({"num_procs": 1, "free_bytes": 1 << 40} | facts))
-        self.link.send(kind="hello", node_rank=number, job_id="7", facts=found.message(), clock_s=time.time())
+        own_facts = NodeFacts(NAMES[rank], **({"num_procs": 1, "free_bytes": 1 << 40} | facts))
+        self.link.send(kind="hello", node_rank=rank, job_id="7", facts=own_facts.message(), clock_s=time.time())
         self.start()
 
     def run(self) -> None:
-        while self.last is None and self.link.is_open:
+        while self.outcome is None and self.link.is_open:
             for message in self.link.receive():
-                self.heard.append(message["kind"])
-                if message["kind"] == "start":
-                    self.starts.append((message["address"], message["port"]))
-                    self.act(self.ends.pop(0))
-                elif message["kind"] == "end" and self.is_running:
-                    self.say(End("ended", node=NAMES[self.number]))
-                elif message["kind"] == "leave":
-                    self.last = End(**message["end"])
+                self.received.append(message["kind"])
+                self.obey(message)
             self.link.send(kind="beat", clock_s=time.time())
             time.sleep(0.02)
 
-    def act(self, end: End | str) -> None:
-        self.is_running = True
-        if end == "die":
-            self.link.close()
-        elif end == "stop":
-            self.link.send(kind="stop")
-            self.say(KILLED)
-        elif end == "stop early":
-            self.link.send(kind="stop")
-            self.say(STOPPED_EARLY)
-        elif callable(end):
-            end(self)
-        elif end == "stacks":
-            self.link.send(kind="stacks")
-            self.say(End("hang", "no progress", 1, "b"))
-        elif end != "wait":
-            self.say(end)
+    def obey(self, message: dict[str, Any]) -> None:
+        if message["kind"] == "start":
+            self.starts.append((message["address"], message["port"]))
+            self.is_running = True
+            self.react(self.reactions.pop(0))
+        elif message["kind"] == "end" and self.is_running:
+            self.report(Outcome("ended", node=NAMES[self.rank]))
+        elif message["kind"] == "leave":
+            self.outcome = Outcome(**message["end"])
 
-    def say(self, end: End) -> None:
+    def react(self, reaction: Outcome | str | Callable) -> None:
+        if reaction == "wait":
+            return
+        if reaction == "disconnect":
+            self.link.close()
+        elif reaction == "stop":
+            self.link.send(kind="stop")
+            self.report(KILLED)
+        elif reaction == "stop early":
+            self.link.send(kind="stop")
+            self.report(STOPPED_EARLY)
+        elif reaction == "stacks":
+            self.link.send(kind="stacks")
+            self.report(Outcome("hang", "no progress", 1, "b"))
+        elif callable(reaction):
+            reaction(self)
+        else:
+            self.report(reaction)
+
+    def report(self, outcome: Outcome) -> None:
         self.is_running = False
-        self.link.send(kind="ended", end=asdict(end))
+        self.link.send(kind="ended", end=asdict(outcome))
 
 
 class Job:
-    """A head and the port of its ear."""
+    """A head, and the port on which it listens."""
 
     def __init__(
         self,
-        tmp_path,
+        folder: Path,
         *overrides: str,
         num_nodes: int = 2,
         max_restarts: int = 2,
         start_timeout_s: float = 5,
         silence_s: float = 2.0,
     ):
-        self.config = load_config(write_config(tmp_path / "c.yaml"), list(overrides))
-        self.run_dir, ear = tmp_path / "run", listen(0, "127.0.0.1")
-        self.port = ear.getsockname()[1]
+        self.config = load_config(write_config(folder / "c.yaml"), list(overrides))
+        self.run_dir = folder / "run"
+        listener = listen(0, "127.0.0.1")
+        self.port = listener.getsockname()[1]
         topology = Topology("variables", "7", num_nodes, 0, "x", self.port, NAMES[:num_nodes], 1, 0)
         limits = Limits(start_timeout_s=start_timeout_s, silence_s=silence_s, max_restarts=max_restarts)
-        self.head = Head(ear, topology, self.config, limits, is_check=False)
+        self.head = Head(listener, topology, self.config, limits, is_check=False)
         self.head.start()
 
-    def play(self, *ends: list, **facts) -> list[PretendedNode]:
-        """One node for each list of ends, until all are told to leave."""
-        nodes = [PretendedNode(self.port, number, own, **facts) for number, own in enumerate(ends)]
+    def play(self, *scripts: list, **facts: object) -> list[FakeNode]:
+        """One node for each script, until the head has told all of them to leave."""
+        nodes = [FakeNode(self.port, rank, script, **facts) for rank, script in enumerate(scripts)]
         self.head.join(20)
         for node in nodes:
             node.join(5)
@@ -101,204 +115,217 @@ class Job:
         return nodes
 
     @property
-    def status(self) -> dict:
+    def status(self) -> dict[str, Any]:
         return read_status(self.run_dir)
 
 
-KILLED = End("killed", "rank 1 was killed", 1, "b")
-
-
-def test_all_nodes_are_started_at_one_address_and_told_the_same_end(tmp_path):
+def test_all_nodes_start_at_one_address_and_learn_the_same_outcome(tmp_path: Path):
     job = Job(tmp_path)
-    a, b = job.play([End(DONE)], [End(DONE)])
+    a, b = job.play([Outcome(DONE)], [Outcome(DONE)])
     assert a.starts == b.starts and len(a.starts) == 1
-    assert a.last == b.last and a.last.kind == DONE
+    assert a.outcome == b.outcome and a.outcome.kind == DONE
     assert (job.status["state"], job.status["restarts"], job.status["job_id"]) == ("done", 0, "7")
-    assert "end" not in a.heard
+    assert "end" not in a.received
 
 
-def test_where_one_node_hangs_all_show_their_stacks_before_any_ends(tmp_path):
+def test_if_one_node_hangs_all_show_their_stacks_before_any_is_ended(tmp_path: Path):
     job = Job(tmp_path, max_restarts=0)
     a, b = job.play(["wait"], ["stacks"])
-    assert a.last.kind == "hang"
-    assert [kind for kind in a.heard if kind != "beat"] == ["start", "stacks", "end", "leave"]
+    assert a.outcome.kind == "hang"
+    assert [kind for kind in a.received if kind != "beat"] == ["start", "stacks", "end", "leave"]
 
 
-def test_a_fault_ends_the_other_nodes_and_all_are_started_again(tmp_path):
+def test_a_failure_ends_the_other_nodes_and_all_are_restarted(tmp_path: Path):
     job = Job(tmp_path)
-    a, b = job.play(["wait", End(DONE)], [KILLED, End(DONE)])
-    assert len(a.starts) == 2 and a.starts[0] != a.starts[1]  # a store of its own for each attempt
-    assert "end" in a.heard and a.last.kind == DONE
+    a, b = job.play(["wait", Outcome(DONE)], [KILLED, Outcome(DONE)])
+    assert len(a.starts) == 2 and a.starts[0] != a.starts[1]  # each attempt has its own store
+    assert "end" in a.received and a.outcome.kind == DONE
     assert (job.status["state"], job.status["restarts"]) == ("done", 1)
 
 
-def test_beyond_the_limit_the_first_cause_is_the_jobs(tmp_path):
+def test_at_the_limit_the_first_cause_becomes_that_of_the_job(tmp_path: Path):
     job = Job(tmp_path, max_restarts=1)
     a, b = job.play(["wait"] * 2, [KILLED] * 2)
-    assert a.last == b.last == KILLED
-    assert {key: job.status[key] for key in ("state", "kind", "reason", "node", "rank", "restarts")} == {
-        "state": "failed", "kind": "killed", "reason": "rank 1 was killed", "node": "b", "rank": 1, "restarts": 1,
-    }  # fmt: skip
+    assert a.outcome == b.outcome == KILLED
+    expected = {
+        "state": "failed",
+        "kind": "killed",
+        "reason": "rank 1 was killed",
+        "node": "b",
+        "rank": 1,
+        "restarts": 1,
+    }
+    assert {key: job.status[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("end", [End("mistake", "m"), End("fault", "f"), End(STOPPED, "s")])
-def test_what_would_come_again_or_was_asked_for_is_not_started_again(tmp_path, end):
+@pytest.mark.parametrize("outcome", [Outcome("mistake", "m"), Outcome("fault", "f"), Outcome(STOPPED, "s")])
+def test_what_would_recur_or_was_requested_is_not_restarted(tmp_path: Path, outcome: Outcome):
     job = Job(tmp_path)
-    a, b = job.play([end], [end])
-    assert len(a.starts) == 1 and b.last == end
+    a, b = job.play([outcome], [outcome])
+    assert len(a.starts) == 1 and b.outcome == outcome
 
 
-def test_a_node_that_is_gone_ends_the_job(tmp_path):
+def test_a_lost_node_ends_the_job(tmp_path: Path):
     job = Job(tmp_path)
-    a, _ = job.play(["wait"], ["die"])
-    assert (a.last.kind, a.last.node, a.last.reason) == ("unreachable", "b", "node b has closed its line")
+    a, _ = job.play(["wait"], ["disconnect"])
+    expected = ("unreachable", "b", "node b has closed its connection")
+    assert (a.outcome.kind, a.outcome.node, a.outcome.reason) == expected
     assert job.status["node"] == "b" and len(a.starts) == 1
 
 
-def test_a_node_that_falls_silent_ends_the_job(tmp_path):
+def test_a_silent_node_ends_the_job(tmp_path: Path):
     job = Job(tmp_path)
     silent = connect("127.0.0.1", job.port)
     facts = NodeFacts("b", num_procs=1, free_bytes=1 << 40).message()
     silent.send(kind="hello", node_rank=1, job_id="7", facts=facts, clock_s=time.time())
     (a,) = job.play(["wait"])
-    assert (a.last.kind, a.last.node) == ("unreachable", "b") and "has not been heard from for 2 s" in a.last.reason
+    assert (a.outcome.kind, a.outcome.node) == ("unreachable", "b")
+    assert "has not been heard from for 2 s" in a.outcome.reason
 
 
-def test_a_request_to_stop_is_no_reason_to_start_again(tmp_path):
+def test_after_a_request_to_stop_nothing_is_restarted(tmp_path: Path):
     job = Job(tmp_path)
     a, b = job.play(["wait"], ["stop"])
-    assert len(a.starts) == 1 and a.last == KILLED
+    assert len(a.starts) == 1 and a.outcome == KILLED
 
 
-def test_a_request_to_stop_between_two_attempts_ends_the_job_as_stopped(tmp_path):
+def test_a_request_to_stop_between_two_attempts_stops_the_job(tmp_path: Path):
     job = Job(tmp_path)
-    nodes = [PretendedNode(job.port, number, ends) for number, ends in enumerate((["wait"], [KILLED]))]
-    while not job.config or job.status.get("state") != "starting":
+    nodes = [FakeNode(job.port, 0, ["wait"]), FakeNode(job.port, 1, [KILLED])]
+    while job.status.get("state") != "starting":
         time.sleep(0.01)
-    with open(tmp_path / "run" / ".lock", "w") as lock:  # what the killed rank has not let go of yet
+    with open(tmp_path / "run" / ".lock", "w") as lock:  # which the killed rank has not released yet
         fcntl.flock(lock, fcntl.LOCK_EX)
         while job.status.get("state") != "failed":
             time.sleep(0.01)
         nodes[0].link.send(kind="stop")
         nodes[0].join(5)
-    assert nodes[0].last.kind == STOPPED and len(nodes[0].starts) == 1
+    assert nodes[0].outcome.kind == STOPPED and len(nodes[0].starts) == 1
     assert job.status["state"] == "stopped"
 
 
-def test_a_stop_that_one_node_hears_just_before_its_start_ends_the_others_at_once(tmp_path):
-    job, began = Job(tmp_path), time.monotonic()
+def test_a_node_that_is_stopped_just_before_its_start_ends_the_others_at_once(tmp_path: Path):
+    job = Job(tmp_path)
+    began = time.monotonic()
     a, b = job.play(["wait"], ["stop early"])
-    assert a.last == b.last == STOPPED_EARLY and "end" in a.heard
+    assert a.outcome == b.outcome == STOPPED_EARLY and "end" in a.received
     assert time.monotonic() - began < 30 and job.status["state"] == "stopped"
 
 
-def test_a_lock_that_outlives_its_killed_owner_ends_the_job_with_the_fault(tmp_path, monkeypatch):
+def test_a_lock_that_outlives_its_killed_owner_prevents_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(head_module, "SECONDS_FOR_LOCK", 1.0)
     job = Job(tmp_path)
     with open(tmp_path / "lock", "w") as lock:
 
-        def die_and_hold(node: PretendedNode) -> None:
+        def die_and_hold(node: FakeNode) -> None:
             (tmp_path / "lock").rename(tmp_path / "run" / ".lock")
             fcntl.flock(lock, fcntl.LOCK_EX)
-            node.say(KILLED)
+            node.report(KILLED)
 
         a, b = job.play(["wait"], [die_and_hold])
-    assert a.last == b.last == KILLED and len(a.starts) == 1
+    assert a.outcome == b.outcome == KILLED and len(a.starts) == 1
 
 
-def test_a_hello_that_lay_unread_is_no_clock_that_is_off(tmp_path, monkeypatch):
-    """As where the head waits for its disk: what comes late was sent early."""
+def test_a_hello_that_is_read_late_is_not_a_wrong_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """This happens when the head waits for its disk."""
     wait_for_lock = Head._wait_for_lock
-    monkeypatch.setattr(Head, "_wait_for_lock", lambda head: (time.sleep(6.5), wait_for_lock(head))[1])
+
+    def wait_for_disk(head: Head) -> bool:
+        time.sleep(6.5)
+        return wait_for_lock(head)
+
+    monkeypatch.setattr(Head, "_wait_for_lock", wait_for_disk)
     job = Job(tmp_path, silence_s=9.0)
-    first = PretendedNode(job.port, 0, [End(DONE)])
+    first = FakeNode(job.port, 0, [Outcome(DONE)])
     time.sleep(6.0)
-    second = PretendedNode(job.port, 1, [End(DONE)])
+    second = FakeNode(job.port, 1, [Outcome(DONE)])
     for thread in (job.head, first, second):
         thread.join(10)
-    assert first.last.kind == second.last.kind == DONE
+    assert first.outcome.kind == second.outcome.kind == DONE
 
 
-def test_a_disk_that_fails_under_the_head_is_told_to_every_node(tmp_path, monkeypatch):
-    def fail(*_, **__) -> None:
+def test_a_failing_disk_on_the_head_is_reported_to_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(head_module, "begin_status", fail)
     monkeypatch.setattr(head_module, "end_status", fail)
     a, b = Job(tmp_path).play([], [])
-    assert a.last == b.last and a.last.kind == "error" and "Input/output error" in a.last.reason
+    assert a.outcome == b.outcome and a.outcome.kind == "error" and "Input/output error" in a.outcome.reason
 
 
-def test_a_node_that_does_not_come_is_named(tmp_path):
+def test_a_node_that_does_not_join_is_named(tmp_path: Path):
     job = Job(tmp_path, start_timeout_s=0.5)
     (a,) = job.play([])
-    assert a.last.reason.startswith("node b has not come within")
-    assert (a.last.kind, job.status["state"], job.status["node"]) == ("unreachable", "failed", "b")
+    assert a.outcome.reason.startswith("node b did not join within")
+    assert (a.outcome.kind, job.status["state"], job.status["node"]) == ("unreachable", "failed", "b")
 
 
-def test_an_unfit_node_is_named_before_anything_is_started(tmp_path):
+def test_an_unfit_node_is_named_before_anything_is_started(tmp_path: Path):
     job = Job(tmp_path)
-    first = PretendedNode(job.port, 0, [], config_digest="1")
-    second = PretendedNode(job.port, 1, [], config_digest="2")
+    first = FakeNode(job.port, 0, [], config_digest="1")
+    second = FakeNode(job.port, 1, [], config_digest="2")
     job.head.join(10)
     first.join(5)
-    assert first.last.kind == "mistake" and first.last.node == "b" and not (first.starts or second.starts)
+    assert first.outcome.kind == "mistake" and first.outcome.node == "b"
+    assert not (first.starts or second.starts)
 
 
-def test_two_launchers_of_one_number_are_told(tmp_path):
+def test_two_launchers_of_the_same_number_are_a_mistake(tmp_path: Path):
     job = Job(tmp_path)
-    (a, other) = (PretendedNode(job.port, 0, []) for _ in range(2))
+    FakeNode(job.port, 0, [])
+    other = FakeNode(job.port, 0, [])
     job.head.join(10)
     other.join(5)
-    assert other.last.reason == "two launchers say that they are node a, number 0"
+    assert other.outcome.reason == "two launchers claim to be node a, number 0"
 
 
-def test_strangers_at_the_door_change_nothing(tmp_path):
+def test_strangers_are_ignored(tmp_path: Path):
     job = Job(tmp_path)
     strangers = [socket.create_connection(("127.0.0.1", job.port)) for _ in range(4)]
-    wrong = {"kind": "hello", "node_rank": 0, "job_id": "8", "facts": {}, "clock_s": 0}
-    for stranger, said in zip(
-        strangers, [b"GET / HTTP/1.0\n", b"7\n", json.dumps(wrong).encode() + b"\n"], strict=False
-    ):
-        stranger.sendall(said)
-    a, b = job.play([End(DONE)], [End(DONE)])
-    assert a.last.kind == b.last.kind == DONE
+    wrong_job = {"kind": "hello", "node_rank": 0, "job_id": "8", "facts": {}, "clock_s": 0}
+    strangers[0].sendall(b"GET / HTTP/1.0\n")
+    strangers[1].sendall(b"7\n")
+    strangers[2].sendall(json.dumps(wrong_job).encode() + b"\n")
+    a, b = job.play([Outcome(DONE)], [Outcome(DONE)])
+    assert a.outcome.kind == b.outcome.kind == DONE
 
 
-def test_a_run_that_another_job_trains_is_refused_and_its_status_is_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(head_module, "SECONDS_FOR_LOCK", 3.0)  # longer than a node waits for a sign of the head
+def test_a_run_that_another_job_trains_is_refused_and_keeps_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(head_module, "SECONDS_FOR_LOCK", 3.0)  # longer than a node waits for the head's heartbeat
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "status.json").write_text('{"state": "running", "job_id": "7"}')
     with open(tmp_path / "run" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         job = Job(tmp_path)
         a, b = job.play([], [])
-    assert a.last == b.last and a.last.kind == "mistake" and "another process is training here" in a.last.reason
-    assert a.heard.count("beat") >= 2 and a.link.silent_s < 2
+    assert a.outcome == b.outcome and a.outcome.kind == "mistake"
+    assert "another process is training here" in a.outcome.reason
+    assert a.received.count("beat") >= 2 and a.link.silent_s < 2
     assert job.status == {"state": "running", "job_id": "7"}
 
 
-def test_what_a_killed_job_left_is_waited_for(tmp_path):
+def test_the_lock_of_a_killed_job_is_waited_for(tmp_path: Path):
     (tmp_path / "run").mkdir()
     lock = open(tmp_path / "run" / ".lock", "w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     threading.Timer(1.0, lock.close).start()
     job = Job(tmp_path)
-    a, b = job.play([End(DONE)], [End(DONE)])
-    assert a.last.kind == DONE
+    a, b = job.play([Outcome(DONE)], [Outcome(DONE)])
+    assert a.outcome.kind == DONE
 
 
-def test_a_finished_run_is_not_started_and_every_node_is_told(tmp_path):
+def test_a_finished_run_is_not_started_and_every_node_learns_that(tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text('{"steps": 20, "evaluations_since_best": 0}')
     job = Job(tmp_path)
     a, b = job.play([], [])
-    assert a.last == b.last == End(DONE) and not a.starts
+    assert a.outcome == b.outcome == Outcome(DONE) and not a.starts
     assert job.status == {}
 
 
-def test_an_output_dir_that_cannot_be_made_is_a_mistake(tmp_path):
+def test_an_output_dir_that_cannot_be_created_is_a_mistake(tmp_path: Path):
     (tmp_path / "file").write_text("")
     job = Job(tmp_path, f"output_dir={tmp_path}/file/run")
     a, b = job.play([], [])
-    assert a.last.kind == "mistake" and "output_dir" in a.last.reason and a.last == b.last
+    assert a.outcome.kind == "mistake" and "output_dir" in a.outcome.reason and a.outcome == b.outcome

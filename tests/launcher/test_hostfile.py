@@ -1,6 +1,8 @@
-"""launch/ssh.sh reads the hostfiles that DeepSpeed's own launcher reads, and refuses what that refuses."""
+"""launch/ssh.sh reads the same hostfiles as DeepSpeed's own launcher, and refuses the same ones."""
 
 import subprocess
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -24,10 +26,10 @@ BAD = [
 
 
 @pytest.fixture
-def start(tmp_path):
-    """What ssh.sh would run, by a program that prints it in place of ssh: exit status, output."""
+def start(tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """Runs ssh.sh with a program in place of ssh that prints what it is given; returns exit status and output."""
     fake = tmp_path / "fake-ssh"
-    fake.write_text('#!/bin/bash\nshift 9\necho "$1 gets $2"\n')  # -T and four options
+    fake.write_text('#!/bin/bash\nshift 9\necho "$1 gets $2"\n')  # skips -T and four options
     fake.chmod(0o755)
 
     def run(text: str, *arguments: str) -> tuple[int, str]:
@@ -40,54 +42,58 @@ def start(tmp_path):
     return run
 
 
-def deepspeeds(text: str) -> dict[str, int]:
+def parse_as_deepspeed(text: str) -> dict[str, int]:
     from deepspeed.launcher.runner import _parse_hostfile
 
     return dict(_parse_hostfile(text.splitlines()))
 
 
 @pytest.mark.parametrize("text", GOOD)
-def test_hosts_and_slots_are_those_that_deepspeed_finds(start, text):
+def test_hosts_and_slots_are_those_that_deepspeed_finds(start: Callable[..., tuple[int, str]], text: str):
     code, output = start(text)
     assert code == 0, output
     found = {}
     for line in output.splitlines():
         host, _, command = line.partition(": ")[2].partition(" gets ")
         found[host] = int(command.partition("PTUNE_PROCS=")[2].split()[0])
-    assert found == deepspeeds(text)
+    assert found == parse_as_deepspeed(text)
 
 
-@pytest.mark.parametrize(("text", "said"), BAD)
-def test_a_file_that_deepspeed_refuses_is_refused_with_its_line(start, text, said):
+@pytest.mark.parametrize(("text", "message"), BAD)
+def test_what_deepspeed_refuses_is_refused_with_its_line(
+    start: Callable[..., tuple[int, str]], text: str, message: str
+):
     code, output = start(text)
-    assert code == 2 and said in output and output.count("\n") == 1
+    assert code == 2 and message in output and output.count("\n") == 1
     with pytest.raises(ValueError):
-        deepspeeds(text)
+        parse_as_deepspeed(text)
 
 
-def test_hosts_get_the_command_as_it_was_typed(start):
+def test_hosts_get_the_command_as_it_was_typed(start: Callable[..., tuple[int, str]]):
     code, output = start("a slots=1\nme@b slots=1\n", "--check", "my config.yaml", "data.template='{{ a }}: $HOME'")
     assert code == 0
     for rank, line in enumerate(sorted(output.splitlines())):
-        name, said = line.split(": ", 1)
-        assert name == "ab"[rank] and f"PTUNE_NODE_RANK={rank} " in said and "PTUNE_NODE_NAMES=a\\,b" in said
-        assert "PTUNE_HEAD_ADDRESS=a " in said
-        typed = subprocess.run(
-            ["bash", "-c", said.replace("exec env", "echo").partition(" && ")[2]], capture_output=True
-        )
+        name, command = line.split(": ", 1)
+        assert name == "ab"[rank] and f"PTUNE_NODE_RANK={rank} " in command and "PTUNE_NODE_NAMES=a\\,b" in command
+        assert "PTUNE_HEAD_ADDRESS=a " in command
+        echo = command.replace("exec env", "echo").partition(" && ")[2]
+        typed = subprocess.run(["bash", "-c", echo], capture_output=True)
         assert typed.stdout.decode().endswith("run.sh --check my config.yaml data.template='{{ a }}: $HOME'\n")
 
 
-def test_a_missing_file_and_a_missing_config_are_said(tmp_path):
-    for arguments, said in (["no-hosts", "c.yaml"], "no-hosts: no such file"), (["no-hosts"], "usage: launch/ssh.sh"):
-        command = [str(ROOT / "launch" / "ssh.sh"), *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2 and said in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["no-hosts", "c.yaml"], "no-hosts: no such file"), (["no-hosts"], "usage: launch/ssh.sh")],
+)
+def test_a_missing_hostfile_or_config_is_a_mistake(tmp_path: Path, arguments: list[str], message: str):
+    command = [str(ROOT / "launch" / "ssh.sh"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr
 
 
-def test_the_first_failures_status_is_returned(tmp_path):
+def test_the_status_of_the_first_failure_is_returned(tmp_path: Path):
     fake = tmp_path / "fake-ssh"
-    # host a ends when its input does, with 75, as a launcher that saves; b fails after a while
+    # Host a exits with 75 when its input ends, as a launcher that saves; host b fails after a while.
     fake.write_text('#!/bin/bash\nif [ "${10}" = a ]; then cat; exit 75; else sleep 0.3; exit 7; fi\n')
     fake.chmod(0o755)
     (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")

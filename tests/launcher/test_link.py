@@ -1,76 +1,79 @@
-"""The line between launchers: what arrives, how long it was silent, and who is sent away."""
+"""The connection between launchers: what arrives, how long it was silent, and who is disconnected."""
 
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from ptune_dist.cluster.link import MOST_BYTES, Link, connect, free_port, listen, resolve
+from ptune_dist.cluster.link import MAX_MESSAGE_BYTES, Link, connect, free_port, listen, resolve
 from ptune_dist.errors import UserError
 
 
 @pytest.fixture
-def pair():
-    here, there = (Link(end) for end in ends())
+def pair() -> Iterator[tuple[Link, Link]]:
+    here, there = (Link(end) for end in connected_sockets())
     yield here, there
     here.close()
     there.close()
 
 
-def ends() -> tuple[socket.socket, socket.socket]:
+def connected_sockets() -> tuple[socket.socket, socket.socket]:
     """Both ends of a TCP connection."""
-    ear = listen(0, "127.0.0.1")
-    one = socket.create_connection(ear.getsockname())
-    ear.setblocking(True)
-    other, _ = ear.accept()
-    ear.close()
+    listener = listen(0, "127.0.0.1")
+    one = socket.create_connection(listener.getsockname())
+    listener.setblocking(True)
+    other, _ = listener.accept()
+    listener.close()
     return one, other
 
 
-def received(link: Link) -> list:
-    """What comes within a second."""
-    found, until = [], time.monotonic() + 1
-    while not found and link.is_open and time.monotonic() < until:
+def receive_soon(link: Link) -> list[dict[str, Any]]:
+    """What arrives within a second."""
+    found: list[dict[str, Any]] = []
+    give_up_at = time.monotonic() + 1
+    while not found and link.is_open and time.monotonic() < give_up_at:
         found = link.receive()
         time.sleep(0.005)
     return found
 
 
-def test_messages_arrive_whole_and_in_order(pair):
+def test_messages_arrive_whole_and_in_order(pair: tuple[Link, Link]):
     here, there = pair
     assert there.receive() == []
     for number in range(3):
         here.send(kind="beat", number=number)
     time.sleep(0.05)
     assert there.receive_one()["number"] == 0
-    assert [message["number"] for message in received(there)] == [1, 2]
+    assert [message["number"] for message in receive_soon(there)] == [1, 2]
     assert there.receive_one() is None
 
 
-def test_a_message_in_two_packets_is_one(pair):
+def test_a_message_in_two_packets_is_one_message(pair: tuple[Link, Link]):
     here, there = pair
     here._socket.sendall(b'{"kind": "be')
     time.sleep(0.05)
     assert there.receive() == []
     here._socket.sendall(b'at"}\n')
-    assert received(there) == [{"kind": "beat"}]
+    assert receive_soon(there) == [{"kind": "beat"}]
 
 
-def test_silence_is_counted_from_the_last_word_and_has_no_end_on_a_closed_line(pair):
+def test_silence_counts_from_the_last_message_and_is_infinite_on_a_closed_link(pair: tuple[Link, Link]):
     here, there = pair
     time.sleep(0.1)
     assert 0.1 <= there.silent_s < 5
     here.send(kind="beat")
-    received(there)
+    receive_soon(there)
     assert there.silent_s < 0.1
     here.close()
-    assert received(there) == [] and not there.is_open
+    assert receive_soon(there) == [] and not there.is_open
     assert there.silent_s == float("inf")
-    there.send(kind="beat")  # nothing happens
+    there.send(kind="beat")  # has no effect
 
 
-def test_the_last_words_before_a_line_closes_are_heard(pair):
+def test_messages_sent_right_before_closing_arrive(pair: tuple[Link, Link]):
     here, there = pair
     here.send(kind="ended")
     here.close()
@@ -82,24 +85,24 @@ def test_the_last_words_before_a_line_closes_are_heard(pair):
 @pytest.mark.parametrize(
     "garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\xff\xfe\x00\n", b"[1, 2]\n", b"5\n", b'{"no": "kind"}\n', b"\n"]
 )
-def test_a_stranger_is_sent_away(garbage):
-    mine, strangers = ends()
-    link = Link(mine)
+def test_a_stranger_is_disconnected(garbage: bytes):
+    own, strangers = connected_sockets()
+    link = Link(own)
     strangers.sendall(garbage)
-    assert received(link) == [] and not link.is_open
+    assert receive_soon(link) == [] and not link.is_open
     strangers.close()
 
 
-def test_a_stranger_who_never_ends_his_line_is_sent_away():
-    mine, strangers = ends()
-    link = Link(mine)
-    sender = threading.Thread(target=lambda: send_until_closed(strangers), daemon=True)
+def test_a_stranger_that_never_ends_its_line_is_disconnected():
+    own, strangers = connected_sockets()
+    link = Link(own)
+    sender = threading.Thread(target=send_until_closed, args=(strangers,), daemon=True)
     sender.start()
-    until = time.monotonic() + 10
-    while link.is_open and time.monotonic() < until:
+    give_up_at = time.monotonic() + 10
+    while link.is_open and time.monotonic() < give_up_at:
         assert link.receive() == []
     assert not link.is_open
-    assert len(link._received) <= MOST_BYTES + 65536
+    assert len(link._received) <= MAX_MESSAGE_BYTES + 65536
     sender.join(5)
 
 
@@ -111,14 +114,14 @@ def send_until_closed(stranger: socket.socket) -> None:
         stranger.close()
 
 
-def test_a_port_that_is_taken_is_the_users_to_change():
-    with listen(0, "127.0.0.1") as ear:
-        port = ear.getsockname()[1]
+def test_a_port_in_use_is_the_users_to_change():
+    with listen(0, "127.0.0.1") as listener:
+        port = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} of the head node: Address already in use: set PTUNE_PORT"):
             listen(port, "127.0.0.1")
 
 
-def test_nobody_listening_is_no_link_and_an_unknown_name_no_address():
+def test_a_link_needs_a_listener_and_an_address_needs_a_known_name():
     assert connect("127.0.0.1", free_port()) is None
     assert resolve("no-such-host.invalid") is None
     assert resolve("127.0.0.1") == "127.0.0.1"

@@ -1,12 +1,15 @@
-"""What a launcher reads from outside of its ranks."""
+"""What a launcher learns about its ranks from outside."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from ptune_dist.cluster.ranks import busy_place, copy_lines, make_folder, slug, state_of
+from ptune_dist.cluster.processes import process_state
+from ptune_dist.cluster.rank_monitor import find_busy_place
+from ptune_dist.cluster.ranks import copy_lines, to_file_name, wait_until_written
 
 STACKS = """Fatal Python error: Aborted
 
@@ -29,34 +32,34 @@ Current thread 0x00007fb6a5fcab80 (most recent call first):
         ("/repository/ptune_dist/distributed/world.py", "sum_over_ranks", ""),  # .tolist() of what NCCL still reduces
     ],
 )
-def test_a_rank_that_waits_for_others_is_told_from_one_that_is_busy(file, function, place):
-    assert busy_place(STACKS.format(file=file, function=function)) == place
+def test_a_waiting_rank_is_told_from_a_busy_one(file: str, function: str, place: str):
+    assert find_busy_place(STACKS.format(file=file, function=function)) == place
 
 
 @pytest.mark.parametrize("text", ["", "Fatal Python error: Segmentation fault\n", "Current thread 0x1"])
-def test_no_stack_says_nothing(text):
-    assert busy_place(text) == ""
+def test_without_a_stack_no_place_is_found(text: str):
+    assert find_busy_place(text) == ""
 
 
-def test_what_the_fault_handler_really_writes_is_understood(tmp_path):
+def test_the_output_of_the_real_fault_handler_is_understood(tmp_path: Path):
     script = (
         "import faulthandler, os\ndef busy():\n    os.abort()\nfaulthandler.enable(open('stack.txt', 'w'))\nbusy()\n"
     )
     (tmp_path / "script.py").write_text(script)
     subprocess.run([sys.executable, "script.py"], cwd=tmp_path)
-    assert busy_place((tmp_path / "stack.txt").read_text()) == "busy (script.py, line 3)"
+    assert find_busy_place((tmp_path / "stack.txt").read_text()) == "busy (script.py, line 3)"
 
 
 def test_the_state_of_a_process():
-    assert state_of(os.getpid()) == "R"
+    assert process_state(os.getpid()) == "R"
     ended = subprocess.Popen(["true"])
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
-    assert state_of(ended.pid) == "Z"
+    assert process_state(ended.pid) == "Z"
     ended.wait()
-    assert state_of(ended.pid) == ""
+    assert process_state(ended.pid) == ""
 
 
-def test_a_sink_that_fails_does_not_stop_the_others(tmp_path):
+def test_a_failing_sink_does_not_stop_the_others(tmp_path: Path):
     broken = open(tmp_path / "broken", "wb")
     broken.close()
     (tmp_path / "source").write_bytes(b"one\ntwo")
@@ -65,19 +68,17 @@ def test_a_sink_that_fails_does_not_stop_the_others(tmp_path):
     assert (tmp_path / "log").read_bytes() == b"one\ntwo"
 
 
-def test_the_folders_of_killed_launchers_are_removed_and_those_of_living_ones_stay(tmp_path):
-    killed, claim = make_folder(tmp_path)
-    (killed / "rank-00000.beat").touch()
-    claim.close()  # as the kernel does
-    living, claim = make_folder(tmp_path)
-    assert not killed.exists()
-    own, own_claim = make_folder(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([living, own])
-    claim.close(), own_claim.close()
+def test_files_are_waited_for_until_they_are_written(tmp_path: Path):
+    file = tmp_path / "rank-00000.txt"
+    file.touch()
+    writer = subprocess.Popen(["sh", "-c", f"sleep 0.3; echo stack > {file}"])
+    wait_until_written([file], seconds=10)
+    assert file.read_text() == "stack\n"
+    writer.wait()
 
 
 @pytest.mark.parametrize(
     ("name", "file"), [("n-1.site", "n-1.site"), ("2 (ip-10-0-0-21)", "2-ip-10-0-0-21"), ("a/b", "a-b")]
 )
-def test_a_node_s_name_makes_a_files_name(name, file):
-    assert slug(name) == file
+def test_a_nodes_name_becomes_a_file_name(name: str, file: str):
+    assert to_file_name(name) == file

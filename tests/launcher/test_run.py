@@ -1,4 +1,4 @@
-"""launch/run.sh as a scheduler starts it, with real ranks; the nodes are launchers on one machine."""
+"""launch/run.sh as a scheduler starts it, with real ranks. The nodes are launchers on one machine."""
 
 import os
 import signal
@@ -6,12 +6,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from ptune_dist.run.status import read_status
 from tests.commands import run_command
 from tests.conftest import write_config
@@ -21,42 +22,57 @@ RUN = str(ROOT / "launch" / "run.sh")
 SABOTEUR = Path(__file__).parent / "saboteur"
 
 
-def settings(**more: object) -> dict[str, str]:
-    """The environment of a launcher; what is None is not in it."""
-    names = ("PTUNE_", "SLURM_", "PET_", "OMPI_", "NNODES", "NODE_RANK", "MASTER_ADDR")
+def build_env(settings: dict[str, object]) -> dict[str, str]:
+    """The environment of a launcher. A setting that is None is left out."""
+    foreign = ("PTUNE_", "SLURM_", "PET_", "OMPI_", "NNODES", "NODE_RANK", "MASTER_ADDR")
+    kept = {name: value for name, value in process_env().items() if not name.startswith(foreign)}
     ours = {"PTUNE_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "PYTHONPATH": ""}
-    kept = {k: v for k, v in process_env().items() if not k.startswith(names)}
-    found = kept | ours | more
-    return {name: str(value) for name, value in found.items() if value is not None}
+    env = kept | ours | settings
+    return {name: str(value) for name, value in env.items() if value is not None}
 
 
 class Nodes:
-    """A job of nodes a and b, or of a alone with as many processes."""
+    """A job on nodes a and b with one rank each, or on a alone with two ranks."""
 
-    def __init__(self, folder: Path, *arguments: object, names: str = "ab", a=(), b=(), **env: object):
-        """`a`, `b`: what stands on the command line of one node alone."""
-        self.run, port, number = folder / "run", free_port(), len(list(folder.glob("*.out")))
-        self.outs, self.launchers, self.folders = [], [], set()
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: object,
+        names: str = "ab",
+        only_a: Sequence[str] = (),
+        only_b: Sequence[str] = (),
+        **env: object,
+    ):
+        """`only_a`, `only_b`: arguments on the command line of one node alone."""
+        self.run = folder / "run"
+        self.outputs: list[Path] = []
+        self.launchers: list[subprocess.Popen] = []
+        self.folders: set[Path] = set()
+        port = free_port()
+        number = len(list(folder.glob("*.out")))
         for rank, name in enumerate(names):
             topology = {
-                "PTUNE_NUM_NODES": len(names), "PTUNE_NODE_RANK": rank, "PTUNE_NODE_NAMES": ",".join(names),
-                "PTUNE_HEAD_ADDRESS": "127.0.0.1", "PTUNE_PORT": port, "PTUNE_JOB_ID": f"job-{port}",
+                "PTUNE_NUM_NODES": len(names),
+                "PTUNE_NODE_RANK": rank,
+                "PTUNE_NODE_NAMES": ",".join(names),
+                "PTUNE_HEAD_ADDRESS": "127.0.0.1",
+                "PTUNE_PORT": port,
+                "PTUNE_JOB_ID": f"job-{port}",
                 "PTUNE_PROCS": 3 - len(names),
-            }  # fmt: skip
-            self.outs.append(folder / f"{number}-{name}.out")
-            own = [*map(str, arguments), *{"a": a, "b": b}[name]]
-            with open(self.outs[-1], "w") as out:
-                self.launchers.append(
-                    subprocess.Popen(
-                        [RUN, *own],
-                        cwd=folder,
-                        env=settings(**topology | env),
-                        stdin=subprocess.DEVNULL,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )  # fmt: skip
+            }
+            own = only_a if name == "a" else only_b
+            self.outputs.append(folder / f"{number}-{name}.out")
+            with open(self.outputs[-1], "w") as output:
+                launcher = subprocess.Popen(
+                    [RUN, *map(str, arguments), *own],
+                    cwd=folder,
+                    env=build_env(topology | env),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
+            self.launchers.append(launcher)
 
     def wait(self, seconds: float = 90) -> list[int]:
         """The exit statuses; every launcher is ended."""
@@ -68,31 +84,31 @@ class Nodes:
 
     @property
     def output(self) -> str:
-        return "".join(out.read_text() for out in self.outs)
+        return "".join(path.read_text() for path in self.outputs)
 
     @property
     def status(self) -> dict:
         return read_status(self.run)
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The training processes by their ranks; where their nodes keep their signs is remembered."""
-        found = [
-            process
-            for launcher in self.launchers if launcher.poll() is None
-            for process in psutil.Process(launcher.pid).children(recursive=True) if is_rank(process)
-        ]  # fmt: skip
+        """The training processes by rank. The folders of their nodes are remembered."""
+        running = [launcher for launcher in self.launchers if launcher.poll() is None]
+        children = [psutil.Process(launcher.pid).children(recursive=True) for launcher in running]
+        found = [process for own in children for process in own if is_rank(process)]
         self.folders |= {Path(process.environ()["PTUNE_NODE_FOLDER"]) for process in found}
         return {int(process.environ()["RANK"]): process for process in found}
 
     def have_left_nothing(self) -> bool:
-        """On the memory disk."""
+        """Whether the nodes' folders are gone from the memory disk."""
         return bool(self.folders) and not any(folder.exists() for folder in self.folders)
 
     def wait_for_steps(self, more: int = 3) -> None:
-        """Until so many steps are logged by the ranks of now."""
-        metrics, before, until = self.run / "metrics.jsonl", None, time.monotonic() + 60
+        """Wait until the ranks of the current attempt have logged so many steps."""
+        metrics = self.run / "metrics.jsonl"
+        before: int | None = None
+        give_up_at = time.monotonic() + 60
         while before is None or metrics.read_bytes().count(b"\n") < before + more:
-            assert time.monotonic() < until and all(each.poll() is None for each in self.launchers), self.output
+            assert time.monotonic() < give_up_at and all(each.poll() is None for each in self.launchers), self.output
             if before is None and self.status.get("state") == "running" and metrics.exists():
                 before = metrics.read_bytes().count(b"\n")
             time.sleep(0.05)
@@ -105,95 +121,95 @@ def is_rank(process: psutil.Process) -> bool:
         return False
 
 
-def wait_until(condition, seconds: float, what: str = "") -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, what
+def wait_until(is_true: Callable[[], bool], seconds: float, what: str = "") -> None:
+    give_up_at = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < give_up_at, what
         time.sleep(0.05)
 
 
 def only_line(nodes: Nodes) -> str:
-    """What was said, which is one line of one node."""
+    """The output of all nodes, which must be one line."""
     lines = nodes.output.splitlines()
     assert len(lines) == 1, nodes.output
     return lines[0]
 
 
 @pytest.fixture
-def config(tmp_path) -> Path:
+def config(tmp_path: Path) -> Path:
     return write_config(tmp_path / "c.yaml")
 
 
-# Found before any rank is started
+# Without ranks
 
 
-def test_a_wrong_key_is_said_once_and_ends_every_node_with_2(config, tmp_path):
+def test_a_wrong_key_is_reported_once_and_ends_every_node_with_2(config: Path, tmp_path: Path):
     nodes = Nodes(tmp_path, config, "train.max_stepz=3")
     assert nodes.wait(20) == [2, 2]
     assert only_line(nodes).startswith("error: ") and "max_stepz" in nodes.output
 
 
-def test_a_config_that_one_node_has_not_ends_every_node(config, tmp_path):
-    nodes = Nodes(tmp_path, config, b=("model.no_such_key=1",))
+def test_a_mistake_on_one_node_ends_every_node(config: Path, tmp_path: Path):
+    nodes = Nodes(tmp_path, config, only_b=["model.no_such_key=1"])
     assert nodes.wait(20) == [2, 2]
     assert only_line(nodes).startswith("error: node b: ") and "no_such_key" in nodes.output
-    nodes = Nodes(tmp_path, config, a=("model.no_such_key=1",))
+    nodes = Nodes(tmp_path, config, only_a=["model.no_such_key=1"])
     assert nodes.wait(20) == [2, 2]
     assert only_line(nodes).startswith("error: ") and "no_such_key" in nodes.output
 
 
-def test_nodes_that_are_not_alike_are_refused(config, tmp_path):
-    nodes = Nodes(tmp_path, config, b=("seed=1",))
+def test_nodes_that_differ_are_refused(config: Path, tmp_path: Path):
+    nodes = Nodes(tmp_path, config, only_b=["seed=1"])
     assert nodes.wait(20) == [2, 2]
-    assert only_line(nodes).startswith("error: node b has other config than most")
+    assert only_line(nodes).startswith("error: node b differs from the other nodes in its config: ")
     assert (nodes.status["state"], nodes.status["node"]) == ("failed", "b")
-    site = tmp_path / "site.sh"  # read by every node, before anything
+    site = tmp_path / "site.sh"  # read by every node first
     site.write_text('[ "$PTUNE_NODE_RANK" = 0 ] || PTUNE_PROCS=2\n')
     nodes = Nodes(tmp_path, config, PTUNE_SITE=site)
     assert nodes.wait(20) == [2, 2]
-    assert only_line(nodes).startswith("error: node b has other processes (GPUs) than most: 2, not 1")
+    expected = "error: node b differs from the other nodes in its number of processes (GPUs): 2, not 1: "
+    assert only_line(nodes).startswith(expected)
 
 
-def test_a_node_that_never_comes_is_named(config, tmp_path):
+def test_a_node_that_never_joins_is_named(config: Path, tmp_path: Path):
     nodes = Nodes(tmp_path, config, names="a", PTUNE_NUM_NODES=2, PTUNE_NODE_NAMES="a,b", PTUNE_START_TIMEOUT_S=2)
     assert nodes.wait(20) == [1]
-    assert only_line(nodes).startswith("launcher: unreachable: node b has not come within 2 s (see ")
+    assert only_line(nodes).startswith("launcher: unreachable: node b did not join within 2 s (see ")
     assert nodes.status["node"] == "b"
 
 
 @pytest.mark.parametrize("head", ["no-such-host.invalid", "127.0.0.1"])
-def test_a_head_that_is_not_found_is_named(config, tmp_path, head):
+def test_a_head_that_is_not_found_is_named(config: Path, tmp_path: Path, head: str):
     began = time.monotonic()
     alone = {"PTUNE_NUM_NODES": 2, "PTUNE_NODE_RANK": 1, "PTUNE_NODE_NAMES": "a,b", "PTUNE_START_TIMEOUT_S": 2}
     nodes = Nodes(tmp_path, config, names="b", PTUNE_HEAD_ADDRESS=head, **alone)
     assert nodes.wait(30) == [1] and time.monotonic() - began < 15
-    wanted = {
+    expected = {
         "no-such-host.invalid": "launcher: the head node's name 'no-such-host.invalid' does not resolve on node b",
         "127.0.0.1": "launcher: node b cannot reach the head node 127.0.0.1 (127.0.0.1, port ",
     }
-    assert only_line(nodes).startswith(wanted[head])
+    assert only_line(nodes).startswith(expected[head])
 
 
-def test_a_port_that_is_taken_is_named(config, tmp_path):
+def test_a_port_in_use_is_named(config: Path, tmp_path: Path):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
         nodes = Nodes(tmp_path, config, names="a", PTUNE_PORT=port)
         assert nodes.wait(20) == [2]
-    assert (
-        only_line(nodes) == f"error: port {port} of the head node: Address already in use: set PTUNE_PORT to a free one"
-    )
+    expected = f"error: port {port} of the head node: Address already in use: set PTUNE_PORT to a free port"
+    assert only_line(nodes) == expected
 
 
-def test_a_wrong_command_line_is_said_in_one_line(config, tmp_path):
+def test_a_wrong_command_line_is_reported_in_one_line(config: Path, tmp_path: Path):
     for arguments in ([], [config, "seed"], [config, "--no-such-flag"], ["--max-restarts", "-1", config]):
         nodes = Nodes(tmp_path, *arguments, names="a")
         assert nodes.wait(20) == [2], nodes.output
         only_line(nodes)
 
 
-def test_a_request_to_stop_while_others_are_waited_for_ends_with_75(config, tmp_path):
+def test_a_request_to_stop_while_waiting_for_nodes_ends_with_75(config: Path, tmp_path: Path):
     nodes = Nodes(tmp_path, config, names="a", PTUNE_NUM_NODES=2, PTUNE_NODE_NAMES="a,b")
     wait_until(lambda: nodes.status.get("state") == "starting", 10)
     nodes.launchers[0].terminate()
@@ -201,7 +217,7 @@ def test_a_request_to_stop_while_others_are_waited_for_ends_with_75(config, tmp_
     assert nodes.status["state"] == "stopped"
 
 
-def test_a_request_to_stop_while_the_launcher_looks_at_its_node_ends_with_75(config, tmp_path):
+def test_a_request_to_stop_while_counting_gpus_ends_with_75(config: Path, tmp_path: Path):
     slow = tmp_path / "nvidia-smi"
     slow.write_text("#!/bin/sh\ntouch asked\nsleep 2\n")
     slow.chmod(0o755)
@@ -213,11 +229,11 @@ def test_a_request_to_stop_while_the_launcher_looks_at_its_node_ends_with_75(con
     assert nodes.status["state"] == "stopped"
 
 
-# Ranks
+# With ranks
 
 
 @pytest.mark.long
-def test_two_nodes_learn_what_one_process_learns_and_a_finished_run_is_not_started_again(config, tmp_path):
+def test_two_nodes_learn_the_same_as_one_process_and_a_finished_run_is_not_restarted(config: Path, tmp_path: Path):
     nodes = Nodes(tmp_path, config)
     assert nodes.wait() == [0, 0], nodes.output
     assert nodes.output.count("finished: ") == 1
@@ -226,29 +242,32 @@ def test_two_nodes_learn_what_one_process_learns_and_a_finished_run_is_not_start
     assert "finished: " in (nodes.run / "logs" / "a.log").read_text()
     files = {path: path.stat().st_mtime_ns for path in nodes.run.rglob("*")}
     again = Nodes(tmp_path, config)
-    assert again.wait(20) == [0, 0] and "nothing is left to do" in only_line(again)
+    assert again.wait(20) == [0, 0] and "is finished: nothing to do" in only_line(again)
     assert files == {path: path.stat().st_mtime_ns for path in nodes.run.rglob("*")}
     alone = run_command("train", str(config), f"output_dir={tmp_path}/alone")
     assert alone.returncode == 0, alone.stderr
-    one, two = ([line["loss"] for line in read_metrics(run)] for run in (tmp_path / "alone", nodes.run))
-    assert two == pytest.approx(one, rel=1e-5)
+    assert read_losses(nodes.run) == pytest.approx(read_losses(tmp_path / "alone"), rel=1e-5)
+
+
+def read_losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run)]
 
 
 @pytest.mark.long
-def test_what_only_a_rank_finds_is_said_once_and_the_check_of_the_nodes_prints_them(config, tmp_path):
+def test_a_mistake_that_only_ranks_find_is_reported_once_and_a_check_prints_the_ranks(config: Path, tmp_path: Path):
     nodes = Nodes(tmp_path, config, "data.train=/no/such/file.jsonl")
     assert nodes.wait() == [2, 2]
     assert only_line(nodes).startswith("error: ") and "/no/such/file.jsonl" in nodes.output
     assert (nodes.status["state"], nodes.status["kind"]) == ("failed", "mistake")
     before = (nodes.run / "status.json").read_bytes()
-    check = Nodes(tmp_path, config, "--check", names="a")  # in whatever order
+    check = Nodes(tmp_path, config, "--check", names="a", PTUNE_PROCS=1)
     assert check.wait() == [0]
-    assert "checked: 2 ranks, all fit" in check.output and "error" not in check.output
+    assert "checked: 1 ranks, all fit" in check.output and "error" not in check.output
     assert (nodes.run / "status.json").read_bytes() == before
 
 
 @pytest.mark.long
-def test_each_fault_of_a_rank_is_named_and_the_ranks_start_again_until_the_limit(tmp_path):
+def test_each_fault_of_a_rank_is_named_and_the_ranks_are_restarted_up_to_the_limit(tmp_path: Path):
     config = write_config(
         tmp_path / "c.yaml", train={"max_steps": 100_000, "hang_timeout_s": 8}, checkpoint={"every": 1}
     )
@@ -258,27 +277,28 @@ def test_each_fault_of_a_rank_is_named_and_the_ranks_start_again_until_the_limit
     faults = {
         "by hand": "ZeroDivisionError: by hand",
         "hang": "in hurt (sitecustomize.py, line",
-        "crash": "rank 1 on node b was killed after step",  # tests/cluster kills by hand
+        "crash": "rank 1 on node b was killed after step",  # SIGKILL is sent in tests/cluster
     }
-    for number, (fault, said) in enumerate(faults.items()):
+    for number, (fault, message) in enumerate(faults.items()):
         nodes.wait_for_steps()
         assert nodes.status["restarts"] == number
         plan.write_text(fault)
-        began, ranks = time.monotonic(), nodes.ranks()
+        began = time.monotonic()
+        ranks = nodes.ranks()
         assert sorted(ranks) == [0, 1]
         ranks[1].send_signal(signal.SIGUSR1)
         psutil.wait_procs(ranks.values(), timeout=30)
         assert not any(rank.is_running() for rank in ranks.values())
         assert time.monotonic() - began < (20 if fault == "hang" else 12)
         if number < 2:
-            wait_until(lambda said=said: said in nodes.output, 20, said)
+            wait_until(lambda message=message: message in nodes.output, 20, message)
             wait_until(lambda number=number: nodes.status["restarts"] == number + 1, 20)
             assert f"restart {number + 1} of 2 in place" in nodes.output
     assert nodes.wait(30) == [1, 1]
     assert nodes.have_left_nothing()
     found = nodes.status
     assert (found["state"], found["kind"], found["node"], found["rank"]) == ("failed", "killed", "b", 1)
-    assert found["reason"].startswith(said) and found["reason"].endswith("Fatal Python error: Segmentation fault")
+    assert found["reason"].startswith(message) and found["reason"].endswith("Fatal Python error: Segmentation fault")
     assert found["restarts"] == 2 and found["step"] > 6
     stacks = {path.name: path.read_text() for path in (nodes.run / "stacks").iterdir()}
     assert set(stacks) == {"rank-00000.txt", "rank-00001.txt"}
@@ -286,15 +306,15 @@ def test_each_fault_of_a_rank_is_named_and_the_ranks_start_again_until_the_limit
 
 
 @pytest.mark.long
-def test_ctrl_c_saves_a_second_one_ends_and_a_killed_launcher_leaves_no_process(tmp_path):
+def test_ctrl_c_saves_a_second_one_ends_and_a_killed_launcher_leaves_no_process(tmp_path: Path):
     config = write_config(tmp_path / "c.yaml", train={"max_steps": 100_000})
     nodes = Nodes(tmp_path, config)
     nodes.wait_for_steps()
     ranks = nodes.ranks()
     assert sorted(ranks) == [0, 1]
-    ranks[1].parent().suspend()  # torchrun: what it says when the head's has left first is nobody's business
+    ranks[1].parent().suspend()  # torchrun: it would complain when the head's torchrun exits first
     nodes.launchers[1].send_signal(signal.SIGINT)  # on one node is enough
-    assert nodes.wait(14) == [75, 75], nodes.output  # where torchrun was waited for: 15 s and more
+    assert nodes.wait(14) == [75, 75], nodes.output  # if torchrun were waited for, at least 15 s
     saved = nodes.status
     assert saved["state"] == "stopped" and saved["step"] >= 3
     assert "Traceback" not in nodes.output
@@ -304,7 +324,7 @@ def test_ctrl_c_saves_a_second_one_ends_and_a_killed_launcher_leaves_no_process(
     nodes.wait_for_steps()
     assert nodes.status["step"] == saved["step"]
     for rank in nodes.ranks().values():
-        rank.suspend()  # they cannot save
+        rank.suspend()  # so that they cannot save
     nodes.launchers[0].send_signal(signal.SIGINT)
     time.sleep(3.5)
     assert nodes.launchers[0].poll() is None
@@ -319,4 +339,4 @@ def test_ctrl_c_saves_a_second_one_ends_and_a_killed_launcher_leaves_no_process(
     os.kill(nodes.launchers[0].pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(ranks.values(), timeout=30)
     assert not alive and len(ranks) == 2
-    assert nodes.status["step"] > saved["step"]  # they saved before they left
+    assert nodes.status["step"] > saved["step"]  # they saved before they ended

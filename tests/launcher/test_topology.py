@@ -1,4 +1,4 @@
-"""What each scheduler's variables say of the nodes of a job, over the dumps in tests/environments."""
+"""What each scheduler's variables tell about the nodes of a job, for the dumps in tests/environments."""
 
 import re
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ptune_dist.cluster.topology import Topology, derive_port, expand_hostlist, find_topology
+from ptune_dist.cluster.topology import Topology, derive_port, find_topology
 from ptune_dist.errors import UserError
 from tests.processes import ROOT, process_env
 
@@ -14,7 +14,7 @@ ENVIRONMENTS = ROOT / "tests" / "environments"
 HOSTFILE = "# written by the operator\n\nnode-a slots=2  # the first\nnode-b slots=2\n"
 UUID = "5f0b1c9e-0000-4000-8000-000000000001"
 TWO = ("1", "2")
-# A dump and what every node of it finds: source, job_id, head, port, node_names, num_procs, num_restarts.
+# A dump, and what each of its nodes finds: source, job_id, head, port, node_names, num_procs, num_restarts.
 JOBS = {
     "slurm": ("slurm", "1.0", "n01", derive_port("1.0"), ("n01", "n02", "n03"), 2, 0),
     "slurm_second_step": ("slurm", "1.1", "n02", derive_port("1.1"), ("n02", "n03"), 2, 0),
@@ -22,23 +22,39 @@ JOBS = {
     "slurm_salloc_one": ("slurm", "9", "127.0.0.1", None, ("n01",), None, 0),
     "openmpi": ("openmpi", "923992065", "node-a", derive_port("923992065"), TWO, None, 0),
     "skypilot": (
-        "skypilot", "sky-managed-2025-01-01-00-00-00-000000_sentiment_7-0", "10.0.0.11",
-        derive_port("sky-managed-2025-01-01-00-00-00-000000_sentiment_7-0"), ("10.0.0.11", "10.0.0.12"), 8, 0,
+        "skypilot",
+        "sky-managed-2025-01-01-00-00-00-000000_sentiment_7-0",
+        "10.0.0.11",
+        derive_port("sky-managed-2025-01-01-00-00-00-000000_sentiment_7-0"),
+        ("10.0.0.11", "10.0.0.12"),
+        8,
+        0,
     ),
     "aws_batch": ("aws batch", UUID, "10.0.0.21", derive_port(UUID), ("1", "2", "3"), None, 1),
     "azure_ml": ("azure ml", "plum_basket_abc123", "10.0.0.4", 6105, TWO, None, 0),
     "kubeflow": ("kubernetes", "sentiment-node-0-0.sentiment", "sentiment-node-0-0.sentiment", 29500, TWO, None, 0),
     "jobset": (
-        "jobset", "sentiment", "sentiment-node-0-0.sentiment", derive_port("sentiment"),
-        ("sentiment-node-0-0", "sentiment-node-0-1"), None, 1,
+        "jobset",
+        "sentiment",
+        "sentiment-node-0-0.sentiment",
+        derive_port("sentiment"),
+        ("sentiment-node-0-0", "sentiment-node-0-1"),
+        None,
+        1,
     ),
     "ssh": (
-        "variables", "sentiment-1735689600", "10.0.0.31", derive_port("sentiment-1735689600"), ("gpu1", "gpu2"), 4, 0
+        "variables",
+        "sentiment-1735689600",
+        "10.0.0.31",
+        derive_port("sentiment-1735689600"),
+        ("gpu1", "gpu2"),
+        4,
+        0,
     ),
     "variables": ("variables", "", "trainer-0.local", 29511, TWO, None, 0),
-}  # fmt: skip
+}
 NODES = [(name, rank) for name, expected in JOBS.items() for rank in range(len(expected[4]))]
-# A dump, what is changed of it (None: unset), and what the one line of the error must hold.
+# A dump, what is changed in it (None: unset), and what the one-line error must contain.
 MISTAKES = [
     ("slurm_two_tasks", {}, "SLURM_NTASKS=4 on 2 nodes (slurm): add --ntasks-per-node=1"),
     ("slurm_batch_script", {}, "SLURM_NNODES=3 (slurm) outside srun: start it with srun --ntasks-per-node=1"),
@@ -46,25 +62,25 @@ MISTAKES = [
     ("slurm_salloc", {}, "SLURM_NNODES=2 (slurm) outside srun"),
     ("slurm_salloc", {"SLURM_NNODES": None}, "SLURM_NNODES (slurm) is not set"),
     ("slurm", {"SLURM_NODEID": None}, "SLURM_NODEID (slurm) is not set"),
-    ("slurm", {"SLURM_NODEID": "3"}, "SLURM_NODEID (slurm): the nodes are 0 to 2, got 3"),
+    ("slurm", {"SLURM_NODEID": "3"}, "SLURM_NODEID (slurm): the nodes are 0 to 2, not 3"),
     ("slurm", {"SLURM_STEP_NUM_NODES": None, "SLURM_NNODES": None}, "SLURM_STEP_NUM_NODES (slurm) is not set"),
     ("slurm", {"SLURM_STEP_NUM_TASKS": None, "SLURM_NTASKS": None}, "SLURM_STEP_NUM_TASKS (slurm) is not set"),
-    ("slurm", {"SLURM_STEP_NUM_NODES": "0"}, "SLURM_STEP_NUM_NODES (slurm): a whole number of at least 1 is needed"),
+    ("slurm", {"SLURM_STEP_NUM_NODES": "0"}, "SLURM_STEP_NUM_NODES (slurm): must be a whole number of at least 1"),
     ("slurm", {"SLURM_STEP_NODELIST": None, "SLURM_JOB_NODELIST": None}, "SLURM_STEP_NODELIST (slurm) is not set"),
     ("slurm", {"SLURM_STEP_NODELIST": "n[01-02]"}, "SLURM_STEP_NODELIST (slurm): 2 nodes, but SLURM_STEP_NUM_NODES=3"),
     ("slurm", {"SLURM_STEP_NODELIST": "n[01-03"}, "SLURM_STEP_NODELIST (slurm): the brackets"),
-    ("slurm", {"SLURM_STEP_ID": "first"}, "SLURM_STEP_ID (slurm): a whole number"),
-    ("slurm", {"SLURM_GPUS_ON_NODE": "two"}, "SLURM_GPUS_ON_NODE (slurm): a whole number"),
-    ("slurm", {"SLURM_RESTART_COUNT": "-1"}, "SLURM_RESTART_COUNT (slurm): a whole number"),
+    ("slurm", {"SLURM_STEP_ID": "first"}, "SLURM_STEP_ID (slurm): must be a whole number"),
+    ("slurm", {"SLURM_GPUS_ON_NODE": "two"}, "SLURM_GPUS_ON_NODE (slurm): must be a whole number"),
+    ("slurm", {"SLURM_RESTART_COUNT": "-1"}, "SLURM_RESTART_COUNT (slurm): must be a whole number"),
     ("slurm", {"PTUNE_PORT": "70000"}, "PTUNE_PORT (slurm): a port is at most 65535"),
-    ("slurm", {"PTUNE_PROCS": "0"}, "PTUNE_PROCS (slurm): a whole number of at least 1 is needed, got '0'"),
-    ("openmpi_two_per_node", {}, "OMPI_COMM_WORLD_LOCAL_SIZE=2 (openmpi): give mpirun --map-by ppr:1:node"),
-    ("openmpi", {"OMPI_MCA_orte_default_hostfile": None}, "give mpirun -x MASTER_ADDR=HOST"),
+    ("slurm", {"PTUNE_PROCS": "0"}, "PTUNE_PROCS (slurm): must be a whole number of at least 1, not '0'"),
+    ("openmpi_two_per_node", {}, "OMPI_COMM_WORLD_LOCAL_SIZE=2 (openmpi): pass --map-by ppr:1:node to mpirun"),
+    ("openmpi", {"OMPI_MCA_orte_default_hostfile": None}, "pass -x MASTER_ADDR=HOST to mpirun"),
     ("openmpi", {"OMPI_MCA_orte_default_hostfile": "/absent"}, "_default_hostfile (openmpi) names no host"),
     ("openmpi", {"OMPI_COMM_WORLD_RANK": None}, "OMPI_COMM_WORLD_RANK (openmpi) is not set"),
     ("openmpi", {"OMPI_COMM_WORLD_RANK": "2"}, "OMPI_COMM_WORLD_RANK (openmpi): the nodes are 0 to 1"),
     ("openmpi", {"OMPI_COMM_WORLD_LOCAL_SIZE": None}, "OMPI_COMM_WORLD_LOCAL_SIZE (openmpi) is not set"),
-    ("openmpi", {"OMPI_COMM_WORLD_SIZE": "0"}, "OMPI_COMM_WORLD_SIZE (openmpi): a whole number of at least 1"),
+    ("openmpi", {"OMPI_COMM_WORLD_SIZE": "0"}, "OMPI_COMM_WORLD_SIZE (openmpi): must be a whole number of at least 1"),
     ("skypilot", {"SKYPILOT_NODE_RANK": None}, "SKYPILOT_NODE_RANK (skypilot) is not set"),
     ("skypilot", {"SKYPILOT_NODE_IPS": None}, "SKYPILOT_NODE_IPS (skypilot) is not set"),
     ("skypilot", {"SKYPILOT_NODE_RANK": "2"}, "SKYPILOT_NODE_RANK (skypilot): the nodes are 0 to 1"),
@@ -75,8 +91,12 @@ MISTAKES = [
     ("aws_batch", {"AWS_BATCH_JOB_MAIN_NODE_INDEX": None}, "AWS_BATCH_JOB_MAIN_NODE_INDEX (aws batch) is not set"),
     ("aws_batch", {"AWS_BATCH_JOB_MAIN_NODE_INDEX": "0"}, "_MAIN_NODE_PRIVATE_IPV4_ADDRESS (aws batch) is not set"),
     ("aws_batch", {"AWS_BATCH_JOB_ID": None}, "AWS_BATCH_JOB_ID (aws batch) is not set"),
-    ("aws_batch", {"AWS_BATCH_JOB_NUM_NODES": "none"}, "AWS_BATCH_JOB_NUM_NODES (aws batch): a whole number"),
-    ("aws_batch", {"AWS_BATCH_JOB_ATTEMPT": "0"}, "AWS_BATCH_JOB_ATTEMPT (aws batch): a whole number of at least 1"),
+    ("aws_batch", {"AWS_BATCH_JOB_NUM_NODES": "none"}, "AWS_BATCH_JOB_NUM_NODES (aws batch): must be a whole number"),
+    (
+        "aws_batch",
+        {"AWS_BATCH_JOB_ATTEMPT": "0"},
+        "AWS_BATCH_JOB_ATTEMPT (aws batch): must be a whole number of at least 1",
+    ),
     ("azure_ml_two_procs", {}, "WORLD_SIZE (azure ml) counts several processes per node: set process_count_per_inst"),
     ("azure_ml", {"AZUREML_NODE_COUNT": "1"}, "set process_count_per_instance to 1"),
     ("azure_ml", {"RANK": "1"}, "set process_count_per_instance to 1"),
@@ -84,28 +104,28 @@ MISTAKES = [
     ("azure_ml", {"WORLD_SIZE": None, "OMPI_COMM_WORLD_SIZE": "2"}, "WORLD_SIZE (azure ml) is not set: several"),
     ("azure_ml", {"NODE_RANK": None}, "NODE_RANK (azure ml) is not set"),
     ("azure_ml", {"MASTER_ADDR": None}, "MASTER_ADDR (azure ml) is not set, which 2 nodes need"),
-    ("azure_ml", {"MASTER_PORT": "http"}, "MASTER_PORT (azure ml): a whole number"),
-    ("kubeflow", {"PET_NNODES": "1:2"}, "PET_NNODES (kubernetes): a whole number of at least 1 is needed, got '1:2'"),
+    ("azure_ml", {"MASTER_PORT": "http"}, "MASTER_PORT (azure ml): must be a whole number"),
+    ("kubeflow", {"PET_NNODES": "1:2"}, "PET_NNODES (kubernetes): must be a whole number of at least 1, not '1:2'"),
     ("kubeflow", {"PET_NODE_RANK": None, "JOB_COMPLETION_INDEX": None}, "PET_NODE_RANK (kubernetes) is not set"),
     ("kubeflow", {"PET_NODE_RANK": "2"}, "PET_NODE_RANK (kubernetes): the nodes are 0 to 1"),
     ("kubeflow", {"PET_MASTER_ADDR": None}, "PET_MASTER_ADDR (kubernetes) is not set, which 2 nodes need"),
-    ("kubeflow", {"PET_NPROC_PER_NODE": "all"}, "PET_NPROC_PER_NODE (kubernetes): a whole number"),
+    ("kubeflow", {"PET_NPROC_PER_NODE": "all"}, "PET_NPROC_PER_NODE (kubernetes): must be a whole number"),
     ("jobset", {"JOBSET_NAME": None}, "JOBSET_NAME (jobset) is not set"),
     ("jobset", {"REPLICATED_JOB_NAME": None}, "REPLICATED_JOB_NAME (jobset) is not set"),
     ("jobset", {"PTUNE_NUM_NODES": None}, "PTUNE_NUM_NODES (jobset) is not set"),
     ("jobset", {"JOB_COMPLETION_INDEX": None}, "JOB_COMPLETION_INDEX (jobset) is not set"),
-    ("jobset", {"JOB_COMPLETION_INDEX": "2"}, "JOB_COMPLETION_INDEX (jobset): the nodes are 0 to 1, got 2"),
-    ("jobset", {"JOBSET_RESTART_ATTEMPT": "x"}, "JOBSET_RESTART_ATTEMPT (jobset): a whole number"),
+    ("jobset", {"JOB_COMPLETION_INDEX": "2"}, "JOB_COMPLETION_INDEX (jobset): the nodes are 0 to 1, not 2"),
+    ("jobset", {"JOBSET_RESTART_ATTEMPT": "x"}, "JOBSET_RESTART_ATTEMPT (jobset): must be a whole number"),
     ("ssh", {"PTUNE_NODE_NAMES": "gpu1"}, "PTUNE_NODE_NAMES (variables): 1 names, but PTUNE_NUM_NODES=2"),
     ("ssh", {"PTUNE_NUM_NODES": None}, "PTUNE_NUM_NODES (variables) is not set"),
     ("ssh", {"PTUNE_NODE_RANK": None}, "PTUNE_NODE_RANK (variables) is not set"),
     ("ssh", {"PTUNE_HEAD_ADDRESS": None}, "PTUNE_HEAD_ADDRESS or MASTER_ADDR (variables) is not set"),
     ("variables", {"NODE_RANK": ""}, "PTUNE_NODE_RANK (variables) is not set"),
-    ("variables", {"NODE_RANK": "2"}, "NODE_RANK (variables): the nodes are 0 to 1, got 2"),
-    ("variables", {"NNODES": "two"}, "NNODES (variables): a whole number of at least 1 is needed, got 'two'"),
-    ("variables", {"NNODES": "0"}, "NNODES (variables): a whole number of at least 1 is needed, got '0'"),
+    ("variables", {"NODE_RANK": "2"}, "NODE_RANK (variables): the nodes are 0 to 1, not 2"),
+    ("variables", {"NNODES": "two"}, "NNODES (variables): must be a whole number of at least 1, not 'two'"),
+    ("variables", {"NNODES": "0"}, "NNODES (variables): must be a whole number of at least 1, not '0'"),
     ("variables", {"MASTER_ADDR": None}, "PTUNE_HEAD_ADDRESS or MASTER_ADDR (variables) is not set"),
-    ("variables", {"MASTER_PORT": "0"}, "MASTER_PORT (variables): a whole number of at least 1"),
+    ("variables", {"MASTER_PORT": "0"}, "MASTER_PORT (variables): must be a whole number of at least 1"),
     ("variables", {"TORCHELASTIC_RUN_ID": "none"}, "run.sh starts torchrun itself: start it once per node"),
     ("variables", {"RANK": "0", "LOCAL_RANK": "0"}, "run.sh starts torchrun itself: start it once per node"),
     ("azure_ml", {"TORCHELASTIC_RUN_ID": "none"}, "run.sh starts torchrun itself: start it once per node"),
@@ -113,9 +133,10 @@ MISTAKES = [
 
 
 def load_environment(name: str, rank: int = 0, **changes: str | None) -> dict[str, str]:
-    """One node's variables: the lines before the first `# node N`, and those below its own."""
-    every, *nodes = re.split(r"^# node [0-9]+\n", (ENVIRONMENTS / f"{name}.env").read_text(), flags=re.MULTILINE)
-    lines = [line for line in (every + (nodes[rank] if nodes else "")).splitlines() if not line.startswith("#")]
+    """The variables of one node: the lines before the first `# node N`, and those below its own."""
+    shared, *nodes = re.split(r"^# node [0-9]+\n", (ENVIRONMENTS / f"{name}.env").read_text(), flags=re.MULTILINE)
+    own = nodes[rank] if nodes else ""
+    lines = [line for line in (shared + own).splitlines() if not line.startswith("#")]
     env = dict(line.replace("\\n", "\n").split("=", 1) for line in lines) | changes
     return {key: value for key, value in env.items() if value is not None}
 
@@ -131,84 +152,90 @@ def find(name: str, rank: int = 0, **changes: str | None) -> Topology:
 
 
 @pytest.mark.parametrize("name, rank", NODES)
-def test_every_node_of_a_dump_finds_its_job(name, rank):
+def test_every_node_of_a_dump_finds_its_job(name: str, rank: int):
     source, job_id, head, port, node_names, num_procs, num_restarts = JOBS[name]
     if name == "aws_batch" and rank == 0:
-        head = "127.0.0.1"  # the main node is not told its own address
+        head = "127.0.0.1"  # the main node does not get its own address
     expected = Topology(source, job_id, len(node_names), rank, head, port, node_names, num_procs, num_restarts)
     assert find(name, rank) == expected
     assert expected.node_name == node_names[rank]
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_nodes_of_a_job_differ_in_their_rank_only(name):
+def test_the_nodes_of_a_job_differ_only_in_their_rank(name: str):
     found = [find(name, rank) for rank in range(len(JOBS[name][4]))]
     assert len({(node.job_id, node.port, node.num_nodes, node.node_names) for node in found}) == 1
     assert len({node.head for node in found}) == (2 if name == "aws_batch" else 1)
     assert [node.node_rank for node in found] == list(range(len(found)))
 
 
-def test_every_dump_is_read_by_a_test_and_says_where_it_is_from():
+def test_every_dump_is_used_by_a_test_and_names_its_origin():
     names = {path.stem for path in ENVIRONMENTS.glob("*.env")}
     assert names == set(JOBS) | {name for name, _, _ in MISTAKES}
     for name in names:
-        assert re.match("# (dumped from|written after) ", (ENVIRONMENTS / f"{name}.env").read_text()), name
+        assert re.match("# (dumped from|based on) ", (ENVIRONMENTS / f"{name}.env").read_text()), name
 
 
-@pytest.mark.parametrize("name, changes, said", MISTAKES)
-def test_a_mistake_is_one_line_that_names_the_variable(name, changes, said):
+@pytest.mark.parametrize("name, changes, message", MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_variable(name: str, changes: dict[str, str | None], message: str):
     with pytest.raises(UserError) as error:
         find(name, **changes)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_nothing_set_is_one_node_and_any_port():
+def test_without_variables_there_is_one_node_on_any_port():
     alone = Topology("one node", "", 1, 0, "127.0.0.1", None, ("1",), None, 0)
     assert find_topology({}) == alone
-    # None of these alone makes a job: shells and images hold them for other reasons.
+    # None of these alone describes a job: shells and images set them for other reasons.
     assert find_topology({"MASTER_ADDR": "somewhere", "MASTER_PORT": "29500", "NNODES": "", "RANK": "0"}) == alone
 
 
 @pytest.mark.parametrize("name", ["slurm", "skypilot", "aws_batch", "kubeflow", "jobset", "openmpi", "ssh"])
-def test_what_the_user_says_wins(name):
-    said = {"PTUNE_HEAD_ADDRESS": "10.9.9.9", "PTUNE_PORT": "12345", "PTUNE_PROCS": "3", "PTUNE_JOB_ID": "mine"}
-    found = find(name, **said)
+def test_the_users_settings_win(name: str):
+    settings = {"PTUNE_HEAD_ADDRESS": "10.9.9.9", "PTUNE_PORT": "12345", "PTUNE_PROCS": "3", "PTUNE_JOB_ID": "mine"}
+    found = find(name, **settings)
     assert (found.head, found.port, found.num_procs, found.job_id) == ("10.9.9.9", 12345, 3, "mine")
     assert (found.source, found.node_names) == (JOBS[name][0], JOBS[name][4])
 
 
-def test_one_node_takes_what_the_user_says_too():
+def test_one_node_takes_the_users_settings_too():
     found = find_topology({"PTUNE_PORT": "12345", "PTUNE_PROCS": "4", "PTUNE_HEAD_ADDRESS": "::1"})
     assert (found.source, found.head, found.port, found.num_procs) == ("one node", "::1", 12345, 4)
 
 
-# Each scheduler that is tried earlier wins over those after it, all of whose variables stand there too.
+# A scheduler that is tried earlier wins over those after it, even if all of their variables are set.
 @pytest.mark.parametrize(
     "order",
     [
         ("ssh", "skypilot", "aws_batch", "azure_ml", "kubeflow", "openmpi", "slurm", "variables"),
-        ("skypilot", "kubeflow", "slurm"), ("kubeflow", "jobset", "variables"), ("jobset", "slurm", "variables"),
-        ("openmpi", "slurm"), ("slurm", "variables"), ("skypilot", "slurm_salloc"), ("openmpi", "slurm_salloc"),
+        ("skypilot", "kubeflow", "slurm"),
+        ("kubeflow", "jobset", "variables"),
+        ("jobset", "slurm", "variables"),
+        ("openmpi", "slurm"),
+        ("slurm", "variables"),
+        ("skypilot", "slurm_salloc"),
+        ("openmpi", "slurm_salloc"),
     ],
-)  # fmt: skip
-def test_the_more_deliberate_word_wins(order):
+)
+def test_the_more_deliberate_scheduler_wins(order: tuple[str, ...]):
     for number, name in enumerate(order):
-        env = {}
+        env: dict[str, str] = {}
         for later in reversed(order[number:]):
             env |= load_environment(later)
-        # PTUNE_NUM_NODES is ours and the JobSet's, MASTER_ADDR Azure ML's and everyone's: only the source is compared.
-        assert find_topology(env, read_hostfile).source == (JOBS[name][0] if name in JOBS else "slurm")
+        # Several schedulers share PTUNE_NUM_NODES and MASTER_ADDR, so only the source is compared.
+        expected = JOBS[name][0] if name in JOBS else "slurm"
+        assert find_topology(env, read_hostfile).source == expected
         if number == len(order) - 2 and order[-1] == "slurm_salloc":
-            break  # which alone is a mistake
+            break  # a mistake on its own
 
 
-def test_a_jobset_is_not_taken_for_plain_variables():
+def test_a_jobset_is_not_mistaken_for_plain_variables():
     assert find("jobset").source == "jobset"
     assert find("jobset", NODE_RANK="1").node_rank == 0
 
 
 @pytest.mark.parametrize("name", ["aws_batch", "kubeflow", "jobset", "skypilot", "ssh", "variables"])
-def test_one_node_of_a_scheduler_needs_no_head_and_no_rank(name):
+def test_a_single_node_needs_no_head_and_no_rank(name: str):
     one = {"AWS_BATCH_JOB_NUM_NODES": None, "AWS_BATCH_JOB_NODE_INDEX": None, "AWS_BATCH_JOB_MAIN_NODE_INDEX": None}
     one |= {"PET_NNODES": "1", "PET_NODE_RANK": None, "JOB_COMPLETION_INDEX": None, "PET_MASTER_ADDR": None}
     one |= {"SKYPILOT_NODE_IPS": "10.0.0.11", "SKYPILOT_NUM_NODES": None, "NNODES": "1", "MASTER_ADDR": None}
@@ -220,17 +247,17 @@ def test_one_node_of_a_scheduler_needs_no_head_and_no_rank(name):
     assert found.port == (int(named) if named else None)
 
 
-def test_one_node_of_azure_ml_has_no_distribution():
+def test_a_single_node_of_azure_ml_has_no_distribution():
     found = find_topology({"AZUREML_RUN_ID": "plum", "AZUREML_NODE_COUNT": "1"})
     assert (found.source, found.job_id, found.head, found.port) == ("azure ml", "plum", "127.0.0.1", None)
 
 
-def test_a_batch_script_of_one_node_is_one_node():
+def test_a_batch_script_on_one_node_is_one_node():
     found = find("slurm_batch_script", SLURM_NNODES="1", SLURM_JOB_NODELIST="n07")
     assert found == Topology("slurm", "1", 1, 0, "127.0.0.1", None, ("n07",), 2, 0)
 
 
-def test_the_main_node_of_aws_batch_becomes_node_0_wherever_it_stands():
+def test_the_main_node_of_aws_batch_becomes_node_0_whatever_its_index():
     for main, ranks in {"0": [0, 1, 2], "1": [1, 0, 2], "2": [1, 2, 0]}.items():
         found = [
             find("aws_batch", 1, AWS_BATCH_JOB_MAIN_NODE_INDEX=main, AWS_BATCH_JOB_NODE_INDEX=str(index))
@@ -239,62 +266,31 @@ def test_the_main_node_of_aws_batch_becomes_node_0_wherever_it_stands():
         assert [node.node_rank for node in found] == ranks
 
 
-def test_mpi_takes_its_head_from_the_command_before_the_hostfile():
+def test_mpi_prefers_the_head_of_its_command_to_the_hostfile():
     assert find("openmpi", MASTER_ADDR="10.0.0.9", OMPI_MCA_orte_default_hostfile=None).head == "10.0.0.9"
     newer = {"OMPI_MCA_orte_default_hostfile": None, "PRTE_MCA_prte_default_hostfile": "/etc/mpi/hostfile"}
     assert find("openmpi", **newer).head == "node-a"
 
 
-def test_a_count_of_processes_that_is_a_word_or_zero_says_nothing():
-    assert [find("kubeflow", PET_NPROC_PER_NODE=said).num_procs for said in ("gpu", "cpu", "4")] == [None, None, 4]
+def test_a_number_of_processes_that_is_a_word_or_zero_is_ignored():
+    assert [find("kubeflow", PET_NPROC_PER_NODE=value).num_procs for value in ("gpu", "cpu", "4")] == [None, None, 4]
     assert find("skypilot", SKYPILOT_NUM_GPUS_PER_NODE="0").num_procs is None
     assert find("slurm", SLURM_GPUS_ON_NODE=None).num_procs is None
 
 
-def test_ports_lie_below_the_ephemeral_ones_and_jobs_that_share_a_node_rarely_meet():
+def test_ports_are_below_the_ephemeral_ones_and_rarely_collide():
     ports = [derive_port(f"{job}.0") for job in range(1000, 1100)]
     assert all(10000 <= port < 30000 and port % 2 == 0 for port in ports)
     assert len(set(ports)) >= 98
     assert derive_port("1.0") == 29530  # the same in every process and version
 
 
-def test_other_jobs_have_other_ids():
+def test_different_jobs_have_different_ids():
     found = [find("slurm"), find("slurm_second_step"), find("slurm_requeued"), find("slurm", SLURM_JOB_ID="2")]
     assert len({node.job_id for node in found}) == len({node.port for node in found}) == 4
 
 
-# As `scontrol show hostnames` of Slurm 22.05.8 prints them, but for the last, which newer versions know.
-@pytest.mark.parametrize(
-    "hostlist, names",
-    [
-        (
-            "n[0-2,5],gpu-[001-003]-ib[0-1],login",
-            "n0 n1 n2 n5 gpu-001-ib0 gpu-001-ib1 gpu-002-ib0 gpu-002-ib1 gpu-003-ib0 gpu-003-ib1 login",
-        ),
-        ("n01", "n01"),
-        ("n[5]", "n5"),
-        ("n[09-11]", "n09 n10 n11"),
-        ("n[098-102]", "n098 n099 n100 n101 n102"),
-        ("a,b,c", "a b c"),
-        ("rack[1-2]n[01-02]", "rack1n01 rack1n02 rack2n01 rack2n02"),
-        ("a[1-2],a[2-3]", "a1 a2 a2 a3"),
-        ("n[1-2][3-4]", "n13 n14 n23 n24"),
-        ("n[1-2],,m", "n1 n2 m"),
-        ("tux[0-1].cluster", "tux0.cluster tux1.cluster"),
-    ],
-)
-def test_a_hostlist_expands_as_slurm_expands_it(hostlist, names):
-    assert expand_hostlist(hostlist) == names.split()
-
-
-# Those with a closed bracket scontrol calls invalid, too.
-@pytest.mark.parametrize("hostlist", ["n[2-1]", "n[a-b]", "n[]", "n[1,,2]", "n[0-9999999]", "n[1-2", "n]1[", "n[[1]]"])
-def test_a_broken_hostlist_is_the_users_mistake(hostlist):
-    with pytest.raises(UserError, match="SLURM_JOB_NODELIST"):
-        expand_hostlist(hostlist, "SLURM_JOB_NODELIST")
-
-
-def test_it_loads_neither_torch_nor_sockets_nor_processes():
+def test_it_loads_no_torch_sockets_or_processes():
     script = """
 import sys, ptune_dist.cluster.topology
 assert not {"torch", "socket", "subprocess"} & set(sys.modules)

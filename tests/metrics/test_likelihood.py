@@ -23,6 +23,6 @@ def test_accuracy_is_the_share_of_likeliest_labels_that_are_right():
     assert METRICS["accuracy"].compute(["a", "b", "a", "c"], [["a"], ["b"], ["c"], ["c"]]) == 0.75
 
 
-def test_only_loss_and_perplexity_are_better_when_lower():
+def test_losses_and_errors_are_better_when_lower_and_all_else_when_higher():
     lower = {name for name, metric in METRICS.items() if not metric.higher_is_better}
-    assert lower == {"loss", "perplexity"}
+    assert lower == {"loss", "perplexity", "mse"}

@@ -18,6 +18,12 @@ def test_bleu_is_sacrebleu_s():
     assert METRICS["bleu"].compute(ANSWERS, REFERENCES) == pytest.approx(48.530827009929865)
 
 
+def test_chrf_is_sacrebleu_s():
+    assert METRICS["chrf"].compute(ANSWERS, REFERENCES) == pytest.approx(59.73, abs=0.005)
+    expected = f"nrefs:2|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{sacrebleu.__version__}"
+    assert METRICS["chrf"].signature(REFERENCES) == expected
+
+
 def test_the_signature_tells_how_bleu_was_computed():
     version = f"version:{sacrebleu.__version__}"
     assert METRICS["bleu"].signature(REFERENCES) == f"nrefs:2|case:mixed|eff:no|tok:13a|smooth:exp|{version}"

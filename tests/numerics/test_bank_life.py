@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ptune_dist.run.checkpoint import list_checkpoints
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.conftest import TINY
 from tests.numerics.banks import (
     NUM_STEPS,
@@ -206,12 +206,12 @@ def test_a_member_that_is_not_there_is_said_in_one_line(swept, commands, folder)
     assert line.startswith("error: --member: nobody is none of learning_rate=0.1, ")
     own = swept / "members" / "learning_rate=0.1"
     (line,) = commands.run("export", own, "--member", "x", "--to", "peft", "--out", folder / "x").errors
-    assert line == f"error: --member: {own} is no sweep: leave it out"
+    assert line == f"error: --member: {own} is not a sweep: omit it"
     unended = folder / "unended"
     shutil.copytree(swept, unended)
     (unended / "summary.json").unlink()
     (line,) = commands.run("generate", unended, "--input", "word").errors
-    assert line == f"error: {unended}: a sweep that has not ended has no best member: name one with --member"
+    assert line == f"error: {unended}: an unfinished sweep has no best member: name one with --member"
     assert math.isfinite(read_json(own / "summary.json")["validation"]["loss"])
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from ptune_dist.evaluation.generate import generate_after_decoder_prompt
 from ptune_dist.prompts.store import load_prompt
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_commands
 from tests.conftest import SEQ2SEQ, write_config
 from tests.numerics.banks import NUM_ROWS, read_json, train_all, write_rows

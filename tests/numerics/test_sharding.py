@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_module
 from tests.conftest import LABELS, TINY, write_config
 from tests.numerics.test_curves import curve, train_all
@@ -17,6 +17,7 @@ from tests.processes import ROOT
 BUFFER_BYTES = 3000  # at most: positions and the like, whole on every rank
 KINDS = ["llama", "t5", "bert"]
 DTYPES = {"float32": 12, "bfloat16": 8}  # steps
+LEFT_TO_US = {"stage3_param_persistence_threshold": "auto"}  # which weights stay gathered
 PASSES_NOTHING_ON = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
 
@@ -166,7 +167,7 @@ def test_with_shards_within_a_node_no_weight_ever_crosses_between_nodes(tiny_bas
     specs = []
     for quantization in ("none", "int8"):
         flat, within_nodes = PASSES_NOTHING_ON, PASSES_NOTHING_ON | {"zero_hpz_partition_size": 2}
-        for name, more in (("flat", flat), ("hpz", within_nodes), ("resident", {})):
+        for name, more in (("flat", flat), ("hpz", within_nodes), ("resident", LEFT_TO_US)):
             zero = {"stage": 3} | more
             specs.append(
                 write_run(tmp_path, f"{quantization}-{name}", tiny_bases["llama"], zero=zero, quantization=quantization)

@@ -1,6 +1,6 @@
-"""Hurts its own process when USR1 comes: Python imports this by itself where it is on PYTHONPATH.
+"""Makes its own process fail on USR1. Python imports this module automatically if it is on PYTHONPATH.
 
-PTUNE_TEST_FAULT names a file that says how.
+PTUNE_TEST_FAULT names a file with the kind of failure.
 """
 
 import ctypes
@@ -8,9 +8,10 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import FrameType
 
 
-def hurt(_number: int, _frame: object) -> None:
+def hurt(_number: int, _frame: FrameType | None) -> None:
     fault = Path(os.environ["PTUNE_TEST_FAULT"]).read_text()
     if fault == "crash":
         ctypes.string_at(0)

@@ -1,0 +1,36 @@
+"""What the kernel knows about other processes: their state, and the death of a parent. Linux's /proc and prctl."""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: not safe between fork and exec
+
+
+def signal_on_parent_death(number: int) -> None:
+    """Have the kernel send this process a signal when its parent dies, even by SIGKILL. Linux only."""
+    if LIBC:
+        LIBC.prctl(PR_SET_PDEATHSIG, number)
+
+
+def process_state(pid: int) -> str:
+    """The state letter of proc(5), such as "R" or "Z"; "" if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def is_dead(pid: int) -> bool:
+    """Whether the process is gone or a zombie."""
+    return process_state(pid) in ("", "Z")
+
+
+def send_signal(pid: int, number: int) -> None:
+    """Like os.kill, but a process that is already gone is not an error."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return

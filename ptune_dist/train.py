@@ -31,13 +31,14 @@ from ptune_dist.run.folder import (
     write_run_configs,
 )
 from ptune_dist.run.job import Job, build_job
-from ptune_dist.run.log import MetricsWriter, StepCount
+from ptune_dist.run.metrics_log import MetricsWriter
 from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
 from ptune_dist.run.reading import build_reading
 from ptune_dist.run.resolve import resolve_whole
 from ptune_dist.run.status import end_status, mark_running
 from ptune_dist.run.step_lines import step_lines
 from ptune_dist.run.summary import build_summary, describe_member, describe_start, say_finished
+from ptune_dist.run.throughput import StepCount
 from ptune_dist.run.watch import STOPPED_REASON, Watch, failure_in_status
 
 

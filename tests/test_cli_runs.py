@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ptune_dist.run.checkpoint import list_checkpoints, load_checkpoint
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import Finished
 from tests.conftest import TINY, build_tiny_base, write_config
 from tests.processes import ROOT, process_env
@@ -186,7 +186,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(comm
     before = files_of(run)
     finished = commands.run("train", config, f"output_dir={run}")
     message = only_error(finished, 1)
-    assert "no checkpoint is sound" in message and str(run / "checkpoints") in message
+    assert "all checkpoints are damaged" in message and str(run / "checkpoints") in message
     assert all(str(folder) in finished.out for folder in (newest, *others))
     assert json.loads((run / "status.json").read_text())["reason"] in message
     assert files_of(run) | {"status.json": b""} == before | {"status.json": b""}

@@ -13,9 +13,10 @@ from ptune_dist.config.schema import Config
 from ptune_dist.distributed.world import World
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.during_training import end_members, evaluate_members
-from ptune_dist.run.log import StepCount
 from ptune_dist.run.progress import Progress, Standing, rank_members
-from ptune_dist.train import freeze_faulty, is_over, metrics_lines
+from ptune_dist.run.step_lines import step_lines
+from ptune_dist.run.throughput import StepCount
+from ptune_dist.train import Training, is_over, update_members
 from tests.conftest import TINY, write_config
 
 WORLD = World(1, 2, None)  # not rank 0: nothing is written
@@ -144,9 +145,10 @@ def test_a_member_that_a_step_brings_to_a_stand_leaves_no_number_that_is_not_fin
     job, progress = SimpleNamespace(config=config, engine=engine), begin()
     losses = {"seed=0": 1.0, "seed=1": 2.0, "seed=2": math.nan, "seed=3": 3.0}
     rates = dict.fromkeys(NAMES, 0.5)
-    freeze_faulty(job, None, progress, losses, {}, rates, None)
+    world = World(0, 1, torch.device("cpu"))
+    update_members(Training(job, None, {}, progress, None, None, world), losses, {}, rates)
     progress.count_step(losses, StepCount(0.5, 4, 100))
-    line, lines = metrics_lines(job, progress, losses, rates, World(0, 1, torch.device("cpu")))
+    line, lines = step_lines(job, progress, losses, rates, world)
     assert ended(progress) == {"seed=1": ("the gradient's norm is nan", 1), "seed=2": ("the loss is nan", 1)}
     assert list(lines) == ["seed=0", "seed=3"] and line["num_members"] == 2
     assert (line["loss"], line["grad_norm"]) == (2.0, 4.0)

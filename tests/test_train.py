@@ -7,7 +7,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ptune_dist.prompts.store import load_prompt
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_command, run_commands
 from tests.conftest import TINY, write_config
 

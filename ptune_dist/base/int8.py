@@ -171,7 +171,7 @@ class Int8Rows:
 def make_int8(
     model: PreTrainedModel, *, include: list[str], threshold: float | None, dtype: torch.dtype, skip: set[str]
 ) -> None:
-    """Replace the linear layers of a model without memory by int8 layers, in place. Raises UserError.
+    """Replace the linear layers of a model on the meta device by int8 layers, in place. Raises UserError.
 
     The head and the token embeddings are kept unless `include` lists "head" or "embeddings". Modules named in `skip`
     are kept because they are trained.
@@ -224,7 +224,7 @@ def refuse_other_layers(model: PreTrainedModel, chosen: dict[str, nn.Module]) ->
 
 
 def build_int8_linear(module: nn.Module, threshold: float | None) -> Int8Linear:
-    """The int8 form of a linear layer, its weight still without memory; it shares the layer's bias."""
+    """The int8 form of a linear layer, with a weight on the meta device and the layer's own bias."""
     is_transposed = isinstance(module, Conv1D)  # its weight is [I, O]
     weight = module.get_parameter("weight")
     num_outputs, num_inputs = weight.T.shape if is_transposed else weight.shape

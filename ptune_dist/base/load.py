@@ -36,7 +36,7 @@ def fill_whole(opened: OpenedBase, device: torch.device = CPU) -> PreTrainedMode
 def place_parameters(
     opened: OpenedBase, place: Callable[[nn.Parameter, Fill], nn.Parameter], device: torch.device
 ) -> PreTrainedModel:
-    """Replace every parameter without memory by one that `place` makes; modules that share one still share it.
+    """Replace every parameter, which is on the meta device, by the one that `place` makes; sharing is preserved.
 
     Trained parameters (an encoder's head) and the buffers are filled here.
     """

@@ -1,8 +1,8 @@
-"""Benchmark rows and a model shape's tokenizer, made from the standard library's docstrings: nothing is downloaded.
+"""Benchmark rows and a tokenizer, made from the docstrings of the standard library without a download.
 
-Rows: `python -m ptune_dist.bench.data rows --out DIR`. The job is a plausible one: read a docstring's body, write its
-first paragraph. Long rows have a median of about 230 tokens, short rows of about 45; how lengths spread around it is
-the docstrings' own, which is what padding and length grouping depend on.
+Rows: `python -m ptune_dist.bench.data rows --out DIR`. The task is realistic: read a docstring's body and write its
+first paragraph. The median is about 230 tokens for long rows and 45 for short rows. The spread of lengths, on which
+padding and grouping by length depend, is that of the docstrings.
 
 Tokenizer: `python -m ptune_dist.bench.data tokenizer --out configs/shapes/llama_40m` made the committed one.
 """
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from ptune_dist.tiny.text import read_docstrings
 
 SHAPE = Path("configs/shapes/llama_40m")
-# Tokens of input and target, fewest and most, chosen so that the medians are about 230 and 45.
+# Minimum and maximum tokens of input and target, chosen so that the medians are about 230 and 45.
 LENGTHS = {"long": (160, 480), "short": (25, 76)}
 NUM_ROWS = 160
 NUM_CHECK_ROWS = 8
@@ -27,26 +27,28 @@ VOCABULARY_SIZE = 4096
 
 
 def split_docstring(text: str) -> dict[str, str] | None:
-    """{text: all but the first paragraph, summary: the first paragraph}, None where there is only one."""
+    """{text: all but the first paragraph, summary: the first paragraph}, or None if there is only one."""
     summary, _, body = text.partition("\n\n")
     row = {"text": body.strip(), "summary": " ".join(summary.split())}
     return row if row["text"] and row["summary"] else None
 
 
-def select_rows(rows: list[dict[str, str]], lengths: list[int], bounds: tuple[int, int], num: int, seed: int) -> list:
-    """`num` rows whose lengths lie within `bounds`, no text twice, drawn by `seed`."""
+def select_rows(
+    rows: list[dict[str, str]], lengths: list[int], bounds: tuple[int, int], num: int, seed: int
+) -> list[dict[str, str]]:
+    """A random `num` rows with lengths within `bounds` and no text twice."""
     fitting = {row["text"]: row for row, length in zip(rows, lengths, strict=True) if bounds[0] <= length <= bounds[1]}
     return random.Random(seed).sample(list(fitting.values()), num)
 
 
 def count_tokens(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of each row's input and target, the target's end included."""
+    """The number of tokens of each row's input and target, with the target's end token."""
     texts = [f"{row['text']}\nSummary: {row['summary']}" for row in rows]
     return [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def write_rows(out: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, dict[str, int]]:
-    """Write {long,short}.jsonl and a {long,short}_check.jsonl of their first rows; returns token counts per file."""
+    """Write {long,short}.jsonl, and their first rows as {long,short}_check.jsonl; returns token counts by file."""
     rows = [row for row in map(split_docstring, read_docstrings()) if row]
     lengths = count_tokens(rows, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
@@ -61,14 +63,16 @@ def write_rows(out: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict
 
 
 def build_tokenizer(vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned on the docstrings: about 3.6 characters a token, as real tokenizers have."""
+    """A byte-level BPE trained on the docstrings: about 3.6 characters per token, like real tokenizers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size, special_tokens=["<eos>", "<pad>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
-    )  # fmt: skip
+        vocab_size=vocabulary_size,
+        special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(read_docstrings(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
@@ -77,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["rows", "tokenizer"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokenizer", default=SHAPE, help="folder of the tokenizer that counts the rows' tokens")
+    parser.add_argument("--tokenizer", default=SHAPE, help="folder of the tokenizer that counts tokens")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.what == "tokenizer":

@@ -1,6 +1,6 @@
-"""The harness: run a matrix's sides in turn (A B A B ...), gather what they measured, compare, write one result JSON.
+"""Run the sides of a matrix in turn (A B A B ...), collect their measures, compare them, and write one result JSON.
 
-Turns, not blocks: what drifts (heat, neighbours) meets both sides of a pair alike, and a ratio is taken within a pair.
+Sides alternate so that drift (heat, other load) affects both sides of a pair equally; ratios are taken within a pair.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from ptune_dist.bench.machine import (
-    Neighbours,
+    OtherLoad,
     describe_commit,
     describe_hardware,
     describe_versions,
@@ -30,10 +30,10 @@ NUM_LAST_LINES = 3
 
 
 def run_matrix(path: str, out: str | None) -> int:
-    """Run a benchmark; returns 0, or 1 where sides that must agree do not. Raises UserError and RunFault.
+    """Run a benchmark; returns 0, or 1 if sides that must agree do not. Raises UserError and RunFault.
 
-    `out` gets result.json and logs/; it is runs/bench/NAME where left out. The result is written after every case, so
-    that a benchmark that is stopped keeps what it has.
+    result.json and logs/ are written to `out`, by default runs/bench/NAME. The result is written after every case, so
+    that a benchmark that is stopped keeps its results so far.
     """
     matrix = load_matrix(path)
     folder = Path(out or f"runs/bench/{matrix.name}").absolute()
@@ -59,7 +59,8 @@ def run_matrix(path: str, out: str | None) -> int:
     for table in render_tables(content):
         console.print(table)
     console.print(f"result: {folder / 'result.json'}", highlight=False, soft_wrap=True)
-    return 0 if all(case["agreement"] is None or case["agreement"]["agrees"] for case in content["cases"]) else 1
+    agreements = [case["agreement"] for case in content["cases"] if case["agreement"] is not None]
+    return 0 if all(agreement["agrees"] for agreement in agreements) else 1
 
 
 def make_folder(folder: Path) -> None:
@@ -70,10 +71,11 @@ def make_folder(folder: Path) -> None:
 
 
 def run_case(matrix: Matrix, case: Case, folder: Path, console: Console) -> dict[str, Any]:
-    """All runs of one case and what they come to."""
+    """All runs of one case and their comparison."""
     warm_up = matrix.warm_up if case.warm_up is None else case.warm_up
     repeats = case.repeats or matrix.repeats
-    sides, runs = matrix.sides_of(case), []
+    sides = matrix.sides_of(case)
+    runs = []
     for repeat in range(-warm_up, repeats):
         for side in sides:
             run = run_side(matrix, case, side, repeat, folder)
@@ -83,7 +85,7 @@ def run_case(matrix: Matrix, case: Case, folder: Path, console: Console) -> dict
     return {
         "name": case.name,
         "about": case.about,
-        "sides": {side: summarise([run["result"] for run in runs if run["side"] == side]) for side in sides},
+        "sides": {side: summarize([run["result"] for run in runs if run["side"] == side]) for side in sides},
         "ratios": compare_sides(runs, matrix.baseline) if matrix.baseline in sides else {},
         "agreement": check_agreement(case, runs),
         "runs": runs,
@@ -91,54 +93,60 @@ def run_case(matrix: Matrix, case: Case, folder: Path, console: Console) -> dict
 
 
 def run_side(matrix: Matrix, case: Case, side: str, repeat: int, folder: Path) -> dict[str, Any]:
-    """One run of one side. Raises RunFault where it fails or leaves no result."""
-    name = f"{case.name}-{side}-{repeat if repeat >= 0 else f'warm-up{-repeat}'}"
-    work = (
-        folder / "work" / f"{name}-{os.getpid()}"
-    )  # new every time: a run that finds itself finished measures nothing
+    """One run of one side. Raises RunFault if it fails or leaves no result."""
+    number = str(repeat) if repeat >= 0 else f"warm-up{-repeat}"
+    name = f"{case.name}-{side}-{number}"
+    # A new folder every time: a run that is already finished would measure nothing.
+    work = folder / "work" / f"{name}-{os.getpid()}"
     make_folder(work)
     result = work / "result.json"
     values = case.values | built_in_values(result=result, work=work, shared=folder, repeat=max(repeat, 0))
     words = fill_command(matrix.sides[side], values, f"case {case.name}: sides.{side}")
     wait_until_quiet(matrix.quiet_wait_s)
-    neighbours, load, began = Neighbours.watch(), os.getloadavg()[0], time.monotonic()
+    other_load = OtherLoad.start()
+    load_before = os.getloadavg()[0]
+    began = time.monotonic()
     run_command(words, folder / "logs" / f"{name}.log", matrix)
-    wall_s, others = time.monotonic() - began, neighbours.share()
+    wall_s = time.monotonic() - began
+    others_share = other_load.share()
     return {
         "side": side,
         "repeat": repeat,
         "command": words,
         "wall_s": round(wall_s, 2),
-        "load_before": round(load, 2),
-        "others_cpu_share": None if others is None else round(others, 3),
+        "load_before": round(load_before, 2),
+        "others_cpu_share": None if others_share is None else round(others_share, 3),
         "result": read_result(result, words),
     }
 
 
 def run_command(words: list[str], log: Path, matrix: Matrix) -> None:
-    """Run to the end, output to `log`. Raises UserError for no such program, RunFault for a failure or no end."""
+    """Run a command with its output in `log`. Raises UserError for a missing program, RunFault if it fails or hangs."""
     shown = " ".join(words)
     with open(log, "wb") as stream:
         try:
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
                 env=os.environ | matrix.environment,
-            )  # fmt: skip
+            )
         except OSError as error:
             raise UserError(f"cannot run {words[0]}: {error.strerror}: {shown}") from None
         try:
             status = process.wait(timeout=matrix.timeout_s)
-        except BaseException as error:  # an interrupt too must not leave ranks behind
+        except BaseException as error:  # an interrupt must not leave ranks behind either
             end_process(process)
             if isinstance(error, subprocess.TimeoutExpired):
-                raise RunFault(f"no end after {matrix.timeout_s} s: {shown}: {last_lines(log)}") from None
+                raise RunFault(f"not finished after {matrix.timeout_s} s: {shown}: {last_lines(log)}") from None
             raise
     if status:
         raise RunFault(f"exit status {status}: {shown}: {last_lines(log)} ({log})")
 
 
 def end_process(process: subprocess.Popen) -> None:
-    """Ask it to end, so that torchrun ends its ranks, which it gives 30 s; then make it."""
+    """Terminate a process; after 45 s, more than the 30 s that torchrun gives its ranks, kill it."""
     process.terminate()
     try:
         process.wait(timeout=45)
@@ -148,14 +156,16 @@ def end_process(process: subprocess.Popen) -> None:
 
 
 def last_lines(log: Path) -> str:
-    """The last lines of a log in one line, without what torchrun says after its ranks have said why."""
+    """The last lines of a log in one line, without torchrun's, which follow the reason that its ranks print."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    own = [i for i, line in enumerate(lines) if "torch/distributed/elastic" in line]
-    return " | ".join(lines[: own[0] if own and own[0] else None][-NUM_LAST_LINES:]) or "it printed nothing"
+    of_torchrun = [i for i, line in enumerate(lines) if "torch/distributed/elastic" in line]
+    if of_torchrun and of_torchrun[0] > 0:
+        lines = lines[: of_torchrun[0]]
+    return " | ".join(lines[-NUM_LAST_LINES:]) or "it printed nothing"
 
 
 def read_result(path: Path, words: list[str]) -> dict[str, Any]:
-    """What a side measured. Raises RunFault."""
+    """The measures of a side. Raises RunFault."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -170,8 +180,8 @@ def measures_of(result: dict[str, Any]) -> dict[str, float]:
     return {k: v for k, v in result.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
-def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Median, least and most of every measure that all results have."""
+def summarize(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Median, minimum and maximum of every measure that all results have."""
     tables = [measures_of(result) for result in results]
     names = [name for name in tables[0] if all(name in table for table in tables)]
     columns = {name: [table[name] for table in tables] for name in names}
@@ -182,7 +192,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def compare_sides(runs: list[dict[str, Any]], baseline: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """side -> measure -> {pairs, median}: the side's figure divided by the baseline's of the same repeat."""
+    """side -> measure -> {pairs, median}: the side's figure divided by that of the baseline in the same repeat."""
     by_side: dict[str, dict[int, dict[str, float]]] = {}
     for run in runs:
         by_side.setdefault(run["side"], {})[run["repeat"]] = measures_of(run["result"])
@@ -196,26 +206,26 @@ def compare_sides(runs: list[dict[str, Any]], baseline: str) -> dict[str, dict[s
 
 
 def check_agreement(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Whether all runs report the same `agree.measure`, to its tolerance; None where the case asks for none."""
+    """Whether all runs report the same `agree.measure` within its tolerance; None if the case does not ask."""
     if case.agree is None:
         return None
     name = case.agree.measure
     reported = [run["result"].get(name) for run in runs]
     curves = [value if isinstance(value, list) else [value] for value in reported]
     if any(None in curve or len(curve) != len(curves[0]) for curve in curves):
-        differs = None  # one has none, or curves of unlike length
+        difference = None  # a value is missing, or the curves have different lengths
     else:
-        differs = max(max(values) - min(values) for values in zip(*curves, strict=True))
+        difference = max(max(values) - min(values) for values in zip(*curves, strict=True))
     return {
         "measure": name,
         "tolerance": case.agree.tolerance,
-        "largest_difference": differs,
-        "agrees": differs is not None and differs <= case.agree.tolerance,
+        "largest_difference": difference,
+        "agrees": difference is not None and difference <= case.agree.tolerance,
     }
 
 
 def describe_run(run: dict[str, Any], repeat: int) -> str:
-    """A line on a run that has ended."""
+    """A line about a finished run."""
     speed = run["result"].get("samples_per_s")
     parts = [
         "warm-up" if repeat < 0 else f"run {repeat + 1}",

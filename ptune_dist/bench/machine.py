@@ -1,4 +1,4 @@
-"""Where a benchmark ran: hardware, versions, commit, and how much of the machine other work took meanwhile."""
+"""Describe the machine of a benchmark: hardware, versions, commit, and the load from other work."""
 
 import os
 import platform
@@ -16,20 +16,18 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate")
 
 def describe_hardware() -> dict[str, str | int | list[str]]:
     """CPU model, cores that this process may use, bytes of memory, names of GPUs."""
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "cpu": read_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": num_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(num_gpus)],
         "system": platform.platform(),
     }
 
 
 def describe_versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+    """Versions of the packages that the figures depend on."""
     from ptune_dist import __version__
 
     found = {"ptune_dist": __version__, "python": platform.python_version()}
@@ -42,7 +40,7 @@ def describe_versions() -> dict[str, str]:
 
 
 def describe_commit() -> dict[str, str | bool] | None:
-    """The checkout's commit and whether files differ from it; None outside a checkout."""
+    """The commit of the checkout and whether files have changed since; None outside a checkout."""
 
     def git(*words: str) -> str:
         folder = Path(__file__).parent
@@ -55,11 +53,14 @@ def describe_commit() -> dict[str, str | bool] | None:
 
 
 def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def read_field(path: str, name: str) -> str | None:
-    """The first `name : value` of a file of the kernel's; None where there is none."""
+    """The value of the first line `name : value` of a file such as /proc/cpuinfo, or None."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:
@@ -68,42 +69,43 @@ def read_field(path: str, name: str) -> str | None:
 
 
 @dataclass
-class Neighbours:
-    """How busy the machine was with other work between construction and `share`: a figure that says how calm it was."""
+class OtherLoad:
+    """Measures the CPU time that other work takes on the machine, from `start` to `share`."""
 
     began: float
     busy_s: float | None
     own_s: float
 
     @classmethod
-    def watch(cls) -> "Neighbours":
+    def start(cls) -> "OtherLoad":
         return cls(time.monotonic(), machine_busy_s(), own_cpu_s())
 
     def share(self) -> float | None:
-        """CPU time of processes that are not this one's children, as a share of all cores; None where unknown.
+        """CPU time of processes other than this one and its children, as a share of all cores; None if unknown.
 
-        Children count once they have ended and been waited for.
+        A child counts as other work until it has ended and has been waited for.
         """
-        busy_s, wall_s = machine_busy_s(), time.monotonic() - self.began
+        busy_s = machine_busy_s()
+        wall_s = time.monotonic() - self.began
         if busy_s is None or self.busy_s is None or not wall_s:
             return None
         others_s = (busy_s - self.busy_s) - (own_cpu_s() - self.own_s)
         return max(0.0, others_s / (wall_s * (os.cpu_count() or 1)))
 
 
-def wait_until_quiet(most_s: float, *, share: float = 0.05, sample_s: float = 5.0) -> None:
-    """Wait until other work takes less than `share` of the machine, `most_s` at most, and not where that is unknown."""
-    ends = time.monotonic() + most_s
+def wait_until_quiet(max_s: float, *, share: float = 0.05, sample_s: float = 5.0) -> None:
+    """Wait until other work takes less than `share` of the machine, at most `max_s`; returns if that is unknown."""
+    ends = time.monotonic() + max_s
     while time.monotonic() < ends:
-        neighbours = Neighbours.watch()
+        other_load = OtherLoad.start()
         time.sleep(sample_s)
-        taken = neighbours.share()
+        taken = other_load.share()
         if taken is None or taken < share:
             return
 
 
 def machine_busy_s() -> float | None:
-    """CPU seconds of everything on this machine since it started (proc(5): user, nice, system, irq, softirq, steal)."""
+    """CPU seconds of all work since the machine started (proc(5): user, nice, system, irq, softirq, steal)."""
     try:
         first = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     except OSError:

@@ -1,12 +1,13 @@
-"""A benchmark's matrix: named sides, each a command line, over cases that fill in the commands' placeholders.
+"""The matrix of a benchmark: named sides, each a command line, and cases that fill in the placeholders of commands.
 
-A side's command is run by no shell. It leaves its figures as one flat JSON object at the path that stands for
-`{result}`: numbers are measures, anything else (a loss curve) is kept as it is.
+Commands are run without a shell. A side writes its figures as one flat JSON object to the path that replaces
+`{result}`: numbers are measures, and anything else (a loss curve) is stored unchanged.
 """
 
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -16,14 +17,14 @@ from ptune_dist.config.schema import NotNegative, Positive, Section
 from ptune_dist.config.yaml_file import read_yaml
 from ptune_dist.errors import UserError
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]  # names files
-# What every command may use beside `values`: the interpreter, where to leave the result, a scratch folder of this one
-# run, the folder that all runs of the benchmark share, and which repeat this is (0, 1, ...).
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]  # used in file names
+# Placeholders of every command in addition to `values`: the interpreter, the path of the result, a scratch folder of
+# this run, a folder shared by all runs of the benchmark, and the number of the repeat (from 0).
 BUILT_IN = ("python", "result", "work", "shared", "repeat")
 
 
 class Agreement(Section):
-    """All sides must report the same `measure`, a number or a list of numbers."""
+    """All sides must report the same value of `measure`, a number or a list of numbers."""
 
     measure: str
     tolerance: Annotated[float, Field(gt=0)]  # largest absolute difference
@@ -32,8 +33,8 @@ class Agreement(Section):
 class Case(Section):
     name: Name
     about: str = ""
-    values: dict[str, str | int | float] = {}  # placeholder -> what stands for it in the commands
-    sides: list[str] | None = None  # some of the matrix's sides; all where left out
+    values: dict[str, str | int | float] = {}  # placeholder -> its replacement in the commands
+    sides: list[str] | None = None  # a subset of the matrix's sides; default: all
     repeats: Positive | None = None
     warm_up: NotNegative | None = None
     agree: Agreement | None = None
@@ -43,14 +44,14 @@ class Matrix(Section):
     name: Name
     about: str = ""
     sides: dict[Name, str]  # name -> command
-    baseline: str | None = None  # the side that the others are compared with
+    baseline: str | None = None  # the side to which the others are compared
     cases: Annotated[list[Case], Field(min_length=1)]
     repeats: Positive = 3
-    warm_up: NotNegative = 0  # runs of every side before those that count
+    warm_up: NotNegative = 0  # runs of every side that are not counted
     environment: dict[str, str] = {}  # set for every command
-    prepare: list[str] = []  # commands run once, first
+    prepare: list[str] = []  # commands that are run once, first
     timeout_s: Positive = 1800  # of one command
-    quiet_wait_s: NotNegative = 0  # before each run, wait so long at most for other work on the machine to pause
+    quiet_wait_s: NotNegative = 0  # before each run, how long to wait for other work on the machine to pause
 
     @model_validator(mode="after")
     def check_names(self) -> "Matrix":
@@ -61,7 +62,7 @@ class Matrix(Section):
                 raise ValueError(f"{side!r} is not among the sides: {', '.join(self.sides)}")
         names = [case.name for case in self.cases]
         if len(set(names)) < len(names):
-            raise ValueError("cases: two cases have one name")
+            raise ValueError("cases: two cases have the same name")
         return self
 
     def sides_of(self, case: Case) -> list[str]:
@@ -69,12 +70,12 @@ class Matrix(Section):
 
 
 def load_matrix(path: str | Path) -> Matrix:
-    """Read and check a matrix. Raises UserError naming the file and the key."""
+    """Read and check a matrix. Raises UserError that names the file and the key."""
     try:
         matrix = Matrix.model_validate(read_yaml(path))
     except ValidationError as error:
         raise UserError(f"{path}: {describe(error)}") from None
-    filler = dict.fromkeys(BUILT_IN, "x")
+    filler: dict[str, object] = dict.fromkeys(BUILT_IN, "x")
     for command in matrix.prepare:
         fill_command(command, filler, f"{path}: prepare")
     for case in matrix.cases:
@@ -88,24 +89,27 @@ def describe(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        section = Case if first["loc"][0] == "cases" and len(first["loc"]) == 3 else Matrix
-        known = Agreement if "agree" in first["loc"][:-1] else section
-        return f"unknown key {key}, known here: {', '.join(known.model_fields)}"
+        section = Matrix
+        if "agree" in first["loc"][:-1]:
+            section = Agreement
+        elif first["loc"][0] == "cases" and len(first["loc"]) == 3:
+            section = Case
+        return f"unknown key {key}, known here: {', '.join(section.model_fields)}"
     if first["type"] == "missing":
         return f"{key} is missing"
     return f"{key}: {first['msg']}" if key else first["msg"].removeprefix("Value error, ")
 
 
-def fill_command(command: str, values: dict[str, object], where: str) -> list[str]:
-    """The words of a command with every `{name}` replaced, those that stand in a case's values too.
+def fill_command(command: str, values: Mapping[str, object], where: str) -> list[str]:
+    """The words of a command with every `{name}` replaced, also within a case's values.
 
-    Braces around anything but a name stay. Raises UserError.
+    Braces around anything else are kept. Raises UserError, which begins with `where`.
     """
 
     def replace(match: re.Match) -> str:
         name = match[1]
         if name not in values:
-            raise UserError(f"{where}: {{{name}}} stands for nothing, known here: {', '.join(values)}")
+            raise UserError(f"{where}: {{{name}}} is not defined, known here: {', '.join(values)}")
         return shlex.quote(str(values[name])) if name in BUILT_IN else str(values[name])
 
     pattern = r"\{([a-z][a-z0-9_]*)\}"
@@ -119,5 +123,5 @@ def fill_command(command: str, values: dict[str, object], where: str) -> list[st
 
 
 def built_in_values(*, result: Path | None, work: Path, shared: Path, repeat: int) -> dict[str, object]:
-    """What the placeholders of BUILT_IN stand for in one run."""
+    """The values of the BUILT_IN placeholders for one run."""
     return {"python": sys.executable, "result": result or "", "work": work, "shared": shared, "repeat": repeat}

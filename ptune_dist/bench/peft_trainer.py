@@ -1,17 +1,17 @@
-"""The peer: PEFT prompt tuning under the Hugging Face Trainer, told what to do by the same config as ours.
+"""The peer of a benchmark: PEFT prompt tuning under the Hugging Face Trainer, with the same config as our side.
 
     torchrun --nproc-per-node 2 -m ptune_dist.bench.peft_trainer CONFIG [KEY=VALUE ...] --micro-batch-size N --result F
 
 Base, rows, tokens, starting vectors, batch per step, AdamW, schedule, clipping and the DeepSpeed JSON come from the
-config; evaluation and checkpoints are off. The Trainer groups rows of like length in its own way. What a micro-batch is
-(rows per rank) and how often losses are logged are the peer's own settings.
+config; evaluation and checkpoints are off. The Trainer groups rows by length in its own way. The size of a micro-batch
+(rows per rank) and the interval of logged losses are settings of the peer.
 """
 
-import argparse
 import os
 import sys
 import warnings
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -20,11 +20,19 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import torch.distributed as dist  # noqa: E402
 from peft import PromptTuningConfig, TaskType, get_peft_model  # noqa: E402
 from torch import nn  # noqa: E402
-from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+from torch.utils.data import Dataset  # noqa: E402
+from transformers import (  # noqa: E402
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from ptune_dist.base.layers import embedding_width  # noqa: E402
 from ptune_dist.base.load import fill_whole  # noqa: E402
 from ptune_dist.base.source import load_shape, load_tokenizer  # noqa: E402
+from ptune_dist.bench.arguments import side_parser  # noqa: E402
 from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result  # noqa: E402
 from ptune_dist.bench.work import share_of_peak, useful_flops  # noqa: E402
 from ptune_dist.config.load import load_config  # noqa: E402
@@ -37,11 +45,11 @@ from ptune_dist.prompts.build import build_prompt  # noqa: E402
 from ptune_dist.prompts.method import BaseFacts  # noqa: E402
 from ptune_dist.run.reading import build_reading  # noqa: E402
 
-IGNORED = -100  # labels that transformers leaves out of the loss
+IGNORED = -100  # the label of tokens that transformers leaves out of the loss
 
 
-def build_model(config: Config, tokenizer) -> nn.Module:
-    """The base under PEFT with our starting vectors. Made before the TrainingArguments: DeepSpeed shards it later."""
+def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """The base under PEFT with our initial vectors. Call it before making TrainingArguments: DeepSpeed shards later."""
     opened = open_any(
         config.model.path,
         dtype=getattr(torch, config.model.dtype),
@@ -59,19 +67,22 @@ def build_model(config: Config, tokenizer) -> nn.Module:
     model = get_peft_model(
         base, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(vectors), token_dim=width)
     )
-    model.prompt_encoder["default"].embedding.weight.data.copy_(vectors)
+    encoder = cast(nn.ModuleDict, model.prompt_encoder)["default"]
+    encoder.get_parameter("embedding.weight").data.copy_(vectors)
     return model
 
 
 def build_arguments(config: Config, *, micro_batch_size: int, log_steps: int, world_size: int) -> TrainingArguments:
-    """The config in the Trainer's words. Raises UserError for what the peer cannot be told."""
+    """The config as arguments of the Trainer. Raises UserError for what the peer does not support."""
     train = config.train
     accumulation, rest = divmod(train.batch_size, micro_batch_size * world_size)
     if rest:
-        raise UserError(f"--micro-batch-size: {micro_batch_size} rows on {world_size} ranks do not divide a batch of "
-                        f"{train.batch_size}")  # fmt: skip
+        raise UserError(
+            f"--micro-batch-size: {micro_batch_size} rows on {world_size} ranks do not divide a batch of "
+            f"{train.batch_size}"
+        )
     if train.optimizer != "adamw":
-        raise UserError(f"train.optimizer: the peer is set up for adamw, not {train.optimizer}")
+        raise UserError(f"train.optimizer: the peer supports adamw, not {train.optimizer}")
     return TrainingArguments(
         output_dir=config.output_dir,
         max_steps=train.max_steps,
@@ -103,16 +114,17 @@ def build_arguments(config: Config, *, micro_batch_size: int, log_steps: int, wo
 
 
 def build_rows(examples: Examples) -> list[dict[str, list[int]]]:
-    """Our own token ids; the input is not supervised."""
+    """Our token ids, with labels at the target only."""
     rows = []
     for i in range(len(examples)):
-        before, after = examples.input_ids(i).tolist(), examples.target_ids(i).tolist()
-        rows.append({"input_ids": before + after, "labels": [IGNORED] * len(before) + after})
+        text = examples.input_ids(i).tolist()
+        target = examples.target_ids(i).tolist()
+        rows.append({"input_ids": text + target, "labels": [IGNORED] * len(text) + target})
     return rows
 
 
 def collate(rows: list[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad on the right to the longest row."""
+    """A batch of rows, padded on the right to the longest."""
     width = max(len(row["input_ids"]) for row in rows)
 
     def stack(name: str, filler: int) -> torch.Tensor:
@@ -124,7 +136,7 @@ def collate(rows: list[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Te
 
 @dataclass
 class Count:
-    """This rank's rows and real tokens in every optimizer step."""
+    """This rank's rows and tokens, without padding, in every optimizer step."""
 
     rows: list[int]
     tokens: list[int]
@@ -146,19 +158,32 @@ class Count:
 
 
 class Watch(TrainerCallback):
-    """Tells the probe and the count where the Trainer is."""
+    """Tells the probe and the count when the Trainer begins training, and begins or ends a step."""
 
     def __init__(self, probe: Probe, count: Count):
-        self.probe, self.count = probe, count
+        self.probe = probe
+        self.count = count
 
-    def on_train_begin(self, *args, **kwargs) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.probe.base_loaded()
 
-    def on_step_begin(self, *args, **kwargs) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.count.begin_step()
 
-    def on_step_end(self, *args, **kwargs) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.probe.step_done()
+
+
+class CountingTrainer(Trainer):
+    """A Trainer that counts what reaches the model, without what the data loader has read ahead."""
+
+    def __init__(self, count: Count, **options: Any):
+        super().__init__(**options)
+        self._count = count
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._count.add(inputs["attention_mask"])
+        return super().training_step(model, inputs, *args, **kwargs)
 
 
 def build_result(trainer: Trainer, probe: Probe, count: Count) -> dict:
@@ -171,55 +196,57 @@ def build_result(trainer: Trainer, probe: Probe, count: Count) -> dict:
     rows, tokens = count.over_ranks()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     result = {"steps": len(rows), "world_size": len(gathered), **memory, "loss_curve": losses}
-    return result | (steady_figures(window_s, sum(cpu for _, cpu in gathered), rows, tokens) if is_timed else {})
+    if is_timed:
+        result |= steady_figures(window_s, sum(cpu for _, cpu in gathered), rows, tokens)
+    return result
 
 
 def run_peer(config: Config, *, micro_batch_size: int, log_steps: int) -> dict:
     """Train and return the figures. Collective: every rank must call. Raises UserError."""
-    # DeepSpeed's calls by old names warn thousands of times a run; our side is spared them too.
+    # DeepSpeed calls deprecated names, with thousands of warnings per run; our side silences them too.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\..* is deprecated")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = load_tokenizer(config.model.path, load_shape(config.model.path))
     reading = build_reading(config)
-    examples = build_split(config.data, reading.encoding(config), which="train").examples
-    rows = build_rows(examples)
+    split = build_split(config.data, reading.encoding(config), which="train")
+    assert split is not None, "data.train is required"
     model = build_model(config, tokenizer)
     arguments = build_arguments(
-        config, micro_batch_size=micro_batch_size, log_steps=log_steps or config.train.max_steps, world_size=world_size
+        config,
+        micro_batch_size=micro_batch_size,
+        log_steps=log_steps or config.train.max_steps,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )
-    probe, count = Probe(), Count([], [])
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-    class CountingTrainer(Trainer):
-        """Counts what reaches the model, not what the data loader has read ahead."""
-
-        def training_step(self, model, inputs, *args, **kwargs):
-            count.add(inputs["attention_mask"])
-            return super().training_step(model, inputs, *args, **kwargs)
-
+    probe = Probe()
+    count = Count([], [])
+    pad_id = cast(int, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
     trainer = CountingTrainer(
-        model=model, args=arguments, train_dataset=rows, data_collator=lambda batch: collate(batch, pad_id),
+        count,
+        model=model,
+        args=arguments,
+        train_dataset=cast(Dataset, build_rows(split.examples)),  # any sequence will do
+        data_collator=lambda rows: collate(rows, pad_id),
         callbacks=[Watch(probe, count)],
-    )  # fmt: skip
+    )
     trainer.train()
     result = build_result(trainer, probe, count)
     if "samples_per_s" in result:
-        flops = useful_flops(
-            model.base_model, examples.lengths.tolist(), examples.num_targets.tolist(),
-            num_virtual=config.prompt.num_virtual_tokens, recomputes=False,
-        )  # fmt: skip
-        per_token = flops / int(examples.lengths.sum())
-        result |= share_of_peak(model.base_model, per_token * result["tokens_per_s"])
+        base = cast(PreTrainedModel, model.base_model)
+        result |= count_work(base, split.examples, config.prompt.num_virtual_tokens, result["tokens_per_s"])
     return result
 
 
+def count_work(base: PreTrainedModel, examples: Examples, num_virtual: int, tokens_per_s: float) -> dict[str, float]:
+    """Useful work per second, and its share of the rate of plain matrix products. Collective: every rank must call."""
+    flops = useful_flops(
+        base, examples.lengths.tolist(), examples.num_targets.tolist(), num_virtual=num_virtual, recomputes=False
+    )
+    return share_of_peak(base, flops / int(examples.lengths.sum()) * tokens_per_s)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser = side_parser(__doc__)
     parser.add_argument("--micro-batch-size", type=int, required=True, help="rows that one rank processes at a time")
-    parser.add_argument("--log-steps", type=int, default=0, help="log the loss every so many steps; 0: at the end only")
-    parser.add_argument("--result", required=True)
+    parser.add_argument("--log-steps", type=int, default=0, help="steps between logged losses; 0: only the last")
     args = parser.parse_intermixed_args()
     try:
         config = load_config(args.config, args.overrides)
@@ -229,7 +256,7 @@ def main() -> int:
         return 2
     if dist.get_rank() == 0:
         write_result(args.result, result | {"micro_batch_size": args.micro_batch_size})
-    dist.destroy_process_group()  # as in ours: gloo's threads may abort a process that leaves without
+    dist.destroy_process_group()  # without this, gloo's threads may abort the process at exit
     return 0
 
 

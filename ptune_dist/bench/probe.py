@@ -1,7 +1,7 @@
-"""What a side measures about itself, the same way for every side: wall-clock time of its steps and its memory.
+"""Measure a side's own steps and memory, in the same way for every side.
 
-Steady state is from the end of the fifth step (or a later one) to the end of the last: whatever happens between two
-steps (data, logging) is in it. Memory on a CPU is what is resident, by the kernel's high-water mark, which
+The steady state is the time from the end of the fifth step (or a later one) to the end of the last, including anything
+between steps (data, logging). Memory on a CPU is resident memory; its peak is the high-water mark of the kernel, which
 `base_loaded` resets.
 """
 
@@ -24,23 +24,24 @@ class Probe:
         self._peak_before = 0
 
     def base_loaded(self) -> None:
-        """The base is loaded and sharded, training has not begun: what is held now is the base's."""
+        """Call when the base is loaded and sharded, before training: the memory held now is the base's."""
         self._peak_before = peak_bytes() or 0
         self._base_bytes = held_bytes() if reset_peak() else None
 
     def step_done(self) -> None:
-        """An optimizer step has ended."""
+        """Call at the end of an optimizer step."""
         synchronize()
         self._ends.append((time.perf_counter(), time.process_time()))
 
     def window(self) -> tuple[float, float]:
         """Wall-clock and CPU seconds from the end of the last warm-up step to the end of the last step."""
         assert len(self._ends) > self.num_warm_up, f"{len(self._ends)} steps leave nothing after the warm-up"
-        (began, cpu_began), (ended, cpu_ended) = self._ends[self.num_warm_up - 1], self._ends[-1]
+        began, cpu_began = self._ends[self.num_warm_up - 1]
+        ended, cpu_ended = self._ends[-1]
         return ended - began, cpu_ended - cpu_began
 
     def memory(self) -> dict[str, int]:
-        """peak_memory_bytes, and extra_memory_bytes: the peak beyond the loaded base. Without a gauge, neither."""
+        """peak_memory_bytes, and extra_memory_bytes: the peak minus the base. Empty if the system reports neither."""
         peak = peak_bytes()
         if peak is None:
             return {}
@@ -53,12 +54,13 @@ class Probe:
 def steady_figures(
     window_s: float, cpu_s: float, step_rows: list[int], step_tokens: list[int], num_warm_up: int = NUM_WARM_UP_STEPS
 ) -> dict[str, float]:
-    """Throughput after the warm-up from the window's wall-clock seconds and from every step's rows and real tokens.
+    """Throughput after the warm-up, from the window's wall-clock seconds and the rows and tokens of every step.
 
-    `cpu_s`, rows and tokens are those of all ranks. CPU seconds per 1,000 tokens mostly leave out waiting, for another
-    rank or for a core; a slower core, by a shared cache or a busy host, is still in them.
+    `cpu_s`, rows and tokens are those of all ranks; padding does not count. CPU seconds per 1,000 tokens mostly exclude
+    time spent waiting for another rank or for a core, but include slowdowns from a shared cache or a busy host.
     """
-    rows, tokens = sum(step_rows[num_warm_up:]), sum(step_tokens[num_warm_up:])
+    rows = sum(step_rows[num_warm_up:])
+    tokens = sum(step_tokens[num_warm_up:])
     return {
         "samples_per_s": rows / window_s,
         "tokens_per_s": tokens / window_s,
@@ -79,17 +81,17 @@ def synchronize() -> None:
 
 
 def held_bytes() -> int | None:
-    """Memory held now: allocated on the GPU, or resident without one."""
+    """Memory held now: allocated on the GPU, or resident if there is no GPU. None if the system does not report it."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else status_bytes("VmRSS")
 
 
 def peak_bytes() -> int | None:
-    """The most held since the start or the last reset."""
+    """Peak memory since the start or the last reset."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status_bytes("VmHWM")
 
 
 def reset_peak() -> bool:
-    """Start a new high-water mark; False where the system has no way to."""
+    """Reset the peak to the memory held now; False if the system does not support that."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return True
@@ -101,7 +103,7 @@ def reset_peak() -> bool:
 
 
 def status_bytes(name: str) -> int | None:
-    """A line of /proc/self/status in bytes; None on a system without it."""
+    """The value of a line of /proc/self/status in bytes, or None."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

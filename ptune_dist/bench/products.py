@@ -1,9 +1,9 @@
-"""One frozen linear layer, forward and backward to its input, in one of the ways to hold its weight.
+"""Measure one frozen linear layer, forward and backward to its input, with its weight stored in one of several ways.
 
     python -m ptune_dist.bench.products SIDE --outputs 5632 --inputs 2048 --tokens 512 --dtype float32 --result FILE
 
 SIDE: `float`; `int8` (the default of model.quantization=int8); `llm-int8` (int8_activations); `linear8bitlt`
-(bitsandbytes' own module, as PEFT has it).
+(the module of bitsandbytes, as PEFT uses it).
 """
 
 import argparse
@@ -19,16 +19,22 @@ from ptune_dist.base.int8 import Int8Linear, quantize_rows
 from ptune_dist.bench.probe import synchronize, write_result
 
 SIDES = ("float", "int8", "llm-int8", "linear8bitlt")
-NUM_REPEATS, NUM_WARM_UP = 15, 3
+NUM_REPEATS = 15
+NUM_WARM_UP = 3
 
 
 def build_layer(side: str, weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+    """A frozen linear layer that stores `weight` [outputs, inputs] as `side` does."""
     num_outputs, num_inputs = weight.shape
     if side == "linear8bitlt":
-        import bitsandbytes
+        from bitsandbytes.nn.modules import Int8Params, Linear8bitLt
 
-        layer = bitsandbytes.nn.Linear8bitLt(num_inputs, num_outputs, bias=False, has_fp16_weights=False, threshold=6.0)
-        layer.weight = bitsandbytes.nn.Int8Params(weight.to(dtype), requires_grad=False, has_fp16_weights=False)
+        layer = Linear8bitLt(num_inputs, num_outputs, bias=False, has_fp16_weights=False, threshold=6.0)
+        layer.weight = Int8Params(
+            weight.to(dtype),
+            requires_grad=False,
+            has_fp16_weights=False,  # pyright: ignore[reportCallIssue]  # an argument of its __new__
+        )
         return layer.to(weight.device)
     if side == "float":
         layer = nn.Linear(num_inputs, num_outputs, bias=False, device=weight.device, dtype=dtype)
@@ -42,7 +48,7 @@ def build_layer(side: str, weight: torch.Tensor, dtype: torch.dtype) -> nn.Modul
 
 
 def measure(layer: nn.Module, x: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
-    """Median milliseconds, bytes of activations kept for backward, and the output's error against float64."""
+    """Median milliseconds, bytes of activations saved for backward, and the output's error relative to float64."""
     kept: list[torch.Tensor] = []
     weights = {parameter.data_ptr() for parameter in layer.parameters()}
 
@@ -51,7 +57,8 @@ def measure(layer: nn.Module, x: torch.Tensor, wanted: torch.Tensor) -> dict[str
             kept.append(tensor)
         return tensor
 
-    forward, backward = [], []
+    forward: list[float] = []
+    backward: list[float] = []
     for _ in range(NUM_WARM_UP + NUM_REPEATS):
         kept.clear()
         x.grad = None
@@ -60,7 +67,7 @@ def measure(layer: nn.Module, x: torch.Tensor, wanted: torch.Tensor) -> dict[str
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             y = layer(x)
         synchronize()
-        kept += [t for t in getattr(y.grad_fn, "tensors", ()) if t is not None]  # bitsandbytes keeps its own list
+        kept += [t for t in getattr(y.grad_fn, "tensors", ()) if t is not None]  # bitsandbytes has its own list
         middle = time.perf_counter()
         y.backward(y.detach())
         synchronize()
@@ -85,7 +92,8 @@ def main() -> int:
     parser.add_argument("--result", required=True)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype)
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(args.outputs, args.inputs, generator=generator) * 0.02).to(device)
     x = torch.randn(1, args.tokens, args.inputs, generator=generator).to(device, dtype).requires_grad_()

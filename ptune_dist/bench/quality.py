@@ -1,12 +1,12 @@
-"""What each placement learns on the shipped base, at equal steps and at equal training time.
+"""Measure what each placement learns on the shipped base, at equal steps and at equal training time.
 
     python -m ptune_dist.bench.quality --out docs/benchmarks/placement_quality.json --document docs/concepts.md
 
-`--document` puts the table of an earlier --out, or of this one, between the document's quality marks.
+`--document` puts the table between the document's quality marks; with `--again`, that of an earlier --out.
 
-Tasks are two of the skills that the shipped base has; words are those of the quickstart's data, which the base was
-never shown with a skill. Time is training time of this machine, evaluations left out; what a placement saves shows
-where rows are long, not here, where an input is nine letters.
+The tasks are two of the skills of the shipped base; the words are those of the quickstart's data, which the base has
+never seen with a skill. Time is training time on this machine, without evaluations. What a placement saves is visible
+with long rows, not here, where an input is at most nine letters.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from ptune_dist.bench.machine import describe_commit, describe_hardware, describ
 from ptune_dist.bench.probe import write_result
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from ptune_dist.tiny.text import SKILLS
 from ptune_dist.train import train
 
 TASKS = ("upper", "reverse")
-# placement -> the template's text
+# placement -> template
 PLACEMENTS = {
     "prefix": "{{ word }} =",
     "infix": "{{ word }} =",
@@ -34,29 +34,40 @@ PLACEMENTS = {
 }
 CONFIG = Path("configs/quickstart.yaml")
 SHORTEST_STEPS = 20
-MARK, END = "<!-- quality -->", "<!-- end quality -->"
+MARK = "<!-- quality -->"
+END = "<!-- end quality -->"
 
 
 def write_task(folder: Path, task: str) -> tuple[Path, Path]:
-    """Training and validation rows of a skill over the quickstart's words."""
+    """Write the training and the validation rows of a skill on the quickstart's words; returns their files."""
+    answer, _ = SKILLS[task]
     files = []
     for which in ("train", "validation"):
-        words = [json.loads(line)["word"] for line in Path(f"configs/tiny/data/{which}.jsonl").read_text().splitlines()]
-        files.append(folder / f"{task}-{which}.jsonl")
-        files[-1].write_text("".join(json.dumps({"word": w, "answer": SKILLS[task][0](w)}) + "\n" for w in words))
+        lines = Path(f"configs/tiny/data/{which}.jsonl").read_text().splitlines()
+        words = [json.loads(line)["word"] for line in lines]
+        file = folder / f"{task}-{which}.jsonl"
+        file.write_text("".join(json.dumps({"word": word, "answer": answer(word)}) + "\n" for word in words))
+        files.append(file)
     return files[0], files[1]
 
 
 def run(folder: Path, task: str, placement: str, num_steps: int, seed: int) -> dict[str, float]:
-    """Train once; exact match on held-out words and seconds of training."""
+    """Train once; returns exact match on held-out words, and seconds of training."""
     rows, held_out = write_task(folder, task)
     out = folder / f"{task}-{placement}-{num_steps}-{seed}"
     overrides = [
-        f"output_dir={out}", f"seed={seed}", f"data.train={rows}", f"data.validation={held_out}",
-        f"train.max_steps={num_steps}", "evaluate.every=0", "evaluate.num_samples=0", "checkpoint.every=0",
-        f"prompt.placement={placement.partition(',')[0]}", f"data.template={PLACEMENTS[placement]}",
+        f"output_dir={out}",
+        f"seed={seed}",
+        f"data.train={rows}",
+        f"data.validation={held_out}",
+        f"data.template={PLACEMENTS[placement]}",
+        f"prompt.placement={placement.partition(',')[0]}",
+        f"train.max_steps={num_steps}",
+        "evaluate.every=0",
+        "evaluate.num_samples=0",
+        "checkpoint.every=0",
         "deepspeed=configs/deepspeed/zero0_fp32.json",
-    ]  # fmt: skip
+    ]
     if "cached" in placement:
         overrides.append("train.context_cache_gib=1")
     assert train(load_config(CONFIG, overrides)) == 0
@@ -78,7 +89,7 @@ def compare(folder: Path, task: str, num_steps: int, seeds: range) -> dict[str, 
 
 
 def render_table(content: dict) -> str:
-    """Markdown: mean exact match over seeds, at equal steps and at equal time, and seconds of the equal steps."""
+    """A Markdown table of mean exact match, steps and seconds over seeds, at equal steps and at equal time."""
     header = ["", *(f"`{task}`, {which}" for task in TASKS for which in ("equal steps", "equal time"))]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for placement in PLACEMENTS:
@@ -86,15 +97,15 @@ def render_table(content: dict) -> str:
         for task in TASKS:
             runs = content["tasks"][task][placement]
             for which in ("equal_steps", "equal_time"):
-                match, seconds, steps = (
-                    statistics.mean(run[which][key] for run in runs) for key in ("exact_match", "train_s", "steps")
-                )
-                cells.append(f"{match:.2f} ({steps:.0f} steps, {seconds:.0f} s)")
+                names = ("exact_match", "train_s", "steps")
+                mean = {name: statistics.mean(run[which][name] for run in runs) for name in names}
+                cells.append(f"{mean['exact_match']:.2f} ({mean['steps']:.0f} steps, {mean['train_s']:.0f} s)")
         lines.append([f"`{placement}`", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def fill_document(path: Path, content: dict) -> None:
+    """Replace the table between the document's quality marks. Raises UserError."""
     text = path.read_text(encoding="utf-8")
     before, found, rest = text.partition(MARK)
     _, closed, after = rest.partition(END)
@@ -107,7 +118,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--document", type=Path)
-    parser.add_argument("--again", action="store_true", help="the document alone, from what --out holds")
+    parser.add_argument("--again", action="store_true", help="only fill the document, from an existing --out")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A result JSON as tables: for the terminal, and for a document, whose figures are copied and never typed.
+"""Render a result JSON as tables, for the terminal and for documents, whose figures are never typed by hand.
 
 `python -m ptune_dist.bench.report docs/benchmarks/README.md` fills every block of that file that begins with
 `<!-- result FILE.json -->` and ends with `<!-- end -->` from FILE.json beside it.
@@ -17,20 +17,30 @@ from rich.table import Table
 from ptune_dist.errors import UserError
 
 MIB = 1 << 20
-# measure -> (heading, how a figure is shown); what else a side reports is in the JSON alone
+
+
+def show_mib(num_bytes: float) -> str:
+    return f"{num_bytes / MIB:,.0f}"
+
+
+def show_kib(num_bytes: float) -> str:
+    return f"{num_bytes / 1024:,.0f}"
+
+
+# measure -> (heading, how a figure is shown); other measures are in the JSON only
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "samples_per_s": ("samples/s", "{:.2f}".format),
     "tokens_per_s": ("tokens/s", "{:,.0f}".format),
     "cpu_s_per_1000_tokens": ("CPU s/1k tokens", "{:.2f}".format),
-    "peak_memory_bytes": ("peak MiB", lambda value: f"{value / MIB:,.0f}"),
-    "extra_memory_bytes": ("extra MiB", lambda value: f"{value / MIB:,.0f}"),
+    "peak_memory_bytes": ("peak MiB", show_mib),
+    "extra_memory_bytes": ("extra MiB", show_mib),
     "matmul_share": ("of matmul peak", "{:.2f}".format),
     "load_s": ("load s", "{:.2f}".format),
-    "peak_over_base_bytes": ("peak MiB in loading", lambda value: f"{value / MIB:,.0f}"),
-    "base_bytes": ("base MiB held", lambda value: f"{value / MIB:,.0f}"),
+    "peak_over_base_bytes": ("peak MiB in loading", show_mib),
+    "base_bytes": ("base MiB held", show_mib),
     "of_float32": ("of float32's share", "{:.3f}".format),
     "of_bfloat16": ("of bfloat16's share", "{:.3f}".format),
-    "gathered_bytes": ("MiB gathered in a pass", lambda value: f"{value / MIB:,.0f}"),
+    "gathered_bytes": ("MiB gathered in a pass", show_mib),
     "read_of_share": ("read of file's share", "{:.3f}".format),
     "forward_ms": ("forward ms", "{:.2f}".format),
     "backward_ms": ("backward ms", "{:.2f}".format),
@@ -38,25 +48,26 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "error": ("error", "{:.1e}".format),
     "save_ms": ("save ms", "{:.1f}".format),
     "slowest_save_ms": ("slowest save ms", "{:.1f}".format),
-    "save_bytes": ("KiB saved", lambda value: f"{value / 1024:,.0f}"),
-    "prompt_bytes": ("KiB of the prompt", lambda value: f"{value / 1024:,.0f}"),
+    "save_bytes": ("KiB saved", show_kib),
+    "prompt_bytes": ("KiB of the prompt", show_kib),
     "of_allowed_bytes": ("of 4 prompts + 64 KiB", "{:.2f}".format),
     "seconds": ("seconds", "{:.1f}".format),
     "found_s": ("seconds until found", "{:.1f}".format),
     "steps_to_repeat": ("steps done again", "{:.0f}".format),
 }
-TIMED = ("samples_per_s", "load_s", "forward_ms", "save_ms", "seconds")  # a case with none checks agreement only
+TIMED = ("samples_per_s", "load_s", "forward_ms", "save_ms", "seconds")  # a case without these only checks agreement
 BLOCK = re.compile(r"(<!-- result (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def shown_measures(case: dict[str, Any]) -> list[str]:
-    """The columns that some side of a case has."""
+    """The columns that at least one side of a case has."""
     return [name for name in COLUMNS if any(name in side for side in case["sides"].values())]
 
 
 def case_rows(case: dict[str, Any], baseline: str | None, gap: str) -> list[list[str]]:
-    """A row per side, median and spread with `gap` between; then a row per ratio to the baseline."""
-    names, rows = shown_measures(case), []
+    """A row per side, with median, `gap` and spread; then a row per ratio to the baseline."""
+    names = shown_measures(case)
+    rows = []
     for side, figures in case["sides"].items():
         rows.append([side, *(show_spread(name, figures[name], gap) if name in figures else "" for name in names)])
     for side, ratios in case["ratios"].items():
@@ -66,13 +77,14 @@ def case_rows(case: dict[str, Any], baseline: str | None, gap: str) -> list[list
 
 
 def show_spread(name: str, figure: dict[str, float], gap: str) -> str:
-    """`median (least-most)`."""
+    """`median (minimum-maximum)`."""
     show = COLUMNS[name][1]
     median, least, most = (show(figure[key]) for key in ("median", "min", "max"))
     return median if least == most else f"{median}{gap}({least}-{most})"
 
 
 def describe_agreement(case: dict[str, Any]) -> str | None:
+    """Whether the sides of a case agree; None if the case does not ask."""
     found = case["agreement"]
     if found is None:
         return None
@@ -83,7 +95,7 @@ def describe_agreement(case: dict[str, Any]) -> str | None:
 
 
 def describe_noise(content: dict[str, Any]) -> str | None:
-    """How much of the machine other work took while the sides ran."""
+    """The share of the machine that other work took while the sides ran; None if unknown."""
     shares = [run["others_cpu_share"] for case in content["cases"] for run in case["runs"]]
     known = sorted(share for share in shares if share is not None)
     if not known:
@@ -92,7 +104,7 @@ def describe_noise(content: dict[str, Any]) -> str | None:
 
 
 def render_tables(content: dict[str, Any]) -> list[Table | str]:
-    """A rich table per timed case, then a line per agreement and one on noise."""
+    """A rich table for each timed case, then a line for each agreement and one about other work."""
     parts: list[Table | str] = []
     for case in content["cases"]:
         if set(TIMED) & set(shown_measures(case)):
@@ -107,8 +119,9 @@ def render_tables(content: dict[str, Any]) -> list[Table | str]:
 
 
 def render_markdown(content: dict[str, Any]) -> str:
-    """The same for a document, with where and when."""
-    hardware, code = content["hardware"], content["code"] or {}
+    """The tables as Markdown, below a line with date, machine and versions."""
+    hardware = content["hardware"]
+    code = content["code"] or {}
     where = [
         content["date"][:10],
         f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_bytes'] / (1 << 30):.0f} GiB",
@@ -130,7 +143,7 @@ def render_markdown(content: dict[str, Any]) -> str:
 
 
 def fill_document(path: Path) -> None:
-    """Rewrite a document's result blocks from the JSON files beside it. Raises UserError."""
+    """Rewrite the result blocks of a document from the JSON files next to it. Raises UserError."""
     text = path.read_text(encoding="utf-8")
     if not BLOCK.search(text):
         raise UserError(f"{path}: no block that begins with <!-- result FILE.json --> and ends with <!-- end -->")

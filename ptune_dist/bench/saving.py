@@ -1,11 +1,10 @@
-"""One checkpoint of a run, measured: milliseconds of a save, its bytes, against the prompt's.
+"""Measure one checkpoint of a run: milliseconds of a save, and its bytes compared with the prompt's.
 
     torchrun --nproc-per-node 2 -m ptune_dist.bench.saving CONFIG [key.path=value ...] --result FILE
 
-A save is all that the loop waits for: tensors gathered, files written and flushed, the oldest removed.
+The time is what the loop waits for: gathering tensors, writing and flushing files, and removing the oldest checkpoint.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ptune_dist.base.layers import held_bytes
+from ptune_dist.bench.arguments import side_parser
 from ptune_dist.bench.probe import write_result
 from ptune_dist.config.load import load_config
 from ptune_dist.distributed.world import init_distributed, sum_over_ranks
@@ -36,12 +36,9 @@ def give_moments(engine: Engine) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--result", required=True)
-    args = parser.parse_intermixed_args()
-    config, world = load_config(args.config, args.overrides), init_distributed()
+    args = side_parser(__doc__).parse_intermixed_args()
+    config = load_config(args.config, args.overrides)
+    world = init_distributed()
     job = build_job(build_reading(config), world)
     give_moments(job.engine)
     progress = Progress({name: Standing() for name in job.members})
@@ -57,11 +54,15 @@ def main() -> int:
         newest = list_checkpoints(Path(config.output_dir) / "checkpoints")[-1]
         prompt_bytes = sum(t.nbytes for name in job.members for t in job.engine.prompt_tensors(name).values())
         save_bytes = sum(file.stat().st_size for file in newest.iterdir())
-        write_result(args.result, {
-            "save_ms": 1e3 * statistics.median(seconds), "slowest_save_ms": 1e3 * max(seconds),
-            "save_bytes": save_bytes, "prompt_bytes": prompt_bytes, "base_bytes": base_bytes,
+        result = {
+            "save_ms": 1e3 * statistics.median(seconds),
+            "slowest_save_ms": 1e3 * max(seconds),
+            "save_bytes": save_bytes,
+            "prompt_bytes": prompt_bytes,
+            "base_bytes": base_bytes,
             "of_allowed_bytes": save_bytes / (4 * prompt_bytes + 65536),
-        })  # fmt: skip
+        }
+        write_result(args.result, result)
     dist.destroy_process_group()
     return 0
 

@@ -1,4 +1,4 @@
-"""A base for benchmarks from a shape alone: its config.json, a tokenizer, and random weights where files are wanted.
+"""Make a base for benchmarks from a shape: its config.json, a tokenizer and, on request, files of random weights.
 
 `python -m ptune_dist.bench.shapes configs/shapes/llama_800m.json --out runs/base --weights bfloat16`
 """
@@ -18,7 +18,7 @@ SHARD_BYTES = 1 << 30
 
 
 def write_shape(shape: Path, out: Path) -> None:
-    """A folder that names the shape and has the benchmarks' tokenizer."""
+    """Write a folder with the shape and the tokenizer of the benchmarks."""
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(shape, out / "config.json")
     for file in SHAPE.glob("tokenizer*.json"):
@@ -26,15 +26,15 @@ def write_shape(shape: Path, out: Path) -> None:
 
 
 def write_weights(out: Path, dtype: torch.dtype, seed: int) -> None:
-    """Random weights in safetensors files of a gibibyte, and their index: one shard in memory at a time."""
+    """Write random weights to safetensors files of 1 GiB with an index; one file is in memory at a time."""
     weights = open_any(str(out), dtype=dtype, random_init=True, seed=seed).weights
-    where: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
 
     def close() -> None:
-        file = f"model-{len(set(where.values())) + 1:05d}.safetensors"
+        file = f"model-{len(set(file_of.values())) + 1:05d}.safetensors"
         save_file(shard, out / file, {"format": "pt"})
-        where.update(dict.fromkeys(shard, file))
+        file_of.update(dict.fromkeys(shard, file))
         shard.clear()
 
     for name, shape in weights.shapes.items():
@@ -43,7 +43,7 @@ def write_weights(out: Path, dtype: torch.dtype, seed: int) -> None:
             close()
     if shard:
         close()
-    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
 
 
 def main() -> None:

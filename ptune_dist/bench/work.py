@@ -1,66 +1,75 @@
-"""How much of a machine's matrix-multiplication peak useful work reaches.
+"""Compare useful work with a machine's peak rate of matrix multiplication.
 
-Useful work is counted the same for every side, from real tokens alone: what a plain pass would need for them, forward
-and backward to the inputs of frozen layers. A side that saves work can pass 1.
+Useful work is counted in the same way for every side: the operations that a plain pass needs for the tokens, without
+padding, forward and backward to the inputs of frozen layers. The ratio of a side that saves work can exceed 1.
 """
 
 import time
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from transformers import PreTrainedModel
 
 from ptune_dist.base.layers import hidden_size, layers_of
 from ptune_dist.bench.probe import synchronize
 
-PEAK_SECONDS, PEAK_ROWS = 1.0, 1024
+PEAK_S = 1.0
+PEAK_ROWS = 1024
+PRODUCTS_PER_TIMING = 5
 
 
 def useful_flops(
-    base: nn.Module, lengths: list[int], num_targets: list[int], *, num_virtual: int, recomputes: bool
+    base: PreTrainedModel, lengths: list[int], num_targets: list[int], *, num_virtual: int, recomputes: bool
 ) -> float:
     """Floating-point operations of rows with `lengths` tokens, `num_targets` of them supervised.
 
-    4N a token of the layers' N weights (6N with recomputation), attention over the virtual tokens and what precedes a
-    token, 12 a key and width (18 with recomputation), and the head at supervised positions, 4 a weight.
+    Per token: 4 for each weight of the layers (6 with recomputation), and 12 for each unit of width and each key that
+    the token attends to, virtual tokens included (18 with recomputation). Per supervised token: 4 for each weight of
+    the head.
     """
     layers = layers_of(base)
     per_layer = [sum(size_of(p) for p in layer.parameters() if len(shape_of(p)) == 2) for layer in layers]
-    width, passes = hidden_size(base), 3 if recomputes else 2
+    width = hidden_size(base)
+    passes = 3 if recomputes else 2
     tokens = sum(lengths)
     keys = sum(length * num_virtual + length * (length + 1) / 2 for length in lengths)
-    head = size_of(base.get_output_embeddings().weight)
-    return 2 * passes * (sum(per_layer) * tokens + 3 * keys * width * len(layers)) + 4 * head * sum(num_targets)
+    head = base.get_output_embeddings()
+    assert head is not None, "an encoder has no head over the vocabulary"
+    head_size = size_of(head.get_parameter("weight"))
+    return 2 * passes * (sum(per_layer) * tokens + 3 * keys * width * len(layers)) + 4 * head_size * sum(num_targets)
 
 
 def shape_of(parameter: torch.Tensor) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape aside
+    return getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 the parameter itself is empty
 
 
 def size_of(parameter: torch.Tensor) -> int:
     return shape_of(parameter).numel()
 
 
-def matmul_peak(base: nn.Module, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second that all ranks together reach now in plain products of the base's shapes. Collective."""
-    widest = max((shape_of(p) for p in layers_of(base)[0].parameters() if len(shape_of(p)) == 2), key=lambda s: s[0])
-    x, w = (torch.randn(n, widest[1], device=device).to(dtype) for n in (PEAK_ROWS, widest[0]))
+def matmul_peak(base: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second of all ranks together in plain products with the shape of the widest layer. Collective."""
+    shapes = [shape_of(parameter) for parameter in layers_of(base)[0].parameters()]
+    widest = max((shape for shape in shapes if len(shape) == 2), key=lambda shape: shape[0])
+    x = torch.randn(PEAK_ROWS, widest[1], device=device).to(dtype)
+    w = torch.randn(widest[0], widest[1], device=device).to(dtype)
     dist.barrier()
-    count, best, ends = 0, 0.0, time.perf_counter() + PEAK_SECONDS
-    while time.perf_counter() < ends or not count:
+    best = 0.0  # products per second
+    ends = time.perf_counter() + PEAK_S
+    while time.perf_counter() < ends or not best:
         synchronize()
         began = time.perf_counter()
-        for _ in range(5):
-            x @ w.T
+        for _ in range(PRODUCTS_PER_TIMING):
+            torch.mm(x, w.T)
         synchronize()
-        best, count = max(best, 5 / (time.perf_counter() - began)), count + 1
+        best = max(best, PRODUCTS_PER_TIMING / (time.perf_counter() - began))
     total = torch.tensor([best * 2 * PEAK_ROWS * widest.numel()], dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.item()
 
 
-def share_of_peak(base: nn.Module, flops_per_s: float) -> dict[str, float]:
-    """The figures of a side that does so much useful work. Collective: every rank must call."""
+def share_of_peak(base: PreTrainedModel, flops_per_s: float) -> dict[str, float]:
+    """Useful work per second, the machine's peak, and their ratio. Collective: every rank must call."""
     weight = next(p for p in layers_of(base)[0].parameters() if p.is_floating_point())
     peak = matmul_peak(base, weight.dtype, weight.device)
     return {"useful_flops_per_s": flops_per_s, "matmul_peak_per_s": peak, "matmul_share": flops_per_s / peak}

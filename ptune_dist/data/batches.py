@@ -18,8 +18,8 @@ from ptune_dist.data.encode import Examples
 Unit = tuple[int, tuple[int, ...]]
 # micro step -> rank -> units; a rank with an empty list takes part in the micro step with weight zero
 Plan = list[list[list[Unit]]]
-# Where examples have owners, an example may be moved to another rank while the busiest rank has more than so many times
-# the mean work: a movable one above the first limit, any example above the second.
+# If examples have owners, examples move to another rank while the busiest rank has more than this many times the mean
+# work: movable ones above the first limit, any others above the second.
 MAX_IMBALANCE = 1.05
 MAX_IMBALANCE_OF_FIXED = 1.3
 ONE_IN_MOVABLE = 4

@@ -7,7 +7,7 @@ from ptune_dist.distributed.world import World, sum_over_ranks
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.evaluator import Evaluation, Evaluator
 from ptune_dist.run.job import Job
-from ptune_dist.run.log import MetricsWriter
+from ptune_dist.run.metrics_log import MetricsWriter
 from ptune_dist.run.progress import Progress, checkpoint, rank_evaluation, store_prompt
 from ptune_dist.run.watch import Watch
 

@@ -1,7 +1,7 @@
-"""What each placement would cost and a context cache would hold, from token statistics: arithmetic, nothing is run.
+"""Estimate the cost of each placement and the size of a context cache from token counts, without running anything.
 
-Floor 6. Costs are in passes of the base's layers over a token: 2 for forward and the way back to the layers' inputs, 1
-where no gradient is wanted. Attention, a few percent of it on rows of some hundred tokens, and the head are left out.
+Costs are in passes of the base's layers over a token: 2 for forward and backward to the layers' inputs, 1 without
+gradient. The head is left out, and so is attention, which is a few percent for rows of some hundred tokens.
 """
 
 import statistics
@@ -20,7 +20,7 @@ GIB = 1 << 30
 
 
 def without_lead(contexts: list[np.ndarray]) -> list[int]:
-    """Lengths of contexts without the tokens that all of them begin with: those are computed once per job."""
+    """Lengths of contexts without the tokens that all of them begin with, which are computed once per job."""
     num_lead = min((count_equal(contexts[0], context) for context in contexts), default=0)
     return [len(context) - num_lead for context in contexts]
 
@@ -28,30 +28,32 @@ def without_lead(contexts: list[np.ndarray]) -> list[int]:
 def placement_costs(
     examples: Examples, num_virtual: float, *, num_members: int = 1, with_template: bool = False
 ) -> dict[str, float]:
-    """Mean passes per row and prompt of a causal base: with all of the input after the virtual tokens, before them, and
-    `with_template` as the examples' own contexts split it. `num_members` prompts read each row.
+    """Mean passes per row and prompt of a causal base, by placement; `num_members` prompts read each row.
+
+    prefix: the whole input follows the virtual tokens. infix: it precedes them. template, `with_template`: it is split
+    as the examples are.
     """
     rows = range(len(examples))
     inputs, targets = examples.widths.astype(np.float64).mean(axis=0)
-    # A text's last token is not read; virtual tokens that depend on no row are shared by those of a micro-batch.
+    # The last token of a text is not read. Virtual tokens that depend on no row are shared by a micro-batch.
     live = 2 * (num_virtual + targets - 1)
     whole = without_lead([examples.input_ids(i) for i in rows])
     costs = {
         "prefix": 2 * (inputs + targets - 1),
-        "infix": np.mean(whole) / num_members + live,
+        "infix": statistics.fmean(whole) / num_members + live,
         "infix, contexts cached": live,
     }
     if with_template:
         own = without_lead([examples.context_ids(i) for i in rows])
         rest = inputs - examples.num_context.mean()
         shared = 0 if any(own) else num_virtual
-        costs["template"] = np.mean(own) / num_members + live + 2 * (rest - shared)
+        costs["template"] = statistics.fmean(own) / num_members + live + 2 * (rest - shared)
         costs["template, contexts cached"] = live + 2 * (rest - shared)
     return {name: float(cost) for name, cost in costs.items()}
 
 
 def count_context_tokens(examples: Examples, *, all_of_input: bool, has_lead: bool) -> int:
-    """Tokens that a cache of all distinct contexts holds; with `all_of_input` of a placement that makes it one."""
+    """Tokens in a cache of all distinct contexts; with `all_of_input`, of a placement whose contexts are the inputs."""
     read = examples.input_ids if all_of_input else examples.context_ids
     distinct = {ids.tobytes(): ids for ids in map(read, range(len(examples)))}
     contexts = [ids for ids in distinct.values() if len(ids)]
@@ -59,12 +61,14 @@ def count_context_tokens(examples: Examples, *, all_of_input: bool, has_lead: bo
 
 
 def render_costs(examples: Examples, config: Config) -> Table:
-    """Placements of a causal base beside each other."""
+    """A table of the costs of placements of a causal base."""
     members = expand_sweep(config).values()
     costs = placement_costs(
-        examples, statistics.mean(member.prompt.num_virtual_tokens for member in members), num_members=len(members),
+        examples,
+        statistics.mean(member.prompt.num_virtual_tokens for member in members),
+        num_members=len(members),
         with_template=config.prompt.placement == "template",
-    )  # fmt: skip
+    )
     table = Table("placement", "passes of the layers per row" + (" and prompt" if config.sweep else ""), "of prefix")
     for name, cost in costs.items():
         table.add_row(name, f"{cost:,.0f}", f"{cost / costs['prefix']:.2f}")
@@ -78,15 +82,17 @@ def describe_cache(examples: Examples, config: Config, shape: PretrainedConfig, 
     tokens = count_context_tokens(examples, all_of_input=not is_split, has_lead=family.shares_leads)
     size = tokens * family.context_bytes_per_token(shape, getattr(torch, config.model.dtype))
     given = config.train.context_cache_gib
-    what = f"contexts of {placement}" if is_split else "as contexts (infix), the inputs"
-    text = f"{what} are {tokens:,} distinct tokens, {size / GIB:,.2f} GiB when all are cached"
+    what = f"the contexts of {placement}" if is_split else "with infix, the contexts"
+    text = f"{what} have {tokens:,} distinct tokens, {size / GIB:,.2f} GiB if all are cached"
     epochs = config.train.max_steps * config.train.batch_size / len(examples)
     if given:
-        text += f" of which {min(1.0, given * GIB / max(1, size)):.0%} fit one rank's train.context_cache_gib={given:g}"
-    return text + f"; each would be read {epochs:.1f} times"
+        share = min(1.0, given * GIB / max(1, size))
+        text += f", of which {share:.0%} fit in train.context_cache_gib={given:g} of one rank"
+    return text + f"; each is read {epochs:.1f} times"
 
 
 def describe_choice(placement: str) -> str:
+    """A line about the trade-off of a placement."""
     if placement in ("prefix", "encoder"):
         return (
             "prefix reads the input with the prompt in view; infix does not, which can cost quality (docs/concepts.md)"

@@ -1,10 +1,9 @@
-"""Attention of short live segments over long contexts, for devices without a kernel for ragged rows.
+"""Attention of short segments over long contexts, for devices without a kernel for ragged rows.
 
-Floor 2. All segments that read one context read the same copy of its keys and values, however many there are, and no
-segment's numbers enter another's sums.
+All segments that attend to a context share one copy of its keys and values. No segment's values enter another's sums.
 
-Shapes: E contexts, M segments over each, S positions of a segment, C positions of a context, N live positions, H heads,
-G key/value heads, R = H / G, D width of a head.
+Shapes: E contexts, M segments per context, S positions of a segment, C positions of a context, N live positions,
+H heads, G key/value heads, R = H / G, D width of a head.
 """
 
 import math
@@ -13,11 +12,11 @@ import torch
 
 from ptune_dist.model.attention import KeysValues, Segment, additive, find_places, pad_index, reads
 
-CONTEXT_CALL_SCORES = 4000  # a padded call costs as much as so many scores
+CONTEXT_CALL_SCORES = 4000  # a padded call costs as much as this many scores
 
 
 class ContextSegments:
-    """Segments that read contexts given from outside, and themselves. Contexts of like length are padded together."""
+    """Segments that attend to given contexts and to themselves; contexts of similar length are padded together."""
 
     def __init__(self, segments: list[Segment], outside: list[KeysValues], device: torch.device):
         groups: dict[tuple[int, ...], list[Segment]] = {}
@@ -26,14 +25,16 @@ class ContextSegments:
         self._buckets = [ContextBucket(bucket, outside, device) for bucket in split_groups(list(groups.values()))]
         self._places = find_places(self._buckets).to(device)
 
-    def attend(self, q, k, v, *, layer: int, scale: float, window: int | None) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: int, scale: float, window: int | None
+    ) -> torch.Tensor:
         """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
         padded = [bucket.attend(q, k, v, layer, scale, window) for bucket in self._buckets]
         return torch.cat(padded).index_select(0, self._places)
 
 
 def split_groups(groups: list[list[Segment]]) -> list[list[list[Segment]]]:
-    """Groups of segments, each over one context, with others whose padding costs less than a call."""
+    """Join groups, each of the segments over one context, as long as padding them costs less than another call."""
     buckets: list[list[list[Segment]]] = []
     for group in sorted(groups, key=lambda group: -group[0].offset):
         first = buckets[-1][0] if buckets else None
@@ -45,32 +46,42 @@ def split_groups(groups: list[list[Segment]]) -> list[list[list[Segment]]]:
 
 
 class ContextBucket:
-    """Segments, in groups that read one context each, padded to one size."""
+    """Segments in groups that attend to one context each, padded to one size."""
 
     def __init__(self, groups: list[list[Segment]], outside: list[KeysValues], device: torch.device):
-        self._outside, self._named = outside, [group[0].contexts for group in groups]
-        self._shape = (len(groups), max(map(len, groups)), max(s.length for group in groups for s in group))
+        self._outside = outside
+        self._named = [group[0].contexts for group in groups]
+        num_members = max(map(len, groups))
+        longest = max(segment.length for group in groups for segment in group)
+        self._shape = (len(groups), num_members, longest)  # [E, M, S]
         self._lengths = torch.tensor([group[0].offset for group in groups], device=device)
-        self._masks: dict = {}
-        index, live, kept = [], [], []
-        _, num_members, longest = self._shape
+        self._masks: dict[tuple[torch.dtype, int | None], tuple[torch.Tensor, torch.Tensor]] = {}
+        index: list[torch.Tensor] = []
+        live: list[torch.Tensor] = []
+        kept: list[torch.Tensor] = []
         for e, group in enumerate(groups):
             for m in range(num_members):
-                s = group[min(m, len(group) - 1)]  # where a context has fewer segments, its last one again
-                index.append(pad_index(torch.arange(s.start, s.start + s.length), longest))
+                s = group[min(m, len(group) - 1)]  # if a context has fewer segments, its last one is repeated
+                positions = torch.arange(s.start, s.start + s.length)
+                index.append(pad_index(positions, longest))
                 if m < len(group):
-                    live.append(torch.arange(s.start, s.start + s.length))
+                    live.append(positions)
                     kept.append((e * num_members + m) * longest + torch.arange(s.length))
         self._index = torch.cat(index).to(device)
-        self.live, self.kept, self.size = torch.cat(live), torch.cat(kept), math.prod(self._shape)
+        self.live = torch.cat(live)
+        self.kept = torch.cat(kept)
+        self.size = math.prod(self._shape)
 
-    def attend(self, q, k, v, layer: int, scale: float, window: int | None) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float, window: int | None
+    ) -> torch.Tensor:
         """q [N, H, D], k and v [N, G, D] -> [E * M * S, H, D]."""
         longest = self._shape[2]
         repeats = q.shape[1] // k.shape[1]
         q, k, v = (t.index_select(0, self._index).unflatten(0, self._shape) for t in (q * scale, k, v))
         q = q.unflatten(3, (-1, repeats)).permute(0, 3, 1, 4, 2, 5)  # [E, G, M, R, S, D]
-        k, v = k.permute(0, 3, 1, 4, 2), v.permute(0, 3, 1, 2, 4)  # [E, G, M, D, S], [E, G, M, S, D]
+        k = k.permute(0, 3, 1, 4, 2)  # [E, G, M, D, S]
+        v = v.permute(0, 3, 1, 2, 4)  # [E, G, M, S, D]
         context_k, context_v = self._pad(layer)  # [E, G, C, D]
         context_mask, own_mask = self._mask(q.dtype, window, context_v.shape[2])
         over_context = (q.flatten(2, 4) @ context_k.transpose(2, 3)).unflatten(2, q.shape[2:5])  # [E, G, M, R, S, C]
@@ -83,9 +94,9 @@ class ContextBucket:
         return out.permute(0, 2, 4, 1, 3, 5).reshape(-1, q.shape[1] * repeats, q.shape[-1])
 
     def _pad(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys and values of all contexts, [E, G, C, D] each, laid out as the products want them."""
-        size = (len(self._named), int(self._lengths.max()))
-        padded = [t.new_zeros(size[0], t.shape[2], size[1], t.shape[3]) for t in self._outside[0]]
+        """A layer's keys and values of all contexts, [E, G, C, D] each, padded with zeros."""
+        width = int(self._lengths.max())
+        padded = [t.new_zeros(len(self._named), t.shape[2], width, t.shape[3]) for t in self._outside[0]]
         for row, named in enumerate(self._named):
             start = 0
             for part in (self._outside[number] for number in named):
@@ -95,13 +106,14 @@ class ContextBucket:
         return padded[0], padded[1]
 
     def _mask(self, dtype: torch.dtype, window: int | None, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is added to the scores over contexts [E, 1, 1, 1, 1 or S, C] and over own positions [S, S]."""
+        """Additive masks of the scores over contexts [E, 1, 1, 1, 1 or S, C] and over own positions [S, S]."""
         if (dtype, window) not in self._masks:
-            own, keys = (torch.arange(n, device=self._lengths.device) for n in (self._shape[2], width))
-            before = keys < self._lengths[:, None, None]  # [E, 1, C]
+            own = torch.arange(self._shape[2], device=self._lengths.device)
+            keys = torch.arange(width, device=self._lengths.device)
+            in_context = keys < self._lengths[:, None, None]  # [E, 1, C]
             if window is not None:
-                before = before & reads(self._lengths[:, None, None] + own[:, None], keys, window)
-            self._masks[dtype, window] = (
-                additive(before, dtype)[:, None, None, None], additive(reads(own[:, None], own, window), dtype),
-            )  # fmt: skip
+                in_context = in_context & reads(self._lengths[:, None, None] + own[:, None], keys, window)
+            context_mask = additive(in_context, dtype)[:, None, None, None]
+            own_mask = additive(reads(own[:, None], own, window), dtype)
+            self._masks[dtype, window] = (context_mask, own_mask)
         return self._masks[dtype, window]

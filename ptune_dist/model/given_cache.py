@@ -1,7 +1,9 @@
-"""Keys/values of contexts handed to a base that computes attention in a way of its own (BLOOM's ALiBi, say).
+"""Pass keys/values of contexts to a base that computes attention in its own way (BLOOM's ALiBi, for example).
 
-Floor 2. A transformers `Cache` whose `update` returns [context, new] and stores nothing is safe where a layer's forward
-is run again in backward. Shapes: B rows, C context positions, T new positions, G key/value heads, D width of a head.
+`GivenCache` is a transformers `Cache` whose `update` returns [context, new] and stores nothing, so a layer's forward
+can be run again in backward.
+
+Shapes: B rows, C context positions, T new positions, G key/value heads, D width of a head.
 """
 
 from typing import Any
@@ -14,15 +16,19 @@ from ptune_dist.model.attention import KeysValues
 
 
 class GivenCache(Cache):
-    """Keys/values [B, G, C, D] of every layer before whatever is computed; `record` keeps what is computed instead."""
+    """Prepends given keys/values [B, G, C, D] to those of every layer; `record` collects the computed ones instead."""
 
     def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]], record: bool = False):
         super().__init__(layers=[])
-        self._given, self.recorded = layers, [] if record else None
+        self._given = layers
+        self._is_recording = record
+        self.recorded: list[tuple[torch.Tensor, torch.Tensor]] = []  # by layer
 
-    def update(self, key_states, value_states, layer_idx: int, *_: Any, **__: Any):
-        """[B, G, C + T, D] twice."""
-        if self.recorded is not None:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, [B, G, C + T, D] each, from new ones, [B, G, T, D] each."""
+        if self._is_recording:
             self.recorded.append((key_states, value_states))
         if not self._given:
             return key_states, value_states
@@ -50,6 +56,11 @@ class GivenCache(Cache):
 def pad_contexts(held: list[KeysValues]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Every layer's keys/values [B, G, C, D] of B contexts, padded on the left: some bases count from the right."""
     width = max(context.length for context in held)
-    padded = [[pad(part, (0, 0, 0, 0, width - part.shape[1], 0)).transpose(1, 2) for part in parts] for parts in held]
-    keys, values = (torch.stack(tensors, dim=1) for tensors in zip(*padded, strict=True))
+    keys = torch.stack([pad_left(context.keys, width) for context in held], dim=1)
+    values = torch.stack([pad_left(context.values, width) for context in held], dim=1)
     return list(zip(keys, values, strict=True))
+
+
+def pad_left(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """[L, C, G, D] -> [L, G, width, D]."""
+    return pad(tensor, (0, 0, 0, 0, width - tensor.shape[1], 0)).transpose(1, 2)

@@ -18,7 +18,7 @@ Run = tuple[int, int]  # first live position, number of live positions
 
 @dataclass(frozen=True)
 class Layout:
-    """Live positions are drawn from [virtual tokens of every member, tokens of every reader], end to end.
+    """Live positions, each taken from [virtual tokens of all members, tokens of all readers], concatenated.
 
     source [N]: which of those stands at each live position. position_ids [N]: its place in its own text.
     predicts [U]: the live position whose next token is supervised. targets [U]: that token. reader [U]: whose it is.
@@ -88,30 +88,30 @@ def shares_context(batch: Batch) -> bool:
 
 def lay_out(batch: Batch, num_vectors: list[int], outside: Outside) -> Layout:
     """`num_vectors`: of each member, the virtual tokens that stand in the sequence."""
-    pen = Pen(num_vectors)
+    builder = LayoutBuilder(num_vectors)
     is_shared = shares_context(batch)
     homes: dict[int, Run] = {}  # member -> run of its shared virtual tokens
     if is_shared:
         for member in sorted({member for _, member in batch.readers}):
-            homes[member] = pen.write(pen.virtual(member), outside.of(0, member), parent=None)
+            homes[member] = builder.add(builder.virtual(member), outside.of(0, member), parent=None)
     for number, (row, member) in enumerate(batch.readers):
         text = np.concatenate([batch.rests[row], batch.targets[row]])
-        tokens = pen.take(text[:-1])  # nothing is predicted from a text's last token, so it is not read
+        tokens = builder.take(text[:-1])  # nothing is predicted from a text's last token, so it is not read
         before = outside.of(row, member)
         if is_shared:
             home = homes[member]
-            start, _ = pen.write(tokens, before, parent=home)
+            start, _ = builder.add(tokens, before, parent=home)
             last_virtual = home[0] + home[1] - 1
         else:
-            first, _ = pen.write(np.concatenate([pen.virtual(member), tokens]), before, parent=None)
+            first, _ = builder.add(np.concatenate([builder.virtual(member), tokens]), before, parent=None)
             start = first + num_vectors[member]
             last_virtual = start - 1
-        pen.supervise(batch.targets[row], number, len(batch.rests[row]), last_virtual, start)
-    return pen.finish()
+        builder.supervise(batch.targets[row], number, len(batch.rests[row]), last_virtual, start)
+    return builder.finish()
 
 
-class Pen:
-    """Writes live positions one run after another."""
+class LayoutBuilder:
+    """Builds a layout by adding one run of live positions after another."""
 
     def __init__(self, num_vectors: list[int]):
         self._virtual_starts = np.concatenate([[0], np.cumsum(num_vectors)])
@@ -136,7 +136,7 @@ class Pen:
         self._num_tokens += len(tokens)
         return np.arange(first, first + len(tokens))
 
-    def write(self, source: np.ndarray, before: Before, *, parent: Run | None) -> Run:
+    def add(self, source: np.ndarray, before: Before, *, parent: Run | None) -> Run:
         """A segment that reads `before` from outside and then the live run `parent`; returns its own run."""
         run = (self._num_live, len(source))
         if not len(source):

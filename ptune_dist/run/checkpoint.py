@@ -1,7 +1,8 @@
-"""Checkpoints of a run: the prompt, its optimizer's state and the place in the run; never the base.
+"""Checkpoints of a run: the prompt, the optimizer's state and the progress, but never the base.
 
-Floor 5. A checkpoint is a folder `step-00000100/` with two safetensors files and `state.json`, which holds their
-digests and its own. It is written aside, flushed and renamed: a kill at any moment leaves the ones before it intact.
+A checkpoint is a folder `step-00000100/` with two safetensors files and `state.json`, which contains their digests and
+its own. It is written under a temporary name, flushed and renamed, so a kill at any moment leaves the earlier ones
+intact.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ TENSOR_FILES = ("prompt", "optimizer")
 
 @dataclass
 class Snapshot:
-    """All that a run needs to go on exactly."""
+    """Everything that a run needs to resume exactly."""
 
     step: int
     prompt: dict[str, torch.Tensor]
@@ -33,35 +34,42 @@ class Snapshot:
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
-    """Write one checkpoint and drop all but the newest `keep`. One rank calls. Raises RunFault when it cannot be saved.
+    """Write one checkpoint, then delete all but the newest `keep`. Called by one rank.
 
-    What stood before is untouched until the new one is complete.
+    Raises RunFault if it cannot be written. Earlier checkpoints are kept until the new one is complete.
     """
     final = folder / f"step-{snapshot.step:08d}"
-    aside = folder / f".writing-{final.name}"
+    temporary = folder / f".writing-{final.name}"
     try:
         remove_leftovers(folder)
-        aside.mkdir(parents=True)
-        write_snapshot(aside, snapshot)
-        if final.exists():  # a damaged one that this run has come past again
+        temporary.mkdir(parents=True)
+        write_snapshot(temporary, snapshot)
+        if final.exists():  # a damaged one, whose step this run has repeated
             final.rename(folder / f".old-{final.name}")
-        aside.rename(final)
+        temporary.rename(final)
         sync_folder(folder)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         kept = list_checkpoints(folder)
-        rest = f"{kept[-1]} is kept" if kept else "there was none before it"
+        rest = f"{kept[-1]} is kept" if kept else "there is no earlier checkpoint"
         raise RunFault(
             f"cannot save the checkpoint of step {snapshot.step}: {error.strerror}: {final}; {rest}"
         ) from None
-    sound = [path for path in list_checkpoints(folder) if path <= final]  # newer ones were damaged, or we had used them
-    for old in set(list_checkpoints(folder)) - set(sound[-keep:]):
-        old.rename(folder / f".old-{old.name}")
-    remove_leftovers(folder)
+    drop_old_checkpoints(folder, final, keep)
     return final
 
 
+def drop_old_checkpoints(folder: Path, newest: Path, keep: int) -> None:
+    """Delete all but the `keep` checkpoints up to `newest`; later ones are damaged, or the run would have used them."""
+    found = list_checkpoints(folder)
+    sound = [path for path in found if path <= newest]
+    for old in set(found) - set(sound[-keep:]):
+        old.rename(folder / f".old-{old.name}")
+    remove_leftovers(folder)
+
+
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
+    """Write the files of a checkpoint and flush them to disk."""
     state = {"step": snapshot.step, **snapshot.state, "sha256": {}}
     for name in TENSOR_FILES:
         data = save({k: t.contiguous() for k, t in getattr(snapshot, name).items()})
@@ -76,13 +84,13 @@ def digest_state(state: dict[str, Any]) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Drop what a killed writer left."""
+    """Delete what a killed writer left behind."""
     for leftover in (*folder.glob(".writing-*"), *folder.glob(".old-*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def load_checkpoint(path: Path) -> Snapshot:
-    """Read and verify one checkpoint. Raises ValueError naming the damaged file."""
+    """Read and verify one checkpoint. Raises ValueError that names the damaged file."""
     try:
         state = json.loads((path / "state.json").read_bytes())
         digest = state.pop("digest")
@@ -105,16 +113,17 @@ def load_checkpoint(path: Path) -> Snapshot:
 
 
 def load_newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:
-    """The newest sound checkpoint; a damaged one is named to `warn` and the one before it is used.
+    """The newest undamaged checkpoint, or None if there are none; `warn` is called for each damaged one.
 
-    Raises RunFault when there are checkpoints and none is sound: starting over must be the user's decision.
+    Raises RunFault if all are damaged, because starting over must be the user's decision.
     """
     found = list_checkpoints(folder)
     for path in reversed(found):
         try:
             return load_checkpoint(path)
         except ValueError as error:
-            warn(f"{error}; " + ("using the checkpoint before it" if path != found[0] else "there is none before it"))
+            remedy = "using the previous checkpoint" if path != found[0] else "there is no previous checkpoint"
+            warn(f"{error}; {remedy}")
     if found:
-        raise RunFault(f"{folder}: no checkpoint is sound: remove the folder to start over")
+        raise RunFault(f"{folder}: all checkpoints are damaged: remove the folder to start over")
     return None

@@ -15,8 +15,8 @@ from ptune_dist.metrics import METRICS
 from ptune_dist.prompts.store import save_prompt
 from ptune_dist.run.checkpoint import Snapshot, load_newest_checkpoint, save_checkpoint
 from ptune_dist.run.job import Job
-from ptune_dist.run.log import StepCount, Throughput
 from ptune_dist.run.stored_prompt import prompt_facts, prompt_tensors
+from ptune_dist.run.throughput import StepCount, Throughput
 
 
 @dataclass

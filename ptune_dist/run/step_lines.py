@@ -2,7 +2,7 @@
 
 from ptune_dist.distributed.world import World
 from ptune_dist.run.job import Job
-from ptune_dist.run.log import peak_memory_bytes
+from ptune_dist.run.memory import peak_memory_bytes
 from ptune_dist.run.progress import Progress
 
 MEAN_KEYS = ("loss", "learning_rate", "grad_norm")  # of a sweep's members

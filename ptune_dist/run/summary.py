@@ -1,7 +1,4 @@
-"""What a run says of itself at its start and at its end.
-
-Floor 6.
-"""
+"""The summary of a run, and what it prints at its start and its end."""
 
 import math
 import platform
@@ -18,7 +15,8 @@ from ptune_dist.data.encode import Examples
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, gather_from_ranks, max_over_ranks
 from ptune_dist.run.job import Job
-from ptune_dist.run.log import peak_memory_by_kind, peak_memory_bytes, show_samples
+from ptune_dist.run.memory import peak_memory_by_kind, peak_memory_bytes
+from ptune_dist.run.metrics_log import show_samples
 from ptune_dist.run.progress import Progress, Standing, rank_members
 
 MIB = 1 << 20
@@ -33,8 +31,8 @@ def describe_start(job: Job, rows: TrainingRows, held_out: Examples | None, prog
         parts.append(f"{len(job.members)} members")
     precision = describe_precision(job.config)
     parts.append(f"{world.size} ranks on {world.device.type}, ZeRO {job.engine.stage}, {precision}")
-    loading = job.loading
-    parts.append(f"base {held_bytes(job.engine.model.base) / MIB:,.2f} MiB a rank, read in {loading['load_s']:.1f} s")
+    base_mib = held_bytes(job.engine.model.base) / MIB
+    parts.append(f"base {base_mib:,.2f} MiB per rank, loaded in {job.loading['load_s']:.1f} s")
     parts.append(f"from step {progress.step}" if progress.step else "from the start")
     return "; ".join(parts)
 
@@ -68,7 +66,8 @@ def build_summary(job: Job, progress: Progress, signatures: dict[str, dict[str, 
         },
     }
     if job.config.sweep:
-        summary["steps"], summary["stopped_early"] = progress.step, progress.step < job.config.train.max_steps
+        summary["steps"] = progress.step
+        summary["stopped_early"] = progress.step < job.config.train.max_steps
         summary["ranking"] = [describe_rank_of(progress.members[name], name) for name in ranked]
     return summary
 
@@ -95,22 +94,26 @@ def describe_member(job: Job, progress: Progress, member: str, signatures: dict[
 
 
 def finite(value: float) -> float | None:
-    """None, which JSON knows, for what is not a number: a member may have had no good step."""
+    """None instead of NaN or infinity, which JSON lacks: a member may not have had a finite step."""
     return value if math.isfinite(value) else None
 
 
 def describe_rank_of(standing: Standing, name: str) -> dict[str, Any]:
     """A line of a sweep's ranking."""
     return {
-        "member": name, "validation": standing.best, "best_step": standing.best_step,
-        "train_loss": finite(standing.train_loss), "ended": standing.ended or None,
+        "member": name,
+        "validation": standing.best,
+        "best_step": standing.best_step,
+        "train_loss": finite(standing.train_loss),
+        "ended": standing.ended or None,
         "ended_step": standing.ended_step or None,
-    }  # fmt: skip
+    }
 
 
-def describe_rank(job: Job, progress: Progress, world: World) -> dict:
-    """What this rank held, read and, in a steady step, gathered."""
-    mean, cache = progress.throughput.per_step, job.engine.contexts.cache
+def describe_rank(job: Job, progress: Progress, world: World) -> dict[str, Any]:
+    """What this rank held and read, and what it gathered per step."""
+    mean = progress.throughput.per_step
+    cache = job.engine.contexts.cache
     found = {
         "rank": world.rank,
         "base_bytes": held_bytes(job.engine.model.base),
@@ -126,24 +129,26 @@ def describe_rank(job: Job, progress: Progress, world: World) -> dict:
     return found
 
 
-def say_finished(config: Config, summary: dict, world: World) -> None:
-    """The end of a run for people: the metric before and after, some held-out rows' answers, a sweep's ranking."""
+def say_finished(config: Config, summary: dict[str, Any], world: World) -> None:
+    """Print the end of a run: answers to some held-out rows, a sweep's ranking, the metric before and after."""
     if not world.is_main:
         return
-    name, before, after = config.evaluate.best, summary["before"], summary["validation"]
+    name = config.evaluate.best
+    before = summary["before"]
+    after = summary["validation"]
     show_samples(summary["samples"])
     if "ranking" in summary:
         Console().print(render_ranking(summary["ranking"], name))
-    change = (
-        f", {name} {before[name]:.4f} before training, {after[name]:.4f} after"
-        if name in before and name in after
-        else ""
-    )
-    best = f" of the best member, {summary['ranking'][0]['member']}" if change and "ranking" in summary else ""
-    print(f"finished: {config.output_dir}, {summary['steps']} steps{change}{best}", flush=True)
+    line = f"finished: {config.output_dir}, {summary['steps']} steps"
+    if name in before and name in after:
+        line += f", {name} {before[name]:.4f} before training, {after[name]:.4f} after"
+        if "ranking" in summary:
+            line += f" of the best member, {summary['ranking'][0]['member']}"
+    print(line, flush=True)
 
 
 def render_ranking(ranking: list[dict[str, Any]], name: str) -> Table:
+    """A sweep's members, the best first; `name` is the metric that ranks them."""
     table = Table("", Column("member", overflow="fold"), name, "loss", "at step", "training loss", "")
     for place, line in enumerate(ranking, 1):
         found = line["validation"]

@@ -129,7 +129,8 @@ def score_skills(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, wo
         lines = [render_line(rng, word, name) for word in words]
         asks, answers = zip(*(line.rsplit("= ", 1) for line in lines), strict=True)
         batch = tokenizer([ask + "=" for ask in asks], return_tensors="pt", padding=True)
-        out = model.generate(**batch, max_new_tokens=22, do_sample=False)
+        # `generate` is declared for a protocol that no transformers model satisfies.
+        out = model.generate(**batch, max_new_tokens=22, do_sample=False)  # pyright: ignore[reportAttributeAccessIssue]
         texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         scores[name] = sum(text.strip() == answer for text, answer in zip(texts, answers, strict=True)) / len(words)
     tokenizer.padding_side = "right"

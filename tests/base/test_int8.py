@@ -1,4 +1,4 @@
-"""An int8 base computes what its dequantized weights do, keeps no activation, and is the same however it is cut."""
+"""An int8 base computes what its dequantized weights do, saves no activation, and can be partitioned anywhere."""
 
 import math
 import weakref
@@ -36,12 +36,13 @@ def random_weight(num_rows: int = 33, width: int = 47, seed: int = 0) -> torch.T
 def layer_of(weight: torch.Tensor, bias: torch.Tensor | None = None, threshold: float | None = None) -> Int8Linear:
     quantized, scales = quantize_rows(weight)
     layer = Int8Linear(*reversed(weight.shape), bias if bias is None else nn.Parameter(bias, False), threshold)
-    layer.weight, layer.scales = nn.Parameter(quantized, False), nn.Parameter(scales.view(torch.int32), False)
+    layer.weight = nn.Parameter(quantized, False)
+    layer.scales = nn.Parameter(scales.view(torch.int32), False)
     return layer
 
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference by largest value."""
+    """The largest difference relative to the largest value."""
     return ((found.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
 
 
@@ -80,7 +81,8 @@ def test_a_weight_is_off_by_half_a_step_at_most():
 def test_the_product_and_its_gradient_are_those_of_the_dequantized_weight(dtype, most, with_bias):
     bias = torch.randn(33).to(dtype) if with_bias else None
     layer = layer_of(random_weight(), bias)
-    x, grad = torch.randn(2, 3, 47).to(dtype).requires_grad_(), torch.randn(2, 3, 33).to(dtype)
+    x = torch.randn(2, 3, 47).to(dtype).requires_grad_()
+    grad = torch.randn(2, 3, 33).to(dtype)
     weight = layer.float_weight(torch.float32).double()
     y = layer(x)
     y.backward(grad)
@@ -91,14 +93,14 @@ def test_the_product_and_its_gradient_are_those_of_the_dequantized_weight(dtype,
 
 def test_half_precision_does_not_overflow_on_the_way():
     layer = layer_of(torch.full((4, 2000), 0.01))
-    y = layer(torch.ones(1, 2000, dtype=torch.float16))  # 2000 times 127 is no float16
+    y = layer(torch.ones(1, 2000, dtype=torch.float16))  # 2000 times 127 exceeds float16
     assert difference(y, torch.full((1, 4), 20.0)) <= 2**-10
 
 
 def test_half_precision_loses_no_small_gradient_on_the_way():
     x = torch.ones(1, 4, dtype=torch.float16).requires_grad_()
     layer_of(torch.full((200, 4), 0.001))(x).backward(torch.full((1, 200), 0.01, dtype=torch.float16))
-    # a gradient times a scale of 8e-6 is hardly a float16
+    # a gradient times a scale of 8e-6 almost vanishes in float16
     assert difference(x.grad, torch.full((1, 4), 200 * 0.01 * 0.001)) <= 2**-9
 
 
@@ -139,16 +141,17 @@ def test_a_threshold_keeps_outlying_columns_exact():
 def test_int8_embeddings_are_the_dequantized_rows():
     weight = random_weight(20, 8)
     table = Int8Embedding(20, 8, torch.bfloat16)
-    table.weight, table.scales = layer_of(weight).weight, layer_of(weight).scales
+    table.weight = layer_of(weight).weight
+    table.scales = layer_of(weight).scales
     wanted = table.float_weight(torch.float32)[IDS % 20].bfloat16()
     assert torch.equal(table(IDS % 20), wanted) and wanted.shape == (2, 6, 8)
 
 
-# Any part of it
+# Parts of a weight
 
 
 def parts_of(num_elements: int, world_size: int) -> list[tuple[int, int]]:
-    """[start, stop) of every rank, as ZeRO-3 cuts: parts of one size, of which the last may be short or empty."""
+    """[start, stop) of every rank, as ZeRO-3 partitions: parts of equal size; the last may be short or empty."""
     size = math.ceil(num_elements / world_size)
     return [(min(r * size, num_elements), min((r + 1) * size, num_elements)) for r in range(world_size)]
 
@@ -157,7 +160,8 @@ class CountedRows:
     """Float rows of a matrix, and how many were read."""
 
     def __init__(self, weight: torch.Tensor):
-        self.weight, self.num_read = weight, 0
+        self.weight = weight
+        self.num_read = 0
 
     def __call__(self, first: int, last: int) -> torch.Tensor:
         assert 0 <= first < last <= len(self.weight)
@@ -176,7 +180,8 @@ def test_the_parts_of_all_ranks_are_the_whole(monkeypatch, shape, world_size, ch
         parts_of(weight.numel(), world_size), parts_of(len(weight), world_size), strict=True
     ):
         rows = Int8Rows(CountedRows(weight), *shape)
-        part, of_scales = torch.empty(stop - start, dtype=torch.int8), torch.empty(last - first, dtype=torch.int32)
+        part = torch.empty(stop - start, dtype=torch.int8)
+        of_scales = torch.empty(last - first, dtype=torch.int32)
         rows.fill_weight(start, part)
         rows.fill_scales(first, of_scales)
         assert torch.equal(part, quantized.view(-1)[start:stop])
@@ -194,7 +199,7 @@ def test_any_part_alone_is_the_cut_of_the_whole():
     for first in range(6):
         for last in range(first + 1, 7):
             part = torch.empty(last - first, dtype=torch.int32)
-            Int8Rows(CountedRows(weight), 6, 5).fill_scales(first, part)  # a weight elsewhere, say
+            Int8Rows(CountedRows(weight), 6, 5).fill_scales(first, part)  # without reading the weight first
             assert torch.equal(part.view(torch.float32), scales[first:last])
 
 
@@ -202,7 +207,7 @@ def test_any_part_alone_is_the_cut_of_the_whole():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 def test_a_rank_reads_its_own_rows_and_few_others(num_rows, world_size):
     weight = random_weight(num_rows, 13)
-    # Where the rows do not divide, a rank's scales begin up to a row for each rank before it away from its weight.
+    # If the rows do not divide evenly, a rank's scales may begin one row per earlier rank away from its weight.
     extra = 2 if num_rows % world_size == 0 else 2 + world_size
     for (start, stop), (first, last) in zip(
         parts_of(weight.numel(), world_size), parts_of(num_rows, world_size), strict=True
@@ -218,7 +223,7 @@ def test_a_rank_reads_its_own_rows_and_few_others(num_rows, world_size):
 
 
 def dequantize(base, like) -> None:
-    """Give a float base the weights of an int8 one."""
+    """Copy the dequantized weights of an int8 base into a float base."""
     for name, module in like.named_modules():
         if isinstance(module, int8.Int8Weight):
             weight = module.float_weight(torch.float32)
@@ -278,7 +283,8 @@ def test_head_and_embeddings_are_int8_where_asked_for(tiny_bases, kind, include)
 @pytest.mark.parametrize("kind", TIED)
 def test_a_tied_head_and_its_embeddings_are_one_int8_weight(tiny_bases, kind):
     base = load(tiny_bases[kind], int8=PLAIN | {"include": ["embeddings", "head"]})
-    head, tokens = base.get_output_embeddings(), base.get_input_embeddings()
+    head = base.get_output_embeddings()
+    tokens = base.get_input_embeddings()
     assert head.weight is tokens.weight and head.scales is tokens.scales and head.weight.dtype == torch.int8
     floats_left = [p for p in base.parameters() if p.is_floating_point()]
     assert not any(p.dim() > 1 and len(p) == base.config.vocab_size for p in floats_left)
@@ -287,7 +293,7 @@ def test_a_tied_head_and_its_embeddings_are_one_int8_weight(tiny_bases, kind):
     assert difference(logits_of(base), logits_of(floats)) <= 1e-5
 
 
-def test_a_random_base_is_the_same_in_int8_but_for_rounding(base):
+def test_a_random_base_is_the_same_in_int8_except_for_rounding(base):
     (base / "model.safetensors").unlink()
     floats = load(base, random_init=True)
     quantized = load(base, random_init=True, int8=PLAIN)
@@ -296,7 +302,7 @@ def test_a_random_base_is_the_same_in_int8_but_for_rounding(base):
     assert torch.equal(layer.weight, weight) and torch.equal(layer.float_scales, scales)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("kind", [*TIED, "bart"])

@@ -1,4 +1,4 @@
-"""Where things are in a model is found whatever its architecture calls them."""
+"""Facts about a model are found, whatever names its architecture uses."""
 
 import pytest
 import torch

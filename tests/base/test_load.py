@@ -1,4 +1,4 @@
-"""A base is frozen, in eval mode, and holds what its files hold in the dtype that the config names."""
+"""A base is frozen, in eval mode, and has the weights of its files in the dtype of the config."""
 
 import shutil
 
@@ -20,7 +20,8 @@ PLAIN = {"include": [], "threshold": None}
 def test_a_base_is_frozen_in_eval_mode_and_holds_the_files_weights(base):
     loaded = load(base)
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    stored, found = load_file(base / "model.safetensors"), loaded.state_dict()
+    stored = load_file(base / "model.safetensors")
+    found = loaded.state_dict()
     assert all(torch.equal(found[name], stored[name]) for name in stored)
 
 
@@ -64,7 +65,8 @@ def test_a_random_base_needs_no_weights_and_follows_the_seed_alone(base):
     (base / "model.safetensors").unlink()
     first = load(base, random_init=True, seed=3).state_dict()
     torch.randn(3)
-    again, other = load(base, random_init=True, seed=3).state_dict(), load(base, random_init=True, seed=4).state_dict()
+    again = load(base, random_init=True, seed=3).state_dict()
+    other = load(base, random_init=True, seed=4).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first[QUERY], other[QUERY])
 
@@ -111,7 +113,7 @@ def test_the_vectors_of_int8_embeddings_are_near_those_of_the_base(tiny_bases):
     assert torch.allclose(vectors, fill_whole(opened).get_input_embeddings()(IDS[0]), atol=vectors.abs().max() / 200)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, 5000])

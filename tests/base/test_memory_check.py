@@ -1,4 +1,4 @@
-"""A base that will not fit is refused before a byte of its weights is read, in GiB and with what mends it."""
+"""A base that does not fit is refused before any weights are read, with its size and the remedies."""
 
 import json
 import math
@@ -18,17 +18,22 @@ from tests.base.bases import error_of, load, open_only
 
 CPU = torch.device("cpu")
 HUGE = {
-    "vocab_size": 272, "hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 20,
-    "num_attention_heads": 64, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 272,
+    "hidden_size": 16384,
+    "intermediate_size": 65536,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 64,
+    "tie_word_embeddings": False,
+}
 
 
 def write_sparse(folder: Path, kind: str, **changes) -> Path:
-    """A checkpoint of hundreds of GiB that takes a few KiB of disk: a right header, and a file with a hole in it."""
+    """A checkpoint of hundreds of GiB that takes a few KiB of disk: a valid header in a sparse file."""
     folder.mkdir()
     AutoConfig.for_model(kind, **HUGE | changes).save_pretrained(folder)
     shapes = open_only(folder, random_init=True).weights.shapes
-    header, end = {}, 0
+    header = {}
+    end = 0
     for name, shape in shapes.items():
         size = 4 * math.prod(shape)
         stored = name.replace("lm_head", "embed_out") if kind == "gpt_neox" else name
@@ -70,7 +75,7 @@ def test_a_base_too_large_for_memory_is_refused_in_seconds_before_it_is_read(hug
     assert time.perf_counter() - began < 5
     assert opened.weights.bytes_read == 0 and (huge / "model.safetensors").stat().st_blocks < 1000
     assert str(huge) in message and "this host's memory" in message
-    assert all(mend in message for mend in ("ZeRO-3", "model.quantization=int8", "offload_param"))
+    assert all(remedy in message for remedy in ("ZeRO-3", "model.quantization=int8", "offload_param"))
     assert gib_of(message) == pytest.approx(whole_gib(opened), abs=0.1)
 
 
@@ -97,7 +102,7 @@ def test_ranks_of_one_host_share_a_base_under_zero3_and_copy_it_below(huge):
     whole = whole_gib(opened)
     assert gib_of(refusal(opened, huge, 4, stage=2)) == pytest.approx(4 * whole, rel=0.01)
     assert gib_of(refusal(opened, huge, 4, stage=3)) == pytest.approx(whole, rel=0.01)
-    message = refusal(opened, huge, 4, stage=3, zero_hpz_partition_size=2)  # each pair of ranks has it once more
+    message = refusal(opened, huge, 4, stage=3, zero_hpz_partition_size=2)  # each pair of ranks has another copy
     assert gib_of(message) == pytest.approx(3 * whole, rel=0.01) and "for 4 ranks" in message
 
 
@@ -137,12 +142,12 @@ def test_a_base_on_disk_need_not_fit_in_memory(llama, tmp_path, monkeypatch):
     assert "memory" in refusal(opened, llama, 2, stage=3, offload_param={"device": "cpu"})
 
 
-# What is free
+# Free memory
 
 
 @pytest.fixture
 def group(tmp_path, monkeypatch):
-    """This process's own cgroup, in a tree of its own; takes what its files say."""
+    """A fake cgroup of this process; returns a function that writes its files."""
     own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
     folder = tmp_path / own.strip("/")
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +164,7 @@ def group(tmp_path, monkeypatch):
 def test_what_a_container_or_a_slurm_job_may_have_is_all_that_is_free(group):
     group("1000000", used=300_000)
     assert free_host_bytes() == 700_000
-    group("1000000", used=300_000, cached=100_000)  # the page cache gives way
+    group("1000000", used=300_000, cached=100_000)  # the page cache can be reclaimed
     assert free_host_bytes() == 800_000
 
 

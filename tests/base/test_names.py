@@ -1,4 +1,4 @@
-"""Whatever names and dtypes a checkpoint's tensors have, the base is what transformers loads; else they are named."""
+"""Whatever the names and dtypes of a checkpoint, the base equals what transformers loads, or the problem is named."""
 
 import shutil
 from pathlib import Path
@@ -56,7 +56,8 @@ def test_a_base_is_bitwise_what_transformers_loads_from_files_of_any_dtype_into_
     head = {"num_labels": len(LABELS)} if kind in ENCODERS else {}  # saved with its new head
     with_transformers(tiny_bases[kind], kind, stored, **head).save_pretrained(tmp_path)
     for dtype in DTYPES:
-        ours, theirs = load(tmp_path, dtype=dtype, labels=LABELS), with_transformers(tmp_path, kind, dtype)
+        ours = load(tmp_path, dtype=dtype, labels=LABELS)
+        theirs = with_transformers(tmp_path, kind, dtype)
         if kind == "t5":
             theirs.to(dtype)  # transformers keeps one float16 layer in float32, which no engine would
         for parameter in ours.parameters():
@@ -209,13 +210,13 @@ def test_what_such_a_base_lacks_is_named(mixtral, tmp_path):
     assert f"1 missing tensors: {QUERY}" in error_of(load, base)
 
 
-def test_what_such_a_base_has_too_much_is_named(mixtral, tmp_path):
+def test_extra_tensors_of_such_a_base_are_named(mixtral, tmp_path):
     base = Path(shutil.copytree(mixtral, tmp_path / "mixtral"))
     rewrite_shape(base, num_hidden_layers=1)
     assert "extra tensors: model.layers.1" in error_of(load, base)
 
 
-# What is refused
+# Errors
 
 
 def test_missing_tensors_are_counted_and_five_are_named(base):
@@ -241,7 +242,7 @@ def test_tensors_of_another_shape_are_counted_and_named_with_both_shapes(base):
     assert "7 mis-shaped tensors: " in message and message.count(" for [") == 5
 
 
-def test_all_that_is_wrong_is_said_at_once(base):
+def test_all_problems_are_reported_together(base):
     def change(tensors):
         tensors["model.more"] = tensors.pop(QUERY)
         tensors["model.norm.weight"] = torch.ones(3)
@@ -275,7 +276,7 @@ def test_an_encoders_file_with_more_layers_than_its_config_is_refused(tiny_bases
 def test_a_stored_head_for_other_labels_starts_anew(tiny_bases, tmp_path):
     with_transformers(tiny_bases["bert"], "bert", torch.float32, num_labels=5).save_pretrained(tmp_path)
     opened = open_only(tmp_path, labels=LABELS)
-    assert set(opened.new) == {"classifier.weight", "classifier.bias"}  # the pooler is the files'
+    assert set(opened.new) == {"classifier.weight", "classifier.bias"}  # the pooler comes from the files
     model = fill_whole(opened)
     assert model(**inputs_of(model)).logits.shape == (2, 3)
 

@@ -1,4 +1,4 @@
-"""A random base is the same numbers whatever part of a tensor is asked for, and by whom."""
+"""A random base has the same numbers on every rank, whatever part of a tensor is read."""
 
 import math
 

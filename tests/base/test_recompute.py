@@ -1,4 +1,4 @@
-"""Checkpointed layers give the same loss and gradients in less memory, as DeepSpeed's JSON asks for it."""
+"""Checkpointed layers give the same loss and gradients in less memory, with every setting of DeepSpeed's JSON."""
 
 import pytest
 import torch
@@ -69,7 +69,9 @@ class Context(CacheLayerMixin):
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
+        self.keys = keys
+        self.values = values
+        self.is_initialized = True
 
     def lazy_initialization(self, key_states, value_states) -> None:
         pass
@@ -106,7 +108,7 @@ def test_keys_and_values_that_are_passed_in_are_used_and_get_their_gradients(tin
         found.append([loss.detach(), *torch.autograd.grad(loss, given)])
     assert_close(found[1], found[0])
     alone = loss_and_gradient(load(tiny_bases[kind]), vectors)
-    assert (alone[0] - found[0][0]).abs() > 1e-3  # the context is felt
+    assert (alone[0] - found[0][0]).abs() > 1e-3  # the context matters
 
 
 def test_nothing_is_recomputed_where_there_is_no_gradient(tiny_bases):
@@ -121,10 +123,10 @@ def test_nothing_is_recomputed_where_there_is_no_gradient(tiny_bases):
 
 
 def saved_bytes(base, vectors: torch.Tensor) -> int:
-    """Bytes that a forward keeps for backward, weights apart."""
+    """Bytes that a forward saves for backward, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in [*base.parameters(), *base.buffers()]}
     saved: dict[int, int] = {}
-    kept = []  # so that no address is used twice
+    kept = []  # so that no address is reused
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -175,7 +177,7 @@ def test_what_fits_no_slot_stays_as_it_is():
     assert all(slots.take(slots.put(other)) is other for other in others)
     packed.append(slots.put(first * 2))
     last = torch.randn(6, requires_grad=True)
-    assert slots.put(last) is last  # all are taken
+    assert slots.put(last) is last  # all slots are taken
     assert torch.equal(slots.take(packed[0]), first) and torch.equal(slots.take(packed[1]), first * 2)
     packed.clear()
     longer = torch.randn(9, requires_grad=True)
@@ -183,7 +185,8 @@ def test_what_fits_no_slot_stays_as_it_is():
 
 
 def test_a_graph_that_is_walked_twice_frees_its_slots_once(tiny_bases):
-    plain, checkpointed = load(tiny_bases["llama"]), load(tiny_bases["llama"])
+    plain = load(tiny_bases["llama"])
+    checkpointed = load(tiny_bases["llama"])
     checkpoint_layers(checkpointed, {"contiguous_memory_optimization": True, "number_checkpoints": 2})
     loss = loss_of(checkpointed, torch.randn(2, 6, 32).requires_grad_())
     loss.backward(retain_graph=True)

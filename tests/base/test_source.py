@@ -1,4 +1,4 @@
-"""What can be wrong with `model.path` is said in one line, and one base is told from another."""
+"""Errors in `model.path` are reported in one line, and bases have different fingerprints."""
 
 import json
 
@@ -19,7 +19,7 @@ def add_to_query(amount: float):
     return change
 
 
-# One base and another
+# Fingerprints
 
 
 def test_the_fingerprint_is_the_same_for_a_copy_and_for_a_second_look(llama, base):
@@ -49,13 +49,20 @@ def test_the_fingerprint_does_not_change_with_the_version_of_transformers(base, 
     assert fingerprint(base) == before
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"model_type": "zork"}', '{"model_type": "llama", "hidden_size": "big"}',
-                '{"model_type": "llama", "hidden_size": 32, "num_attention_heads": 5}'],
-)  # fmt: skip
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model_type": "zork"}',
+        '{"model_type": "llama", "hidden_size": "big"}',
+        '{"model_type": "llama", "hidden_size": 32, "num_attention_heads": 5}',
+    ],
+)
 def test_a_config_json_that_describes_no_model_is_refused(base, content):
     (base / "config.json").write_text(content)
     assert str(base) in error_of(load_shape, str(base))
@@ -65,7 +72,7 @@ def test_a_path_that_is_no_folder_is_named_with_the_nearest_one(base, tmp_path):
     assert f"did you mean {tmp_path}/base?" in error_of(load_shape, str(tmp_path / "bse"))
     assert f"no folder {tmp_path}/else" in error_of(load_shape, str(tmp_path / "else"))
     assert "is a file" in error_of(load_shape, str(base / "config.json"))
-    assert "config.json" in error_of(load_shape, str(tmp_path))  # a folder, but of no model
+    assert "config.json" in error_of(load_shape, str(tmp_path))  # a folder without a model
 
 
 def test_a_tokenizer_with_more_tokens_than_the_base_embeds_is_refused(base):
@@ -82,7 +89,7 @@ def test_a_tokenizer_without_an_end_of_sequence_token_is_refused_unless_none_is_
     (base / "tokenizer_config.json").write_text(json.dumps(content))
     shape = load_shape(str(base))
     assert "eos_token" in error_of(load_tokenizer, str(base), shape)
-    assert load_tokenizer(str(base), shape, with_eos=False).eos_token_id is None  # an encoder's, say
+    assert load_tokenizer(str(base), shape, with_eos=False).eos_token_id is None  # an encoder's, for example
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}", '{"added_tokens": [], "model": {"type": "BPE"}}'])

@@ -1,4 +1,4 @@
-"""Any part of a tensor is read as safetensors would read it, and nothing else; what cannot be read is named."""
+"""Any part of a tensor is read as safetensors would read it, and nothing else; damaged files are named."""
 
 import json
 import shlex
@@ -55,7 +55,7 @@ def write_shards(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-# What is read
+# Reading
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
@@ -136,7 +136,7 @@ def test_files_are_closed_when_they_are_no_longer_needed(tmp_path):
     assert num_opened() == 0
 
 
-# What is refused
+# Errors
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_a_file_that_goes_on_after_its_end_is_named(weights):
     "damage",
     [
         lambda content: b"\xff" * 8 + content[8:],  # a header longer than any file
-        lambda content: content[:8] + b"x" + content[9:],  # no JSON
+        lambda content: content[:8] + b"x" + content[9:],  # not JSON
         lambda content: content.replace(b"shape", b"shane"),
         lambda content: content.replace(b"[70,50]", b"[71,50]"),  # not the size that its bytes have
         lambda content: b"\x80\x02}" + content,  # a pickle

@@ -1,4 +1,4 @@
-"""Benchmark rows: real docstrings, as long as their names say, and the same every time."""
+"""Benchmark rows: docstrings with the lengths that their names promise, and the same every time."""
 
 import json
 
@@ -26,7 +26,7 @@ def written(tmp_path_factory, tokenizer):
     return folder, write_rows(folder, tokenizer, seed=3)
 
 
-def test_rows_have_the_median_lengths_of_their_names_and_no_row_stands_twice(written, tokenizer):
+def test_rows_have_the_median_lengths_of_their_names_and_no_row_is_repeated(written, tokenizer):
     folder, found = written
     for name, median in (("long", 230), ("short", 45)):
         rows = read_rows(folder / f"{name}.jsonl")
@@ -46,8 +46,9 @@ def test_rows_are_the_same_every_time(tmp_path, written, tokenizer):
 
 def test_a_docstring_is_split_into_its_body_and_its_first_paragraph():
     assert split_docstring("Do it\nnow.\n\nHow it is done.\n\nMore.") == {
-        "text": "How it is done.\n\nMore.", "summary": "Do it now.",
-    }  # fmt: skip
+        "text": "How it is done.\n\nMore.",
+        "summary": "Do it now.",
+    }
     assert split_docstring("One paragraph.") is None
 
 

@@ -1,4 +1,4 @@
-"""The harness: sides in turn, what they measured, ratios within a pair, and failures said in one line."""
+"""The harness: sides in turn, their measures, ratios within a pair, and failures in one line."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ptune_dist.bench.harness import compare_sides, run_matrix, summarise
+from ptune_dist.bench.harness import compare_sides, run_matrix, summarize
 from ptune_dist.bench.matrix import load_matrix
 from ptune_dist.errors import RunFault, UserError
 
@@ -58,7 +58,7 @@ def test_sides_run_in_turn_warm_up_first_and_only_what_follows_counts(two_sides,
     ]
 
 
-def test_the_result_holds_medians_spread_ratios_of_pairs_and_where_it_ran(two_sides, tmp_path):
+def test_the_result_has_medians_spread_ratios_of_pairs_and_where_it_ran(two_sides, tmp_path):
     path, _ = two_sides
     run_matrix(path, str(tmp_path / "out"))
     content = read_result(tmp_path / "out")
@@ -71,7 +71,7 @@ def test_the_result_holds_medians_spread_ratios_of_pairs_and_where_it_ran(two_si
     assert content["date"].startswith("20")
 
 
-def test_a_second_benchmark_in_the_same_folder_measures_anew(two_sides, tmp_path):
+def test_a_second_benchmark_in_the_same_folder_measures_again(two_sides, tmp_path):
     path, journal = two_sides
     for _ in range(2):
         run_matrix(path, str(tmp_path / "out"))
@@ -122,17 +122,17 @@ def test_a_program_that_does_not_exist_is_the_users_mistake(tmp_path):
         run_matrix(path, str(tmp_path / "out"))
 
 
-def test_a_command_without_end_is_ended(tmp_path):
+def test_a_command_that_hangs_is_ended(tmp_path):
     command = json.dumps(f'{PYTHON} "import time; time.sleep(60)"')
     path = write_matrix(tmp_path / "m.yaml", extra="timeout_s: 1", sides=f"a: {command}", cases="- name: one")
     began = time.monotonic()
-    with pytest.raises(RunFault, match="no end after 1 s"):
+    with pytest.raises(RunFault, match="not finished after 1 s"):
         run_matrix(path, str(tmp_path / "out"))
     assert time.monotonic() - began < 30
 
 
-def test_what_one_result_lacks_is_not_summarised_or_compared():
-    assert summarise([{"a": 1, "b": 2, "on": True, "curve": [1]}, {"a": 3}]) == {"a": {"median": 2, "min": 1, "max": 3}}
+def test_what_one_result_lacks_is_not_summarized_or_compared():
+    assert summarize([{"a": 1, "b": 2, "on": True, "curve": [1]}, {"a": 3}]) == {"a": {"median": 2, "min": 1, "max": 3}}
     runs = [
         {"side": side, "repeat": repeat, "result": result}
         for repeat in (0, 1)

@@ -1,4 +1,4 @@
-"""A matrix is read whole before anything runs, and what is wrong with it is said in one line."""
+"""A whole matrix is checked before anything runs, and errors are reported in one line."""
 
 import pytest
 
@@ -28,11 +28,11 @@ def test_a_good_matrix_is_read(tmp_path):
         (GOOD.replace("name: m\n", ""), "name is missing"),
         (GOOD + "repeats: 0\n", "repeats: Input should be greater than 0"),
         (GOOD + "baseline: b\n", "'b' is not among the sides: a"),
-        (GOOD.replace("{size}'", "{colour}'"), r"case one: sides.a: \{colour\} stands for nothing, known here: size"),
-        (GOOD + "prepare: ['make {size}']\n", r"prepare: \{size\} stands for nothing"),
+        (GOOD.replace("{size}'", "{colour}'"), r"case one: sides.a: \{colour\} is not defined, known here: size"),
+        (GOOD + "prepare: ['make {size}']\n", r"prepare: \{size\} is not defined"),
         (GOOD.replace("run {size}", '"run'), "No closing quotation"),
         (GOOD.replace("name: one", "name: a/b"), "cases.0.name: String should match"),
-        (GOOD.replace("cases: [", "cases: [{name: one, values: {size: 1}}, "), "two cases have one name"),
+        (GOOD.replace("cases: [", "cases: [{name: one, values: {size: 1}}, "), "two cases have the same name"),
         ("- 1\n", "mapping"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The probe: throughput without the warm-up, and memory beyond the base."""
+"""The probe: throughput without the warm-up, and memory in addition to the base."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ptune_dist.bench.machine import (
-    Neighbours,
+    OtherLoad,
     describe_commit,
     describe_hardware,
     describe_versions,
@@ -20,9 +20,13 @@ from ptune_dist.bench.probe import Probe, steady_figures
 def test_the_first_five_steps_are_left_out_of_throughput():
     figures = steady_figures(2.0, 3.0, [100] * 5 + [4] * 5, [900] * 5 + [30] * 5)
     assert figures == {
-        "samples_per_s": 10, "tokens_per_s": 75, "cpu_s_per_1000_tokens": 20, "step_s": 0.4, "rows_timed": 20,
+        "samples_per_s": 10,
+        "tokens_per_s": 75,
+        "cpu_s_per_1000_tokens": 20,
+        "step_s": 0.4,
+        "rows_timed": 20,
         "tokens_timed": 150,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's high-water mark")
@@ -43,18 +47,19 @@ def test_extra_memory_is_the_peak_after_the_base_and_forgets_the_peak_before_it(
 def test_the_machine_is_described():
     assert describe_hardware()["cpu"] and describe_versions()["python"]
     assert describe_commit() is None or len(describe_commit()["commit"]) == 40
-    share = Neighbours.watch().share()
+    share = OtherLoad.start().share()
     assert share is None or share >= 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's account of CPU time")
-def test_other_work_is_seen_and_waited_for_but_not_for_ever():
+def test_other_work_is_measured_and_waited_for_but_not_forever():
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        neighbours, began = Neighbours.watch(), time.monotonic()
+        other_load = OtherLoad.start()
+        began = time.monotonic()
         wait_until_quiet(1.0, share=1e-9, sample_s=0.3)
         assert 1.0 <= time.monotonic() - began < 10
-        assert neighbours.share() > 0.02  # a child that has not ended is not counted as this process's own
+        assert other_load.share() > 0.02  # a child counts as other work until it has ended
     finally:
         busy.kill()
         busy.wait()

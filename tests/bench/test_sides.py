@@ -1,4 +1,4 @@
-"""Both sides of the shipped benchmark do the same job and report the same measures."""
+"""Both sides of the shipped benchmark train the same and report the same measures."""
 
 import json
 
@@ -8,9 +8,13 @@ from tests.commands import run_module
 from tests.processes import ROOT
 
 OVERRIDES = [
-    "data.validation=null", "train.batch_size=8", "train.max_steps=6", "evaluate.every=0", "evaluate.metrics=[loss]",
+    "data.validation=null",
+    "train.batch_size=8",
+    "train.max_steps=6",
+    "evaluate.every=0",
+    "evaluate.metrics=[loss]",
     "checkpoint.every=0",
-]  # fmt: skip
+]
 
 
 @pytest.mark.long
@@ -21,12 +25,20 @@ def test_ours_and_the_peer_have_one_loss_curve_and_report_the_same_measures(tmp_
     for side, options in (("ours", []), ("peft_trainer", ["--micro-batch-size", "2", "--log-steps", "1"])):
         result = tmp_path / f"{side}.json"
         done = run_module(
-            f"ptune_dist.bench.{side}", str(ROOT / "configs/quickstart.yaml"), f"data.train={tmp_path}/train.jsonl",
-            *OVERRIDES, f"output_dir={tmp_path}/{side}", *options, "--result", str(result), num_ranks=2,
-        )  # fmt: skip
+            f"ptune_dist.bench.{side}",
+            str(ROOT / "configs/quickstart.yaml"),
+            f"data.train={tmp_path}/train.jsonl",
+            *OVERRIDES,
+            f"output_dir={tmp_path}/{side}",
+            *options,
+            "--result",
+            str(result),
+            num_ranks=2,
+        )
         assert done.returncode == 0, done.stderr
         found[side] = json.loads(result.read_text())
-    ours, peer = found["ours"], found["peft_trainer"]
+    ours = found["ours"]
+    peer = found["peft_trainer"]
     assert ours["loss_curve"] == pytest.approx(peer["loss_curve"], abs=1e-4)
     assert len(ours["loss_curve"]) == ours["steps"] == peer["steps"] == 6
     for name in ("rows_timed", "tokens_timed", "world_size"):

@@ -14,7 +14,7 @@ import pytest
 
 from ptune_dist.run.checkpoint import load_checkpoint
 from ptune_dist.run.folder import list_checkpoints
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from ptune_dist.run.status import last_step, read_status
 from tests.cluster.slurm import Cluster
 from tests.conftest import TINY, write_config
@@ -117,7 +117,7 @@ class Run:
     @property
     def starts(self) -> list[int]:
         """The step that each start so far went on from, as the log has them."""
-        found = re.findall(r"base .* a rank, .*; from (?:the start|step (\d+))", self.log)
+        found = re.findall(r"base .* per rank, .*; from (?:the start|step (\d+))", self.log)
         return [int(step or 0) for step in found]
 
     def wait_for_step(self, step: int, *, restarts: int, timeout: float = PATIENCE_S) -> None:

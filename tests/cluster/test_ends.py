@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from ptune_dist.run.checkpoint import load_newest_checkpoint
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.cluster.runs import ENV, PATIENCE_S, Run, only_in_full, wait_until_gone, write_run
 from tests.cluster.slurm import ROOT
 from tests.conftest import build_tiny_base

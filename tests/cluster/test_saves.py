@@ -11,7 +11,7 @@ import pytest
 
 from ptune_dist.run.checkpoint import load_newest_checkpoint
 from ptune_dist.run.folder import list_checkpoints
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from ptune_dist.run.status import read_status
 from tests.cluster.runs import AFTER_THE_RENAME, ENV, MOMENTS, PATIENCE_S, SABOTEUR, write_run
 from tests.commands import Commands, Finished, Forker

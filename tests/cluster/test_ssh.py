@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from ptune_dist.run.status import read_status
 from tests.cluster.network import Network
 from tests.commands import run_command

@@ -14,14 +14,14 @@ WIDTHS = np.random.default_rng(1).integers(1, 60, (64, 2))  # of inputs and targ
 
 
 def padded(units: list[Unit]) -> int:
-    """Positions of inputs and of targets padded apart, a row for each reader."""
+    """Positions of inputs and targets, each padded to the longest, with a row for each reader."""
     if not units:
         return 0
     return sum(len(members) for _, members in units) * int(WIDTHS[[i for i, _ in units]].max(axis=0).sum())
 
 
 def shared(units: list[Unit]) -> int:
-    """Positions without padding, and 20 virtual tokens of each member once."""
+    """Positions without padding, plus 20 virtual tokens for each member."""
     read = sum(int(LENGTHS[i]) * len(members) for i, members in units)
     return read + 20 * len({member for _, members in units for member in members})
 
@@ -80,7 +80,7 @@ def test_a_plan_is_no_longer_than_the_budget_makes_it():
 
 
 def test_what_the_rows_of_a_micro_batch_share_makes_room_for_more_of_them():
-    def cost(units):  # 100 virtual tokens that are there once
+    def cost(units):  # 100 virtual tokens that occur once
         return 100 * bool(units) + ten_each(units)
 
     plan = plan_micro_batches(alone(range(32)), cost, world_size=1, micro_batch_tokens=260)
@@ -171,9 +171,9 @@ def test_the_order_depends_on_the_seed_and_the_step_alone():
         return step_examples(step, batch_size=16, num_examples=100, seed=seed)
 
     later_first = [take(9), take(2)]
-    assert [take(9), take(2)] == later_first  # a resumed run asks for its step only
+    assert [take(9), take(2)] == later_first  # a resumed run only asks for its own step
     assert take(2, seed=1) != take(2)
-    # The examples of a step are chosen before any rank is known; ranks only share them out.
+    # The examples of a step do not depend on the ranks, which only distribute them.
     dealt = [
         flatten(plan_micro_batches(alone(take(2)), ten_each, world_size=n, micro_batch_tokens=200)) for n in (1, 2, 4)
     ]

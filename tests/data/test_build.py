@@ -1,4 +1,4 @@
-"""What the config's `data` section becomes, by the family of the base."""
+"""The `data` section of the config, encoded for each family of bases."""
 
 import hashlib
 
@@ -16,7 +16,7 @@ ROWS = '{"text": "ab", "label": "yes"}\n{"text": "cdefgh", "label": "no"}\n'
 
 @pytest.fixture
 def data(tmp_path):
-    """Makes the section over a small file."""
+    """Makes a section for a small file."""
 
     def make(content: str = ROWS, name: str = "a.jsonl", **options) -> DataConfig:
         (tmp_path / name).write_text(content)
@@ -100,7 +100,7 @@ def test_the_digest_changes_with_the_split_and_is_the_old_one_without_contexts(d
 
 
 def hash_ids_and_offsets(examples) -> str:
-    """What runs of before there were contexts have stored."""
+    """The digest that runs stored before contexts existed."""
     return hashlib.sha256(examples.ids.tobytes() + examples.offsets.tobytes()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Token ids are those of the texts, start with the tokenizer's start and nothing else, and every target is whole."""
+"""Token ids are those of the texts, with only the tokenizer's start before them, and every target is complete."""
 
 import logging
 import pickle
@@ -173,7 +173,7 @@ def test_examples_know_their_rows_and_can_be_pickled(write):
     assert copy.ids.tolist() == examples.ids.tolist()
 
 
-# Inputs and targets that are read apart
+# Inputs and targets that are read separately
 
 
 @pytest.mark.parametrize(
@@ -223,12 +223,13 @@ def test_widths_are_those_of_inputs_and_of_targets(write):
     assert examples.widths.tolist() == [[3, 2], [1, 3]]
 
 
-# Inputs alone
+# Inputs only
 
 
 def test_inputs_alone_need_no_target_column_and_are_cut_to_max_length():
     rows = Rows("prompts", datasets.Dataset.from_dict({"text": ["abcdef", "ab", ""]}), "rows")
-    tokenizer, template = tokenizer_with("<bos> $A <sep>"), compile_template("{{ text }}:", key="data.template")
+    tokenizer = tokenizer_with("<bos> $A <sep>")
+    template = compile_template("{{ text }}:", key="data.template")
     options = {"template": template, "max_length": 5}
 
     def decoded(**more) -> list[tuple[str, str]]:

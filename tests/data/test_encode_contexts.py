@@ -1,4 +1,4 @@
-"""An input is split where the virtual tokens stand; what precedes them is context, as much of it as fits."""
+"""An input is split where the virtual tokens stand; the part before them is the context, cut to what fits."""
 
 import pickle
 
@@ -52,7 +52,8 @@ def test_an_input_is_split_where_the_virtual_tokens_stand(write, family, placeme
 )
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_marker_first_is_prefix_and_a_marker_last_is_infix(write, single, placement, template, side):
-    tokenizer, rows = tokenizer_with(single), write(("ab", "c"), ("abcdefgh", "x"), ("abc", "uvwxy"), ("", "z"))
+    tokenizer = tokenizer_with(single)
+    rows = write(("ab", "c"), ("abcdefgh", "x"), ("abc", "uvwxy"), ("", "z"))
     options = {"max_length": 7, "truncation_side": side}
     wanted = encode_split(rows, tokenizer, placement=placement, template="{{ text }}:", **options)
     examples = encode_split(rows, tokenizer, template=template, **options)
@@ -90,17 +91,18 @@ def test_under_infix_a_start_is_context_even_of_an_empty_input(write):
     [
         ("ab", "123456", 8, ("ab", "123456"), ("ab", "123456")),
         ("ab", "123456", 7, ("ab", "23456"), ("ab", "12345")),
-        ("ab", "123456", 3, ("ab", "6"), ("ab", "1")),  # of the longer part down to nothing
+        ("ab", "123456", 3, ("ab", "6"), ("ab", "1")),  # the longer part is cut to nothing
         ("ab", "123456", 2, ("ab", ""), ("ab", "")),
-        ("ab", "123456", 1, ("b", ""), ("a", "")),  # and only then of the other
+        ("ab", "123456", 1, ("b", ""), ("a", "")),  # and only then the other part
         ("abcdef", "12", 4, ("ef", "12"), ("ab", "12")),
         ("abcdef", "12", 1, ("", "2"), ("", "1")),
         ("abcdef", "12", 0, ("", ""), ("", "")),
-        ("abc", "123", 4, ("abc", "3"), ("abc", "1")),  # of equals the rest
+        ("abc", "123", 4, ("abc", "3"), ("abc", "1")),  # if equal, the rest is cut
     ],
 )
 def test_the_longer_part_is_cut_first_and_special_tokens_stay(write, context, rest, room, left, right):
-    tokenizer, rows = tokenizer_with("<bos> $A <sep>"), write((context, "x"))
+    tokenizer = tokenizer_with("<bos> $A <sep>")
+    rows = write((context, "x"))
     options = {"template": "{{ text }}{{ prompt }}" + rest, "family": "seq2seq", "max_length": room + 5}
     for side, (kept_context, kept_rest) in (("left", left), ("right", right)):
         examples = encode_split(rows, tokenizer, truncation_side=side, **options)
@@ -133,7 +135,7 @@ def test_a_column_named_prompt_is_a_column_under_prefix():
         (["ab", "ab"], "<bos>Do: ab"),
         (["ab", ""], "<bos>Do: "),
         (["abcdefghijkl", "abX", "abY"], "<bos>Do: ab"),  # the first is cut
-        (["abcdefghijkl", "mnopqrstuvwx"], ""),  # all are
+        (["abcdefghijkl", "mnopqrstuvwx"], ""),  # all are cut
     ],
 )
 def test_the_common_context_is_what_all_whole_rows_begin_with(write, texts, shared):
@@ -147,7 +149,8 @@ def test_the_common_context_is_what_all_whole_rows_begin_with(write, texts, shar
 
 
 def test_there_is_no_common_context_where_a_row_has_none_or_another(write):
-    rows, tokenizer = write(("ab", "x"), ("cd", "y"), ("", "z")), tokenizer_with()
+    rows = write(("ab", "x"), ("cd", "y"), ("", "z"))
+    tokenizer = tokenizer_with()
     assert len(common_context(encode_split(rows, tokenizer, placement="prefix"))) == 0
     assert len(common_context(encode_split(rows, tokenizer, placement="infix"))) == 0
     assert len(common_context(encode_split(rows, tokenizer, template="{{ text }}{{ prompt }}:"))) == 0
@@ -162,7 +165,8 @@ def test_examples_made_without_contexts_have_none():
 
 
 def test_lines_are_counted_for_messages_alone(write, monkeypatch):
-    rows, tokenizer = write(("ab", "no"), ("c", "yes")), tokenizer_with()
+    rows = write(("ab", "no"), ("c", "yes"))
+    tokenizer = tokenizer_with()
     monkeypatch.setattr(Rows, "where", lambda *_: pytest.fail("a row was looked up"))
     encode_split(rows, tokenizer, template="{{ prompt }}{{ text }}", family="encoder", labels=["yes", "no"])
 

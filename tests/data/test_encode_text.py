@@ -1,4 +1,4 @@
-"""Plain text in blocks, and counts of tokens for people."""
+"""Plain text in blocks, and token statistics."""
 
 import pytest
 

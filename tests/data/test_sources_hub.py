@@ -1,4 +1,4 @@
-"""Hub datasets, loaded by real processes from a small server that answers as the hub does, then from the cache."""
+"""Hub datasets, loaded by real processes from a small server that imitates the hub, then from the cache."""
 
 import json
 import os
@@ -36,7 +36,7 @@ for source in sys.argv[1:]:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One dataset, user/rows, of two configs."""
+    """One dataset, user/rows, with two configs."""
 
     def log_message(self, *_):
         pass
@@ -44,18 +44,26 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = urllib.parse.unquote(self.path.split("?")[0])
-        status, headers, body = 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, ""
+        status = 404
+        headers = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+        body = ""
         if path.startswith("/datasets/user/rows/resolve/"):
             name = path.split("/", 6)[6]
             headers = {"X-Repo-Commit": COMMIT, "X-Error-Code": "EntryNotFound"}
             if name in FILES:
-                status, headers, body = 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"'}, FILES[name]
+                status = 200
+                headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"'}
+                body = FILES[name]
         elif path.startswith("/api/datasets/user/rows/tree/"):
             listing = [{"type": "file", "oid": "b" * 40, "size": len(FILES[name]), "path": name} for name in FILES]
-            status, headers, body = 200, {}, json.dumps(listing)
+            status = 200
+            headers = {}
+            body = json.dumps(listing)
         elif path.startswith("/api/datasets/user/rows"):
             siblings = [{"rfilename": name} for name in FILES]
-            status, headers, body = 200, {}, json.dumps({"id": "user/rows", "sha": COMMIT, "siblings": siblings})
+            status = 200
+            headers = {}
+            body = json.dumps({"id": "user/rows", "sha": COMMIT, "siblings": siblings})
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -69,7 +77,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What load_rows gives while the hub answers, and then when it does not."""
+    """The results of load_rows while the hub answers, and after it has stopped."""
     folder = tmp_path_factory.mktemp("hub")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Rows as tokens and tokens as text again, for the tests of encoding."""
+"""Helpers of the tests of encoding: rows to tokens, and tokens back to text."""
 
 import pytest
 from tokenizers import processors
@@ -14,7 +14,7 @@ from ptune_dist.tiny.make import build_tokenizer
 
 
 def tokenizer_with(single: str = "$A") -> PreTrainedTokenizerFast:
-    """One token per byte; `single` is how the tokenizer wraps a text, as "<bos> $A <sep>"."""
+    """One token per byte; `single` is how the tokenizer wraps a text, such as "<bos> $A <sep>"."""
     backend = build_tokenizer().backend_tokenizer
     backend.add_special_tokens(["<bos>", "<sep>"])
     special = [(name, backend.token_to_id(name)) for name in ("<bos>", "<sep>", "<eos>")]

@@ -1,4 +1,4 @@
-"""What `validate` says of placements: arithmetic on token counts that can be checked by hand."""
+"""The costs of placements that `validate` prints: arithmetic on token counts that can be checked by hand."""
 
 import dataclasses
 import functools
@@ -84,7 +84,7 @@ def test_the_cache_is_described_by_what_fits(tmp_path):
     )
     shape = AutoConfig.for_model("llama", **tiny_shape("llama"))
     text = describe_cache(examples_of(*ROWS), load_config(file), shape, "causal")
-    assert "160 distinct tokens" in text and "50% fit" in text and f"{20 * 8 / 3:.1f} times" in text
+    assert "160 distinct tokens" in text and "50% fit in" in text and f"{20 * 8 / 3:.1f} times" in text
 
 
 def test_the_cost_in_quality_is_told_for_either_choice():

@@ -1,4 +1,4 @@
-"""Contexts to put into a cache and to look for again."""
+"""Contexts to put into a cache and to look up again."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def tokens_of(number: int) -> np.ndarray:
 
 
 def tensors_of(number: int, dtype=torch.float32, num_bytes: int = ITEM_BYTES) -> dict[str, torch.Tensor]:
-    """Random bits, the same for the same number: as floats they hold NaNs and every kind of small number too."""
+    """Random bits, the same for the same number; as floats they include NaNs and subnormal numbers."""
     bits = torch.Generator().manual_seed(number)
     return {
         name: torch.randint(0, 256, (2, num_bytes // 4), dtype=torch.uint8, generator=bits).view(dtype)
@@ -24,11 +24,14 @@ def tensors_of(number: int, dtype=torch.float32, num_bytes: int = ITEM_BYTES) ->
 
 
 def same_bits(found: dict[str, torch.Tensor] | None, expected: dict[str, torch.Tensor]) -> bool:
-    return found is not None and found.keys() == expected.keys() and all(
-        found[k].dtype == t.dtype and found[k].shape == t.shape
+    if found is None or found.keys() != expected.keys():
+        return False
+    return all(
+        found[k].dtype == t.dtype
+        and found[k].shape == t.shape
         and torch.equal(found[k].view(torch.uint8), t.view(torch.uint8))
         for k, t in expected.items()
-    )  # fmt: skip
+    )
 
 
 def build_cache(folder: Path | None = None, *, num_items: int = 0, identity="a base", **options) -> ContextCache:

@@ -1,4 +1,4 @@
-"""The context cache gives back what was put in, keeps to its budget, and knows one context from another."""
+"""The context cache returns what was put in, keeps its budget, and tells contexts apart."""
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def test_another_identity_or_other_tokens_miss(tmp_path):
     assert same_bits(same.get(tokens_of(0)), tensors_of(0))
     assert same.get(tokens_of(0)[:4]) is None and same.get(tokens_of(1)) is None
     assert len({file.parent for file in stored_files(tmp_path)}) == 2
-    assert other.key_of(tokens_of(0)) != same.key_of(tokens_of(0))  # even a file moved between the two is not believed
+    assert other.key_of(tokens_of(0)) != same.key_of(tokens_of(0))  # even a file moved between the two is not accepted
 
 
 def test_the_key_depends_on_the_tokens_and_not_on_their_integer_type():

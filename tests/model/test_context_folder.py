@@ -1,4 +1,4 @@
-"""A folder of contexts gives back every bit or nothing, and is never what a run dies of."""
+"""A folder of contexts returns every bit or nothing, and never fails a run."""
 
 import contextlib
 import os
@@ -32,9 +32,15 @@ def test_the_folder_gives_back_every_bit(dtype, tmp_path):
 def test_tensors_of_any_shape_and_any_sharing_survive_the_folder(tmp_path):
     both = torch.randn(2, 3, 4)
     tensors = {
-        "keys": both[0], "values": both[1], "again": both[1], "turned": both.mT, "wide": both[:1].expand(5, 3, 4),
-        "scalar": torch.tensor(3.0, requires_grad=True), "empty": torch.empty(0, 7), "mask": torch.tensor([True]),
-    }  # fmt: skip
+        "keys": both[0],
+        "values": both[1],
+        "again": both[1],
+        "turned": both.mT,
+        "wide": both[:1].expand(5, 3, 4),
+        "scalar": torch.tensor(3.0, requires_grad=True),
+        "empty": torch.empty(0, 7),
+        "mask": torch.tensor([True]),
+    }
     cache = build_cache(tmp_path)
     cache.put(tokens_of(0), tensors)
     found = cache.get(tokens_of(0))
@@ -82,13 +88,13 @@ def test_a_foreign_file_is_removed_and_missed(tmp_path, stored):
     for content in (b"text\n", bytes(1000), os.urandom(1000), b"\xff" * 100, deep, without_metadata):
         stored.write_bytes(content)
         assert_removed_and_missed(tmp_path, stored)
-    stored.write_bytes(context_cache.pack(tensors_of(1), key_of_other))  # sound, under the name of another context
+    stored.write_bytes(context_cache.pack(tensors_of(1), key_of_other))  # valid, under the name of another context
     assert_removed_and_missed(tmp_path, stored)
     stored.write_bytes(whole)
     assert same_bits(build_cache(tmp_path).get(tokens_of(0)), tensors_of(0))
 
 
-def test_a_file_that_cannot_be_read_is_a_miss_said_once(tmp_path, stored):
+def test_a_file_that_cannot_be_read_is_a_miss_with_one_warning(tmp_path, stored):
     stored.unlink()
     stored.mkdir()
     cache = build_cache(tmp_path)
@@ -101,7 +107,7 @@ def test_a_file_that_cannot_be_read_is_a_miss_said_once(tmp_path, stored):
 
 @contextlib.contextmanager
 def largest_file(num_bytes: int):
-    """The kernel refuses to write more into one file, in mid-write, as a full disk does."""
+    """The kernel stops a larger write in the middle, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -110,20 +116,20 @@ def largest_file(num_bytes: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_fills_in_mid_write_is_said_once_and_then_only_read(tmp_path, stored):
+def test_a_disk_that_fills_in_mid_write_gives_one_warning_and_is_then_only_read(tmp_path, stored):
     cache = build_cache(tmp_path, num_items=1)
     with largest_file(500):
         for number in range(1, 6):
             cache.put(tokens_of(number), tensors_of(number))
     assert len(cache.warnings) == 1 and "cannot write" in cache.warnings[0] and "File too large" in cache.warnings[0]
-    assert same_bits(cache.get(tokens_of(5)), tensors_of(5))  # memory goes on
+    assert same_bits(cache.get(tokens_of(5)), tensors_of(5))  # memory still works
     assert same_bits(cache.get(tokens_of(0)), tensors_of(0))  # and so does reading
     assert stored_files(tmp_path) == [stored]  # nothing half-written
 
 
 @contextlib.contextmanager
 def ordinary_user():
-    """Permissions bind root too."""
+    """Permissions apply to root too."""
     before = os.geteuid()
     if before == 0:
         os.seteuid(65534)
@@ -133,7 +139,7 @@ def ordinary_user():
         os.seteuid(before)
 
 
-def test_a_folder_that_becomes_read_only_is_said_once_and_then_only_read():
+def test_a_folder_that_becomes_read_only_gives_one_warning_and_is_then_only_read():
     with tempfile.TemporaryDirectory() as name:  # pytest's own is closed to others
         folder = Path(name)
         folder.chmod(0o755)
@@ -169,11 +175,14 @@ GIB = 1 << 30
 @pytest.mark.parametrize(
     ("total", "free", "written"),
     [
-        (1000 * GIB, GIB + 10_000, True), (1000 * GIB, GIB - 1, False), (1000 * GIB, GIB + ITEM_BYTES - 1, False),
-        (10 * GIB, GIB // 4, True), (10 * GIB, GIB // 6, False),  # 2% are 0.2 GiB
-        (0, 0, True),  # a file system that does not say
+        (1000 * GIB, GIB + 10_000, True),
+        (1000 * GIB, GIB - 1, False),
+        (1000 * GIB, GIB + ITEM_BYTES - 1, False),
+        (10 * GIB, GIB // 4, True),
+        (10 * GIB, GIB // 6, False),  # 2% are 0.2 GiB
+        (0, 0, True),  # a file system that reports no size
     ],
-)  # fmt: skip
+)
 def test_the_last_of_a_disk_is_left_free(total, free, written, tmp_path, monkeypatch):
     usage = SimpleNamespace(total=total, free=free)
     monkeypatch.setattr(context_cache.shutil, "disk_usage", lambda folder: usage)
@@ -182,6 +191,7 @@ def test_the_last_of_a_disk_is_left_free(total, free, written, tmp_path, monkeyp
         cache.put(tokens_of(number), tensors_of(number))
     assert len(stored_files(tmp_path)) == (3 if written else 0)
     assert len(cache.warnings) == (0 if written else 1)
-    usage.total, usage.free = 1000 * GIB, 500 * GIB  # someone made room
+    usage.total = 1000 * GIB
+    usage.free = 500 * GIB  # someone made room
     cache.put(tokens_of(9), tensors_of(9))
     assert same_bits(cache.get(tokens_of(9)), tensors_of(9))

@@ -1,4 +1,4 @@
-"""Processes that share a folder of contexts, and are killed in it, do each other no harm."""
+"""Processes that share a folder of contexts, and are killed while writing, do each other no harm."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ def start_script(script: str, folder: Path) -> subprocess.Popen:
 
 
 def kill_in_mid_write(writer: subprocess.Popen, folder: Path) -> list[Path]:
-    """Kill the writer when it is seen at a half-written file; what it leaves aside."""
+    """Kill the writer while a file is half written; returns the temporary files that it leaves."""
     while writer.poll() is None:
         with contextlib.suppress(FileNotFoundError):
             if any(0 < file.stat().st_size < BIG_BYTES for file in folder.glob("*/.writing/*.tmp")):
@@ -54,7 +54,7 @@ for number in range(1000):
     for number in range(num_files):
         assert same_bits(cache.get(tokens_of(number)), tensors_of(number, num_bytes=BIG_BYTES))
     assert cache.get(tokens_of(num_files)) is None and not cache.warnings
-    assert leftover.exists()  # it might be a live writer's
+    assert leftover.exists()  # it might belong to a live writer
     hours_ago = time.time() - 2 * 3600
     os.utime(leftover, (hours_ago, hours_ago))
     build_cache(tmp_path, identity="another base")
@@ -91,7 +91,8 @@ assert cache.disk_hits > 10 and cache.misses > 10 and cache.disk.writable and no
 
 
 def test_two_writers_of_one_context_leave_one_sound_file(tmp_path, monkeypatch):
-    first, second = build_cache(tmp_path), build_cache(tmp_path)
+    first = build_cache(tmp_path)
+    second = build_cache(tmp_path)
     replace = os.replace
 
     def overtaken(source, target):

@@ -9,7 +9,7 @@ import torch
 from ptune_dist.config.load import load_config, render_config
 from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.prompts.store import load_prompt
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_module
 from tests.conftest import write_config
 from tests.numerics.plain import read_rows

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoModelForCausalLM
 
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.numerics.banks import (
     NUM_STEPS,
     assert_ends_as_alone,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ptune_dist.run.checkpoint import list_checkpoints
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.conftest import TINY
 from tests.numerics.banks import (
     NUM_STEPS,

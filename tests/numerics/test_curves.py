@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_module
 from tests.conftest import ARCHITECTURES, write_config
 from tests.numerics.plain import NUM_VIRTUAL, peft_curve, plain_curve, write_initial_prompt

@@ -15,7 +15,7 @@ from ptune_dist.base.load import fill_whole
 from ptune_dist.families.find import open_any
 from ptune_dist.prompts.export import export_peft
 from ptune_dist.prompts.store import load_prompt
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_commands
 from tests.conftest import ENCODERS, LABELS, SEQ2SEQ, TINY, write_config
 from tests.numerics.plain import (

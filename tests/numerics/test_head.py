@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ptune_dist.model.head
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.conftest import SEQ2SEQ
 from tests.numerics.banks import train_all, write_bank, write_rows
 from tests.numerics.passes import (

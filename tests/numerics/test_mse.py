@@ -155,7 +155,10 @@ def test_the_head_and_the_scale_are_stored_and_exported_where_peft_has_them(runs
 
 def test_wrong_targets_metrics_and_options_are_one_line_each(runs, tmp_path):
     config = str(runs["llama"] / "config.json")
-    bad = write_rows(tmp_path / "bad.jsonl", [row | {"score": text} for row, text in zip(read_rows(), ["1.5", "high"])])
+    bad = write_rows(
+        tmp_path / "bad.jsonl",
+        [row | {"score": text} for row, text in zip(read_rows()[:2], ["1.5", "high"], strict=True)],
+    )
     cases = {
         "bad.jsonl line 2: data.target is 'high', but train.objective=mse needs a number": [f"data.train={bad}"],
         "evaluate.metrics: exact_match is for texts": ["evaluate.metrics=[exact_match]", "evaluate.best_metric=null"],

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from ptune_dist.run.checkpoint import list_checkpoints, load_checkpoint
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_command, run_module
 from tests.conftest import write_config
 from tests.processes import ROOT, command_line, process_env

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ptune_dist.run.log import read_metrics
+from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_module
 from tests.conftest import LABELS, TINY, write_config
 from tests.numerics.test_curves import curve, train_all

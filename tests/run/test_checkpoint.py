@@ -1,4 +1,4 @@
-"""A checkpoint is whole, verified and small; whatever fails, the ones before it stay as they were."""
+"""A checkpoint is complete, verified and small; whatever fails, earlier ones are unchanged."""
 
 import json
 import os
@@ -38,7 +38,8 @@ def same(a: Snapshot, b: Snapshot) -> bool:
     def tensors(snapshot):
         return {("p", k): t for k, t in snapshot.prompt.items()} | {("o", k): t for k, t in snapshot.optimizer.items()}
 
-    x, y = tensors(a), tensors(b)
+    x = tensors(a)
+    y = tensors(b)
     bits = x.keys() == y.keys() and all(torch.equal(x[k], y[k]) and x[k].dtype == y[k].dtype for k in x)
     return bits and a.step == b.step and a.state == b.state
 
@@ -148,18 +149,18 @@ def test_a_state_that_is_other_json_is_damage(folder, content):
     assert load_newest_checkpoint(folder, lambda _: None).step == 10
 
 
-def test_where_all_are_damaged_nothing_is_begun_anew(folder):
+def test_if_all_are_damaged_the_run_does_not_start_over(folder):
     for step in (10, 20):
         truncate(folder / f"step-{step:08d}" / "prompt.safetensors")
     warnings = []
-    with pytest.raises(RunFault, match="no checkpoint is sound"):
+    with pytest.raises(RunFault, match="all checkpoints are damaged"):
         load_newest_checkpoint(folder, warnings.append)
     assert len(warnings) == 2
     assert names(folder) == ["step-00000010", "step-00000020"]
 
 
 def test_a_newer_damaged_checkpoint_does_not_push_out_the_sound_one_just_saved(folder):
-    truncate(folder / "step-00000020" / "prompt.safetensors")  # the run went on from step 10 and is stopped at 15
+    truncate(folder / "step-00000020" / "prompt.safetensors")  # the run resumed from step 10 and is stopped at 15
     assert save_checkpoint(folder, make(15), keep=1).is_dir()
     assert load_newest_checkpoint(folder, lambda _: None).step == 15
 

@@ -10,22 +10,16 @@ import tomllib
 
 import pytest
 
-from tests.private_names import of_deepspeed, of_others, of_transformers
 from tests.private_names.checks import assigned_names, complaint_about
-from tests.private_names.rows import Row, attribute, parameter, sets_exactly, source
+from tests.private_names.rows import attribute, parameter, sets_exactly, source
+from tests.private_names.tables import FILES, rows_of
 from tests.processes import ROOT
 
 PACKAGE = ROOT / "ptune_dist"
-TABLES = (of_deepspeed.TABLE, of_transformers.TABLE, of_others.TABLE)
-FILES = sorted({file for table in TABLES for file in table})
 # Where private names of each library may be used; torch's are the dictionaries of nn.Module.
 FOLDERS = {"deepspeed": ("zero/",), "transformers": ("model/", "base/"), "torch": ("model/", "base/")}
 PUBLIC = {"run/watch.py": {"_exit"}}  # documented names that begin with an underscore
 UNDOCUMENTED = ("deepspeed.", "transformers.")  # what is imported from their submodules needs a row
-
-
-def rows_of(file: str) -> list[Row]:
-    return [row for table in TABLES for row in table.get(file, [])]
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -54,7 +54,7 @@ def plan_answers(
         alike.setdefault((num_new, length if is_padding_seen else 0), []).append(i)
     batches = []
     for (num_new, _), rows in alike.items():
-        extra = num_virtual + (num_new if writes_text(model) else 0)
+        extra = num_virtual + (num_new if model.writes_text else 0)
         plan = plan_micro_batches(
             [(i, (0,)) for i in rows],
             functools.partial(count_positions, lengths, extra),
@@ -70,19 +70,12 @@ def count_positions(lengths: list[int], extra: int, units: list[Unit]) -> int:
     return len(units) * (max((lengths[i] for i, _ in units), default=0) + extra)
 
 
-def writes_text(model: PromptedModel) -> bool:
-    """Whether answers are generated token by token; else they are labels or numbers."""
-    return model.has_language_head and not model.predicts_numbers
-
-
 def room_for_answer(model: PromptedModel, length: int, num_virtual: int) -> int:
     """The most new tokens after an input of `length` tokens, where positions are learned."""
     most = max_positions(model.base)
-    if most is None or not writes_text(model):
+    if most is None or not model.writes_text:
         return sys.maxsize
-    if model.base.config.is_encoder_decoder:
-        return most - 1 - (num_virtual if model.placement == "decoder" else 0)
-    return max(0, most - num_virtual - length)
+    return max(0, most - model.count_before_answer(num_virtual, length))
 
 
 def sees_padding(model: PromptedModel, member: int) -> bool:

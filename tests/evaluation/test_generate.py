@@ -15,7 +15,8 @@ from ptune_dist.evaluation.sampling import build_sampler
 from ptune_dist.families import FAMILIES
 from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.objectives.cross_entropy import CrossEntropy
-from ptune_dist.prompts.method import Contribution, Method
+from ptune_dist.prompts.method import Method
+from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 from tests.conftest import ARCHITECTURES, SEQ2SEQ, TINY
 from tests.numerics.passes import build_base, draw_tokens
@@ -23,25 +24,6 @@ from tests.numerics.passes import build_base, draw_tokens
 EOS, PAD, NUM_NEW, NUM_VIRTUAL = 0, 1, 5, 4
 LOCAL = ["mistral_window", "gemma2"]  # attention over few positions
 SETTINGS = GenerationConfig(pad_token_id=PAD, eos_token_id=EOS, max_new_tokens=NUM_NEW, do_sample=False, use_cache=True)
-
-
-class KeysValuesOnly(Method):
-    """Random keys and values of every layer [L, P, G, Dh], and no virtual tokens."""
-
-    stands_in_sequence = False
-
-    def __init__(self, base: PreTrainedModel):
-        super().__init__()
-        text = base.config.get_text_config()
-        num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        draw = torch.Generator().manual_seed(5)
-        shape = (2, text.num_hidden_layers, NUM_VIRTUAL, num_heads, width)
-        self.parts = torch.nn.Parameter(torch.randn(shape, generator=draw))
-        self.num_virtual_tokens = NUM_VIRTUAL
-
-    def forward(self) -> Contribution:
-        return Contribution(keys=self.parts[0], values=self.parts[1])
 
 
 def load_base(kind: str) -> PreTrainedModel:
@@ -62,8 +44,17 @@ def build_model(kind: str, method: type[Method], placement: str = "prefix") -> P
     base = load_base(kind)
     width = base.get_input_embeddings().embedding_dim
     vectors = torch.randn(NUM_VIRTUAL, width, generator=torch.Generator().manual_seed(5)) * 0.5
-    prompt = KeysValuesOnly(base) if method is KeysValuesOnly else PromptTuning(vectors)
+    prompt = draw_prefix(base) if method is PrefixTuning else PromptTuning(vectors)
     return family.model_class(base, [prompt], CrossEntropy(), placement).eval()
+
+
+def draw_prefix(base: PreTrainedModel) -> PrefixTuning:
+    text = base.config.get_text_config()
+    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    draw = torch.Generator().manual_seed(5)
+    shape = (text.num_hidden_layers, NUM_VIRTUAL, num_heads, width)
+    return PrefixTuning(torch.randn(shape, generator=draw), torch.randn(shape, generator=draw))
 
 
 def draw_inputs(lengths: tuple[int, ...], placement: str = "prefix") -> list[TokenPair]:
@@ -106,7 +97,7 @@ def until_end(ids: torch.Tensor) -> list[list[int]]:
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
 
 
-@pytest.mark.parametrize("method", [PromptTuning, KeysValuesOnly])
+@pytest.mark.parametrize("method", [PromptTuning, PrefixTuning])
 @pytest.mark.parametrize("kind", ["shipped", *ARCHITECTURES])
 def test_a_batch_of_unequal_rows_is_answered_as_by_a_plain_loop(kind, method):
     model = build_model(kind, method)
@@ -121,7 +112,7 @@ def test_a_batch_of_unequal_rows_is_answered_as_by_a_plain_loop(kind, method):
 def test_rows_that_padding_would_change_are_answered_with_rows_of_their_length(kind):
     inputs = draw_inputs((3, 12, 3, 9))
     decoding = Decoding(NUM_NEW, micro_batch_tokens=4096)
-    for method, num_batches in ((PromptTuning, 1), (KeysValuesOnly, 3)):
+    for method, num_batches in ((PromptTuning, 1), (PrefixTuning, 3)):
         model = build_model(kind, method)
         batches = plan_answers(model, inputs, decoding, 0, 1)
         assert len(batches) == num_batches

@@ -29,7 +29,7 @@ from ptune_dist.optim.optimizer import build_torch_optimizer
 from ptune_dist.optim.prompt_state import Member, PromptState
 from ptune_dist.zero.passes import Passes, ShardedPasses, WholePasses
 from ptune_dist.zero.setup import quiet_deepspeed
-from ptune_dist.zero.unused import describe_unused
+from ptune_dist.zero.unused_sections import describe_unused
 
 T = TypeVar("T")
 

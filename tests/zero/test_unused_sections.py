@@ -2,7 +2,7 @@
 
 import pytest
 
-from ptune_dist.zero.unused import describe_unused
+from ptune_dist.zero.unused_sections import describe_unused
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -21,12 +21,14 @@ from pydantic_core import PydanticUndefined
 
 from ptune_dist.config.schema import Config
 from ptune_dist.metrics import METRICS
+from ptune_dist.objectives import OBJECTIVES
 from ptune_dist.prompts import METHODS
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- filled: (?P<name>[a-z ]+) -->\n).*?(<!-- end filled -->)", re.DOTALL)
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "any value"}
 PLURALS = {"text": "texts", "mapping": "mappings"}
+NAMES = {"prompt.method": METHODS, "train.objective": OBJECTIVES}  # keys whose values are the names of a seam
 BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}"}
 
 
@@ -104,7 +106,8 @@ def render_keys(section: type[BaseModel], prefix: str) -> list[list[str]]:
         if not field.description:
             raise ValueError(f"{prefix}{key} has no description: write a string under it")
         meaning = " ".join(field.description.split())
-        kind = describe_type(field.annotation, field.metadata)
+        names = NAMES.get(prefix + key)
+        kind = ", ".join(f"`{name}`" for name in names) if names else describe_type(field.annotation, field.metadata)
         rows.append([f"`{prefix}{key}`", kind, describe_default(field), meaning])
     return rows
 

@@ -16,6 +16,7 @@ from ptune_dist.data.build import build_inputs, build_split, build_templates
 from ptune_dist.data.sources import Rows, load_rows
 from ptune_dist.distributed.world import World, init_distributed, together
 from ptune_dist.errors import UserError
+from ptune_dist.evaluation.answer_plan import Decoding
 from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator
 from ptune_dist.evaluation.generate import generate_texts
 from ptune_dist.families import FAMILIES
@@ -66,18 +67,16 @@ def generate_for_run(
     inputs = together(world, lambda: build_inputs(config.data, rows, reading.encoding(config)))
     stream = together(world, lambda: open_output(output, world))
     job = build_trained_job(reading, run_dir, world)
+    decoding = Decoding(max_new_tokens, config.train.micro_batch_tokens, sampling, seed)
     chunk = CHUNK_ROWS * world.size
     with fault_on_failed_write(output) if output else contextlib.nullcontext(), stream as out:
         for first in range(0, len(inputs), chunk):
-            answers = dict(
-                generate_texts(
-                    job.engine, job.tokenizer, inputs[first : first + chunk], max_new_tokens=max_new_tokens,
-                    micro_batch_tokens=config.train.micro_batch_tokens, sampling=sampling, seed=seed + first,
-                )
-            )  # fmt: skip
-            for i in sorted(answers) if out else ():
-                row = rows.dataset[first + i] | {"generated": answers[i]}
-                print(json.dumps(row, ensure_ascii=False, default=str), file=out, flush=True)
+            some = inputs[first : first + chunk]
+            answers = dict(generate_texts(job.engine, job.tokenizer, some, decoding, first=first))
+            if out:
+                for i in sorted(answers):
+                    row = rows.dataset[i] | {"generated": answers[i]}
+                    print(json.dumps(row, ensure_ascii=False, default=str), file=out, flush=True)
 
 
 def open_output(path: Path | None, world: World) -> contextlib.AbstractContextManager[TextIO | None]:

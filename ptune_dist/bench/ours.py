@@ -98,7 +98,7 @@ def main() -> int:
 
 def count_work(job: Job, result: dict) -> dict:
     """Useful work per second, and its share of the rate of plain matrix products. Collective: every rank must call."""
-    split = build_split(job.config.data, job.tokenizer, which="train")
+    split = build_split(job.config.data, job.reading.encoding(job.config), which="train")
     assert split is not None  # data.train is required
     examples = split.examples
     flops = useful_flops(

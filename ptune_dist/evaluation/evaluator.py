@@ -17,6 +17,7 @@ from ptune_dist.data.build import Split, build_label_candidates
 from ptune_dist.data.encode import Examples
 from ptune_dist.distributed.world import gather_from_ranks
 from ptune_dist.errors import UserError
+from ptune_dist.evaluation.answer_plan import Decoding
 from ptune_dist.evaluation.generate import generate_texts, pad_id
 from ptune_dist.evaluation.references import build_references
 from ptune_dist.metrics import METRICS
@@ -40,8 +41,7 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     metrics: list[Metric]
     references: dict[Need, References]
-    micro_batch_tokens: int
-    max_new_tokens: int
+    decoding: Decoding
     num_samples: int
     candidates: dict[str, Examples] = field(default_factory=dict)
 
@@ -103,13 +103,7 @@ class Evaluator:
         inputs = [(examples.context_ids(i).tolist(), examples.rest_ids(i).tolist()) for i in range(count)]
         answers = dict(
             generate_texts(
-                engine,
-                self.tokenizer,
-                inputs,
-                max_new_tokens=self.max_new_tokens,
-                micro_batch_tokens=self.micro_batch_tokens,
-                member=member,
-                between_batches=between_batches,
+                engine, self.tokenizer, inputs, self.decoding, member=member, between_batches=between_batches
             )
         )
         return [answers[i].strip() for i in range(count)]
@@ -146,7 +140,8 @@ class Evaluator:
         between_batches: Callable[[], None],
     ) -> list[list[float]]:
         """What `function` finds for the readers of a batch, for each member and example, on every rank. Collective."""
-        plan = engine.plan([(i, tuple(members)) for i in range(len(examples))], examples, self.micro_batch_tokens)
+        units = [(i, tuple(members)) for i in range(len(examples))]
+        plan = engine.plan(units, examples, self.decoding.micro_batch_tokens)
         mine: list[tuple[tuple[int, int], float]] = []
         for shares in plan:
             readers = [(example, member) for example, some in shares[engine.world.rank] for member in some]
@@ -181,8 +176,7 @@ def build_evaluator(config: Config, split: Split, reading: Reading) -> Evaluator
         reading.tokenizer,
         metrics,
         references,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        max_new_tokens=config.evaluate.max_new_tokens,
+        Decoding(config.evaluate.max_new_tokens, config.train.micro_batch_tokens),
         num_samples=config.evaluate.num_samples,
         candidates=candidates,
     )

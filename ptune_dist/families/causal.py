@@ -1,7 +1,7 @@
 """Decoder-only language models (GPT-2, Llama, Qwen, ...): [virtual tokens, input, target] is read as one text.
 
-Shapes: S readers, T tokens, P virtual tokens, C context positions, D width, N live positions, L layers, G key/value
-heads, Dh width of a head.
+Shapes: S readers, B rows, T tokens, P virtual tokens, C context positions, D width, N live positions, L layers,
+G key/value heads, Dh width of a head.
 """
 
 import inspect
@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ptune_dist.data.batches import Batch, Unit, pad_rows
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.encode import Examples, TokenPair
 from ptune_dist.data.framing import Framing
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
@@ -109,6 +110,51 @@ class PromptedCausal(PromptedModel):
         if self._takes_positions:
             inputs["position_ids"] = lengths[:, None] + torch.arange(mask.shape[1], device=mask.device)
         return inputs
+
+    # ------------------------------------------------------------- answers
+
+    def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:
+        return num_virtual + num_tokens
+
+    def generate(self, inputs: list[TokenPair], member: int, options: dict[str, Any]) -> torch.Tensor:
+        """Rows are padded on the left, so that each row's next token stands at the end.
+
+        They are [padding, context, virtual tokens, rest], after the prompt's keys and values if it has some.
+        """
+        contributions = self.contributions()
+        texts = [np.array([*context, *rest], np.int64) for context, rest in inputs]
+        embedded, mask = self.embed(texts, [member] * len(texts), contributions)
+        num_virtual = contributions[member].num_vectors
+        rows = []
+        for row, length, (context, _) in zip(embedded, mask.sum(dim=1).tolist(), inputs, strict=True):
+            virtual, before, after = row[:length].tensor_split([num_virtual, num_virtual + len(context)])
+            rows.append(torch.cat([before, virtual, after]))
+        vectors = pad_sequence(rows, batch_first=True, padding_side="left")
+        prefix = keys_values_of(contributions[member])
+        if prefix is None:
+            return self.base.generate(inputs_embeds=vectors, attention_mask=mask.flip(1), **options)
+        return self._generate_after_prefix(vectors, mask.flip(1), prefix.to(vectors.dtype), options)
+
+    def _generate_after_prefix(
+        self, vectors: torch.Tensor, mask: torch.Tensor, prefix: KeysValues, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """Tokens after vectors [B, T, D], before which every row reads a prefix that takes P positions, as in PEFT.
+
+        transformers wants the vectors and the mask of the whole text: it leaves out the first vectors, as many as there
+        are positions in the cache.
+        """
+        num_rows = len(vectors)
+        cache = DynamicCache(config=self.base.config.get_text_config(decoder=True))
+        for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            rows = [part.transpose(0, 1).expand(num_rows, -1, -1, -1) for part in (keys, values)]
+            cache.update(rows[0], rows[1], layer)
+        unread = vectors.new_zeros(num_rows, prefix.length, vectors.shape[2])
+        return self.base.generate(
+            inputs_embeds=torch.cat([unread, vectors], dim=1),
+            attention_mask=torch.cat([mask.new_ones(num_rows, prefix.length), mask], dim=1),
+            past_key_values=cache,
+            **options,
+        )
 
     # ------------------------------------------------------------- contexts
 

@@ -36,6 +36,10 @@ class PromptedEncoder(PromptedModel):
         vectors, mask = self.embed(texts, members)
         return self.base(inputs_embeds=vectors, attention_mask=mask).logits
 
+    def name_labels(self, texts: list[np.ndarray]) -> list[str]:
+        logits = self.label_logits(texts, [0] * len(texts))
+        return [self.base.config.id2label[index] for index in logits.argmax(dim=1).tolist()]
+
     def _losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
         if self.predicts_numbers:
             return self._number_losses(batch, loss_of)

@@ -9,15 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from ptune_dist.data.batches import Batch, Unit, pad_rows
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.encode import Examples, TokenPair
 from ptune_dist.data.framing import Framing
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
-from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised
+from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised, vectors_of
 
 
 class PromptedSeq2Seq(PromptedModel):
@@ -58,6 +65,41 @@ class PromptedSeq2Seq(PromptedModel):
         encoder = self.base.get_encoder()
         hidden = encoder(input_ids=self.to_tensor(padded), attention_mask=self.to_tensor(present))[0]
         return [(row[: len(tokens)].clone(),) for row, tokens in zip(hidden, work.tokens, strict=True)]
+
+    def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:
+        """The decoder's start token, after the virtual tokens where the decoder reads them."""
+        return 1 + (num_virtual if self.placement == "decoder" else 0)
+
+    def generate(self, inputs: list[TokenPair], member: int, options: dict[str, Any]) -> torch.Tensor:
+        texts = [np.array([*context, *rest], np.int64) for context, rest in inputs]
+        if self.placement == "decoder":
+            return self._generate_after_decoder_prompt(texts, member, options)
+        vectors, mask = self.embed(texts, [member] * len(inputs))
+        found = self.base.generate(inputs_embeds=vectors, attention_mask=mask, **options)
+        return found[:, 1:]  # without the start token
+
+    def _generate_after_decoder_prompt(
+        self, texts: list[np.ndarray], member: int, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """The decoder reads [virtual tokens, start, answer]: the virtual tokens are read first."""
+        settings = options["generation_config"]
+        padded, present = pad_rows(texts, settings.pad_token_id)
+        mask = self.to_tensor(present)
+        encoded = self.base.get_encoder()(input_ids=self.to_tensor(padded), attention_mask=mask)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        vectors = vectors_of(self.contributions()[member], encoded[0][0])
+        self.base(
+            encoder_outputs=encoded,
+            attention_mask=mask,
+            decoder_inputs_embeds=vectors.expand(len(texts), -1, -1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        start = torch.full((len(texts), 1), settings.decoder_start_token_id, device=mask.device)  # not in the cache yet
+        found = self.base.generate(
+            encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=start, past_key_values=cache, **options
+        )
+        return found[:, start.shape[1] :]
 
 
 def count_padded(model: PromptedModel, units: list[Unit], examples: Examples, *, with_contexts: bool) -> int:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ptune_dist.base.trained_head import trained_parameters
 from ptune_dist.data.batches import Batch, Unit, pad_rows
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.encode import Examples, TokenPair
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.head import HeadAtTargets
 from ptune_dist.model.value_head import TargetScale, ValueHeads
@@ -83,6 +83,11 @@ class PromptedModel(nn.Module):
         return self.objective.target == "number"
 
     @property
+    def writes_text(self) -> bool:
+        """Whether answers are generated token by token; else they are labels or numbers."""
+        return self.has_language_head and not self.predicts_numbers
+
+    @property
     def device(self) -> torch.device:
         return next(self.prompts.parameters()).device
 
@@ -126,6 +131,18 @@ class PromptedModel(nn.Module):
 
     def supervise(self, batch: Batch) -> Supervised:
         """The pass that a batch asks for."""
+        raise NotImplementedError
+
+    def generate(self, inputs: list[TokenPair], member: int, options: dict[str, Any]) -> torch.Tensor:
+        """New token ids [B, T] of inputs, each (context, rest); `options` are those of the base's own `generate`."""
+        raise NotImplementedError
+
+    def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:
+        """Positions that stand before the first token of an answer, of those whose number may be limited."""
+        raise NotImplementedError
+
+    def name_labels(self, texts: list[np.ndarray]) -> list[str]:
+        """The likeliest label of each text, of a base with a classification head."""
         raise NotImplementedError
 
     # ------------------------------------------------------------- losses and values

@@ -1,4 +1,4 @@
-"""Invariant 8 and generation: an exported adapter gives PEFT our logits, and a batch's answers are each row's own."""
+"""Invariants 8 and 9: an exported adapter gives PEFT our logits, and an answer depends on nothing but its own row."""
 
 import json
 from pathlib import Path
@@ -89,6 +89,82 @@ def test_a_batch_of_unequal_rows_is_answered_as_each_row_alone(runs, tiny_bases,
         answers = [json.loads(line) for line in out.read_text().splitlines()]
         assert [answer["word"] for answer in answers] == WORDS, kind
         assert [answer["generated"] for answer in answers] == wanted, kind
+
+
+# How a base knows positions (learned, rotary, ALiBi; in an encoder-decoder) and where a prompt stands.
+ANSWERING = {
+    "gpt2": ("gpt2", {}),
+    "gpt2_keys": ("gpt2", {"method": "prefix_tuning"}),
+    "llama": ("llama", {}),
+    "bloom": ("bloom", {}),
+    "t5": ("t5", {}),
+    "bart": ("bart", {"placement": "decoder"}),
+}
+# Inputs of gpt2 and bart have 124 of 128 positions at most: the third row fills them, the fifth leaves three.
+LONG_WORDS = ["a", "held", "x" * 122, "adaptive", "y" * 119, "of", "prompting"]
+ANSWER_SCRIPT = str(Path(__file__).with_name("answer_many.py"))
+
+
+@pytest.fixture(scope="module")
+def answering_runs(tiny_bases, tmp_path_factory) -> dict[str, Path]:
+    """A run of one step for each of ANSWERING, in one launch."""
+    root = tmp_path_factory.mktemp("answering")
+    specs = []
+    for name, (kind, prompt) in ANSWERING.items():
+        (root / name).mkdir()
+        method = {"init": "random", **prompt}
+        config = write_config(
+            root / name / "config.json",
+            model={"path": str(tiny_bases[kind])},
+            prompt=method,
+            data={"max_length": 124},
+            train={"max_steps": 1},
+        )
+        specs.append([str(config), []])
+    (root / "specs.json").write_text(json.dumps(specs))
+    done = run_module(SCRIPT, str(root / "specs.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: root / name / "run" for name in ANSWERING}
+
+
+def answer_all(runs: dict[str, Path], folder: Path, hows: list[dict], num_ranks: int) -> list[dict[str, dict]]:
+    """Answers to LONG_WORDS for each `how` (overrides, alone), by run and kind of decoding, in one launch."""
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"word": word}) + "\n" for word in LONG_WORDS))
+    specs = [{"run": str(run), **how} for how in hows for run in runs.values()]
+    (folder / "specs.json").write_text(json.dumps(specs))
+    files = [str(folder / name) for name in ("specs.json", "rows.jsonl", "out.json")]
+    done = run_module(ANSWER_SCRIPT, *files, num_ranks=num_ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = iter(json.loads((folder / "out.json").read_text()))
+    return [{name: next(found) for name in runs} for _ in hows]
+
+
+@pytest.mark.long
+def test_an_answer_does_not_depend_on_its_batch_the_ranks_or_the_size_of_a_batch(answering_runs, tiny_bases, tmp_path):
+    def how(stage: int, micro_batch_tokens: int, alone: bool = False) -> dict:
+        json_file = f"deepspeed=configs/deepspeed/zero{stage}_fp32.json"
+        return {"overrides": [json_file, f"train.micro_batch_tokens={micro_batch_tokens}"], "alone": alone}
+
+    one_rank = [how(0, 4096, alone=True), how(0, 4096), how(0, 40), how(3, 300)]
+    alone, *others = answer_all(answering_runs, tmp_path / "one", one_rank, 1)
+    others += answer_all(answering_runs, tmp_path / "two", [how(0, 4096), how(3, 4096), how(3, 40)], 2)
+    assert all(other == alone for other in others)
+    for name, found in alone.items():
+        assert len(set(found["sampled"])) > 3 and found["sampled"] != found["greedy"], name
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_bases["gpt2"], dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bases["gpt2"])
+    prompt = load_prompt(answering_runs["gpt2"] / "prompt")[0]["virtual_tokens"]
+    rows = [tokenizer.encode(f"{word} =") for word in LONG_WORDS]
+    allowed = [min(6, 128 - len(prompt) - len(row)) for row in rows]
+    assert allowed == [6, 6, 0, 6, 3, 6, 6]
+    with torch.no_grad():
+        expected = [
+            tokenizer.decode(greedy(base, prompt, row, most, tokenizer.eos_token_id), skip_special_tokens=True)
+            for row, most in zip(rows, allowed, strict=True)
+        ]
+    assert alone["gpt2"]["greedy"] == expected
 
 
 @pytest.mark.long

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from ptune_dist.evaluation.generate import generate_after_decoder_prompt
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_commands
@@ -192,7 +191,7 @@ def test_after_a_prompt_in_the_decoder_rows_of_unequal_length_are_answered_as_ea
     settings = GenerationConfig(pad_token_id=1, decoder_start_token_id=start, max_new_tokens=NUM_NEW, do_sample=False)
     options = {"generation_config": settings}
     with torch.no_grad():
-        found = generate_after_decoder_prompt(model, [(one.tolist(), []) for one in contexts], 0, settings, options)
+        found = model.generate([(one.tolist(), []) for one in contexts], 0, options)
     prompt = model.prompts[0].virtual_tokens.detach()
     assert found.tolist() == [greedy(base, prompt, context, context[:0], -1) for context in contexts]
 

@@ -97,11 +97,17 @@ TABLE: Table = {
         parameter(
             f"{GENERATION}.prepare_inputs_for_generation", "inputs_embeds", "know whether a base continues from vectors"
         ),
+        source(GENERATION, "inputs_embeds[:, -next_sequence_length:, :]", "skip vectors that are in a cache", "unread"),
     ],
     "families/seq2seq.py": [
         attribute(f"{AUTO}:MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
         attribute(f"{MODEL}.get_encoder", "read the contexts of a seq2seq base"),
         attribute(f"{MODEL}.get_decoder", "embed what a decoder reads"),
+        attribute("transformers:EncoderDecoderCache", "let a decoder's prompt be read first"),
+        *(
+            parameter(f"{T5}.forward", name, "let a decoder's prompt be read first")
+            for name in ("past_key_values", "encoder_outputs", "decoder_inputs_embeds")
+        ),
     ],
     "families/encoder.py": [
         attribute(f"{AUTO}:MODEL_FOR_MASKED_LM_MAPPING_NAMES", "know the family of an architecture"),
@@ -145,11 +151,6 @@ TABLE: Table = {
     ],
     "evaluation/generate.py": [
         parameter(f"{GENERATION}.generate", "synced_gpus", "keep gathering for ranks that are not done"),
-        attribute("transformers:EncoderDecoderCache", "let a decoder's prompt be read first"),
-        *(
-            parameter(f"{T5}.forward", name, "let a decoder's prompt be read first")
-            for name in ("past_key_values", "encoder_outputs", "decoder_inputs_embeds")
-        ),
     ],
     "bench/loading.py": [
         attribute("transformers.integrations:HfDeepSpeedConfig", "have transformers load a base under ZeRO-3"),

@@ -192,7 +192,8 @@ def read_trained_run(parsed: argparse.Namespace) -> tuple[Path, Config]:
     """The folder of the prompt that is meant, a run's own or a member's, and its config. Raises UserError."""
     run_dir = find_member_dir(Path(parsed.run_dir), parsed.member)
     read_run_config(run_dir, parsed.overrides)  # most mistakes show before torch is imported
-    from ptune_dist.run.resolve import resolve
+    with without_garbage_collection():
+        from ptune_dist.run.resolve import resolve
 
     return run_dir, read_run_config(run_dir, parsed.overrides, resolve=resolve)
 

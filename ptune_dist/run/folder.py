@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "train.context_cache_gib",
     "train.context_cache_dir",
 )
+# None until the method has decided, which it does in the ranks: the launcher compares configs before that.
+LEFT_TO_METHOD = ("prompt.init",)
 CHECKPOINT = re.compile(r"step-\d{8}")
 
 
@@ -124,6 +126,8 @@ def first_difference(before: dict[str, Any], now: dict[str, Any], prefix: str = 
         if key == "sweep" and json.dumps(before.get(name)) != json.dumps(now[name]):
             return key  # as a whole: its own keys are dotted, and their order determines the members' names
         if key in MAY_CHANGE or before.get(name) == now[name]:
+            continue
+        if key in LEFT_TO_METHOD and now[name] is None:
             continue
         if isinstance(now[name], dict) and isinstance(before.get(name), dict):
             found = first_difference(before[name], now[name], f"{key}.")

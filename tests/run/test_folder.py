@@ -19,6 +19,7 @@ from ptune_dist.run.folder import (
     write_json,
     write_run_configs,
 )
+from ptune_dist.run.resolve import resolve
 from tests.conftest import write_config
 
 Load = Callable[..., Config]
@@ -59,6 +60,19 @@ def test_a_run_keeps_the_config_that_it_was_started_with(started: Config):
 def test_a_directory_that_is_not_a_run_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=f"{tmp_path}: not a run"):
         read_run_config(tmp_path)
+
+
+def test_what_the_method_decides_is_compared_once_it_has(load: Load):
+    """The launcher compares configs before torch, and with it the methods, is imported."""
+    undecided = load()
+    started = resolve(undecided)
+    claim(started)
+    (Path(started.output_dir) / "checkpoints").mkdir()
+    assert undecided.prompt.init is None and started.prompt.init == "vocab"
+    check_run_dir(undecided)
+    check_run_dir(started)
+    with pytest.raises(UserError, match="started with prompt.init 'vocab', not 'random'"):
+        check_run_dir(load("prompt.init=random"))
 
 
 def test_the_same_config_may_resume(started: Config, load: Load):

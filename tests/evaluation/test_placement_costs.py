@@ -11,12 +11,12 @@ from transformers import AutoConfig
 from ptune_dist.config.load import load_config
 from ptune_dist.data.encode import Examples
 from ptune_dist.evaluation.placement_costs import (
-    context_bytes_per_token,
     count_context_tokens,
     describe_cache,
     describe_choice,
     placement_costs,
 )
+from ptune_dist.families import FAMILIES
 from tests.conftest import tiny_shape, write_config
 
 
@@ -75,7 +75,8 @@ def test_members_share_a_context_and_a_shared_instruction_shares_virtual_tokens(
     ],
 )
 def test_a_context_token_takes_the_bytes_of_its_keys_and_values(kind, family, dtype, expected):
-    assert context_bytes_per_token(AutoConfig.for_model(kind, **tiny_shape(kind)), family, dtype) == expected
+    shape = AutoConfig.for_model(kind, **tiny_shape(kind))
+    assert FAMILIES[family].context_bytes_per_token(shape, dtype) == expected
 
 
 def test_the_cache_is_described_by_what_fits(tmp_path):
@@ -83,7 +84,7 @@ def test_the_cache_is_described_by_what_fits(tmp_path):
         tmp_path / "config.json", prompt={"placement": "infix"}, train={"context_cache_gib": 160 * 256 / 2 / 2**30}
     )
     shape = AutoConfig.for_model("llama", **tiny_shape("llama"))
-    text = describe_cache(examples_of(*ROWS), load_config(file), shape, "causal")
+    text = describe_cache(examples_of(*ROWS), load_config(file), shape, FAMILIES["causal"])
     assert "160 distinct tokens" in text and "50% fit in" in text and f"{20 * 8 / 3:.1f} times" in text
 
 

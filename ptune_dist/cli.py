@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ptune_dist.cluster.rank_files import node_folder
+from ptune_dist.common.imports import without_garbage_collection
 from ptune_dist.config.load import load_config
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import RunFault, UserError
@@ -150,8 +151,9 @@ def bounded(kind: type, *, low: float = -math.inf, above: float = -math.inf, hig
 def run_train(parsed: argparse.Namespace) -> int:
     def run() -> int:
         load_config(parsed.config, parsed.overrides)  # most mistakes show before torch is imported
-        from ptune_dist.run.resolve import resolve
-        from ptune_dist.train import train
+        with without_garbage_collection():
+            from ptune_dist.run.resolve import resolve
+            from ptune_dist.train import train
 
         return train(load_config(parsed.config, parsed.overrides, resolve=resolve))
 
@@ -161,7 +163,8 @@ def run_train(parsed: argparse.Namespace) -> int:
 def run_check(parsed: argparse.Namespace) -> int:
     def run() -> int:
         load_config(parsed.config, parsed.overrides)
-        from ptune_dist.cluster.node_check import check_and_show
+        with without_garbage_collection():
+            from ptune_dist.cluster.node_check import check_and_show
 
         return check_and_show()
 
@@ -170,15 +173,17 @@ def run_check(parsed: argparse.Namespace) -> int:
 
 def run_validate(parsed: argparse.Namespace) -> None:
     load_config(parsed.config, parsed.overrides)
-    from ptune_dist.evaluation.validate import validate
-    from ptune_dist.run.resolve import resolve
+    with without_garbage_collection():
+        from ptune_dist.evaluation.validate import validate
+        from ptune_dist.run.resolve import resolve
 
     validate(load_config(parsed.config, parsed.overrides, resolve=resolve))
 
 
 def run_evaluate(parsed: argparse.Namespace) -> None:
     run_dir, config = read_trained_run(parsed)
-    from ptune_dist.commands import evaluate_run
+    with without_garbage_collection():
+        from ptune_dist.commands import evaluate_run
 
     evaluate_run(config, run_dir)
 
@@ -187,14 +192,16 @@ def read_trained_run(parsed: argparse.Namespace) -> tuple[Path, Config]:
     """The folder of the prompt that is meant, a run's own or a member's, and its config. Raises UserError."""
     run_dir = find_member_dir(Path(parsed.run_dir), parsed.member)
     read_run_config(run_dir, parsed.overrides)  # most mistakes show before torch is imported
-    from ptune_dist.run.resolve import resolve
+    with without_garbage_collection():
+        from ptune_dist.run.resolve import resolve
 
     return run_dir, read_run_config(run_dir, parsed.overrides, resolve=resolve)
 
 
 def run_generate(parsed: argparse.Namespace) -> None:
     run_dir, config = read_trained_run(parsed)
-    from ptune_dist.commands import generate_for_run
+    with without_garbage_collection():
+        from ptune_dist.commands import generate_for_run
 
     generate_for_run(
         config, run_dir, text=parsed.input, file=parsed.input_file, output=parsed.output,
@@ -212,7 +219,8 @@ def sampling_of(parsed: argparse.Namespace) -> dict[str, Any] | None:
 
 def run_export(parsed: argparse.Namespace) -> None:
     run_dir, config = read_trained_run(parsed)
-    from ptune_dist.commands import export_run
+    with without_garbage_collection():
+        from ptune_dist.commands import export_run
 
     export_run(config, run_dir, to=parsed.to, out=parsed.out, text=parsed.input, file=parsed.input_file)
     print(f"exported: {parsed.out}")

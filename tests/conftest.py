@@ -1,6 +1,7 @@
 """What the tests share: tiny bases of every architecture, a small config, and the rule for `gpu`."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -13,14 +14,32 @@ from tests.processes import ROOT
 TINY = ROOT / "configs" / "tiny"
 
 
-def pytest_collection_modifyitems(items):
-    # Files with long tests first, so that at the end no worker is left alone with one.
+# The files that take longest, the longest first: at the end no worker is left alone with one of them.
+LONG_FILES = [
+    "cluster/test_faults.py",
+    "cluster/test_jobs.py",
+    "launcher/test_run.py",
+    "numerics/test_sharding.py",
+    "test_quickstart.py",
+    "cluster/test_saves.py",
+    "numerics/test_bank.py",
+    "numerics/test_placements.py",
+    "numerics/test_curves.py",
+    "numerics/test_resume.py",
+    "test_cli_runs.py",
+    "cluster/test_ends.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONG_FILES)}
     num_long = Counter(item.path for item in items if item.get_closest_marker("long"))
-    items.sort(key=lambda item: -num_long[item.path])
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    items.sort(key=lambda item: (ranks.get(item.path, len(ranks)), -num_long[item.path]))
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("extended") and not os.environ.get("PTUNE_TEST_EXTENDED"):
+            item.add_marker(pytest.mark.skip(reason="too long for CI: tests/run.sh --all"))
 
 
 def write_config(path: Path, **overrides) -> Path:

@@ -1,4 +1,4 @@
-"""What a process that a test starts is told."""
+"""The command lines and the environment of processes that tests start."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def command_line(module: str, *arguments: str, num_ranks: int = 1) -> list[str]:
-    """Of a module or a script (a path ending in .py), in `num_ranks` processes of torchrun's where above 1."""
+    """Run a module or a script (a path ending in .py), under torchrun if there are several ranks."""
     target = [module] if module.endswith(".py") else ["-m", module]
     if num_ranks == 1:
         return [sys.executable, *target, *map(str, arguments)]
@@ -18,7 +18,7 @@ def command_line(module: str, *arguments: str, num_ranks: int = 1) -> list[str]:
 
 
 def process_env(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment of a started process: one thread a rank, no network, no GPU but for tests that ask for it."""
+    """The environment of a process: one thread per rank, no network, and no GPU unless `extra` asks for one."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return kept | ours | (extra or {})

@@ -58,6 +58,7 @@ def test_the_shipped_base_is_small_and_loads_by_the_auto_classes():
     assert max(tokenizer.get_vocab().values()) < base.config.vocab_size
 
 
+@pytest.mark.extended  # the maker of the shipped files, which rarely changes
 def test_one_command_makes_base_and_data(tmp_path):
     done = run_module("ptune_dist.tiny.make", "--out", str(tmp_path), "--steps", "2", "--batch-size", "12")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -28,7 +28,7 @@ EXIT_STATUSES = {DONE: 0, STOPPED: 75, "mistake": 2}  # every other kind is 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank, a node or a job ended; `rank` and `node` name the one to blame, where there is one."""
+    """How a rank, a node or a job ended; `rank` and `node` name the one to blame, if there is one."""
 
     kind: str
     reason: str = ""

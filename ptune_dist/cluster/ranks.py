@@ -252,7 +252,7 @@ def prepare_child() -> None:
 
 
 def wait_until_written(files: list[Path], seconds: float) -> None:
-    """Return once no file is empty and none grows any more, or after so many seconds."""
+    """Return once no file is empty and none grows any more, or after `seconds`."""
     give_up_at = time.monotonic() + seconds
     before: list[int] = []
     while time.monotonic() < give_up_at:

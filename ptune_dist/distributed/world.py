@@ -9,6 +9,7 @@ import socket
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -47,8 +48,21 @@ def init_distributed() -> World:
     else:
         device = torch.device("cpu")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        start_process_group(device)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def start_process_group(device: torch.device) -> None:
+    """Join the default process group. A collective that waits longer than DEEPSPEED_TIMEOUT minutes, by default 10,
+    fails, as it does in a process group that DeepSpeed starts. Collective.
+    """
+    timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 10)))
+    if device.type != "cuda":
+        dist.init_process_group("gloo", timeout=timeout)
+    elif int(os.environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:  # bound to a device, torch would build every later group by splitting this one, which has no peers
+        dist.init_process_group("nccl", timeout=timeout)
 
 
 def free_port() -> int:

@@ -98,7 +98,7 @@ def predict_numbers(engine: Engine, inputs: list[TokenPair], member: int, pad_id
         pad_id=pad_id,
         most_targets=most_targets,
     )
-    return [f"{number:g}" for number in engine.row_values(batch)]
+    return [f"{number:.9g}" for number in engine.row_values(batch)]
 
 
 @torch.no_grad()

@@ -27,6 +27,8 @@ from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised,
 
 # A mask of four dimensions goes through transformers untouched; this one would fit no keys, were it read.
 NO_MASK = torch.zeros(1, 1, 1, 0)
+# What transformers calls keys and values from before, up to 5.23 and from 5.24 on, which takes the older name too.
+CACHE_ARGUMENTS = {"past_key_values", "cache"}
 
 
 class PromptedCausal(PromptedModel):
@@ -222,7 +224,8 @@ class Causal(Family):
 
     def check_contexts(self, model: PreTrainedModel, placement: str) -> None:
         inner = getattr(model, model.base_model_prefix, model)
-        if placement != "prefix" and "past_key_values" not in inspect.signature(inner.forward).parameters:
+        has_cache = CACHE_ARGUMENTS & set(inspect.signature(inner.forward).parameters)
+        if placement != "prefix" and not has_cache:
             kind = model.config.model_type
             raise UserError(f"prompt.placement: {kind} models keep no keys and values: use prefix")
 

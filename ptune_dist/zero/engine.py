@@ -29,6 +29,7 @@ from ptune_dist.optim.optimizer import build_torch_optimizer
 from ptune_dist.optim.prompt_state import Member, PromptState
 from ptune_dist.zero.passes import Passes, ShardedPasses, WholePasses
 from ptune_dist.zero.setup import quiet_deepspeed
+from ptune_dist.zero.unused_sections import describe_unused
 
 T = TypeVar("T")
 
@@ -182,6 +183,9 @@ def build_engine(
     layers = layers_of(model.base)
     settings = read_settings(content, len(layers), "deepspeed")
     recomputer = Recomputer(settings, layers) if settings else None
+    note = describe_unused(content)
+    if note and world.is_main:
+        print(note, flush=True)
     stage = zero_stage(content)
     passes = ShardedPasses(model.base, layers, content) if stage == 3 else WholePasses()
     state = PromptState(members, world, build_loss_scale(content))

@@ -8,9 +8,12 @@ from typing import Protocol
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from ptune_dist.distributed.world import World, raise_together
 from ptune_dist.errors import RunFault
+from ptune_dist.zero.gathers import watch_gathers
 
 PARTS = ("ds_tensor", "ds_secondary_tensor")
 NUM_PER_RANK = 3  # elements; one more in all, so that the last part is padded
@@ -28,23 +31,44 @@ class Cutter(Protocol):
 
 
 def check_layout(cutter: Cutter) -> None:
-    """Raise RunFault where DeepSpeed describes or fills its partitions differently. Collective."""
-    whole = torch.arange(1.0, NUM_PER_RANK * torch.distributed.get_world_size() + 2, device=cutter.device)
+    """Raise RunFault on every rank where DeepSpeed describes or fills its partitions differently. Collective."""
+    world = World(dist.get_rank(), dist.get_world_size(), cutter.device)
+    whole = torch.arange(1.0, NUM_PER_RANK * world.size + 2, device=world.device)
+    try:
+        ours, theirs = cut_both_ways(cutter, whole)
+        found = difference(ours, theirs)
+    except AttributeError as error:  # a name that this release no longer has: the same on every rank
+        found = str(error)
+    raise_together(fault(found), world)
+    gathers = watch_gathers()
+    num_before = gathers.num
+    for parameter in (ours, theirs):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if not torch.equal(parameter.detach(), whole):
+                found = "what it gathers is not what was cut"
+    if world.size > 1 and gathers.num == num_before:
+        found = "its gathers do not pass where they are counted"
+    raise_together(fault(found), world)
+
+
+def cut_both_ways(cutter: Cutter, whole: torch.Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+    """A parameter as `cutter` cuts it, and one that DeepSpeed itself has cut from the whole tensor. Collective."""
     ours = nn.Parameter(torch.empty(1).expand(whole.shape), requires_grad=False)
     cutter.shard(ours, lambda start, out: out.copy_(whole[start : start + len(out)]))
     cutter.fill_parts()
     theirs = nn.Parameter(whole.clone(), requires_grad=False)
     ours.convert_to_zero_parameters(param_list=[theirs])
-    found = difference(ours, theirs)
-    for parameter in (ours, theirs):
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if found is None and not torch.equal(parameter.detach(), whole):
-                found = "what it gathers is not what was cut"
-    if found is not None:
-        raise RunFault(
-            f"DeepSpeed {deepspeed.__version__} cuts parameters otherwise than ptune_dist expects: {found}: "
-            "install a release that pyproject.toml allows"
-        )
+    return ours, theirs
+
+
+def fault(found: str | None) -> RunFault | None:
+    """The error to raise for what was found."""
+    if found is None:
+        return None
+    return RunFault(
+        f"DeepSpeed {deepspeed.__version__} cuts parameters otherwise than ptune_dist expects: {found}: "
+        "install a release that pyproject.toml allows"
+    )
 
 
 def difference(ours: nn.Parameter, theirs: nn.Parameter) -> str | None:

@@ -37,6 +37,7 @@ def test_rows_have_the_median_lengths_of_their_names_and_no_row_is_repeated(writ
         assert read_rows(folder / f"{name}_check.jsonl") == rows[:8]
 
 
+@pytest.mark.extended
 def test_rows_are_the_same_every_time(tmp_path, written, tokenizer):
     write_rows(tmp_path, tokenizer, seed=3)
     assert len(list(tmp_path.iterdir())) >= 4

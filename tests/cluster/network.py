@@ -1,10 +1,11 @@
 """Nodes on one machine: network namespaces on a bridge, with links that can be cut.
 
-Every process of a cluster lives in one of its namespaces, and every name on the machine begins with the network's own
-(`ptune3`: bridge ptune3, namespaces ptune3-n0, ...). So whoever knows the name can remove the whole cluster, and a
-second process, the janitor, does so when the test run ends, however it ends: it waits for the end of a pipe.
+Every process of a cluster runs in one of its namespaces, and every name on the machine begins with that of the network
+(`ptune3`: bridge ptune3, namespaces ptune3-n0, ...). So the name is enough to remove the whole cluster. A second
+process, the janitor, does that when the test run ends in any way: it waits for the end of a pipe.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -15,11 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-NAMESPACES, HOSTS = Path("/run/netns"), Path("/etc/netns")
+NAMESPACES = Path("/run/netns")
+HOSTS = Path("/etc/netns")
 
 
 def run(*command: str, check: bool = True) -> str:
-    """The output of a command; RuntimeError with what it said on stderr when it fails."""
+    """The output of a command. Raises RuntimeError with its stderr if it fails."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr.strip()}")
@@ -27,16 +29,17 @@ def run(*command: str, check: bool = True) -> str:
 
 
 class Network:
-    """Hosts on a bridge of their own, each in a namespace with its host name and a hosts file that names them all."""
+    """Hosts on their own bridge, each in a namespace with its host name and a hosts file that lists all of them."""
 
     def __init__(self, hosts: list[str]):
         claim, number = claim_number()
-        self.name, self.hosts = f"ptune{number}", hosts
-        # 198.18.0.0/15 is set aside for benchmarks of networks (RFC 2544): no machine has real neighbours there.
+        self.name = f"ptune{number}"
+        self.hosts = hosts
+        # 198.18.0.0/15 is reserved for benchmarking networks (RFC 2544), so no machine has real neighbors there.
         self.own_address = f"198.18.{number}.254"
         self.addresses = {host: f"198.18.{number}.{i + 1}" for i, host in enumerate(hosts)}
         self.janitor = start_janitor(self.name, claim)
-        claim.close()  # the janitor's now, until all is removed
+        claim.close()  # the janitor holds it until everything is removed
         self.cuts: set[frozenset[str]] = set()
         self.unplugged: set[str] = set()
 
@@ -66,7 +69,7 @@ class Network:
     link = namespace  # the bridge's end of the host's cable
 
     def start(self, host: str, command: list[str], env: dict[str, str], log: Path) -> subprocess.Popen:
-        """Run a command on a host, out of the reach of Ctrl-C, which must not end daemons before their cluster."""
+        """Run a command on a host, unaffected by Ctrl-C, which must not end daemons before their cluster."""
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host, *map(str, command)]
         with log.open("a") as output:
             return subprocess.Popen(
@@ -82,9 +85,9 @@ class Network:
         return [int(pid) for pid in run("ip", "netns", "pids", self.namespace(host)).split()]
 
     def cut(self, a: str, b: str) -> None:
-        """Lose every packet between two hosts from now on, silently: connections stall, none is reset.
+        """Silently drop every packet between two hosts from now on: connections stall instead of being reset.
 
-        Each gets a hardware address for the other that nobody has. Isolated bridge ports would cut more than one pair.
+        Each host gets a nonexistent hardware address for the other. Isolated bridge ports would cut more than one pair.
         """
         self.cuts.add(frozenset((a, b)))
         for here, there in ((a, b), (b, a)):
@@ -97,7 +100,7 @@ class Network:
             run("ip", "-n", self.namespace(here), "neighbour", "del", self.addresses[there], "dev", "eth0")
 
     def unplug(self, host: str) -> None:
-        """Lose every packet from and to a host, silently."""
+        """Silently drop every packet from and to a host."""
         self.unplugged.add(host)
         run("ip", "link", "set", self.link(host), "down")
 
@@ -106,22 +109,24 @@ class Network:
         run("ip", "link", "set", self.link(host), "up")
 
     def remove(self) -> None:
-        """End every process of the network and remove it: by the janitor, whose way is the only one."""
+        """Have the janitor end every process of the network and remove it."""
         self.janitor.stdin.close()
         self.janitor.wait()
 
 
 def claim_number() -> tuple[socket.socket, int]:
-    """A number no living network has, and the socket that holds it; what dead networks left is removed.
+    """A number that no living network has, and the socket that claims it. Leftovers of dead networks are removed.
 
-    A name of an abstract socket is free again as soon as no process holds it, and leaves no file.
+    The name of an abstract socket becomes free as soon as no process holds it, and leaves no file.
     """
     for number in left_numbers():
-        if claim := claim_socket(number):
+        claim = claim_socket(number)
+        if claim:
             remove(f"ptune{number}")
             claim.close()
     for number in range(250):
-        if claim := claim_socket(number):
+        claim = claim_socket(number)
+        if claim:
             return claim, number
     raise RuntimeError("250 test clusters on one machine")
 
@@ -139,23 +144,24 @@ def claim_socket(number: int) -> socket.socket | None:
 def left_numbers() -> set[int]:
     places = (NAMESPACES, HOSTS, Path("/sys/class/net"))
     names = [entry.name for place in places if place.is_dir() for entry in place.iterdir()]
-    return {int(match[1]) for name in names if (match := re.fullmatch(r"ptune(\d+)(-\w+)?", name))}
+    matches = [re.fullmatch(r"ptune(\d+)(-\w+)?", name) for name in names]
+    return {int(match[1]) for match in matches if match}
 
 
 def remove(name: str) -> None:
     """Kill all processes in the namespaces of a network, then remove them, the bridge and the hosts files."""
     namespaces = [entry.name for entry in NAMESPACES.glob(f"{name}-*")]
-    give_up = time.monotonic() + 20
-    while left := [int(pid) for each in namespaces for pid in run("ip", "netns", "pids", each, check=False).split()]:
+    give_up_at = time.monotonic() + 20
+    left = find_pids(namespaces)
+    while left:
         for pid in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        if time.monotonic() > give_up:
+        if time.monotonic() > give_up_at:
             print(f"{name}: these processes do not end: {left}", file=sys.stderr)
             break
         time.sleep(0.05)
+        left = find_pids(namespaces)
     for each in namespaces:
         run("ip", "link", "del", each, check=False)
         run("ip", "netns", "del", each, check=False)
@@ -166,8 +172,12 @@ def remove(name: str) -> None:
         HOSTS.rmdir()
 
 
+def find_pids(namespaces: list[str]) -> list[int]:
+    return [int(pid) for each in namespaces for pid in run("ip", "netns", "pids", each, check=False).split()]
+
+
 def start_janitor(name: str, claim: socket.socket) -> subprocess.Popen:
-    """A process that removes the network once this one closes its stdin or dies; it holds the claim until then."""
+    """A process that removes the network once this one closes its stdin or dies. Until then it holds the claim."""
     return subprocess.Popen(
         [sys.executable, __file__, name],
         stdin=subprocess.PIPE,

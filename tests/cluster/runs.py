@@ -1,34 +1,33 @@
-"""Runs that tests train on the cluster and hurt: submitted, watched from outside, compared with an undisturbed one."""
+"""Runs that tests train on the cluster and disturb: submitted, observed, and compared with an undisturbed run."""
 
 import contextlib
 import json
-import os
 import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
-import pytest
 
 from ptune_dist.run.checkpoint import load_checkpoint
 from ptune_dist.run.folder import list_checkpoints
 from ptune_dist.run.metrics_log import read_metrics
 from ptune_dist.run.status import last_step, read_status
 from tests.cluster.slurm import Cluster
+from tests.commands import run_command
 from tests.conftest import TINY, write_config
 
-ALL = os.environ.get("PTUNE_TEST_CLUSTER") == "all"
-only_in_full = pytest.mark.skipif(not ALL, reason="minutes of Slurm's own patience: set PTUNE_TEST_CLUSTER=all")
-
-NUM_STEPS, EVERY, HANG_TIMEOUT_S = 120, 5, 8
+NUM_STEPS = 60
+EVERY = 5
+HANG_TIMEOUT_S = 8
 SECONDS_TO_END = 30  # for every process of a job that has lost one
-# From the moment that a hang is found: 4 s for all nodes' stacks, 10 at most for the processes to go; 3 s are usual.
-SECONDS_TO_SAY = 10
-PATIENCE_S = 180  # with what is no promise: torch is imported twice on each node, and cores may be busy
+# After a hang is found: 4 s for the stacks of all nodes, at most 10 s for the processes to end; usually 3 s in all.
+SECONDS_TO_REPORT = 10
+PATIENCE_S = 180  # for what has no deadline: torch is imported twice on each node, and the cores may be busy
 SABOTEUR = Path(__file__).parent / "saboteur"
-# Of a save, as the saboteur names them; a file's are: before it, half of it, all of it.
+# The moments of a save as the saboteur names them: before a file is opened, and after half of it is written.
 MOMENTS = [
     "os.mkdir .writing-step",
     "open prompt.safetensors",
@@ -37,10 +36,10 @@ MOMENTS = [
     "half of optimizer.safetensors",
     "open state.json",
     "half of state.json",
-    "open .writing-step",  # to flush it
+    "open .writing-step",  # to sync it
     "os.rename .writing-step",
-    "open checkpoints",  # to flush it
-    "os.rename step",  # the oldest, to be removed
+    "open checkpoints",  # to sync it
+    "os.rename step",  # the oldest, which is removed next
     "open .old-step",
     "os.remove prompt.safetensors",
     "os.remove optimizer.safetensors",
@@ -51,10 +50,10 @@ AFTER_THE_RENAME = MOMENTS[MOMENTS.index("open checkpoints") :]
 ENV = {"PTUNE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def write_run(folder: Path, **sections) -> Path:
-    """The config that the runs of these tests share but for `sections`."""
-    folder.mkdir()
-    shared = {
+def write_run(folder: Path, **sections: Any) -> Path:
+    """The config of a run. `sections` are merged into what all runs share."""
+    folder.mkdir(parents=True)
+    shared: dict[str, Any] = {
         "train": {"max_steps": NUM_STEPS, "hang_timeout_s": HANG_TIMEOUT_S, "learning_rate": 0.02},
         "checkpoint": {"every": EVERY, "keep": 3},
         "deepspeed": {"zero_optimization": {"stage": 3}},
@@ -65,37 +64,45 @@ def write_run(folder: Path, **sections) -> Path:
 
 
 class Run:
-    """One run and the last job that was submitted for it."""
+    """A run, and the last job that was submitted for it."""
 
-    def __init__(self, cluster: Cluster, folder: Path, **sections):
-        self.cluster, self.dir = cluster, folder / "run"
-        self.config, self.job = write_run(folder, **sections), ""
+    def __init__(self, cluster: Cluster, folder: Path, **sections: Any):
+        self.cluster = cluster
+        self.dir = folder / "run"
+        self.config = write_run(folder, **sections)
+        self.job = ""
 
     # The job
 
     def submit(self, *overrides: str, nodes: str = "n0,n1", options: list[str] | None = None, **env: object) -> None:
-        """sbatch slurm/train.sbatch CONFIG on these nodes, on any two where `nodes` is ""; `env` are settings."""
+        """sbatch slurm/train.sbatch CONFIG on these nodes, or on any two if `nodes` is ""; `env` are settings."""
         where = [f"--nodes={nodes.count('n')}", f"--nodelist={nodes}"] if nodes else ["--nodes=2"]
-        options = [*where, *(options or [])]
-        env = ENV | {name: str(value) for name, value in env.items()}
-        self.job = self.cluster.submit("slurm/train.sbatch", str(self.config), *overrides, options=options, env=env)
+        settings = ENV | {name: str(value) for name, value in env.items()}
+        self.job = self.cluster.submit(
+            "slurm/train.sbatch", str(self.config), *overrides, options=[*where, *(options or [])], env=settings
+        )
+
+    def train_without_slurm(self, *, num_nodes: int) -> None:
+        """Train the run to its end with two ranks on this machine, as if on `num_nodes` nodes."""
+        done = run_command("train", str(self.config), num_ranks=2, num_nodes=num_nodes)
+        assert done.returncode == 0, done.stderr[-3000:]
 
     def wait_for_end(self, state: str, timeout: float = PATIENCE_S) -> None:
-        """Of the job, in that state of Slurm's."""
+        """Wait until the job has ended; it must end in this state of Slurm's."""
         ended = ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"]
         found = self.cluster.wait(self.job, ended, timeout)
-        assert found == state, self.cluster.told(self.job, state)
+        assert found == state, self.cluster.describe(self.job, state)
 
     def wait_for_requeue(self, timeout: float = PATIENCE_S) -> None:
         self.cluster.wait(self.job, ["PENDING"], timeout)
 
     def wait_for(self, holds: Callable[[], bool], timeout: float, what: str) -> None:
-        """TimeoutError with the job's facts and the end of its log."""
-        give_up = time.monotonic() + timeout
+        """Raises TimeoutError with the job's facts and the end of its log."""
+        give_up_at = time.monotonic() + timeout
         while not holds():
-            if time.monotonic() > give_up:
-                raise TimeoutError(f"{what} after {timeout} s: {self.status}\n{self.cluster.told(self.job, what)}")
-            time.sleep(0.03)
+            if time.monotonic() > give_up_at:
+                raise TimeoutError(f"{what} after {timeout} s: {self.status}\n{self.cluster.describe(self.job, what)}")
+            time.sleep(0.05)
 
     @property
     def log(self) -> str:
@@ -105,36 +112,36 @@ class Run:
     def status(self) -> dict:
         return read_status(self.dir)
 
-    # Where it stands
+    # Progress
 
     @property
     def num_lines(self) -> int:
-        """Of metrics.jsonl: the last step done, or before a resumed run's first step the last one done ever."""
+        """The lines of metrics.jsonl: the last step, or until a resumed run logs its first one, the last one ever."""
         with contextlib.suppress(FileNotFoundError):
             return (self.dir / "metrics.jsonl").read_bytes().count(b"\n")
         return 0
 
     @property
     def starts(self) -> list[int]:
-        """The step that each start so far went on from, as the log has them."""
+        """The step from which each start so far has resumed, from the log."""
         found = re.findall(r"base .* per rank, .*; from (?:the start|step (\d+))", self.log)
         return [int(step or 0) for step in found]
 
     def wait_for_step(self, step: int, *, restarts: int, timeout: float = PATIENCE_S) -> None:
-        """Until that step, which no start before had done, is done after so many restarts."""
+        """Wait until a new step is done, after `restarts` restarts."""
 
-        def is_there() -> bool:
+        def is_reached() -> bool:
             status = self.status
-            assert status.get("state") != "done" and status.get("restarts", 0) <= restarts, self.told()
-            is_on = status.get("state") == "running" and status["restarts"] == restarts
-            return is_on and self.num_lines >= step and len(self.starts) == restarts + 1
+            assert status.get("state") != "done" and status.get("restarts", 0) <= restarts, self.describe()
+            is_running = status.get("state") == "running" and status["restarts"] == restarts
+            return is_running and self.num_lines >= step and len(self.starts) == restarts + 1
 
-        self.wait_for(is_there, timeout, f"step {step} after {restarts} restarts")
+        self.wait_for(is_reached, timeout, f"step {step} after {restarts} restarts")
 
-    def told(self) -> str:
+    def describe(self) -> str:
         return f"{self.status}\n{self.log[-4000:]}"
 
-    # Its processes
+    # Processes
 
     def processes(self, kind: str, node: str | None = None) -> list[psutil.Process]:
         """`kind`: launcher, torchrun or rank."""
@@ -146,26 +153,28 @@ class Run:
         return found
 
     def attempt(self) -> list[psutil.Process]:
-        """Ranks and torchruns of this moment."""
+        """The current ranks and torchruns."""
         return self.processes("rank") + self.processes("torchrun")
 
-    # What came of it
+    # Results
 
     def checkpoint_steps(self) -> list[int]:
         return [load_checkpoint(path).step for path in list_checkpoints(self.dir / "checkpoints")]
 
     def losses(self, num_steps: int = NUM_STEPS) -> list[float]:
-        """Each step's, which has one line."""
+        """The loss of each step, which must have exactly one line."""
         lines = read_metrics(self.dir)
         assert [line["step"] for line in lines] == list(range(1, num_steps + 1))
         return [line["loss"] for line in lines]
 
     def final_files(self) -> list[bytes]:
         last = self.dir / "checkpoints" / f"step-{last_step(self.dir):08d}"
-        return [
-            (self.dir / "prompt" / "prompt.safetensors").read_bytes(),
-            *((last / name).read_bytes() for name in ("prompt.safetensors", "optimizer.safetensors")),
+        files = [
+            self.dir / "prompt" / "prompt.safetensors",
+            last / "prompt.safetensors",
+            last / "optimizer.safetensors",
         ]
+        return [file.read_bytes() for file in files]
 
     def assert_bitwise(self, undisturbed: "Run", num_steps: int = NUM_STEPS) -> None:
         assert self.losses(num_steps) == undisturbed.losses(num_steps)
@@ -182,11 +191,13 @@ def kind_of(command: list[str]) -> str:
 
 
 def wait_until_gone(processes: list[psutil.Process], timeout: float = SECONDS_TO_END) -> float:
-    """Seconds until every process has ended; AssertionError with those that have not."""
+    """Returns the seconds until every process has ended."""
     began = time.monotonic()
-    while left := [process for process in processes if is_alive(process)]:
-        assert time.monotonic() - began < timeout, f"still there after {timeout} s: {left}"
+    left = processes
+    while left:
+        assert time.monotonic() - began < timeout, f"still running after {timeout} s: {left}"
         time.sleep(0.05)
+        left = [process for process in left if is_alive(process)]
     return time.monotonic() - began
 
 
@@ -198,7 +209,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def damage(path: Path, *, is_truncated: bool) -> None:
-    """Half of a file, or one flipped bit in it."""
+    """Truncate a file to its first half, or flip one bit in it."""
     data = bytearray(path.read_bytes())
     if is_truncated:
         data = data[: len(data) // 2]

@@ -1,16 +1,16 @@
-"""A real Slurm on one machine, for tests that hurt it: munged, slurmctld and a slurmd per node, run as root.
+"""A real Slurm cluster on one machine, for tests that inject faults: munged, slurmctld and a slurmd per node, as root.
 
     with Cluster(folder, num_nodes=2) as cluster:
         job = cluster.submit("slurm/train.sbatch", "config.yaml", options=["--nodes=2"])
         cluster.wait(job, ["RUNNING"], timeout=10)
         cluster.cut("n0", "n1")
 
-Each node is a network namespace with an address and a host name of its own (see network.py); files are shared, as on
-a cluster's file system. There is no accounting database: scontrol knows the ended jobs too.
+Each node is a network namespace with its own address and host name (see network.py). Files are shared, as on a
+cluster's file system. There is no accounting database; scontrol also knows the jobs that have ended.
 
-How it differs from most real clusters: processes are found by their parents (proctrack/linuxproc), so that children of
-a killed task are orphans that Slurm cannot end, which control groups would; 10 s pass between TERM and KILL, not 30;
-a requeued job waits 6 s, not two minutes.
+Differences from most real clusters: processes are tracked by their parents (proctrack/linuxproc), so that children of a
+killed task become orphans that Slurm cannot end, while control groups would; KILL follows TERM after 10 s, not 30; a
+requeued job waits 6 s, not two minutes.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from tests.cluster.network import Network
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONTROLLER = "ctl"
 
-# Shorter than on a real cluster is what a test would have to wait for; not SlurmdTimeout, after which a node that the
-# controller cannot reach is given up and its jobs are requeued.
+# Tests would have to wait for the usual timeouts, so these are shorter. The exception is SlurmdTimeout, after which the
+# controller gives up a node that it cannot reach and requeues its jobs.
 CONFIG = """
 ClusterName={name}
 SlurmctldHost={controller}({controller_address})
@@ -42,13 +42,13 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldDebug=debug
 SlurmdDebug=debug
-# Empty: Debian's own names a folder of plugins, whatever is in there.
+# An empty file: Debian's own loads every plugin in a folder.
 PlugStackConfig={folder}/plugstack.conf
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits until its old credentials have expired: 120 s without this.
+# A requeued job waits until its old credentials have expired, by default 120 s.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
-# Nothing here needs control groups, which a test machine may not have.
+# No control groups, which a test machine may not have.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -57,7 +57,7 @@ MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-# Nodes have more CPUs and memory than the machine.
+# The nodes together have more CPUs and memory than the machine.
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,sched_min_interval=100000,batch_sched_delay=0,bf_interval=1
 JobRequeue=1
@@ -73,10 +73,11 @@ PartitionName=test Nodes=ALL Default=YES DefaultTime=10 MaxTime=60 State=UP
 
 
 class Cluster:
-    """Nodes n0, n1, ... under one Slurm; `settings` are keys of slurm.conf with values other than those above."""
+    """Nodes n0, n1, ... of one Slurm. `settings` replace values of slurm.conf."""
 
     def __init__(self, folder: Path, num_nodes: int = 3, settings: dict[str, object] | None = None):
-        self.folder, self.settings = Path(folder), settings or {}
+        self.folder = Path(folder)
+        self.settings = settings or {}
         self.nodes = [f"n{i}" for i in range(num_nodes)]
         outside = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
         self.env = outside | {"SLURM_CONF": str(self.folder / "slurm.conf")}
@@ -84,7 +85,7 @@ class Cluster:
         self.jobs: list[str] = []
 
     def __enter__(self) -> "Cluster":
-        """Takes about two seconds; nothing is left when it fails."""
+        """Takes about two seconds. Leaves nothing behind if it fails."""
         self.network = Network([CONTROLLER, *self.nodes])
         try:
             self.network.build()
@@ -95,7 +96,7 @@ class Cluster:
             raise
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.network.remove()
         for daemon in self.daemons.values():
             daemon.wait()
@@ -115,7 +116,7 @@ class Cluster:
             config = re.sub(rf"^{key}=.*\n", "", config, flags=re.MULTILINE) + f"{key}={value}\n"
         (self.folder / "slurm.conf").write_text(config)
         (self.folder / "plugstack.conf").touch()
-        # slurmd looks for control groups though nothing uses them, and finds none in a namespace; v1 only when used.
+        # slurmd looks for control groups although nothing uses them, and finds none in a namespace. v1 is lazy.
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (self.folder / "state").mkdir()
         key = self.folder / "munge.key"
@@ -125,7 +126,7 @@ class Cluster:
     def start_daemons(self) -> None:
         files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid", "log-file": "munged.log"}
         options = [f"--{option}={self.folder / name}" for option, name in files.items()]
-        # --force: pytest's folders are closed to other users, which munged refuses; every user here is root.
+        # --force: munged refuses folders without access for others, such as pytest's. Every user here is root.
         self.start_daemon("munged", CONTROLLER, "munged", "--foreground", "--force", *options)
         self.until((self.folder / "munge.socket").exists, 10, self.daemon_logs)
         self.start_daemon("slurmctld", CONTROLLER, "slurmctld", "-D")
@@ -134,8 +135,9 @@ class Cluster:
         self.until(self.is_up, 30, self.daemon_logs)
 
     def is_up(self) -> bool:
-        if ended := [name for name, daemon in self.daemons.items() if daemon.poll() is not None]:
-            raise RuntimeError(f"{', '.join(ended)} ended at once:\n{self.daemon_logs()}")
+        ended = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
+        if ended:
+            raise RuntimeError(f"{', '.join(ended)} exited immediately:\n{self.daemon_logs()}")
         return set(self.node_states().values()) == {"idle"}
 
     def start_daemon(self, name: str, host: str, *command: str) -> None:
@@ -146,17 +148,24 @@ class Cluster:
 
     # Jobs
 
-    def submit(self, script, *arguments, options: list[str] | None = None, env: dict[str, str] | None = None) -> str:
-        """The id of a job that sbatch accepted in the repository's root.
+    def submit(
+        self,
+        script: str | Path,
+        *arguments: str,
+        options: list[str] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> str:
+        """Submit a job from the repository's root; returns its id.
 
-        The job's environment is this process's and `env`; its log is in the cluster's folder unless options name one.
+        The job's environment is that of this process plus `env`. Its log is in the cluster's folder unless options name
+        another file.
         """
         command = ["sbatch", "--parsable", f"--output={self.folder}/%j.log", *(options or []), script, *arguments]
         self.jobs.append(self.ask(*command, env=env).split(";")[0])
         return self.jobs[-1]
 
     def facts(self, job: str) -> dict[str, str]:
-        """All that scontrol tells of a job: JobState, Reason, Restarts, ExitCode, NodeList, StdOut, ..."""
+        """What scontrol shows of a job: JobState, Reason, Restarts, ExitCode, NodeList, StdOut, ..."""
         told = self.ask("scontrol", "--oneliner", "show", "job", job)
         return dict(re.findall(r"([\w:/]+)=(.*?)(?= [\w:/]+=|$)", told))
 
@@ -168,20 +177,23 @@ class Cluster:
         return file.read_text(errors="replace") if file.is_file() else ""
 
     def wait(self, job: str, states: list[str], timeout: float) -> str:
-        """The state of `states` that the job came to; TimeoutError with scontrol's facts and the end of its log."""
-        self.until(lambda: self.state(job) in states, timeout, lambda: self.told(job, states))
+        """Wait until the job is in one of the states, and return it.
+
+        Raises TimeoutError with what scontrol shows and the end of the log.
+        """
+        self.until(lambda: self.state(job) in states, timeout, lambda: self.describe(job, states))
         return self.state(job)
 
     def wait_for_text(self, job: str, text: str, timeout: float) -> None:
-        """Until the job's log holds the text; TimeoutError as `wait`."""
-        self.until(lambda: text in self.log(job), timeout, lambda: self.told(job, repr(text)))
+        """Wait until the job's log contains the text. Raises TimeoutError as `wait` does."""
+        self.until(lambda: text in self.log(job), timeout, lambda: self.describe(job, repr(text)))
 
-    def told(self, job: str, wanted) -> str:
+    def describe(self, job: str, expected: object) -> str:
         facts = " ".join(f"{key}={value}" for key, value in self.facts(job).items())
-        return f"job {job} did not come to {wanted}\n{facts}\n{self.log(job)[-3000:]}"
+        return f"job {job} did not reach {expected}\n{facts}\n{self.log(job)[-3000:]}"
 
     def cancel(self, job: str, signal: str | None = None) -> None:
-        """With a signal ("USR2"): to every process of the job's steps, not to its batch script; the job goes on."""
+        """Cancel a job, or only send a signal ("USR2") to every process of its steps, but not to its batch script."""
         self.ask("scancel", *([f"--signal={signal}"] if signal else []), job)
 
     def requeue(self, job: str) -> None:
@@ -190,23 +202,23 @@ class Cluster:
     # Faults
 
     def cut(self, a: str, b: str) -> None:
-        """Lose all traffic between two nodes, silently; the controller still reaches both."""
+        """Silently drop all traffic between two nodes. The controller still reaches both."""
         self.network.cut(a, b)
 
     def heal(self, a: str, b: str) -> None:
         self.network.heal(a, b)
 
     def cut_node(self, node: str) -> None:
-        """Lose all traffic of a node. After 50 s Slurm gives it up and requeues its jobs; its processes live on."""
+        """Drop all traffic of a node. After 50 s Slurm gives it up and requeues its jobs; its processes live on."""
         self.network.unplug(node)
 
     def heal_node(self, node: str) -> None:
         self.network.plug(node)
-        # A node that was given up registers again only when its slurmd starts or reads its configuration again.
+        # A node that was given up registers again only when its slurmd starts or reloads its configuration.
         self.daemons[f"slurmd-{node}"].send_signal(signals.SIGHUP)
 
     def processes(self, node: str | None = None, job: str | None = None) -> list[psutil.Process]:
-        """The processes of jobs (of one job, on one node): those with SLURM_JOB_ID in their first environment."""
+        """The processes of all jobs or of one, on all nodes or on one: those that started with SLURM_JOB_ID."""
         found = []
         for process in self.processes_on([node] if node else self.nodes):
             with contextlib.suppress(psutil.Error):
@@ -216,7 +228,7 @@ class Cluster:
         return found
 
     def stepd(self, node: str, job: str, step: str) -> list[psutil.Process]:
-        """The slurmstepd of a job on a node: `step` is "batch" for the script's, "0", "1", ... for its sruns'."""
+        """The slurmstepd of a job on a node. `step`: "batch" for the script's, "0", "1", ... for those of srun."""
         found = []
         for process in self.processes_on([node]):
             with contextlib.suppress(psutil.Error):
@@ -225,55 +237,56 @@ class Cluster:
         return found
 
     def processes_on(self, nodes: list[str]) -> Iterator[psutil.Process]:
-        for pid in (pid for node in nodes for pid in self.network.pids(node)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                yield psutil.Process(pid)
+        for node in nodes:
+            for pid in self.network.pids(node):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    yield psutil.Process(pid)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """At the end, every link and node is whole again and the jobs submitted meanwhile are gone, orphans too."""
+        """At the end, repair all links and nodes, and end the jobs submitted meanwhile with their orphans."""
         before = len(self.jobs)
         try:
             yield
         finally:
-            for a, b in map(tuple, list(self.network.cuts)):
-                self.heal(a, b)
+            for cut in list(self.network.cuts):
+                self.heal(*cut)
             for node in list(self.network.unplugged):
                 self.heal_node(node)
             self.end_jobs(self.jobs[before:])
             self.until(lambda: set(self.node_states().values()) <= {"idle", "mix", "alloc"}, 30, self.daemon_logs)
 
     def end_jobs(self, jobs: list[str]) -> None:
-        """Cancel jobs and kill their processes at once: those that ignore TERM, are stopped, or have no parent."""
+        """Cancel jobs and kill their processes, even those that ignore TERM, are suspended, or have no parent."""
         for job in jobs:
             self.cancel(job)
 
-        def over() -> bool:
+        def have_ended() -> bool:
             left = [process for job in jobs for process in self.processes(job=job)]
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             return not left and not set(self.ask("squeue", "--noheader", "--format=%A").split()) & set(jobs)
 
-        self.until(over, 30, lambda: self.told(jobs[-1], "its end"))
+        self.until(have_ended, 30, lambda: self.describe(jobs[-1], "its end"))
 
-    # Below the rest
+    # Helpers
 
     def node_states(self) -> dict[str, str]:
         lines = self.ask("sinfo", "--noheader", "--Node", "--format=%N %t", check=False).splitlines()
         return dict(line.split() for line in lines)
 
-    def ask(self, *command, check: bool = True, env: dict[str, str] | None = None) -> str:
-        """The output of one of Slurm's commands, run outside the nodes; RuntimeError with its complaint if it fails."""
-        command = list(map(str, command))
+    def ask(self, *arguments: object, check: bool = True, env: dict[str, str] | None = None) -> str:
+        """Run one of Slurm's commands outside the nodes; returns its output. Raises RuntimeError if it fails."""
+        command = [str(argument) for argument in arguments]
         done = subprocess.run(command, cwd=ROOT, env=self.env | (env or {}), capture_output=True, text=True, timeout=60)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout.strip()
 
     def until(self, holds: Callable[[], bool], timeout: float, complaint: Callable[[], str]) -> None:
-        give_up = time.monotonic() + timeout
+        give_up_at = time.monotonic() + timeout
         while not holds():
-            if time.monotonic() > give_up:
+            if time.monotonic() > give_up_at:
                 raise TimeoutError(f"after {timeout} s: {complaint()}")
-            time.sleep(0.1)
+            time.sleep(0.2)

@@ -1,9 +1,10 @@
-"""How long a job takes to its first step, and back to one: measured on the test cluster.
+"""How long a job takes to its first step, and to its next step after a fault, measured on the test cluster.
 
     python -m tests.cluster.start_times --repeats 5 --out docs/benchmarks/start_times.json
 
 Seconds from sbatch, from a requeued job's start and from a rank's death to the next step in metrics.jsonl, for the
-shipped base on 2 nodes of one rank. All of it shares this machine's cores, which the importing of torch takes most of.
+included base on 2 nodes of one rank. All processes share this machine's cores, and importing torch takes most of their
+time.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from tests.cluster.slurm import Cluster
 from tests.conftest import write_config
 from tests.processes import process_env
 
-MOST_S = 120.0
+MAX_S = 120.0
 
 
 def num_lines(run: Path) -> int:
@@ -29,9 +30,9 @@ def num_lines(run: Path) -> int:
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + MOST_S
+    deadline = time.monotonic() + MAX_S
     while num_lines(run) < step:
-        assert time.monotonic() < deadline, f"step {step} never came"
+        assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.02)
 
 
@@ -40,12 +41,16 @@ def step_of(run: Path) -> int:
 
 
 def measure(cluster: Cluster, folder: Path) -> dict[str, float]:
-    """One job: started, stopped and requeued, a rank killed."""
+    """The times of one job that is started, stopped and requeued, and of which a rank is killed."""
     config = write_config(
-        folder / "config.json", train={"max_steps": 100_000}, checkpoint={"every": 10},
+        folder / "config.json",
+        train={"max_steps": 100_000},
+        checkpoint={"every": 10},
         deepspeed={"zero_optimization": {"stage": 3}},
-    )  # fmt: skip
-    run, env, found = folder / "run", process_env({"PTUNE_PYTHON": sys.executable}), {}
+    )
+    run = folder / "run"
+    env = process_env({"PTUNE_PYTHON": sys.executable})
+    found: dict[str, float] = {}
     began = time.monotonic()
     job = cluster.submit("slurm/train.sbatch", str(config), options=["--nodes=2"], env=env)
     wait_for_step(run, 1)
@@ -54,10 +59,11 @@ def measure(cluster: Cluster, folder: Path) -> dict[str, float]:
     wait_for_step(run, 15)
     began = time.monotonic()
     cluster.cancel(job, "USR2")
-    cluster.wait(job, ["PENDING"], MOST_S)
+    cluster.wait(job, ["PENDING"], MAX_S)
     found["USR2 to saved and queued again"] = time.monotonic() - began
-    cluster.wait(job, ["RUNNING"], MOST_S)
-    began, step = time.monotonic(), step_of(run)
+    cluster.wait(job, ["RUNNING"], MAX_S)
+    began = time.monotonic()
+    step = step_of(run)
     wait_for_step(run, step + 1)
     found["requeued job's start to its first step"] = time.monotonic() - began
 
@@ -71,12 +77,12 @@ def measure(cluster: Cluster, folder: Path) -> dict[str, float]:
         time.sleep(0.02)
     found["kill -9 of a rank to all ranks ended"] = time.monotonic() - began
     step = step_of(run)
-    while (run / "metrics.jsonl").stat().st_ino == before:  # a new attempt drops the lines beyond its checkpoint
+    while (run / "metrics.jsonl").stat().st_ino == before:  # a new attempt removes the lines after its checkpoint
         time.sleep(0.02)
     wait_for_step(run, step + 1)
     found["kill -9 of a rank to the next step"] = time.monotonic() - began
     cluster.cancel(job)
-    cluster.wait(job, ["CANCELLED"], MOST_S)
+    cluster.wait(job, ["CANCELLED"], MAX_S)
     return found
 
 
@@ -97,13 +103,18 @@ def main() -> None:
             runs.append(measure(cluster, folder))
             print(runs[-1], flush=True)
     sides = {name: {"seconds": spread([run[name] for run in runs])} for name in runs[0]}
-    about = f"shipped base, ZeRO-3, 2 nodes of one rank that share the cores of one machine, {args.repeats} jobs"
+    about = f"included base, ZeRO-3, 2 nodes of one rank that share the cores of one machine, {args.repeats} jobs"
     case = {"name": "start_times", "about": about, "sides": sides, "ratios": {}, "agreement": None, "runs": []}
     content = {
-        "name": "start_times", "date": datetime.now(UTC).isoformat(timespec="seconds"), "code": describe_commit(),
-        "versions": describe_versions(), "hardware": describe_hardware(), "matrix": {"baseline": None},
-        "cases": [case], "runs": runs,
-    }  # fmt: skip
+        "name": "start_times",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": describe_commit(),
+        "versions": describe_versions(),
+        "hardware": describe_hardware(),
+        "matrix": {"baseline": None},
+        "cases": [case],
+        "runs": runs,
+    }
     args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 

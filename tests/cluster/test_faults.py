@@ -1,7 +1,8 @@
-"""What is killed, stopped or cut off is found, ends on every node, is said, and costs no step beyond the checkpoint."""
+"""Whatever is killed, suspended or cut off is found, reported and ended on every node, and the run is resumed."""
 
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,57 +11,45 @@ from ptune_dist.run.status import last_step
 from tests.cluster.runs import (
     HANG_TIMEOUT_S,
     PATIENCE_S,
-    SECONDS_TO_SAY,
+    SECONDS_TO_REPORT,
     Run,
     damage,
     is_alive,
-    only_in_full,
     wait_until_gone,
 )
+from tests.cluster.slurm import Cluster
 
 
 @pytest.fixture(scope="module")
-def lost_stepd(cluster, tmp_path_factory):
-    """A job on n1 and n2 whose slurmstepd on n2 was killed; srun takes 42 s to give up on that node."""
-    run = Run(cluster, tmp_path_factory.mktemp("runs") / "lost")
-    run.submit(nodes="n1,n2")
-    run.wait_for_step(10, restarts=0)
-    there = [process for kind in ("launcher", "torchrun", "rank") for process in run.processes(kind)]
-    assert len(there) == 6
-    (stepd,) = cluster.stepd("n2", run.job, "0")
-    stepd.kill()
-    wait_until_gone(there)
-    return run
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster, tmp_path_factory):
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run without Slurm."""
     run = Run(cluster, tmp_path_factory.mktemp("runs") / "undisturbed")
-    run.submit()
-    run.wait_for_end("COMPLETED")
+    run.train_without_slurm(num_nodes=2)
     return run
 
 
 @pytest.mark.long
-def test_a_job_survives_a_cut_a_stopped_rank_kills_and_damaged_checkpoints(cluster, lost_stepd, undisturbed, tmp_path):
-    run = Run(cluster, tmp_path / "hurt")
+def test_a_job_survives_a_cut_a_stopped_rank_kills_and_damaged_checkpoints(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path
+):
+    run = Run(cluster, tmp_path / "disturbed")
     run.submit(PTUNE_MAX_RESTARTS=1, PTUNE_MAX_IDLE_STARTS=9)
 
     run.wait_for_step(10, restarts=0)
     cut_link(run)
     cluster.heal("n0", "n1")
 
-    go_on(run, restarts=1)
+    wait_for_progress(run, restarts=1)
     kill(run, "rank", "n1", in_place=True)
     cluster.wait_for_text(run.job, "; restart 1 of 1 in place", timeout=10)
     assert "rank 1 on node n1 was killed after step" in run.log
 
-    go_on(run, restarts=2)
+    wait_for_progress(run, restarts=2)
     stop_rank(run, "n0")  # no restart in place is left
     run.wait_for_requeue()
     refused, used = damage_newest(run, "prompt.safetensors", is_truncated=False)
 
-    go_on(run, restarts=3)
+    wait_for_progress(run, restarts=3)
     assert f"{refused} is damaged" in run.log and run.starts[-1] == used
     kill(run, "launcher", "n0", in_place=False)
     refused, used = damage_newest(run, "state.json", is_truncated=True)
@@ -71,27 +60,19 @@ def test_a_job_survives_a_cut_a_stopped_rank_kills_and_damaged_checkpoints(clust
     run.assert_bitwise(undisturbed)
 
 
-@pytest.mark.long
-def test_a_job_that_lost_a_node_s_stepd_is_requeued_and_loses_nothing(cluster, lost_stepd, undisturbed):
-    lost_stepd.wait_for_end("COMPLETED")
-    assert cluster.facts(lost_stepd.job)["Restarts"] == "1"
-    assert len(lost_stepd.starts) == 2 and lost_stepd.starts[1] >= 5
-    lost_stepd.assert_bitwise(undisturbed)
-
-
-def go_on(run: Run, *, restarts: int) -> None:
-    """Until the run does what it has not done before."""
+def wait_for_progress(run: Run, *, restarts: int) -> None:
+    """Wait for steps that no earlier start has done."""
     before = run.num_lines
     run.wait_for_step(before + 6, restarts=restarts)
 
 
 def cut_link(run: Run) -> None:
-    """Between the nodes of a job; it is found in time and every process ends, the cut still there."""
-    there = run.attempt() + run.processes("launcher")
+    """Cut the link between the nodes of a job. It is found in time, and every process ends while it is still cut."""
+    processes = run.attempt() + run.processes("launcher")
     run.cluster.cut("n0", "n1")
     began = time.monotonic()
-    run.wait_for(lambda: run.status["state"] == "failed", HANG_TIMEOUT_S + SECONDS_TO_SAY, "the cut in status.json")
-    wait_until_gone(there)
+    run.wait_for(lambda: run.status["state"] == "failed", HANG_TIMEOUT_S + SECONDS_TO_REPORT, "the cut in status.json")
+    wait_until_gone(processes)
     status = run.status  # both nodes may have written it, the head last
     assert status["kind"] == "unreachable" and status["node"] in ("n0", "n1")
     assert f"node {status['node']} has not been heard from" in status["reason"]
@@ -99,13 +80,13 @@ def cut_link(run: Run) -> None:
 
 
 def stop_rank(run: Run, node: str) -> None:
-    """SIGSTOP; it is found in time, every rank's stack is kept, and every process of the attempt ends."""
-    there = run.attempt()
+    """SIGSTOP a rank. It is found in time, the stacks of all ranks are kept, and every process of the attempt ends."""
+    processes = run.attempt()
     (rank,) = run.processes("rank", node)
     began = time.time()
     rank.send_signal(signal.SIGSTOP)
-    run.wait_for(lambda: run.status["state"] == "failed", HANG_TIMEOUT_S + SECONDS_TO_SAY, "the hang in status.json")
-    wait_until_gone(there)
+    run.wait_for(lambda: run.status["state"] == "failed", HANG_TIMEOUT_S + SECONDS_TO_REPORT, "the hang in status.json")
+    wait_until_gone(processes)
     assert (run.status["kind"], run.status["node"], run.status["rank"]) == ("frozen", node, 0), run.status
     assert f"rank 0 on node {node} is stopped (SIGSTOP or a debugger)" in run.status["reason"]
     for number in (0, 1):
@@ -114,11 +95,12 @@ def stop_rank(run: Run, node: str) -> None:
 
 
 def kill(run: Run, kind: str, node: str, *, in_place: bool) -> None:
-    """kill -9; every process of the attempt ends, of the job where it cannot go on in place."""
-    there, launchers = run.attempt(), run.processes("launcher")
+    """SIGKILL a process. Every process of the attempt ends, and without a restart in place every one of the job."""
+    processes = run.attempt()
+    launchers = run.processes("launcher")
     (victim,) = run.processes(kind, node)
     victim.kill()
-    wait_until_gone(there if in_place else there + launchers)
+    wait_until_gone(processes if in_place else processes + launchers)
     if in_place:
         assert all(is_alive(launcher) for launcher in launchers)
     else:
@@ -126,7 +108,7 @@ def kill(run: Run, kind: str, node: str, *, in_place: bool) -> None:
 
 
 def damage_newest(run: Run, name: str, *, is_truncated: bool) -> tuple[str, int]:
-    """The damaged file, and the step of the checkpoint before its own."""
+    """Damage a file of the newest checkpoint; returns the file, and the step of the checkpoint before."""
     *_, before, newest = list_checkpoints(run.dir / "checkpoints")
     assert last_step(run.dir) == int(newest.name.removeprefix("step-"))
     damage(newest / name, is_truncated=is_truncated)
@@ -134,9 +116,29 @@ def damage_newest(run: Run, name: str, *, is_truncated: bool) -> tuple[str, int]
 
 
 @pytest.mark.long
-@only_in_full
-def test_a_killed_batch_stepd_or_an_unplugged_node_is_survived(cluster, undisturbed, tmp_path):
-    """Slurm notices nothing of the first, and takes 50 s to give up on a node."""
+@pytest.mark.extended
+def test_a_job_that_lost_the_stepd_of_a_node_is_requeued_and_loses_nothing(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path
+):
+    """srun takes 42 s to give up on the node."""
+    run = Run(cluster, tmp_path / "lost")
+    run.submit(nodes="n1,n2")
+    run.wait_for_step(10, restarts=0)
+    processes = run.attempt() + run.processes("launcher")
+    assert len(processes) == 6
+    (stepd,) = cluster.stepd("n2", run.job, "0")
+    stepd.kill()
+    wait_until_gone(processes)
+    run.wait_for_end("COMPLETED")
+    assert cluster.facts(run.job)["Restarts"] == "1"
+    assert len(run.starts) == 2 and run.starts[1] >= 5
+    run.assert_bitwise(undisturbed)
+
+
+@pytest.mark.long
+@pytest.mark.extended
+def test_a_killed_batch_stepd_and_an_unplugged_node_are_survived(cluster: Cluster, undisturbed: Run, tmp_path: Path):
+    """Slurm does not notice the first, and takes 50 s to give up on a node."""
     run = Run(cluster, tmp_path / "unplugged")
     run.submit(nodes="", PTUNE_MAX_IDLE_STARTS=9)
     run.wait_for_step(10, restarts=0)
@@ -144,9 +146,9 @@ def test_a_killed_batch_stepd_or_an_unplugged_node_is_survived(cluster, undistur
     stepd.kill()
     time.sleep(1)
     run.wait_for_step(run.num_lines + 5, restarts=0)
-    there = run.attempt() + run.processes("launcher")
+    processes = run.attempt() + run.processes("launcher")
     cluster.cut_node("n1")
-    wait_until_gone(there)
+    wait_until_gone(processes)
     run.wait_for(lambda: run.status["restarts"] == 1, PATIENCE_S, "a start on other nodes")
     assert cluster.facts(run.job)["NodeList"] == "n[0,2]"
     cluster.heal_node("n1")

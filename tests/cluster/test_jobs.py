@@ -1,107 +1,115 @@
-"""Jobs of slurm/train.sbatch: the ordinary one, requests to stop, other numbers of nodes."""
+"""Jobs of slurm/train.sbatch: undisturbed, asked to stop, and resumed on another number of nodes."""
 
-import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from ptune_dist.run.folder import list_checkpoints
 from ptune_dist.run.status import last_step
-from tests.cluster.runs import NUM_STEPS, PATIENCE_S, VALIDATION, Run, only_in_full, wait_until_gone, write_run
-from tests.commands import run_command
+from tests.cluster.runs import NUM_STEPS, PATIENCE_S, VALIDATION, Run, wait_until_gone
+from tests.cluster.slurm import Cluster
 
-EVALUATED = 60
-# Greedy answers to all of the validation rows take over a second.
+EVALUATED = 20
 SECTIONS = {
     "data": VALIDATION,
+    # Greedy answers to all of the validation rows take more than a second.
     "evaluate": {"every": EVALUATED, "metrics": ["loss", "exact_match"], "num_samples": 0},
-    "checkpoint": {"every": 25, "keep": 3},
+    "checkpoint": {"every": 15, "keep": 3},
 }
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster, tmp_path_factory):
-    """A run over two nodes to which nothing happens."""
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run without Slurm."""
     run = Run(cluster, tmp_path_factory.mktemp("runs") / "undisturbed", **SECTIONS)
-    run.submit()
-    run.wait_for_end("COMPLETED")
+    run.train_without_slurm(num_nodes=2)
     return run
 
 
-def test_a_job_of_two_nodes_learns_as_one_node_of_two_ranks_and_is_not_begun_twice(undisturbed, tmp_path):
-    status, lines = undisturbed.status, (undisturbed.dir / "metrics.jsonl").read_bytes()
-    assert (status["state"], status["step"], status["restarts"]) == ("done", NUM_STEPS, 0)
-    logs = {path.name: path.read_text() for path in (undisturbed.dir / "logs").iterdir()}
-    assert set(logs) == {"n0.log", "n1.log"} and f"step {NUM_STEPS}/{NUM_STEPS}" in logs["n0.log"]
-
-    config = write_run(tmp_path / "one", **SECTIONS)
-    done = run_command("train", str(config), num_ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one = [json.loads(line)["loss"] for line in (tmp_path / "one/run/metrics.jsonl").read_text().splitlines()]
-    assert undisturbed.losses() == pytest.approx(one, rel=1e-5)
-
-    undisturbed.submit()
-    undisturbed.wait_for_end("COMPLETED")
-    assert "is finished: nothing is left to do" in undisturbed.log
-    assert undisturbed.status == status and (undisturbed.dir / "metrics.jsonl").read_bytes() == lines
-
-
-def test_a_job_saves_once_for_each_request_to_stop_and_goes_on_bitwise(cluster, undisturbed, tmp_path):
+@pytest.mark.long
+def test_a_job_saves_on_each_request_to_stop_resumes_bitwise_and_is_not_repeated(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path
+):
     run = Run(cluster, tmp_path / "stopped", **SECTIONS)
     run.submit(PTUNE_MAX_IDLE_STARTS=5)
 
     run.wait_for(lambda: len(run.processes("rank")) == 2, PATIENCE_S, "two ranks")  # before the first step
     cluster.cancel(run.job, "USR2")
-    assert stopped_step(run) == 0 and run.checkpoint_steps() == []
+    assert wait_for_stop(run) == 0 and run.checkpoint_steps() == []
 
     run.wait_for_step(EVALUATED, restarts=1)
-    cluster.cancel(run.job, "USR2")
-    assert stopped_step(run) == EVALUATED and run.checkpoint_steps() == [25, 50, EVALUATED]
-    assert f"step {EVALUATED}  validation" not in run.log  # it was broken off, and is done again
-
-    run.wait_for_step(EVALUATED + 8, restarts=2)
     processes = run.attempt() + run.processes("launcher")
     cluster.requeue(run.job)
-    assert stopped_step(run) > EVALUATED
+    assert wait_for_stop(run) == EVALUATED and run.checkpoint_steps() == [15, EVALUATED]
+    assert f"step {EVALUATED}  validation" not in run.log  # the evaluation was interrupted, and is repeated
     wait_until_gone(processes, timeout=15)
 
     run.wait_for_end("COMPLETED")
-    assert cluster.facts(run.job)["Restarts"] == "3" and run.status["restarts"] == 3
+    assert cluster.facts(run.job)["Restarts"] == "2" and run.status["restarts"] == 2
     assert run.log.count(f"step {EVALUATED}  validation") == 1
+    logs = {path.name: path.read_text() for path in (run.dir / "logs").iterdir()}
+    assert set(logs) == {"n0.log", "n1.log"} and f"step {NUM_STEPS}/{NUM_STEPS}" in logs["n0.log"]
+    run.assert_bitwise(undisturbed)
+
+    status = run.status
+    run.submit()
+    run.wait_for_end("COMPLETED")
+    assert "is finished: nothing to do" in run.log and run.status == status
     run.assert_bitwise(undisturbed)
 
 
-def stopped_step(run: Run) -> int:
-    """The step that was saved on request; nothing came after it. Returns when the job is in the queue again."""
+def wait_for_stop(run: Run) -> int:
+    """Wait until the job is queued again; returns the step that was saved on request, which must be the last one."""
     run.wait_for_requeue()
     status = run.status
-    assert (status["state"], status["kind"]) == ("stopped", "stopped"), run.told()
+    assert (status["state"], status["kind"]) == ("stopped", "stopped"), run.describe()
     assert status["step"] == last_step(run.dir) == run.num_lines
     return status["step"]
 
 
-def test_a_run_goes_on_with_one_node_and_with_two_to_1e_5(cluster, undisturbed, tmp_path):
-    run = Run(cluster, tmp_path / "spread", **SECTIONS)
-    for step, nodes in ((30, "n0,n1"), (EVALUATED + 5, "n0")):
-        run.submit(nodes=nodes, PTUNE_MAX_REQUEUES=0)
-        run.wait_for(lambda step=step: run.num_lines >= step, PATIENCE_S, f"step {step}")
-        cluster.cancel(run.job, "USR2")
-        run.wait_for_end("FAILED")
-        assert "requeued 0 times, the most that is allowed: stopped on request" in run.log
-        assert f"{nodes.count('n')} ranks on cpu" in run.log and run.status["state"] == "stopped"
-    before = last_step(run.dir)
+@pytest.mark.long
+@pytest.mark.extended  # numerics/test_resume.py does the same without Slurm
+def test_a_run_of_two_nodes_resumes_on_one_node_and_on_two_again_to_1e_5(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path
+):
+    run = Run(cluster, tmp_path / "resumed", **SECTIONS)
+    first = copy_as_of_oldest_checkpoint(undisturbed, run)
+    run.submit(nodes="n0", PTUNE_MAX_REQUEUES=0)
+    run.wait_for_step(first + 5, restarts=0)
+    cluster.cancel(run.job, "USR2")
+    run.wait_for_end("FAILED")
+    assert "requeued 0 times, which is the limit: stopped on request" in run.log
+    assert "1 ranks on cpu" in run.log and run.starts == [first] and run.status["state"] == "stopped"
+    second = last_step(run.dir)
+    assert first < second < NUM_STEPS
     run.submit()
     run.wait_for_end("COMPLETED")
-    assert run.starts == [before]
+    assert "2 ranks on cpu" in run.log and run.starts == [second]
     assert run.losses() == pytest.approx(undisturbed.losses(), rel=1e-5)  # another order of samples would be far off
 
 
+def copy_as_of_oldest_checkpoint(source: Run, target: Run) -> int:
+    """Copy a finished run as it was at its oldest remaining checkpoint; returns that step."""
+    shutil.copytree(source.dir, target.dir)
+    for name in ("summary.json", "status.json"):
+        (target.dir / name).unlink()
+    for checkpoint in list_checkpoints(target.dir / "checkpoints")[1:]:
+        shutil.rmtree(checkpoint)
+    step = last_step(target.dir)
+    metrics = target.dir / "metrics.jsonl"
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:step]))
+    return step
+
+
 @pytest.mark.long
-@only_in_full
-def test_a_job_whose_time_is_up_saves_and_is_requeued(cluster, tmp_path):
-    """Slurm looks at the limits each 30 s, so that --signal=USR2@30 comes 60 to 90 s after the start."""
+@pytest.mark.extended
+def test_a_job_saves_and_is_requeued_at_its_time_limit(cluster: Cluster, tmp_path: Path):
+    """Slurm checks the limits every 30 s, so --signal=USR2@30 arrives 60 to 90 s after the start."""
     run = Run(cluster, tmp_path / "limited", train={"max_steps": 20_000}, checkpoint={"every": 0})
     run.submit(options=["--time=2", "--signal=USR2@30"])
     run.wait_for(lambda: run.num_lines >= 5, PATIENCE_S, "step 5")
-    assert stopped_step(run) >= 5
+    assert wait_for_stop(run) >= 5
     assert run.checkpoint_steps() == [run.status["step"]]
     run.wait_for(lambda: len(run.starts) == 2, PATIENCE_S, "a second start")
     assert run.starts == [0, run.status["step"]]

@@ -1,6 +1,6 @@
-"""A process killed at any moment of a save costs that save at most, and the run goes on to the undisturbed result.
+"""A kill at any moment of a save costs at most that save, and the run is resumed to the undisturbed result.
 
-One process, without Slurm: only rank 0 saves, and a start costs a second or two.
+One process without Slurm: only rank 0 saves, and a forked start takes a second or two.
 """
 
 import shutil
@@ -22,15 +22,15 @@ TENSORS = ("prompt.safetensors", "optimizer.safetensors")
 
 
 class SabotagedCommands(Commands):
-    """Commands of which one can be killed inside its first save."""
+    """Commands that can be killed during their first save."""
 
     def __init__(self, folder: Path):
         self.plan = folder / "kill"
         env = {"PYTHONPATH": f"{SABOTEUR}:{ROOT}", "PTUNE_TEST_KILL": str(self.plan)}
-        super().__init__(folder, Forker("torch.utils.tensorboard", env=env))  # what every run imports
+        super().__init__(folder, Forker("torch.utils.tensorboard", env=env))  # every run imports it
 
     def run_until(self, moment: str, *argv: object) -> tuple[Finished, list[str]]:
-        """A command that is killed at that moment of its first save, and the changes to the disk until then."""
+        """Kill a command at that moment of its first save; also returns the changes to the disk until then."""
         log = self.plan.with_name(f"{self.plan.name}.log")
         log.unlink(missing_ok=True)
         self.plan.write_text(moment)
@@ -38,22 +38,25 @@ class SabotagedCommands(Commands):
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory):
+def commands(tmp_path_factory: pytest.TempPathFactory) -> SabotagedCommands:
     return SabotagedCommands(tmp_path_factory.mktemp("commands"))
 
 
 @pytest.mark.long
-def test_a_kill_anywhere_in_a_save_costs_that_save_at_most(commands, tmp_path):
+def test_a_kill_at_any_moment_of_a_save_costs_at_most_that_save(commands: SabotagedCommands, tmp_path: Path):
     sections = {"train": {"max_steps": NUM_STEPS}, "checkpoint": {"every": 1, "keep": NUM_STEPS}}
-    config, undisturbed = write_run(tmp_path / "run", **sections), tmp_path / "run/run"
+    config = write_run(tmp_path / "run", **sections)
+    undisturbed = tmp_path / "run/run"
     assert commands.run("train", config).code == 0
-    run, step = tmp_path / "killed", 3
-    begin_again(undisturbed, run, num_steps=step)
+    run = tmp_path / "killed"
+    step = 3
+    copy_as_of_step(undisturbed, run, step)
     again = ["train", config, f"output_dir={run}", "checkpoint.keep=2"]
     for moment in MOMENTS:
         finished, changes = commands.run_until(moment, *again)
         assert finished.code < 0 and changes[-1] == moment.replace("half of", "open"), (moment, finished)
-        step += moment in AFTER_THE_RENAME
+        if moment in AFTER_THE_RENAME:
+            step += 1
         complaints: list[str] = []
         assert load_newest_checkpoint(run / "checkpoints", complaints.append).step == step, moment
         assert not complaints and tensors_of(run, step) == tensors_of(undisturbed, step)
@@ -64,7 +67,7 @@ def test_a_kill_anywhere_in_a_save_costs_that_save_at_most(commands, tmp_path):
     stored = [folder / "prompt" / "prompt.safetensors" for folder in (run, undisturbed)]
     assert stored[0].read_bytes() == stored[1].read_bytes()
     names = {path.name for path in (run / "checkpoints").iterdir()}
-    assert names == {f"step-{n:08d}" for n in (NUM_STEPS - 1, NUM_STEPS)}  # and nothing of what was broken off
+    assert names == {f"step-{n:08d}" for n in (NUM_STEPS - 1, NUM_STEPS)}  # no leftovers
 
 
 def read_losses(run: Path) -> list[float]:
@@ -73,12 +76,12 @@ def read_losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def begin_again(run: Path, copy: Path, *, num_steps: int) -> None:
-    """A copy of a run as it was after so many steps, of which the last two have their checkpoints."""
+def copy_as_of_step(run: Path, copy: Path, step: int) -> None:
+    """Copy a run as it was after this step, with the checkpoints of the last two steps."""
     shutil.copytree(run, copy)
     (copy / "summary.json").unlink()
     for checkpoint in list_checkpoints(copy / "checkpoints"):
-        if not num_steps - 2 < step_of(checkpoint) <= num_steps:
+        if step_of(checkpoint) not in (step - 1, step):
             shutil.rmtree(checkpoint)
 
 
@@ -99,22 +102,26 @@ exec 3>&2 2>/dev/null
 ( until [ "$(grep -c loss {disk}/run/metrics.jsonl)" -ge 20 ]; do sleep 0.05; done; cat /dev/zero > {disk}/filler ) &
 exec 2>&3
 launch/run.sh {config}
-launch/run.sh --may-requeue $? {config}; echo "first ends with $?"
+launch/run.sh --may-requeue $? {config}; echo "the first exits with $?"
 cp -r {disk}/run {left}
 rm {disk}/filler
-launch/run.sh {config}; echo "second ends with $?"
+launch/run.sh {config}; echo "the second exits with $?"
 cp -r {disk}/run {final}
 """
 
 
 @pytest.mark.long
-def test_a_disk_that_fills_up_is_one_clear_error_and_with_space_the_same_command_goes_on(commands, tmp_path):
+def test_a_full_disk_is_one_clear_error_and_with_free_space_the_same_command_resumes(
+    commands: SabotagedCommands, tmp_path: Path
+):
     sections = {"train": {"max_steps": 60}, "checkpoint": {"every": 4, "keep": 2}}
     assert commands.run("train", write_run(tmp_path / "undisturbed", **sections)).code == 0
-    undisturbed, disk = tmp_path / "undisturbed/run", tmp_path / "disk"
+    undisturbed = tmp_path / "undisturbed/run"
+    disk = tmp_path / "disk"
     disk.mkdir()
     config = write_run(tmp_path / "small", output_dir=str(disk / "run"), **sections)
-    left, final = tmp_path / "left", tmp_path / "final"
+    left = tmp_path / "left"
+    final = tmp_path / "final"
     script = ON_A_SMALL_DISK.format(disk=disk, config=config, left=left, final=final)
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", script],
@@ -124,16 +131,16 @@ def test_a_disk_that_fills_up_is_one_clear_error_and_with_space_the_same_command
         text=True,
         timeout=PATIENCE_S,
     )
-    told = done.stdout + done.stderr
+    output = done.stdout + done.stderr
     status = read_status(left)
-    assert "first ends with 1" in told and "second ends with 0" in told, told
-    assert (status["state"], status["kind"]) == ("failed", "fault"), told
+    assert "the first exits with 1" in output and "the second exits with 0" in output, output
+    assert (status["state"], status["kind"]) == ("failed", "fault"), output
     assert "No space left on device" in status["reason"] and str(disk / "run") in status["reason"]
-    assert [line for line in told.splitlines() if line.startswith("error:")] in ([], [f"error: {status['reason']}"])
-    assert f"launcher: fault: {status['reason']}" in told and "Traceback" not in told and "in place" not in told
+    assert [line for line in output.splitlines() if line.startswith("error:")] in ([], [f"error: {status['reason']}"])
+    assert f"launcher: fault: {status['reason']}" in output and "Traceback" not in output and "in place" not in output
     complaints: list[str] = []
     saved = load_newest_checkpoint(left / "checkpoints", complaints.append)
-    assert saved.step >= 16 and not complaints and f"from step {saved.step}" in told
+    assert saved.step >= 16 and not complaints and f"from step {saved.step}" in output
     assert read_metrics(final)[-1]["step"] == 60 and len(read_metrics(final)) == 60
     assert [line["loss"] for line in read_metrics(final)] == [line["loss"] for line in read_metrics(undisturbed)]
     assert tensors_of(final, 60) == tensors_of(undisturbed, 60)

@@ -1,21 +1,23 @@
-"""The test cluster is what the tests of faults take it for."""
+"""The test cluster behaves as the tests of faults assume."""
 
 import itertools
 import subprocess
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.cluster.runs import only_in_full
+from tests.cluster.slurm import Cluster
 
-pytestmark = only_in_full
+pytestmark = pytest.mark.extended
 
 TASK = """
 import os, socket
 print(os.environ["SLURM_NODEID"], socket.gethostname(), socket.gethostbyname(socket.gethostname()), flush=True)
 """
 
-# Task 1 sends a line every 0.1 s to task 0, which prints each.
+# Task 1 sends a line to task 0 every 0.1 s, and task 0 prints it.
 TALK = """
 import os, socket, time
 if os.environ["SLURM_PROCID"] == "0":
@@ -31,10 +33,10 @@ else:
 
 
 @pytest.fixture
-def script(tmp_path):
+def script(tmp_path: Path) -> Callable[..., Path]:
     """Writes a batch script for two nodes that runs Python code in a step of `num_tasks`."""
 
-    def write(code: str, num_tasks: int = 2, before: str = ""):
+    def write(code: str, num_tasks: int = 2, before: str = "") -> Path:
         (tmp_path / "task.py").write_text(code)
         step = f"srun --ntasks={num_tasks} --kill-on-bad-exit=1 python3 {tmp_path}/task.py"
         lines = ["#!/bin/bash", "#SBATCH --nodes=2 --ntasks-per-node=2 --open-mode=append", before]
@@ -44,7 +46,7 @@ def script(tmp_path):
     return write
 
 
-def test_a_job_of_two_nodes_runs_with_names_and_addresses_of_their_own(cluster, script):
+def test_the_nodes_of_a_job_have_their_own_names_and_addresses(cluster: Cluster, script: Callable[..., Path]):
     job = cluster.submit(script(TASK, num_tasks=4))
     cluster.wait(job, ["COMPLETED"], timeout=15)
     lines = [line.split() for line in cluster.log(job).splitlines()]
@@ -53,7 +55,9 @@ def test_a_job_of_two_nodes_runs_with_names_and_addresses_of_their_own(cluster, 
     assert sorted(lines) == [*expected, ["srun", "0"]]
 
 
-def test_a_cut_link_stalls_a_connection_and_srun_and_the_controller_survive_it(cluster, script):
+def test_a_cut_link_stalls_a_connection_but_neither_srun_nor_the_controller(
+    cluster: Cluster, script: Callable[..., Path]
+):
     job = cluster.submit(script(TALK))
     cluster.wait_for_text(job, "heard 5", timeout=15)
     cluster.cut("n0", "n1")
@@ -68,7 +72,7 @@ def test_a_cut_link_stalls_a_connection_and_srun_and_the_controller_survive_it(c
     assert "heard 59" in cluster.log(job) and "srun 0" in cluster.log(job)
 
 
-def test_a_requeued_job_runs_again_in_ten_seconds_and_appends_to_its_log(cluster, script):
+def test_a_requeued_job_restarts_in_ten_seconds_and_appends_to_its_log(cluster: Cluster, script: Callable[..., Path]):
     job = cluster.submit(script("import time; time.sleep(60)", before="echo run ${SLURM_RESTART_COUNT-none}"))
     cluster.wait_for_text(job, "run none", timeout=15)
     cluster.requeue(job)
@@ -77,7 +81,7 @@ def test_a_requeued_job_runs_again_in_ten_seconds_and_appends_to_its_log(cluster
     assert "run none" in cluster.log(job)
 
 
-def test_a_killed_stepd_leaves_its_tasks_as_orphans_and_srun_waiting(cluster, script):
+def test_a_killed_stepd_leaves_its_tasks_as_orphans_and_srun_waiting(cluster: Cluster, script: Callable[..., Path]):
     job = cluster.submit(script("import time; print('up', flush=True); time.sleep(60)"))
     cluster.wait_for_text(job, "up\nup", timeout=15)
     (stepd,) = cluster.stepd("n1", job, "0")
@@ -89,7 +93,7 @@ def test_a_killed_stepd_leaves_its_tasks_as_orphans_and_srun_waiting(cluster, sc
     assert cluster.state(job) == "RUNNING"
 
 
-def test_a_cut_parts_two_nodes_and_a_cut_node_all_from_one(cluster):
+def test_a_cut_separates_two_nodes_and_a_cut_node_is_separated_from_all(cluster: Cluster):
     with cluster.restored():
         cluster.cut("n0", "n1")
         assert connections(cluster) == {"ctl n0", "ctl n1", "ctl n2", "n0 n2", "n1 n2"}
@@ -98,7 +102,7 @@ def test_a_cut_parts_two_nodes_and_a_cut_node_all_from_one(cluster):
     assert connections(cluster) == {"ctl n0", "ctl n1", "ctl n2", "n0 n1", "n0 n2", "n1 n2"}
 
 
-def connections(cluster) -> set[str]:
+def connections(cluster: Cluster) -> set[str]:
     """The pairs of hosts of which the first can connect to the second one's slurmd."""
     pairs = [f"{a} {b}" for a, b in itertools.combinations(cluster.network.hosts, 2)]
     tries = {}

@@ -18,7 +18,7 @@ HEALTHY = RankFacts(0, "n0", "H100", 80 * GIB, 79 * GIB, True, 0.01)
 
 
 def make_facts(number: int, **odd: object) -> list[RankFacts]:
-    """The facts about so many ranks, two per node; the last of them is odd."""
+    """The facts about `number` ranks, two per node, the last of which is odd."""
     found = [replace(HEALTHY, rank=i, node=f"n{i // 2}") for i in range(number)]
     found[-1] = replace(found[-1], **odd)
     return found
@@ -58,7 +58,7 @@ def test_a_cpu_that_is_busy_with_another_rank_is_not_a_fault():
 
 
 def ring(number: int, slow: int | None, factor: float = 0.05) -> dict[tuple[str, str], float]:
-    """The links between so many nodes; those of one node are slow."""
+    """The links between `number` nodes; those of one node are slow."""
     pairs = [(i, i + 1) for i in range(number - 1)] + ([(number - 1, 0)] if number > 2 else [])
     return {(f"n{a}", f"n{b}"): 10e9 * (factor if slow in (a, b) else 1 + a % 3 / 10) for a, b in pairs}
 

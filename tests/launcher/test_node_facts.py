@@ -16,7 +16,7 @@ HEALTHY = NodeFacts("n0", num_procs=8, config_digest="c0ffee", versions="torch 2
 
 
 def make_facts(number: int, **odd: object) -> list[NodeFacts]:
-    """The facts about so many healthy nodes, the last of which is odd."""
+    """The facts about `number` healthy nodes, the last of which is odd."""
     facts = [replace(HEALTHY, node=f"n{i}") for i in range(number)]
     facts[-1] = replace(facts[-1], **odd)
     return facts

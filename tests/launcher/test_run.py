@@ -103,7 +103,7 @@ class Nodes:
         return bool(self.folders) and not any(folder.exists() for folder in self.folders)
 
     def wait_for_steps(self, more: int = 3) -> None:
-        """Wait until the ranks of the current attempt have logged so many steps."""
+        """Wait until the ranks of the current attempt have logged `more` steps."""
         metrics = self.run / "metrics.jsonl"
         before: int | None = None
         give_up_at = time.monotonic() + 60
@@ -276,7 +276,7 @@ def test_each_fault_of_a_rank_is_named_and_the_ranks_are_restarted_up_to_the_lim
     nodes = Nodes(tmp_path, "--max-restarts", 2, config, **env)
     faults = {
         "by hand": "ZeroDivisionError: by hand",
-        "hang": "in hurt (sitecustomize.py, line",
+        "hang": "in fail (sitecustomize.py, line",
         "crash": "rank 1 on node b was killed after step",  # SIGKILL is sent in tests/cluster
     }
     for number, (fault, message) in enumerate(faults.items()):
@@ -302,7 +302,7 @@ def test_each_fault_of_a_rank_is_named_and_the_ranks_are_restarted_up_to_the_lim
     assert found["restarts"] == 2 and found["step"] > 6
     stacks = {path.name: path.read_text() for path in (nodes.run / "stacks").iterdir()}
     assert set(stacks) == {"rank-00000.txt", "rank-00001.txt"}
-    assert "in hurt" in stacks["rank-00001.txt"] and "in train" in stacks["rank-00000.txt"]
+    assert "in fail" in stacks["rank-00001.txt"] and "in train" in stacks["rank-00000.txt"]
 
 
 @pytest.mark.long
@@ -333,10 +333,10 @@ def test_ctrl_c_saves_a_second_one_ends_and_a_killed_launcher_leaves_no_process(
     assert nodes.status["state"] == "failed" and nodes.status["reason"] == "interrupted"
     assert nodes.have_left_nothing()
 
-    nodes = Nodes(tmp_path, config, names="a")
+    nodes = Nodes(tmp_path, config, names="a", PTUNE_PROCS=1)  # run/test_safety.py does the same with two ranks
     nodes.wait_for_steps()
     ranks = nodes.ranks()
     os.kill(nodes.launchers[0].pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(ranks.values(), timeout=30)
-    assert not alive and len(ranks) == 2
+    assert not alive and len(ranks) == 1
     assert nodes.status["step"] > saved["step"]  # they saved before they ended

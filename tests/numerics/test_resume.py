@@ -4,20 +4,18 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from ptune_dist.run.checkpoint import list_checkpoints, load_checkpoint
 from ptune_dist.run.metrics_log import read_metrics
-from tests.commands import run_command, run_module
+from tests.commands import run_command, run_module, start_ranks, wait_for_ranks
 from tests.conftest import write_config
-from tests.processes import ROOT, command_line, process_env
+from tests.processes import ROOT
 
-NUM_STEPS = 60
+NUM_STEPS = 40
 ZERO3 = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 100, "stage3_param_persistence_threshold": 0}}
 
 
@@ -34,22 +32,16 @@ def write_run(folder: Path, deepspeed: dict = ZERO3, num_steps: int = NUM_STEPS,
 
 
 def kill_during(config: Path, *, num_ranks: int, after_step: int) -> None:
-    """Start training and kill -9 every process of it, whatever it does, once `after_step` has been logged."""
-    command = command_line("ptune_dist", "train", str(config), num_ranks=num_ranks)
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=process_env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    metrics, deadline = config.parent / "run" / "metrics.jsonl", time.monotonic() + 120
+    """Start training and kill -9 every rank, whatever it does, once `after_step` has been logged."""
+    started = start_ranks("ptune_dist", ["train", str(config)], config.parent, num_ranks)
+    metrics = config.parent / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < after_step:
-        assert process.poll() is None, "training ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        try:
-            os.kill(victim.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()
+    for rank in started:
+        os.kill(rank.pid, signal.SIGKILL)
+    assert wait_for_ranks(started) == [-signal.SIGKILL] * num_ranks, "training ended before it could be killed"
 
 
 def train(config: Path, *overrides: str, num_ranks: int) -> Path:
@@ -73,17 +65,24 @@ def final_files(run: Path, num_steps: int = NUM_STEPS) -> list[bytes]:
 def test_a_killed_run_resumes_exactly_and_at_another_world_size_or_stage_to_1e_5(tmp_path):
     undisturbed = train(write_run(tmp_path / "undisturbed"), num_ranks=2)
     config = write_run(tmp_path / "killed")
-    kill_during(config, num_ranks=2, after_step=37)
+    kill_during(config, num_ranks=2, after_step=22)
     begun = len(list_checkpoints(tmp_path / "killed" / "run" / "checkpoints"))
-    assert 3 <= begun < NUM_STEPS // 10
-    four = write_run(tmp_path / "four")
-    shutil.copytree(tmp_path / "killed" / "run", tmp_path / "four" / "run")
+    assert 2 <= begun < NUM_STEPS // 10
+    one, four = write_run(tmp_path / "one"), write_run(tmp_path / "four")
+    for other in (one, four):
+        shutil.copytree(config.parent / "run", other.parent / "run")
 
     resumed = train(config, num_ranks=2)
     assert losses(resumed) == losses(undisturbed)
     assert final_files(resumed) == final_files(undisturbed)
 
-    # from 2 ranks to 1 and back: tests/cluster
+    # from 2 ranks to 1 and back
+    for num_ranks in (1, 2):
+        run = train(one, f"output_dir={tmp_path}/one/run", num_ranks=num_ranks)
+        assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)
+        (run / "summary.json").unlink()
+        shutil.rmtree(list_checkpoints(run / "checkpoints")[-1])
+
     stage2 = ROOT / "configs" / "deepspeed" / "zero2_fp32.json"
     run = train(four, f"output_dir={tmp_path}/four/run", f"deepspeed={stage2}", num_ranks=4)
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)

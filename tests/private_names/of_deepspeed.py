@@ -124,13 +124,10 @@ TABLE: Table = {
         source(INIT, "param.ds_tensor.final_location = ", "know which parts are on disk", "final_location"),
         source(f"{ZERO}.offload_config", 'nvme = "nvme"', "know which parts are on disk", '"nvme"'),
     ],
-    "bench/loading.py": [
-        source(INIT, "param.ds_numel = param.numel()", "know the size of a parameter that is cut", "ds_numel"),
-    ],
     "bench/work.py": [
         source(INIT, "param.ds_shape = param.shape", "know the shape of a parameter that is cut", "ds_shape"),
     ],
-    "cluster/ranks.py": [
+    "cluster/rank_monitor.py": [
         file(f"{ZERO}.stage3", "/deepspeed/runtime/", "tell by its stack that a rank waits for others"),
     ],
 }

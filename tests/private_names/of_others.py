@@ -71,6 +71,8 @@ TABLE: Table = {
             "end ranks that do not end by themselves",
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
         ),
+    ],
+    "cluster/rank_monitor.py": [
         file("torch.distributed:all_reduce", "/torch/distributed/", WAITS),
         file("torch.cuda:synchronize", "/torch/cuda/", WAITS),
     ],

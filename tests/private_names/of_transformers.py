@@ -8,6 +8,7 @@ AUTO = "transformers.models.auto.modeling_auto"
 SDPA = "transformers.integrations.sdpa_attention:sdpa_attention_forward"
 CACHE = "transformers.cache_utils:Cache"
 MODELS = "transformers.models"
+T5 = f"{MODELS}.t5.modeling_t5:T5ForConditionalGeneration"
 IGNORED = "_keys_to_ignore_on_load_"
 LOADING = "transformers.core_model_loading"
 # Architectures whose attention layers the tests run over segments: the classes of their layers.
@@ -50,15 +51,15 @@ TABLE: Table = {
         attribute(f"{MODEL}.base_model_prefix", "find the module below the head"),
         source(f"{MODELS}.opt.modeling_opt:OPTForCausalLM", "self.model.decoder(", "be OPT's decoder", "decoder"),
         source(
-            f"{MODELS}.t5.modeling_t5:T5ForConditionalGeneration",
+            T5,
             "self.decoder(",
             "stand in for T5's decoder",
             "decoder",
         ),
         parameter("transformers:PreTrainedConfig.get_text_config", "decoder", "know the size of the vocabulary"),
-        parameter(f"{MODELS}.t5.modeling_t5:T5ForConditionalGeneration.forward", "encoder_outputs", "skip the encoder"),
+        parameter(f"{T5}.forward", "encoder_outputs", "skip the encoder"),
         parameter(
-            f"{MODELS}.t5.modeling_t5:T5ForConditionalGeneration.forward",
+            f"{T5}.forward",
             "decoder_inputs_embeds",
             "give a hidden state to the head",
         ),
@@ -89,14 +90,24 @@ TABLE: Table = {
         ),
         attribute(f"{AUTO}:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
         attribute(f"{MODEL}.base_model_prefix", "run the base without its head"),
+        *(
+            parameter(target, "past_key_values", "know whether a base keeps keys and values, and give it some")
+            for target in (f"{MODELS}.llama:LlamaModel.forward", f"{MODELS}.bloom:BloomForCausalLM.forward")
+        ),
         parameter(
             f"{GENERATION}.prepare_inputs_for_generation", "inputs_embeds", "know whether a base continues from vectors"
         ),
+        source(GENERATION, "inputs_embeds[:, -next_sequence_length:, :]", "skip vectors that are in a cache", "unread"),
     ],
     "families/seq2seq.py": [
         attribute(f"{AUTO}:MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
         attribute(f"{MODEL}.get_encoder", "read the contexts of a seq2seq base"),
         attribute(f"{MODEL}.get_decoder", "embed what a decoder reads"),
+        attribute("transformers:EncoderDecoderCache", "let a decoder's prompt be read first"),
+        *(
+            parameter(f"{T5}.forward", name, "let a decoder's prompt be read first")
+            for name in ("past_key_values", "encoder_outputs", "decoder_inputs_embeds")
+        ),
     ],
     "families/encoder.py": [
         attribute(f"{AUTO}:MODEL_FOR_MASKED_LM_MAPPING_NAMES", "know the family of an architecture"),
@@ -140,7 +151,6 @@ TABLE: Table = {
     ],
     "evaluation/generate.py": [
         parameter(f"{GENERATION}.generate", "synced_gpus", "keep gathering for ranks that are not done"),
-        attribute("transformers:EncoderDecoderCache", "let a decoder's prompt be read first"),
     ],
     "bench/loading.py": [
         attribute("transformers.integrations:HfDeepSpeedConfig", "have transformers load a base under ZeRO-3"),

@@ -1,8 +1,8 @@
-"""Kills its own process inside the save of a checkpoint: Python imports this by itself where it is on PYTHONPATH.
+"""Kills its own process during the save of a checkpoint. Python imports this module if it is on PYTHONPATH.
 
 PTUNE_TEST_KILL names a file with the moment: a change to the file system such as "os.rename .writing-step", before
-which the next save is killed, or "half of state.json": that file gets its first bytes and no more. The file is gone
-then. FILE.log has the changes that came, without the numbers of steps.
+which the next save is killed, or "half of state.json", after which only the first bytes of that file are written. The
+plan file is removed at that moment. FILE.log lists the changes until then, without the numbers of steps.
 """
 
 import os
@@ -18,7 +18,8 @@ NAMES = (".writing-step-", "step-", ".old-step-", "checkpoints", "prompt.safe", 
 
 
 def watch_saves(plan_file: str) -> None:
-    plan, is_busy = "", False
+    plan = ""
+    is_busy = False
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal plan, is_busy
@@ -27,7 +28,7 @@ def watch_saves(plan_file: str) -> None:
         name = os.path.basename(str(arguments[0]))
         if not name.startswith(NAMES):
             return
-        is_busy = True  # what follows opens files too
+        is_busy = True  # what follows opens files as well
         if event == "os.mkdir" and name.startswith(".writing-step"):
             plan = read_plan(plan_file)
         if plan:
@@ -52,7 +53,7 @@ def read_plan(plan_file: str) -> str:
 
 
 def end_here(*, is_half: bool) -> None:
-    """Now, or where the kernel ends a process whose file grows beyond its limit."""
+    """Die now, or when a file exceeds the size limit, at which the kernel ends the process."""
     if not is_half:
         os.kill(os.getpid(), signal.SIGKILL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

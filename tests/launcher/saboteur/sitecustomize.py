@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 
-def hurt(_number: int, _frame: FrameType | None) -> None:
+def fail(_number: int, _frame: FrameType | None) -> None:
     fault = Path(os.environ["PTUNE_TEST_FAULT"]).read_text()
     if fault == "crash":
         ctypes.string_at(0)
@@ -21,4 +21,4 @@ def hurt(_number: int, _frame: FrameType | None) -> None:
 
 
 if "LOCAL_RANK" in os.environ:
-    signal.signal(signal.SIGUSR1, hurt)
+    signal.signal(signal.SIGUSR1, fail)

@@ -1,0 +1,28 @@
+"""What DeepSpeed's JSON may ask for and a base without a DeepSpeed optimizer cannot give: said once, not ignored."""
+
+from typing import Any
+
+from ptune_dist.config.deepspeed_json import zero_stage
+
+# They report or profile the steps of DeepSpeed's engine, which takes none.
+ABOUT_STEPS = ("flops_profiler", "wall_clock_breakdown", "tensorboard", "wandb", "csv_monitor")
+# They describe what DeepSpeed does with a base that it has, which it has at stage 3.
+ABOUT_THE_BASE = ("comms_logger", "memory_breakdown", "dump_state")
+
+
+def describe_unused(content: dict[str, Any]) -> str | None:
+    """One line that names the sections that are on and change nothing; None where there are none."""
+    about = ABOUT_STEPS if zero_stage(content) == 3 else ABOUT_STEPS + ABOUT_THE_BASE
+    found = [name for name in about if is_on(content.get(name))]
+    if zero_stage(content) != 3 and content.get("data_types", {}).get("buffer_dtype") is not None:
+        found.append("data_types.buffer_dtype")
+    if not found:
+        return None
+    return (
+        f"deepspeed: no effect: {', '.join(found)}: DeepSpeed only shards the base, and at ZeRO 3 only; a run's own "
+        "figures are in metrics.jsonl and tensorboard/"
+    )
+
+
+def is_on(section: Any) -> bool:
+    return bool(section.get("enabled")) if isinstance(section, dict) else bool(section)

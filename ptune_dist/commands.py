@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import datasets
+import numpy as np
 import torch
 
 from ptune_dist.base.source import fingerprint_base
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config, DataConfig
 from ptune_dist.data.build import build_inputs, build_split, build_templates
+from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.sources import Rows, load_rows
 from ptune_dist.distributed.world import World, init_distributed, together
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import Decoding
 from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator
 from ptune_dist.evaluation.generate import generate_texts
+from ptune_dist.evaluation.splits import check_inputs, check_lengths
 from ptune_dist.families import FAMILIES
 from ptune_dist.prompts.export import check_for_peft, export_peft, export_prompt_embeds
 from ptune_dist.prompts.store import load_prompt
@@ -53,6 +56,7 @@ def build_run_evaluator(reading: Reading, run_dir: Path) -> Evaluator:
     split = build_split(config.data, encoding, which="validation", max_examples=config.evaluate.max_examples)
     if split is None:
         raise UserError(f"{run_dir}/config.yaml: data.validation is missing: give data.validation=FILE")
+    check_inputs(split.examples, config.prompt)
     return build_evaluator(config, split, reading)
 
 
@@ -64,7 +68,7 @@ def generate_for_run(
     world = init_distributed()
     reading = together(world, lambda: build_reading(config))
     rows = together(world, lambda: read_input_rows(config.data, config.prompt.placement, text, file))
-    inputs = together(world, lambda: build_inputs(config.data, rows, reading.encoding(config)))
+    inputs = together(world, lambda: build_run_inputs(reading, rows))
     stream = together(world, lambda: open_output(output, world))
     job = build_trained_job(reading, run_dir, world)
     decoding = Decoding(max_new_tokens, config.train.micro_batch_tokens, sampling, seed)
@@ -77,6 +81,15 @@ def generate_for_run(
                 for i in sorted(answers):
                     row = rows.dataset[i] | {"generated": answers[i]}
                     print(json.dumps(row, ensure_ascii=False, default=str), file=out, flush=True)
+
+
+def build_run_inputs(reading: Reading, rows: Rows) -> list[TokenPair]:
+    """The inputs of rows that are to be answered. Raises UserError."""
+    config = reading.config
+    inputs = build_inputs(config.data, rows, reading.encoding(config))
+    lengths = np.array([len(context) + len(rest) for context, rest in inputs])
+    check_lengths(lengths, config.prompt, rows.where)
+    return inputs
 
 
 def open_output(path: Path | None, world: World) -> contextlib.AbstractContextManager[TextIO | None]:

@@ -69,7 +69,8 @@ def answer_batch(
     if model.predicts_numbers:
         return predict_numbers(engine, inputs, member, pad_id(tokenizer), max(map(len, batch.shares)))
     if not model.writes_text:
-        return model.name_labels([np.array(rest) for _, rest in inputs])
+        texts = [np.array(rest) for _, rest in inputs]
+        return engine.without_gradient(lambda: model.name_labels(texts))
     settings = GenerationConfig(
         pad_token_id=pad_id(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
@@ -81,7 +82,9 @@ def answer_batch(
     sampler = build_sampler(decoding.sampling, decoding.seed, numbers, model.device)
     # Under ZeRO-3 a rank whose rows are finished continues to gather for those whose rows are not.
     is_synced = engine.stage == 3 and engine.world.size > 1
-    ids = generate_ids(model, inputs, settings, member=member, sampler=sampler, is_synced=is_synced)
+    ids = engine.without_gradient(
+        lambda: generate_ids(model, inputs, settings, member=member, sampler=sampler, is_synced=is_synced)
+    )
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 

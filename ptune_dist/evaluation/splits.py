@@ -1,7 +1,10 @@
 """The rows of a run: what its members train on, and what evaluates them."""
 
+from collections.abc import Callable
+
 import numpy as np
 
+from ptune_dist.config.schema import PromptConfig
 from ptune_dist.data.build import Split, build_split
 from ptune_dist.data.encode import Examples, common_context
 from ptune_dist.data.training_rows import TrainingRows
@@ -30,18 +33,24 @@ def build_splits(reading: Reading) -> tuple[TrainingRows, dict[str, Evaluator]]:
             assert split is not None, "data.train is required"
             known[key] = split, build_evaluator(member, held_out, reading) if held_out else None
         splits[name], evaluator = known[key]
-        check_inputs(splits[name].examples, member.prompt.method, stands=find_method(member.prompt).stands_in_sequence)
+        check_inputs(splits[name].examples, member.prompt)
         if evaluator:
+            check_inputs(evaluator.split.examples, member.prompt)
             evaluators[name] = evaluator
     seeds = {name: member.seed for name, member in reading.members.items()}
     return TrainingRows(splits, batch_size=config.train.batch_size, seeds=seeds), evaluators
 
 
-def check_inputs(examples: Examples, method: str, *, stands: bool) -> None:
+def check_inputs(examples: Examples, prompt: PromptConfig) -> None:
     """Raise UserError for an empty input where a method has no virtual token to predict the target from."""
-    empty = np.flatnonzero(examples.lengths == examples.num_targets)
-    if not stands and len(empty):
-        raise UserError(f"{examples.where(int(empty[0]))}: the input is empty, but {method} needs one token at least")
+    check_lengths(examples.lengths - examples.num_targets, prompt, examples.where)
+
+
+def check_lengths(lengths: np.ndarray, prompt: PromptConfig, where: Callable[[int], str]) -> None:
+    """As `check_inputs`, of the lengths of inputs [N]."""
+    empty = np.flatnonzero(lengths == 0)
+    if len(empty) and not find_method(prompt).stands_in_sequence:
+        raise UserError(f"{where(int(empty[0]))}: the input is empty, but {prompt.method} needs one token at least")
 
 
 def measure_scales(reading: Reading, rows: TrainingRows) -> dict[str, TargetScale] | None:

@@ -82,17 +82,18 @@ class Engine:
     def row_losses(self, batch: Batch) -> torch.Tensor:
         """The validation loss of each reader [S], without gradient. Collective: every rank must call."""
         held = self.contexts.hold(batch)
-        return self._without_gradient(lambda: self.model.losses(held, for_validation=True))
+        return self.without_gradient(lambda: self.model.losses(held, for_validation=True))
 
     def row_values(self, batch: Batch) -> list[float]:
         """Each reader's predicted number, in the unit of the data. Collective: every rank must call."""
         held = self.contexts.hold(batch)
-        return self._without_gradient(lambda: self.model.values(held))
+        return self.without_gradient(lambda: self.model.values(held))
 
     def _read_contexts(self, contexts: Contexts) -> list[tuple[torch.Tensor, ...]]:
-        return self._without_gradient(lambda: self.model.read_contexts(contexts))
+        return self.without_gradient(lambda: self.model.read_contexts(contexts))
 
-    def _without_gradient(self, work: Callable[[], T]) -> T:
+    def without_gradient(self, work: Callable[[], T]) -> T:
+        """What `work` computes of the base, with the prompts in eval mode. Collective: every rank must call."""
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad():

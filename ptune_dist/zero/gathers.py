@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.comm import comm
 
+from ptune_dist.zero.setup import join_deepspeed
+
 
 @dataclass
 class Gathers:
@@ -30,6 +32,7 @@ class Gathers:
 
 def watch_gathers() -> Gathers:
     """The running count of this process, where DeepSpeed calls the process group. Nothing is timed or waited for."""
+    join_deepspeed()
     backend = comm.cdb
     if not hasattr(backend, "ptune_gathers"):
         backend.ptune_gathers = Gathers()

@@ -95,7 +95,7 @@ def test_answers_stop_at_the_last_learned_position(commands, tmp_path):
         assert len(json.loads(done.out)["generated"].encode()) <= 4 * max(most, 0) + 4
 
 
-def test_an_early_stopped_run_goes_on_when_it_may(commands, tmp_path):
+def test_an_early_stopped_run_resumes_when_it_may(commands, tmp_path):
     config = write_config(
         tmp_path / "config.json", data={"validation": str(TINY / "data" / "validation.jsonl")},
         train={"max_steps": 20, "learning_rate": 1e-9},

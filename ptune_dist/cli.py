@@ -1,7 +1,7 @@
-"""The command `ptune-dist`. Floor 7: parse, hand over, turn errors into one line and an exit status.
+"""The command `ptune-dist`: parse the command line, run a command, turn errors into one line and an exit status.
 
-Under a launcher, which knows a rank's end from its last word, a known end has status 0: torchrun takes any other for a
-crash and prints a report of its own.
+Under our launcher, which reads a rank's outcome from the file that the rank leaves, an error of ours has status 0:
+torchrun takes any other status for a crash and prints a report of its own.
 
 torch is imported only by the commands that compute, after the config has been read, so a mistake shows at once.
 """
@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,12 +23,16 @@ from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run.folder import find_member_dir, read_run_config
 from ptune_dist.run.watch import report_outcome
 
-USER_MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
+USER_MISTAKE = 2
+FAULT = 1
+INTERRUPTED = 130
 SECONDS_FOR_RANK_0 = 2.0
+
+Command = Callable[[argparse.Namespace], int | None]  # runs a parsed command and returns the exit status, None for 0
 
 
 class Parser(argparse.ArgumentParser):
-    """Says a wrong argument in one line, as every other mistake."""
+    """Reports a wrong argument in one line, like every other mistake."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
@@ -55,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def say_error(error: Exception) -> None:
-    """One line, on rank 0 only: every rank has the same error. A launcher says it itself."""
+    """One line, on rank 0 only: every rank has the same error. Our launcher prints it itself."""
     if node_folder():
         return
     if os.environ.get("RANK", "0") == "0":
@@ -89,7 +93,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="ptune-dist", description="Train soft prompts against large frozen language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
-    def add(name: str, run, text: str, *positional: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Command, text: str, *positional: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         for argument in positional:
@@ -100,10 +104,10 @@ def build_parser() -> Parser:
             )
         return command
 
-    add("train", run_train, "train a prompt, or go on with a run", "CONFIG")
+    add("train", run_train, "train a prompt, or resume a run", "CONFIG")
     add("validate", run_validate, "show what a config will do, without training", "CONFIG")
     add("check", run_check, "test this job's nodes: GPUs, products, network; launch/run.sh --check adds more", "CONFIG")
-    evaluate = add("evaluate", run_evaluate, "judge a run's prompt on data.validation", "RUN")
+    evaluate = add("evaluate", run_evaluate, "evaluate a run's prompt on data.validation", "RUN")
     generate = add("generate", run_generate, "answer inputs with a run's prompt", "RUN")
     export = add("export", run_export, "take a run's prompt elsewhere", "RUN")
     for command in (evaluate, generate, export):
@@ -127,7 +131,9 @@ def add_input_arguments(command: argparse.ArgumentParser, prefix: str, *, requir
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     add_input_arguments(command, "", required=True)
     command.add_argument("--output", type=Path, metavar="F", help="JSON lines; standard output where left out")
-    count, share, above_0 = bounded(int, low=1), bounded(float, above=0, high=1), bounded(float, above=0)
+    count = bounded(int, low=1)
+    share = bounded(float, above=0, high=1)
+    above_0 = bounded(float, above=0)
     command.add_argument("--max-new-tokens", type=count, metavar="N", help="evaluate.max_new_tokens where left out")
     command.add_argument("--temperature", type=above_0, metavar="T", help="sample; greedy where left out")
     command.add_argument("--top-p", type=share, metavar="P", help="sample among the likeliest tokens of total P")
@@ -135,7 +141,7 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=bounded(int, low=0, high=2**32 - 1), default=0, metavar="S")
 
 
-def bounded(kind: type, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf):
+def bounded(kind: type, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> Callable:
     """An argparse type: a number of this kind, at least `low`, more than `above`, at most `high`."""
 
     def parse_number(text: str) -> float:
@@ -202,12 +208,17 @@ def run_generate(parsed: argparse.Namespace) -> None:
     run_dir, config = read_trained_run(parsed)
     with without_garbage_collection():
         from ptune_dist.commands import generate_for_run
+        from ptune_dist.evaluation.answer_plan import Decoding
 
+    decoding = Decoding(
+        parsed.max_new_tokens or config.evaluate.max_new_tokens,
+        config.train.micro_batch_tokens,
+        sampling_of(parsed),
+        parsed.seed,
+    )
     generate_for_run(
-        config, run_dir, text=parsed.input, file=parsed.input_file, output=parsed.output,
-        max_new_tokens=parsed.max_new_tokens or config.evaluate.max_new_tokens, sampling=sampling_of(parsed),
-        seed=parsed.seed,
-    )  # fmt: skip
+        config, run_dir, text=parsed.input, file=parsed.input_file, output=parsed.output, decoding=decoding
+    )
 
 
 def sampling_of(parsed: argparse.Namespace) -> dict[str, Any] | None:

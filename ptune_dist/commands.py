@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import datasets
 import numpy as np
@@ -61,9 +61,8 @@ def build_run_evaluator(reading: Reading, run_dir: Path) -> Evaluator:
 
 
 def generate_for_run(
-    config: Config, run_dir: Path, *, text: str | None, file: str | None, output: Path | None, max_new_tokens: int,
-    sampling: dict[str, Any] | None, seed: int,
-) -> None:  # fmt: skip
+    config: Config, run_dir: Path, *, text: str | None, file: str | None, output: Path | None, decoding: Decoding
+) -> None:
     """Answer one text or the rows of a file: JSON lines in the rows' order, written as they come. Collective."""
     world = init_distributed()
     reading = together(world, lambda: build_reading(config))
@@ -71,7 +70,6 @@ def generate_for_run(
     inputs = together(world, lambda: build_run_inputs(reading, rows))
     stream = together(world, lambda: open_output(output, world))
     job = build_trained_job(reading, run_dir, world)
-    decoding = Decoding(max_new_tokens, config.train.micro_batch_tokens, sampling, seed)
     chunk = CHUNK_ROWS * world.size
     with fault_on_failed_write(output) if output else contextlib.nullcontext(), stream as out:
         for first in range(0, len(inputs), chunk):

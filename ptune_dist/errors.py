@@ -1,8 +1,8 @@
-"""The ways in which a command ends badly, each said in one line. Floor 0: imports nothing of ours."""
+"""The errors that a command reports in one line. They import nothing of ours, so every module may raise them."""
 
 
 class UserError(Exception):
-    """The user's mistake: the message names the file and the key or line, and the mend. Exit status 2."""
+    """The user's mistake: the message names the file and the key or line, and the remedy. Exit status 2."""
 
 
 class RunFault(Exception):
@@ -10,7 +10,7 @@ class RunFault(Exception):
 
 
 class NodeFault(RunFault):
-    """A node that is not fit to train on; `node` is its name."""
+    """A node that cannot be used for training; `node` is its name."""
 
     def __init__(self, message: str, node: str):
         super().__init__(message)

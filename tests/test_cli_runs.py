@@ -1,4 +1,4 @@
-"""A run stops and goes on: finished, refused, interrupted, damaged, diverged, out of disk. Nothing is lost."""
+"""A run stops and is resumed: finished, refused, interrupted, damaged, diverged, out of disk. Nothing is lost."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def only_error(finished: Finished, code: int) -> str:
 # Going on
 
 
-def test_a_finished_run_is_not_started_again_and_goes_on_only_as_it_began(commands, tmp_path):
+def test_a_finished_run_is_not_started_again_and_is_resumed_only_as_it_began(commands, tmp_path):
     evaluate = {"every": 2, "max_examples": 4, "max_new_tokens": 2}
     config = write_config(
         tmp_path / "c.yaml",
@@ -118,7 +118,7 @@ def assert_same_result(run: Path, unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2], ids=lambda number: number.name)
-def test_a_run_that_is_asked_to_stop_saves_ends_with_75_and_goes_on_to_the_same_result(
+def test_a_run_that_is_asked_to_stop_saves_ends_with_75_and_resumes_to_the_same_result(
     commands, unbroken, tmp_path, number
 ):
     config, whole = unbroken
@@ -136,7 +136,7 @@ def test_a_run_that_is_asked_to_stop_saves_ends_with_75_and_goes_on_to_the_same_
     assert_same_result(run, whole)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_result(commands, unbroken, tmp_path):
+def test_a_killed_run_resumes_from_its_last_checkpoint_to_the_same_result(commands, unbroken, tmp_path):
     config, whole = unbroken
     run = tmp_path / "run"
     for num_lines in (3, 15, 37):  # before the first checkpoint, and between two

@@ -1,4 +1,4 @@
-"""Which members of a sweep go on: each is evaluated on its own rows, and one that is stopped is not evaluated."""
+"""Which members of a sweep continue: each is evaluated on its own rows, and one that is stopped is not evaluated."""
 
 import json
 import math

@@ -66,8 +66,8 @@ def assert_exports_as_before(out: Path, old: Path) -> None:
     assert settings[0] == settings[1]
 
 
-def assert_goes_on_as_before(commands: Commands, run: Path, name: str) -> None:
-    """A finished run says so; with more steps it has the losses that the old version had."""
+def assert_resumes_as_before(commands: Commands, run: Path, name: str) -> None:
+    """A finished run reports that it is finished; with more steps it has the losses that the old version had."""
     train = ("train", run / "config.yaml", f"output_dir={run}")
     before = (run / "metrics.jsonl").read_bytes()
     assert "finished" in succeed(commands, *train)
@@ -89,27 +89,27 @@ def test_an_interrupted_run_on_two_ranks_ends_as_the_old_version_ended_it_undist
         assert summary[key] == undisturbed[key]
 
 
-def test_a_finished_sweep_evaluates_exports_and_goes_on(commands, tmp_path):
+def test_a_finished_sweep_evaluates_exports_and_resumes(commands, tmp_path):
     run = copy_old_run("sweep", tmp_path)
     for more, member in (((), "learning_rate=0.05"), (("--member", "learning_rate=0.01"), "learning_rate=0.01")):
         own, old = run / "members" / member, OLD / "sweep" / "members" / member
         assert_evaluates_as_before(commands, own, old, str(run), *more)
     succeed(commands, "export", run, "--to", "peft", "--out", tmp_path / "adapter")
     assert_exports_as_before(tmp_path / "adapter", OLD / "sweep-peft")
-    assert_goes_on_as_before(commands, run, "sweep")
+    assert_resumes_as_before(commands, run, "sweep")
 
 
-def test_a_finished_infix_run_evaluates_generates_and_goes_on(commands, tmp_path):
+def test_a_finished_infix_run_evaluates_generates_and_resumes(commands, tmp_path):
     run = copy_old_run("infix", tmp_path)
     assert_evaluates_as_before(commands, run, OLD / "infix", str(run))
     (answer,) = read_lines(OLD / "infix-generated.jsonl")
     assert json.loads(succeed(commands, "generate", run, "--input", answer["word"])) == answer
-    assert_goes_on_as_before(commands, run, "infix")
+    assert_resumes_as_before(commands, run, "infix")
 
 
-def test_a_finished_encoder_run_keeps_its_head_and_goes_on(commands, tmp_path):
+def test_a_finished_encoder_run_keeps_its_head_and_resumes(commands, tmp_path):
     run = copy_old_run("encoder", tmp_path)
     assert_evaluates_as_before(commands, run, OLD / "encoder", str(run))
     succeed(commands, "export", run, "--to", "peft", "--out", tmp_path / "adapter")
     assert_exports_as_before(tmp_path / "adapter", OLD / "encoder-peft")
-    assert_goes_on_as_before(commands, run, "encoder")
+    assert_resumes_as_before(commands, run, "encoder")

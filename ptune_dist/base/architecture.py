@@ -1,7 +1,7 @@
 """What loading a base needs to know of its family; `families/` has the classes that say it."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -14,7 +14,7 @@ class Architecture:
 
     name: ClassVar[str]
     auto_class: ClassVar[Any]  # transformers loads such a base as this
-    architectures: ClassVar[Mapping[str, str]]  # model types that transformers can load so
+    architectures: ClassVar[Collection[str]]  # model types that transformers can load so
 
     def knows(self, shape: PretrainedConfig) -> bool:
         """Whether transformers, or a class that the user has registered with it, can load this architecture."""

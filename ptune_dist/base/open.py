@@ -1,14 +1,15 @@
 """Open a base: make the model without memory, find its weights, and say whatever is wrong. Only headers are read."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ptune_dist.base.architecture import Architecture
 from ptune_dist.base.int8 import Int8Embedding, make_int8
@@ -26,7 +27,9 @@ NUM_COMPARED = 16  # rows of tensors that should be one
 class WithoutMemory(TorchFunctionMode):
     """`torch.empty`, which large parameters are made of, takes no memory: one may be larger than this host's."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
@@ -55,9 +58,10 @@ class OpenedBase:
         rows = torch.cat([self.weights.read_rows(stored, i, i + 1) for i in ids]).to(self.dtype)
         if isinstance(tokens, Int8Embedding):
             return rows.float()
-        few = copy.copy(tokens)  # its forward may do more than look up: Gemma scales
+        few = cast(Any, copy.copy(tokens))  # its forward may do more than look up: Gemma scales
         few._parameters = {"weight": nn.Parameter(rows, requires_grad=False)}
-        few.num_embeddings, few.padding_idx = len(ids), None
+        few.num_embeddings = len(ids)
+        few.padding_idx = None
         return few(torch.arange(len(ids))).float()
 
 
@@ -80,12 +84,7 @@ def open_base(
     if getattr(shape, "quantization_config", None):
         raise UserError(f"model.path: {path} is stored quantized: give the float base and set model.quantization=int8")
     family.prepare_shape(shape, labels)
-    try:
-        with WithoutMemory(), init_empty_weights(include_buffers=False):
-            model = family.auto_class.from_config(shape, dtype=dtype)
-    except Exception as error:  # each architecture checks its own numbers
-        raise UserError(describe_load_error(path, "config.json", error)) from None
-    model.tie_weights()
+    model = make_without_memory(shape, path, family, dtype)
     family.check_model(model, path)
     opened = find_weights(model, path, family, dtype=dtype, random_init=random_init, seed=seed)
     unknown = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in opened.names]
@@ -102,6 +101,19 @@ def open_base(
         model.generation_config = generation_config
     model.eval().requires_grad_(False)
     return opened
+
+
+def make_without_memory(
+    shape: PretrainedConfig, path: str, family: Architecture, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model of a shape, with parameters that take no memory. Raises UserError."""
+    try:
+        with WithoutMemory(), init_empty_weights(include_buffers=False):
+            model = family.auto_class.from_config(shape, dtype=dtype)
+    except Exception as error:  # each architecture checks its own numbers
+        raise UserError(describe_load_error(path, "config.json", error)) from None
+    model.tie_weights()
+    return model
 
 
 def find_weights(

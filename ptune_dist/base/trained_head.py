@@ -16,9 +16,9 @@ def set_apart(base: PreTrainedModel, device: torch.device, dtype: torch.dtype) -
     apart: dict[str, nn.Parameter] = {}
     made: dict[int, nn.Parameter] = {}  # modules may share a parameter
     for module_name, module in base.named_modules():
-        leaves = [leaf for leaf, p in module.named_parameters(recurse=False) if p.requires_grad]
-        for leaf in leaves:
-            parameter = module._parameters.pop(leaf)
+        leaves = {leaf: p for leaf, p in module.named_parameters(recurse=False) if p.requires_grad}
+        for leaf, parameter in leaves.items():
+            del module._parameters[leaf]
             whole = made.setdefault(id(parameter), nn.Parameter(parameter.detach().to(device, torch.float32)))
             apart[f"{module_name}.{leaf}" if module_name else leaf] = whole
             module.__dict__[leaf] = whole

@@ -26,7 +26,8 @@ def name_place(key: str, path: str | Path, overrides: Sequence[str]) -> str:
 
 def find_key(message: str) -> str:
     """The dotted key that a message begins with, also after "unknown key"."""
-    return re.match(r"[\w.]*", message.removeprefix("unknown key "))[0].rstrip(".")
+    found = re.match(r"[\w.]*", message.removeprefix("unknown key "))
+    return found[0].rstrip(".") if found else ""
 
 
 def describe_first_error(

@@ -1,1 +1,1 @@
-"""From files to batches of token ids: sources -> template -> encode -> batches. Floor 2: knows no model, no prompt."""
+"""From files to batches of token ids: sources -> template -> encode -> batches. No model, no prompt."""

@@ -48,7 +48,7 @@ class Examples:
     """Token ids of all examples, end to end: 4 bytes a token.
 
     ids: int32 [sum of lengths]. offsets: int64 [N + 1], where each example begins. num_targets: int32 [N], how many of
-    its last tokens are its target. is_truncated: bool [N], whether its input lost tokens; one bool stands for all.
+    its last tokens are its target. is_truncated: bool [N], whether its input lost tokens; a scalar stands for all.
     where: index -> name for messages. num_context: int32 [N], how many of its first tokens are context; None is zeros.
     numbers: float64 [N], the targets where they are numbers. lengths: int64 [N], input and target tokens.
     """
@@ -56,7 +56,7 @@ class Examples:
     ids: np.ndarray
     offsets: np.ndarray
     num_targets: np.ndarray
-    is_truncated: np.ndarray | bool
+    is_truncated: np.ndarray
     where: Callable[[int], str]
     num_context: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     numbers: np.ndarray | None = None
@@ -174,7 +174,9 @@ def encode_text_blocks(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_le
     if not len(ids):
         raise UserError(f"{rows.name} has no text")
     offsets = np.append(np.arange(0, len(ids), max_length, dtype=np.int64), len(ids))
-    return Examples(ids, offsets, np.diff(offsets).astype(np.int32), False, functools.partial(_name_block, rows.name))
+    return Examples(
+        ids, offsets, np.diff(offsets).astype(np.int32), np.array(False), functools.partial(_name_block, rows.name)
+    )
 
 
 def common_context(examples: Examples) -> np.ndarray:
@@ -184,7 +186,7 @@ def common_context(examples: Examples) -> np.ndarray:
     begin with it all the same.
     """
     common = None
-    for i in np.flatnonzero(~examples.is_truncated):
+    for i in np.flatnonzero(~examples.is_truncated).tolist():
         context = examples.context_ids(i)
         common = context if common is None else common[: count_equal(common, context)]
         if not len(common):
@@ -197,7 +199,7 @@ def token_statistics(examples: Examples) -> dict:
 
     `num_distinct_contexts` leaves the empty context out; `shared_context_tokens` is what all contexts begin with.
     """
-    contexts = (examples.context_ids(i) for i in np.flatnonzero(examples.num_context))
+    contexts = (examples.context_ids(i) for i in np.flatnonzero(examples.num_context).tolist())
     return {
         "num_examples": len(examples),
         "input_tokens": _spread(examples.lengths - examples.num_targets),
@@ -263,14 +265,17 @@ def _describe_long_target(where: str, key: str, tail: list[int], start: list[int
 
 
 def _join_lines(rows: Rows) -> Iterator[str]:
-    lines, size = [], 0
+    """The text of all rows, in chunks of whole lines."""
+    lines = []
+    size = 0
     for first in range(0, len(rows), BATCH_ROWS):
         for line in rows.dataset[first : first + BATCH_ROWS]["text"]:
             lines.append(line)
             size += len(line)
             if size >= CHUNK_CHARACTERS:
                 yield "".join(lines)
-                lines, size = [], 0
+                lines = []
+                size = 0
     if lines:
         yield "".join(lines)
 

@@ -6,7 +6,7 @@ Families differ only in these two things; `families/` chooses.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ class TextTargets(Targets):
         return found
 
     def render(self, ids: np.ndarray, number: float | None) -> str:
-        return self._tokenizer.decode(ids)
+        return decode(self._tokenizer, ids)
 
 
 class LabelTargets(Targets):
@@ -134,11 +134,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, *, skip_special_tokens: bool = False) -> str:
+    """The text of one row of token ids."""
+    # transformers' type allows for several rows, which would give a list.
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and after a text: a BOS, a CLS, a SEP, or none."""
     probe = tokenizer("a", return_special_tokens_mask=True, verbose=False)
-    ids = list(probe["input_ids"])
-    mask = list(probe["special_tokens_mask"])
+    ids: list[int] = list(cast(list[int], probe["input_ids"]))  # of one text; transformers' type allows for several
+    mask: list[int] = list(cast(list[int], probe["special_tokens_mask"]))
     if 0 in mask:
         return ids[: mask.index(0)], ids[len(mask) - mask[::-1].index(0) :]
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)  # it has no token for "a"
@@ -151,4 +157,4 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             f"the tokenizer {tokenizer.name_or_path or 'of the base'} has no end-of-sequence token to end targets "
             "with; name its eos_token in its tokenizer_config.json"
         )
-    return [tokenizer.eos_token_id]
+    return [cast(int, tokenizer.eos_token_id)]  # transformers' type is that of any attribute of a tokenizer

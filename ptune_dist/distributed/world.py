@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ def init_distributed() -> World:
     if "RANK" not in os.environ:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         os.environ.update({name: str(value) for name, value in alone.items()})
-    if "TORCHELASTIC_RUN_ID" in os.environ and node_folder() is None:  # no rank goes on training alone
+    if "TORCHELASTIC_RUN_ID" in os.environ and node_folder() is None:  # no rank continues alone
         signal_on_parent_death(signal.SIGTERM)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -113,13 +113,14 @@ def raise_together(error: Exception | None, world: World) -> None:
 
 def together(world: World, function: Callable[[], T]) -> T:
     """Call `function`, which must not communicate, on every rank; if it raises on one, raise on all. Collective."""
-    error, result = None, None
+    error: Exception | None = None
+    result: T | None = None
     try:
         result = function()
     except Exception as caught:
         error = caught
     raise_together(error, world)
-    return result
+    return cast(T, result)  # nothing was raised, so the function has returned
 
 
 def from_main(world: World, function: Callable[[], T]) -> T:

@@ -88,7 +88,7 @@ def sees_padding(model: PromptedModel, member: int) -> bool:
         return True
     shape = model.base.config.get_text_config(decoder=True)
     counts_padding = shape.model_type == "mpt" or any(getattr(shape, name, None) for name in WINDOWS)
-    return counts_padding and not model.prompts[member].stands_in_sequence
+    return counts_padding and not model.prompt(member).stands_in_sequence
 
 
 def rope_types(base: PreTrainedModel) -> set[str]:

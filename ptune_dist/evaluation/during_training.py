@@ -26,9 +26,13 @@ def agree_on_stop(watch: Watch, metrics: MetricsWriter | None, world: World) -> 
 
 
 def evaluate_members(
-    job: Job, evaluators: dict[str, Evaluator], progress: Progress, metrics: MetricsWriter | None, watch: Watch,
+    job: Job,
+    evaluators: dict[str, Evaluator],
+    progress: Progress,
+    metrics: MetricsWriter | None,
+    watch: Watch,
     world: World,
-) -> None:  # fmt: skip
+) -> None:
     """Evaluate the live members; store the prompt of each one that is better than before. Collective.
 
     Raises RunFault where the only live member has no finite loss, and StopAgreed, after a checkpoint of this step,
@@ -37,7 +41,7 @@ def evaluate_members(
     found = run_evaluators(job, evaluators, progress, metrics, watch, world)
     step = progress.step
     for name, (values, samples) in found.items():
-        if world.is_main:
+        if metrics is not None:
             metrics.evaluation(step, values, samples, member=name if job.config.sweep else None)
         if not math.isfinite(values["loss"]):
             reason = f"the validation loss is {values['loss']}"
@@ -51,10 +55,14 @@ def evaluate_members(
 
 
 def run_evaluators(
-    job: Job, evaluators: dict[str, Evaluator], progress: Progress, metrics: MetricsWriter | None, watch: Watch,
+    job: Job,
+    evaluators: dict[str, Evaluator],
+    progress: Progress,
+    metrics: MetricsWriter | None,
+    watch: Watch,
     world: World,
-) -> dict[str, Evaluation]:  # fmt: skip
-    """What the evaluators find about the live members; members with one evaluator are evaluated together.
+) -> dict[str, Evaluation]:
+    """Each live member's evaluation. Members with one evaluator are evaluated together.
 
     Evaluators run in the order of their first members, which is the same on all ranks. Collective.
     """

@@ -1,7 +1,7 @@
 """Evaluate prompts on held-out rows: what the metrics need is computed once, then every metric.
 
-Rows are shared among the ranks and each is counted once, whatever the world size. Every rank computes the metrics, from
-the same gathered numbers.
+Rows are shared among the ranks and each is counted once, at any world size. Every rank computes the metrics, from the
+same gathered numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from ptune_dist.config.schema import Config
 from ptune_dist.data.batches import Batch, collate
 from ptune_dist.data.build import Split, build_label_candidates
 from ptune_dist.data.encode import Examples
+from ptune_dist.data.framing import decode
 from ptune_dist.distributed.world import gather_from_ranks
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import Decoding
@@ -92,7 +93,7 @@ class Evaluator:
         ]
 
     def _input(self, index: int) -> str:
-        return self.tokenizer.decode(self.split.examples.input_ids(index), skip_special_tokens=True)
+        return decode(self.tokenizer, self.split.examples.input_ids(index), skip_special_tokens=True)
 
     def _answers(self, engine: Engine, member: int, between_batches: Callable[[], None]) -> list[str]:
         """Generated answers of the first rows: of all where a metric needs them, else of those that are shown."""

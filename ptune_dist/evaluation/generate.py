@@ -10,6 +10,7 @@ Shapes: B rows, T tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -118,4 +119,5 @@ def generate_ids(
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token for padding; attention never sees it, so any will do."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return cast(int, found)  # transformers' type is that of any attribute of a tokenizer

@@ -20,6 +20,7 @@ def build_references(data: DataConfig, rows: Rows) -> list[list[str]]:
     `answers`; without one, the rendered target is the only reference. Raises UserError with the row and the key.
     """
     if data.references is None:
+        assert data.target is not None, "rows that are not plain text have a target"
         template = compile_template(data.target, key="data.target")
         batches = render_batches(rows, {"data.target": template}, BATCH_ROWS)
         return [[text.strip()] for _, texts in batches for text in texts]

@@ -5,7 +5,7 @@ G key/value heads, Dh width of a head.
 """
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -134,7 +134,7 @@ class PromptedCausal(PromptedModel):
         vectors = pad_sequence(rows, batch_first=True, padding_side="left")
         prefix = keys_values_of(contributions[member])
         if prefix is None:
-            return self.base.generate(inputs_embeds=vectors, attention_mask=mask.flip(1), **options)
+            return self.generate_with_base(inputs_embeds=vectors, attention_mask=mask.flip(1), **options)
         return self._generate_after_prefix(vectors, mask.flip(1), prefix.to(vectors.dtype), options)
 
     def _generate_after_prefix(
@@ -151,7 +151,7 @@ class PromptedCausal(PromptedModel):
             rows = [part.transpose(0, 1).expand(num_rows, -1, -1, -1) for part in (keys, values)]
             cache.update(rows[0], rows[1], layer)
         unread = vectors.new_zeros(num_rows, prefix.length, vectors.shape[2])
-        return self.base.generate(
+        return self.generate_with_base(
             inputs_embeds=torch.cat([unread, vectors], dim=1),
             attention_mask=torch.cat([mask.new_ones(num_rows, prefix.length), mask], dim=1),
             past_key_values=cache,
@@ -223,7 +223,7 @@ class Causal(Family):
             raise UserError(self.describe_no_vectors(model, path))
 
     def check_contexts(self, model: PreTrainedModel, placement: str) -> None:
-        inner = getattr(model, model.base_model_prefix, model)
+        inner = cast(Any, getattr(model, model.base_model_prefix, model))  # the model without its head
         has_cache = CACHE_ARGUMENTS & set(inspect.signature(inner.forward).parameters)
         if placement != "prefix" and not has_cache:
             kind = model.config.model_type

@@ -38,7 +38,9 @@ class PromptedEncoder(PromptedModel):
 
     def name_labels(self, texts: list[np.ndarray]) -> list[str]:
         logits = self.label_logits(texts, [0] * len(texts))
-        return [self.base.config.id2label[index] for index in logits.argmax(dim=1).tolist()]
+        names = self.base.config.id2label
+        assert names is not None, "transformers names the labels of every classifier"
+        return [names[index] for index in logits.argmax(dim=1).tolist()]
 
     def _losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
         if self.predicts_numbers:

@@ -75,7 +75,7 @@ class PromptedSeq2Seq(PromptedModel):
         if self.placement == "decoder":
             return self._generate_after_decoder_prompt(texts, member, options)
         vectors, mask = self.embed(texts, [member] * len(inputs))
-        found = self.base.generate(inputs_embeds=vectors, attention_mask=mask, **options)
+        found = self.generate_with_base(inputs_embeds=vectors, attention_mask=mask, **options)
         return found[:, 1:]  # without the start token
 
     def _generate_after_decoder_prompt(
@@ -96,7 +96,7 @@ class PromptedSeq2Seq(PromptedModel):
             use_cache=True,
         )
         start = torch.full((len(texts), 1), settings.decoder_start_token_id, device=mask.device)  # not in the cache yet
-        found = self.base.generate(
+        found = self.generate_with_base(
             encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=start, past_key_values=cache, **options
         )
         return found[:, start.shape[1] :]

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any, cast
 
 from ptune_dist.metrics.metric import Metric, References
 
@@ -10,7 +11,8 @@ def macro_f1(labels: Sequence[str], references: References) -> float:
     """The mean of the F1 of every class that is answered or right somewhere; 0 for a class that is never both."""
     from sklearn.metrics import f1_score
 
-    return f1_score(right_labels(references), list(labels), average="macro", zero_division=0.0)
+    zero = cast(Any, 0.0)  # scikit-learn's default "warn" is taken for the type, a number is documented
+    return f1_score(right_labels(references), list(labels), average="macro", zero_division=zero)
 
 
 def matthews(labels: Sequence[str], references: References) -> float:

@@ -6,7 +6,8 @@ about the right numbers, and a prompt that gives them must not rank as the best.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ptune_dist.metrics.metric import Metric, References, mean
 
@@ -31,7 +32,8 @@ def spearman(values: Sequence[float], references: References) -> float:
     return correlate(spearmanr, values, references)
 
 
-def correlate(function, values: Sequence[float], references: References) -> float:
+def correlate(function: Callable[..., Any], values: Sequence[float], references: References) -> float:
+    """The statistic of scipy's `function`, 0 where it is not defined."""
     right = [number for (number,) in references]
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return 0.0

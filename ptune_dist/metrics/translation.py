@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any, cast
 
 from ptune_dist.metrics.metric import Metric, References
 
@@ -15,9 +16,9 @@ def sign_bleu(references: References) -> str:
     return str(build_bleu(references).get_signature())
 
 
-def build_bleu(references: References):
+def build_bleu(references: References) -> Any:
     """A scorer of answers to rows with these references."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(references=to_streams(references), force=True)  # force: no warning about text that looks tokenized
 
@@ -34,16 +35,16 @@ def sign_chrf(references: References) -> str:
     return str(build_chrf(references).get_signature())
 
 
-def build_chrf(references: References):
+def build_chrf(references: References) -> Any:
     """A scorer of answers to rows with these references."""
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     return CHRF(references=to_streams(references))
 
 
-def to_streams(references: References) -> list[tuple[str | None, ...]]:
+def to_streams(references: References) -> list[tuple[str, ...]]:
     """References as sacrebleu takes them: all first ones, all second ones, ..., None where a row has no more."""
-    return list(zip_longest(*references))
+    return cast(list[tuple[str, ...]], list(zip_longest(*references)))  # sacrebleu's own type leaves out the None
 
 
 BLEU = Metric("bleu", "answers", bleu, package="sacrebleu", module="sacrebleu", signature=sign_bleu)

@@ -1,17 +1,18 @@
 """Attention over segments: texts stand one after another without padding and share what precedes them.
 
-Floor 2. `attend` is an attention function of transformers' own interface. Without a layout it is torch's
-scaled-dot-product attention. With one, all texts of a pass are one row of N live positions, each there once, and the
-layout says which keys a position reads; linear layers, norms and rotations need not know.
+`attend` is an attention function of transformers' own interface. Without a layout it is torch's scaled-dot-product
+attention. With one, all texts of a pass are one row of N live positions, each there once, and the layout says which
+keys a position reads; linear layers, norms and rotations need not know.
 
 Shapes: N live positions, E entries of a padded call, Q queries and J keys of an entry, H heads, G key/value heads,
 D width of a head, L layers, C positions of a context.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -50,8 +51,22 @@ class Segment(NamedTuple):
     offset: int = 0
 
 
-def attend(module, query, key, value, attention_mask, *, scaling=None, segments=None, sliding_window=None, **others):
-    """transformers' attention function: query [B, H, N, D], key and value [B, G, N, D] -> ([B, N, H, D], None)."""
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    segments: Any = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: query [B, H, N, D], key and value [B, G, N, D] -> ([B, N, H, D], None).
+
+    `segments` is a `SegmentAttention` or None. The signature is transformers'.
+    """
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **others
@@ -62,9 +77,10 @@ def attend(module, query, key, value, attention_mask, *, scaling=None, segments=
     return segments.attend(q, k, v, layer=module.layer_idx, scale=scale, window=window)[None], None
 
 
-def window_of(module) -> int | None:
-    """The window of a layer whose attention leaves it to the mask, which a layout has none of."""
-    own, settings = getattr(module, "sliding_window", None), getattr(module, "config", None)
+def window_of(module: Any) -> int | None:
+    """The window of a layer whose attention leaves it to the mask; a pass with a layout has no mask."""
+    own = getattr(module, "sliding_window", None)
+    settings = getattr(module, "config", None)
     if own is None and not getattr(settings, "layer_types", None):
         return getattr(settings, "sliding_window", None)
     return own
@@ -97,10 +113,13 @@ class CausalSegments:
         self._buckets = [Bucket(bucket, num_lead, device) for bucket in split_buckets(segments)]
         self._places = find_places(self._buckets).to(device)
 
-    def attend(self, q, k, v, *, layer: int, scale: float, window: int | None) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: int, scale: float, window: int | None
+    ) -> torch.Tensor:
         """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
         if self._lead is not None:
-            k, v = torch.cat([self._lead.keys[layer], k]), torch.cat([self._lead.values[layer], v])
+            k = torch.cat([self._lead.keys[layer], k])
+            v = torch.cat([self._lead.values[layer], v])
         padded = [bucket.attend(q, k, v, scale, window).flatten(0, 1) for bucket in self._buckets]
         return torch.cat(padded).index_select(0, self._places)
 
@@ -143,14 +162,17 @@ class Bucket:
         # idle queries in front.
         self._is_square = self._offset <= longest // 2
         self._num_idle = self._offset if self._is_square else 0
-        self.num_entries, self.num_queries, self._longest = len(segments), self._num_idle + longest, longest
+        self.num_entries = len(segments)
+        self.num_queries = self._num_idle + longest
+        self._longest = longest
         self.size = self.num_entries * self.num_queries
         self._masks: dict = {}
         self.live = torch.cat([torch.arange(s.start, s.start + s.length) for s in segments])
         self.kept = torch.cat(
             [e * self.num_queries + self._num_idle + torch.arange(s.length) for e, s in enumerate(segments)]
         )
-        queries, keys = [], []
+        queries = []
+        keys = []
         for s in segments:
             # Padding repeats a position of the entry's own: where another's is not a number, this one's still is.
             own = pad_index(torch.arange(s.start, s.start + s.length), longest)
@@ -158,9 +180,12 @@ class Bucket:
             before += [num_lead + torch.arange(start, start + length) for start, length in s.parents]
             queries.append(torch.cat([own[:1].expand(self._num_idle), own]))
             keys.append(torch.cat([*before, num_lead + own]))
-        self._queries, self._keys = torch.cat(queries).to(device), torch.cat(keys).to(device)
+        self._queries = torch.cat(queries).to(device)
+        self._keys = torch.cat(keys).to(device)
 
-    def attend(self, q, k, v, scale: float, window: int | None) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
         """[E, Q, H, D]."""
         q, k, v = (
             whole.index_select(0, index).unflatten(0, (self.num_entries, -1)).transpose(1, 2)

@@ -77,11 +77,13 @@ class RecordedSegments:
 
     def cut(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values [L, C, G, D] of every segment."""
-        runs = [slice(s.start, s.start + s.length) for s in self._segments]
-        return [
-            tuple(torch.stack([tensor[run] for tensor in tensors]) for tensors in zip(*self._layers, strict=True))
-            for run in runs
-        ]
+        found = []
+        for s in self._segments:
+            run = slice(s.start, s.start + s.length)
+            keys = torch.stack([k[run] for k, _ in self._layers])
+            values = torch.stack([v[run] for _, v in self._layers])
+            found.append((keys, values))
+        return found
 
 
 def join_parts(parts: list[KeysValues]) -> KeysValues | None:

@@ -54,18 +54,22 @@ class ContextReader:
             self._lead = self._wrap(self._read(Contexts([self._lead_tokens], batch.pad_id))[0])
         needed = [tokens for tokens in batch.contexts if len(tokens) or self._model.needs_empty_contexts]
         distinct = {tokens.tobytes(): tokens for tokens in needed}
-        known = {key: self._recall(tokens) for key, tokens in distinct.items()}
+        held: dict[bytes, tuple] = {}
+        for key, tokens in distinct.items():
+            recalled = self._recall(tokens)
+            if recalled is not None:
+                held[key] = recalled
         for begins in (True, False):
-            missing = [key for key in known if known[key] is None and self._begins(distinct[key]) == begins]
+            missing = [key for key in distinct if key not in held and self._begins(distinct[key]) == begins]
             computed = self._compute([distinct[key] for key in missing], batch.pad_id, begins)
-            known |= dict(zip(missing, computed, strict=True))
-        if not known:
+            held |= dict(zip(missing, computed, strict=True))
+        if not held:
             return batch
-        nothing = () if self._model.uses_segments else (empty_like(next(iter(known.values()))[0]),)
-        return batch.with_held([known.get(tokens.tobytes(), nothing) for tokens in batch.contexts])
+        nothing = () if self._model.uses_segments else (empty_like(next(iter(held.values()))[0]),)
+        return batch.with_held([held.get(tokens.tobytes(), nothing) for tokens in batch.contexts])
 
     def _begins(self, tokens: np.ndarray) -> bool:
-        """Whether a context goes on from the lead."""
+        """Whether a context begins with the lead."""
         lead = self._lead_tokens
         return len(lead) > 0 and len(tokens) >= len(lead) and np.array_equal(tokens[: len(lead)], lead)
 

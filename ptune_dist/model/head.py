@@ -39,7 +39,7 @@ class Bypass(nn.Module):
         super().__init__()
         self._hidden = hidden
 
-    def forward(self, *_args, **_inputs) -> "Bypassed":
+    def forward(self, *_args: Any, **_inputs: Any) -> "Bypassed":
         return Bypassed(self._hidden)
 
     @property
@@ -73,7 +73,9 @@ class HeadAtTargets:
         # Below this module are all layers; T5's class has its decoder there.
         inner = base.base_model_prefix
         self._inner = inner if inner in base._modules else "decoder"
-        base.get_output_embeddings().register_forward_pre_hook(self._select)
+        head = base.get_output_embeddings()
+        assert head is not None, "a base that writes text has a head over its vocabulary"
+        head.register_forward_pre_hook(self._select)
 
     def losses(self, asked: Supervised, loss_of: LossOf, *, most_targets: int) -> torch.Tensor:
         """Losses [U] in float32.

@@ -6,9 +6,9 @@ without gradient, logits at targets only. A reader is one member reading one row
 Shapes: S readers, B rows, T tokens, P virtual tokens, D width, U supervised positions, K members, H hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -58,6 +58,11 @@ class PromptedModel(nn.Module):
     uses_segments = False  # all texts of a pass are one row without padding
     needs_empty_contexts = False  # something is computed of a context even where it has no tokens
 
+    base: PreTrainedModel
+    prompts: nn.ModuleList  # of Method, one for each member
+    head: HeadAtTargets | None
+    value_heads: ValueHeads | None
+
     def __init__(
         self,
         base: PreTrainedModel,
@@ -74,7 +79,7 @@ class PromptedModel(nn.Module):
         self.placement = placement
         self.target_scales = target_scales or [TargetScale()] * len(prompts)
         self.head = HeadAtTargets(base) if self.has_language_head else None
-        self.value_heads: ValueHeads | None = None
+        self.value_heads = None
         if self.predicts_numbers and self.has_language_head:
             self.value_heads = ValueHeads(base, len(prompts))
 
@@ -103,14 +108,22 @@ class PromptedModel(nn.Module):
         self.base.eval()
         return self
 
+    def prompt(self, member: int) -> Method:
+        """The prompt of a member."""
+        return cast(Method, self.prompts[member])  # torch's ModuleList has no type for its items
+
+    def members(self) -> Iterator[Method]:
+        """The prompts of all members, in order."""
+        return map(self.prompt, range(len(self.prompts)))
+
     def begin_step(self, step: int) -> None:
         """Called before the passes of optimizer step `step`."""
-        for prompt in self.prompts:
+        for prompt in self.members():
             prompt.begin_step(step)
 
     def trainable(self, member: int = 0) -> dict[str, nn.Parameter]:
         """What is trained and stored of a member, by name: its prompt's parameters and those of a trained head."""
-        found = dict(self.prompts[member].named_parameters())
+        found = dict(self.prompt(member).named_parameters())
         found |= {f"head.{name}": p for name, p in trained_parameters(self.base).items()}
         if self.value_heads is not None:
             found |= {f"value_head.{name}": p for name, p in self.value_heads[member].named_parameters()}
@@ -162,9 +175,13 @@ class PromptedModel(nn.Module):
         return self.head.losses(asked, loss_of, most_targets=batch.most_targets), asked.reader
 
     def _number_losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
-        numbers, reader = self._predict(batch)
-        wanted = [self.target_scales[m].standardize(batch.numbers[row]) for row, m in pick(batch.readers, reader)]
-        return loss_of(numbers, torch.tensor(wanted, dtype=torch.float32, device=numbers.device)), reader
+        predicted, reader = self._predict(batch)
+        wanted = []
+        for row, member in pick(batch.readers, reader):
+            number = batch.numbers[row] if batch.numbers else None
+            assert number is not None, "every row of a regression has a number"
+            wanted.append(self.target_scales[member].standardize(number))
+        return loss_of(predicted, torch.tensor(wanted, dtype=torch.float32, device=predicted.device)), reader
 
     def values(self, batch: Batch) -> list[float]:
         """Each reader's predicted number, in the original unit of the targets."""
@@ -184,10 +201,15 @@ class PromptedModel(nn.Module):
 
     def contributions(self) -> list[Contribution]:
         """What each member adds to a pass."""
-        return [prompt() for prompt in self.prompts]
+        return [prompt() for prompt in self.members()]
 
     def num_virtual(self, member: int) -> int:
-        return self.prompts[member].num_virtual_tokens
+        return self.prompt(member).num_virtual_tokens
+
+    def generate_with_base(self, **inputs: Any) -> torch.Tensor:
+        """Token ids [B, T] from the base's own `generate`."""
+        # transformers gives `generate` to the classes that can generate; the type of `base` is that of all models.
+        return cast(Any, self.base).generate(**inputs)
 
     def embed_tokens(self, tokens: np.ndarray, embeddings: nn.Module | None = None) -> torch.Tensor:
         """[len(tokens), D]."""

@@ -4,6 +4,7 @@ Shapes: U supervised positions, H hidden size, K members.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ class ValueHeads(nn.ModuleList):
 
     def __init__(self, base: PreTrainedModel, num_members: int):
         std = getattr(base.config.get_text_config(decoder=True), "initializer_range", None) or 0.02
-        width = base.get_output_embeddings().in_features
+        # The head over the vocabulary is a linear layer, in int8 too.
+        width = cast(nn.Linear, base.get_output_embeddings()).in_features
         draw = torch.Generator().manual_seed(0)
         super().__init__()
         start = torch.randn(1, width, generator=draw) * std  # as if it were alone
@@ -48,6 +50,7 @@ class ValueHeads(nn.ModuleList):
 
     def predict(self, hidden: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
         """Numbers [U] from hidden states [U, H], each by the head of its member [U]."""
-        weight = torch.cat([head.weight for head in self])
-        bias = torch.cat([head.bias for head in self])
+        heads = [cast(nn.Linear, head) for head in self]  # torch's ModuleList has no type for its items
+        weight = torch.cat([head.weight for head in heads])
+        bias = torch.cat([head.bias for head in heads])
         return (hidden.float() * weight[members]).sum(dim=1) + bias[members]

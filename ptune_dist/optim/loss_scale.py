@@ -62,7 +62,8 @@ class LossScale:
 
     def state(self) -> dict[str, float]:
         """The numbers that an exact resume needs."""
-        return {key: getattr(self, key) for key in (DYNAMIC_KEYS if self.is_dynamic else STATIC_KEYS)}
+        keys = DYNAMIC_KEYS if self.is_dynamic else STATIC_KEYS
+        return {key: getattr(self, key) for key in keys}
 
     def load_state(self, state: dict[str, float]) -> None:
         """Set what `state` gave; a static scale stays the JSON's."""

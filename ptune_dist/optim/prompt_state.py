@@ -29,16 +29,24 @@ class Member:
     def parameters(self) -> list[nn.Parameter]:
         return list(self.named.values())
 
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """The gradient of every parameter, once `sum_gradients` has set them."""
+        found = [parameter.grad for parameter in self.parameters]
+        present = [gradient for gradient in found if gradient is not None]
+        assert len(present) == len(found), "a parameter has no gradient: sum_gradients comes first"
+        return present
+
     def norm(self) -> torch.Tensor:
         """The norm of the whole gradient, a scalar on the device."""
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in self.parameters]))
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in self.gradients]))
 
     def step(self, learning_rate: float) -> None:
         """Clip by the norm in `grad_norm` and step."""
         if self.max_grad_norm:
             scale = min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6))
-            for parameter in self.parameters:
-                parameter.grad.mul_(scale)
+            for gradient in self.gradients:
+                gradient.mul_(scale)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -105,8 +113,8 @@ class PromptState:
         parameters = [parameter for member in moving.values() for parameter in member.parameters]
         sum_gradients(parameters, self._world)
         if self.loss_scale is not None:
-            for parameter in parameters:
-                parameter.grad.div_(self.loss_scale.cur_scale)
+            for gradient in (gradient for member in moving.values() for gradient in member.gradients):
+                gradient.div_(self.loss_scale.cur_scale)
         norms = torch.stack([member.norm() for member in moving.values()]).tolist() if moving else []
         faults: dict[str, str] = {}
         if not self._skips(norms):
@@ -128,7 +136,8 @@ class PromptState:
 
     def _move(self, moving: dict[str, Member], norms: list[float], rates: dict[str, float]) -> dict[str, str]:
         """Step the members whose gradient is finite, and take back what leaves the finite; the faults of the others."""
-        faults, before = {}, {}
+        faults: dict[str, str] = {}
+        before: dict[str, list[torch.Tensor]] = {}
         for (name, member), norm in zip(moving.items(), norms, strict=True):
             member.grad_norm = norm
             if not math.isfinite(norm):
@@ -154,7 +163,7 @@ class PromptState:
         }
 
     def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Set what `optimizer_state` gave, whatever the world size was."""
+        """Set what `optimizer_state` gave, at any world size."""
         for name, member in self.members.items():
             prefix = f"{name}/"
             own = {path.removeprefix(prefix): t for path, t in tensors.items() if path.startswith(prefix)}

@@ -48,13 +48,18 @@ def find_member_dir(run_dir: Path, member: str | None) -> Path:
         if member:
             raise UserError(f"--member: {run_dir} is not a sweep: omit it")
         return run_dir
-    if member is None:
-        summary = read_summary(run_dir)
-        if summary is None:
-            raise UserError(f"{run_dir}: an unfinished sweep has no best member: name one with --member")
-        member = summary["ranking"][0]["member"]
-        print(f"member: {member}", file=sys.stderr)
-    return run_dir / "members" / Path(member_config(config, member).output_dir).name
+    name = member if member is not None else find_best_member(run_dir)
+    return run_dir / "members" / Path(member_config(config, name).output_dir).name
+
+
+def find_best_member(run_dir: Path) -> str:
+    """The best-ranked member of a finished sweep, whose name is printed. Raises UserError."""
+    summary = read_summary(run_dir)
+    if summary is None:
+        raise UserError(f"{run_dir}: an unfinished sweep has no best member: name one with --member")
+    member = summary["ranking"][0]["member"]
+    print(f"member: {member}", file=sys.stderr)
+    return member
 
 
 def check_run_dir(config: Config) -> None:

@@ -1,12 +1,11 @@
-"""Where a run stands, and its way into and out of checkpoints.
-
-Floor 5.
-"""
+"""The progress of a run and of each member, which is saved in checkpoints and restored from them."""
 
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, together
@@ -30,12 +29,14 @@ class Standing:
     best_step: int = 0
     samples: list[dict[str, str]] = field(default_factory=list)  # input, wanted, untrained answer, best prompt's answer
     num_worse: int = 0  # evaluations since the best
-    ended: str = ""  # why it stands still while others go on
+    ended: str = ""  # why it was stopped while others continue; empty while it trains
     ended_step: int = 0
     is_faulty: bool = False  # ended by what was not a number
 
     def end(self, reason: str, step: int, *, is_faulty: bool = False) -> None:
-        self.ended, self.ended_step, self.is_faulty = reason, step, is_faulty
+        self.ended = reason
+        self.ended_step = step
+        self.is_faulty = is_faulty
 
     def count_evaluation(self, found: dict[str, float], samples: list[dict[str, str]], name: str, step: int) -> bool:
         """Take in an evaluation; True where `step`'s prompt is the best so far by metric `name`, then by loss."""
@@ -49,7 +50,9 @@ class Standing:
         if name in self.best and rank_evaluation(found, name) <= rank_evaluation(self.best, name):
             self.num_worse += 1
             return False
-        self.best, self.best_step, self.num_worse = found, step, 0
+        self.best = found
+        self.best_step = step
+        self.num_worse = 0
         for kept, sample in zip(self.samples, samples, strict=False):  # their number may change on resume
             kept["trained"] = sample["answer"]
         return True
@@ -70,7 +73,7 @@ class Progress:
 
     @property
     def live(self) -> list[str]:
-        """Members that go on."""
+        """Members that still train."""
         return [name for name, standing in self.members.items() if not standing.ended]
 
     def state(self) -> dict[str, Any]:
@@ -111,8 +114,7 @@ def rank_members(progress: Progress, name: str) -> list[str]:
 
 
 def restore(job: Job, rows: TrainingRows, world: World) -> Progress:
-    """Go on from the newest sound checkpoint, or begin. Collective: every rank must call."""
-
+    """Continue from the newest sound checkpoint, or begin. Collective: every rank must call. Raises UserError."""
     folder = Path(job.config.output_dir) / "checkpoints"
     snapshot = from_main(
         world, lambda: load_newest_checkpoint(folder, lambda text: print(f"warning: {text}", flush=True))
@@ -130,13 +132,16 @@ def restore(job: Job, rows: TrainingRows, world: World) -> Progress:
     if snapshot.state["base"] != job.fingerprint:
         path = job.config.model.path
         raise UserError(f"model.path: {path} has changed since this run began: choose another output_dir")
-    job.engine.load_prompts({
-        name: {k.removeprefix(f"{name}/"): t for k, t in snapshot.prompt.items() if k.startswith(f"{name}/")}
-        for name in job.members
-    })  # fmt: skip
+    job.engine.load_prompts({name: tensors_of(name, snapshot.prompt) for name in job.members})
     job.engine.load_optimizer_state(snapshot.optimizer)
     job.engine.load_loss_scale_state(snapshot.state["loss_scale"])
     return progress
+
+
+def tensors_of(member: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A member's own tensors of all members', which are named `MEMBER/TENSOR`."""
+    prefix = f"{member}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def checkpoint(job: Job, progress: Progress, world: World) -> None:
@@ -154,7 +159,8 @@ def checkpoint(job: Job, progress: Progress, world: World) -> None:
             "loss_scale": engine.loss_scale_state(),
         },
     )
-    folder, keep = Path(job.config.output_dir) / "checkpoints", job.config.checkpoint.keep
+    folder = Path(job.config.output_dir) / "checkpoints"
+    keep = job.config.checkpoint.keep
     together(world, lambda: save_checkpoint(folder, snapshot, keep=keep) if world.is_main else None)
     progress.saved_step = progress.step
 

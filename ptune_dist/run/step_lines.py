@@ -23,7 +23,7 @@ def step_lines(
         if not progress.members[name].ended
     }
     last = progress.throughput.last
-    line = {
+    line: Line = {
         "step": progress.step,
         **{key: sum(one[key] for one in lines.values()) / len(lines) for key in MEAN_KEYS},
         "samples_per_s": last.num_samples / last.seconds,

@@ -93,5 +93,6 @@ def prompt_facts(job: Job, member: str, *, step: int, metrics: dict[str, float])
 def prompt_tensors(job: Job, member: str) -> dict[str, torch.Tensor]:
     """What is stored of a prompt: all that was trained, and the plain prompt that it amounts to."""
     number = list(job.members).index(member)
-    plain = {name: tensor.float().cpu().clone() for name, tensor in job.engine.model.prompts[number].plain().items()}
-    return plain | job.engine.prompt_tensors(member)
+    plain = job.engine.model.prompt(number).plain()
+    stored = {name: tensor.float().cpu().clone() for name, tensor in plain.items()}
+    return stored | job.engine.prompt_tensors(member)

@@ -5,6 +5,7 @@ Nothing above this file knows that DeepSpeed exists.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -129,12 +130,15 @@ class Engine:
 
     def plan(self, units: Sequence[Unit], examples: Examples, micro_batch_tokens: int) -> Plan:
         """Micro-batches of every rank, by the positions that this base and placement need."""
-        model, is_cached = self.model, self.contexts.cache is not None
+        count = functools.partial(self.model.count_positions, examples=examples)
+        is_cached = self.contexts.cache is not None
         return plan_micro_batches(
-            units, lambda some: model.count_positions(some, examples), world_size=self.world.size,
+            units,
+            count,
+            world_size=self.world.size,
             micro_batch_tokens=micro_batch_tokens,
-            work=(lambda some: model.count_positions(some, examples, with_contexts=False)) if is_cached else None,
-        )  # fmt: skip
+            work=functools.partial(count, with_contexts=False) if is_cached else None,
+        )
 
     @property
     def skipped_steps(self) -> int:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ class Gathers:
 def watch_gathers() -> Gathers:
     """The running count of this process, where DeepSpeed calls the process group. Nothing is timed or waited for."""
     join_deepspeed()
-    backend = comm.cdb
+    backend = cast(Any, comm.cdb)  # the count is kept on it, as an attribute of ours
     if not hasattr(backend, "ptune_gathers"):
         backend.ptune_gathers = Gathers()
         backend.all_gather_into_tensor = counted(backend.all_gather_into_tensor, backend.ptune_gathers)

@@ -1,10 +1,10 @@
 """Whether this release of DeepSpeed cuts a parameter as `shard.py` does: a small one is cut both ways and gathered.
 
-Another release may pad, order or describe its partitions in another way, and training would go on with wrong weights.
+Another release may pad, order or describe its partitions differently, and training would continue with wrong weights.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import deepspeed
 import torch
@@ -54,10 +54,14 @@ def check_layout(cutter: Cutter) -> None:
 def cut_both_ways(cutter: Cutter, whole: torch.Tensor) -> tuple[nn.Parameter, nn.Parameter]:
     """A parameter as `cutter` cuts it, and one that DeepSpeed itself has cut from the whole tensor. Collective."""
     ours = nn.Parameter(torch.empty(1).expand(whole.shape), requires_grad=False)
-    cutter.shard(ours, lambda start, out: out.copy_(whole[start : start + len(out)]))
+
+    def fill(start: int, out: torch.Tensor) -> None:
+        out.copy_(whole[start : start + len(out)])
+
+    cutter.shard(ours, fill)
     cutter.fill_parts()
     theirs = nn.Parameter(whole.clone(), requires_grad=False)
-    ours.convert_to_zero_parameters(param_list=[theirs])
+    cast(Any, ours).convert_to_zero_parameters(param_list=[theirs])
     return ours, theirs
 
 

@@ -48,6 +48,7 @@ class ShardedPasses:
         traced = Traced(base)
         # One gather for each layer instead of one for each linear.
         deepspeed.utils.set_z3_leaf_modules(traced, list({type(layer) for layer in layers}))
+        self._engine: Any  # DeepSpeed's own types name the optimizers of all of its modes
         try:
             self._engine, *_ = deepspeed.initialize(model=traced, config=content)
         except NotImplementedError as error:  # combinations of precisions that DeepSpeed does not know

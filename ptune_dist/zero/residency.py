@@ -5,7 +5,8 @@ gathered elements; as many frozen ones as that allows stay gathered, so that a b
 received once and not twice a step.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -43,7 +44,8 @@ def keep_resident(base: PreTrainedModel) -> None:
     DeepSpeed itself keeps them only in passes that repeat the one before: generation or an evaluation would receive the
     base anew for each token or batch. A module does not release parameters that are external to it.
     """
-    for parameter in base.parameters():
+    # DeepSpeed adds attributes to parameters.
+    for parameter in cast(Iterator[Any], base.parameters()):
         if parameter.ds_persist:
             assert hasattr(parameter, "is_external_param"), "DeepSpeed knows no external parameters any more"
             parameter.is_external_param = True

@@ -3,6 +3,7 @@
 import gc
 import os
 import warnings
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -24,7 +25,7 @@ def join_deepspeed() -> None:
     if not torch.cuda.is_available():
         # DeepSpeed's shared-memory all-reduce takes 40 s to compile and treats hosts of the same name as one host.
         # Nothing here needs its other CPU kernels either, and looking for a compiler for them takes 0.2 s.
-        deepspeed.ops.__compatible_ops__ = {}
+        cast(Any, deepspeed.ops).__compatible_ops__ = {}
     gc.freeze()  # imported modules are not garbage: DeepSpeed's own collection at each start spends 0.4 s on them
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

@@ -5,7 +5,7 @@ bookkeeping is kept and that is left out. What is set on a parameter mirrors `In
 `Init._partition_param_sec` of DeepSpeed 0.19; `layout_check.py` holds it against what this release does.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -53,7 +53,7 @@ class Sharder:
         swapper = None
         if offload.get("device") == "nvme":
             swapper = AsyncPartitionedParameterSwapper(DeepSpeedConfig(content), swapped_dtype)
-        self._init = deepspeed.zero.Init(
+        self._init: Any = deepspeed.zero.Init(
             config_dict_or_path=content,
             remote_device=offload.get("device"),
             param_swapper=swapper,
@@ -76,25 +76,26 @@ class Sharder:
         """
         init = self._init
         init._convert_to_deepspeed_param(parameter)
-        aligned = parameter.aligned_size()
-        parameter.ds_numel_aligned = aligned
+        described = cast(Any, parameter)  # with the attributes that DeepSpeed adds
+        aligned = described.aligned_size()
+        described.ds_numel_aligned = aligned
         size = aligned // init.dp_world_size
         on_nvme = init.remote_device == OffloadDeviceEnum.nvme and self._is_swapped(parameter, size)
         part = self._take_buffer(parameter, size) if on_nvme else self._allocate(parameter, size)
-        parameter.ds_tensor = mark(part, size)
+        described.ds_tensor = mark(part, size)
         if on_nvme:
-            fill_part(part, size * init.rank, parameter.ds_numel, fill)
-            part.final_location = OffloadDeviceEnum.nvme
+            fill_part(part, size * init.rank, described.ds_numel, fill)
+            cast(Any, part).final_location = OffloadDeviceEnum.nvme
             init.param_swapper.swap_out_and_release([parameter])
         else:
-            self._unfilled.append((part, size * init.rank, parameter.ds_numel, fill))
+            self._unfilled.append((part, size * init.rank, described.ds_numel, fill))
         if init.zero_param_process_group is not None:  # hpZ: a second cut, over the ranks of this node
             size = aligned // init.num_ranks_in_param_group
             part = self._allocate(parameter, size)
-            self._unfilled.append((part, size * init.rank_in_group, parameter.ds_numel, fill))
-            parameter.ds_secondary_tensor = mark(part, size)
+            self._unfilled.append((part, size * init.rank_in_group, described.ds_numel, fill))
+            described.ds_secondary_tensor = mark(part, size)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=init.local_device)
-        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        described.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
     def fill_parts(self) -> None:
         """Fill what `shard` has made."""
@@ -116,7 +117,8 @@ class Sharder:
         place = self._init.remote_device
         place = OffloadDeviceEnum.cpu.value if place == OffloadDeviceEnum.nvme else place
         part = torch.empty(size, dtype=parameter.dtype, device=place)
-        return get_accelerator().pin_memory(part) if part.is_cpu and self._init.pin_memory else part
+        accelerator = cast(Any, get_accelerator())  # there is always one; its type allows for none
+        return accelerator.pin_memory(part) if part.is_cpu and self._init.pin_memory else part
 
 
 def fill_part(part: torch.Tensor, start: int, num_elements: int, fill: Fill) -> None:
@@ -130,7 +132,8 @@ def fill_part(part: torch.Tensor, start: int, num_elements: int, fill: Fill) -> 
 def mark(part: torch.Tensor, size: int) -> torch.Tensor:
     """What DeepSpeed keeps on a partition."""
     part.requires_grad = False
-    part.ds_numel = size
-    part.status = PartitionedParamStatus.AVAILABLE
-    part.final_location = None
+    described = cast(Any, part)  # with the attributes that DeepSpeed reads
+    described.ds_numel = size
+    described.status = PartitionedParamStatus.AVAILABLE
+    described.final_location = None
     return part

@@ -1,4 +1,4 @@
-"""Whatever the names and dtypes of a checkpoint, the base equals what transformers loads, or the problem is named."""
+"""For any names and dtypes in a checkpoint, the base equals what transformers loads, or the problem is named."""
 
 import shutil
 from pathlib import Path

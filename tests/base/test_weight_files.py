@@ -158,7 +158,7 @@ def test_a_file_that_ends_early_is_named(weights, size):
     assert f"the weights in {weights} are damaged" in error_of(open_files, weights.parent)
 
 
-def test_a_file_that_goes_on_after_its_end_is_named(weights):
+def test_a_file_that_continues_after_its_end_is_named(weights):
     weights.write_bytes(weights.read_bytes() + b"x")
     assert f"the weights in {weights} are damaged" in error_of(open_files, weights.parent)
 

@@ -298,7 +298,7 @@ def test_a_key_of_the_config_that_is_not_sweepable_is_not_taken_for_a_misspelt_o
         )
 
 
-# What a run that goes on may change
+# What a resumed run may change
 
 
 @pytest.mark.parametrize(
@@ -312,13 +312,13 @@ def test_a_key_of_the_config_that_is_not_sweepable_is_not_taken_for_a_misspelt_o
         ("null", "sweep"),
     ],
 )
-def test_a_run_that_goes_on_keeps_its_sweep_as_a_whole(load, now, differs):
+def test_a_resumed_run_keeps_its_sweep_as_a_whole(load, now, differs):
     before = load(SMALL + "sweep: {seed: [0, 1], train.eps: [1.0e-6]}\n")
     after = load(SMALL, f"sweep={now}", "prompt.placement=prefix")
     assert first_difference(before.model_dump(), after.model_dump()) == differs
 
 
-def test_a_run_that_goes_on_may_change_what_caching_costs_but_not_its_halving(load):
+def test_a_resumed_run_may_change_what_caching_costs_but_not_its_halving(load):
     given = ["prompt.placement=infix", "sweep.seed=[0, 1]", "data.validation=v", "sweep_halving={every: 5, keep: 0.5}"]
     before = load(SMALL, *given).model_dump()
     cached = load(SMALL, *given, "train.context_cache_gib=2", "train.context_cache_dir=/tmp/x").model_dump()

@@ -226,9 +226,9 @@ def test_parquet_and_saved_folder_without_rows(tmp_path):
 
 
 def test_row_that_is_not_json_names_line_and_what_was_found(write):
-    message = error_of(write("a.jsonl", '{"a": 1}\n\nhello, this is a line that goes on and on and on\n'))
+    message = error_of(write("a.jsonl", '{"a": 1}\n\nhello, this is a line that runs on and on and on\n'))
     assert "a.jsonl line 3: not JSON" in message
-    assert "'hello, this is a line that goes on an...'" in message
+    assert "'hello, this is a line that runs on an...'" in message
     assert "one object on each line" in message
 
 

@@ -1,4 +1,4 @@
-"""Invariant 5: a member of a bank ends where it would alone, whatever the placement, stage and world size."""
+"""Invariant 5: a member of a sweep ends where it would alone, for every placement, stage and world size."""
 
 import pytest
 from transformers import AutoModelForCausalLM

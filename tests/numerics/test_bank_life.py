@@ -65,7 +65,7 @@ def assert_bitwise_equal(one: Path, other: Path) -> None:
         assert prompts[0].read_bytes() == prompts[1].read_bytes()
 
 
-def test_a_bank_that_goes_on_from_a_checkpoint_is_bitwise_the_undisturbed_one(tiny_bases, folder):
+def test_a_bank_resumed_from_a_checkpoint_is_bitwise_the_undisturbed_one(tiny_bases, folder):
     kept = folder / "contexts"
     caches = {"warm": {}, "disk": {"context_cache_gib": 0, "context_cache_dir": str(kept)}}
     specs = []
@@ -80,7 +80,7 @@ def test_a_bank_that_goes_on_from_a_checkpoint_is_bitwise_the_undisturbed_one(ti
     assert any(kept.rglob("*.safetensors"))
 
 
-def test_a_bank_stopped_by_a_signal_goes_on_to_the_same_end_bitwise(tiny_bases, folder, commands):
+def test_a_bank_stopped_by_a_signal_resumes_to_the_same_end_bitwise(tiny_bases, folder, commands):
     long = {"train": STEADY | {"max_steps": 60}}
     whole, stopped = (
         write_bank(folder, name, tiny_bases["gpt2"], MEMBERS, checkpoint={"every": 25}, **long)
@@ -118,7 +118,7 @@ def test_a_member_that_is_not_finite_stands_still_and_the_others_end_as_alone(ti
         assert (
             len(read_metrics(run / "members" / wild)) == ended["ended_step"] - 1
         )  # the step that ended it has no line
-        assert f"{wild} stands still from step {ended['ended_step']} on" in (run / "train.log").read_text()
+        assert f"{wild} is stopped at step {ended['ended_step']}: " in (run / "train.log").read_text()
         for file in run.rglob("*.json*"):
             assert "NaN" not in file.read_text(), file
         assert (run / "members" / wild / "prompt").is_dir()

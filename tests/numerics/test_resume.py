@@ -126,4 +126,4 @@ def test_a_checkpoint_holds_the_prompt_and_its_optimizer_and_nothing_of_the_base
     assert {name: tuple(t.shape) for name, t in snapshot.prompt.items()} == {"prompt/virtual_tokens": (4, 160)}
     assert set(snapshot.optimizer) == {f"prompt/virtual_tokens.{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
-    assert size < 4 * (4 * 160 * 4) + 65536  # four times the prompt's bytes and 64 kB, whatever the base
+    assert size < 4 * (4 * 160 * 4) + 65536  # four times the prompt's bytes and 64 kB, for any base

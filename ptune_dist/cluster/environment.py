@@ -40,7 +40,9 @@ class Environment:
     def number(self, name: str, minimum: int = 0) -> int:
         """As `find_number`; also raises UserError if the variable is unset."""
         self.text(name)
-        return self.find_number(name, minimum)
+        found = self.find_number(name, minimum)
+        assert found is not None, "the variable is set"
+        return found
 
     def find_port(self, name: str) -> int | None:
         port = self.find_number(name, minimum=1)

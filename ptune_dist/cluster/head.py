@@ -71,9 +71,11 @@ class Head(threading.Thread):
     def _lead(self) -> Outcome:
         """The job from the first connection to its outcome."""
         if self._config is None:  # our own node's mistake: the others must not wait for us
-            return self._find_unfit_node()
+            unfit = self._find_unfit_node()
+            assert unfit is not None, "a node without a config is not fit"
+            return unfit
         if not self._is_check:
-            reason_to_leave = self._find_reason_to_leave()
+            reason_to_leave = self._find_reason_to_leave(self._config)
             if reason_to_leave:
                 return self._gather_nodes() or reason_to_leave
         for attempt in range(self._limits.max_restarts + 1):
@@ -108,10 +110,10 @@ class Head(threading.Thread):
         end_status(self._run_dir, outcome)
         return outcome
 
-    def _find_reason_to_leave(self) -> Outcome | None:
+    def _find_reason_to_leave(self, config: Config) -> Outcome | None:
         """The outcome of a job that has nothing to do, or whose run another process trains."""
         try:
-            check_run_dir(self._config)
+            check_run_dir(config)
         except UserError as mistake:
             return Outcome("mistake", str(mistake))
         if not self._wait_for_lock():
@@ -119,7 +121,7 @@ class Head(threading.Thread):
                 return STOPPED_EARLY
             text = f"output_dir: {self._run_dir}: another process is training here: wait for it or end it"
             return Outcome("mistake", text)
-        if is_finished(self._config):
+        if is_finished(config):
             announce(f"{self._run_dir} is finished: nothing to do")
             return Outcome(DONE)
         return None

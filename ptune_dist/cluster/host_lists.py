@@ -30,7 +30,7 @@ def expand_ranges(ranges: str, variable: str) -> list[str]:
         found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
         first = int(found[1]) if found else 0
         last = int(found[2] or found[1]) if found else -1
-        if not 0 <= last - first < MAX_HOSTS_IN_RANGE:
+        if found is None or not 0 <= last - first < MAX_HOSTS_IN_RANGE:
             raise UserError(f"{variable} (slurm): {part!r} is not a range of nodes")
         width = len(found[1])
         numbers += [f"{number:0{width}d}" for number in range(first, last + 1)]

@@ -115,7 +115,7 @@ def listen(port: int, address: str = "") -> socket.socket:
 def resolve(head: str) -> str | None:
     """The IPv4 address of a host name; None if it does not resolve."""
     try:
-        return socket.getaddrinfo(head, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+        return str(socket.getaddrinfo(head, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except OSError:
         return None
 

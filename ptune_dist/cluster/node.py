@@ -52,6 +52,12 @@ class Node:
         self._orphaned_at = 0.0
 
     @property
+    def _head_link(self) -> Link:
+        """The connection to the head node's launcher, once there is one."""
+        assert self._link is not None, "the node has joined the job"
+        return self._link
+
+    @property
     def name(self) -> str:
         return self._job.topology.node_name
 
@@ -75,7 +81,7 @@ class Node:
             outcome = self._join_head(give_up_at)
             if outcome:
                 return outcome
-        for message in self._link.receive():
+        for message in self._head_link.receive():
             self._has_heard_head = True
             outcome = self._obey(message)
             if outcome:
@@ -163,7 +169,7 @@ class Node:
         """Raises RunFault or OSError."""
         self._end_ranks(with_stacks=False)  # of the previous attempt
         topology = self._job.topology
-        own_address = address if topology.node_rank == 0 else self._link.own_address
+        own_address = address if topology.node_rank == 0 else self._head_link.own_address
         launch = RankLaunch(
             command=self._job.command,
             run_dir=self._job.run_dir,
@@ -183,7 +189,7 @@ class Node:
         """Check our signals, our parent, the head and the ranks; an outcome means that this launcher has to exit."""
         now = time.monotonic()
         if now - self._checked_at > OWN_PAUSE_S:  # this launcher was suspended; the head was not silent
-            self._link.heard_at = now
+            self._head_link.heard_at = now
         self._checked_at = now
         if self._has_been_orphan_too_long():
             text = f"the process that started the launcher on node {self.name} has died"
@@ -192,7 +198,7 @@ class Node:
             self._forward_stop()
         if self._requests.to_end:
             return self._report(Outcome("ended", "interrupted", node=self.name))
-        if self._link.silent_s > self._patience_with_head():
+        if self._head_link.silent_s > self._patience_with_head():
             return self._lose_head()
         self._check_ranks()
         return None
@@ -201,7 +207,7 @@ class Node:
         """Tell the head, once, and our own ranks."""
         if not self._has_forwarded_stop:
             self._has_forwarded_stop = True
-            self._link.send(kind="stop")
+            self._head_link.send(kind="stop")
         if self._ranks:
             self._ranks.request_stop()
 
@@ -227,8 +233,9 @@ class Node:
 
     def _show_stacks_everywhere(self) -> None:
         """Before any rank is ended: those that wait for it would fail as soon as they lose it."""
-        self._link.send(kind="stacks")
-        self._ranks.show_stacks()
+        self._head_link.send(kind="stacks")
+        if self._ranks:
+            self._ranks.show_stacks()
         time.sleep(SECONDS_FOR_STACKS_OF_OTHERS)
 
     def _has_been_orphan_too_long(self) -> bool:
@@ -243,7 +250,7 @@ class Node:
         """End without the head, and record that in the run's status, as the head itself may be dead."""
         topology = self._job.topology
         head = topology.node_names[0]
-        text = f"the head node {head} {describe_silence(self._link)}, according to node {self.name}"
+        text = f"the head node {head} {describe_silence(self._head_link)}, according to node {self.name}"
         outcome = Outcome("unreachable", text, node=head)
         announce(text)
         self._end_ranks(with_stacks=True)
@@ -254,7 +261,7 @@ class Node:
 
     def _report(self, outcome: Outcome) -> Outcome:
         """Tell the head how this node's ranks have ended."""
-        self._link.send(kind="ended", end=asdict(outcome))
+        self._head_link.send(kind="ended", end=asdict(outcome))
         return outcome
 
     def _end_and_report(self, outcome: Outcome, *, with_stacks: bool) -> None:

@@ -73,7 +73,7 @@ class NodeLinks:
             skew_s = hello["clock_s"] - time.time()
         except (KeyError, TypeError):
             is_ours = False
-        if not is_ours or rank not in range(self._topology.num_nodes):
+        if not (is_ours and isinstance(rank, int) and rank in range(self._topology.num_nodes)):
             link.close()
             return
         if rank in self._links:

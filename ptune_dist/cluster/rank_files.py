@@ -113,7 +113,7 @@ def read_outcomes(folder: Path) -> dict[int, Outcome]:
     """The outcomes that ranks have recorded, by rank, the earliest first."""
     paths = sorted(folder.glob("rank-*.end"), key=lambda path: path.stat().st_mtime_ns)
     found = [Outcome(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-    return {outcome.rank: outcome for outcome in found}
+    return {outcome.rank: outcome for outcome in found if outcome.rank is not None}
 
 
 def stack_file(folder: Path, rank: int) -> Path:

@@ -219,7 +219,8 @@ class Causal(Family):
         return Framing(ends_input=False, reads_plain_text=True)
 
     def check_model(self, model: PreTrainedModel, path: str) -> None:
-        if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
+        prepare = cast(Any, model.prepare_inputs_for_generation)  # pyright takes it for a tensor
+        if "inputs_embeds" not in inspect.signature(prepare).parameters:
             raise UserError(self.describe_no_vectors(model, path))
 
     def check_contexts(self, model: PreTrainedModel, placement: str) -> None:

@@ -10,7 +10,7 @@ from ptune_dist.model.attention import CausalSegments, KeysValues, Segment
 from ptune_dist.model.attention_contexts import ContextSegments
 from ptune_dist.model.attention_flex import FlexSegments
 from ptune_dist.model.attention_layouts import RecordedSegments, build_attention, join_parts
-from ptune_dist.model.layout import lay_out
+from ptune_dist.model.layout import Before, Outside, lay_out
 from tests.numerics.passes import NUM_VIRTUAL, draw_batch
 
 CPU = torch.device("cpu")
@@ -27,13 +27,17 @@ def draw_case(case: str, num_heads: int) -> tuple[list[Segment], list[KeysValues
     batch, lead = draw_batch(case)
     own = [len(context) - len(lead) for context in batch.contexts]
     if case == "prefix":
-        outside, numbers = [], [()] * len(own)
+        outside = []
+        numbers = [()] * len(own)
     elif case == "shared":
-        outside, numbers = draw_outside([len(lead)], num_heads), [(0,)] * len(own)
+        outside = draw_outside([len(lead)], num_heads)
+        numbers = [(0,)] * len(own)
     else:
         outside = draw_outside([len(lead), *own], num_heads)
         numbers = [(0, number) for number in range(1, len(own) + 1)]
-    return lay_out(batch, list(NUM_VIRTUAL), numbers).segments, outside
+    rows = [Before(some, len(context)) for some, context in zip(numbers, batch.contexts, strict=True)]
+    members = [Before()] * len(NUM_VIRTUAL)
+    return lay_out(batch, list(NUM_VIRTUAL), Outside(outside, rows, members)).segments, outside
 
 
 def draw_live(segments: list[Segment], num_queries: int, num_heads: int) -> list[torch.Tensor]:

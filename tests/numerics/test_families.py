@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ptune_dist.base.load import fill_whole
+from ptune_dist.families import FAMILIES
 from ptune_dist.families.find import open_any
 from ptune_dist.prompts.export import export_peft
 from ptune_dist.prompts.store import load_prompt
@@ -205,7 +206,7 @@ def test_an_exported_adapter_gives_peft_equal_logits(runs, bases, tmp_path):
     from peft import PeftModel
 
     for kind in KINDS:
-        export_peft(*load_prompt(runs[kind] / "prompt"), tmp_path / kind)
+        export_peft(*load_prompt(runs[kind] / "prompt"), FAMILIES[family_of(kind)].peft_task, tmp_path / kind)
         tokenizer = AutoTokenizer.from_pretrained(bases[kind])
         words = [row["word"] for row in HELD_OUT]
         batch = tokenizer(words, return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False)

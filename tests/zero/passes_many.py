@@ -13,9 +13,9 @@ import torch
 
 from ptune_dist.base.layers import layers_of
 from ptune_dist.base.load import fill_whole
-from ptune_dist.base.open import open_base
 from ptune_dist.base.recompute import Recomputer, read_settings
 from ptune_dist.distributed.world import init_distributed
+from ptune_dist.families.find import open_any
 from ptune_dist.zero.passes import Passes, ShardedPasses, WholePasses
 from ptune_dist.zero.residency import settle_residency
 from ptune_dist.zero.shard import Sharder, fill_sharded
@@ -66,11 +66,11 @@ ORDER = ["train", "train", "train", "read", "generate", "inner", "train", "gener
 
 def check(folder: str, zero: dict, more: dict) -> dict:
     """Collective: every rank must call."""
-    opened = open_base(folder, dtype=torch.float32)
+    opened = open_any(folder, dtype=torch.float32)
     content = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3} | zero} | more
     settle_residency(content, opened.model)
     base = fill_sharded(opened, Sharder(content, torch.float32))
-    whole = fill_whole(open_base(folder, dtype=torch.float32))
+    whole = fill_whole(open_any(folder, dtype=torch.float32))
     settings = read_settings(more, len(layers_of(base)), "test")
     if settings:
         Recomputer(settings, layers_of(base))

@@ -37,9 +37,9 @@ def resolve_whole(config: Config) -> tuple[Config, dict[str, Config]]:
 
 
 def check_family(config: Config) -> None:
-    family = config.model.family
-    if family != "auto" and family not in FAMILIES:
-        raise ValueError(f"model.family: {family} is none of auto, {', '.join(FAMILIES)}")
+    asked = config.model.family
+    if asked != "auto" and asked not in FAMILIES:
+        raise ValueError(f"model.family: {asked} is none of auto, {', '.join(FAMILIES)}")
 
 
 def check_objective(config: Config) -> None:

@@ -9,12 +9,11 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from ptune_dist.errors import UserError
 
-if TYPE_CHECKING:
-    from ptune_dist.config.schema import Config
+Config = TypeVar("Config", bound=Any)  # that of config.schema, which imports this module
 
 ONLY_MEMBER = "prompt"  # the name of the one member where there is no sweep
 MAX_NAME_LENGTH = 80
@@ -64,7 +63,7 @@ FILLED_KEYS = (
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # 1e-3, which YAML reads as text
 
 
-def expand_sweep(config: "Config", resolve: "Callable[[Config], Config] | None" = None) -> "dict[str, Config]":
+def expand_sweep(config: Config, resolve: Callable[[Config], Config] | None = None) -> dict[str, Config]:
     """Each member's name and the config that it would have alone, in the order of the sweep.
 
     config: as load_config returns it, its members checked. Without a sweep it is its own only member, ONLY_MEMBER. A
@@ -77,7 +76,7 @@ def expand_sweep(config: "Config", resolve: "Callable[[Config], Config] | None" 
     return {name: resolve(member) for name, member in members.items()} if resolve else members
 
 
-def member_config(config: "Config", name: str, resolve: "Callable[[Config], Config] | None" = None) -> "Config":
+def member_config(config: Config, name: str, resolve: Callable[[Config], Config] | None = None) -> Config:
     """The config of one member. Raises UserError where there is none of that name."""
     members = expand_sweep(config, resolve)
     if name not in members:
@@ -85,7 +84,7 @@ def member_config(config: "Config", name: str, resolve: "Callable[[Config], Conf
     return members[name]
 
 
-def render_members(config: "Config") -> dict[str, dict[str, Any]]:
+def render_members(config: Any) -> dict[str, dict[str, Any]]:
     """Each member's name and its config as plain dicts, not yet validated; empty without a sweep."""
     members = {}
     for name, values in name_members(list_members(config.sweep)).items():

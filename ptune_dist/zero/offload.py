@@ -9,10 +9,10 @@ import shutil
 import tempfile
 from math import ceil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from deepspeed.ops import op_builder
+from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue] -- made at import
 from transformers import PreTrainedModel
 
 from ptune_dist.base.layers import layers_of
@@ -104,7 +104,7 @@ def check_nvme(offload: dict[str, Any], where: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{where}.nvme_path: {path} is not writable: {error.strerror}") from None
-    if not cast(Any, op_builder).AsyncIOBuilder().is_compatible(verbose=False):  # DeepSpeed defines it at import
+    if not AsyncIOBuilder().is_compatible(verbose=False):
         raise UserError(f"{where}: NVMe needs the library libaio with its headers: install libaio-dev (Debian, Ubuntu)")
 
 

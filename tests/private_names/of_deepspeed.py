@@ -76,6 +76,27 @@ TABLE: Table = {
         attribute(f"{OFFLOAD}.release_backward_leftovers", "release what backward has gathered"),
         attribute("deepspeed.utils:set_z3_leaf_modules", "gather a layer at once"),
     ],
+    "zero/residency.py": [
+        source(OFFLOAD, "param.ds_persist = True", "know which parameters DeepSpeed keeps gathered", "ds_persist"),
+        source(
+            f"{ZERO}.partitioned_param_coordinator:PartitionedParameterCoordinator",
+            "params_to_release and not param.is_external_param",
+            "keep them gathered in every kind of pass",
+            "is_external_param",
+        ),
+        source(
+            f"{ZERO}.config:DeepSpeedZeroConfig",
+            '"stage3_param_persistence_threshold"',
+            "choose which tensors stay gathered",
+            "stage3_param_persistence_threshold",
+        ),
+        source(
+            f"{ZERO}.config:DeepSpeedZeroConfig",
+            '"stage3_model_persistence_threshold"',
+            "choose how many elements stay gathered",
+            "stage3_model_persistence_threshold",
+        ),
+    ],
     "zero/engine.py": [
         attribute("deepspeed.runtime.config:DeepSpeedConfig", "have DeepSpeed check its JSON"),
         attribute("deepspeed.runtime.config:DeepSpeedConfigError", "turn its complaints into one line"),

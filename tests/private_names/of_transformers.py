@@ -38,7 +38,10 @@ TABLE: Table = {
         ),
         *(
             source(
-                f"{MODELS}.{kind}.modeling_{kind}:{name}", "**kwargs,", "receive the segments of a pass", "segments="
+                f"{MODELS}.{kind}.modeling_{kind}:{name}",
+                "**kwargs,",
+                "receive the segments of a pass",
+                "segments: Any",
             )
             for kind, name in ATTENTION.items()
         ),

@@ -48,7 +48,7 @@ class ModelConfig(Section):
     path: str
     """A local folder or a name on the Hugging Face hub: a transformers model in safetensors files."""
 
-    family: Literal["auto", "causal", "seq2seq", "encoder"] = "auto"
+    family: str = "auto"
     """How the base reads an example; `auto` takes it from the base's own config."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

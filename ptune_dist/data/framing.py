@@ -106,7 +106,7 @@ class NumberTargets(Targets):
                 raise UserError(describe_empty(where(index), key))
             number = read_number(text)
             if number is None:
-                raise UserError(f"{where(index)}: {key} is {text.strip()!r}, but train.objective=mse needs a number")
+                raise UserError(f"{where(index)}: {key} is {text.strip()!r}, but train.objective needs a number")
             found.append(Target([0], number))
         return found
 

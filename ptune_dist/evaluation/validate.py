@@ -17,6 +17,7 @@ from ptune_dist.data.build import Split, build_split
 from ptune_dist.data.encode import Encoding, token_statistics
 from ptune_dist.evaluation.evaluator import build_evaluator
 from ptune_dist.evaluation.placement_costs import describe_cache, describe_choice, render_costs
+from ptune_dist.evaluation.splits import check_inputs
 from ptune_dist.run.folder import check_run_dir
 from ptune_dist.run.job import build_parts
 from ptune_dist.run.reading import Reading, build_reading
@@ -60,6 +61,8 @@ def read_splits(reading: Reading) -> dict[str, Split]:
         encoding = reading.encoding(member)
         for which in SPLITS:
             split = build_split(member.data, encoding, which=which)
+            if split:
+                check_inputs(split.examples, member.prompt)
             if split and not any(split.digest() == known.digest() for known in splits.values()):
                 splits[which + label] = split
         if held_out := splits.get("validation" + label):

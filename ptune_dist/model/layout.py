@@ -153,6 +153,7 @@ class LayoutBuilder:
         """A reader's targets: text token t stands at live position start + t, the one before it at `last_virtual`."""
         places = start + np.arange(num_rest - 1, num_rest - 1 + len(targets))
         if num_rest == 0 and len(targets):
+            assert last_virtual >= 0, "the first target is predicted from a token of the input or of the prompt"
             places[0] = last_virtual
         self._predicts.append(places)
         self._targets.append(targets)

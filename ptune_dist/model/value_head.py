@@ -28,8 +28,9 @@ class TargetScale:
 
 def measure_scale(numbers: np.ndarray) -> TargetScale:
     """The scale of a training set; targets that are all equal keep their unit."""
-    std = float(numbers.std(dtype=np.float64))
-    return TargetScale(float(numbers.mean(dtype=np.float64)), std if std > 0 else 1.0)
+    mean = float(numbers.mean(dtype=np.float64))
+    is_constant = numbers.min() == numbers.max()  # the deviation of equal numbers is rounding noise, not zero
+    return TargetScale(mean, 1.0 if is_constant else float(numbers.std(dtype=np.float64)))
 
 
 class ValueHeads(nn.ModuleList):

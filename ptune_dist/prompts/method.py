@@ -16,7 +16,7 @@ from ptune_dist.prompts.start import Start
 class Options(BaseModel):
     """The options of one method, which stand under `prompt:` beside the keys that all methods share."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ptune_dist.errors import UserError
 # The paper samples from the 5,000 most common tokens, which are the first of its vocabulary.
 NUM_COMMON_TOKENS = 5000
 PROMPT_FILES = ("prompt/prompt.safetensors", "prompt.safetensors", "adapter_model.safetensors")
+VECTOR_ADAPTERS = ("PROMPT_TUNING", "P_TUNING")  # PEFT's types whose prompt_embeddings are virtual tokens
 VECTOR_NAMES = ("virtual_tokens", "prompt_embeddings")  # ours and PEFT's
 
 NOTHING = "nothing"
@@ -64,10 +65,12 @@ class Start:
         stored = read_tensors(file)
         missing = [name for name in wanted if name not in stored]
         if missing:
-            raise UserError(
-                f"prompt.init_file: {file} holds no {missing[0]}, only {', '.join(sorted(stored)[:5])}: a prompt of "
-                "this method cannot be trained further from it; prompt.method=prompt_tuning can, from its plain vectors"
-            )
+            text = f"prompt.init_file: {file} holds no {missing[0]}, only {', '.join(sorted(stored)[:5])}: a prompt of "
+            text += "this method cannot be trained further from it"
+            kind = read_adapter_settings(file.parent).get("peft_type", "PROMPT_TUNING")
+            if kind in VECTOR_ADAPTERS and any(name in stored for name in VECTOR_NAMES):
+                text += "; prompt.method=prompt_tuning can, from its plain vectors"
+            raise UserError(text)
         for name, shape in wanted.items():
             if tuple(stored[name].shape) != tuple(shape):
                 raise UserError(
@@ -138,7 +141,7 @@ def read_vectors(source: str, num: int, width: int) -> torch.Tensor:
         raise UserError(f"prompt.init_file: {file} holds no virtual_tokens, only {', '.join(sorted(tensors)[:5])}")
     settings = read_adapter_settings(file.parent)
     kind = settings.get("peft_type", "PROMPT_TUNING")
-    if kind not in ("PROMPT_TUNING", "P_TUNING"):
+    if kind not in VECTOR_ADAPTERS:
         raise UserError(f"prompt.init_file: {file} is a PEFT adapter of type {kind}, which holds no virtual tokens")
     if settings.get("num_transformer_submodules") == 2:  # PEFT keeps rows for a decoder too, which nothing reads
         found = found[: len(found) // 2]

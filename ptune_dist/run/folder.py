@@ -134,6 +134,8 @@ def first_difference(before: dict[str, Any], now: dict[str, Any], prefix: str = 
             continue
         if key in LEFT_TO_METHOD and now[name] is None:
             continue
+        if name not in before:  # an option that the method did not have when the run began
+            continue
         if isinstance(now[name], dict) and isinstance(before.get(name), dict):
             found = first_difference(before[name], now[name], f"{key}.")
             if found:

@@ -16,7 +16,7 @@ from transformers import (
 
 from ptune_dist.base.load import fill_whole
 from ptune_dist.families.find import open_any
-from ptune_dist.model.value_head import ValueHeads
+from ptune_dist.model.value_head import TargetScale, ValueHeads, measure_scale
 from ptune_dist.prompts.store import load_prompt
 from tests.commands import run_command, run_commands
 from tests.numerics.methods import write_run
@@ -160,7 +160,7 @@ def test_wrong_targets_metrics_and_options_are_one_line_each(runs, tmp_path):
         [row | {"score": text} for row, text in zip(read_rows()[:2], ["1.5", "high"], strict=True)],
     )
     cases = {
-        "bad.jsonl line 2: data.target is 'high', but train.objective=mse needs a number": [f"data.train={bad}"],
+        "bad.jsonl line 2: data.target is 'high', but train.objective needs a number": [f"data.train={bad}"],
         "evaluate.metrics: exact_match is for texts": ["evaluate.metrics=[exact_match]", "evaluate.best_metric=null"],
         "train.label_smoothing is for cross_entropy, this is mse": ["train.label_smoothing=0.1"],
         "train.objective: mae is none of cross_entropy, mse": ["train.objective=mae"],
@@ -197,3 +197,8 @@ def plain_smooth_loss(base_dir: Path) -> float:
         return torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=-100, label_smoothing=0.2
         ).item()
+
+
+@pytest.mark.parametrize("number", [0.7, 7.0, -1e9])
+def test_targets_that_are_all_equal_keep_their_unit(number):
+    assert measure_scale(np.full(100, number)) == TargetScale(pytest.approx(number), 1.0)

@@ -207,5 +207,7 @@ def test_options_are_checked_against_the_method():
         "prompt.method=p_tuning", "prompt.encoder_hiden_size=8"
     )
     assert "prompt.encoder_num_layers: " in error_of("prompt.method=p_tuning", "prompt.encoder_num_layers=0")
+    assert "prompt.encoder_hidden_size: " in error_of("prompt.method=p_tuning", "prompt.encoder_hidden_size=true")
+    assert "model.family: decoder is none of auto, " in error_of("model.family=decoder")
     assert "prompt.init: vocab is not for p_tuning" in error_of("prompt.method=p_tuning", "prompt.init=vocab")
     assert "prompt.method: lora is none of prompt_tuning" in error_of("prompt.method=lora")

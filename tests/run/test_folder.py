@@ -75,6 +75,17 @@ def test_what_the_method_decides_is_compared_once_it_has(load: Load):
         check_run_dir(load("prompt.init=random"))
 
 
+def test_an_option_that_a_method_did_not_have_yet_is_no_difference(load: Load):
+    config = resolve(load("prompt.method=p_tuning"))
+    claim(config)
+    run_dir = Path(config.output_dir)
+    (run_dir / "checkpoints").mkdir()
+    stored = (run_dir / "config.yaml").read_text()
+    assert "  encoder_dropout: 0.0\n" in stored
+    (run_dir / "config.yaml").write_text(stored.replace("  encoder_dropout: 0.0\n", ""))
+    check_run_dir(config)
+
+
 def test_the_same_config_may_resume(started: Config, load: Load):
     check_run_dir(load())
 

@@ -19,6 +19,8 @@ from ptune_dist.model.prompted_model import PromptedModel
 
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")  # names that shapes have for local attention
 SCALED_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that depend on the longest row of a batch
+# Architectures of transformers that read padding as any token; RWKV also mixes up the states of the rows of a batch.
+ANSWER_ALONE = ("rwkv", "trocr", "xlstm")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def plan_answers(
     num_virtual = model.num_virtual(member)
     lengths = [len(context) + len(rest) for context, rest in inputs]
     is_padding_seen = sees_padding(model, member)
+    # A row beyond the budget is a batch of its own.
+    budget = 1 if model.base.config.model_type in ANSWER_ALONE else decoding.micro_batch_tokens
     alike: dict[tuple[int, int], list[int]] = {}  # rows that may share a batch
     for i, length in enumerate(lengths):
         num_new = min(decoding.max_new_tokens, room_for_answer(model, length, num_virtual))
@@ -59,7 +63,7 @@ def plan_answers(
             [(i, (0,)) for i in rows],
             functools.partial(count_positions, lengths, extra),
             world_size=world_size,
-            micro_batch_tokens=decoding.micro_batch_tokens,
+            micro_batch_tokens=budget,
         )
         batches += [AnswerBatch([[i for i, _ in units] for units in shares], num_new) for shares in plan]
     return batches

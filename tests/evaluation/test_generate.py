@@ -6,7 +6,7 @@ Shapes: B rows, P positions of the prompt, T tokens, L layers, G key/value heads
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel
 
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.evaluation.answer_plan import Decoding, plan_answers
@@ -22,7 +22,6 @@ from tests.conftest import ARCHITECTURES, SEQ2SEQ, TINY
 from tests.numerics.passes import build_base, draw_tokens
 
 EOS, PAD, NUM_NEW, NUM_VIRTUAL = 0, 1, 5, 4
-LOCAL = ["mistral_window", "gemma2"]  # attention over few positions
 SETTINGS = GenerationConfig(pad_token_id=PAD, eos_token_id=EOS, max_new_tokens=NUM_NEW, do_sample=False, use_cache=True)
 
 
@@ -30,6 +29,11 @@ def load_base(kind: str) -> PreTrainedModel:
     """A random tiny base, or the shipped one, which is trained."""
     if kind == "shipped":
         return AutoModelForCausalLM.from_pretrained(TINY / "causal", dtype=torch.float32).eval().requires_grad_(False)
+    if kind == "rwkv":
+        sizes = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        torch.manual_seed(0)
+        shape = AutoConfig.for_model(kind, vocab_size=272, eos_token_id=EOS, bos_token_id=EOS, **sizes)
+        return AutoModelForCausalLM.from_config(shape).eval().requires_grad_(False)
     base = build_base(kind)
     if kind == "bart":  # larger layers, so that it answers one row unlike another
         for name, parameter in base.named_parameters():
@@ -108,17 +112,34 @@ def test_a_batch_of_unequal_rows_is_answered_as_by_a_plain_loop(kind, method):
     assert len({tuple(row) for row in expected}) > 1
 
 
-@pytest.mark.parametrize("kind", LOCAL)
-def test_rows_that_padding_would_change_are_answered_with_rows_of_their_length(kind):
+@pytest.mark.parametrize(
+    ("kind", "method", "num_batches"),
+    [
+        ("mistral_window", PromptTuning, 1),
+        ("mistral_window", PrefixTuning, 3),
+        ("gemma2", PromptTuning, 1),
+        ("gemma2", PrefixTuning, 3),
+        ("rwkv", PromptTuning, 4),
+    ],
+)
+def test_rows_that_others_would_change_are_answered_with_rows_of_their_length_or_alone(kind, method, num_batches):
+    model = build_model(kind, method)
     inputs = draw_inputs((3, 12, 3, 9))
-    decoding = Decoding(NUM_NEW, micro_batch_tokens=4096)
-    for method, num_batches in ((PromptTuning, 1), (PrefixTuning, 3)):
-        model = build_model(kind, method)
-        batches = plan_answers(model, inputs, decoding, 0, 1)
-        assert len(batches) == num_batches
-        for (rows,), _ in batches:
-            chosen = [inputs[i] for i in rows]
-            assert until_end(generate_ids(model, chosen, SETTINGS)) == [answer_plainly(model, row) for row in chosen]
+    batches = plan_answers(model, inputs, Decoding(NUM_NEW, micro_batch_tokens=4096), 0, 1)
+    assert len(batches) == num_batches
+    for (rows,), _ in batches:
+        chosen = [inputs[i] for i in rows]
+        assert until_end(generate_ids(model, chosen, SETTINGS)) == [answer_plainly(model, row) for row in chosen]
+
+
+@pytest.mark.parametrize(("rope_type", "num_batches"), [("default", 1), ("dynamic", 3), ("longrope", 3)])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_rotations_that_are_scaled_to_the_longest_row_want_rows_of_one_length(rope_type, num_batches, is_nested):
+    model = build_model("llama", PromptTuning)
+    found = {"rope_type": rope_type, "rope_theta": 10000.0}
+    model.base.config.rope_parameters = {"full_attention": found} if is_nested else found
+    batches = plan_answers(model, draw_inputs((3, 12, 3, 9)), Decoding(NUM_NEW, micro_batch_tokens=4096), 0, 1)
+    assert len(batches) == num_batches
 
 
 @pytest.mark.parametrize("placement", ["infix", "template"])

@@ -18,7 +18,7 @@ TINY = ROOT / "configs" / "tiny"
 LONG_FILES = [
     "cluster/test_faults.py",
     "cluster/test_jobs.py",
-    "launcher/test_run.py",
+    "launcher/test_run_ranks.py",
     "numerics/test_sharding.py",
     "test_quickstart.py",
     "cluster/test_saves.py",

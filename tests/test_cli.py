@@ -217,6 +217,7 @@ def test_a_run_cannot_be_judged_with_a_prompt_of_another_size_or_on_another_base
 # Under torchrun
 
 
+@pytest.mark.long
 def test_under_torchrun_a_message_is_said_once_and_every_rank_ends(config, tmp_path):
     finished = run_command("train", config, "data.max_length=5", f"output_dir={tmp_path}/run", num_ranks=2, fresh=True)
     assert finished.returncode != 0  # torchrun's own status: it does not pass that of a rank on

@@ -281,7 +281,7 @@ class Cluster:
         command = [str(argument) for argument in arguments]
         done = subprocess.run(command, cwd=ROOT, env=self.env | (env or {}), capture_output=True, text=True, timeout=60)
         if check and done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+            raise RuntimeError(f"{' '.join(command)}: status {done.returncode}: {done.stderr or done.stdout}")
         return done.stdout.strip()
 
     def until(self, holds: Callable[[], bool], timeout: float, complaint: Callable[[], str]) -> None:

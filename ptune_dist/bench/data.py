@@ -1,8 +1,8 @@
 """Benchmark rows and a tokenizer, made from the docstrings of the standard library without a download.
 
 Rows: `python -m ptune_dist.bench.data rows --out DIR`. The task is realistic: read a docstring's body and write its
-first paragraph. The median is about 230 tokens for long rows and 45 for short rows. The spread of lengths, on which
-padding and grouping by length depend, is that of the docstrings.
+first paragraph. The median is about 230 tokens for long rows, 45 for short and 30 for brief ones. The spread of
+lengths, on which padding and grouping by length depend, is that of the docstrings.
 
 Tokenizer: `python -m ptune_dist.bench.data tokenizer --out configs/shapes/llama_40m` made the committed one.
 """
@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from ptune_dist.tiny.text import read_docstrings
 
 SHAPE = Path("configs/shapes/llama_40m")
-# Minimum and maximum tokens of input and target, chosen so that the medians are about 230 and 45.
-LENGTHS = {"long": (160, 480), "short": (25, 76)}
+# Minimum and maximum tokens of input and target, chosen so that the medians are about 230, 45 and 30.
+LENGTHS = {"long": (160, 480), "short": (25, 76), "brief": (16, 42)}
 NUM_ROWS = 160
 NUM_CHECK_ROWS = 8
 VOCABULARY_SIZE = 4096
@@ -48,7 +48,7 @@ def count_tokens(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
 
 
 def write_rows(out: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, dict[str, int]]:
-    """Write {long,short}.jsonl, and their first rows as {long,short}_check.jsonl; returns token counts by file."""
+    """Write {long,short,brief}.jsonl, and the first rows of each as {...}_check.jsonl; returns token counts by file."""
     rows = [row for row in map(split_docstring, read_docstrings()) if row]
     lengths = count_tokens(rows, tokenizer)
     out.mkdir(parents=True, exist_ok=True)

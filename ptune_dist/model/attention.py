@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ptune_dist.model.attention_products import attend_by_products, most_keys_by_products
+
 NAME = "ptune_segments"
 # A padded call costs as much as so many scores (queries x keys): what needs more padding gets a call of its own.
 CALL_SCORES = 2000
@@ -108,20 +110,32 @@ class CausalSegments:
     """
 
     def __init__(self, segments: list[Segment], lead: KeysValues | None, device: torch.device):
-        num_lead = lead.length if lead else 0
         self._lead = lead
-        self._buckets = [Bucket(bucket, num_lead, device) for bucket in split_buckets(segments)]
-        self._places = find_places(self._buckets).to(device)
+        self._segments = segments
+        self._device = device
+        self._buckets: list[Bucket] = []
+        self._places: torch.Tensor | None = None
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: int, scale: float, window: int | None
     ) -> torch.Tensor:
         """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
+        if self._places is None:
+            self._places = self._fill_buckets(q, k)
         if self._lead is not None:
             k = torch.cat([self._lead.keys[layer], k])
             v = torch.cat([self._lead.values[layer], v])
         padded = [bucket.attend(q, k, v, scale, window).flatten(0, 1) for bucket in self._buckets]
         return torch.cat(padded).index_select(0, self._places)
+
+    def _fill_buckets(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The buckets of the first layer's tensors, which are those of all layers; where live positions stand [N]."""
+        num_lead = self._lead.length if self._lead else 0
+        most_keys = 0
+        if self._device.type == "cpu":
+            most_keys = most_keys_by_products(q.dtype, is_grouped=q.shape[1] > k.shape[1])
+        self._buckets = [Bucket(bucket, num_lead, self._device, most_keys) for bucket in split_buckets(self._segments)]
+        return find_places(self._buckets).to(self._device)
 
 
 def find_places(buckets: list) -> torch.Tensor:
@@ -155,12 +169,13 @@ class Bucket:
     live: the live positions of all entries [n]. kept: where they stand among the E * Q padded queries [n].
     """
 
-    def __init__(self, segments: list[Segment], num_lead: int, device: torch.device):
+    def __init__(self, segments: list[Segment], num_lead: int, device: torch.device, most_keys_by_products: int):
         longest = max(s.length for s in segments)
         self._offset = segments[0].offset
+        self._by_products = self._offset + longest <= most_keys_by_products
         # torch's causal kernel skips what is masked but wants a square: where little precedes, it is worth as many
         # idle queries in front.
-        self._is_square = self._offset <= longest // 2
+        self._is_square = self._offset <= longest // 2 and not self._by_products
         self._num_idle = self._offset if self._is_square else 0
         self.num_entries = len(segments)
         self.num_queries = self._num_idle + longest
@@ -191,6 +206,8 @@ class Bucket:
             whole.index_select(0, index).unflatten(0, (self.num_entries, -1)).transpose(1, 2)
             for whole, index in ((q, self._queries), (k, self._keys), (v, self._keys))
         )
+        if self._by_products:
+            return attend_by_products(q, k, v, mask=self._mask(q, window), scale=scale).transpose(1, 2)
         repeats = q.shape[1] // k.shape[1]
         if repeats > 1:
             k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))

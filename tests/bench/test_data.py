@@ -28,7 +28,7 @@ def written(tmp_path_factory, tokenizer):
 
 def test_rows_have_the_median_lengths_of_their_names_and_no_row_is_repeated(written, tokenizer):
     folder, found = written
-    for name, median in (("long", 230), ("short", 45)):
+    for name, median in (("long", 230), ("short", 45), ("brief", 30)):
         rows = read_rows(folder / f"{name}.jsonl")
         counts = count_tokens(rows, tokenizer)
         assert abs(np.median(counts) - median) <= 0.1 * median

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from ptune_dist.model import attention
 from ptune_dist.model.attention import CausalSegments, KeysValues, Segment
 from ptune_dist.model.attention_contexts import ContextSegments
 from ptune_dist.model.attention_flex import FlexSegments
 from ptune_dist.model.attention_layouts import RecordedSegments, build_attention, join_parts
+from ptune_dist.model.attention_products import most_keys_by_products
 from ptune_dist.model.layout import Before, Outside, lay_out
 from tests.numerics.passes import NUM_VIRTUAL, draw_batch
 
@@ -75,10 +77,47 @@ def test_flex_and_padded_attention_give_each_query_its_own_keys(case, num_querie
         build_attention(segments, outside, CPU)
     )
     kinds = [build_attention(segments, outside, CPU), FlexSegments(segments, outside, CPU)]
-    for attention in kinds:
+    for kind in kinds:
         with torch.no_grad():
-            found = attention.attend(q, k, v, layer=LAYER, scale=SCALE, window=window)
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6, msg=lambda m, a=attention: f"{a}: {m}")
+            found = kind.attend(q, k, v, layer=LAYER, scale=SCALE, window=window)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6, msg=lambda m, k=kind: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("num_heads", [4, 2])
+def test_products_and_the_fused_kernel_give_the_same_outputs_and_gradients(num_heads, window, dtype, monkeypatch):
+    torch.manual_seed(0)
+    segments, outside = draw_case("shared", num_heads)
+    drawn = draw_live(segments, 4, num_heads)
+
+    def attend(most_keys: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        monkeypatch.setattr(attention, "most_keys_by_products", lambda *_args, **_facts: most_keys)
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in drawn]
+        kind = CausalSegments(segments, outside[0].to(dtype), CPU)
+        out = kind.attend(*tensors, layer=LAYER, scale=SCALE, window=window)
+        return [out, *torch.autograd.grad(out.float().square().sum(), tensors)]
+
+    wanted = attend(0, torch.float32)
+    found = attend(10_000, dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # bfloat16 has 8 bits, and scores are rounded to them
+    for exact, tensor in zip(wanted, found, strict=True):
+        assert (tensor.float() - exact).norm() <= tolerance * exact.norm()
+    if dtype == torch.float32:
+        assert not all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))  # another order of sums
+
+
+@pytest.mark.parametrize(
+    ("has_tiles", "has_bfloat16", "limits"),
+    [(True, True, (128, 128)), (False, True, (512, 512)), (False, False, (0, 0))],
+)
+def test_products_are_chosen_by_dtype_and_by_what_the_cpu_can_do(has_tiles, has_bfloat16, limits, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
+    assert tuple(most_keys_by_products(torch.bfloat16, is_grouped=grouped) for grouped in (False, True)) == limits
+    assert most_keys_by_products(torch.float32, is_grouped=True) == 128
+    assert most_keys_by_products(torch.float32, is_grouped=False) == 0
+    assert most_keys_by_products(torch.float16, is_grouped=True) == 0
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -94,9 +133,9 @@ def test_contexts_with_and_without_a_lead_are_computed_and_recorded_alike(length
         wanted = look_up(segments, outside, q, k, v, window)
         recorded = RecordedSegments(segments, outside, CPU)
         flex, causal = FlexSegments(segments, outside, CPU), CausalSegments(segments, join_parts(outside), CPU)
-        for attention in (recorded, flex, causal):
+        for kind in (recorded, flex, causal):
             with torch.no_grad():
-                found = attention.attend(q, k, v, layer=LAYER, scale=SCALE, window=window)
+                found = kind.attend(q, k, v, layer=LAYER, scale=SCALE, window=window)
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
         for (keys, values), s in zip(recorded.cut(), segments, strict=True):
             assert torch.equal(keys, k[None, s.start : s.start + s.length])

@@ -31,6 +31,10 @@ TABLE: Table = {
     "base/trained_head.py": [
         instance(MODULE, "_parameters", "take a trained head out of the parameters"),
     ],
+    "model/attention_products.py": [
+        attribute("torch.cpu:_is_amx_tile_supported", "know how fast products in bfloat16 are"),
+        attribute("torch.cpu:_is_avx512_bf16_supported", "know how fast products in bfloat16 are"),
+    ],
     "model/head.py": [
         instance(MODULE, "_modules", "stand in for the module below the head"),
     ],

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
+from torch._dynamo import mark_dynamic
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ptune_dist.model.attention import KeysValues, Segment
@@ -45,7 +46,12 @@ class FlexTables:
     @classmethod
     def unpack(cls, flat: torch.Tensor, shapes: list[tuple[int, ...]]) -> "FlexTables":
         """Views of what `FlexPlan.pack` gave, after its copy to the device."""
-        return cls(**unpack(flat, shapes))
+        tables = cls(**unpack(flat, shapes))
+        if tables.lows.is_cuda:
+            for table in tables.of_kernel():
+                # The number of intervals alone is compiled in.
+                mark_dynamic(table, [1] if table is tables.lows or table is tables.highs else list(range(table.dim())))
+        return tables
 
     @classmethod
     def of(cls, plan: FlexPlan, device: torch.device) -> "FlexTables":
@@ -56,6 +62,10 @@ class FlexTables:
     @property
     def is_rearranged(self) -> bool:
         return len(self.take_queries) > 0
+
+    def of_kernel(self) -> list[torch.Tensor]:
+        """Those that `attend_blocks` takes, in its order."""
+        return [getattr(self, field.name) for field in fields(self)[4:]]
 
 
 class FlexSegments:
@@ -139,28 +149,21 @@ class Moved(torch.autograd.Function):
 
 def run_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: FlexTables, scale: float) -> torch.Tensor:
     """q [Q, H, D], k and v [J, G, D] -> [Q, H, D]; compiled on CUDA."""
-    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not q.is_cuda:
-        return attend_blocks(q, k, v, table_list(tables), scale)
-    if needs_gradient:  # the compiled function is made for some inputs that need a gradient: let it always be all
+        return attend_blocks(q, k, v, tables.of_kernel(), scale)
+    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if needs_gradient:  # it is compiled anew for every other set of inputs that need one: let it always be all of them
         q, k, v = (t if t.requires_grad else t.detach().requires_grad_() for t in (q, k, v))
+    for tensor in (q, k, v):
+        mark_dynamic(tensor, 0)
     with torch.set_grad_enabled(needs_gradient):
-        return compiled_attend_blocks()(*mark_sizes(q, k, v), table_list(tables), scale)
-
-
-def table_list(tables: FlexTables) -> list[torch.Tensor]:
-    """Those of `attend_blocks`, in its order."""
-    return [getattr(tables, field.name) for field in fields(tables)[4:]]
-
-
-def mark_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return q, k, v
+        return compiled_attend_blocks()(q, k, v, tables.of_kernel(), scale)
 
 
 @functools.cache
 def compiled_attend_blocks() -> Callable[..., torch.Tensor]:
-    """fullgraph: at the limit of recompilations it raises, where torch would go on without a kernel."""
-    return torch.compile(attend_blocks, dynamic=True, fullgraph=True)
+    """For all lengths. It raises at the limit of recompilations, where torch would run on without a kernel."""
+    return torch.compile(attend_blocks, fullgraph=True)
 
 
 def attend_blocks(

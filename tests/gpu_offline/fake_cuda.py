@@ -136,7 +136,10 @@ def fake_torch(gpu: GPU) -> None:
     private._cuda_getCurrentRawStream = lambda _device: 0
     private._cuda_getDevice = lambda: 0
     private._cuda_getArchFlags = lambda: f"sm_{gpu.major}{gpu.minor}"
-    # Inductor's code allocates with this; the original does not know fake tensors.
+    # Inductor's code allocates and makes views with these; the originals do not know fake tensors.
+    private._dynamo.guards._reinterpret_tensor = lambda tensor, size, stride, offset=0: tensor.as_strided(
+        size, stride, tensor.storage_offset() + offset
+    )
     private._dynamo.guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
         size, stride, dtype=dtype, device="cuda"
     )
@@ -248,3 +251,10 @@ def note_launch(tuner: Any, *args: Any, stream: int, **_kwargs: Any) -> None:
     tensors = {id(arg): arg for arg in args if isinstance(arg, torch.Tensor)}
     num_bytes = sum(int(t.numel()) * t.element_size() for t in tensors.values())
     launches.append(Launch(tuner.inductor_meta.get("kernel_name") or tuner.fn.__name__, num_bytes))
+
+
+def skip_machine_code() -> None:
+    """From now on Triton compiles nothing: enough where only the number of Inductor's compilations counts."""
+    import torch._inductor.runtime.triton_heuristics as heuristics
+
+    heuristics.CachingAutotuner.precompile = lambda *_args, **_kwargs: None

@@ -20,8 +20,16 @@ from ptune_dist.model.attention import KeysValues, Segment
 from ptune_dist.model.flex_plan import BLOCK, FlexPlan, plan_attention, unpack
 
 # Flex attention has another kernel for few queries, which Inductor picks by itself and then fails to compile where
-# positions x heads / key/value heads exceeds 128.
-KERNEL_OPTIONS: Any = {"BACKEND": "TRITON"}
+# positions x heads / key/value heads exceed 128.
+KERNEL: Any = {"BACKEND": "TRITON"}
+# What torch chooses for wide rows needs more shared memory than these GPUs have: 99 KiB a block, where an A100 has 163.
+SMALL_GPUS = ((8, 6), (8, 9), (12, 0), (12, 1))  # compute capabilities
+WIDE_ROW_BYTES = 512
+SMALL_KERNEL = (
+    KERNEL
+    | {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd_num_stages": 1, "bwd_num_stages": 1}
+    | {f"bwd_BLOCK_{axis}": 16 for axis in ("M1", "N1", "M2", "N2")}
+)
 
 
 @dataclass(frozen=True)
@@ -156,8 +164,10 @@ def run_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: FlexTabl
         q, k, v = (t if t.requires_grad else t.detach().requires_grad_() for t in (q, k, v))
     for tensor in (q, k, v):
         mark_dynamic(tensor, 0)
+    is_wide = q.shape[-1] * q.element_size() >= WIDE_ROW_BYTES
+    options = {"is_small": True} if is_wide and torch.cuda.get_device_capability() in SMALL_GPUS else {}
     with torch.set_grad_enabled(needs_gradient):
-        return compiled_attend_blocks()(q, k, v, tables.of_kernel(), scale)
+        return compiled_attend_blocks()(q, k, v, tables.of_kernel(), scale, **options)
 
 
 @functools.cache
@@ -167,15 +177,22 @@ def compiled_attend_blocks() -> Callable[..., torch.Tensor]:
 
 
 def attend_blocks(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: list[torch.Tensor], scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: list[torch.Tensor],
+    scale: float,
+    *,
+    is_small: bool = False,
 ) -> torch.Tensor:
-    """q [Q, H, D], k and v [J, G, D] -> [Q, H, D]; `tables` as in FlexTables, from `lows` on."""
+    """q [Q, H, D], k and v [J, G, D] -> [Q, H, D]; `tables`: `FlexTables.of_kernel`. `is_small`: takes less memory."""
     lows, highs, *blocks = tables
+    kernel = SMALL_KERNEL if is_small else KERNEL
     mask = BlockMask(
         (q.shape[0], k.shape[0]), *(table[None, None] for table in blocks), (BLOCK, BLOCK), build_reads(lows, highs)
     )
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=KERNEL_OPTIONS)
+    out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=kernel)
     return cast(torch.Tensor, out)[0].transpose(0, 1)
 
 

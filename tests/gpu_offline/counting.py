@@ -60,6 +60,7 @@ class CountingFakeTensors(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self.avoid_device_init = True  # real tensors are not copied to the GPU to know their values later
         self.counts = Counts()
         self._is_inside = False  # an operation may be made of others
 

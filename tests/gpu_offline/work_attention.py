@@ -112,3 +112,19 @@ def attend_once(segments: list[Segment], lengths: list[int], *, window: int | No
     assert out.shape == q.shape and out.requires_grad == trains
     if trains:
         out.sum().backward()
+
+
+def exceed_recompilations() -> str:
+    """The error of a pass that would have to be compiled once more than torch allows."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 1
+    fake_cuda.skip_machine_code()
+    message = "none"
+    with fake_tensors():
+        attend_once([Segment(0, 200)], [], window=None, trains=False)
+        try:
+            attend_once([Segment(0, 200)], [], window=None, trains=True)
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+    torch._dynamo.config.recompile_limit = 8
+    return message

@@ -188,9 +188,9 @@ def attend_blocks(
     """q [Q, H, D], k and v [J, G, D] -> [Q, H, D]; `tables`: `FlexTables.of_kernel`. `is_small`: takes less memory."""
     lows, highs, *blocks = tables
     kernel = SMALL_KERNEL if is_small else KERNEL
-    mask = BlockMask(
-        (q.shape[0], k.shape[0]), *(table[None, None] for table in blocks), (BLOCK, BLOCK), build_reads(lows, highs)
-    )
+    sizes = (q.shape[0], k.shape[0])
+    rows = [table[None, None] for table in blocks]
+    mask = BlockMask(sizes, *rows, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=build_reads(lows, highs))
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=kernel)
     return cast(torch.Tensor, out)[0].transpose(0, 1)

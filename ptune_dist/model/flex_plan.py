@@ -202,7 +202,7 @@ def expand(
     """Every query's intervals, and those at the ends of the pieces."""
     num_intervals = 2
     while num_intervals < max(len(each) for each in reads):
-        num_intervals *= 2  # few different numbers: the mask function is compiled for each
+        num_intervals *= 2 if num_intervals == 2 else 4  # few different numbers: the mask is compiled for each
     parts = np.zeros((num_intervals, len(segments), 3), np.int64)
     for number, each in enumerate(reads):
         parts[num_intervals - len(each) :, number] = each

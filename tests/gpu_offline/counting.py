@@ -60,9 +60,13 @@ class CountingFakeTensors(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.avoid_device_init = True  # real tensors are not copied to the GPU to know their values later
         self.counts = Counts()
         self._is_inside = False  # an operation may be made of others
+
+    @property
+    def avoid_device_init(self) -> bool:
+        """Real tensors are not copied to the GPU, as they would be to know their values later."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -47,6 +47,7 @@ class GPU:
 GPUS = {
     "sm_75": GPU("Tesla T4", 7, 5, 40, 64 << 10, 15 << 30, max_threads_per_multi_processor=1024),
     "sm_80": GPU("NVIDIA A100-SXM4-80GB", 8, 0, 108, 163 << 10, 80 << 30),
+    "sm_86": GPU("NVIDIA A10", 8, 6, 72, 99 << 10, 22 << 30, max_threads_per_multi_processor=1536),
     "sm_89": GPU("NVIDIA L40S", 8, 9, 142, 99 << 10, 45 << 30, max_threads_per_multi_processor=1536),
     "sm_90": GPU("NVIDIA H100 80GB HBM3", 9, 0, 132, 227 << 10, 80 << 30),
     "sm_100": GPU("NVIDIA B200", 10, 0, 148, 227 << 10, 180 << 30),

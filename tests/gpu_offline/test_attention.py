@@ -47,7 +47,7 @@ def test_attention_compiles_and_fits(gpu):
 
 @pytest.mark.extended
 @pytest.mark.parametrize("shape", sorted({shape[:3] for shape in ALL}))
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_89", "sm_90", "sm_100"])
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100"])
 def test_attention_of_every_shape_compiles_and_fits(gpu, shape):
     check(gpu, [one for one in ALL if one[:3] == shape])
 

@@ -17,6 +17,11 @@ from tests.gpu_offline.counting import fake_tensors, report
 PLACEMENTS = ("prefix", "infix", "template")
 
 
+def run(function: str, **settings: Any) -> Any:
+    """One of the functions of this module: several of them can share a process."""
+    return globals()[function](**settings)
+
+
 def lay_out(num_positions: int, num_contexts: int) -> tuple[list[Segment], list[int]]:
     """Shared virtual tokens and rows behind them; or rows over contexts of 40 positions each."""
     size = max(1, num_positions // 5)

@@ -76,8 +76,10 @@ def tiny_shape(kind: str) -> dict:
     shapes = {
         # learned positions, tied head, Conv1D layers
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-        # rotary, grouped keys/values, untied head
-        "llama": wide | {"intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": False},
+        # rotary, grouped keys/values, untied head; heads as wide as flex attention needs them on a GPU
+        "llama": wide | {
+            "intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 16,
+        },
         # rotary, biased projections, tied head
         "qwen2": wide | {"intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": True},
         # learned positions from the attention mask, embeddings narrower than the hidden size

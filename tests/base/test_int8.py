@@ -11,9 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import MixtralConfig
 from transformers.pytorch_utils import Conv1D
 
-from ptune_dist.base import int8
-from ptune_dist.base.int8 import Int8Embedding, Int8Linear, Int8Rows, quantize_rows
+from ptune_dist.base import quantized as storage
+from ptune_dist.base.int8 import Int8Embedding, Int8Linear, quantize_rows
 from ptune_dist.base.load import fill_whole
+from ptune_dist.base.quantized import QuantizedRows, QuantizedWeight
 from tests.base.bases import IDS, error_of, load, logits_of, open_only
 from tests.conftest import ARCHITECTURES, ENCODERS, LABELS, SEQ2SEQ
 
@@ -173,13 +174,13 @@ class CountedRows:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (5, 7), (13, 3), (8, 8), (17, 1), (2, 50)])
 def test_the_parts_of_all_ranks_are_the_whole(monkeypatch, shape, world_size, chunk_elements):
-    monkeypatch.setattr(int8, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(storage, "CHUNK_ELEMENTS", chunk_elements)
     weight = random_weight(*shape)
     quantized, scales = quantize_rows(weight)
     for (start, stop), (first, last) in zip(
         parts_of(weight.numel(), world_size), parts_of(len(weight), world_size), strict=True
     ):
-        rows = Int8Rows(CountedRows(weight), *shape)
+        rows = QuantizedRows(CountedRows(weight), quantize_rows, *shape)
         part = torch.empty(stop - start, dtype=torch.int8)
         of_scales = torch.empty(last - first, dtype=torch.int32)
         rows.fill_weight(start, part)
@@ -194,12 +195,14 @@ def test_any_part_alone_is_the_cut_of_the_whole():
     for start in range(30):
         for stop in range(start + 1, 31):
             part = torch.empty(stop - start, dtype=torch.int8)
-            Int8Rows(CountedRows(weight), 6, 5).fill_weight(start, part)
+            QuantizedRows(CountedRows(weight), quantize_rows, 6, 5).fill_weight(start, part)
             assert torch.equal(part, quantized.view(-1)[start:stop])
     for first in range(6):
         for last in range(first + 1, 7):
             part = torch.empty(last - first, dtype=torch.int32)
-            Int8Rows(CountedRows(weight), 6, 5).fill_scales(first, part)  # without reading the weight first
+            QuantizedRows(CountedRows(weight), quantize_rows, 6, 5).fill_scales(
+                first, part
+            )  # without reading the weight first
             assert torch.equal(part.view(torch.float32), scales[first:last])
 
 
@@ -213,7 +216,7 @@ def test_a_rank_reads_its_own_rows_and_few_others(num_rows, world_size):
         parts_of(weight.numel(), world_size), parts_of(num_rows, world_size), strict=True
     ):
         read = CountedRows(weight)
-        rows = Int8Rows(read, *weight.shape)
+        rows = QuantizedRows(read, quantize_rows, *weight.shape)
         rows.fill_weight(start, torch.empty(stop - start, dtype=torch.int8))
         rows.fill_scales(first, torch.empty(last - first, dtype=torch.int32))
         assert read.num_read <= num_rows / world_size + extra
@@ -225,7 +228,7 @@ def test_a_rank_reads_its_own_rows_and_few_others(num_rows, world_size):
 def dequantize(base, like) -> None:
     """Copy the dequantized weights of an int8 base into a float base."""
     for name, module in like.named_modules():
-        if isinstance(module, int8.Int8Weight):
+        if isinstance(module, QuantizedWeight):
             weight = module.float_weight(torch.float32)
             base.get_submodule(name).weight.data = weight.T.contiguous() if module.stored_transposed else weight
 

@@ -176,7 +176,8 @@ class Int8Embedding(QuantizedWeight):
         self.dtype = dtype
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return (self.weight[ids] * self.float_scales[ids][..., None]).to(self.dtype)
+        out = torch.empty(*ids.shape, self.embedding_dim, dtype=self.dtype, device=ids.device)
+        return torch.mul(self.weight[ids], self.float_scales[ids][..., None], out=out)
 
 
 def make_int8(

@@ -7,8 +7,6 @@ each new number of rows.
 Shapes: M rows, K and N as in a product [M, K] x [K, N], O outputs and I inputs of a layer.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -41,9 +39,18 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) ->
 
 @triton.jit
 def multiply_int8_kernel(
-    rows, weight, scales, out, M, N, K,
-    IS_TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    rows,
+    weight,
+    scales,
+    out,
+    M,
+    N,
+    K,
+    IS_TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     steps = tl.arange(0, BLOCK_K)
@@ -89,9 +96,16 @@ def multiply_int8(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
 
 @triton.jit
 def quantize_kernel(
-    rows, factors, codes, scales, width,
-    LARGEST: tl.constexpr, SMALLEST: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rows,
+    factors,
+    codes,
+    scales,
+    width,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     steps = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -123,16 +137,30 @@ def quantize_activations(
     rows: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = rows.contiguous()
-    num_rows, width = rows.shape
-    codes = torch.empty(num_rows, width, dtype=dtype, device=rows.device)
-    scales = torch.empty(num_rows, dtype=torch.float32, device=rows.device)
+    codes = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    scales = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     if codes.numel():
-        quantize_kernel[num_rows,](
-            rows, scales if factors is None else factors, codes, scales, width,
-            LARGEST=LARGEST[dtype], SMALLEST=SMALLEST, HAS_FACTORS=factors is not None,
-            BLOCK=min(2 * COLUMNS, triton.next_power_of_2(width)), num_warps=8,
-        )  # fmt: skip
+        quantize_rows(rows, factors, codes, scales, LARGEST[dtype])
     return codes, scales
+
+
+def quantize_rows(
+    rows: torch.Tensor, factors: torch.Tensor | None, codes: torch.Tensor, scales: torch.Tensor, largest: float
+) -> None:
+    """Fill codes [M, K] and scales [M] for contiguous rows [M, K], the largest entry of each becoming `largest`."""
+    num_rows, width = rows.shape
+    quantize_kernel[num_rows,](
+        rows,
+        scales if factors is None else factors,
+        codes,
+        scales,
+        width,
+        LARGEST=largest,
+        SMALLEST=SMALLEST,
+        HAS_FACTORS=factors is not None,
+        BLOCK=min(2 * COLUMNS, triton.next_power_of_2(width)),
+        num_warps=8,
+    )
 
 
 @triton.jit
@@ -173,12 +201,3 @@ def transpose_bytes(matrix: torch.Tensor) -> torch.Tensor:
         grid = triton.cdiv(num_rows, TILE), triton.cdiv(width, TILE)
         transpose_kernel[grid](matrix.contiguous(), out, num_rows, width, TILE=TILE)
     return out
-
-
-KERNELS: dict[str, Any] = {
-    "dequantize": dequantize_kernel,
-    "multiply_int8": multiply_int8_kernel,
-    "quantize": quantize_kernel,
-    "scale_sums": scale_sums_kernel,
-    "transpose": transpose_kernel,
-}

@@ -98,7 +98,8 @@ def quantize_eagerly(
     """What `quantize_activations` computes, on any device, by operations of torch."""
     rows = rows.float() if factors is None else rows.float() * factors
     largest = rows.abs().amax(dim=1)
-    factor = torch.where(largest > SMALLEST, LARGEST[dtype] / largest, 0.0)
+    # A tensor, because torch divides a Python number by multiplying it with the reciprocal, which rounds twice.
+    factor = torch.where(largest > SMALLEST, largest.new_full((), LARGEST[dtype]) / largest, 0.0)
     scaled = rows * factor[:, None]
     return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), largest / LARGEST[dtype]
 

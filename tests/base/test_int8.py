@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -103,6 +104,36 @@ def test_half_precision_loses_no_small_gradient_on_the_way():
     layer_of(torch.full((200, 4), 0.001))(x).backward(torch.full((1, 200), 0.01, dtype=torch.float16))
     # a gradient times a scale of 8e-6 almost vanishes in float16
     assert difference(x.grad, torch.full((1, 4), 200 * 0.01 * 0.001)) <= 2**-9
+
+
+class Float32Sizes(TorchDispatchMode):
+    """The sizes of the float32 tensors that operations make."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.sizes.add(made.numel())
+        return made
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_bfloat16_products_round_once_and_make_no_float32_tensor(with_bias):
+    bias = torch.randn(33).bfloat16() if with_bias else None
+    layer = layer_of(random_weight(), bias)
+    x = torch.randn(5, 47).bfloat16().requires_grad_()
+    grad = torch.randn(5, 33).bfloat16()
+    with Float32Sizes() as made:
+        y = layer(x)
+        y.backward(grad)
+    assert made.sizes <= {33}  # the scales
+    plain = nn.functional.linear(x, layer.weight.bfloat16())
+    scaled = plain * layer.float_scales if bias is None else torch.addcmul(bias, plain, layer.float_scales)
+    assert scaled.dtype == torch.float32 and torch.equal(y, scaled.bfloat16())
+    assert torch.equal(x.grad, (grad * layer.float_scales).bfloat16() @ layer.weight.bfloat16())
 
 
 @pytest.mark.parametrize("threshold", [None, 0.0])

@@ -112,16 +112,6 @@ def test_no_activation_is_kept_for_backward():
     assert x.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_gpus_way_of_multiplying_gives_the_same(dtype):
-    """The product is that of torch for CPUs here; on a GPU, tests/base/test_quantized_gpu.py compares again."""
-    layer = layer_of(random_weight(64, 48), torch.randn(64).to(dtype))
-    x = torch.randn(5, 48).to(dtype)
-    grad = torch.randn(5, 64).to(dtype)
-    assert difference(fp8.multiply(x, layer), fp8.multiply_emulated(x, layer)) <= 2**-7  # bfloat16
-    assert difference(fp8.multiply_back(grad, layer), fp8.multiply_back_emulated(grad, layer)) <= 2**-7
-
-
 def test_the_parts_of_two_ranks_are_the_whole():
     weight = random_weight(7, 5)
     codes, scales = quantize_rows(weight)

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig
 from transformers.pytorch_utils import Conv1D
 
-from ptune_dist.base import int8
 from ptune_dist.base import quantized as storage
 from ptune_dist.base.int8 import Int8Embedding, Int8Linear, quantize_rows
 from ptune_dist.base.load import fill_whole
@@ -169,43 +168,6 @@ def test_a_threshold_keeps_outlying_columns_exact():
     exact = layer_of(weight)(x)
     without, with_outliers = (difference(layer_of(weight, None, t)(x), exact) for t in (0.0, 6.0))
     assert with_outliers < 0.01 and with_outliers < without
-
-
-@pytest.mark.parametrize("num_rows", [3, 300])  # either side of `MAX_FUSED_ROWS`
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
-def test_a_gpus_way_of_multiplying_gives_the_same(dtype, most, num_rows):
-    """Its operators are computed by torch here; on a GPU, tests/base/test_quantized_gpu.py runs its kernels."""
-    bias = torch.randn(33).to(dtype)
-    layer = layer_of(random_weight(), bias)
-    x = torch.randn(2, num_rows, 47).to(dtype)
-    grad = torch.randn(2, num_rows, 33).to(dtype)
-    weight = layer.float_weight(torch.float32).double()
-    assert difference(int8.multiply_on_gpu(x, layer), x.double() @ weight.T + bias.double()) <= most
-    assert difference(int8.multiply_back_on_gpu(grad, layer), grad.double() @ weight) <= most
-
-
-@pytest.mark.parametrize("num_rows", [1, 100])
-@pytest.mark.parametrize("sizes", [(33, 47), (64, 48)])  # those of the second are multiples of 8
-def test_a_gpus_way_of_multiplying_integers_gives_the_same(sizes, num_rows):
-    bias = torch.randn(sizes[0])
-    layer = layer_of(random_weight(*sizes), bias)
-    x = torch.randn(1, num_rows, sizes[1])
-    x[0, 0, 5] = 100
-    exact = layer(x)
-    errors = {}
-    for threshold in (0.0, 6.0):
-        ours = int8.multiply_int8_on_gpu(x, layer, threshold)
-        assert difference(ours, int8.multiply_int8(x, layer, threshold)) <= 2**-10  # theirs is in float16
-        errors[threshold] = difference(ours[0, 0], exact[0, 0])
-    assert errors[6.0] <= 0.002 and errors[6.0] < errors[0.0]  # the outlier, 100, is the first row's largest entry
-    assert torch.equal(int8.outlying_columns(x[0], 6.0), torch.tensor([5]))
-    assert int8.outlying_columns(x[0], 200.0) is None
-
-
-def test_a_layer_without_rows_has_none_to_answer():
-    layer = layer_of(random_weight(), torch.randn(33))
-    assert int8.multiply_on_gpu(torch.zeros(1, 0, 47), layer).shape == (1, 0, 33)
-    assert int8.multiply_int8_on_gpu(torch.zeros(1, 0, 47), layer, 6.0).shape == (1, 0, 33)
 
 
 def test_int8_embeddings_are_the_dequantized_rows():

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ptune_dist.cli import Parser
+from ptune_dist.cluster.devices import count_gpus
 from ptune_dist.cluster.head import Head, Limits, announce
 from ptune_dist.cluster.link import free_port, listen
 from ptune_dist.cluster.node import Node, NodeJob
-from ptune_dist.cluster.node_facts import NodeFacts, count_procs, gather_facts
+from ptune_dist.cluster.node_facts import NodeFacts, gather_facts
 from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.cluster.requeue import RequeueLimits, may_requeue
 from ptune_dist.cluster.stop_requests import StopRequests
@@ -110,7 +111,7 @@ def read_node(parsed: argparse.Namespace, topology: Topology) -> tuple[Config | 
     name = topology.node_name
     try:
         config = load_config(parsed.config, parsed.overrides)
-        return config, gather_facts(name, config, count_procs(topology.num_procs))
+        return config, gather_facts(name, config, topology.num_procs, count_gpus())
     except UserError as error:
         return None, NodeFacts(name, mistake=str(error))
 

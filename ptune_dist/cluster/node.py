@@ -178,6 +178,7 @@ class Node:
             node_rank=topology.node_rank,
             num_nodes=topology.num_nodes,
             num_procs=self._job.facts.num_procs,
+            num_gpus=self._job.facts.num_gpus,
             address=address,
             port=port,
             interface=find_interface(own_address) if topology.num_nodes > 1 else "",

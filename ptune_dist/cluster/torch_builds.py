@@ -4,8 +4,8 @@ It imports nothing of ours and needs no installed package, since it runs before 
 
     python torch_builds.py VERSION     such as 2.13.0
 
-prints what pip has to install, one argument a line (`torch==2.13.0+cu126`, `--extra-index-url=...`), and why, on
-standard error. Without a driver and without PTUNE_CUDA it prints `torch`, and pip takes the build on PyPI.
+prints why, after a #, and pip's arguments, one a line: `torch==2.13.0+cu126` and `--extra-index-url=...`, or `torch`
+for the build on PyPI. Without a driver and without PTUNE_CUDA it prints nothing: any build will do.
 
 The table below is that of torch 2.13: https://github.com/pytorch/pytorch/blob/main/RELEASE.md.
 """
@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 INDEX = "https://download.pytorch.org/whl"
-ON_PYPI = "13.0"  # for x86-64; PyPI's wheels for other processors may have no CUDA
 CPU = "cpu"
 SECONDS_FOR_NVIDIA_SMI = 60
 FIX_DRIVER = "update the driver, or set PTUNE_CUDA to a build of your choice (PTUNE_CUDA=cpu trains without a GPU)"
@@ -131,20 +130,21 @@ def choose_arguments(version: str, env: Mapping[str, str]) -> tuple[list[str], s
             raise NoBuildError(f"PTUNE_CUDA={named}: PyTorch {version} is built for CUDA {known}, or cpu")
         return render_arguments(version, build.tag), f"PTUNE_CUDA={named}: PyTorch for CUDA {named}"
     if env.get("PIP_NO_INDEX"):
-        return ["torch"], ""  # the wheelhouse has one build
+        return [], ""  # the wheelhouse has one build
     driver = find_driver()
     if driver is None:
-        return ["torch"], ""
+        return [], ""
     build = choose_build(driver)
-    is_on_pypi = build.cuda == ON_PYPI and platform.machine() == "x86_64"
-    arguments = ["torch"] if is_on_pypi else render_arguments(version, build.tag)
+    arguments = render_arguments(version, build.tag)
     gpus = ", ".join(f"{major}.{minor}" for major, minor in driver.capabilities)
     for_gpus = f" and GPUs of compute capability {gpus}" if gpus else ""
     return arguments, f"PyTorch for CUDA {build.cuda}, which fits NVIDIA driver {driver.version}{for_gpus}"
 
 
 def render_arguments(version: str, tag: str) -> list[str]:
-    """pip's arguments for a build on PyTorch's own index. Its dependencies come from PyPI as usual."""
+    """pip's arguments for a build. PyTorch's own index has it; its dependencies come from PyPI as usual."""
+    if tag == "cu130" and platform.machine() == "x86_64":
+        return ["torch"]  # PyPI has this build, though not for other processors
     return [f"torch=={version}+{tag}", f"--extra-index-url={INDEX}/{tag}"]
 
 
@@ -154,9 +154,8 @@ def main(arguments: list[str]) -> int:
     except NoBuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if reason:
-        print(reason, file=sys.stderr)
-    print("\n".join(chosen))
+    for line in [f"# {reason}", *chosen] if chosen else []:
+        print(line)
     return 0
 
 

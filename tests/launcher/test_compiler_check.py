@@ -25,7 +25,7 @@ def test_this_machine_compiles_and_loads_an_extension():
     [
         (
             "echo 'x.c:2:10: fatal error: Python.h: No such file or directory' >&2; exit 1",
-            f"Triton needs Python's headers, and there is no {sysconfig.get_paths()['include']}/Python.h: install python",
+            f"Triton needs Python's headers, and there is no {sysconfig.get_paths()['include']}/Python.h: install ",
         ),
         (
             "echo 'In file x'; echo 'x.c:1: fatal error: stdio.h: no' >&2; exit 1",

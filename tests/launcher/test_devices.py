@@ -49,9 +49,9 @@ def test_nvidia_smi_counts_the_gpus_and_without_it_there_are_none(tmp_path: Path
         (
             "8 H100, driver 550",
             "13.0",
-            "8 GPUs, but NVIDIA driver 550.54.15 is too old for torch 2.13.0+cu130, which is built for CUDA 13.0 and needs "
-            "580.65 or newer: run launch/setup.sh on such a node, or PTUNE_CUDA=12.6 bash launch/setup.sh anywhere "
-            "(CUDA_VISIBLE_DEVICES= trains on the CPU)",
+            "8 GPUs, but NVIDIA driver 550.54.15 is too old for torch 2.13.0+cu130, which is built for CUDA 13.0 and"
+            " needs 580.65 or newer: run launch/setup.sh on such a node, or PTUNE_CUDA=12.6 bash launch/setup.sh "
+            "anywhere (CUDA_VISIBLE_DEVICES= trains on the CPU)",
         ),
         (
             "A100, driver 470",

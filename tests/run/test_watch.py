@@ -229,7 +229,7 @@ def test_each_exception_has_its_outcome(error: BaseException, outcome: Outcome):
 
 # As torch 2.13, cuBLAS and NCCL write them.
 CUDA_OOM = (
-    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is free. "
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.1 GiB of which 1.2 GiB is free. "
     "Including non-PyTorch memory, this process has 77.89 GiB memory in use."
 )
 NCCL_OOM = "ncclUnhandledCudaError: Call to CUDA function failed. Last error: Cuda failure 2 'out of memory'"

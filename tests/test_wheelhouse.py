@@ -65,7 +65,7 @@ def test_wheelhouse_has_the_build_of_torch_that_ptune_cuda_names(cuda: str, whee
 
 def test_wheelhouse_refuses_a_wrong_ptune_cuda_in_one_line(tmp_path: Path):
     done = wheelhouse(str(tmp_path / "house"), PTUNE_CUDA="11")
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: PTUNE_CUDA=11: PyTorch 2.13.0 is")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: PTUNE_CUDA=11: PyTorch 2.13.0")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "house").exists()
 
 

@@ -33,6 +33,7 @@ from ptune_dist.cluster.rank_files import (
     stack_file,
 )
 from ptune_dist.cluster.rank_monitor import RankMonitor
+from ptune_dist.cluster.secret import VARIABLE as SECRET
 
 SECONDS_FOR_STACKS = 3.0
 SECONDS_TO_END = 10.0
@@ -250,7 +251,9 @@ def build_environment(launch: RankLaunch, folder: Path) -> dict[str, str]:
         LAUNCHER_PID: str(os.getpid()),
         NUM_GPUS: str(launch.num_gpus),
     }
-    return defaults | os.environ | ours
+    env = defaults | os.environ | ours
+    env.pop(SECRET, None)  # of no use to ranks, and programs print their environment
+    return env
 
 
 def prepare_child() -> None:

@@ -80,8 +80,8 @@ class NodeLinks:
     def _admit(self, link: Link, asked: str, hello: Message) -> None:
         """Make a link of a stranger that is a node of this job; close the connection to any other."""
         rank = hello.get("node_rank")
-        is_named = isinstance(rank, int) and rank in range(self._topology.num_nodes)
-        if not (is_named and hello.get("job_id") == self._topology.job_id):
+        is_ours = hello.get("job_id") == self._topology.job_id
+        if not (is_ours and isinstance(rank, int) and rank in range(self._topology.num_nodes)):
             link.close()
             return
         if not (hello["kind"] == "hello" and is_signed_hello(self._secret, asked, hello)):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ptune_dist.cluster import introduction, node_links
+from ptune_dist.cluster.head import Limits
 from ptune_dist.cluster.link import Link, connect
 from ptune_dist.cluster.node_facts import NodeFacts
 from ptune_dist.cluster.outcome import DONE, Outcome
@@ -177,7 +178,8 @@ def test_a_secret_that_shows_up_late_is_found(tmp_path: Path, monkeypatch: pytes
     found = iter(["", "", SECRET])
     job = Job(tmp_path)
     a = FakeNode(job.port, 0, [Outcome("mistake", "the test is over")])
-    node = make_node(job.port, tmp_path, find_secret=lambda: next(found))
+    patient = Limits(start_timeout_s=20.0, silence_s=10.0, max_restarts=0)
+    node = make_node(job.port, tmp_path, limits=patient, find_secret=lambda: next(found))
     monkeypatch.setattr(node, "_start_ranks", lambda address, port: None)
     assert node.run().reason == "the test is over" and a.starts
 

@@ -52,10 +52,13 @@ class Introduction:
         """Take in a message of the head before it has admitted us. Whoever says anything else is a stranger."""
         if message["kind"] == "challenge" and not self._asked:
             self._answer(link, str(message.get("nonce")))
-        elif message["kind"] == "welcome" and is_signed_welcome(self._secret, self._nonce, self._asked, message):
+        elif self._asked and message["kind"] == "welcome" and self._is_from_head(message):
             self.is_admitted = True
         else:
             link.close()
+
+    def _is_from_head(self, welcome: Message) -> bool:
+        return is_signed_welcome(self._secret, self._nonce, self._asked, welcome)
 
     def _answer(self, link: Link, asked: str) -> None:
         who = {"node_rank": self._topology.node_rank, "job_id": self._topology.job_id}

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from ptune_dist.cluster.processes import process_state
+from ptune_dist.cluster.rank_files import HeartbeatFile, stack_file
+from ptune_dist.cluster.rank_monitor import RankMonitor
 from ptune_dist.cluster.ranks import RankLaunch, build_environment, copy_lines, to_file_name, wait_until_written
 
 
@@ -28,6 +30,19 @@ def test_a_rank_gets_defaults_that_a_users_settings_win_over(tmp_path: Path, mon
             other = next(each for each in names[:2] if each != name)
             assert env[name] == "max_split_size_mb:512" and other not in env
             assert (env["TORCHINDUCTOR_COMPILE_THREADS"], env["PTUNE_NUM_GPUS"]) == ("1", "0")
+
+
+def test_a_rank_that_may_wait_for_its_gpu_is_not_called_stuck(tmp_path: Path):
+    """The main thread is in a backward pass, and the node's launcher knows that the ranks are on GPUs."""
+    HeartbeatFile(tmp_path, 3).write(12, 0.0)
+    recorded = Path(__file__).parent / "stacks" / "backward.txt"
+    stack_file(tmp_path, 3).write_bytes(recorded.read_bytes())
+    assert RankMonitor(tmp_path, "n0", 1, 60.0, on_gpu=True).find_stuck() is None
+    stuck = RankMonitor(tmp_path, "n0", 1, 60.0, on_gpu=False).find_stuck()
+    assert (stuck.kind, stuck.rank) == ("stuck", 3) and "_engine_run_backward (graph.py" in stuck.reason
+    stack_file(tmp_path, 3).write_bytes((recorded.parent / "backward_in_a_hook.txt").read_bytes())
+    stuck = RankMonitor(tmp_path, "n0", 1, 60.0, on_gpu=True).find_stuck()
+    assert stuck.reason.endswith("after step 12, in clip_by_disk (plugin.py, line 18)")
 
 
 def test_the_state_of_a_process():

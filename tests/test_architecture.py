@@ -22,7 +22,10 @@ LAYERS = [
     ["objectives", "optim"],
     ["prompts", "base", "data"],
     ["distributed"],
-    ["config", "metrics", "common", "errors", "cluster.outcome", "cluster.processes", "cluster.rank_files"],
+    [
+        *("config", "metrics", "common", "errors"),
+        *("cluster.devices", "cluster.outcome", "cluster.processes", "cluster.rank_files", "cluster.torch_builds"),
+    ],
 ]
 OUTSIDE = ("__init__", "__main__", "tiny")  # the version, the entry point, and the maker of the shipped bases
 MAX_TOP_LEVEL_MODULES = 6

@@ -22,6 +22,7 @@ from kubeflow_trainer_api import models
 from ptune_dist import __version__
 from ptune_dist.cluster.__main__ import parse
 from ptune_dist.cluster.topology import find_topology
+from ptune_dist.cluster.torch_builds import BUILDS
 from ptune_dist.config.load import load_config
 from tests.processes import ROOT, process_env
 
@@ -263,12 +264,23 @@ def test_the_dockerfile_passes_its_linter():
 
 
 def test_the_image_is_pinned_and_has_no_root_user_or_keys():
-    (base,) = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
-    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-\w+-ubuntu\d\d\.04", base)
+    *bases, last = re.findall(r"^FROM (\S+)(?: AS cuda-(\S+))?$", DOCKERFILE, re.MULTILINE)
+    for base, cuda in bases:
+        assert re.fullmatch(rf"nvidia/cuda:{re.escape(cuda)}\.\d+-base-ubuntu\d\d\.04", base)
+    assert last == ("cuda-${PTUNE_CUDA}", "")
     assert re.findall(r"^USER (\d+)", DOCKERFILE, re.MULTILINE)[-1] != "0"
     assert not re.search(r"ssh-keygen|authorized_keys|openssh-server|^ADD |sudo", DOCKERFILE, re.MULTILINE)
     assert "bash launch/setup.sh\n" in DOCKERFILE
     assert "launch/constraints.txt" in (LAUNCH / "setup.sh").read_text()
+
+
+def test_the_image_takes_the_builds_of_torch_that_setup_chooses():
+    """One build argument selects the base image, the compiler and, in the environment of setup.sh, torch."""
+    stages = re.findall(r"^FROM \S+ AS cuda-(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert sorted(stages) == sorted(build.cuda for build in BUILDS)
+    default, inherited = re.findall(r"^ARG PTUNE_CUDA=?(.*)$", DOCKERFILE, re.MULTILINE)
+    assert default == "13.0" and inherited == ""
+    assert '"cuda-minimal-build-${PTUNE_CUDA%.*}-${PTUNE_CUDA#*.}"' in DOCKERFILE
 
 
 def test_editing_the_code_does_not_repeat_the_install():
@@ -279,6 +291,7 @@ def test_editing_the_code_does_not_repeat_the_install():
     copied = [line.split()[:-1] for line in re.findall(r"^COPY (.*)$", before, re.MULTILINE)]
     copied = [name for names in copied for name in names]
     wanted = {"pyproject.toml", "launch/setup.sh", "launch/constraints.txt", "ptune_dist/__init__.py"}
+    wanted.add("ptune_dist/cluster/torch_builds.py")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {*wanted, project["readme"], *project["license-files"]} == set(copied)
     needed = [*copied, "launch/run.sh", "launch/site.sh", "configs/quickstart.yaml", "configs/tiny/causal/config.json"]

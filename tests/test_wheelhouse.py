@@ -14,8 +14,8 @@ import pytest
 from tests.processes import ROOT, process_env
 
 
-def wheelhouse(*arguments: str) -> subprocess.CompletedProcess:
-    env = process_env({"PTUNE_PYTHON": sys.executable})
+def wheelhouse(*arguments: str, **settings: str) -> subprocess.CompletedProcess:
+    env = process_env({"PTUNE_PYTHON": sys.executable} | settings)
     command = ["bash", "launch/wheelhouse.sh", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
 
@@ -41,6 +41,32 @@ def test_wheelhouse_says_a_mistake_in_one_line(arguments, said, tmp_path):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and said in line
     assert not (tmp_path / "DIR" / "wheels").exists()
+
+
+@pytest.mark.parametrize(
+    "cuda, wheels",
+    [
+        ("12.6", "--extra-index-url=https://download.pytorch.org/whl/cu126 setuptools>=77 pip wheel "),
+        ("13.0", "setuptools>=77 pip wheel "),
+    ],
+)
+def test_wheelhouse_has_the_build_of_torch_that_ptune_cuda_names(cuda: str, wheels: str, tmp_path: Path):
+    python = tmp_path / "python"  # a pip that only records what it is asked for
+    script = f'case "$*" in "-m pip "*) shift 2; echo "$@" >>{tmp_path}/pip.log;; *) exec {sys.executable} "$@";; esac'
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    done = wheelhouse(str(tmp_path / "house"), PTUNE_PYTHON=str(python), PTUNE_CUDA=cuda)
+    assert done.returncode == 0, done.stderr
+    wheel, install = (tmp_path / "pip.log").read_text().splitlines()
+    assert f"--wheel-dir {tmp_path}/house/wheels {wheels}" in wheel
+    for line in (wheel, install):
+        assert line.endswith(" torch==2.13.0+cu126" if cuda == "12.6" else " torch")
+
+
+def test_wheelhouse_refuses_a_wrong_ptune_cuda_in_one_line(tmp_path: Path):
+    done = wheelhouse(str(tmp_path / "house"), PTUNE_CUDA="11")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: PTUNE_CUDA=11: PyTorch 2.13.0")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "house").exists()
 
 
 @pytest.mark.long

@@ -8,16 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from ptune_dist.cli import Parser
+from ptune_dist.cluster.devices import count_gpus
 from ptune_dist.cluster.head import Head, Limits, announce
 from ptune_dist.cluster.link import free_port, listen
 from ptune_dist.cluster.node import Node, NodeJob
-from ptune_dist.cluster.node_facts import NodeFacts, count_procs, gather_facts
+from ptune_dist.cluster.node_facts import NodeFacts, gather_facts
 from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.cluster.requeue import RequeueLimits, may_requeue
+from ptune_dist.cluster.secret import create_secret, find_secret, random_text, remove_secret
 from ptune_dist.cluster.stop_requests import StopRequests
 from ptune_dist.cluster.topology import Topology, find_topology
 from ptune_dist.config.load import load_config
 from ptune_dist.config.schema import Config
+from ptune_dist.config.yaml_file import apply_override, read_yaml
 from ptune_dist.errors import UserError
 
 # The head and the nodes send each other a heartbeat every second.
@@ -57,13 +60,18 @@ def launch(parsed: argparse.Namespace) -> int:
         raise UserError(facts.mistake)
     if config is None and topology.node_rank == 0:
         print_mistake(facts.mistake)  # immediately, as the other nodes may take long to join
-    run_dir = Path(config.output_dir if config else ".")
+    run_dir = Path(config.output_dir) if config else find_run_dir(parsed)
+    if run_dir is None:
+        raise UserError(facts.mistake)  # without the secret in the run's folder no other node can be told
     limits = build_limits(parsed, config)
     port = topology.port or free_port()
+    is_new = not run_dir.exists()
     head: Head | None = None
+    secret = ""
     if topology.node_rank == 0:
+        secret = create_secret(run_dir) if topology.num_nodes > 1 else random_text()
         listener = listen(port, "" if topology.num_nodes > 1 else "127.0.0.1")
-        head = Head(listener, topology, config, limits, is_check=parsed.check)
+        head = Head(listener, topology, config, limits, secret=secret, is_check=parsed.check)
         head.start()
     job = NodeJob(
         topology=topology,
@@ -72,14 +80,30 @@ def launch(parsed: argparse.Namespace) -> int:
         run_dir=run_dir,
         limits=limits,
         port=port,
+        find_secret=lambda: secret or find_secret(run_dir),
         ends_with_parent=topology.source == "slurm",
     )
     outcome = Node(job, requests).run()
     if head:
         head.join(SECONDS_FOR_HEAD)
+        if is_new and (parsed.check or not config):  # there is no run
+            remove_secret(run_dir)
         if config:
             print_outcome(outcome, run_dir, is_check=parsed.check)
     return outcome.exit_status
+
+
+def find_run_dir(parsed: argparse.Namespace) -> Path | None:
+    """The folder of a run whose config has a mistake; None if it cannot be read at all."""
+    try:
+        raw = read_yaml(parsed.config)
+        for override in parsed.overrides:
+            if override.startswith("output_dir="):
+                apply_override(raw, override)
+    except UserError:
+        return None
+    found = raw.get("output_dir")
+    return Path(found).expanduser() if isinstance(found, str) and found else None
 
 
 def build_limits(parsed: argparse.Namespace, config: Config | None) -> Limits:
@@ -110,7 +134,7 @@ def read_node(parsed: argparse.Namespace, topology: Topology) -> tuple[Config | 
     name = topology.node_name
     try:
         config = load_config(parsed.config, parsed.overrides)
-        return config, gather_facts(name, config, count_procs(topology.num_procs))
+        return config, gather_facts(name, config, topology.num_procs, count_gpus())
     except UserError as error:
         return None, NodeFacts(name, mistake=str(error))
 

@@ -40,10 +40,17 @@ class Head(threading.Thread):
     """Leads all nodes through the attempts of one job, and in the end tells each of them the outcome."""
 
     def __init__(
-        self, listener: socket.socket, topology: Topology, config: Config | None, limits: Limits, *, is_check: bool
+        self,
+        listener: socket.socket,
+        topology: Topology,
+        config: Config | None,
+        limits: Limits,
+        *,
+        secret: str,
+        is_check: bool,
     ):
         super().__init__(name="head", daemon=True)
-        self._nodes = NodeLinks(listener, topology, is_awake=self.is_alive)
+        self._nodes = NodeLinks(listener, topology, secret, is_awake=self.is_alive)
         self._topology = topology
         self._config = config
         self._limits = limits
@@ -154,7 +161,7 @@ class Head(threading.Thread):
             self._nodes.accept_all()
             missing = self._nodes.missing_names()
             if time.monotonic() > deadline:
-                text = f"node {', '.join(missing)} did not join within {timeout_s:.0f} s"
+                text = f"node {', '.join(missing)} did not join within {timeout_s:.0f} s{self._nodes.explain_missing()}"
                 return Outcome("unreachable", text, node=missing[0]) if missing else None
             if missing and time.monotonic() > notice_at:
                 announce(f"waiting for node {', '.join(missing)}, for up to {timeout_s:.0f} s")

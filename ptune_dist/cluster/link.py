@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
+
 from ptune_dist.errors import UserError
 
 Message = dict[str, Any]
@@ -126,6 +128,14 @@ def connect(address: str, port: int) -> Link | None:
         return Link(socket.create_connection((address, port), timeout=3.0))
     except OSError:
         return None
+
+
+def find_interface(address: str) -> str:
+    """The network interface with this address, "" if there is none. gloo would resolve the host's own name instead."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            return name
+    return ""
 
 
 def free_port() -> int:

@@ -2,13 +2,13 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
 from ptune_dist.cluster.head import SECONDS_BEFORE_NOTICE, Limits, announce
-from ptune_dist.cluster.link import OWN_PAUSE_S, Link, Message, connect, resolve
+from ptune_dist.cluster.introduction import Introduction
+from ptune_dist.cluster.link import OWN_PAUSE_S, Link, Message, connect, find_interface, resolve
 from ptune_dist.cluster.node_facts import NodeFacts
 from ptune_dist.cluster.node_links import describe_silence
 from ptune_dist.cluster.outcome import DONE, STOPPED, STOPPED_EARLY, Outcome, find_cause
@@ -32,6 +32,7 @@ class NodeJob:
     run_dir: Path
     limits: Limits
     port: int  # of the head
+    find_secret: Callable[[], str]  # "" while this node does not have it
     ends_with_parent: bool  # whether the launcher must not outlive the process that started it
 
 
@@ -47,7 +48,7 @@ class Node:
         self._ranks: Ranks | None = None
         self._finished_ranks: Ranks | None = None  # their torchrun serves the store that ranks of other nodes still use
         self._has_forwarded_stop = False
-        self._has_heard_head = False
+        self._introduction = Introduction(job.topology, job.facts, job.run_dir, job.find_secret)
         self._checked_at = 0.0
         self._orphaned_at = 0.0
 
@@ -82,29 +83,23 @@ class Node:
             if outcome:
                 return outcome
         for message in self._head_link.receive():
-            self._has_heard_head = True
+            if not self._introduction.is_admitted:
+                self._introduction.handle(self._head_link, message)
+                continue
             outcome = self._obey(message)
             if outcome:
                 return outcome
         return self._check_surroundings() if self._is_connected() else None
 
     def _is_connected(self) -> bool:
-        """Whether the head has been found. A head that hung up without a message was that of an earlier start."""
-        return self._link is not None and (self._link.is_open or self._has_heard_head)
+        """Whether the head has been found. One that hung up before it admitted us may be that of an earlier start."""
+        return self._link is not None and (self._link.is_open or self._introduction.is_admitted)
 
     def _join_head(self, deadline: float) -> Outcome | None:
-        """Connect and introduce this node; an outcome if the head is not found, or we are asked to stop meanwhile."""
-        link = self._find_head(deadline)
+        """Connect; an outcome if the head is not found or refuses us, or we are asked to stop meanwhile."""
+        link = self._find_head(deadline) if self._introduction.wait_for_next_try() else None
         if link is None:
             return STOPPED_EARLY if self._requests.to_stop else self._describe_missing_head()
-        link.send(
-            kind="hello",
-            node_rank=self._job.topology.node_rank,
-            job_id=self._job.topology.job_id,
-            facts=self._job.facts.message(),
-            clock_s=time.time(),
-        )
-        link.start_heartbeat()
         self._link = link
         self._checked_at = time.monotonic()
         return None
@@ -131,7 +126,11 @@ class Node:
         return None
 
     def _describe_missing_head(self) -> Outcome:
-        """Why the head was not found. Not a user's mistake: it may join later."""
+        """Why the head was not found, or does not admit us. The first is not a user's mistake: it may join later."""
+        refusal = self._introduction.refusal
+        if refusal:
+            announce(refusal)
+            return Outcome("mistake", refusal, node=self.name)
         topology = self._job.topology
         within = f"within {self._job.limits.start_timeout_s:.0f} s"
         if self._head_address:
@@ -178,6 +177,7 @@ class Node:
             node_rank=topology.node_rank,
             num_nodes=topology.num_nodes,
             num_procs=self._job.facts.num_procs,
+            num_gpus=self._job.facts.num_gpus,
             address=address,
             port=port,
             interface=find_interface(own_address) if topology.num_nodes > 1 else "",
@@ -205,16 +205,16 @@ class Node:
 
     def _forward_stop(self) -> None:
         """Tell the head, once, and our own ranks."""
-        if not self._has_forwarded_stop:
+        if self._introduction.is_admitted and not self._has_forwarded_stop:
             self._has_forwarded_stop = True
             self._head_link.send(kind="stop")
         if self._ranks:
             self._ranks.request_stop()
 
     def _patience_with_head(self) -> float:
-        """Seconds. Before its first message the head may be waiting for a disk."""
+        """Seconds. Before it admits us the head may be waiting for a disk."""
         limits = self._job.limits
-        return limits.silence_s if self._has_heard_head else limits.start_timeout_s
+        return limits.silence_s if self._introduction.is_admitted else limits.start_timeout_s
 
     def _check_ranks(self) -> None:
         """Report how the ranks have ended, and end them if something is wrong with one."""
@@ -279,11 +279,3 @@ class Node:
         self._ranks = None
         self._finished_ranks = None
         return stuck
-
-
-def find_interface(address: str) -> str:
-    """The network interface with this address, "" if there is none. gloo would resolve the host's own name instead."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(found.address == address for found in addresses):
-            return name
-    return ""

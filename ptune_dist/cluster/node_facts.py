@@ -1,14 +1,12 @@
 """What must be equal on all nodes, and what each must have, before any rank is started.
 
-Everything but `gather_facts` and `count_procs` is pure. The ranks measure GPUs and the network (`node_check.py`).
+Everything but `gather_facts` is pure. The ranks measure GPUs and the network (`node_check.py`).
 """
 
 import hashlib
-import os
 import platform
 import shutil
 import statistics
-import subprocess
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ptune_dist import __version__
+from ptune_dist.cluster.compiler_check import find_compiler_problem
 from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.config.load import render_config
 from ptune_dist.config.schema import Config
@@ -39,6 +38,7 @@ class NodeFacts:
 
     node: str
     num_procs: int = 0
+    num_gpus: int = 0
     config_digest: str = ""
     versions: str = ""
     free_bytes: int = 0
@@ -49,8 +49,11 @@ class NodeFacts:
         return asdict(self)
 
 
-def gather_facts(node: str, config: Config, num_procs: int) -> NodeFacts:
-    """The facts about this node. Raises UserError if a package is missing."""
+def gather_facts(node: str, config: Config, num_procs: int | None, num_gpus: int) -> NodeFacts:
+    """The facts about this node. Raises UserError if a package or, with GPUs, what Triton compiles with is missing.
+
+    num_procs: as requested; None stands for one process per GPU, and for one without GPUs.
+    """
     folder = Path(config.output_dir).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     versions = [f"python {platform.python_version()}", f"ptune_dist {__version__}"]
@@ -59,9 +62,13 @@ def gather_facts(node: str, config: Config, num_procs: int) -> NodeFacts:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             raise UserError(f"{package} is not installed") from None
+    problem = find_compiler_problem() if num_gpus else ""
+    if problem:
+        raise UserError(problem)
     return NodeFacts(
         node=node,
-        num_procs=num_procs,
+        num_procs=num_procs or max(1, num_gpus),
+        num_gpus=num_gpus,
         config_digest=hashlib.sha256(render_config(config).encode()).hexdigest()[:16],
         versions=", ".join(versions),
         free_bytes=shutil.disk_usage(existing).free,
@@ -112,18 +119,3 @@ def find_skew(facts: list[NodeFacts], skews_s: list[float]) -> Outcome | None:
             text = f"its clock differs from the other nodes' by {skew_s - middle:+.0f} s: synchronize it"
             return Outcome("mistake", f"node {fact.node}: {text}", node=fact.node)
     return None
-
-
-def count_procs(requested: int | None) -> int:
-    """The number of processes of this node: as requested, else one per GPU, else one. Does not load torch."""
-    if requested:
-        return requested
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        names = [name.strip() for name in visible.split(",")]
-        return max(1, len([name for name in names if name not in ("", "-1")]))
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return 1
-    return max(1, sum(line.startswith("GPU ") for line in listed.splitlines()))

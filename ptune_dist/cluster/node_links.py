@@ -9,21 +9,25 @@ from typing import Any
 from ptune_dist.cluster.link import OWN_PAUSE_S, Link, Message
 from ptune_dist.cluster.node_facts import NodeFacts
 from ptune_dist.cluster.outcome import Outcome, find_cause
+from ptune_dist.cluster.secret import REMEDY, is_signed_hello, random_text, sign_welcome
 from ptune_dist.cluster.topology import Topology
 
 MAX_STALL_S = 600.0  # for a disk that the head waits for; after that the nodes may consider the head lost
+MAX_STRANGERS = 1024  # connections that have not introduced themselves; the oldest are closed
 
 
 class NodeLinks:
     """Accepts the nodes of one job, and keeps the facts and the outcome of each by its rank."""
 
-    def __init__(self, listener: socket.socket, topology: Topology, is_awake: Callable[[], bool]):
+    def __init__(self, listener: socket.socket, topology: Topology, secret: str, is_awake: Callable[[], bool]):
         self.outcomes: dict[int, Outcome] = {}
         self.is_stop_requested = False
         self._listener = listener
         self._topology = topology
         self._is_head_awake = is_awake
-        self._strangers: list[Link] = []
+        self._secret = secret
+        self._strangers: dict[Link, str] = {}  # and what each is asked to prove with
+        self._refused: set[int] = set()  # nodes that somebody claimed to be without knowing the secret
         self._links: dict[int, Link] = {}
         self._facts: dict[int, NodeFacts] = {}
         self._skews_s: dict[int, float] = {}
@@ -44,6 +48,11 @@ class NodeLinks:
         """The nodes that have not joined."""
         return [name for rank, name in enumerate(self._topology.node_names) if rank not in self._links]
 
+    def explain_missing(self) -> str:
+        """What is known about why a node has not joined. A stranger may have said it, so no more than a hint."""
+        names = [self._topology.node_names[rank] for rank in sorted(self._refused) if rank not in self._links]
+        return f" (node {', '.join(names)} does not know this job's secret: {REMEDY})" if names else ""
+
     def find_cause(self) -> Outcome:
         return find_cause(list(self.outcomes.values()))
 
@@ -53,27 +62,36 @@ class NodeLinks:
         return have_reported and all(link.is_open for link in self._links.values())
 
     def accept_all(self) -> None:
-        """Accept whoever has connected; those that say they are nodes of this job become links."""
+        """Accept whoever has connected; those that prove to be nodes of this job become links."""
         with contextlib.suppress(OSError):  # raised once nobody is left in the queue
             while True:
-                self._strangers.append(Link(self._listener.accept()[0]))
-        for link in list(self._strangers):
+                link = Link(self._listener.accept()[0])
+                self._strangers[link] = random_text()
+                link.send(kind="challenge", nonce=self._strangers[link])
+        for link in list(self._strangers)[:-MAX_STRANGERS]:
+            link.close()
+        for link, asked in list(self._strangers.items()):
             message = link.receive_one()
             if message or not link.is_open:
-                self._strangers.remove(link)
+                del self._strangers[link]
             if message:
-                self._admit(link, message)
+                self._admit(link, asked, message)
 
-    def _admit(self, link: Link, hello: Message) -> None:
+    def _admit(self, link: Link, asked: str, hello: Message) -> None:
         """Make a link of a stranger that is a node of this job; close the connection to any other."""
         rank = hello.get("node_rank")
-        is_ours = hello["kind"] == "hello" and hello.get("job_id") == self._topology.job_id
+        is_ours = hello.get("job_id") == self._topology.job_id
+        if not (is_ours and isinstance(rank, int) and rank in range(self._topology.num_nodes)):
+            link.close()
+            return
+        if not (hello["kind"] == "hello" and is_signed_hello(self._secret, asked, hello)):
+            self._refused.add(rank)
+            link.close()
+            return
         try:
             facts = NodeFacts(**hello["facts"])
             skew_s = hello["clock_s"] - time.time()
-        except (KeyError, TypeError):
-            is_ours = False
-        if not (is_ours and isinstance(rank, int) and rank in range(self._topology.num_nodes)):
+        except (KeyError, TypeError):  # another version of this package
             link.close()
             return
         if rank in self._links:
@@ -82,6 +100,7 @@ class NodeLinks:
         self._links[rank] = link
         self._facts[rank] = facts
         self._skews_s[rank] = skew_s
+        link.send(kind="welcome", proof=sign_welcome(self._secret, str(hello.get("nonce")), asked))
         link.start_heartbeat(self._is_awake)
 
     def _name_node(self, rank: int) -> str:

@@ -1,6 +1,5 @@
 """How the ranks of one node are doing, judged from outside: from their files, their stacks and /proc."""
 
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +7,8 @@ from pathlib import Path
 from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome, find_cause
 from ptune_dist.cluster.processes import is_dead, process_state
 from ptune_dist.cluster.rank_files import Heartbeat, read_heartbeats, read_outcomes, stack_file
+from ptune_dist.cluster.stacks import find_busy_place
 
-# Code in which a rank waits for other ranks: in a collective, or on a GPU in the first read of its result.
-WAITING_CODE = ("/torch/distributed/", "/torch/cuda/", "/deepspeed/runtime/", "/ptune_dist/distributed/world.py")
 ABORTED = ": Fatal Python error: Aborted"
 SECONDS_FOR_OUTCOMES = 3.0  # after the first failure, for other ranks to report theirs
 
@@ -18,8 +16,9 @@ SECONDS_FOR_OUTCOMES = 3.0  # after the first failure, for other ranks to report
 class RankMonitor:
     """Finds the ranks of one node that are dead, frozen, hung or failed."""
 
-    def __init__(self, folder: Path, node: str, num_procs: int, start_timeout_s: float):
+    def __init__(self, folder: Path, node: str, num_procs: int, start_timeout_s: float, *, on_gpu: bool):
         self.num_procs = num_procs
+        self._on_gpu = on_gpu
         self.resumed_at = 0.0  # when the launcher itself continued after it was suspended
         self._folder = folder
         self._node = node
@@ -57,7 +56,7 @@ class RankMonitor:
         """The rank that the others wait for, judged by its stacks: the heartbeats of all ranks have stopped."""
         for beat in sorted(read_heartbeats(self._folder), key=lambda beat: beat.at):
             path = stack_file(self._folder, beat.rank)
-            place = find_busy_place(path.read_text(errors="replace")) if path.exists() else ""
+            place = find_busy_place(path.read_text(errors="replace"), on_gpu=self._on_gpu) if path.exists() else ""
             if place:
                 text = f"{self._describe_silence(beat, time.monotonic())}, in {place}"
                 return Outcome("stuck", text, beat.rank, self._node)
@@ -127,14 +126,3 @@ class RankMonitor:
             return None
         self._failed_at = self._failed_at or time.monotonic()
         return find_cause(failures) if time.monotonic() - self._failed_at > SECONDS_FOR_OUTCOMES else None
-
-
-def find_busy_place(stacks: str) -> str:
-    """Where a rank was busy when its fault handler wrote its stacks; "" if it was waiting for other ranks."""
-    found = re.search(r'^Current thread .*\n  File "(.*)", line (\d+) in (.*)', stacks, re.MULTILINE)
-    if not found:
-        return ""
-    file, line, function = found.groups()
-    if any(code in file for code in WAITING_CODE):
-        return ""
-    return f"{function} ({Path(file).name}, line {line})"

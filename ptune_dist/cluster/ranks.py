@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import psutil
 
+from ptune_dist.cluster.devices import NUM_GPUS
 from ptune_dist.cluster.link import OWN_PAUSE_S
 from ptune_dist.cluster.outcome import Outcome, find_cause
 from ptune_dist.cluster.processes import is_dead, send_signal, signal_on_parent_death
@@ -32,11 +33,14 @@ from ptune_dist.cluster.rank_files import (
     stack_file,
 )
 from ptune_dist.cluster.rank_monitor import RankMonitor
+from ptune_dist.cluster.secret import VARIABLE as SECRET
 
 SECONDS_FOR_STACKS = 3.0
 SECONDS_TO_END = 10.0
 SECONDS_TO_EXIT = 15.0  # after the last rank has recorded its outcome
 SECONDS_BETWEEN_CHECKS = 0.2
+# Of torch's CUDA allocator. torch 2.13 reads the first name, and the older second one with precedence over it.
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class RankLaunch:
     node_rank: int
     num_nodes: int
     num_procs: int
+    num_gpus: int  # that the node promises; 0: the ranks train on the CPU
     address: str  # of the head
     port: int  # of this attempt's store
     interface: str  # of the network between the nodes; "" leaves the choice to gloo
@@ -63,7 +68,9 @@ class Ranks:
         self._launch = launch
         memory = Path("/dev/shm")  # heartbeats should not wait for a disk
         self.folder, self._claim = create_node_folder(memory if memory.is_dir() else Path(tempfile.gettempdir()))
-        self._monitor = RankMonitor(self.folder, launch.node, launch.num_procs, launch.start_timeout_s)
+        self._monitor = RankMonitor(
+            self.folder, launch.node, launch.num_procs, launch.start_timeout_s, on_gpu=launch.num_gpus > 0
+        )
         self._copiers: list[threading.Thread] = []
         self._checked_at = time.monotonic()
         self._all_reported_at = 0.0
@@ -232,11 +239,21 @@ def build_environment(launch: RankLaunch, folder: Path) -> dict[str, str]:
         "PYTHONFAULTHANDLER": "1",
         "PYTHONUNBUFFERED": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # of each rank; by default up to 32
     }
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        defaults[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"  # varying lengths fragment fixed segments
     if launch.interface:
         defaults["GLOO_SOCKET_IFNAME"] = launch.interface
-    ours = {NODE_FOLDER: str(folder), NODE_NAME: launch.node, LAUNCHER_PID: str(os.getpid())}
-    return defaults | os.environ | ours
+    ours = {
+        NODE_FOLDER: str(folder),
+        NODE_NAME: launch.node,
+        LAUNCHER_PID: str(os.getpid()),
+        NUM_GPUS: str(launch.num_gpus),
+    }
+    env = defaults | os.environ | ours
+    env.pop(SECRET, None)  # of no use to ranks, and programs print their environment
+    return env
 
 
 def prepare_child() -> None:

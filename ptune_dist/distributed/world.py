@@ -15,9 +15,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from ptune_dist.cluster.devices import count_promised_gpus, describe_missing_gpus
 from ptune_dist.cluster.processes import signal_on_parent_death
-from ptune_dist.cluster.rank_files import node_folder
-from ptune_dist.errors import RunFault, UserError
+from ptune_dist.cluster.rank_files import NODE_NAME, node_folder
+from ptune_dist.errors import NodeFault, RunFault, UserError
 
 T = TypeVar("T")
 
@@ -36,20 +37,38 @@ class World:
 
 
 def init_distributed() -> World:
-    """Join the process group: NCCL with a GPU per local rank, gloo without. Collective: every rank must call."""
+    """Join the process group: NCCL with a GPU per local rank, gloo without. Collective: every rank must call.
+
+    Raises NodeFault if the node has GPUs that torch does not see.
+    """
     if "RANK" not in os.environ:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         os.environ.update({name: str(value) for name, value in alone.items()})
     if "TORCHELASTIC_RUN_ID" in os.environ and node_folder() is None:  # no rank continues alone
         signal_on_parent_death(signal.SIGTERM)
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    device = find_device()
     if not dist.is_initialized():
         start_process_group(device)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def find_device() -> torch.device:
+    """This rank's GPU, which becomes the current one; the CPU on a node without GPUs. Raises NodeFault."""
+    node = os.environ.get(NODE_NAME) or socket.gethostname()
+    if not torch.cuda.is_available():
+        num_gpus = count_promised_gpus()
+        if num_gpus:
+            text = describe_missing_gpus(num_gpus, torch.__version__, torch.version.cuda)
+            raise NodeFault(f"node {node} has {text}", node)
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if number >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        num_ranks = os.environ.get("LOCAL_WORLD_SIZE", number + 1)
+        raise NodeFault(f"node {node} has {found} GPUs for {num_ranks} ranks: set PTUNE_PROCS={found}", node)
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
 
 
 def start_process_group(device: torch.device) -> None:

@@ -6,6 +6,7 @@ A launcher (`launch/run.sh`) watches from outside. Without one, a timer inside t
 import contextlib
 import faulthandler
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -34,14 +35,30 @@ SECONDS_TO_SAVE_ALONE = 20.0  # after the launcher, and perhaps other ranks, hav
 SECONDS_BETWEEN_TIMERS = 1.0
 STOPPED_REASON = "stopped on request, after saving"
 NEVER_S = 10 * 365 * 86400.0
-# Fragments of what gloo and NCCL say when another rank has gone away.
+# Fragments of what gloo, NCCL and torch's store say when another rank has gone away.
 LOST_PEER_MESSAGES = (
     "gloo/transport",
     "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
     "ncclRemoteError",
+    "ncclSystemError",  # older versions of NCCL say this for a lost peer too
+    "remote process exit",
+    "NCCL communicator was aborted",
+    "Socket Timeout",
     "recvValue",
     "heartbeat monitor",
 )
+# Fragments of what torch, cuBLAS, cuDNN and NCCL say when memory has run out.
+GPU_MEMORY_MESSAGES = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",
+    "Failed to CUDA calloc",
+)
+CPU_MEMORY_MESSAGES = ("can't allocate memory", "not enough memory: you tried to allocate")
 
 
 class Watch:
@@ -134,7 +151,8 @@ class Watch:
 def report_outcome(function: Callable[[], int]) -> int:
     """Call `function` and return its exit status; a launcher, if there is one, learns how it ended.
 
-    Under a launcher a known outcome has status 0, since torchrun takes any other for a crash.
+    Under a launcher a known outcome has status 0, since torchrun takes any other for a crash. A lack of memory becomes
+    a RunFault, which is reported in one line, except under a bare torchrun, where only rank 0 could report it.
     """
     if node_folder():  # until `Watch` takes over there is nothing to save, and requests to stop are ignored
         signal_on_parent_death(signal.SIGKILL)
@@ -143,7 +161,11 @@ def report_outcome(function: Callable[[], int]) -> int:
     try:
         status = function()
     except BaseException as error:
-        record_outcome(describe_error(error))
+        outcome = describe_error(error)
+        record_outcome(outcome)
+        is_reported = node_folder() is not None or os.environ.get("WORLD_SIZE", "1") == "1"
+        if outcome.kind == "fault" and is_reported and not isinstance(error, RunFault):
+            raise RunFault(outcome.reason) from error
         raise
     record_outcome(Outcome(STOPPED, STOPPED_REASON) if status == 75 else Outcome(DONE))
     return status if node_folder() is None else 0
@@ -187,5 +209,24 @@ def describe_error(error: BaseException) -> Outcome:
         return Outcome("fault", text, node=getattr(error, "node", ""))
     if isinstance(error, KeyboardInterrupt):
         return Outcome("ended", "interrupted")
-    is_lost = any(message in text for message in LOST_PEER_MESSAGES)
-    return Outcome("lost" if is_lost else "error", f"{type(error).__name__}: {text[:300]}")
+    if names_any(text, CPU_MEMORY_MESSAGES):
+        return describe_lack_of_memory("memory", text)
+    if names_any(text, GPU_MEMORY_MESSAGES):
+        return describe_lack_of_memory("GPU memory", text)
+    kind = "lost" if names_any(text, LOST_PEER_MESSAGES) else "error"
+    return Outcome(kind, f"{type(error).__name__}: {text[:300]}")
+
+
+def names_any(text: str, messages: tuple[str, ...]) -> bool:
+    return any(message in text for message in messages)
+
+
+def describe_lack_of_memory(what: str, text: str) -> Outcome:
+    """A fault, since it would happen again: a restart computes the same batch."""
+    rank = os.environ.get("RANK", "0")
+    node = os.environ.get(NODE_NAME, "")
+    where = f"rank {rank} on node {node}" if node else f"rank {rank}"
+    amount = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+    detail = f" (tried to allocate {amount[1]})" if amount else ""
+    remedy = "lower train.micro_batch_tokens, or use more ranks with ZeRO-3, model.quantization=int8 or offload_param"
+    return Outcome("fault", f"{where} ran out of {what}{detail}: {remedy}")

@@ -192,9 +192,12 @@ class Cluster:
         facts = " ".join(f"{key}={value}" for key, value in self.facts(job).items())
         return f"job {job} did not reach {expected}\n{facts}\n{self.log(job)[-3000:]}"
 
-    def cancel(self, job: str, signal: str | None = None) -> None:
-        """Cancel a job, or only send a signal ("USR2") to every process of its steps, but not to its batch script."""
-        self.ask("scancel", *([f"--signal={signal}"] if signal else []), job)
+    def cancel(self, job: str, signal: str | None = None, *options: str) -> None:
+        """Cancel a job, or only send a signal ("USR2") to every process of its steps, but not to its batch script.
+
+        options: "--batch" sends it to the batch script alone, as --signal=B:USR2@300 does, "--full" to all of these.
+        """
+        self.ask("scancel", *([f"--signal={signal}"] if signal else []), *options, job)
 
     def requeue(self, job: str) -> None:
         self.ask("scontrol", "requeue", job)

@@ -35,7 +35,7 @@ def test_a_job_saves_on_each_request_to_stop_resumes_bitwise_and_is_not_repeated
     run.submit(PTUNE_MAX_IDLE_STARTS=5)
 
     run.wait_for(lambda: len(run.processes("rank")) == 2, PATIENCE_S, "two ranks")  # before the first step
-    cluster.cancel(run.job, "USR2")
+    cluster.cancel(run.job, "USR2", "--full")
     assert wait_for_stop(run) == 0 and run.checkpoint_steps() == []
 
     run.wait_for_step(EVALUATED, restarts=1)
@@ -105,9 +105,9 @@ def copy_as_of_oldest_checkpoint(source: Run, target: Run) -> int:
 @pytest.mark.long
 @pytest.mark.extended
 def test_a_job_saves_and_is_requeued_at_its_time_limit(cluster: Cluster, tmp_path: Path):
-    """Slurm checks the limits every 30 s, so --signal=USR2@30 arrives 60 to 90 s after the start."""
+    """Slurm checks the limits every 30 s, so --signal=B:USR2@30 arrives 60 to 90 s after the start."""
     run = Run(cluster, tmp_path / "limited", train={"max_steps": 20_000}, checkpoint={"every": 0})
-    run.submit(options=["--time=2", "--signal=USR2@30"])
+    run.submit(options=["--time=2", "--signal=B:USR2@30"])
     run.wait_for(lambda: run.num_lines >= 5, PATIENCE_S, "step 5")
     assert wait_for_stop(run) >= 5
     assert run.checkpoint_steps() == [run.status["step"]]

@@ -11,12 +11,14 @@ from ptune_dist.cluster.head import Head, Limits
 from ptune_dist.cluster.link import connect, listen
 from ptune_dist.cluster.node_facts import NodeFacts
 from ptune_dist.cluster.outcome import STOPPED_EARLY, Outcome
+from ptune_dist.cluster.secret import sign_hello
 from ptune_dist.cluster.topology import Topology
 from ptune_dist.config.load import load_config
 from ptune_dist.run.status import read_status
 from tests.conftest import write_config
 
 NAMES = ("a", "b")
+SECRET = "of the test, for all its nodes"
 KILLED = Outcome("killed", "rank 1 was killed", 1, "b")
 
 
@@ -31,21 +33,29 @@ class FakeNode(threading.Thread):
         self.received: list[str] = []
         self.outcome: Outcome | None = None
         self.is_running = False
+        self.is_admitted = False
         self.link = connect("127.0.0.1", port)
         own_facts = NodeFacts(NAMES[rank], **({"num_procs": 1, "free_bytes": 1 << 40} | facts))
-        self.link.send(kind="hello", node_rank=rank, job_id="7", facts=own_facts.message(), clock_s=time.time())
+        who = {"node_rank": rank, "job_id": "7", "facts": own_facts.message()}
+        self.hello = {"kind": "hello", **who, "nonce": "asked of the head"}
         self.start()
 
     def run(self) -> None:
         while self.outcome is None and self.link.is_open:
             for message in self.link.receive():
-                self.received.append(message["kind"])
+                if message["kind"] not in ("challenge", "welcome"):
+                    self.received.append(message["kind"])
                 self.obey(message)
-            self.link.send(kind="beat", clock_s=time.time())
+            if self.is_admitted:
+                self.link.send(kind="beat", clock_s=time.time())
             time.sleep(0.02)
 
     def obey(self, message: dict[str, Any]) -> None:
-        if message["kind"] == "start":
+        if message["kind"] == "challenge":
+            self.link.send(**sign_hello(SECRET, message["nonce"], self.hello | {"clock_s": time.time()}))
+        elif message["kind"] == "welcome":
+            self.is_admitted = True
+        elif message["kind"] == "start":
             self.starts.append((message["address"], message["port"]))
             self.is_running = True
             self.react(self.reactions.pop(0))
@@ -96,7 +106,7 @@ class Job:
         self.port = listener.getsockname()[1]
         topology = Topology("variables", "7", num_nodes, 0, "x", self.port, NAMES[:num_nodes], 1, 0)
         limits = Limits(start_timeout_s=start_timeout_s, silence_s=silence_s, max_restarts=max_restarts)
-        self.head = Head(listener, topology, self.config, limits, is_check=False)
+        self.head = Head(listener, topology, self.config, limits, secret=SECRET, is_check=False)
         self.head.start()
 
     def play(self, *scripts: list, **facts: object) -> list[FakeNode]:

@@ -1,8 +1,6 @@
 """What the head decides about nodes that are only simulated: who is started, ended, and started again."""
 
 import fcntl
-import json
-import socket
 import threading
 import time
 from pathlib import Path
@@ -11,10 +9,11 @@ import pytest
 
 from ptune_dist.cluster import head as head_module
 from ptune_dist.cluster.head import Head
-from ptune_dist.cluster.link import connect
+from ptune_dist.cluster.link import Link, connect
 from ptune_dist.cluster.node_facts import NodeFacts
 from ptune_dist.cluster.outcome import DONE, STOPPED, STOPPED_EARLY, Outcome
-from tests.launcher.fake_nodes import KILLED, FakeNode, Job
+from ptune_dist.cluster.secret import sign_hello
+from tests.launcher.fake_nodes import KILLED, SECRET, FakeNode, Job
 
 
 def test_all_nodes_start_at_one_address_and_learn_the_same_outcome(tmp_path: Path):
@@ -75,10 +74,21 @@ def test_a_silent_node_ends_the_job(tmp_path: Path):
     job = Job(tmp_path)
     silent = connect("127.0.0.1", job.port)
     facts = NodeFacts("b", num_procs=1, free_bytes=1 << 40).message()
-    silent.send(kind="hello", node_rank=1, job_id="7", facts=facts, clock_s=time.time())
+    hello = {"kind": "hello", "node_rank": 1, "job_id": "7", "facts": facts, "clock_s": time.time(), "nonce": ""}
+    silent.send(**sign_hello(SECRET, wait_for_challenge(silent), hello))
     (a,) = job.play(["wait"])
     assert (a.outcome.kind, a.outcome.node) == ("unreachable", "b")
     assert "has not been heard from for 2 s" in a.outcome.reason
+
+
+def wait_for_challenge(link: Link) -> str:
+    """What the head asks a newcomer to prove with."""
+    message = link.receive_one()
+    while message is None:
+        time.sleep(0.01)
+        message = link.receive_one()
+    assert message["kind"] == "challenge"
+    return message["nonce"]
 
 
 def test_after_a_request_to_stop_nothing_is_restarted(tmp_path: Path):
@@ -176,17 +186,6 @@ def test_two_launchers_of_the_same_number_are_a_mistake(tmp_path: Path):
     job.head.join(10)
     other.join(5)
     assert other.outcome.reason == "two launchers claim to be node a, number 0"
-
-
-def test_strangers_are_ignored(tmp_path: Path):
-    job = Job(tmp_path)
-    strangers = [socket.create_connection(("127.0.0.1", job.port)) for _ in range(4)]
-    wrong_job = {"kind": "hello", "node_rank": 0, "job_id": "8", "facts": {}, "clock_s": 0}
-    strangers[0].sendall(b"GET / HTTP/1.0\n")
-    strangers[1].sendall(b"7\n")
-    strangers[2].sendall(json.dumps(wrong_job).encode() + b"\n")
-    a, b = job.play([Outcome(DONE)], [Outcome(DONE)])
-    assert a.outcome.kind == b.outcome.kind == DONE
 
 
 def test_a_run_that_another_job_trains_is_refused_and_keeps_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

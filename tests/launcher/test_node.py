@@ -4,7 +4,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +16,59 @@ from ptune_dist.cluster.link import Link, listen
 from ptune_dist.cluster.node import Node, NodeJob
 from ptune_dist.cluster.node_facts import NodeFacts
 from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome
+from ptune_dist.cluster.secret import is_signed_hello, sign_welcome
 from ptune_dist.cluster.stop_requests import StopRequests
 from ptune_dist.cluster.topology import Topology
 from ptune_dist.run.status import begin_status, end_status, read_status
 
+SECRET = "of the test, for all its nodes"
 LIMITS = Limits(start_timeout_s=5.0, silence_s=1.0, max_restarts=0)
 
 
 class FakeHeads(threading.Thread):
     """Accepts one node after another; each script is a function of a link that has sent its hello."""
 
-    def __init__(self, *scripts: Callable[[Link], Any]):
+    def __init__(self, *scripts: Callable[[Link], Any], admits: Sequence[bool] | None = None):
+        """admits: for each script whether the head proves that it knows the secret; by default it does."""
         super().__init__(daemon=True)
         self.listener = listen(0, "127.0.0.1")
         self.listener.settimeout(5.0)
         self.port = self.listener.getsockname()[1]
         self.scripts = scripts
+        self.admits = admits or [script is not Link.close for script in scripts]
         self.hellos: list[dict[str, Any]] = []
         self.start()
 
     def run(self) -> None:
-        for script in self.scripts:
+        for script, admits in zip(self.scripts, self.admits, strict=True):
             link = Link(self.listener.accept()[0])
+            link.send(kind="challenge", nonce="asked of the node")
             hello = link.receive_one()
             while hello is None:
                 time.sleep(0.01)
                 hello = link.receive_one()
+            assert is_signed_hello(SECRET, "asked of the node", hello)
             self.hellos.append(hello)
+            if admits:
+                link.send(kind="welcome", proof=sign_welcome(SECRET, hello["nonce"], "asked of the node"))
             script(link)
 
 
-def make_node(port: int, run_dir: Path, requests: StopRequests | None = None, limits: Limits = LIMITS) -> Node:
-    """Node b, whose head is node a."""
+def make_node(
+    port: int, run_dir: Path, requests: StopRequests | None = None, limits: Limits = LIMITS, **settings: Any
+) -> Node:
+    """Node b, whose head is node a. `settings`: other fields of NodeJob."""
     job = NodeJob(
         topology=Topology("variables", "7", 2, 1, "127.0.0.1", port, ("a", "b"), 1, 0),
-        facts=NodeFacts("b", num_procs=1),
+        facts=NodeFacts("b", num_procs=1, free_bytes=1 << 40),
         command=["train", "c"],
         run_dir=run_dir,
         limits=limits,
         port=port,
+        find_secret=lambda: SECRET,
         ends_with_parent=False,
     )
+    job = replace(job, **settings)
     return Node(job, requests or StopRequests())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ptune_dist.cluster import node_facts
-from ptune_dist.cluster.node_facts import NodeFacts, count_procs, gather_facts, judge_facts
+from ptune_dist.cluster.node_facts import NodeFacts, gather_facts, judge_facts
 from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
@@ -82,34 +82,30 @@ def test_a_wrong_clock_is_named(skews_s: list[int], named: tuple[str, str] | Non
 
 def test_equal_configs_have_equal_digests(tmp_path: Path):
     path = write_config(tmp_path / "c.yaml")
-    one, same = (gather_facts(name, load_config(path), 1) for name in ("a", "b"))
-    other = gather_facts("c", load_config(path, ["seed=1"]), 1)
+    one, same = (gather_facts(name, load_config(path), 1, 0) for name in ("a", "b"))
+    other = gather_facts("c", load_config(path, ["seed=1"]), 1, 0)
     assert one.config_digest == same.config_digest != other.config_digest
     assert judge_facts([one, same], [0, 0], "") is None
     assert one.free_bytes > 0 and "torch 2" in one.versions  # output_dir need not exist yet
 
 
-@pytest.mark.parametrize(
-    ("visible", "number"), [("0,1,2", 3), ("", 1), ("-1", 1), ("GPU-8a,GPU-8b", 2), ("MIG-GPU-1/2/3", 1)]
-)
-def test_there_is_one_process_per_visible_gpu(monkeypatch: pytest.MonkeyPatch, visible: str, number: int):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert count_procs(None) == number
-    assert count_procs(5) == 5
+def test_there_is_one_process_per_gpu_unless_a_number_is_requested(tmp_path: Path):
+    config = load_config(write_config(tmp_path / "c.yaml"))
+    for requested, num_gpus, num_procs in ((None, 0, 1), (None, 1, 1), (None, 8, 8), (5, 0, 5), (2, 8, 2)):
+        facts = gather_facts("a", config, requested, num_gpus)
+        assert (facts.num_procs, facts.num_gpus) == (num_procs, num_gpus)
 
 
-def test_nvidia_smi_counts_the_gpus_and_without_it_there_is_one_process(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def test_only_a_node_with_gpus_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = load_config(write_config(tmp_path / "c.yaml"))
+    monkeypatch.setenv("CC", "")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert count_procs(None) == 1
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-1)'\necho 'GPU 1: H100'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    assert count_procs(None) == 2
+    assert gather_facts("a", config, 1, 0).num_gpus == 0
+    with pytest.raises(UserError, match="Triton needs a C compiler, and there is no gcc or clang: install gcc"):
+        gather_facts("a", config, 1, 1)
 
 
 def test_a_missing_package_is_a_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(node_facts, "PACKAGES", ("torch", "no-such-package"))
     with pytest.raises(UserError, match="no-such-package is not installed"):
-        gather_facts("a", load_config(write_config(tmp_path / "c.yaml")), 1)
+        gather_facts("a", load_config(write_config(tmp_path / "c.yaml")), 1, 0)

@@ -2,52 +2,47 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ptune_dist.cluster.processes import process_state
-from ptune_dist.cluster.rank_monitor import find_busy_place
-from ptune_dist.cluster.ranks import copy_lines, to_file_name, wait_until_written
-
-STACKS = """Fatal Python error: Aborted
-
-Thread 0x00007f507ffff6c0 (most recent call first):
-  File "/usr/lib/python3.11/threading.py", line 331 in wait
-
-Current thread 0x00007fb6a5fcab80 (most recent call first):
-  File "{file}", line 18 in {function}
-  File "/venv/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", line 4287 in all_gather
-  File "/repository/ptune_dist/train.py", line 121 in run_steps
-"""
+from ptune_dist.cluster.rank_files import HeartbeatFile, stack_file
+from ptune_dist.cluster.rank_monitor import RankMonitor
+from ptune_dist.cluster.ranks import RankLaunch, build_environment, copy_lines, to_file_name, wait_until_written
 
 
-@pytest.mark.parametrize(
-    ("file", "function", "place"),
-    [
-        ("/home/me/plugin.py", "sleep_forever", "sleep_forever (plugin.py, line 18)"),
-        ("/venv/lib/python3.11/site-packages/torch/nn/functional.py", "linear", "linear (functional.py, line 18)"),
-        ("/venv/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", "all_reduce", ""),
-        ("/repository/ptune_dist/distributed/world.py", "sum_over_ranks", ""),  # .tolist() of what NCCL still reduces
-    ],
-)
-def test_a_waiting_rank_is_told_from_a_busy_one(file: str, function: str, place: str):
-    assert find_busy_place(STACKS.format(file=file, function=function)) == place
+def make_launch(folder: Path, num_gpus: int) -> RankLaunch:
+    return RankLaunch(["train", "c.yaml"], folder, "7", "n0", 0, 1, 2, num_gpus, "127.0.0.1", 1, "", 1.0)
 
 
-@pytest.mark.parametrize("text", ["", "Fatal Python error: Segmentation fault\n", "Current thread 0x1"])
-def test_without_a_stack_no_place_is_found(text: str):
-    assert find_busy_place(text) == ""
+def test_a_rank_gets_defaults_that_a_users_settings_win_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCHINDUCTOR_COMPILE_THREADS", "PTUNE_NUM_GPUS")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    env = build_environment(make_launch(tmp_path, num_gpus=2), tmp_path)
+    assert [env.get(name) for name in names] == ["expandable_segments:True", None, "4", "2"]
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    for name in names[:2]:  # torch reads both
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "max_split_size_mb:512")
+            env = build_environment(make_launch(tmp_path, num_gpus=0), tmp_path)
+            other = next(each for each in names[:2] if each != name)
+            assert env[name] == "max_split_size_mb:512" and other not in env
+            assert (env["TORCHINDUCTOR_COMPILE_THREADS"], env["PTUNE_NUM_GPUS"]) == ("1", "0")
 
 
-def test_the_output_of_the_real_fault_handler_is_understood(tmp_path: Path):
-    script = (
-        "import faulthandler, os\ndef busy():\n    os.abort()\nfaulthandler.enable(open('stack.txt', 'w'))\nbusy()\n"
-    )
-    (tmp_path / "script.py").write_text(script)
-    subprocess.run([sys.executable, "script.py"], cwd=tmp_path)
-    assert find_busy_place((tmp_path / "stack.txt").read_text()) == "busy (script.py, line 3)"
+def test_a_rank_that_may_wait_for_its_gpu_is_not_called_stuck(tmp_path: Path):
+    """The main thread is in a backward pass, and the node's launcher knows that the ranks are on GPUs."""
+    HeartbeatFile(tmp_path, 3).write(12, 0.0)
+    recorded = Path(__file__).parent / "stacks" / "backward.txt"
+    stack_file(tmp_path, 3).write_bytes(recorded.read_bytes())
+    assert RankMonitor(tmp_path, "n0", 1, 60.0, on_gpu=True).find_stuck() is None
+    stuck = RankMonitor(tmp_path, "n0", 1, 60.0, on_gpu=False).find_stuck()
+    assert (stuck.kind, stuck.rank) == ("stuck", 3) and "_engine_run_backward (graph.py" in stuck.reason
+    stack_file(tmp_path, 3).write_bytes((recorded.parent / "backward_in_a_hook.txt").read_bytes())
+    stuck = RankMonitor(tmp_path, "n0", 1, 60.0, on_gpu=True).find_stuck()
+    assert stuck.reason.endswith("after step 12, in clip_by_disk (plugin.py, line 18)")
 
 
 def test_the_state_of_a_process():

@@ -95,6 +95,22 @@ def test_each_fault_of_a_rank_is_named_and_the_ranks_are_restarted_up_to_the_lim
 
 
 @pytest.mark.long
+def test_a_lack_of_gpu_memory_ends_the_job_in_one_line_and_is_not_restarted(tmp_path: Path):
+    config = write_config(tmp_path / "c.yaml", train={"max_steps": 100_000})
+    plan = tmp_path / "plan"
+    plan.write_text("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB")
+    nodes = Nodes(tmp_path, config, names="a", PYTHONPATH=SABOTEUR, PTUNE_TEST_FAULT=plan)
+    nodes.wait_for_steps()
+    nodes.ranks()[1].send_signal(signal.SIGUSR1)
+    assert nodes.wait(30) == [1], nodes.output
+    expected = "rank 1 on node a ran out of GPU memory (tried to allocate 2.50 GiB): lower train.micro_batch_tokens"
+    assert nodes.output.splitlines()[-1].startswith(f"launcher: fault: {expected}")
+    assert "ZeroDivisionError" not in nodes.output  # the saboteur's; rank 0 may report that it has lost a peer
+    assert "in place" not in nodes.output
+    assert (nodes.status["kind"], nodes.status["rank"], nodes.status["restarts"]) == ("fault", 1, 0)
+
+
+@pytest.mark.long
 def test_ctrl_c_saves_a_second_one_ends_and_a_killed_launcher_leaves_no_process(tmp_path: Path):
     config = write_config(tmp_path / "c.yaml", train={"max_steps": 100_000})
     nodes = Nodes(tmp_path, config)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.cluster.rank_files import read_heartbeats, read_outcomes, request_stop
@@ -213,12 +214,71 @@ def test_an_orphan_that_cannot_save_is_ended_after_a_while(tmp_path: Path):
         (RuntimeError(), Outcome("error", "RuntimeError: RuntimeError")),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"), Outcome("lost")),
         (RuntimeError("NCCL error: ncclRemoteError"), Outcome("lost")),
+        (RuntimeError("NCCL communicator was aborted on rank 1. "), Outcome("lost")),
+        (RuntimeError("NCCL error: remote process exited or there was a network error, NCCL"), Outcome("lost")),
+        (RuntimeError("ncclSystemError: System call (e.g. socket, malloc) or external library"), Outcome("lost")),
+        (RuntimeError("A call failed possibly due to a network error or a remote process exiting"), Outcome("lost")),
+        (RuntimeError("ncclInvalidUsage: This usually reflects invalid usage of NCCL"), Outcome("error")),
     ],
 )
 def test_each_exception_has_its_outcome(error: BaseException, outcome: Outcome):
     found = describe_error(error)
     assert found.kind == outcome.kind and found.node == outcome.node
     assert not outcome.reason or found.reason == outcome.reason
+
+
+# As torch 2.13, cuBLAS and NCCL write them.
+CUDA_OOM = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.1 GiB of which 1.2 GiB is free. "
+    "Including non-PyTorch memory, this process has 77.89 GiB memory in use."
+)
+NCCL_OOM = "ncclUnhandledCudaError: Call to CUDA function failed. Last error: Cuda failure 2 'out of memory'"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            CUDA_OOM,
+            "rank 3 on node n1 ran out of GPU memory (tried to allocate 2.50 GiB): lower train.micro_batch_tokens",
+        ),
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "rank 3 on node n1 ran out of GPU ",
+        ),
+        (NCCL_OOM, "rank 3 on node n1 ran out of GPU memory: lower train.micro_batch_tokens, or use more ranks"),
+        (
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 45 bytes.",
+            "rank 3 on node n1 ran out of mem",
+        ),
+    ],
+)
+def test_a_lack_of_memory_is_a_fault_that_names_the_key(folder: Path, text: str, reason: str):
+    """Also where another rank sends it as text, and a RunFault, so that it is reported in one line."""
+    for error in (torch.OutOfMemoryError(text), RuntimeError(f"Traceback\n ... torch.OutOfMemoryError: {text}")):
+
+        def fail(error: Exception = error) -> int:
+            raise error
+
+        with pytest.raises(RunFault, match="train.micro_batch_tokens"):
+            report_outcome(fail)
+        (outcome,) = read_outcomes(folder).values()
+        assert (outcome.kind, outcome.rank, outcome.node) == ("fault", 3, "n1")
+        assert outcome.reason.startswith(reason)
+
+
+def test_under_a_bare_torchrun_the_rank_that_lacks_memory_shows_its_own_error(monkeypatch: pytest.MonkeyPatch):
+    """Only rank 0 reports in one line, and it may not be the one."""
+
+    def fail() -> int:
+        raise torch.OutOfMemoryError(CUDA_OOM)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(torch.OutOfMemoryError):
+        report_outcome(fail)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RunFault, match="rank 0 ran out of GPU memory"):
+        report_outcome(fail)
 
 
 @pytest.mark.parametrize(("status", "kind"), [(0, "done"), (75, "stopped")])

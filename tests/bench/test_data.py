@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from ptune_dist.base.source import load_shape, load_tokenizer
-from ptune_dist.bench.data import LENGTHS, SHAPE, build_tokenizer, count_tokens, split_docstring, write_rows
+from ptune_dist.bench.data import LENGTHS, build_tokenizer, count_tokens, split_docstring, write_rows
+from ptune_dist.bench.shapes import TOKENIZER
 from tests.processes import ROOT
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(str(ROOT / SHAPE), load_shape(str(ROOT / SHAPE)))
+    return load_tokenizer(str(ROOT / TOKENIZER), load_shape(str(ROOT / TOKENIZER)))
 
 
 def read_rows(path) -> list[dict[str, str]]:

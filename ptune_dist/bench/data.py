@@ -51,7 +51,7 @@ def count_tokens(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
 
 
 def build_full_rows(rows: list[dict[str, str]], lengths: list[int], seed: int) -> list[dict[str, str]]:
-    """Rows of nearly FULL_TOKENS tokens: the bodies of a random order of rows, as many as fit, to summarize the first."""
+    """Rows of nearly FULL_TOKENS tokens: bodies of rows in a random order, as many as fit, to summarize the first."""
     chooser = random.Random(seed)
     full = []
     for _ in range(NUM_FULL_ROWS):

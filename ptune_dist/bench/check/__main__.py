@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from ptune_dist.bench.check.folder import FAILED, CheckFolder, part_status
 from ptune_dist.bench.check.page import write_page
-from ptune_dist.bench.check.plan import Part, Values, load_plan, select_parts
+from ptune_dist.bench.check.plan import Part, Values, load_parts, select_parts
 from ptune_dist.bench.check.runner import Runner
 from ptune_dist.errors import RunFault, UserError
 
@@ -59,8 +60,8 @@ def check(parsed: argparse.Namespace, began: float) -> int:
     machine = read_machine(scratch)
     gpus = machine["hardware"]["gpus"]
     is_tiny = parsed.tiny or not gpus
-    plan = load_plan(parsed.plan, is_tiny=is_tiny, changes=parse_values(parsed.set), num_repeats=parsed.repeats)
-    parts = select_parts(plan.parts, parsed.parts)
+    every = load_parts(parsed.plan, is_tiny=is_tiny, changes=parse_values(parsed.set), num_repeats=parsed.repeats)
+    parts = select_parts(every, parsed.parts)
     folder = CheckFolder((parsed.out or default_folder(gpus, is_tiny, scratch)).absolute())
     if parsed.again:
         for part in parts:
@@ -70,12 +71,13 @@ def check(parsed: argparse.Namespace, began: float) -> int:
         list_parts(parts, folder, console)
         return DONE_STATUS
     runner = Runner(folder, scratch, began + 60 * parsed.minutes, len(gpus), machine, console)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: with a valid folder, no processes
     is_interrupted = False
     try:
         runner.run(parts)
     except KeyboardInterrupt:
         is_interrupted = True
-    write_page(plan.parts, folder, machine, plan.published)
+    write_page(every, folder, machine)
     console.print(f"figures: {folder.path / 'README.md'}", highlight=False, markup=False, soft_wrap=True)
     if is_interrupted:
         return INTERRUPTED_STATUS

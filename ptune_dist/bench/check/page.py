@@ -9,13 +9,15 @@ from ptune_dist.bench.harness import check_agreement, compare_sides, summarize
 from ptune_dist.bench.report import COLUMNS, case_rows, describe_agreement, describe_where
 
 CHART = "speeds.png"
+IN_JSON_ONLY = ("loss_curve", "passed_tests")
 
 
-def write_page(parts: list[Part], folder: CheckFolder, machine: dict[str, Any], published: dict[str, float]) -> None:
-    """Write README.md and, if a benchmark has been run, the chart. `published` is a name and tokens/s of others."""
+def write_page(parts: list[Part], folder: CheckFolder, machine: dict[str, Any]) -> None:
+    """Write README.md and, if a benchmark has been run, the chart. `machine` is that of this call."""
     records = {part.name: folder.records(part) for part in parts}
     cases = {part.name: build_cases(part, records[part.name]) for part in parts if part.matrix}
     lines = ["# First hour on a GPU", "", describe_where(machine), "", *overview(parts, records), ""]
+    published = {label: speed for part in parts for label, speed in part.published.items()}
     if draw_speeds(find_bars(cases), published, folder.path / CHART):
         lines += [f"![tokens per second of every side]({CHART})", ""]
     for part in parts:
@@ -49,6 +51,7 @@ def render_part(part: Part, records: dict[str, StepRecord], cases: list[dict[str
     lines = [f"## {part.name}", "", part.about, ""]
     for case in cases:
         lines += render_case(case, part.matrix.baseline if part.matrix else None)
+        lines += compare_with_published(case, part.published)
     if not part.matrix:
         for record in records.values():
             lines += render_result(record.result)
@@ -105,8 +108,20 @@ def render_case(case: dict[str, Any], baseline: str | None) -> list[str]:
     return [*lines, f"- {agreement}", ""] if agreement else lines
 
 
+def compare_with_published(case: dict[str, Any], published: dict[str, float]) -> list[str]:
+    """A line for each side and each figure of others."""
+    lines = [
+        f"- {side}: {figures['tokens_per_s']['median'] / speed:.2f}x the {speed:,.0f} tokens/s of {label}"
+        for label, speed in published.items()
+        for side, figures in case["sides"].items()
+        if "tokens_per_s" in figures
+    ]
+    return [*lines, ""] if lines else []
+
+
 def render_result(result: dict[str, Any]) -> list[str]:
     """A result of any form: numbers and texts as one table, lists of mappings and mappings as tables of their own."""
+    result = {k: v for k, v in result.items() if k not in IN_JSON_ONLY}
     plain = {k: v for k, v in result.items() if isinstance(v, (int, float, str)) and v != ""}
     lines = (
         [*table([["figure", "value"], ["---", "---:"], *([k, show(v)] for k, v in plain.items())]), ""] if plain else []

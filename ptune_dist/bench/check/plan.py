@@ -1,8 +1,9 @@
 """The parts of a check, read from a YAML file and expanded into steps: one step is one command with a result JSON.
 
 A part has either a command of its own or some cases of a benchmark matrix; there each run of a side is a step. The
-placeholders of commands are those of matrices, with `gpus` (how many there are, at least 1) and `out` (the folder of
-the check). Values from the file's `tiny` section replace all others when there is no GPU.
+placeholders of commands are those of matrices, with `gpus` (how many there are, at least 1), `out` (the folder of the
+check) and `before` (a JSON file with what this step had found when an earlier call cut it). Values from the file's
+`tiny` section replace all others when there is no GPU.
 """
 
 from collections.abc import Mapping
@@ -13,24 +14,24 @@ from typing import Annotated
 from pydantic import Field, ValidationError, model_validator
 
 from ptune_dist.bench.matrix import Case, Matrix, Name, fill_command, load_matrix
-from ptune_dist.config.schema import NotNegative, Section
+from ptune_dist.config.schema import Section
 from ptune_dist.config.yaml_file import read_yaml
 from ptune_dist.errors import UserError
 
 Values = dict[str, str | int | float]
-BUILT_IN = ("python", "result", "work", "shared", "repeat", "gpus", "out")
+BUILT_IN = ("python", "result", "work", "shared", "repeat", "gpus", "out", "before")
 
 
 class PartSection(Section):
     name: Name
     about: str
     minutes: Annotated[float, Field(gt=0)]  # of one step on an H100
-    min_gpus: NotNegative = 0
     values: Values = {}
     prepare: list[str] = []
     command: str | None = None
     matrix: str | None = None
     cases: list[str] = []  # of the matrix; default: all
+    published: dict[str, float] = {}  # label -> tokens/s of others, with which the part is compared
 
     @model_validator(mode="after")
     def check_kind(self) -> "PartSection":
@@ -43,7 +44,6 @@ class CheckSection(Section):
     values: Values  # placeholder -> its replacement, for every part
     tiny: Values  # replaces any other value if there is no GPU
     tiny_minutes: Annotated[float, Field(gt=0)]  # of any step with tiny values
-    published: dict[str, float] = {}  # label -> tokens/s of others, for the chart
     parts: Annotated[list[PartSection], Field(min_length=1)]
 
 
@@ -73,16 +73,10 @@ class Part:
     steps: list[Step]
     prepare: list[Step] = field(default_factory=list)
     matrix: Matrix | None = None
-    min_gpus: int = 0
+    published: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Plan:
-    parts: list[Part]
-    published: dict[str, float]
-
-
-def load_plan(path: Path, *, is_tiny: bool, changes: Values, num_repeats: int) -> Plan:
+def load_parts(path: Path, *, is_tiny: bool, changes: Values, num_repeats: int) -> list[Part]:
     """The parts in order. `changes` replace any other value. Raises UserError that names the file and the key."""
     try:
         content = CheckSection.model_validate(read_yaml(path))
@@ -93,8 +87,7 @@ def load_plan(path: Path, *, is_tiny: bool, changes: Values, num_repeats: int) -
     if unknown:
         raise UserError(f"--set {unknown[0]}: not a value of {path}, known there: {', '.join(content.values)}")
     last = (content.tiny if is_tiny else {}) | changes
-    parts = [build_part(content, section, last, is_tiny, num_repeats) for section in content.parts]
-    return Plan(parts, {} if is_tiny else content.published)
+    return [build_part(content, section, last, is_tiny, num_repeats) for section in content.parts]
 
 
 def build_part(content: CheckSection, section: PartSection, last: Values, is_tiny: bool, num_repeats: int) -> Part:
@@ -108,7 +101,8 @@ def build_part(content: CheckSection, section: PartSection, last: Values, is_tin
         steps = matrix_steps(matrix, section, first, last, minutes, num_repeats)
     commands = [*section.prepare, *(matrix.prepare if matrix else [])]
     prepare = [Step(f"prepare {command}", command, first | last, content.tiny_minutes) for command in commands]
-    return Part(section.name, section.about, steps, prepare, matrix, section.min_gpus)
+    published = {} if is_tiny else section.published
+    return Part(section.name, section.about, steps, prepare, matrix, published)
 
 
 def matrix_steps(

@@ -15,14 +15,15 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from ptune_dist.bench.check.folder import CUT, DONE, FAILED, CheckFolder, StepRecord, part_status
+from ptune_dist.bench.check.folder import CUT, DONE, FAILED, CheckFolder, StepRecord, part_status, write_json
 from ptune_dist.bench.check.plan import Part, Step
 from ptune_dist.bench.harness import last_lines
+from ptune_dist.cluster.processes import is_dead
 
 SECONDS_FOR_REPORT = 10.0
 SECONDS_TO_END = 5.0  # for a step's processes after SIGTERM
-MIN_STEP_S = 10.0  # less is not worth starting anything
 PATIENCE = 4.0  # a step fails after this many times its expected minutes
+MIN_PATIENCE_S = 240.0
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Runner:
     num_gpus: int
     machine: dict[str, Any]
     console: Console = field(default_factory=Console)
+    min_step_s: float = 10.0  # less time than this is not worth starting anything
     has_run: bool = False
     left: list[str] = field(default_factory=list)  # parts with something for the next call
 
@@ -50,62 +52,58 @@ class Runner:
         return self.ends - SECONDS_FOR_REPORT - time.monotonic()
 
     def run(self, parts: list[Part]) -> None:
-        """Run every step that is neither done nor failed, in order, if the time is enough for it. Raises UserError."""
+        """Run every step that is neither done nor failed, if the time is enough for it. Raises UserError.
+
+        Steps that an earlier call has cut come last: they must not keep the others from their turn for ever.
+        """
+        known = {part.name: self.folder.records(part) for part in parts}
         for part in parts:
-            if part.min_gpus > self.num_gpus:
-                self.say(part, f"needs {part.min_gpus} GPUs, there are {self.num_gpus}")
-                continue
-            records = self.folder.records(part)
-            status = part_status(part, records)
-            if status in (DONE, FAILED):
-                self.say(part, describe_ended(part, records))
-                continue
-            self.run_part(part, records)
+            if part_status(part, known[part.name]) in (DONE, FAILED):
+                self.say(part, describe_ended(known[part.name]))
+        for is_cut in (False, True):
+            for part in parts:
+                for step in part.steps:
+                    record = known[part.name].get(step.name)
+                    if is_cut == (record is not None) and (record is None or record.status == CUT):
+                        self.run_if_it_fits(part, step, record)
 
-    def run_part(self, part: Part, records: dict[str, StepRecord]) -> None:
-        for step in part.steps:
-            known = records.get(step.name)
-            if known and known.status in (DONE, FAILED):
-                continue
-            if not self.fits(step, known):
-                self.left.append(part.name)
-                waiting = f"{step.name} needs about {step.minutes:.1f} min, {max(0, self.remaining_s()) / 60:.1f} left"
-                self.say(part, f"{waiting}: left for the next call")
-                return
-            record = self.run_step(part, step)
-            records[step.name] = record
-            self.folder.add(part, record)
-            self.say(part, describe_step(record))
-            if record.status == CUT:
-                self.left.append(part.name)
-                return
+    def run_if_it_fits(self, part: Part, step: Step, known: StepRecord | None) -> None:
+        """Run a step or say that it is left; `known` is how an earlier call has cut it."""
+        if part.name in self.left:
+            return
+        needed_s = 60 * step.minutes
+        if known is not None:
+            needed_s = max(needed_s, 1.2 * known.seconds)
+        remaining_s = self.remaining_s()
+        is_first = not self.has_run  # it may have all the time there is
+        if remaining_s < self.min_step_s or (remaining_s < needed_s and not is_first):
+            self.left.append(part.name)
+            waiting = f"{step.name} needs about {needed_s / 60:.1f} min, {max(0, remaining_s) / 60:.1f} left"
+            self.say(part, f"{waiting}: left for the next call")
+            return
+        record = self.run_step(part, step, known)
+        self.folder.add(part, record)
+        self.say(part, describe_step(record))
+        if record.status == CUT:
+            self.left.append(part.name)
 
-    def fits(self, step: Step, known: StepRecord | None) -> bool:
-        """Whether to start a step now. The first one of a call may have all the time there is."""
-        remaining = self.remaining_s()
-        if remaining < MIN_STEP_S:
-            return False
-        needed = 60 * step.minutes
-        if known is not None:  # it was cut before
-            needed = max(needed, 1.2 * known.seconds)
-        return remaining >= needed or not self.has_run
-
-    def run_step(self, part: Part, step: Step) -> StepRecord:
+    def run_step(self, part: Part, step: Step, known: StepRecord | None) -> StepRecord:
         """Raises UserError for a mistake in a command, KeyboardInterrupt after the step is recorded as cut."""
         self.has_run = True
         work = self.scratch / "work" / f"{part.name}-{step.name}-{os.getpid()}"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         result = work / "result.json"
+        write_json(work / "before.json", known.result if known else {})
         built_in = self.built_in(work, result)
         began = time.monotonic()
         log = self.folder.log_of(part, step.name)
         try:
             ending = self.prepare(part, built_in)
             if ending.status == DONE:
-                ending = self.execute(step.words(built_in), log, PATIENCE * 60 * step.minutes)
+                ending = self.execute(step.words(built_in), log, patience_s(step))
         except KeyboardInterrupt:
-            self.folder.add(part, self.record(step, Ending(CUT, "interrupted"), began, {}))
+            self.folder.add(part, self.record(step, Ending(CUT, "interrupted"), began, read_result(result)))
             raise
         found = read_result(result)
         if ending.status == DONE and not found:
@@ -122,6 +120,7 @@ class Runner:
             "result": result,
             "work": work,
             "shared": self.scratch,
+            "before": work / "before.json",
             "gpus": max(1, self.num_gpus),
             "out": shlex.quote(str(self.folder.path)),
         }
@@ -135,7 +134,7 @@ class Runner:
             line = shlex.join(words)
             if line in seen:
                 continue
-            ending = self.execute(words, self.folder.log_of(part, f"prepare-{number}"), PATIENCE * 60 * step.minutes)
+            ending = self.execute(words, self.folder.log_of(part, f"prepare-{number}"), patience_s(step))
             if ending.status != DONE:
                 return Ending(ending.status, f"{line}: {ending.reason}")
             with open(known, "a", encoding="utf-8") as file:
@@ -192,7 +191,9 @@ def end_tree(process: subprocess.Popen) -> None:
             left.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(below, timeout=SECONDS_TO_END)
+    give_up_at = time.monotonic() + SECONDS_TO_END
+    while not all(is_dead(left.pid) for left in below) and time.monotonic() < give_up_at:
+        time.sleep(0.02)
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -209,7 +210,12 @@ def describe_step(record: StepRecord) -> str:
     return f"{record.name} {record.status} in {record.seconds:.0f} s{reason}"
 
 
-def describe_ended(part: Part, records: dict[str, StepRecord]) -> str:
+def patience_s(step: Step) -> float:
+    """After so long a step has failed."""
+    return max(MIN_PATIENCE_S, PATIENCE * 60 * step.minutes)
+
+
+def describe_ended(records: dict[str, StepRecord]) -> str:
     """Why a part is not run again."""
     failed = [name for name, record in records.items() if record.status == FAILED]
     if failed:

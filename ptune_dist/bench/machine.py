@@ -23,8 +23,8 @@ def describe_machine() -> dict[str, Any]:
     return {"code": describe_commit(), "versions": describe_versions(), "hardware": describe_hardware()}
 
 
-def describe_hardware() -> dict[str, str | int | list[str]]:
-    """CPU model, cores that this process may use, bytes of memory, names of GPUs."""
+def describe_hardware() -> dict[str, str | int | list[str] | list[int]]:
+    """CPU model, cores that this process may use, bytes of memory, names and memory of GPUs, the driver's version."""
     import torch
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -33,6 +33,8 @@ def describe_hardware() -> dict[str, str | int | list[str]]:
         "cores": num_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": [torch.cuda.get_device_name(i) for i in range(num_gpus)],
+        "gpu_memory_bytes": [torch.cuda.get_device_properties(i).total_memory for i in range(num_gpus)],
+        "driver": (read_field("/proc/driver/nvidia/version", "NVRM version") or "") if num_gpus else "",
         "system": platform.platform(),
     }
 

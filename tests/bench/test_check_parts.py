@@ -146,15 +146,16 @@ def test_gpu_tests_are_counted_and_what_has_passed_before_is_not_repeated(tmp_pa
     result = tmp_path / "result.json"
     before = tmp_path / "before.json"
     before.write_text("{}")
-    options = ["--result", str(result), "--before", str(before), "--tests", str(tmp_path), "--rootdir", str(tmp_path)]
-    assert run_module("ptune_dist.bench.check.gpu_tests", *options).returncode == 1
+    module = [sys.executable, "-m", "ptune_dist.bench.check.gpu_tests"]
+    command = [*module, "--result", result, "--before", before, "--tests", ".", "--rootdir", "."]
+    assert subprocess.run(command, env=process_env(), cwd=tmp_path).returncode == 1
     found = json.loads(result.read_text())
     assert (found["passed"], found["failed"], found["skipped"], found["exit_status"]) == (2, 1, 0, 1)
     assert [name.rpartition("::")[2] for name in found["failed_tests"]] == ["test_fails"]
     assert (tmp_path / "journal").read_text() == "one two,three,"
 
     before.write_text(result.read_text())
-    assert run_module("ptune_dist.bench.check.gpu_tests", *options, "-k", "passes").returncode == 0
+    assert subprocess.run([*command, "-k", "passes"], env=process_env(), cwd=tmp_path).returncode == 0
     assert json.loads(result.read_text())["passed"] == 2
     assert (tmp_path / "journal").read_text() == "one two,three,"
 

@@ -52,14 +52,17 @@ class StepProfiler:
 
 
 def read_profile(profiler: StepProfiler, trace: Path) -> dict:
-    """Write the trace and group what it shows. Raises RunFault if the run had too few steps."""
+    """Write the trace and group what it shows. Raises RunFault if something is missing."""
     if not profiler.num_layers:
         raise RunFault(f"the run ended before step {NUM_WARM_UP + NUM_PROFILED}: set train.max_steps")
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.profiler.export_chrome_trace(str(trace))
     with gzip.open(trace, "rt", encoding="utf-8") as file:
         content = json.load(file)
-    return read_trace(content["traceEvents"], NUM_PROFILED, profiler.num_layers)
+    found = read_trace(content["traceEvents"], NUM_PROFILED, profiler.num_layers)
+    if torch.cuda.is_available() and found["device"] != "gpu":
+        raise RunFault("the profiler has recorded no kernel of the GPU: its user may not read the counters (CUPTI)")
+    return found
 
 
 def main() -> int:

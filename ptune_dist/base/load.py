@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptune_dist.base.int8 import Int8Rows, Int8Weight
 from ptune_dist.base.open import OpenedBase
+from ptune_dist.base.quantized import QuantizedRows, QuantizedWeight
 
 CPU = torch.device("cpu")
 
@@ -70,12 +70,12 @@ def place_buffers(opened: OpenedBase, device: torch.device) -> None:
 
 
 def parameter_fills(opened: OpenedBase) -> Iterator[tuple[str, nn.Parameter, Fill]]:
-    """Name, parameter and its fill, once for each parameter; an int8 weight comes before its scales."""
+    """Name, parameter and its fill, once for each parameter; a quantized weight comes before its scales."""
     seen: set[int] = set()
     for module_name, module in opened.model.named_modules():
         rows = None
-        if isinstance(module, Int8Weight):
-            rows = int8_rows(opened, f"{module_name}.weight", module)
+        if isinstance(module, QuantizedWeight):
+            rows = quantized_rows(opened, f"{module_name}.weight", module)
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{leaf}" if module_name else leaf
             if id(parameter) in seen:
@@ -107,7 +107,7 @@ def new_head_fill(opened: OpenedBase, name: str) -> Fill:
     return fill
 
 
-def int8_rows(opened: OpenedBase, name: str, module: Int8Weight) -> Int8Rows:
+def quantized_rows(opened: OpenedBase, name: str, module: QuantizedWeight) -> QuantizedRows:
     read = opened.weights.read_columns if module.stored_transposed else opened.weights.read_rows
     stored = opened.names[name]
-    return Int8Rows(lambda first, last: read(stored, first, last), *module.weight.shape)
+    return QuantizedRows(lambda first, last: read(stored, first, last), module.quantize, *module.weight.shape)

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptune_dist.base.architecture import Architecture
+from ptune_dist.base.fp8 import make_fp8
 from ptune_dist.base.int8 import Int8Embedding, make_int8
 from ptune_dist.base.loaded_weights import LoadedWeights, load_with_transformers
 from ptune_dist.base.memory_check import check_room_for_copies
@@ -73,12 +74,13 @@ def open_base(
     random_init: bool = False,
     seed: int = 0,
     int8: dict[str, Any] | None = None,
+    fp8: dict[str, Any] | None = None,
     labels: list[str] | None = None,
 ) -> OpenedBase:
     """Make the model without memory and find its weights; no weight is read. Raises UserError.
 
-    `int8` holds `include` and `threshold` of `int8.make_int8`; None leaves the weights in `dtype`. `labels` are those
-    that a classifier's head tells apart.
+    `int8` holds `include` and `threshold` of `int8.make_int8`, `fp8` the `include` of `fp8.make_fp8`; without either
+    the weights are in `dtype`. `labels` are those that a classifier's head tells apart.
     """
     shape = load_shape(path)
     if getattr(shape, "quantization_config", None):
@@ -91,8 +93,11 @@ def open_base(
     if unknown:
         raise UserError(f"model.path: {path}: its buffer {unknown[0]} is neither stored nor computed when it is made")
     opened.trained = family.trained_names(model, opened.new)
+    skip = {name.rpartition(".")[0] for name in opened.trained}
     if int8 is not None:
-        make_int8(model, dtype=dtype, skip={name.rpartition(".")[0] for name in opened.trained}, **int8)
+        make_int8(model, dtype=dtype, skip=skip, **int8)
+    if fp8 is not None:
+        make_fp8(model, dtype=dtype, skip=skip, **fp8)
     for module in model.modules():  # T5's stacks have configs of their own
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False

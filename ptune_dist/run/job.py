@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ptune_dist.base.fp8 import check_device
 from ptune_dist.base.layers import embedding_width, hidden_size, layers_of, max_positions
 from ptune_dist.base.load import fill_whole
 from ptune_dist.base.memory_check import check_memory
 from ptune_dist.base.open import OpenedBase, open_base
+from ptune_dist.base.quantized_ops import describe_fallback
 from ptune_dist.base.recompute import read_settings
 from ptune_dist.base.source import fingerprint_base
 from ptune_dist.config.deepspeed_json import fill_deepspeed_json, zero_stage
@@ -72,6 +74,8 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool) -> P
     """
     config = reading.config
     check_precision(config)
+    if world is not None and config.model.quantization == "fp8":
+        check_device(world.device)
     opened = open_base_of(reading)
     content = build_deepspeed_json(config, opened.model, world)
     reading.family.check_contexts(opened.model, config.prompt.placement)
@@ -96,6 +100,7 @@ def open_base_of(reading: Reading) -> OpenedBase:
         random_init=model.random_init,
         seed=reading.config.seed,
         int8=int8 if model.quantization == "int8" else None,
+        fp8={"include": model.int8_include} if model.quantization == "fp8" else None,
         labels=reading.config.data.labels,
     )
 
@@ -155,6 +160,9 @@ def build_job(
     parts = together(world, lambda: build_parts(reading, world, with_start=with_start))
     if parts.opened.note and world.is_main:
         print(f"model.path: {config.model.path}: {parts.opened.note}", flush=True)
+    slower = describe_fallback(world.device) if config.model.quantization != "none" else None
+    if slower and world.is_main:
+        print(slower, flush=True)
     began = time.perf_counter()
     base = fill_base(parts, config, world)
     loading = {"load_s": time.perf_counter() - began, "bytes_read": parts.opened.weights.bytes_read}
@@ -175,7 +183,7 @@ def fill_base(parts: Parts, config: Config, world: World) -> PreTrainedModel:
     """The base with its weights: whole, or this rank's part of them. Collective."""
     if zero_stage(parts.deepspeed_json) != 3:
         return together(world, lambda: fill_whole(parts.opened, world.device))
-    swapped_dtype = torch.int8 if config.model.quantization == "int8" else parts.opened.dtype
+    swapped_dtype = parts.opened.dtype if config.model.quantization == "none" else torch.int8
     sharder = Sharder(parts.deepspeed_json, swapped_dtype)
     return together(world, lambda: fill_sharded(parts.opened, sharder))
 

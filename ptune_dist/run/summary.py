@@ -38,7 +38,8 @@ def describe_start(job: Job, rows: TrainingRows, held_out: Examples | None, prog
 
 
 def describe_precision(config: Config) -> str:
-    return config.model.dtype + (" over int8" if config.model.quantization == "int8" else "")
+    quantization = config.model.quantization
+    return config.model.dtype + ("" if quantization == "none" else f" over {quantization}")
 
 
 def build_summary(job: Job, progress: Progress, signatures: dict[str, dict[str, str]], world: World) -> dict[str, Any]:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig
 from transformers.pytorch_utils import Conv1D
 
-from ptune_dist.base import int8
-from ptune_dist.base.int8 import Int8Embedding, Int8Linear, Int8Rows, quantize_rows
+from ptune_dist.base import quantized as storage
+from ptune_dist.base.int8 import Int8Embedding, Int8Linear, quantize_rows
 from ptune_dist.base.load import fill_whole
+from ptune_dist.base.quantized import QuantizedRows, QuantizedWeight
 from tests.base.bases import IDS, error_of, load, logits_of, open_only
 from tests.conftest import ARCHITECTURES, ENCODERS, LABELS, SEQ2SEQ
 
@@ -104,6 +106,36 @@ def test_half_precision_loses_no_small_gradient_on_the_way():
     assert difference(x.grad, torch.full((1, 4), 200 * 0.01 * 0.001)) <= 2**-9
 
 
+class Float32Sizes(TorchDispatchMode):
+    """The sizes of the float32 tensors that operations make."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.sizes.add(made.numel())
+        return made
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_bfloat16_products_round_once_and_make_no_float32_tensor(with_bias):
+    bias = torch.randn(33).bfloat16() if with_bias else None
+    layer = layer_of(random_weight(), bias)
+    x = torch.randn(5, 47).bfloat16().requires_grad_()
+    grad = torch.randn(5, 33).bfloat16()
+    with Float32Sizes() as made:
+        y = layer(x)
+        y.backward(grad)
+    assert made.sizes <= {33}  # the scales
+    plain = nn.functional.linear(x, layer.weight.bfloat16())
+    scaled = plain * layer.float_scales if bias is None else torch.addcmul(bias, plain, layer.float_scales)
+    assert scaled.dtype == torch.float32 and torch.equal(y, scaled.bfloat16())
+    assert torch.equal(x.grad, (grad * layer.float_scales).bfloat16() @ layer.weight.bfloat16())
+
+
 @pytest.mark.parametrize("threshold", [None, 0.0])
 def test_no_activation_is_kept_for_backward(threshold):
     layer = layer_of(random_weight(), torch.randn(33), threshold)
@@ -173,13 +205,13 @@ class CountedRows:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (5, 7), (13, 3), (8, 8), (17, 1), (2, 50)])
 def test_the_parts_of_all_ranks_are_the_whole(monkeypatch, shape, world_size, chunk_elements):
-    monkeypatch.setattr(int8, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(storage, "CHUNK_ELEMENTS", chunk_elements)
     weight = random_weight(*shape)
     quantized, scales = quantize_rows(weight)
     for (start, stop), (first, last) in zip(
         parts_of(weight.numel(), world_size), parts_of(len(weight), world_size), strict=True
     ):
-        rows = Int8Rows(CountedRows(weight), *shape)
+        rows = QuantizedRows(CountedRows(weight), quantize_rows, *shape)
         part = torch.empty(stop - start, dtype=torch.int8)
         of_scales = torch.empty(last - first, dtype=torch.int32)
         rows.fill_weight(start, part)
@@ -194,12 +226,14 @@ def test_any_part_alone_is_the_cut_of_the_whole():
     for start in range(30):
         for stop in range(start + 1, 31):
             part = torch.empty(stop - start, dtype=torch.int8)
-            Int8Rows(CountedRows(weight), 6, 5).fill_weight(start, part)
+            QuantizedRows(CountedRows(weight), quantize_rows, 6, 5).fill_weight(start, part)
             assert torch.equal(part, quantized.view(-1)[start:stop])
     for first in range(6):
         for last in range(first + 1, 7):
             part = torch.empty(last - first, dtype=torch.int32)
-            Int8Rows(CountedRows(weight), 6, 5).fill_scales(first, part)  # without reading the weight first
+            QuantizedRows(CountedRows(weight), quantize_rows, 6, 5).fill_scales(
+                first, part
+            )  # without reading the weight first
             assert torch.equal(part.view(torch.float32), scales[first:last])
 
 
@@ -213,7 +247,7 @@ def test_a_rank_reads_its_own_rows_and_few_others(num_rows, world_size):
         parts_of(weight.numel(), world_size), parts_of(num_rows, world_size), strict=True
     ):
         read = CountedRows(weight)
-        rows = Int8Rows(read, *weight.shape)
+        rows = QuantizedRows(read, quantize_rows, *weight.shape)
         rows.fill_weight(start, torch.empty(stop - start, dtype=torch.int8))
         rows.fill_scales(first, torch.empty(last - first, dtype=torch.int32))
         assert read.num_read <= num_rows / world_size + extra
@@ -225,7 +259,7 @@ def test_a_rank_reads_its_own_rows_and_few_others(num_rows, world_size):
 def dequantize(base, like) -> None:
     """Copy the dequantized weights of an int8 base into a float base."""
     for name, module in like.named_modules():
-        if isinstance(module, int8.Int8Weight):
+        if isinstance(module, QuantizedWeight):
             weight = module.float_weight(torch.float32)
             base.get_submodule(name).weight.data = weight.T.contiguous() if module.stored_transposed else weight
 

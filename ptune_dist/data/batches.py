@@ -167,8 +167,9 @@ class Batch:
     contexts: tokens before the virtual tokens. rests: input tokens after them. targets: supervised tokens (for an
     encoder: the index of the label). readers: (row, member) pairs; every loss belongs to one reader. held: what was
     computed of each row's context, for rows that have one. most_targets: the largest number of supervised tokens of any
-    rank in this micro step. numbers: each row's target, where targets are numbers. held_parts: the parts that each row of
-    `held` will have, known before they are computed. prepared: the model's plan of the pass, made ahead of it.
+    rank in this micro step.
+    numbers: each row's target, where targets are numbers. held_parts: the parts that each row of `held` will have,
+    known before they are computed. prepared: the model's plan of the pass, made ahead of it.
     """
 
     contexts: list[np.ndarray]

@@ -44,8 +44,8 @@ def pack(arrays: dict[str, np.ndarray], device: torch.device) -> Packed:
         start = -(-end // ALIGNMENT) * ALIGNMENT
         end = start + array.nbytes
         places[name] = Place(start, end, torch.from_numpy(array[:0]).dtype, array.shape)
-    buffer = torch.empty(end, dtype=torch.uint8, pin_memory=is_pinned_for(device))
-    content = buffer.numpy()
+    content = np.empty(end, np.uint8)
     for name, array in arrays.items():
         content[places[name].start : places[name].end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return Packed(buffer, places)
+    buffer = torch.from_numpy(content)
+    return Packed(buffer.pin_memory() if is_pinned_for(device) else buffer, places)

@@ -3,7 +3,7 @@
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config
 from ptune_dist.data.training_rows import TrainingRows
-from ptune_dist.distributed.world import World, from_main, init_distributed, to_device, together
+from ptune_dist.distributed.world import World, from_main, init_distributed, together
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.during_training import StopAgreed, agree_on_stop, evaluate_members, is_due, is_evaluation_due
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.evaluation.generate import pad_id
 from ptune_dist.evaluation.splits import build_splits, find_lead, measure_scales
 from ptune_dist.optim.optimizer import learning_rate_at
+from ptune_dist.run.accumulate import Accumulator
 from ptune_dist.run.batches_ahead import BatchesAhead, StepPlan, StepSource
 from ptune_dist.run.folder import (
     check_run_dir,
@@ -48,7 +49,7 @@ class Training:
 
     job: Job
     rows: TrainingRows
-    batches: BatchesAhead
+    accumulate: Accumulator
     evaluators: dict[str, Evaluator]
     progress: Progress
     metrics: MetricsWriter | None
@@ -84,7 +85,9 @@ def train(config: Config) -> int:
         reading = together(world, lambda: build_reading(config))
         rows, evaluators = together(world, lambda: build_splits(reading))
         is_new = from_main(world, lambda: not has_checkpoint(config))
-        job = build_job(reading, world, with_start=is_new, scales=measure_scales(reading, rows))
+        job = build_job(reading, world, with_start=is_new, scales=measure_scales(reading, rows), rows=rows)
+        for evaluator in evaluators.values():
+            evaluator.decoding = replace(evaluator.decoding, micro_batch_tokens=job.micro_batch.tokens)
         job.engine.contexts.set_lead(*find_lead(rows.examples))
         run_dir = Path(config.output_dir)
         with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
@@ -101,9 +104,13 @@ def train_job(job: Job, rows: TrainingRows, evaluators: dict[str, Evaluator], wa
     together(world, lambda: watch.begin_steps(run_dir))
     end = Outcome(DONE)
     summary: dict[str, Any] = {}
-    source = StepSource(job.engine, rows, world, config.train.micro_batch_tokens, pad_id(job.tokenizer))
+    if job.micro_batch.may_halve:
+        together(world, lambda: job.micro_batch.store(run_dir) if world.is_main else None)
+    source = StepSource(job.engine, rows, world, job.micro_batch.tokens, pad_id(job.tokenizer))
     with on_main(world, lambda: open_metrics(job, progress)) as metrics, BatchesAhead(source) as batches:
-        training = Training(job, rows, batches, evaluators, progress, metrics, watch, world)
+        say = metrics.say if metrics else lambda _: None
+        accumulate = Accumulator(job, batches, world, watch.beat, say)
+        training = Training(job, rows, accumulate, evaluators, progress, metrics, watch, world)
         held_out = next((evaluator.split.examples for evaluator in evaluators.values()), None)
         if world.is_main:
             training.say(describe_start(job, rows, held_out, progress, world))
@@ -153,7 +160,7 @@ def take_step(training: Training) -> None:
     gathers = engine.gathers.copy()
     step = progress.step + 1
     engine.contexts.take_counts()  # those of an evaluation belong to no step
-    plan, totals = accumulate_step(training, step)
+    plan, totals = training.accumulate(step, progress.live)
     learning_rates = {name: learning_rate_of(training.job.members[name], step) for name in plan.examples}
     losses = update_members(training, plan, totals, learning_rates)
     read = [i for chosen in plan.examples.values() for i in chosen]
@@ -163,23 +170,6 @@ def take_step(training: Training) -> None:
     training.watch.beat(step)
     if training.metrics:
         training.metrics.step(*step_lines(training.job, progress, losses, learning_rates, training.world))
-
-
-def accumulate_step(training: Training, step: int) -> tuple[StepPlan, torch.Tensor]:
-    """Forward and backward of a step's examples: its plan, and each member's summed loss [K] on this rank. Collective.
-
-    Nothing waits for the device: its numbers are read once, by `update_members`.
-    """
-    engine = training.job.engine
-    plan, batches = training.batches.of_step(step, training.progress.live)
-    scales = torch.tensor([1 / plan.divisors[name] if name in plan.divisors else 0.0 for name in engine.members])
-    scales = to_device(scales, training.world.device)
-    engine.model.begin_step(step)
-    totals = torch.zeros(len(engine.members), device=training.world.device)
-    for batch in batches:
-        totals += engine.accumulate(batch, scales=scales)
-        training.watch.beat()
-    return plan, totals
 
 
 def update_members(

@@ -25,8 +25,8 @@ class SavedBytes:
     """Bytes that autograd keeps of one pass.
 
     of_layers: within each layer, its input included. inputs: the inputs of all layers, which are all that recomputation
-    keeps of them. outside: of embeddings and head. contexts: keys/values of the contexts, which have no gradient.
-    largest: the largest tensor of a layer.
+    keeps of them. outside: of embeddings and head, without the logits. contexts: keys/values of the contexts. largest:
+    the largest tensor of a layer.
     """
 
     of_layers: list[int]
@@ -38,17 +38,19 @@ class SavedBytes:
 
 @dataclass
 class Recorder:
-    """Counts each storage once, in the layer that first saves it; parameters and what has no gradient are not counted."""
+    """Counts each storage once, in the layer that first saves it; parameters and logits are not counted."""
 
     counted: SavedBytes
     ignored: set[int]
+    vocabulary: int
     layer: int | None = None
     kept: dict[int, Any] = field(default_factory=dict)  # by storage; they live on so that no address is used twice
 
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self.kept or key in self.ignored:
+        is_of_logits = self.layer is None and tensor.dim() > 0 and tensor.shape[-1] == self.vocabulary
+        if key in self.kept or key in self.ignored or is_of_logits:
             return tensor
         self.kept[key] = storage
         if self.layer is None:
@@ -68,7 +70,9 @@ def measure_pass(
         own.to_empty(device="cpu")
         model = build_model(own)
         layers = layers_of(own)
-        recorder = Recorder(SavedBytes([0] * len(layers)), {p.untyped_storage()._cdata for p in own.parameters()})
+        parameters = {parameter.untyped_storage()._cdata for parameter in own.parameters()}
+        vocabulary = getattr(own.config.get_text_config(decoder=True), "vocab_size", 0)
+        recorder = Recorder(SavedBytes([0] * len(layers)), parameters, vocabulary)
         batch = hold_contexts(model, batch, recorder.counted)
         for number, layer in enumerate(layers):
             watch_layer(layer, number, recorder)

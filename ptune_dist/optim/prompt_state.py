@@ -142,9 +142,12 @@ class PromptState:
         faults: dict[str, str] = {}
         if not self._skips(found):
             faults = self._move(moving, found, learning_rates)
+        self.clear_gradients()
+        return faults
+
+    def clear_gradients(self) -> None:
         for member in self.members.values():
             member.clear_gradients()
-        return faults
 
     def step(self, learning_rates: dict[str, float]) -> dict[str, str]:
         """`measure` and `move` the members that are named; returns their faults. Collective: every rank must call."""

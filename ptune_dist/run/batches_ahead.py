@@ -6,7 +6,7 @@ before it is done, in the same order and with the same result as without the thr
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -84,6 +84,11 @@ class BatchesAhead:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def resize(self, micro_batch_tokens: int) -> None:
+        """Have the next step's micro-batches be of this size."""
+        self._source = replace(self._source, micro_batch_tokens=micro_batch_tokens)
+        self._next = None
 
     def of_step(self, step: int, live: Sequence[str]) -> tuple[StepPlan, Iterator[Batch]]:
         """A step's plan and this rank's micro-batches, all of which must be taken.

@@ -56,6 +56,7 @@ class Engine:
         self.recomputer = recomputer
         self.gathers = passes.gathers
         self.members = list(prompts.members)
+        self.is_sharded = passes.is_sharded
         self._passes = passes
         self.contexts = ContextReader(self._read_contexts, model, world, cache=cache, is_sharded=passes.is_sharded)
 
@@ -77,6 +78,12 @@ class Engine:
         # Weights first: one member's sum that is not a number leaves the others' gradients as they are.
         self._passes.backward(self.prompts.scale((total * scales).sum()))
         return total.detach()
+
+    def drop_gradients(self) -> None:
+        """Forget what `accumulate` has summed since the last step, and memory that passes have left unused."""
+        self.prompts.clear_gradients()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def measure(self, names: Sequence[str], totals: torch.Tensor) -> Measured:
         """Sum members' gradients and all losses [K] over the ranks; the numbers that decide how to step. Collective."""

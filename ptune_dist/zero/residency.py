@@ -38,6 +38,29 @@ def settle_residency(content: dict[str, Any], base: PreTrainedModel) -> None:
         zero[ONE_AT_MOST] = 10 * hidden_size(base)  # as Hugging Face fills it
 
 
+def gathered_bytes(content: dict[str, Any], base: PreTrainedModel) -> int:
+    """Bytes of gathered weights that a rank holds beside its part of the base, at most. `content` is settled."""
+    zero = content["zero_optimization"]
+    if zero.get("stage") != 3:
+        return 0
+    one_at_most = int(zero.get(ONE_AT_MOST, 100_000))  # DeepSpeed's default
+    left = int(zero.get(ALL_AT_MOST, 1 << 62))
+    resident: set[int] = set()
+    num_bytes = 0
+    for parameter in base.parameters():
+        elements = parameter_size(parameter)
+        if elements <= min(one_at_most, left):
+            left -= elements
+            num_bytes += elements * parameter.element_size()
+            resident.add(id(parameter))
+    at_work = [[p for p in layer.parameters() if id(p) not in resident] for layer in layers_of(base)]
+    others = [[p] for p in base.parameters() if id(p) not in resident]  # embeddings and head are gathered alone
+    largest = [
+        max((sum(p.numel() * p.element_size() for p in some) for some in of), default=0) for of in (at_work, others)
+    ]
+    return num_bytes + max(NUM_AT_WORK * largest[0], largest[1])
+
+
 def keep_resident(base: PreTrainedModel) -> None:
     """Have the persistent parameters of a base that DeepSpeed has taken stay gathered in every kind of pass.
 

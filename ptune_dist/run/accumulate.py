@@ -1,4 +1,4 @@
-"""Forward and backward of a step's micro-batches; under `train.micro_batch_tokens: auto`, with half of it if need be."""
+"""Forward and backward of a step's micro-batches, of half the size where `auto` chose them too large."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,12 +42,10 @@ class Accumulator:
             if not is_out_of_memory(error):
                 raise
             if not may_halve:
-                raise RunFault(f"{describe_shortage(size.tokens, step)}: set a smaller one") from error
+                raise RunFault(f"{describe_shortage(size, step)}: set a smaller one") from error
             if self.job.engine.is_sharded:
                 size.halved().store(self.run_dir)
-                raise RuntimeError(
-                    f"{describe_shortage(size.tokens, step)}: the next start takes half of it"
-                ) from error
+                raise RuntimeError(f"{describe_shortage(size, step)}: the next start takes half of it") from error
         if may_halve and not self.job.engine.is_sharded and has_any_failed(found is None, self.world):
             self.halve(step)
             return self.accumulate(step, live)
@@ -66,7 +64,7 @@ class Accumulator:
         self.job.engine.drop_gradients()
         self.batches.resize(size.tokens)
         together(self.world, lambda: size.store(self.run_dir) if self.world.is_main else None)
-        self.say(f"{describe_shortage(before.tokens, step)}: continuing with {size.tokens}")
+        self.say(f"{describe_shortage(before, step)}: continuing with {size.tokens}")
 
     def accumulate(self, step: int, live: Sequence[str]) -> Accumulated:
         """Forward and backward of all micro-batches of a step. Collective.

@@ -1,6 +1,6 @@
 """How much memory training takes on a rank, before any weight is read, and the largest micro-batch that fits.
 
-What a pass keeps is measured on a sample of the training rows, with tensors that have no memory.
+What a pass takes is measured on a sample of the training rows, with tensors that have no memory.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,12 @@ from ptune_dist.base.recompute import SECTION, read_settings
 from ptune_dist.data.batches import Unit, collate, plan_micro_batches
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.errors import UserError
-from ptune_dist.model.head import CHUNK_BYTES
+from ptune_dist.model.peak_bytes import measure_pass
 from ptune_dist.model.prompted_model import PromptedModel
-from ptune_dist.model.saved_bytes import SavedBytes, measure_pass
 
 SAMPLE_TOKENS = 2048
+FACTOR_OF_WIDTH = 20  # of what a layer keeps of a position, where it cannot be measured
 STATES = 6  # a parameter of a prompt, its gradient, the sum over ranks, two moments, and a copy for a step taken back
-LOGITS = 3  # of a chunk: in the base's precision and in float32, and their gradient
-TRANSIENTS = 3  # tensors as large as the largest of a layer that backward makes beside what was kept
 SAFE_SHARE = 0.9  # of the free memory that `auto` takes
 TOLERANCE = 0.8  # an estimate that is not larger than the free memory divided by this is not refused
 SMALL_SHARE = 0.25  # of the free memory: what is surely less is not measured
@@ -81,7 +79,7 @@ def fit_micro_batch(
     base = sum(fixed.values())
     if asked and base + wanted * guess_per_position(work.base, int(examples.lengths.max())) < SMALL_SHARE * room.free:
         return asked
-    need = TrainingNeed(fixed | {"logits": logits_bytes(work.base, wanted)}, bytes_per_position(work, model, content))
+    need = TrainingNeed(fixed, bytes_per_position(work, model, content))
     if asked is None:
         found = min(need.largest(SAFE_SHARE * room.free), max(in_step, LEAST_CAP))
         if found >= alone:
@@ -105,40 +103,32 @@ def describe_shortage(
     fitting = need.largest(SAFE_SHARE * room.free)
     if fitting >= alone and asked:
         return text + f"the largest that fits is {fitting}"
+    recomputing = "" if recomputes else f"add {SECTION} to DeepSpeed's JSON, "
     others = "use more ranks with ZeRO-3, model.quantization=int8 or a smaller data.max_length"
-    return text + (
-        "none fits: " + others if recomputes else f"none fits: add {SECTION} to DeepSpeed's JSON, or {others}"
-    )
+    return f"{text}none fits: {recomputing}{others}"
 
 
 def bytes_per_position(work: Workload, model: PromptedModel, content: dict[str, Any]) -> float:
-    """What a rank holds of each position of a micro-batch at the peak, in backward."""
-    saved, positions = measure_sample(work, model)
-    settings = read_settings(content, len(saved.of_layers), "deepspeed")
-    layers = sum(saved.of_layers)
-    if settings:
-        layers = max(saved.of_layers) + (0 if settings["cpu_checkpointing"] else saved.inputs)
-    return (layers + saved.outside + saved.contexts + TRANSIENTS * saved.largest) / positions
-
-
-def measure_sample(work: Workload, model: PromptedModel) -> tuple[SavedBytes, int]:
-    """What a micro-batch of the first step's rows keeps, and how many positions it has."""
+    """What a rank holds of each position of a micro-batch at most, found with a sample of the first step's rows."""
     rows = work.rows
+    base = work.base
     units = rows.units(rows.of_step(1, work.members), work.members)
-    plan = plan_micro_batches(
-        units,
-        lambda some: model.count_positions(some, rows.examples),
-        world_size=1,
-        micro_batch_tokens=SAMPLE_TOKENS,
-    )
-    shares = max(plan, key=lambda shares: model.count_positions(shares[0], rows.examples))
-    positions = model.count_positions(shares[0], rows.examples)
+
+    def count(some: list[Unit]) -> int:
+        return model.count_positions(some, rows.examples)
+
+    plan = plan_micro_batches(units, count, world_size=1, micro_batch_tokens=SAMPLE_TOKENS)
+    shares = max(plan, key=lambda shares: count(shares[0]))
+    batch = collate(rows.examples, shares, 0, pad_id=0)
+    layers = layers_of(base)
+    settings = read_settings(content, len(layers), "deepspeed")
+    width = hidden_size(base) * next(base.parameters()).element_size()
     try:
-        return measure_pass(work.build_model, work.base, collate(rows.examples, shares, 0, pad_id=0)), positions
-    except Exception:  # an architecture that looks at numbers
-        width = hidden_size(work.base) * positions * next(work.base.parameters()).element_size()
-        num_layers = len(layers_of(work.base))
-        return SavedBytes([20 * width] * num_layers, inputs=width * num_layers, largest=4 * width), positions
+        found = measure_pass(work.build_model, base, batch, settings) / count(shares[0])
+    except Exception:  # an architecture that looks at numbers; Korthikanti et al. 2022 (arXiv:2205.05198), equation 2
+        return FACTOR_OF_WIDTH * width * len(layers)
+    kept_on_host = width * len(layers) if settings and settings["cpu_checkpointing"] else 0
+    return found - kept_on_host
 
 
 def guess_per_position(base: PreTrainedModel, longest: int) -> int:
@@ -148,12 +138,6 @@ def guess_per_position(base: PreTrainedModel, longest: int) -> int:
     inner = getattr(text, "intermediate_size", None) or 4 * width
     heads = getattr(text, "num_attention_heads", None) or 1
     return 4 * len(layers_of(base)) * (60 * width + 12 * inner + 12 * heads * longest)
-
-
-def logits_bytes(base: PreTrainedModel, positions: int) -> int:
-    """Of one chunk of targets."""
-    vocabulary = getattr(base.config.get_text_config(decoder=True), "vocab_size", 0)
-    return LOGITS * min(CHUNK_BYTES, 4 * vocabulary * positions)
 
 
 def prompt_bytes(prompts: list[nn.Module]) -> int:

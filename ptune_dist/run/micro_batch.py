@@ -1,4 +1,4 @@
-"""The size of a run's micro-batches under `train.micro_batch_tokens: auto`: stored in the run, and halved once if needed.
+"""What `train.micro_batch_tokens: auto` is in a run: stored in its folder, and halved once where it was too much.
 
 The loss curve does not depend on it. What is stored is taken again when the run is resumed, so that a resume is exact.
 """
@@ -41,8 +41,8 @@ def read_stored(run_dir: Path) -> MicroBatchSize | None:
         return None
 
 
-def describe_shortage(tokens: int, step: int) -> str:
-    return f"a micro-batch did not fit in memory at step {step}, with train.micro_batch_tokens {tokens}"
+def describe_shortage(size: MicroBatchSize, step: int) -> str:
+    return f"a micro-batch did not fit in memory at step {step}, with train.micro_batch_tokens {size.tokens}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -53,12 +53,10 @@ def gathered_bytes(content: dict[str, Any], base: PreTrainedModel) -> int:
             left -= elements
             num_bytes += elements * parameter.element_size()
             resident.add(id(parameter))
-    at_work = [[p for p in layer.parameters() if id(p) not in resident] for layer in layers_of(base)]
-    others = [[p] for p in base.parameters() if id(p) not in resident]  # embeddings and head are gathered alone
-    largest = [
-        max((sum(p.numel() * p.element_size() for p in some) for some in of), default=0) for of in (at_work, others)
-    ]
-    return num_bytes + max(NUM_AT_WORK * largest[0], largest[1])
+    sizes = {id(p): parameter_size(p) * p.element_size() for p in base.parameters() if id(p) not in resident}
+    of_layers = [sum(sizes.get(id(p), 0) for p in layer.parameters()) for layer in layers_of(base)]
+    # Embeddings and head are gathered alone.
+    return num_bytes + max(NUM_AT_WORK * max(of_layers, default=0), max(sizes.values(), default=0))
 
 
 def keep_resident(base: PreTrainedModel) -> None:

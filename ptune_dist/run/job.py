@@ -176,6 +176,7 @@ def settle_micro_batch(reading: Reading, parts: Parts, rows: TrainingRows, world
         members=list(reading.members),
         batch_size=config.train.batch_size,
         world_size=world.size,
+        on_host=world.device.type != "cuda",
     )
     number = None if asked == "auto" else asked
     found = together(world, lambda: fit_micro_batch(number, work, room, parts.deepspeed_json, fixed))

@@ -22,6 +22,8 @@ from ptune_dist.model.prompted_model import PromptedModel
 
 SAMPLE_TOKENS = 2048
 FACTOR_OF_WIDTH = 20  # of what a layer keeps of a position, where it cannot be measured
+# Of what tensors take, on a host: glibc's allocator leaves holes between them. Measured for causal bases.
+HOST_OVERHEAD = 1.5
 STATES = 6  # a parameter of a prompt, its gradient, the sum over ranks, two moments, and a copy for a step taken back
 SAFE_SHARE = 0.9  # of the free memory that `auto` takes
 TOLERANCE = 0.8  # an estimate that is not larger than the free memory divided by this is not refused
@@ -56,6 +58,7 @@ class Workload:
     members: list[str]
     batch_size: int
     world_size: int
+    on_host: bool  # computed on CPUs
 
     def longest_units(self) -> list[Unit]:
         """As many of the longest examples as a step has, each read by all members."""
@@ -127,6 +130,8 @@ def bytes_per_position(work: Workload, model: PromptedModel, content: dict[str, 
         found = measure_pass(work.build_model, base, batch, settings) / count(shares[0])
     except Exception:  # an architecture that looks at numbers; Korthikanti et al. 2022 (arXiv:2205.05198), equation 2
         return FACTOR_OF_WIDTH * width * len(layers)
+    if work.on_host:
+        return HOST_OVERHEAD * found
     kept_on_host = width * len(layers) if settings and settings["cpu_checkpointing"] else 0
     return found - kept_on_host
 

@@ -20,8 +20,10 @@ from ptune_dist.data.encode import Examples, TokenPair
 from ptune_dist.data.framing import Framing
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
-from ptune_dist.model.attention import KeysValues, Segment, use_segments
+from ptune_dist.model.attention import KeysValues, Segment, use_segments, windows_of
+from ptune_dist.model.attention_flex import FlexTables
 from ptune_dist.model.attention_layouts import RecordedSegments, build_attention
+from ptune_dist.model.flex_plan import plan_attention
 from ptune_dist.model.given_cache import GivenCache, pad_contexts
 from ptune_dist.model.layout import Layout, Outside, lay_out, plan_outside
 from ptune_dist.model.packing import Packed, pack
@@ -35,11 +37,19 @@ CACHE_ARGUMENTS = {"past_key_values", "cache"}
 
 @dataclass(frozen=True)
 class PreparedSegments:
-    """A pass over segments as far as it is known before anything is computed; `packed` has the layout's arrays."""
+    """A pass over segments as far as it is known before anything is computed.
+
+    `packed` has the arrays of the layout and the tables of flex attention, whose `shapes` are by window.
+    """
 
     layout: Layout
     outside: Outside
     packed: Packed
+    shapes: dict[int | None, list[tuple[int, ...]]]
+
+    def tables(self, index: dict[str, torch.Tensor]) -> dict[int | None, FlexTables]:
+        """By window, from the arrays on the device."""
+        return {window: FlexTables.unpack(index[f"tables {window}"], shapes) for window, shapes in self.shapes.items()}
 
 
 class PromptedCausal(PromptedModel):
@@ -48,6 +58,7 @@ class PromptedCausal(PromptedModel):
     def __init__(self, base: PreTrainedModel, *args: Any, **options: Any):
         super().__init__(base, *args, **options)
         self.uses_segments = use_segments(base)
+        self._windows = windows_of(base)
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
 
     def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
@@ -73,7 +84,13 @@ class PromptedCausal(PromptedModel):
         outside = plan_outside(batch, self.num_prefix)
         laid = lay_out(batch, self.num_vectors, outside)
         names = ("tokens", "source", "position_ids", "predicts", "targets")
-        return PreparedSegments(laid, outside, pack({name: getattr(laid, name) for name in names}, self.device))
+        arrays = {name: getattr(laid, name) for name in names}
+        shapes: dict[int | None, list[tuple[int, ...]]] = {}
+        if self.device.type == "cuda":
+            lengths = [source.length for source in outside.sources]
+            for window in self._windows:
+                arrays[f"tables {window}"], shapes[window] = plan_attention(laid.segments, lengths, window).pack()
+        return PreparedSegments(laid, outside, pack(arrays, self.device), shapes)
 
     def supervise(self, batch: Batch) -> Supervised:
         return self._supervise_segments(batch) if self.uses_segments else self._supervise_padded(batch)
@@ -91,7 +108,7 @@ class PromptedCausal(PromptedModel):
             "inputs_embeds": torch.cat([*vectors, tokens])[index["source"]][None],
             "position_ids": index["position_ids"][None],
             "attention_mask": NO_MASK.to(tokens),
-            "segments": build_attention(prepared.layout.segments, parts, tokens.device),
+            "segments": build_attention(prepared.layout.segments, parts, tokens.device, prepared.tables(index)),
         }
         places = index["predicts"]
         return Supervised(torch.zeros_like(places), places, index["targets"], prepared.layout.reader, inputs)

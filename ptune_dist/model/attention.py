@@ -41,7 +41,8 @@ class Segment(NamedTuple):
     """A run of live positions. It reads itself causally, and before that all of what it names, in this order.
 
     contexts: numbers of keys/values given from outside. parents: runs (start, length) of live positions.
-    offset: its first position in its text.
+    offset: its first position in its text. member: whose it is; on CUDA no kernel lets what is not a number in one
+    member reach another.
     """
 
     start: int
@@ -49,6 +50,7 @@ class Segment(NamedTuple):
     contexts: tuple[int, ...] = ()
     parents: tuple[tuple[int, int], ...] = ()
     offset: int = 0
+    member: int = 0
 
 
 def attend(
@@ -84,6 +86,12 @@ def window_of(module: Any) -> int | None:
     if own is None and not getattr(settings, "layer_types", None):
         return getattr(settings, "sliding_window", None)
     return own
+
+
+def windows_of(model: nn.Module) -> set[int | None]:
+    """The windows of a model's layers; None: a layer reads everything."""
+    attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+    return {window_of(module) for module in attentions}
 
 
 def use_segments(model: PreTrainedModel) -> bool:

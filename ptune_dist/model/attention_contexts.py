@@ -54,6 +54,7 @@ class ContextBucket:
         num_members = max(map(len, groups))
         longest = max(segment.length for group in groups for segment in group)
         self._shape = (len(groups), num_members, longest)  # [E, M, S]
+        self._longest_context = max(group[0].offset for group in groups)
         self._lengths = torch.tensor([group[0].offset for group in groups], device=device)
         self._masks: dict[tuple[torch.dtype, int | None], tuple[torch.Tensor, torch.Tensor]] = {}
         index: list[torch.Tensor] = []
@@ -95,7 +96,7 @@ class ContextBucket:
 
     def _pad(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's keys and values of all contexts, [E, G, C, D] each, padded with zeros."""
-        width = int(self._lengths.max())
+        width = self._longest_context
         padded = [t.new_zeros(len(self._named), t.shape[2], width, t.shape[3]) for t in self._outside[0]]
         for row, named in enumerate(self._named):
             start = 0

@@ -3,13 +3,14 @@
 Shapes: L layers, C positions of a context, N live positions, G key/value heads, H heads, D width of a head.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
 from ptune_dist.model.attention import CausalSegments, KeysValues, Segment
 from ptune_dist.model.attention_contexts import ContextSegments
-from ptune_dist.model.attention_flex import FlexSegments
+from ptune_dist.model.attention_flex import FlexSegments, FlexTables
 
 
 class SegmentAttention(Protocol):
@@ -22,10 +23,18 @@ class SegmentAttention(Protocol):
         ...
 
 
-def build_attention(segments: list[Segment], outside: list[KeysValues], device: torch.device) -> SegmentAttention:
-    """The attention of a pass. On devices without a kernel for ragged rows, by what its segments read."""
+def build_attention(
+    segments: list[Segment],
+    outside: list[KeysValues],
+    device: torch.device,
+    tables: Mapping[int | None, FlexTables] | None = None,
+) -> SegmentAttention:
+    """The attention of a pass. On devices without a kernel for ragged rows, by what its segments read.
+
+    `tables`: those of flex attention that were prepared, by window.
+    """
     if device.type == "cuda":
-        return FlexSegments(segments, outside, device)
+        return FlexSegments(segments, outside, device, tables)
     if not any(segment.parents for segment in segments):
         return ContextSegments(segments, outside, device) if outside else CausalSegments(segments, None, device)
     parents = {run for segment in segments for run in segment.parents}

@@ -10,6 +10,7 @@ from math import prod
 
 import torch
 
+CPU = torch.device("cpu")
 POOL_SIZE = (1 << 24) - 3  # a prime, so that the rows of a matrix start at different positions
 
 
@@ -38,17 +39,17 @@ class RandomWeights:
             out[done : done + len(part)].copy_(part)
             done += len(part)
 
-    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last), float32."""
+    def read_rows(self, name: str, first: int, last: int, device: torch.device = CPU) -> torch.Tensor:
+        """Rows [first, last), float32, made on `device`."""
         shape = self.shapes[name]
         width = prod(shape[1:])
-        part = torch.empty((last - first) * width)
+        part = torch.empty((last - first) * width, device=device)
         self.read_flat(name, first * width, part)
         return part.view(last - first, *shape[1:])
 
-    def read_columns(self, name: str, first: int, last: int) -> torch.Tensor:
+    def read_columns(self, name: str, first: int, last: int, device: torch.device = CPU) -> torch.Tensor:
         """Columns [first, last) of a matrix, transposed."""
-        return self.read_rows(name, 0, self.shapes[name][0])[:, first:last].T.contiguous()
+        return self.read_rows(name, 0, self.shapes[name][0], device)[:, first:last].T.contiguous()
 
     def _numbers(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         if (device, dtype) not in self._pools:

@@ -12,9 +12,10 @@ import pytest
 
 from ptune_dist.bench.check.folder import BEGUN, CUT, DONE, FAILED, CheckFolder, part_status
 from ptune_dist.bench.check.page import write_page
-from ptune_dist.bench.check.plan import Part, load_parts, select_parts
+from ptune_dist.bench.check.plan import BUILT_IN, Part, load_parts, select_parts
 from ptune_dist.bench.check.runner import SECONDS_FOR_REPORT, Runner
 from ptune_dist.cluster.processes import is_dead
+from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
 from tests.processes import ROOT, process_env
 
@@ -163,6 +164,22 @@ def test_tiny_values_replace_others_and_mistakes_name_what_is_known(plan):
     plan.write_text(plan.read_text().replace("matrix.yaml,", "matrix.yaml, cases: [two],"))
     with pytest.raises(UserError, match="part sides: .* has no case two: it has one"):
         parts_of(plan)
+
+
+@pytest.mark.parametrize("is_tiny", [False, True])
+def test_every_command_of_the_shipped_plan_has_a_valid_config(is_tiny, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    built_in = dict.fromkeys(BUILT_IN, "x") | {"gpus": 1}
+    checked = set()
+    for part in parts_of(GPU_CHECK, is_tiny=is_tiny):
+        for step in part.steps:
+            words = step.words(built_in)
+            config = [word for word in words if word.startswith("configs/bench/") and word.endswith(".yaml")]
+            if config:
+                overrides = words[words.index(config[0]) + 1 :]
+                load_config(config[0], [word for word in overrides if "=" in word])
+                checked.add(f"{part.name} {step.side}")
+    assert len(checked) >= 18
 
 
 @pytest.mark.long

@@ -7,9 +7,10 @@ after such an error. With --remember, later calls begin with the number that has
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
+
+from ptune_dist.bench.check.side import run_logged
 
 PLACEHOLDER = "ROWS"
 SIGNS = ("out of memory", "OutOfMemoryError", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -18,22 +19,11 @@ SIGNS = ("out of memory", "OutOfMemoryError", "CUBLAS_STATUS_ALLOC_FAILED")
 def run_fitting(command: list[str], rows: int) -> tuple[int, int]:
     """The exit status, and the number of rows of the last try."""
     while True:
-        status, text = run([word.replace(PLACEHOLDER, str(rows)) for word in command])
-        if status == 0 or rows == 1 or not any(sign in text for sign in SIGNS):
+        status, lines = run_logged([word.replace(PLACEHOLDER, str(rows)) for word in command], {})
+        if status == 0 or rows == 1 or not any(sign in line for line in lines for sign in SIGNS):
             return status, rows
         print(f"out of memory with {rows} rows: trying {rows // 2}", flush=True)
         rows //= 2
-
-
-def run(words: list[str]) -> tuple[int, str]:
-    """Exit status and output of a command. What it prints is passed on while it runs."""
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    assert process.stdout is not None  # it is a pipe
-    lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    return process.wait(), "".join(lines)
 
 
 def main() -> int:

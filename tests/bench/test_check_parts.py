@@ -12,9 +12,10 @@ from ptune_dist.bench.check.gpu_tests import count_ends
 from ptune_dist.bench.check.kernels import group_of, read_trace
 from ptune_dist.bench.check.recompiles import ENVIRONMENT, read_recompiles
 from ptune_dist.bench.check.sharded import read_nccl
-from ptune_dist.bench.work import products_per_s
+from ptune_dist.bench.work import PEAK_ROWS, products_per_s
+from ptune_dist.config.load import load_config
 from tests.commands import run_module
-from tests.processes import process_env
+from tests.processes import ROOT, process_env
 
 
 def event(cat: str, name: str, ts: float, dur: float, tid: int = 1) -> dict:
@@ -189,7 +190,8 @@ def test_rows_are_halved_until_they_fit_and_remembered(tmp_path):
     assert done.returncode == 1 and journal.read_text().endswith("trying 4\ntrying 4\n")
 
 
-def test_the_rate_of_products_is_a_mean_over_at_least_the_time_given():
+def test_the_rate_of_products_is_a_mean_over_the_time_given_on_as_many_rows_as_training_has():
+    assert PEAK_ROWS["cuda"] == load_config(ROOT / "configs/bench/gpu_run.yaml").train.micro_batch_tokens
     x = torch.randn(64, 32)
     w = torch.randn(48, 32)
     out = torch.zeros(64, 48)

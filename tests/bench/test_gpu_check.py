@@ -185,7 +185,18 @@ def test_every_command_of_the_shipped_plan_has_a_valid_config(is_tiny, monkeypat
 @pytest.mark.long
 def test_an_interrupt_leaves_a_valid_folder_and_no_process(plan, tmp_path):
     out = tmp_path / "interrupted"
-    command = [sys.executable, "-m", "ptune_dist.bench.check", "--plan", plan, "--parts", "slow,good", "--out", out]
+    command = [
+        sys.executable,
+        "-m",
+        "ptune_dist.bench.check",
+        "--plan",
+        plan,
+        "--parts",
+        "slow,good",
+        "--tiny",
+        "--out",
+        out,
+    ]
     process = subprocess.Popen([*command, "--scratch", tmp_path / "scratch"], env=process_env(), cwd=ROOT)
     journal = tmp_path / "journal"
     give_up_at = time.monotonic() + 60
@@ -201,8 +212,19 @@ def test_an_interrupt_leaves_a_valid_folder_and_no_process(plan, tmp_path):
 
 
 @pytest.mark.long
+def test_gpus_that_torch_does_not_see_are_an_error_and_no_reason_for_tiny_shapes(tmp_path):
+    fake = tmp_path / "bin" / "nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)'\n")
+    fake.chmod(0o755)
+    done = run_check(tmp_path, "--list", path=f"{fake.parent}:{os.environ['PATH']}")
+    assert done.returncode == 2
+    assert "error: nvidia-smi lists 1 GPUs, but torch" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
 def test_the_profile_runs_without_a_gpu(tmp_path):
-    done = run_check(tmp_path, "--parts", "profile", "--minutes", "3")
+    done = run_check(tmp_path, "--tiny", "--parts", "profile", "--minutes", "3")
     assert done.returncode == 0, done.stdout + done.stderr
     profile = json.loads((tmp_path / "out/parts/profile.json").read_text())["steps"][0]["result"]
     assert profile["device"] == "cpu" and profile["groups_ms"]["products"] > 0 and profile["step_ms"] > 0
@@ -211,14 +233,14 @@ def test_the_profile_runs_without_a_gpu(tmp_path):
 
 @pytest.mark.extended
 def test_every_part_runs_without_a_gpu(tmp_path):
-    done = run_check(tmp_path, "--minutes", "30")
+    done = run_check(tmp_path, "--tiny", "--minutes", "30")
     assert done.returncode == 0, done.stdout + done.stderr
     parts = [json.loads(path.read_text()) for path in (tmp_path / "out/parts").iterdir()]
     assert {part["status"] for part in parts} == {DONE} and len(parts) == len(parts_of(GPU_CHECK))
 
 
-def run_check(folder: Path, *options: str) -> subprocess.CompletedProcess:
+def run_check(folder: Path, *options: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess:
     where = ["--out", str(folder / "out"), "--scratch", str(folder / "scratch")]
-    environment = process_env({"PTUNE_PYTHON": sys.executable}) | {"PATH": os.environ["PATH"]}
+    environment = process_env({"PTUNE_PYTHON": sys.executable}) | {"PATH": path}
     command = ["bash", str(ROOT / "launch/gpu_check.sh"), *where, *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2000)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,14 +60,17 @@ def check(parsed: argparse.Namespace, began: float) -> int:
     scratch.mkdir(parents=True, exist_ok=True)
     machine = read_machine(scratch)
     gpus = machine["hardware"]["gpus"]
+    console = Console()
     is_tiny = parsed.tiny or not gpus
+    if not gpus and not parsed.tiny:
+        check_no_gpu(machine["versions"]["torch"])
+        say(console, "there is no GPU: tiny shapes, whose figures mean nothing")
     every = load_parts(parsed.plan, is_tiny=is_tiny, changes=parse_values(parsed.set), num_repeats=parsed.repeats)
     parts = select_parts(every, parsed.parts)
     folder = CheckFolder((parsed.out or default_folder(gpus, is_tiny, scratch)).absolute())
     if parsed.again:
         for part in parts:
             folder.forget(part)
-    console = Console()
     if parsed.list:
         list_parts(parts, folder, console)
         return DONE_STATUS
@@ -78,11 +82,11 @@ def check(parsed: argparse.Namespace, began: float) -> int:
     except KeyboardInterrupt:
         is_interrupted = True
     write_page(every, folder, machine)
-    console.print(f"figures: {folder.path / 'README.md'}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"figures: {folder.path / 'README.md'}")
     if is_interrupted:
         return INTERRUPTED_STATUS
     if runner.left:
-        console.print(f"left for the next call: {', '.join(runner.left)}", highlight=False, soft_wrap=True)
+        say(console, f"left for the next call: {', '.join(runner.left)}")
         return LEFT_STATUS
     has_failed = any(part_status(part, folder.records(part)) == FAILED for part in parts)
     return FAILED_STATUS if has_failed else DONE_STATUS
@@ -97,6 +101,19 @@ def read_machine(scratch: Path) -> dict[str, Any]:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunFault(f"cannot ask torch for the GPUs: {last}")
     return json.loads(result.read_text(encoding="utf-8")) | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def check_no_gpu(torch_version: str) -> None:
+    """Raise RunFault if this machine has GPUs that torch does not see."""
+    if not shutil.which("nvidia-smi"):
+        return
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    count = sum(line.startswith("GPU ") for line in listed.splitlines())
+    if count:
+        raise RunFault(
+            f"nvidia-smi lists {count} GPUs, but torch {torch_version} sees none: its build does not fit the driver, "
+            "or CUDA_VISIBLE_DEVICES hides them; --tiny tries the parts without a GPU"
+        )
 
 
 def default_folder(gpus: list[str], is_tiny: bool, scratch: Path) -> Path:
@@ -122,9 +139,11 @@ def list_parts(parts: list[Part], folder: CheckFolder, console: Console) -> None
     for part in parts:
         status = part_status(part, folder.records(part)) or "not begun"
         minutes = sum(step.minutes for step in part.steps)
-        console.print(
-            f"{part.name:12} about {minutes:4.1f} min  {status:10} {part.about}", markup=False, soft_wrap=True
-        )
+        say(console, f"{part.name:12} about {minutes:4.1f} min  {status:10} {part.about}")
+
+
+def say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def write_page(parts: list[Part], folder: CheckFolder, machine: dict[str, Any]) 
     cases = {part.name: build_cases(part, records[part.name]) for part in parts if part.matrix}
     lines = ["# First hour on a GPU", "", describe_where(machine), "", *overview(parts, records), ""]
     published = {label: speed for part in parts for label, speed in part.published.items()}
-    if draw_speeds(find_bars(cases), published, folder.path / CHART):
+    compared = {part.name: cases[part.name] for part in parts if part.matrix and part.matrix.baseline}
+    if draw_speeds(find_bars(compared), published, folder.path / CHART):
         lines += [f"![tokens per second of every side]({CHART})", ""]
     for part in parts:
         lines += render_part(part, records[part.name], cases.get(part.name, []))

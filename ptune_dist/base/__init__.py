@@ -1,4 +1,4 @@
-"""The frozen base: loading it by parts, int8, sharding, what is known about its architecture."""
+"""The frozen base: loading it by parts, int8 and fp8, sharding, what is known about its architecture."""
 
 import os
 

@@ -15,7 +15,7 @@ On a CPU the same numbers are rounded in the same places, and multiplied in floa
 Shapes: M rows, O outputs and I inputs of a layer.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -44,14 +44,14 @@ class Fp8Product(torch.autograd.Function):
         ctx.layer = layer
         rows = x.reshape(-1, x.shape[-1])
         y = (multiply if layer.runs_on_tensor_cores(x) else multiply_emulated)(rows, layer)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         layer = ctx.layer
         rows = grad.reshape(-1, grad.shape[-1])
         found = (multiply_back if layer.runs_on_tensor_cores(grad) else multiply_back_emulated)(rows, layer)
-        return found.to(grad.dtype).view(*grad.shape[:-1], -1), None
+        return found.to(grad.dtype).view(*grad.shape[:-1], found.shape[-1]), None
 
 
 def multiply(rows: torch.Tensor, layer: "Fp8Linear") -> torch.Tensor:
@@ -76,7 +76,7 @@ def scaled_product(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """e4m3 rows [M, K] times a weight [N, K] transposed, each row of either with a scale: bfloat16 [M, N]."""
-    return torch._scaled_mm(
+    return cast(Any, torch)._scaled_mm(
         rows,
         weight.view(E4M3).T,
         scale_a=row_scales[:, None],

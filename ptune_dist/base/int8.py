@@ -7,14 +7,14 @@ one kernel dequantizes the weight (3 bytes of traffic for each weight) and cuBLA
 reading the weight: a kernel that dequantizes inside the product reads 1 byte for each weight instead of 5, but
 multiplies more slowly than cuBLAS. With B bytes/s of memory, R operations/s of cuBLAS and r of the kernel both take
 equally long at M = 3 / (2 B (1/r - 1/R)), about 400 rows for an H100 (B = 3e12, R = 650e12, r = 350e12, estimates).
-`configs/bench/int8_gpu_products.yaml` measures both ways.
+`configs/bench/quantized_gpu_products.yaml` measures both ways.
 
 Shapes: M rows, O outputs and I inputs of a layer.
 """
 
 import functools
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -80,7 +80,7 @@ def multiply_on_gpu(x: torch.Tensor, layer: QuantizedWeight) -> torch.Tensor:
         y = y if bias is None else y.add_(bias)
     else:
         y = nn.functional.linear(rows, ops.dequantize(layer.weight, layer.float_scales, x.dtype), bias)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def multiply_back_on_gpu(grad: torch.Tensor, layer: QuantizedWeight) -> torch.Tensor:
@@ -90,7 +90,7 @@ def multiply_back_on_gpu(grad: torch.Tensor, layer: QuantizedWeight) -> torch.Te
         found = ops.multiply_int8(rows, layer.weight, layer.float_scales, is_transposed=True)
     else:
         found = rows @ ops.dequantize(layer.weight, layer.float_scales, grad.dtype)
-    return found.view(*grad.shape[:-1], -1)
+    return found.view(*grad.shape[:-1], found.shape[-1])
 
 
 def is_fused(rows: torch.Tensor) -> bool:
@@ -133,12 +133,13 @@ def multiply_int8_on_gpu(x: torch.Tensor, layer: "Int8Linear", threshold: float)
         weight = ops.dequantize(layer.weight[:, outliers], layer.float_scales, x.dtype)
         y.addmm_(rows[:, outliers], weight.T)
     y = y if layer.bias is None else y.add_(layer.bias)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def outlying_columns(rows: torch.Tensor, threshold: float) -> torch.Tensor | None:
     """Indices of the columns with an entry beyond the threshold; None if there are none. Waits for the GPU."""
-    found = (rows.abs().amax(dim=0) > threshold).nonzero().view(-1)
+    largest = torch.linalg.vector_norm(rows, float("inf"), dim=0)
+    found = (largest > threshold).nonzero().view(-1)
     return found if len(found) else None
 
 
@@ -148,7 +149,7 @@ def multiply_integers(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rows.float() @ weight.float().T
     num_missing = max(0, ops.MIN_INT8_ROWS - len(rows))
     padded = nn.functional.pad(rows, (0, 0, 0, num_missing)) if num_missing else rows
-    return torch._int_mm(padded, weight.T)[: len(rows)]
+    return cast(Any, torch)._int_mm(padded, weight.T)[: len(rows)]
 
 
 class Int8Linear(QuantizedLinear):

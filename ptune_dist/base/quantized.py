@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from ptune_dist.errors import UserError
 
 CHUNK_ELEMENTS = 4 << 20  # quantized at a time while loading; fits a processor's cache
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what the largest entry of a row becomes
+SMALLEST = 1e-30  # activations without a larger entry become zeros: their factor would overflow
 MAX_SHARE_LEFT_OUT = 0.25  # of a base's weights; if more cannot be quantized, quantization would silently save little
 
 Quantize = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # float rows [O, I] -> bytes, float32 scales [O]

@@ -7,18 +7,21 @@ each new number of rows.
 Shapes: M rows, K and N as in a product [M, K] x [K, N], O outputs and I inputs of a layer.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from ptune_dist.base.quantized_ops import LARGEST, SMALLEST
+from ptune_dist.base.quantized import LARGEST, SMALLEST
 
+jit: Any = triton.jit  # its types know only the call inside of a kernel
 COLUMNS = 2048  # of a row that one program of an elementwise kernel computes
 TILE = 128  # rows and columns of a transposed tile
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds a float32 to the nearest integer
 
 
-@triton.jit
+@jit
 def dequantize_kernel(codes, scales, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -37,7 +40,7 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) ->
     return out
 
 
-@triton.jit
+@jit
 def multiply_int8_kernel(
     rows,
     weight,
@@ -94,7 +97,7 @@ def multiply_int8(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
     return out
 
 
-@triton.jit
+@jit
 def quantize_kernel(
     rows,
     factors,
@@ -163,7 +166,7 @@ def quantize_rows(
     )
 
 
-@triton.jit
+@jit
 def scale_sums_kernel(sums, row_scales, column_scales, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -185,7 +188,7 @@ def scale_sums(
     return out
 
 
-@triton.jit
+@jit
 def transpose_kernel(matrix, out, num_rows, width, TILE: tl.constexpr):
     rows = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
     columns = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)

@@ -11,9 +11,9 @@ from types import ModuleType
 
 import torch
 
+from ptune_dist.base.quantized import LARGEST, SMALLEST
+
 MIN_INT8_ROWS = 17  # of `torch._int_mm` on CUDA
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what the largest entry of a row becomes
-SMALLEST = 1e-30  # a row without a larger entry becomes zeros: its factor would overflow
 
 
 @functools.cache
@@ -35,6 +35,10 @@ def load_kernels() -> ModuleType | None:
 _failure = ""
 
 
+def kernels_for(tensor: torch.Tensor) -> ModuleType | None:
+    return load_kernels() if tensor.is_cuda else None
+
+
 def describe_fallback(device: torch.device) -> str | None:
     """A line for the log if quantized layers on this device use torch's own operations; None if not, or on a CPU."""
     if device.type != "cuda" or load_kernels():
@@ -42,10 +46,10 @@ def describe_fallback(device: torch.device) -> str | None:
     return f"model.quantization: no Triton kernels here, so torch's own, slower operations are used ({_failure})"
 
 
-@torch.library.custom_op("ptune_dist::dequantize", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("ptune_dist::dequantize", mutates_args=())
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """int8 codes [O, I] times their rows' float32 scales [O], rounded to `dtype` once."""
-    kernels = load_kernels()
+    kernels = kernels_for(codes)
     if kernels is None:
         return torch.mul(codes, scales[:, None], out=torch.empty(codes.shape, dtype=dtype, device=codes.device))
     return kernels.dequantize(codes, scales, dtype)
@@ -56,14 +60,14 @@ def _(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
-@torch.library.custom_op("ptune_dist::multiply_int8", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("ptune_dist::multiply_int8", mutates_args=())
 def multiply_int8(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, is_transposed: bool) -> torch.Tensor:
     """Half-precision rows [M, K] times an int8 weight, dequantized as it is read; sums are float32.
 
     The weight is [N, K] with a scale for each output; `is_transposed`, which is the product of backward: [K, N] with a
     scale for each entry of the contraction.
     """
-    kernels = load_kernels()
+    kernels = kernels_for(rows)
     if kernels is not None:
         return kernels.multiply_int8(rows, weight, scales, is_transposed)
     if is_transposed:
@@ -76,12 +80,12 @@ def _(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, is_transpo
     return rows.new_empty(rows.shape[0], weight.shape[1] if is_transposed else weight.shape[0])
 
 
-@torch.library.custom_op("ptune_dist::quantize_activations", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("ptune_dist::quantize_activations", mutates_args=())
 def quantize_activations(
     rows: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [M, K], each column times its factor [K] if given, as `dtype` of 8 bits; each row's float32 scale [M]."""
-    kernels = load_kernels()
+    kernels = kernels_for(rows)
     if kernels is None:
         return quantize_eagerly(rows, factors, dtype)
     return kernels.quantize_activations(rows, factors, dtype)
@@ -104,12 +108,12 @@ def quantize_eagerly(
     return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), largest / LARGEST[dtype]
 
 
-@torch.library.custom_op("ptune_dist::scale_sums", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("ptune_dist::scale_sums", mutates_args=())
 def scale_sums(
     sums: torch.Tensor, row_scales: torch.Tensor, column_scales: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """Sums of products of integers [M, N] times the scales of their rows [M] and columns [N], in `dtype`."""
-    kernels = load_kernels()
+    kernels = kernels_for(sums)
     if kernels is None:
         return (sums * row_scales[:, None] * column_scales).to(dtype)
     return kernels.scale_sums(sums, row_scales, column_scales, dtype)
@@ -120,10 +124,10 @@ def _(sums: torch.Tensor, row_scales: torch.Tensor, column_scales: torch.Tensor,
     return sums.new_empty(sums.shape, dtype=dtype)
 
 
-@torch.library.custom_op("ptune_dist::transpose_bytes", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("ptune_dist::transpose_bytes", mutates_args=())
 def transpose_bytes(matrix: torch.Tensor) -> torch.Tensor:
     """An int8 matrix [O, I] copied to [I, O]; torch's own copy moves single bytes."""
-    kernels = load_kernels()
+    kernels = kernels_for(matrix)
     if kernels is None:
         return matrix.T.contiguous()
     return kernels.transpose_bytes(matrix)

@@ -1,9 +1,8 @@
 """Benchmark rows and a tokenizer, made from the docstrings of the standard library without a download.
 
 Rows: `python -m ptune_dist.bench.data rows --out DIR`. The task is realistic: read a docstring's body and write its
-first paragraph. The median is about 230 tokens for long rows and 45 for short rows. The spread of lengths, on which
-padding and grouping by length depend, is that of the docstrings. Mixed rows are the long and the short ones together.
-Full rows have nearly 4,096 tokens, the length at which trainers are often compared: many bodies and one last paragraph.
+first paragraph. The median is about 230 tokens for long rows, 45 for short and 30 for brief ones. The spread of
+lengths, on which padding and grouping by length depend, is that of the docstrings.
 
 Tokenizer: `python -m ptune_dist.bench.data tokenizer --out configs/shapes/llama_40m` made the committed one.
 """
@@ -17,15 +16,13 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ptune_dist.bench.shapes import TOKENIZER
 from ptune_dist.tiny.text import read_docstrings
 
-# Minimum and maximum tokens of input and target, chosen so that the medians are about 230 and 45.
-LENGTHS = {"long": (160, 480), "short": (25, 76)}
+SHAPE = Path("configs/shapes/llama_40m")
+# Minimum and maximum tokens of input and target, chosen so that the medians are about 230, 45 and 30.
+LENGTHS = {"long": (160, 480), "short": (25, 76), "brief": (16, 42)}
 NUM_ROWS = 160
 NUM_CHECK_ROWS = 8
-NUM_FULL_ROWS = 24
-FULL_TOKENS = 4096 - 40  # leaves room for virtual tokens and for tokens that joining makes
 VOCABULARY_SIZE = 4096
 
 
@@ -50,42 +47,18 @@ def count_tokens(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
     return [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
-def build_full_rows(rows: list[dict[str, str]], lengths: list[int], seed: int) -> list[dict[str, str]]:
-    """Rows of nearly FULL_TOKENS tokens: bodies of rows in a random order, as many as fit, to summarize the first."""
-    chooser = random.Random(seed)
-    full = []
-    for _ in range(NUM_FULL_ROWS):
-        bodies: list[str] = []
-        used = 0
-        order = chooser.sample(range(len(rows)), len(rows))
-        for i in order:
-            if used + lengths[i] <= FULL_TOKENS:
-                bodies.append(rows[i]["text"])
-                used += lengths[i]
-        full.append({"text": "\n\n".join(bodies), "summary": rows[order[0]]["summary"]})
-    return full
-
-
 def write_rows(out: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, dict[str, int]]:
-    """Write {long,short,mixed,full}.jsonl, and the first rows of two as {long,short}_check.jsonl.
-
-    Returns token counts by file.
-    """
+    """Write {long,short,brief}.jsonl, and the first rows of each as {...}_check.jsonl; returns token counts by file."""
     rows = [row for row in map(split_docstring, read_docstrings()) if row]
     lengths = count_tokens(rows, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    files: dict[str, list[dict[str, str]]] = {}
+    found = {}
     for name, bounds in LENGTHS.items():
         chosen = select_rows(rows, lengths, bounds, NUM_ROWS, seed)
-        files[f"{name}.jsonl"] = chosen
-        files[f"{name}_check.jsonl"] = chosen[:NUM_CHECK_ROWS]
-    files["mixed.jsonl"] = files["long.jsonl"] + files["short.jsonl"]
-    files["full.jsonl"] = build_full_rows(rows, lengths, seed)
-    found = {}
-    for file, part in files.items():
-        (out / file).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-        counts = count_tokens(part, tokenizer)
-        found[file] = {"rows": len(part), "median": int(np.median(counts)), "max": max(counts)}
+        for file, part in ((f"{name}.jsonl", chosen), (f"{name}_check.jsonl", chosen[:NUM_CHECK_ROWS])):
+            (out / file).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+            counts = count_tokens(part, tokenizer)
+            found[file] = {"rows": len(part), "median": int(np.median(counts)), "max": max(counts)}
     return found
 
 
@@ -108,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["rows", "tokenizer"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokenizer", default=TOKENIZER, help="folder of the tokenizer that counts tokens")
+    parser.add_argument("--tokenizer", default=SHAPE, help="folder of the tokenizer that counts tokens")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.what == "tokenizer":

@@ -2,8 +2,9 @@
 
     python -m ptune_dist.bench.products SIDE --outputs 5632 --inputs 2048 --tokens 512 --dtype float32 --result FILE
 
-SIDE: `float`; `int8` (the default of model.quantization=int8); `llm-int8` (int8_activations); `linear8bitlt`
-(the module of bitsandbytes, as PEFT uses it).
+SIDE: `float`; `int8` (the default of model.quantization=int8); on a GPU also `int8-fused` and `int8-dequantized`, its
+two ways whatever the number of tokens; `llm-int8` (int8_activations), `llm-int8-all` (with a threshold of 0); `fp8`;
+`linear8bitlt` (the module of bitsandbytes, as PEFT uses it).
 """
 
 import argparse
@@ -15,11 +16,17 @@ import warnings
 import torch
 from torch import nn
 
-from ptune_dist.base.int8 import Int8Linear, quantize_rows
+from ptune_dist.base import int8
+from ptune_dist.base.fp8 import Fp8Linear
+from ptune_dist.base.int8 import Int8Linear
+from ptune_dist.base.quantized import QuantizedLinear
 from ptune_dist.bench.probe import synchronize, write_result
 
-SIDES = ("float", "int8", "llm-int8", "linear8bitlt")
+THRESHOLDS = {"llm-int8": 6.0, "llm-int8-all": 0.0}
+MAX_FUSED_ROWS = {"int8-fused": sys.maxsize, "int8-dequantized": 0}
+SIDES = ("float", "int8", *MAX_FUSED_ROWS, *THRESHOLDS, "fp8", "linear8bitlt")
 NUM_REPEATS = 15
+CALLS_ON_GPU = 20  # for each timing, so that a short kernel is not timed with the launch of one
 NUM_WARM_UP = 3
 
 
@@ -40,11 +47,14 @@ def build_layer(side: str, weight: torch.Tensor, dtype: torch.dtype) -> nn.Modul
         layer = nn.Linear(num_inputs, num_outputs, bias=False, device=weight.device, dtype=dtype)
         layer.weight.data.copy_(weight)
         return layer.requires_grad_(False)
-    layer = Int8Linear(num_inputs, num_outputs, None, 6.0 if side == "llm-int8" else None)
-    quantized, scales = quantize_rows(weight)
-    layer.weight = nn.Parameter(quantized, requires_grad=False)
-    layer.scales = nn.Parameter(scales.view(torch.int32), requires_grad=False)
-    return layer
+    int8.MAX_FUSED_ROWS = MAX_FUSED_ROWS.get(side, int8.MAX_FUSED_ROWS)
+    made: QuantizedLinear = Int8Linear(num_inputs, num_outputs, None, THRESHOLDS.get(side))
+    if side == "fp8":
+        made = Fp8Linear(num_inputs, num_outputs, None)
+    quantized, scales = made.quantize(weight)
+    made.weight = nn.Parameter(quantized, requires_grad=False)
+    made.scales = nn.Parameter(scales.view(torch.int32), requires_grad=False)
+    return made
 
 
 def measure(layer: nn.Module, x: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
@@ -57,22 +67,25 @@ def measure(layer: nn.Module, x: torch.Tensor, wanted: torch.Tensor) -> dict[str
             kept.append(tensor)
         return tensor
 
+    num_calls = CALLS_ON_GPU if x.is_cuda else 1
     forward: list[float] = []
     backward: list[float] = []
     for _ in range(NUM_WARM_UP + NUM_REPEATS):
         kept.clear()
-        x.grad = None
         synchronize()
         began = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = layer(x)
+            outputs = [layer(x) for _ in range(num_calls)]
         synchronize()
-        kept += [t for t in getattr(y.grad_fn, "tensors", ()) if t is not None]  # bitsandbytes has its own list
         middle = time.perf_counter()
-        y.backward(y.detach())
+        for output in outputs:
+            torch.autograd.grad(output, x, output.detach())
         synchronize()
-        forward.append(1000 * (middle - began))
-        backward.append(1000 * (time.perf_counter() - middle))
+        forward.append(1000 * (middle - began) / num_calls)
+        backward.append(1000 * (time.perf_counter() - middle) / num_calls)
+    y = layer(x)
+    kept = kept[: len(kept) // num_calls]
+    kept += [t for t in getattr(y.grad_fn, "tensors", ()) if t is not None]  # bitsandbytes has its own list
     error = (y.detach().double() - wanted).norm() / wanted.norm()
     return {
         "forward_ms": statistics.median(forward[NUM_WARM_UP:]),

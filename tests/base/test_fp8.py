@@ -11,7 +11,6 @@ from ptune_dist.base import fp8
 from ptune_dist.base.fp8 import E4M3, Fp8Linear, quantize_rows
 from ptune_dist.base.int8 import Int8Embedding, Int8Linear
 from ptune_dist.base.load import fill_whole
-from ptune_dist.base.quantized import QuantizedRows
 from tests.base.bases import error_of, load, logits_of, open_only
 from tests.base.test_int8 import difference, random_weight
 from tests.conftest import ENCODERS, LABELS, SEQ2SEQ
@@ -110,18 +109,6 @@ def test_no_activation_is_kept_for_backward():
     assert not [tensor for tensor in saved if tensor.numel() > 1]
     y.sum().backward()
     assert x.grad.abs().sum() > 0
-
-
-def test_the_parts_of_two_ranks_are_the_whole():
-    weight = random_weight(7, 5)
-    codes, scales = quantize_rows(weight)
-    for start, stop in ((0, 18), (18, 35)):
-        rows = QuantizedRows(lambda first, last: weight[first:last], quantize_rows, 7, 5)
-        part = torch.empty(stop - start, dtype=torch.int8)
-        of_scales = torch.empty(7, dtype=torch.int32)
-        rows.fill_weight(start, part)
-        rows.fill_scales(0, of_scales)
-        assert torch.equal(part, codes.view(-1)[start:stop]) and torch.equal(of_scales.view(torch.float32), scales)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", *SEQ2SEQ, ENCODERS[0]])

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from ptune_dist.base.source import load_shape, load_tokenizer
-from ptune_dist.bench.data import LENGTHS, build_tokenizer, count_tokens, split_docstring, write_rows
-from ptune_dist.bench.shapes import TOKENIZER
+from ptune_dist.bench.data import LENGTHS, SHAPE, build_tokenizer, count_tokens, split_docstring, write_rows
 from tests.processes import ROOT
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(str(ROOT / TOKENIZER), load_shape(str(ROOT / TOKENIZER)))
+    return load_tokenizer(str(ROOT / SHAPE), load_shape(str(ROOT / SHAPE)))
 
 
 def read_rows(path) -> list[dict[str, str]]:
@@ -29,7 +28,7 @@ def written(tmp_path_factory, tokenizer):
 
 def test_rows_have_the_median_lengths_of_their_names_and_no_row_is_repeated(written, tokenizer):
     folder, found = written
-    for name, median in (("long", 230), ("short", 45)):
+    for name, median in (("long", 230), ("short", 45), ("brief", 30)):
         rows = read_rows(folder / f"{name}.jsonl")
         counts = count_tokens(rows, tokenizer)
         assert abs(np.median(counts) - median) <= 0.1 * median

@@ -111,6 +111,26 @@ def test_every_shipped_config_loads_and_finds_its_files(path, tmp_path, monkeypa
         assert name is None or isinstance(name, dict) or Path(name).is_absolute() and Path(name).is_file()
 
 
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_head_and_embeddings_are_stored_in_int8_with_either_quantization(write, quantization):
+    config = load_config(write(SMALL), [f"model.quantization={quantization}", "model.int8_include=[head,embeddings]"])
+    assert (config.model.quantization, config.model.int8_include) == (quantization, ["head", "embeddings"])
+
+
+@pytest.mark.parametrize(
+    "key, quantization, wanted",
+    [
+        ("int8_include=[head]", "none", "int8 or fp8"),
+        ("int8_activations=true", "none", "int8"),
+        ("int8_activations=true", "fp8", "int8"),
+    ],
+)
+def test_keys_of_one_quantization_are_refused_with_another(write, key, quantization, wanted):
+    message = error_of(write(SMALL), f"model.quantization={quantization}", f"model.{key}")
+    name = key.partition("=")[0]
+    assert message.endswith(f"model.{name} is given but model.quantization is {quantization}: set it to {wanted}")
+
+
 # Where paths are looked up
 
 

@@ -18,8 +18,14 @@ TABLE: Table = {
         source("torch.nn:Embedding", "torch.empty(", "make embeddings without memory", "torch.empty"),
         parameter("accelerate:init_empty_weights", "include_buffers", "make a base without memory, its buffers apart"),
     ],
-    "base/int8.py": [
+    "base/quantized.py": [
         attribute("torch.nn.modules.linear:NonDynamicallyQuantizableLinear", "leave torch's attention module as it is"),
+    ],
+    "base/fp8.py": [
+        attribute("torch:_scaled_mm", "multiply in fp8"),
+    ],
+    "base/int8.py": [
+        attribute("torch:_int_mm", "multiply in int8 on a GPU"),
         parameter("bitsandbytes.functional:int8_vectorwise_quant", "threshold", "quantize activations"),
         attribute("bitsandbytes.functional:int8_vectorwise_quant", "quantize activations"),
         source(

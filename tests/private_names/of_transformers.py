@@ -137,7 +137,7 @@ TABLE: Table = {
             for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
         ),
     ],
-    "base/int8.py": [
+    "base/quantized.py": [
         attribute("transformers.pytorch_utils:Conv1D", "quantize GPT-2's linear layers"),
     ],
     "base/source.py": [

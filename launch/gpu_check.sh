@@ -8,9 +8,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=${PTUNE_PYTHON:-.venv/bin/python}
-if ! [ -x "$python" ]; then
-  python=$(command -v python3) || { echo "error: no Python: run launch/setup.sh bench, or set PTUNE_PYTHON" >&2; exit 2; }
+if [ -n "${PTUNE_PYTHON:-}" ]; then
+  python=$(command -v "$PTUNE_PYTHON") || { echo "error: PTUNE_PYTHON: $PTUNE_PYTHON is not an executable" >&2; exit 2; }
+elif ! python=$(command -v .venv/bin/python || command -v python3); then
+  echo "error: no Python: run launch/setup.sh bench test, or set PTUNE_PYTHON" >&2
+  exit 2
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} PYTHONUNBUFFERED=1
 exec "$python" -m ptune_dist.bench.check "$@"

@@ -20,7 +20,7 @@ from ptune_dist.bench.check.plan import Part, Step
 from ptune_dist.bench.harness import last_lines
 from ptune_dist.cluster.processes import is_dead
 
-SECONDS_FOR_REPORT = 10.0
+SECONDS_FOR_REPORT = 15.0
 SECONDS_TO_END = 5.0  # for a step's processes after SIGTERM
 PATIENCE = 4.0  # a step fails after this many times its expected minutes
 MIN_PATIENCE_S = 240.0

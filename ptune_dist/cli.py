@@ -212,7 +212,7 @@ def run_generate(parsed: argparse.Namespace) -> None:
 
     decoding = Decoding(
         parsed.max_new_tokens or config.evaluate.max_new_tokens,
-        config.train.micro_batch_tokens,
+        config.train.most_positions,
         sampling_of(parsed),
         parsed.seed,
     )

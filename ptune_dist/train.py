@@ -3,7 +3,7 @@
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ from ptune_dist.cluster.node_check import check_nodes
 from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config
-from ptune_dist.data.batches import collate
 from ptune_dist.data.training_rows import TrainingRows
-from ptune_dist.distributed.world import World, from_main, init_distributed, sum_over_ranks, together
+from ptune_dist.distributed.world import World, from_main, init_distributed, together
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.during_training import StopAgreed, agree_on_stop, evaluate_members, is_due, is_evaluation_due
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.evaluation.generate import pad_id
 from ptune_dist.evaluation.splits import build_splits, find_lead, measure_scales
 from ptune_dist.optim.optimizer import learning_rate_at
+from ptune_dist.run.accumulate import Accumulator
+from ptune_dist.run.batches_ahead import BatchesAhead, StepPlan, StepSource
 from ptune_dist.run.folder import (
     check_run_dir,
     is_finished,
@@ -48,6 +49,7 @@ class Training:
 
     job: Job
     rows: TrainingRows
+    accumulate: Accumulator
     evaluators: dict[str, Evaluator]
     progress: Progress
     metrics: MetricsWriter | None
@@ -83,7 +85,9 @@ def train(config: Config) -> int:
         reading = together(world, lambda: build_reading(config))
         rows, evaluators = together(world, lambda: build_splits(reading))
         is_new = from_main(world, lambda: not has_checkpoint(config))
-        job = build_job(reading, world, with_start=is_new, scales=measure_scales(reading, rows))
+        job = build_job(reading, world, with_start=is_new, scales=measure_scales(reading, rows), rows=rows)
+        for evaluator in evaluators.values():
+            evaluator.decoding = replace(evaluator.decoding, micro_batch_tokens=job.micro_batch.tokens)
         job.engine.contexts.set_lead(*find_lead(rows.examples))
         run_dir = Path(config.output_dir)
         with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
@@ -100,8 +104,13 @@ def train_job(job: Job, rows: TrainingRows, evaluators: dict[str, Evaluator], wa
     together(world, lambda: watch.begin_steps(run_dir))
     end = Outcome(DONE)
     summary: dict[str, Any] = {}
-    with on_main(world, lambda: open_metrics(job, progress)) as metrics:
-        training = Training(job, rows, evaluators, progress, metrics, watch, world)
+    if job.micro_batch.may_halve:
+        together(world, lambda: job.micro_batch.store(run_dir) if world.is_main else None)
+    source = StepSource(job.engine, rows, world, job.micro_batch.tokens, pad_id(job.tokenizer))
+    with on_main(world, lambda: open_metrics(job, progress)) as metrics, BatchesAhead(source) as batches:
+        say = metrics.say if metrics else lambda _: None
+        accumulate = Accumulator(job, batches, world, watch.beat, say)
+        training = Training(job, rows, accumulate, evaluators, progress, metrics, watch, world)
         held_out = next((evaluator.split.examples for evaluator in evaluators.values()), None)
         if world.is_main:
             training.say(describe_start(job, rows, held_out, progress, world))
@@ -151,11 +160,10 @@ def take_step(training: Training) -> None:
     gathers = engine.gathers.copy()
     step = progress.step + 1
     engine.contexts.take_counts()  # those of an evaluation belong to no step
-    examples = training.rows.of_step(step, progress.live)
-    losses = accumulate_step(training, examples)
-    learning_rates = {name: learning_rate_of(training.job.members[name], step) for name in losses}
-    update_members(training, losses, examples, learning_rates)
-    read = [i for chosen in examples.values() for i in chosen]
+    plan, totals = training.accumulate(step, progress.live)
+    learning_rates = {name: learning_rate_of(training.job.members[name], step) for name in plan.examples}
+    losses = update_members(training, plan, totals, learning_rates)
+    read = [i for chosen in plan.examples.values() for i in chosen]
     num_tokens = int(training.rows.examples.lengths[read].sum())
     gathered = engine.gathers.since(gathers)
     progress.count_step(losses, StepCount(time.perf_counter() - began, len(read), num_tokens, *gathered))
@@ -164,45 +172,29 @@ def take_step(training: Training) -> None:
         training.metrics.step(*step_lines(training.job, progress, losses, learning_rates, training.world))
 
 
-def accumulate_step(training: Training, examples: dict[str, list[int]]) -> dict[str, float]:
-    """Forward and backward of one step's examples: each member's loss per supervised token. Collective."""
-    engine = training.job.engine
-    world = training.world
-    data = training.rows.examples
-    objective = training.job.reading.objective
-    divisors = {name: objective.divisor(data.num_targets[chosen]) for name, chosen in examples.items()}
-    scales = [1 / divisors[name] if name in examples else 0.0 for name in engine.members]
-    units = training.rows.units(examples, engine.members)
-    plan = engine.plan(units, data, training.config.train.micro_batch_tokens)
-    engine.model.begin_step(training.progress.step + 1)
-    total = torch.zeros(len(engine.members), device=world.device)
-    for shares in plan:
-        batch = collate(data, shares, world.rank, pad_id(training.job.tokenizer))
-        total += engine.accumulate(batch, scales=scales)
-        training.watch.beat()
-    sums = dict(zip(engine.members, sum_over_ranks(total.tolist(), world), strict=True))
-    return {name: sums[name] / divisor for name, divisor in divisors.items()}
-
-
 def update_members(
-    training: Training, losses: dict[str, float], examples: dict[str, list[int]], learning_rates: dict[str, float]
-) -> None:
-    """The optimizer's step of every member whose numbers are finite. Collective.
+    training: Training, plan: StepPlan, totals: torch.Tensor, learning_rates: dict[str, float]
+) -> dict[str, float]:
+    """The optimizer's step of every member whose numbers are finite; each member's loss. Collective.
 
     A member whose numbers are not is stopped, with the prompt that it had; where it is the last one, raises RunFault on
     every rank.
     """
-    step = training.progress.step + 1
+    engine = training.job.engine
+    sums, norms = engine.measure(list(learning_rates), totals)
+    by_member = dict(zip(engine.members, sums, strict=True))
+    losses = {name: by_member[name] / divisor for name, divisor in plan.divisors.items()}
     faults = {name: f"the loss is {loss}" for name, loss in losses.items() if not math.isfinite(loss)}
-    if len(faults) < len(losses):
-        sound = {name: rate for name, rate in learning_rates.items() if name not in faults}
-        faults |= training.job.engine.step(sound)
+    sound = {name: rate for name, rate in learning_rates.items() if name not in faults}
+    if sound:
+        faults |= engine.step(sound, norms)
     if len(faults) == len(losses):
         name, what = next(iter(faults.items()))
-        raise describe_fault(training, examples[name], step, what)
+        raise describe_fault(training, plan.examples[name], plan.step, what)
     for name, what in faults.items():
-        training.progress.members[name].end(what, step, is_faulty=True)
-        training.say(f"{name} is stopped at step {step}: {what}")
+        training.progress.members[name].end(what, plan.step, is_faulty=True)
+        training.say(f"{name} is stopped at step {plan.step}: {what}")
+    return losses
 
 
 def describe_fault(training: Training, examples: list[int], step: int, what: str) -> RunFault:

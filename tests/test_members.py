@@ -13,6 +13,8 @@ from ptune_dist.config.schema import Config
 from ptune_dist.distributed.world import World
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.during_training import end_members, evaluate_members
+from ptune_dist.optim.prompt_state import Measured
+from ptune_dist.run.batches_ahead import StepPlan
 from ptune_dist.run.progress import Progress, Standing, rank_members
 from ptune_dist.run.step_lines import step_lines
 from ptune_dist.run.throughput import StepCount
@@ -138,15 +140,17 @@ def test_a_member_that_a_step_brings_to_a_stand_leaves_no_number_that_is_not_fin
     config = SimpleNamespace(sweep=True, train=SimpleNamespace(max_steps=9), checkpoint=None, output_dir="/nowhere/run")
     faults = {"seed=1": "the gradient's norm is nan"}
     norms = {"seed=0": 3.0, "seed=1": math.nan, "seed=2": 7.0, "seed=3": 5.0}
+    sums = [2.0, 4.0, math.nan, 6.0]
     engine = SimpleNamespace(
-        step=lambda rates: {name: what for name, what in faults.items() if name in rates}, grad_norm=norms.get,
-        contexts=SimpleNamespace(cache=None),
+        step=lambda rates, _: {name: what for name, what in faults.items() if name in rates}, grad_norm=norms.get,
+        contexts=SimpleNamespace(cache=None), members=list(NAMES), measure=lambda *_: Measured(sums, norms),
     )  # fmt: skip
     job, progress = SimpleNamespace(config=config, engine=engine), begin()
-    losses = {"seed=0": 1.0, "seed=1": 2.0, "seed=2": math.nan, "seed=3": 3.0}
     rates = dict.fromkeys(NAMES, 0.5)
     world = World(0, 1, torch.device("cpu"))
-    update_members(Training(job, None, {}, progress, None, None, world), losses, {}, rates)
+    plan = StepPlan(1, {}, dict.fromkeys(NAMES, 2.0), 1)
+    losses = update_members(Training(job, None, None, {}, progress, None, None, world), plan, torch.zeros(4), rates)
+    assert (losses["seed=0"], losses["seed=1"], losses["seed=3"]) == (1.0, 2.0, 3.0)
     progress.count_step(losses, StepCount(0.5, 4, 100))
     line, lines = step_lines(job, progress, losses, rates, world)
     assert ended(progress) == {"seed=1": ("the gradient's norm is nan", 1), "seed=2": ("the loss is nan", 1)}

@@ -3,6 +3,7 @@
 Memory for all tensors is allocated before anything is read, so that temporary buffers do not fragment it.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ptune_dist.base.open import OpenedBase
 from ptune_dist.base.quantized import QuantizedRows, QuantizedWeight
+from ptune_dist.base.random_weights import RandomWeights
 
 CPU = torch.device("cpu")
 
@@ -108,6 +110,10 @@ def new_head_fill(opened: OpenedBase, name: str) -> Fill:
 
 
 def quantized_rows(opened: OpenedBase, name: str, module: QuantizedWeight) -> QuantizedRows:
-    read = opened.weights.read_columns if module.stored_transposed else opened.weights.read_rows
+    weights = opened.weights
+    read: Callable[..., torch.Tensor] = weights.read_columns if module.stored_transposed else weights.read_rows
+    if isinstance(weights, RandomWeights) and torch.cuda.is_available():
+        # A CPU would take minutes to make and to quantize the rows of a 70B base.
+        read = functools.partial(read, device=torch.device("cuda"))
     stored = opened.names[name]
     return QuantizedRows(lambda first, last: read(stored, first, last), module.quantize, *module.weight.shape)

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterable
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -16,6 +16,26 @@ from ptune_dist.errors import UserError
 
 GIB = 1 << 30
 CGROUP = Path("/sys/fs/cgroup")
+
+
+class Room(NamedTuple):
+    """Where a rank's tensors are and how much is free for it there; `base`: bytes of its part of the base there."""
+
+    base: int
+    free: int
+    where: str
+
+
+def find_room(model: nn.Module, content: dict[str, Any], world_size: int, device: torch.device) -> Room:
+    """The memory that a rank computes in, before the base is loaded."""
+    offload = content["zero_optimization"].get("offload_param") or {}
+    place = offload.get("device", "none")
+    part = part_bytes(model.parameters(), content, world_size)
+    if device.type == "cuda":
+        return Room(0 if place != "none" else part, torch.cuda.mem_get_info(device)[0], f"on GPU {device.index}")
+    if place == "nvme":
+        part -= part_bytes((p for layer in layers_of(model) for p in layer.parameters()), content, world_size)
+    return Room(part, free_host_bytes() // local_ranks(world_size), "of this host's memory on each rank")
 
 
 def check_memory(model: nn.Module, content: dict[str, Any], path: str, world_size: int, device: torch.device) -> None:

@@ -99,8 +99,9 @@ class QuantizedRows:
         out.copy_(self._scales[start : start + len(out)].view(torch.int32))
 
     def _quantize(self, first: int, last: int, device: torch.device) -> torch.Tensor:
-        """Read and quantize rows [first, last), and keep their scales."""
-        quantized, scales = self._quantize_rows(self._read_rows(first, last).to(device))
+        """Read and quantize rows [first, last), on the device or where they are on a GPU, and keep their scales."""
+        rows = self._read_rows(first, last)
+        quantized, scales = self._quantize_rows(rows if rows.is_cuda else rows.to(device))
         self._scales[first:last] = scales.cpu()
         self._is_known[first:last] = True
         return quantized

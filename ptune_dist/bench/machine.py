@@ -1,5 +1,10 @@
-"""Describe the machine of a benchmark: hardware, versions, commit, and the load from other work."""
+"""Describe the machine of a benchmark: hardware, versions, commit, and the load from other work.
 
+`python -m ptune_dist.bench.machine --result FILE` writes them as JSON. torch is imported only to ask for the GPUs.
+"""
+
+import argparse
+import json
 import os
 import platform
 import resource
@@ -8,20 +13,28 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-import torch
-
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate")
+PACKAGES = ("torch", "triton", "deepspeed", "transformers", "peft", "accelerate")
 
 
-def describe_hardware() -> dict[str, str | int | list[str]]:
-    """CPU model, cores that this process may use, bytes of memory, names of GPUs."""
+def describe_machine() -> dict[str, Any]:
+    """Hardware, versions and commit, with the keys of a result JSON."""
+    return {"code": describe_commit(), "versions": describe_versions(), "hardware": describe_hardware()}
+
+
+def describe_hardware() -> dict[str, str | int | list[str] | list[int]]:
+    """CPU model, cores that this process may use, bytes of memory, names and memory of GPUs, the driver's version."""
+    import torch
+
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "cpu": read_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": num_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": [torch.cuda.get_device_name(i) for i in range(num_gpus)],
+        "gpu_memory_bytes": [torch.cuda.get_device_properties(i).total_memory for i in range(num_gpus)],
+        "driver": (read_field("/proc/driver/nvidia/version", "NVRM version") or "") if num_gpus else "",
         "system": platform.platform(),
     }
 
@@ -40,7 +53,12 @@ def describe_versions() -> dict[str, str]:
 
 
 def describe_commit() -> dict[str, str | bool] | None:
-    """The commit of the checkout and whether files have changed since; None outside a checkout."""
+    """The commit of the checkout and whether files have changed since; None outside a checkout.
+
+    PTUNE_COMMIT names the commit of a copy without its history.
+    """
+    if os.environ.get("PTUNE_COMMIT"):
+        return {"commit": os.environ["PTUNE_COMMIT"], "changed": False}
 
     def git(*words: str) -> str:
         folder = Path(__file__).parent
@@ -118,3 +136,14 @@ def own_cpu_s() -> float:
     """CPU seconds of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--result", type=Path, required=True)
+    args = parser.parse_args()
+    args.result.write_text(json.dumps(describe_machine(), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

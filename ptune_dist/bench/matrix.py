@@ -7,7 +7,7 @@ Commands are run without a shell. A side writes its figures as one flat JSON obj
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -69,13 +69,16 @@ class Matrix(Section):
         return case.sides if case.sides is not None else list(self.sides)
 
 
-def load_matrix(path: str | Path) -> Matrix:
-    """Read and check a matrix. Raises UserError that names the file and the key."""
+def load_matrix(path: str | Path, also: Iterable[str] = ()) -> Matrix:
+    """Read and check a matrix, whose commands may have placeholders of `also`.
+
+    Raises UserError that names the file and the key.
+    """
     try:
         matrix = Matrix.model_validate(read_yaml(path))
     except ValidationError as error:
         raise UserError(f"{path}: {describe(error)}") from None
-    filler: dict[str, object] = dict.fromkeys(BUILT_IN, "x")
+    filler: dict[str, object] = dict.fromkeys((*also, *BUILT_IN), "x")
     for command in matrix.prepare:
         fill_command(command, filler, f"{path}: prepare")
     for case in matrix.cases:

@@ -34,7 +34,10 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "cpu_s_per_1000_tokens": ("CPU s/1k tokens", "{:.2f}".format),
     "peak_memory_bytes": ("peak MiB", show_mib),
     "extra_memory_bytes": ("extra MiB", show_mib),
+    "matmul_peak_per_s": ("matmul peak TFLOP/s", lambda value: f"{value / 1e12:,.2f}"),
     "matmul_share": ("of matmul peak", "{:.2f}".format),
+    "recompiles": ("recompilations", "{:.0f}".format),
+    "limit_hits": ("fell back", "{:.0f}".format),
     "load_s": ("load s", "{:.2f}".format),
     "peak_over_base_bytes": ("peak MiB in loading", show_mib),
     "base_bytes": ("base MiB held", show_mib),
@@ -118,8 +121,8 @@ def render_tables(content: dict[str, Any]) -> list[Table | str]:
     return parts + [line for line in lines if line]
 
 
-def render_markdown(content: dict[str, Any]) -> str:
-    """The tables as Markdown, below a line with date, machine and versions."""
+def describe_where(content: dict[str, Any]) -> str:
+    """Date, machine, versions and commit in one line."""
     hardware = content["hardware"]
     code = content["code"] or {}
     where = [
@@ -129,7 +132,12 @@ def render_markdown(content: dict[str, Any]) -> str:
         ", ".join(f"{name} {number}" for name, number in content["versions"].items()),
         f"commit {code['commit'][:12]}{' with changes' if code['changed'] else ''}" if code else "",
     ]
-    parts = ["; ".join(part for part in where if part) + "."]
+    return "; ".join(part for part in where if part) + "."
+
+
+def render_markdown(content: dict[str, Any]) -> str:
+    """The tables as Markdown, below a line with date, machine and versions."""
+    parts = [describe_where(content)]
     for case in content["cases"]:
         names = shown_measures(case)
         if not set(TIMED) & set(names):

@@ -1,6 +1,8 @@
-"""Make a base for benchmarks from a shape: its config.json, a tokenizer and, on request, files of random weights.
+"""Make bases for benchmarks from shapes: config.json, a tokenizer and, on request, files of random weights.
 
-`python -m ptune_dist.bench.shapes configs/shapes/llama_800m.json --out runs/base --weights bfloat16`
+`python -m ptune_dist.bench.shapes configs/shapes/llama_800m.json --out runs/base --weights bfloat16` makes one;
+`python -m ptune_dist.bench.shapes configs/shapes/*.json --into runs/bases` makes runs/bases/NAME of each, and
+runs/bases/NAME_2_layers with two of its layers, which compiles what the whole base compiles. Only weights need torch.
 """
 
 import argparse
@@ -8,25 +10,29 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
-from ptune_dist.bench.data import SHAPE
-from ptune_dist.families.find import open_any
-
+TOKENIZER = Path("configs/shapes/llama_40m")  # the folder with the tokenizer of the benchmarks
 SHARD_BYTES = 1 << 30
 
 
-def write_shape(shape: Path, out: Path) -> None:
-    """Write a folder with the shape and the tokenizer of the benchmarks."""
+def write_shape(shape: Path, out: Path, num_layers: int | None = None) -> None:
+    """Write a folder with the shape, or its first layers alone, and the tokenizer of the benchmarks."""
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(shape, out / "config.json")
-    for file in SHAPE.glob("tokenizer*.json"):
+    content = json.loads(shape.read_text(encoding="utf-8"))
+    if num_layers:
+        content["num_hidden_layers"] = num_layers
+    (out / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for file in TOKENIZER.glob("tokenizer*.json"):
         shutil.copyfile(file, out / file.name)
 
 
-def write_weights(out: Path, dtype: torch.dtype, seed: int) -> None:
+def write_weights(out: Path, precision: str, seed: int) -> None:
     """Write random weights to safetensors files of 1 GiB with an index; one file is in memory at a time."""
+    import torch
+    from safetensors.torch import save_file
+
+    from ptune_dist.families.find import open_any
+
+    dtype = getattr(torch, precision)
     weights = open_any(str(out), dtype=dtype, random_init=True, seed=seed).weights
     file_of: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
@@ -48,14 +54,23 @@ def write_weights(out: Path, dtype: torch.dtype, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--weights", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("shapes", type=Path, nargs="+")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="the folder of one base")
+    where.add_argument("--into", type=Path, help="the folder in which each shape gets two folders")
+    parser.add_argument("--weights", choices=["float32", "bfloat16", "float16"], help="with --out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write_shape(args.shape, args.out)
+    if args.into:
+        for shape in args.shapes:
+            write_shape(shape, args.into / shape.stem)
+            write_shape(shape, args.into / f"{shape.stem}_2_layers", num_layers=2)
+        return
+    if len(args.shapes) > 1:
+        parser.error("--out is the folder of one base: use --into for several")
+    write_shape(args.shapes[0], args.out)
     if args.weights:
-        write_weights(args.out, getattr(torch, args.weights), args.seed)
+        write_weights(args.out, args.weights, args.seed)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from ptune_dist.base.layers import hidden_size, layers_of
 from ptune_dist.bench.probe import synchronize
 
-PEAK_S = 1.0
-PEAK_ROWS = 1024
-PRODUCTS_PER_TIMING = 5
+# The peak is measured on as many rows as a micro-batch of training has, for long enough that clocks settle under the
+# load: short bursts on few rows find a rate that no training keeps up.
+PEAK_ROWS = {"cuda": 8192, "cpu": 1024}  # on a CPU one product of 8,192 rows would take seconds
+PEAK_S = 2.0
+WARM_UP_S = 0.5
 
 
 def useful_flops(
@@ -48,24 +50,35 @@ def size_of(parameter: torch.Tensor) -> int:
 
 
 def matmul_peak(base: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of all ranks together in plain products with the shape of the widest layer. Collective."""
+    """Operations per second of all ranks together in plain products with the shape of the widest layer. Collective.
+
+    The mean over PEAK_S of products without a pause.
+    """
     shapes = [shape_of(parameter) for parameter in layers_of(base)[0].parameters()]
     widest = max((shape for shape in shapes if len(shape) == 2), key=lambda shape: shape[0])
-    x = torch.randn(PEAK_ROWS, widest[1], device=device).to(dtype)
+    num_rows = PEAK_ROWS[device.type]
+    x = torch.randn(num_rows, widest[1], device=device).to(dtype)
     w = torch.randn(widest[0], widest[1], device=device).to(dtype)
+    out = torch.empty(num_rows, widest[0], device=device, dtype=dtype)
+    per_s = products_per_s(x, w, out, WARM_UP_S, per_timing=1)
     dist.barrier()
-    best = 0.0  # products per second
-    ends = time.perf_counter() + PEAK_S
-    while time.perf_counter() < ends or not best:
-        synchronize()
-        began = time.perf_counter()
-        for _ in range(PRODUCTS_PER_TIMING):
-            torch.mm(x, w.T)
-        synchronize()
-        best = max(best, PRODUCTS_PER_TIMING / (time.perf_counter() - began))
-    total = torch.tensor([best * 2 * PEAK_ROWS * widest.numel()], dtype=torch.float64, device=device)
+    per_s = products_per_s(x, w, out, PEAK_S, per_timing=max(1, round(per_s * PEAK_S / 10)))
+    total = torch.tensor([per_s * 2 * num_rows * widest.numel()], dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.item()
+
+
+def products_per_s(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, seconds: float, per_timing: int) -> float:
+    """Products x @ w.T into `out` per second, over at least `seconds`; the device is asked after each `per_timing`."""
+    done = 0
+    synchronize()
+    began = time.perf_counter()
+    while time.perf_counter() < began + seconds:
+        for _ in range(per_timing):
+            torch.mm(x, w.T, out=out)
+        synchronize()
+        done += per_timing
+    return done / (time.perf_counter() - began)
 
 
 def share_of_peak(base: PreTrainedModel, flops_per_s: float) -> dict[str, float]:

@@ -169,8 +169,9 @@ class TrainConfig(Section):
     batch_size: Positive = 32
     """Examples per optimizer step, over all ranks."""
 
-    micro_batch_tokens: Positive = 8192
-    """The most positions that a rank processes at a time: the knob for memory. The loss curve does not depend on it."""
+    micro_batch_tokens: Positive | Literal["auto"] = 8192
+    """The most positions that a rank processes at a time: the knob for memory. The loss curve does not depend on it.
+    `auto`: as many as fit in memory; where they do not after all, half as many."""
 
     objective: str = "cross_entropy"
     """How the loss is made from the outputs at the target. `cross_entropy`: the tokens or the class of the target.
@@ -221,6 +222,11 @@ class TrainConfig(Section):
 
     hang_timeout_s: Annotated[Real, Field(ge=0)] = 600.0
     """A rank that makes no progress for so long ends the job; 0: never."""
+
+    @property
+    def most_positions(self) -> int:
+        """`micro_batch_tokens` as a number: that of `auto` is known once the base is, and the default until then."""
+        return 8192 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 
 class EvaluateConfig(Section):

@@ -6,9 +6,9 @@ communication, the order does not depend on the world size, and a resumed run ne
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -153,6 +153,13 @@ def is_movable(example: int, world_size: int) -> bool:
     return example // world_size % ONE_IN_MOVABLE == 0
 
 
+class HeldPart(NamedTuple):
+    """A part of what is held of a context; rows share the parts that have one key."""
+
+    key: Hashable
+    length: int
+
+
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch: the token ids of its rows, in three parts each, and the members that read each row.
@@ -161,7 +168,8 @@ class Batch:
     encoder: the index of the label). readers: (row, member) pairs; every loss belongs to one reader. held: what was
     computed of each row's context, for rows that have one. most_targets: the largest number of supervised tokens of any
     rank in this micro step.
-    numbers: each row's target, where targets are numbers.
+    numbers: each row's target, where targets are numbers. held_parts: the parts that each row of `held` will have,
+    known before they are computed. prepared: the model's plan of the pass, made ahead of it.
     """
 
     contexts: list[np.ndarray]
@@ -172,6 +180,8 @@ class Batch:
     held: list[Any] | None = None
     most_targets: int = 0
     numbers: list[float | None] | None = None
+    held_parts: list[tuple[HeldPart, ...]] | None = None
+    prepared: Any = None
 
     def with_held(self, held: list[Any]) -> "Batch":
         return replace(self, held=held)

@@ -90,9 +90,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def is_pinned_for(device: torch.device) -> bool:
+    """Whether copies to a device are to start in pinned memory, as those to a GPU must to return at once."""
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on a device, without waiting for the copy."""
+    if is_pinned_for(device):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
     """Sums of `values` over all ranks, in float64. Collective: every rank must call."""
-    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    total = to_device(torch.tensor(values, dtype=torch.float64), world.device)
     dist.all_reduce(total)
     return total.tolist()
 

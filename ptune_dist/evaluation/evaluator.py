@@ -177,7 +177,7 @@ def build_evaluator(config: Config, split: Split, reading: Reading) -> Evaluator
         reading.tokenizer,
         metrics,
         references,
-        Decoding(config.evaluate.max_new_tokens, config.train.micro_batch_tokens),
+        Decoding(config.evaluate.max_new_tokens, config.train.most_positions),
         num_samples=config.evaluate.num_samples,
         candidates=candidates,
     )

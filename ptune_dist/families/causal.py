@@ -5,6 +5,7 @@ G key/value heads, Dh width of a head.
 """
 
 import inspect
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -19,10 +20,13 @@ from ptune_dist.data.encode import Examples, TokenPair
 from ptune_dist.data.framing import Framing
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
-from ptune_dist.model.attention import KeysValues, Segment, use_segments
+from ptune_dist.model.attention import KeysValues, Segment, use_segments, windows_of
+from ptune_dist.model.attention_flex import FlexTables
 from ptune_dist.model.attention_layouts import RecordedSegments, build_attention
+from ptune_dist.model.flex_plan import plan_attention
 from ptune_dist.model.given_cache import GivenCache, pad_contexts
-from ptune_dist.model.layout import collect_outside, lay_out
+from ptune_dist.model.layout import Layout, Outside, lay_out, plan_outside
+from ptune_dist.model.packing import Packed, pack
 from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised, keys_values_of, vectors_of
 
 # A mask of four dimensions goes through transformers untouched; this one would fit no keys, were it read.
@@ -31,12 +35,30 @@ NO_MASK = torch.zeros(1, 1, 1, 0)
 CACHE_ARGUMENTS = {"past_key_values", "cache"}
 
 
+@dataclass(frozen=True)
+class PreparedSegments:
+    """A pass over segments as far as it is known before anything is computed.
+
+    `packed` has the arrays of the layout and the tables of flex attention, whose `shapes` are by window.
+    """
+
+    layout: Layout
+    outside: Outside
+    packed: Packed
+    shapes: dict[int | None, list[tuple[int, ...]]]
+
+    def tables(self, index: dict[str, torch.Tensor]) -> dict[int | None, FlexTables]:
+        """By window, from the arrays on the device."""
+        return {window: FlexTables.unpack(index[f"tables {window}"], shapes) for window, shapes in self.shapes.items()}
+
+
 class PromptedCausal(PromptedModel):
     """All texts of a pass are one row of segments, where the base's attention allows it; else rows are padded."""
 
     def __init__(self, base: PreTrainedModel, *args: Any, **options: Any):
         super().__init__(base, *args, **options)
         self.uses_segments = use_segments(base)
+        self._windows = windows_of(base)
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
 
     def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
@@ -56,26 +78,40 @@ class PromptedCausal(PromptedModel):
         widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
         return max(contexts, len(readers) * (widest + max(count for _, count in readers)))
 
+    def prepare(self, batch: Batch) -> "PreparedSegments | None":
+        if not self.uses_segments:
+            return None
+        outside = plan_outside(batch, self.num_prefix)
+        laid = lay_out(batch, self.num_vectors, outside)
+        names = ("tokens", "source", "position_ids", "predicts", "targets")
+        arrays = {name: getattr(laid, name) for name in names}
+        shapes: dict[int | None, list[tuple[int, ...]]] = {}
+        if self.device.type == "cuda":
+            lengths = [source.length for source in outside.sources]
+            for window in self._windows:
+                arrays[f"tables {window}"], shapes[window] = plan_attention(laid.segments, lengths, window).pack()
+        return PreparedSegments(laid, outside, pack(arrays, self.device), shapes)
+
     def supervise(self, batch: Batch) -> Supervised:
         return self._supervise_segments(batch) if self.uses_segments else self._supervise_padded(batch)
 
     def _supervise_segments(self, batch: Batch) -> Supervised:
         """All texts as one row of live positions."""
+        prepared = batch.prepared or self.prepare(batch)
         contributions = self.contributions()
-        outside = collect_outside(batch, [keys_values_of(contribution) for contribution in contributions])
-        laid = lay_out(batch, [contribution.num_vectors for contribution in contributions], outside)
-        tokens = self.embed_tokens(laid.tokens)
+        outside = prepared.outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
+        index = prepared.packed.unpack(self.device)
+        tokens = self.base.get_input_embeddings()(index["tokens"][None])[0]
         vectors = [vectors_of(contribution, tokens) for contribution in contributions]
-        parts = [part.to(tokens.dtype) for part in outside.parts]
+        parts = [part.to(tokens.dtype) for part in outside]
         inputs = {
-            "inputs_embeds": torch.cat([*vectors, tokens])[self.to_tensor(laid.source)][None],
-            "position_ids": self.to_tensor(laid.position_ids)[None],
+            "inputs_embeds": torch.cat([*vectors, tokens])[index["source"]][None],
+            "position_ids": index["position_ids"][None],
             "attention_mask": NO_MASK.to(tokens),
-            "segments": build_attention(laid.segments, parts, tokens.device),
+            "segments": build_attention(prepared.layout.segments, parts, tokens.device, prepared.tables(index)),
         }
-        places = self.to_tensor(laid.predicts)
-        targets = self.to_tensor(laid.targets)
-        return Supervised(torch.zeros_like(places), places, targets, laid.reader, inputs)
+        places = index["predicts"]
+        return Supervised(torch.zeros_like(places), places, index["targets"], prepared.layout.reader, inputs)
 
     def _supervise_padded(self, batch: Batch) -> Supervised:
         """A padded row [virtual tokens, rest, target] for each reader, after its context or its member's prefix."""
@@ -103,8 +139,9 @@ class PromptedCausal(PromptedModel):
 
     def _after(self, before: list[KeysValues], mask: torch.Tensor) -> dict[str, Any]:
         """Inputs of padded rows that stand after keys/values of their own."""
+        longest = max(part.length for part in before)
         lengths = self.to_tensor(np.array([part.length for part in before]))
-        present = torch.arange(int(lengths.max()), device=mask.device) >= lengths.max() - lengths[:, None]
+        present = torch.arange(longest, device=mask.device) >= longest - lengths[:, None]
         inputs: dict[str, Any] = {
             "past_key_values": GivenCache(pad_contexts(before)),
             "attention_mask": torch.cat([present.to(mask), mask], dim=1),

@@ -90,6 +90,12 @@ def window_of(module: Any) -> int | None:
     return own
 
 
+def windows_of(model: nn.Module) -> set[int | None]:
+    """The windows of a model's layers; None: a layer reads everything."""
+    attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+    return {window_of(module) for module in attentions}
+
+
 def use_segments(model: PreTrainedModel) -> bool:
     """Have a model's layers call `attend`, where they can; False where they compute attention in a way of their own."""
     settings = model.config.get_text_config()

@@ -5,13 +5,14 @@ context that begins with it continues from there.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS
-from ptune_dist.data.batches import Batch
+from ptune_dist.data.batches import Batch, HeldPart
 from ptune_dist.distributed.world import World, max_over_ranks
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.context_cache import ContextCache
@@ -42,6 +43,17 @@ class ContextReader:
     def take_counts(self) -> tuple[int, int]:
         """Hits and misses of the cache since the last call."""
         return self.cache.take_counts() if self.cache else (0, 0)
+
+    def plan(self, batch: Batch) -> Batch:
+        """The batch with what `hold` will find for each row, known from the tokens alone."""
+        if self._model.placement not in PLACEMENTS_WITH_CONTEXTS:
+            return replace(batch, held_parts=[()] * len(batch.contexts))
+        return replace(batch, held_parts=[self._parts_of(tokens) for tokens in batch.contexts])
+
+    def _parts_of(self, tokens: np.ndarray) -> tuple[HeldPart, ...]:
+        lead = len(self._lead_tokens) if self._begins(tokens) else 0
+        parts = [HeldPart("lead", lead), HeldPart(tokens.tobytes(), len(tokens) - lead)]
+        return tuple(part for part in parts if part.length)
 
     def hold(self, batch: Batch) -> Batch:
         """The batch with what was computed of each row's context. Collective: every rank must call.

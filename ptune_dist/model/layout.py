@@ -5,12 +5,13 @@ tokens cannot depend on the row: a member's stand there once, and all its reader
 has its own, after its row's context. Legend: S readers, N live positions, U supervised tokens.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from ptune_dist.data.batches import Batch
+from ptune_dist.data.batches import Batch, HeldPart
 from ptune_dist.model.attention import KeysValues, Segment
 
 Run = tuple[int, int]  # first live position, number of live positions
@@ -41,11 +42,20 @@ class Before(NamedTuple):
     length: int = 0
 
 
+class Source(NamedTuple):
+    """Where keys/values of `length` positions are found: part `part` of what a row holds, or a member's prefix."""
+
+    length: int
+    row: int = 0
+    part: int = 0
+    member: int | None = None
+
+
 @dataclass(frozen=True)
 class Outside:
     """All keys/values from outside, each once, and who reads them: `rows` their contexts, `members` their prefixes."""
 
-    parts: list[KeysValues]
+    sources: list[Source]
     rows: list[Before]
     members: list[Before]
 
@@ -55,27 +65,54 @@ class Outside:
         context = self.rows[row]
         return Before(prefix.numbers + context.numbers, prefix.length + context.length)
 
+    def collect(self, batch: Batch, prefixes: Sequence[KeysValues | None]) -> list[KeysValues]:
+        """The keys/values themselves, from what the batch holds and from the members' own."""
+        found = []
+        for source in self.sources:
+            if source.member is not None:
+                part = prefixes[source.member]
+            else:
+                part = batch.held[source.row][source.part] if batch.held else None
+            assert part is not None and part.length == source.length, "keys/values are those that were planned"
+            found.append(part)
+        return found
 
-def collect_outside(batch: Batch, prefixes: list[KeysValues | None]) -> Outside:
-    """The contexts that the batch holds and the members' own keys/values (None where a member has none)."""
-    parts: list[KeysValues] = []
-    numbers: dict[int, int] = {}  # by identity: rows share contexts and leads
 
-    def number(part: KeysValues) -> int:
-        if id(part.keys) not in numbers:
-            numbers[id(part.keys)] = len(parts)
-            parts.append(part)
-        return numbers[id(part.keys)]
+def plan_outside(batch: Batch, num_prefix: Sequence[int]) -> Outside:
+    """The contexts of a batch and the members' own keys/values, of which each has `num_prefix` positions."""
+    sources: list[Source] = []
+    numbers: dict[Hashable, int] = {}  # rows share contexts and leads
 
-    held = batch.held or [()] * len(batch.contexts)
+    def number(key: Hashable, source: Source) -> int:
+        if key not in numbers:
+            numbers[key] = len(sources)
+            sources.append(source)
+        return numbers[key]
+
+    parts = held_parts(batch)
+    of_row = range(len(parts))
     if shares_context(batch):  # the same tokens, perhaps held twice
-        held = [held[0]] * len(held)
+        of_row = [0] * len(parts)
     rows = [
-        Before(tuple(number(part) for part in some), len(context))
-        for some, context in zip(held, batch.contexts, strict=True)
+        Before(
+            tuple(number(part.key, Source(part.length, row, place)) for place, part in enumerate(parts[row])),
+            len(batch.contexts[row]),
+        )
+        for row in of_row
     ]
-    members = [Before() if prefix is None else Before((number(prefix),), prefix.length) for prefix in prefixes]
-    return Outside(parts, rows, members)
+    members = [
+        Before((number(("prefix", member), Source(length, member=member)),), length) if length else Before()
+        for member, length in enumerate(num_prefix)
+    ]
+    return Outside(sources, rows, members)
+
+
+def held_parts(batch: Batch) -> list[tuple[HeldPart, ...]]:
+    """What a batch holds of each row's context, or will hold."""
+    if batch.held_parts is not None:
+        return batch.held_parts
+    held = batch.held or [()] * len(batch.contexts)
+    return [tuple(HeldPart(id(part.keys), part.length) for part in some) for some in held]
 
 
 def shares_context(batch: Batch) -> bool:

@@ -6,7 +6,7 @@ without gradient, logits at targets only. A reader is one member reading one row
 Shapes: S readers, B rows, T tokens, P virtual tokens, D width, U supervised positions, K members, H hidden size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ptune_dist.base.trained_head import trained_parameters
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import Examples, TokenPair
+from ptune_dist.distributed.world import to_device
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.head import HeadAtTargets
 from ptune_dist.model.value_head import TargetScale, ValueHeads
@@ -77,6 +78,9 @@ class PromptedModel(nn.Module):
         self.prompts = nn.ModuleList(prompts)
         self.objective = objective
         self.placement = placement
+        contributions = contributions_in_eval(prompts)
+        self.num_vectors = [contribution.num_vectors for contribution in contributions]  # of each member
+        self.num_prefix = [contribution.num_prefix for contribution in contributions]
         self.target_scales = target_scales or [TargetScale()] * len(prompts)
         self.head = HeadAtTargets(base) if self.has_language_head else None
         self.value_heads = None
@@ -142,8 +146,12 @@ class PromptedModel(nn.Module):
         """
         raise NotImplementedError
 
+    def prepare(self, batch: Batch) -> Any:
+        """A plan of the pass, for `batch.prepared`; None: there is nothing to plan ahead. May run in any thread."""
+        return None
+
     def supervise(self, batch: Batch) -> Supervised:
-        """The pass that a batch asks for."""
+        """The pass that a batch asks for, as it was prepared or, where it was not, planned now."""
         raise NotImplementedError
 
     def generate(self, inputs: list[TokenPair], member: int, options: dict[str, Any]) -> torch.Tensor:
@@ -181,7 +189,7 @@ class PromptedModel(nn.Module):
             number = batch.numbers[row] if batch.numbers else None
             assert number is not None, "every row of a regression has a number"
             wanted.append(self.target_scales[member].standardize(number))
-        return loss_of(predicted, torch.tensor(wanted, dtype=torch.float32, device=predicted.device)), reader
+        return loss_of(predicted, to_device(torch.tensor(wanted, dtype=torch.float32), predicted.device)), reader
 
     def values(self, batch: Batch) -> list[float]:
         """Each reader's predicted number, in the original unit of the targets."""
@@ -248,7 +256,18 @@ class PromptedModel(nn.Module):
 
     def to_tensor(self, array: np.ndarray) -> torch.Tensor:
         """Whole numbers on the model's device."""
-        return torch.from_numpy(np.asarray(array, np.int64)).to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(np.asarray(array, np.int64)), self.device)
+
+
+def contributions_in_eval(prompts: Sequence[Method]) -> list[Contribution]:
+    """What each prompt contributes, without gradient and without its random numbers."""
+    found = []
+    for prompt in prompts:
+        was_training = prompt.training
+        with torch.no_grad():
+            found.append(prompt.eval()())
+        prompt.train(was_training)
+    return found
 
 
 def vectors_of(contribution: Contribution, like: torch.Tensor) -> torch.Tensor:

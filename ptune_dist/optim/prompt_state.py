@@ -6,8 +6,11 @@ So nothing here depends on how the base is stored, and a checkpoint restores at 
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ptune_dist.distributed.world import World
@@ -89,6 +92,13 @@ class Member:
         self.optimizer.load_state_dict(content)
 
 
+class Measured(NamedTuple):
+    """A step's numbers over all ranks: each member's summed loss, and the norm of each named member's gradient."""
+
+    losses: list[float]
+    norms: dict[str, float]
+
+
 class PromptState:
     """The members' training state."""
 
@@ -102,26 +112,47 @@ class PromptState:
         """The loss to call backward on."""
         return loss if self.loss_scale is None else loss * self.loss_scale.cur_scale
 
-    def step(self, learning_rates: dict[str, float]) -> dict[str, str]:
-        """Sum the gradients and move the members that are named, each by its own learning rate; returns their faults.
+    def measure(self, names: Sequence[str], totals: torch.Tensor) -> Measured:
+        """Sum the gradients of the members that are named, and each member's loss [K], over the ranks.
+
+        What the host must know to step is copied to it at once. Collective: every rank must call.
+        """
+        measured = {name: self.members[name] for name in names}
+        sum_gradients([parameter for member in measured.values() for parameter in member.parameters], self._world)
+        if self.loss_scale is not None:
+            for gradient in (gradient for member in measured.values() for gradient in member.gradients):
+                gradient.div_(self.loss_scale.cur_scale)
+        losses = totals.double()
+        if self._world.size > 1:
+            dist.all_reduce(losses)
+        norms = [member.norm().double() for member in measured.values()]
+        numbers = torch.cat([losses, *(norm[None] for norm in norms)]).tolist()
+        of_members, of_gradients = numbers[: len(losses)], numbers[len(losses) :]
+        return Measured(of_members, dict(zip(names, of_gradients, strict=True)))
+
+    def move(self, learning_rates: dict[str, float], norms: dict[str, float]) -> dict[str, str]:
+        """Step the members that are named, each by its own learning rate; returns their faults.
 
         A member whose gradient, or whose tensors after the step, are not finite keeps the tensors that it had, and the
         others are unaffected. Under a loss scale a gradient that is not finite skips the step of all. Gradients are
-        cleared. Collective: every rank must call.
+        cleared. Every rank must call, with the `norms` of `measure`.
         """
         moving = {name: self.members[name] for name in learning_rates}
-        parameters = [parameter for member in moving.values() for parameter in member.parameters]
-        sum_gradients(parameters, self._world)
-        if self.loss_scale is not None:
-            for gradient in (gradient for member in moving.values() for gradient in member.gradients):
-                gradient.div_(self.loss_scale.cur_scale)
-        norms = torch.stack([member.norm() for member in moving.values()]).tolist() if moving else []
+        found = [norms[name] for name in moving]
         faults: dict[str, str] = {}
-        if not self._skips(norms):
-            faults = self._move(moving, norms, learning_rates)
+        if not self._skips(found):
+            faults = self._move(moving, found, learning_rates)
+        self.clear_gradients()
+        return faults
+
+    def clear_gradients(self) -> None:
         for member in self.members.values():
             member.clear_gradients()
-        return faults
+
+    def step(self, learning_rates: dict[str, float]) -> dict[str, str]:
+        """`measure` and `move` the members that are named; returns their faults. Collective: every rank must call."""
+        names = list(learning_rates)
+        return self.move(learning_rates, self.measure(names, torch.zeros(0, device=self._world.device)).norms)
 
     def _skips(self, norms: list[float]) -> bool:
         """Whether the loss scale was too large for this step; adjusts it."""

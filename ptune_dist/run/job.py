@@ -15,23 +15,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ptune_dist.base.fp8 import check_device
 from ptune_dist.base.layers import embedding_width, hidden_size, layers_of, max_positions
 from ptune_dist.base.load import fill_whole
-from ptune_dist.base.memory_check import check_memory
+from ptune_dist.base.memory_check import GIB, check_memory, find_room
 from ptune_dist.base.open import OpenedBase, open_base
 from ptune_dist.base.quantized_ops import describe_fallback
 from ptune_dist.base.recompute import read_settings
 from ptune_dist.base.source import fingerprint_base
 from ptune_dist.config.deepspeed_json import fill_deepspeed_json, zero_stage
 from ptune_dist.config.schema import Config
-from ptune_dist.distributed.world import World, together
+from ptune_dist.data.training_rows import TrainingRows
+from ptune_dist.distributed.world import World, from_main, max_over_ranks, together
 from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.value_head import TargetScale
 from ptune_dist.prompts.build import build_prompt
 from ptune_dist.prompts.method import BaseFacts, Method
+from ptune_dist.run.memory_need import Workload, fit_micro_batch, prompt_bytes
+from ptune_dist.run.micro_batch import MicroBatchSize, read_stored
 from ptune_dist.run.reading import Reading
 from ptune_dist.zero.engine import Engine, build_engine, check_with_deepspeed
 from ptune_dist.zero.offload import settle_offload, without_autos
-from ptune_dist.zero.residency import settle_residency
+from ptune_dist.zero.residency import gathered_bytes, settle_residency
 from ptune_dist.zero.shard import Sharder, fill_sharded
 
 FIRST_WITH_BFLOAT16 = 8  # major compute capability
@@ -45,6 +48,7 @@ class Job:
     engine: Engine
     fingerprint: str  # of the base
     loading: dict[str, float]  # this rank's seconds and bytes of reading the base
+    micro_batch: MicroBatchSize
 
     @property
     def config(self) -> Config:
@@ -159,15 +163,64 @@ def check_positions(config: Config, base: PreTrainedModel) -> None:
         )
 
 
+def settle_micro_batch(reading: Reading, parts: Parts, rows: TrainingRows, world: World) -> MicroBatchSize:
+    """How large the micro-batches of a training are: what is asked for, where it fits, or what `auto` is.
+
+    Collective: every rank must call. Raises UserError where nothing fits.
+    """
+    config = reading.config
+    asked = config.train.micro_batch_tokens
+    if asked == "auto":
+        stored = from_main(world, lambda: read_stored(Path(config.output_dir)))
+        if stored is not None:
+            return stored
+    base = parts.opened.model
+    prompts = list(parts.prompts.values())
+    room = find_room(base, parts.deepspeed_json, world.size, world.device)
+    fixed = {
+        "base": room.base,
+        "gathered layers": gathered_bytes(parts.deepspeed_json, base),
+        "prompts": prompt_bytes(prompts),
+    }
+    if world.device.type != "cuda":
+        fixed["context cache"] = int(config.train.context_cache_gib * GIB)
+    work = Workload(
+        base=base,
+        build_model=lambda own: reading.family.model_class(own, prompts, reading.objective, config.prompt.placement),
+        rows=rows,
+        members=list(reading.members),
+        batch_size=config.train.batch_size,
+        world_size=world.size,
+        on_host=world.device.type != "cuda",
+    )
+    number = None if asked == "auto" else asked
+    found = together(world, lambda: fit_micro_batch(number, work, room, parts.deepspeed_json, fixed))
+    if number is not None:
+        return MicroBatchSize(number)
+    size = MicroBatchSize(-int(max_over_ranks(-found, world)), may_halve=True)
+    if world.is_main:
+        print(f"train.micro_batch_tokens: auto is {size.tokens}: {room.free / GIB:.1f} GiB {room.where} are free")
+    return size
+
+
 def build_job(
-    reading: Reading, world: World, *, with_start: bool = True, scales: dict[str, TargetScale] | None = None
+    reading: Reading,
+    world: World,
+    *,
+    with_start: bool = True,
+    scales: dict[str, TargetScale] | None = None,
+    rows: TrainingRows | None = None,
 ) -> Job:
     """Load everything and put it under the engine. Collective: every rank must call. Raises UserError.
 
-    `scales`: of the members' targets, where they are numbers.
+    `scales`: of the members' targets, where they are numbers. `rows` are those to train on, if any.
     """
-    config = reading.config
     parts = together(world, lambda: build_parts(reading, world, with_start=with_start))
+    size = MicroBatchSize(reading.config.train.most_positions)
+    if rows is not None:
+        size = settle_micro_batch(reading, parts, rows, world)
+    reading = reading.with_micro_batch(size.tokens)
+    config = reading.config
     if parts.opened.note and world.is_main:
         print(f"model.path: {config.model.path}: {parts.opened.note}", flush=True)
     slower = describe_fallback(world.device) if config.model.quantization != "none" else None
@@ -186,7 +239,7 @@ def build_job(
         [scales[name] for name in parts.prompts] if scales else None,
     )
     engine = build_engine(model, reading.members, parts.deepspeed_json, world, cache=cache)
-    return Job(reading, engine, fingerprint, loading)
+    return Job(reading, engine, fingerprint, loading, size)
 
 
 def fill_base(parts: Parts, config: Config, world: World) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 Built once per command; everything that reads data takes it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -40,6 +40,15 @@ class Reading:
             placement=self.config.prompt.placement,
             truncation_side=data.truncation_side,
         )
+
+    def with_micro_batch(self, tokens: int) -> "Reading":
+        """The same with a number for `train.micro_batch_tokens`."""
+
+        def settle(config: Config) -> Config:
+            return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_tokens": tokens})})
+
+        members = {name: settle(member) for name, member in self.members.items()}
+        return replace(self, config=settle(self.config), members=members)
 
 
 def build_reading(config: Config) -> Reading:

@@ -7,6 +7,7 @@ Nothing above this file knows that DeepSpeed exists.
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,14 +21,14 @@ from ptune_dist.config.deepspeed_json import zero_stage
 from ptune_dist.config.schema import Config, TrainConfig
 from ptune_dist.data.batches import Batch, Plan, Unit, plan_micro_batches
 from ptune_dist.data.encode import Examples
-from ptune_dist.distributed.world import World
+from ptune_dist.distributed.world import World, to_device
 from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.contexts import ContextReader
 from ptune_dist.model.prompted_model import Contexts, PromptedModel
 from ptune_dist.optim.loss_scale import build_loss_scale
 from ptune_dist.optim.optimizer import build_torch_optimizer
-from ptune_dist.optim.prompt_state import Member, PromptState
+from ptune_dist.optim.prompt_state import Measured, Member, PromptState
 from ptune_dist.zero.passes import Passes, ShardedPasses, WholePasses
 from ptune_dist.zero.setup import quiet_deepspeed
 from ptune_dist.zero.unused_sections import describe_unused
@@ -55,26 +56,45 @@ class Engine:
         self.recomputer = recomputer
         self.gathers = passes.gathers
         self.members = list(prompts.members)
+        self.is_sharded = passes.is_sharded
         self._passes = passes
         self.contexts = ContextReader(self._read_contexts, model, world, cache=cache, is_sharded=passes.is_sharded)
 
-    def accumulate(self, batch: Batch, *, scales: Sequence[float]) -> torch.Tensor:
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch with what can be planned of its pass ahead of it. Called in any thread."""
+        batch = self.contexts.plan(batch)
+        return replace(batch, prepared=self.model.prepare(batch))
+
+    def accumulate(self, batch: Batch, *, scales: torch.Tensor) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns each member's summed loss [K].
 
-        `scales` are, for each member, 1 / the divisor of its whole step, over all ranks. Gradients are summed
-        over ranks by `step`. Collective: every rank must call.
+        `scales` [K] are 1 / the divisor of each member's whole step, over all ranks. Gradients are summed over ranks by
+        `measure`. Collective: every rank must call.
         """
         batch = self.contexts.hold(batch)
         losses = self._passes.run(lambda: self.model.losses(batch))
-        reader = torch.tensor([member for _, member in batch.readers], device=losses.device)
+        reader = to_device(torch.tensor([member for _, member in batch.readers]), losses.device)
         total = losses.new_zeros(len(self.members)).index_add(0, reader, losses)
         # Weights first: one member's sum that is not a number leaves the others' gradients as they are.
-        self._passes.backward(self.prompts.scale((total * total.new_tensor(scales)).sum()))
+        self._passes.backward(self.prompts.scale((total * scales).sum()))
         return total.detach()
 
-    def step(self, learning_rates: dict[str, float]) -> dict[str, str]:
-        """Move the members that are named, each by its own learning rate; what went wrong, by member. Collective."""
-        return self.prompts.step(learning_rates)
+    def drop_gradients(self) -> None:
+        """Forget what `accumulate` has summed since the last step, and memory that passes have left unused."""
+        self.prompts.clear_gradients()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def measure(self, names: Sequence[str], totals: torch.Tensor) -> Measured:
+        """Sum members' gradients and all losses [K] over the ranks; the numbers that decide how to step. Collective."""
+        return self.prompts.measure(names, totals)
+
+    def step(self, learning_rates: dict[str, float], norms: dict[str, float]) -> dict[str, str]:
+        """Move the members that are named, each by its own learning rate; what went wrong, by member.
+
+        `norms` are those of `measure`. Every rank must call.
+        """
+        return self.prompts.move(learning_rates, norms)
 
     def grad_norm(self, member: str) -> float:
         """The norm of a member's gradient in its last step, before clipping."""

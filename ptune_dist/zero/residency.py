@@ -38,6 +38,27 @@ def settle_residency(content: dict[str, Any], base: PreTrainedModel) -> None:
         zero[ONE_AT_MOST] = 10 * hidden_size(base)  # as Hugging Face fills it
 
 
+def gathered_bytes(content: dict[str, Any], base: PreTrainedModel) -> int:
+    """Bytes of gathered weights that a rank holds beside its part of the base, at most. `content` is settled."""
+    zero = content["zero_optimization"]
+    if zero.get("stage") != 3:
+        return 0
+    one_at_most = int(zero.get(ONE_AT_MOST, 100_000))  # DeepSpeed's default
+    left = int(zero.get(ALL_AT_MOST, 1 << 62))
+    resident: set[int] = set()
+    num_bytes = 0
+    for parameter in base.parameters():
+        elements = parameter_size(parameter)
+        if elements <= min(one_at_most, left):
+            left -= elements
+            num_bytes += elements * parameter.element_size()
+            resident.add(id(parameter))
+    sizes = {id(p): parameter_size(p) * p.element_size() for p in base.parameters() if id(p) not in resident}
+    of_layers = [sum(sizes.get(id(p), 0) for p in layer.parameters()) for layer in layers_of(base)]
+    # Embeddings and head are gathered alone.
+    return num_bytes + max(NUM_AT_WORK * max(of_layers, default=0), max(sizes.values(), default=0))
+
+
 def keep_resident(base: PreTrainedModel) -> None:
     """Have the persistent parameters of a base that DeepSpeed has taken stay gathered in every kind of pass.
 

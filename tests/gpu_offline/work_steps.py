@@ -9,7 +9,7 @@ import torch
 from torch._subclasses import FakeTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ptune_dist.data.batches import collate, plan_micro_batches
+from ptune_dist.data.batches import collate
 from ptune_dist.data.encode import Examples
 from ptune_dist.distributed.world import World
 from ptune_dist.evaluation.during_training import agree_on_stop
@@ -108,12 +108,7 @@ def build_engine(model: PromptedModel, precision: str) -> Engine:
 def take_step(engine: Engine, examples: Examples, micro_batch_tokens: int) -> int:
     """One step as `train.take_step` makes it; the number of micro-batches."""
     units = [(example, (0, 1)) for example in range(len(examples))]
-    plan = plan_micro_batches(
-        units,
-        lambda some: engine.model.count_positions(some, examples),
-        world_size=2,
-        micro_batch_tokens=micro_batch_tokens,
-    )
+    plan = engine.plan(units, examples, micro_batch_tokens)
     scales = torch.ones(2, device=CUDA)
     totals = torch.zeros(2, device=CUDA)
     for shares in plan:

@@ -1,4 +1,4 @@
-"""The thread that prepares batches changes nothing but the time: same order, other members at once, errors as they are."""
+"""The thread that prepares batches changes nothing but the time: the order, the members and the errors are the same."""
 
 import time
 import traceback

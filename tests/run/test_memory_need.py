@@ -24,6 +24,7 @@ from tests.data.test_batches import alone
 
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
 LENGTH = 512
+SHORT = 0.22  # GiB
 ZERO_0 = {"zero_optimization": {"stage": 0}}
 
 
@@ -58,7 +59,9 @@ def test_a_70b_keeps_two_hundred_gigabytes_of_8192_positions_and_recomputation_a
 
 
 def build_work(**options) -> Workload:
-    base = make_base(2, torch.float32, hidden_size=256, intermediate_size=1024, num_attention_heads=4)
+    base = make_base(
+        2, torch.float32, hidden_size=256, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=4
+    )
     lengths = np.random.default_rng(0).integers(100, 200, 64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.full(offsets[-1], 5, np.int32)
@@ -82,18 +85,18 @@ def refusal(*args, **options) -> str:
 
 
 def test_what_does_not_fit_is_refused_with_the_largest_that_does():
-    message = refusal(4096, 0.3)
+    message = refusal(4096, SHORT)
     assert message.startswith("train.micro_batch_tokens: 4096 needs about ") and "\n" not in message
-    assert "on GPU 0" in message and "0.3 GiB are free" in message and "base 0.1" in message
+    assert "on GPU 0" in message and "0.2 GiB are free" in message and "base 0.1" in message
     fitting = int(re.search(r"the largest that fits is (\d+)", message)[1])
-    assert fitting % 128 == 0 and settle(fitting, 0.3) == fitting
-    assert "needs about" in refusal(2 * fitting, 0.3)
+    assert fitting % 128 == 0 and settle(fitting, SHORT) == fitting
+    assert "needs about" in refusal(2 * fitting + 1024, SHORT)
 
 
 def test_auto_takes_the_largest_that_fits_but_no_more_than_a_step_has():
-    taken = [settle(None, free) for free in (0.3, 0.4, 0.5)]
+    taken = [settle(None, free) for free in (SHORT, 0.3, 0.4)]
     assert taken == sorted(taken) and taken[0] < taken[-1]
-    assert f"the largest that fits is {taken[0]}" in refusal(4096, 0.3)
+    assert f"the largest that fits is {taken[0]}" in refusal(4096, SHORT)
     assert settle(None, 100) == 8192  # a step has less
     assert settle(None, 100, batch_size=64) > 8192  # a step has more
 
@@ -103,11 +106,11 @@ def test_recomputation_is_named_where_nothing_fits_and_where_it_is_off():
     assert "none fits" in message and SECTION in message and "4096 positions" in message
     recomputing = ZERO_0 | {SECTION: {}}
     assert "none fits: use more ranks" in refusal(None, 0.13, content=recomputing)
-    assert settle(None, 0.3, content=recomputing) > settle(None, 0.3)
+    assert settle(None, SHORT, content=recomputing) > settle(None, SHORT)
 
 
 def test_a_step_smaller_than_the_micro_batch_needs_what_the_step_has():
-    assert settle(1 << 20, 0.3, batch_size=2) == 1 << 20
+    assert settle(1 << 20, SHORT, batch_size=2) == 1 << 20
 
 
 def test_what_surely_fits_is_not_measured(monkeypatch):

@@ -48,7 +48,7 @@ class Accumulator:
                 raise RuntimeError(f"{describe_shortage(size, step)}: the next start takes half of it") from error
         if may_halve and not self.job.engine.is_sharded and has_any_failed(found is None, self.world):
             self.halve(step, live)
-            return self.accumulate(step, live)
+            return self(step, live)
         assert found is not None, "a rank whose pass did not fit has raised, or halves with the others"
         return found
 

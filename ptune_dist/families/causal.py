@@ -30,7 +30,7 @@ from ptune_dist.model.packing import Packed, pack
 from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised, keys_values_of, vectors_of
 
 # A mask of four dimensions goes through transformers untouched; this one would fit no keys, were it read.
-NO_MASK = torch.zeros(1, 1, 1, 0)
+NO_MASK_SHAPE = (1, 1, 1, 0)
 # What transformers calls keys and values from before, up to 5.23 and from 5.24 on, which takes the older name too.
 CACHE_ARGUMENTS = {"past_key_values", "cache"}
 
@@ -107,7 +107,7 @@ class PromptedCausal(PromptedModel):
         inputs = {
             "inputs_embeds": torch.cat([*vectors, tokens])[index["source"]][None],
             "position_ids": index["position_ids"][None],
-            "attention_mask": NO_MASK.to(tokens),
+            "attention_mask": tokens.new_zeros(NO_MASK_SHAPE),
             "segments": build_attention(prepared.layout.segments, parts, tokens.device, prepared.tables(index)),
         }
         places = index["predicts"]
@@ -226,7 +226,7 @@ class PromptedCausal(PromptedModel):
         self._inner(
             inputs_embeds=vectors[None],
             position_ids=self.to_tensor(places)[None],
-            attention_mask=NO_MASK.to(vectors),
+            attention_mask=vectors.new_zeros(NO_MASK_SHAPE),
             segments=recorded,
             use_cache=False,
         )

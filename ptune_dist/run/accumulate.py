@@ -44,11 +44,11 @@ class Accumulator:
             if not may_halve:
                 raise RunFault(f"{describe_shortage(size, step)}: set a smaller one") from error
             if self.job.engine.is_sharded:
-                size.halved().store(self.run_dir)
+                size.halved(self.batches.most_positions(step, live)).store(self.run_dir)
                 raise RuntimeError(f"{describe_shortage(size, step)}: the next start takes half of it") from error
         if may_halve and not self.job.engine.is_sharded and has_any_failed(found is None, self.world):
-            self.halve(step)
-            return self.accumulate(step, live)
+            self.halve(step, live)
+            return self(step, live)
         assert found is not None, "a rank whose pass did not fit has raised, or halves with the others"
         return found
 
@@ -56,10 +56,10 @@ class Accumulator:
     def run_dir(self) -> Path:
         return Path(self.job.config.output_dir)
 
-    def halve(self, step: int) -> None:
+    def halve(self, step: int, live: Sequence[str]) -> None:
         """Continue with half of what `auto` chose, from the beginning of a step. Collective."""
         before = self.job.micro_batch
-        size = before.halved()
+        size = before.halved(self.batches.most_positions(step, live))
         self.job.micro_batch = size
         self.job.engine.drop_gradients()
         self.batches.resize(size.tokens)

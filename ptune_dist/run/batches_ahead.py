@@ -56,6 +56,13 @@ class StepSource:
         batches = (engine.prepare(collate(rows.examples, shares, self.world.rank, self.pad_id)) for shares in plan)
         return StepPlan(step, examples, divisors, len(plan)), batches
 
+    def most_positions(self, step: int, live: Sequence[str]) -> int:
+        """Of the largest micro-batch that any rank has in a step."""
+        engine = self.engine
+        units = self.rows.units(self.rows.of_step(step, live), engine.members)
+        plan = engine.plan(units, self.rows.examples, self.micro_batch_tokens)
+        return max(engine.model.count_positions(share, self.rows.examples) for shares in plan for share in shares)
+
     def steps(self, first: int, live: Sequence[str]) -> Iterator[MicroBatch]:
         """The micro-batches of all steps from `first` on."""
         step = first
@@ -84,6 +91,10 @@ class BatchesAhead:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def most_positions(self, step: int, live: Sequence[str]) -> int:
+        """Of the largest micro-batch that any rank has in a step."""
+        return self._source.most_positions(step, live)
 
     def resize(self, micro_batch_tokens: int) -> None:
         """Have the next step's micro-batches be of this size."""

@@ -3,6 +3,7 @@
 What a pass takes is measured on a sample of the training rows, with tensors that have no memory.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def fit_micro_batch(
 
     `fixed` are bytes that do not depend on them, the base's own included. Raises UserError.
     """
-    model = work.build_model(work.base)
+    model = work.build_model(copy.deepcopy(work.base))  # the base itself gets the head's hooks later
     units = work.longest_units()
     examples = work.rows.examples
     alone = max(model.count_positions([unit], examples) for unit in units)
@@ -89,7 +90,7 @@ def fit_micro_batch(
             return found
     elif TOLERANCE * need.total(wanted) <= room.free:
         return asked
-    raise UserError(describe_shortage(asked, wanted, alone, need, room, recomputes=bool(content.get(SECTION))))
+    raise UserError(describe_shortage(asked, wanted, alone, need, room, recomputes=content.get(SECTION) is not None))
 
 
 def describe_shortage(

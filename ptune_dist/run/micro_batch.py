@@ -25,8 +25,9 @@ class MicroBatchSize:
     tokens: int
     may_halve: bool = False
 
-    def halved(self) -> "MicroBatchSize":
-        return MicroBatchSize(max(1, self.tokens // 2))
+    def halved(self, most: int) -> "MicroBatchSize":
+        """Half of what did not fit, where the largest micro-batch of the step had `most` positions."""
+        return MicroBatchSize(max(1, min(self.tokens, most) // 2))
 
     def store(self, run_dir: Path) -> None:
         """Keep what `auto` is in this run. Any rank may call. Raises RunFault."""

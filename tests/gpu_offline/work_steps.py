@@ -9,12 +9,13 @@ import torch
 from torch._subclasses import FakeTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ptune_dist.data.batches import collate, plan_micro_batches
+from ptune_dist.data.batches import collate
 from ptune_dist.data.encode import Examples
 from ptune_dist.distributed.world import World
 from ptune_dist.evaluation.during_training import agree_on_stop
 from ptune_dist.families import FAMILIES
 from ptune_dist.model import attention_flex
+from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.optim.loss_scale import LossScale
 from ptune_dist.optim.optimizer import build_torch_optimizer
@@ -23,7 +24,7 @@ from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 from ptune_dist.zero.engine import Engine
 from ptune_dist.zero.passes import WholePasses
-from tests.gpu_offline.counting import CountingFakeTensors, fake_tensors, report
+from tests.gpu_offline.counting import CountingFakeTensors, report
 from tests.optim.states import settings
 
 SHAPE = {
@@ -34,18 +35,33 @@ CUDA = torch.device("cuda", 0)
 NUM_ROWS = 24
 
 
+class StrictFakeTensors(CountingFakeTensors):
+    """Counts copies to the GPU for which the host waits too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func._schema.name == "aten::_to_copy" and not args[0].is_cuda and is_cuda(given.get("device")):
+            if not given.get("non_blocking"):
+                self.counts.waits.append("upload")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def is_cuda(device: torch.device | None) -> bool:
+    return device is not None and device.type == "cuda"
+
+
 def fake_machine(mode: CountingFakeTensors) -> None:
     """What a fake tensor, or a process without peers, cannot do."""
 
-    def read(tensor: torch.Tensor) -> list[float]:
+    def read(tensor: torch.Tensor) -> list[bool]:
         if tensor.is_cuda:
             mode.counts.waits.append("tolist")
-        return [1.0] * tensor.numel()
+        return [tensor.dtype == torch.bool] * tensor.numel()  # sound members, losses of 0, nobody who asks to stop
 
     fake: Any = FakeTensor
     fake.tolist = read
     plain: Any = torch.Tensor
-    plain.pin_memory = lambda tensor, device=None: tensor
+    plain.pin_memory = lambda tensor, device=None: torch.empty_like(tensor)
     distributed: Any = torch.distributed
     distributed.all_reduce = lambda *_, **__: None
     flex: Any = attention_flex
@@ -62,19 +78,23 @@ def draw_examples(placement: str) -> Examples:
     return Examples(ids, offsets, num_targets, np.zeros(NUM_ROWS, bool), str, num_context, None)
 
 
-def build_engine(placement: str, method: str, precision: str) -> Engine:
-    dtype = getattr(torch, precision)
-    torch.set_default_dtype(dtype)
-    with CUDA:
-        base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE))
-    torch.set_default_dtype(torch.float32)
+def build_model(placement: str, method: str, precision: str) -> PromptedModel:
+    """Two prompts over a base without memory."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE), dtype=getattr(torch, precision))
     base.eval().requires_grad_(False)
     if method == "prefix_tuning":
         prompts = [PrefixTuning(*torch.randn(2, 2, 5, 2, 16)) for _ in range(2)]
     else:
         prompts = [PromptTuning(torch.randn(5, 64)) for _ in range(2)]
     model = FAMILIES["causal"].model_class(base, prompts, CrossEntropy(), placement)
-    model.place(CUDA)
+    model.prompts.to("meta")
+    return model
+
+
+def build_engine(model: PromptedModel, precision: str) -> Engine:
+    """An engine on the GPU, in a world of two ranks."""
+    model.to_empty(device=CUDA)
     world = World(0, 2, CUDA)
     members = {}
     for number in range(2):
@@ -85,12 +105,10 @@ def build_engine(placement: str, method: str, precision: str) -> Engine:
     return Engine(model, WholePasses(), state, world, 0)
 
 
-def take_step(engine: Engine, examples: Examples) -> int:
+def take_step(engine: Engine, examples: Examples, micro_batch_tokens: int) -> int:
     """One step as `train.take_step` makes it; the number of micro-batches."""
     units = [(example, (0, 1)) for example in range(len(examples))]
-    plan = plan_micro_batches(
-        units, lambda some: engine.model.count_positions(some, examples), world_size=2, micro_batch_tokens=300
-    )
+    plan = engine.plan(units, examples, micro_batch_tokens)
     scales = torch.ones(2, device=CUDA)
     totals = torch.zeros(2, device=CUDA)
     for shares in plan:
@@ -104,11 +122,13 @@ def take_step(engine: Engine, examples: Examples) -> int:
 
 def count_waits(placement: str, method: str, precision: str) -> dict[str, Any]:
     """What the host waits for in a step, by name, and how many micro-batches it has."""
-    with fake_tensors() as mode:
+    model = build_model(placement, method, precision)
+    with StrictFakeTensors() as mode:
         fake_machine(mode)
-        engine = build_engine(placement, method, precision)
+        engine = build_engine(model, precision)
         examples = draw_examples(placement)
         found = []
-        take_step(engine, examples)  # the optimizer makes its state
-        counts = report(lambda: found.append(take_step(engine, examples)), mode)["counts"]
+        size = 80 if placement == "infix" else 300
+        take_step(engine, examples, size)  # the optimizer makes its state
+        counts = report(lambda: found.append(take_step(engine, examples, size)), mode)["counts"]
         return {"waits": Counter(counts["waits"]), "uploads": counts["uploads"], "micro_batches": found[0]}

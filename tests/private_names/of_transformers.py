@@ -89,7 +89,7 @@ TABLE: Table = {
             "transformers.masking_utils:_preprocess_mask_arguments",
             "len(attention_mask.shape) == 4",
             "pass a mask of four dimensions through untouched",
-            "NO_MASK",
+            "NO_MASK_SHAPE",
         ),
         attribute(f"{AUTO}:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
         attribute(f"{MODEL}.base_model_prefix", "run the base without its head"),

@@ -1,0 +1,41 @@
+"""Train with less memory than `train.micro_batch_tokens: auto` takes: rank 1 may have so many MiB more than it has.
+
+usage: halve_many.py CONFIG MIB [override ...]
+"""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ptune_dist.config.load import load_config
+from ptune_dist.run.accumulate import Accumulated, Accumulator
+from ptune_dist.train import train
+
+MIB = 1 << 20
+
+
+def limit_memory(num_bytes: int) -> None:
+    """A limit of the kernel's, in bytes beyond what this process has mapped."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + num_bytes, resource.RLIM_INFINITY))
+
+
+def main() -> None:
+    config, room = load_config(sys.argv[1], sys.argv[3:]), int(sys.argv[2]) * MIB
+    accumulate = Accumulator.accumulate
+    limited: list[bool] = []
+
+    def accumulate_limited(self: Accumulator, step: int, live: list[str]) -> Accumulated:
+        if dist.get_rank() == 1 and room and not limited:
+            limited.append(True)
+            limit_memory(room)
+        return accumulate(self, step, live)
+
+    Accumulator.accumulate = accumulate_limited
+    sys.exit(train(config))
+
+
+if __name__ == "__main__":
+    main()

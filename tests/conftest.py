@@ -76,10 +76,8 @@ def tiny_shape(kind: str) -> dict:
     shapes = {
         # learned positions, tied head, Conv1D layers
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-        # rotary, grouped keys/values, untied head; heads as wide as flex attention needs them on a GPU
-        "llama": wide | {
-            "intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 16,
-        },
+        # rotary, grouped keys/values, untied head
+        "llama": wide | {"intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": False},
         # rotary, biased projections, tied head
         "qwen2": wide | {"intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": True},
         # learned positions from the attention mask, embeddings narrower than the hidden size
@@ -104,15 +102,18 @@ def tiny_shape(kind: str) -> dict:
     return common | shapes[kind]
 
 
-def build_tiny_base(kind: str, folder: Path) -> Path:
-    """A random two-layer base of one architecture with the byte-level tokenizer, saved for the Auto classes."""
+def build_tiny_base(kind: str, folder: Path, **more: int) -> Path:
+    """A random two-layer base of one architecture with the byte-level tokenizer, saved for the Auto classes.
+
+    `more`: what differs from `tiny_shape`. Its heads are 8 wide, and flex attention on a GPU needs 16.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     from ptune_dist.tiny.make import build_tokenizer
 
     auto = AutoModelForSeq2SeqLM if kind in SEQ2SEQ else AutoModelForMaskedLM if kind in ENCODERS else None
     torch.manual_seed(0)
-    model = (auto or AutoModelForCausalLM).from_config(AutoConfig.for_model(kind, **tiny_shape(kind))).eval()
+    model = (auto or AutoModelForCausalLM).from_config(AutoConfig.for_model(kind, **tiny_shape(kind) | more)).eval()
     with torch.no_grad():  # tiny random bases barely answer; larger weights make the numbers worth comparing
         for parameter in model.parameters():
             if parameter.dim() > 1:

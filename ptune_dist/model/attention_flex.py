@@ -19,8 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from ptune_dist.model.attention import KeysValues, Segment
 from ptune_dist.model.flex_plan import BLOCK, FlexPlan, plan_attention, unpack
 
-# Flex attention has another kernel for few queries, which Inductor picks by itself and then fails to compile where
-# positions x heads / key/value heads exceed 128.
+# Never the kernel for few queries: where Inductor picks it and positions x heads / key/value heads exceed 128, it fails
+# to compile.
 KERNEL: Any = {"BACKEND": "TRITON"}
 # What torch chooses for wide rows needs more shared memory than these GPUs have: 99 KiB a block, where an A100 has 163.
 SMALL_GPUS = ((8, 6), (8, 9), (12, 0), (12, 1))  # compute capabilities

@@ -69,7 +69,7 @@ def test_members_share_a_context_and_a_shared_instruction_shares_virtual_tokens(
 @pytest.mark.parametrize(
     ("kind", "family", "dtype", "expected"),
     [
-        ("llama", "causal", torch.float32, 2 * 2 * 2 * 16 * 4),  # 2 layers, 2 of 4 heads for keys, 16 wide
+        ("llama", "causal", torch.float32, 2 * 2 * 2 * 8 * 4),  # 2 layers, 2 of 4 heads for keys, 8 wide
         ("gpt2", "causal", torch.bfloat16, 2 * 2 * 4 * 8 * 2),
         ("t5", "seq2seq", torch.float32, 32 * 4),
     ],

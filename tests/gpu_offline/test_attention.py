@@ -59,7 +59,7 @@ def test_random_batches_of_every_placement_are_compiled_four_times_at_most(on_an
 
 
 def test_the_limit_of_recompilations_is_an_error(on_an_h100):
-    assert "recompile_limit" in on_an_h100[-1]
+    assert "RecompileLimit" in on_an_h100[-1]
 
 
 def test_wide_rows_fit_a_small_gpu():

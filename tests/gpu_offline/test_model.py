@@ -21,7 +21,8 @@ CASES = CAUSAL + OTHERS + [CAUSAL[0] | more for more in MORE] + [CAUSAL[2] | mor
 
 @pytest.mark.parametrize("gpu", ["sm_90", "sm_75"])
 def test_a_pass_forward_and_backward_waits_for_nothing(gpu):
-    cases = [case | ({"dtype": "float16"} if gpu == "sm_75" else {}) for case in CASES]
+    # Only causal bases have another attention on a T4.
+    cases = [case | {"dtype": "float16"} for case in CAUSAL] if gpu == "sm_75" else CASES
     for case, found in zip(cases, run_faked(WORK, cases, gpu), strict=True):
         assert found["gradients"] == ["cuda:0"], case
         assert found["segments"] == (case["family"] == "causal")

@@ -18,6 +18,8 @@ from ptune_dist.model.attention import KeysValues, Segment
 from ptune_dist.model.attention_flex import FlexSegments, FlexTables, build_reads
 from ptune_dist.model.attention_layouts import build_attention
 from ptune_dist.model.flex_plan import BLOCK, FlexPlan, plan_attention, unpack
+from ptune_dist.model.layout import Before, Outside, lay_out
+from tests.numerics.passes import NUM_VIRTUAL, draw_batch
 from tests.numerics.test_attention import CASES, CPU, LAYER, SCALE, draw_case, draw_live
 
 SMALL = 8  # positions of a block
@@ -238,6 +240,15 @@ def test_gradients_by_blocks_are_those_of_autograd():
     found = kernel_gradients(plan, *(t.detach() for t in (q, k, v)), gradient, SMALL)
     for ours, theirs in zip(found, (q.grad, k.grad, v.grad), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["prefix", "template"])
+def test_segments_are_their_members(case):
+    batch, _ = draw_batch(case)
+    rows = [Before() for _ in batch.contexts]
+    segments = lay_out(batch, list(NUM_VIRTUAL), Outside([], rows, [Before(), Before()])).segments
+    shared = [0, 1] if case == "prefix" else []
+    assert [s.member for s in segments] == shared + [member for _, member in batch.readers]
 
 
 def test_blocks_are_of_the_size_that_the_kernels_take():

@@ -11,7 +11,7 @@ import torch
 
 from ptune_dist.model.attention import KeysValues, Segment
 from ptune_dist.model.attention_layouts import build_attention
-from tests.conftest import TINY
+from tests.conftest import TINY, build_tiny_base
 from tests.numerics.test_curves import curve, train_all, write_spec, zero_json
 from tests.numerics.test_flex import draw_segments, look_up_reads
 
@@ -19,6 +19,12 @@ GPUS = {
     "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
 }
 pytestmark = [pytest.mark.gpu, pytest.mark.long]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """With heads as wide as flex attention needs them."""
+    return build_tiny_base("llama", tmp_path_factory.mktemp("base"), hidden_size=64)
 
 
 def mixed(stage: int, dtype: str) -> tuple[dict, list[str]]:
@@ -31,8 +37,7 @@ def mixed(stage: int, dtype: str) -> tuple[dict, list[str]]:
     return content, [f"model.dtype={dtype}"]
 
 
-def test_every_stage_gives_one_curve_on_the_gpu(tiny_bases, tmp_path):
-    base = tiny_bases["llama"]
+def test_every_stage_gives_one_curve_on_the_gpu(base, tmp_path):
     specs = [write_spec(tmp_path, base, f"stage{stage}", *mixed(stage, "float32")) for stage in range(4)]
     runs = train_all(specs, tmp_path, num_ranks=torch.cuda.device_count(), env=GPUS)
     expected = curve(runs["stage0"])
@@ -57,7 +62,7 @@ def test_half_precision_learns_the_quickstart_at_every_stage(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_an_int8_base_gives_one_curve_whole_sharded_offloaded_and_checkpointed(tiny_bases, tmp_path, dtype):
+def test_an_int8_base_gives_one_curve_whole_sharded_offloaded_and_checkpointed(base, tmp_path, dtype):
     offload = {"device": "cpu", "pin_memory": True}
     settings = {
         "whole": (0, {}, {}),
@@ -70,20 +75,20 @@ def test_an_int8_base_gives_one_curve_whole_sharded_offloaded_and_checkpointed(t
         content, overrides = mixed(stage, dtype)
         content["zero_optimization"] |= zero
         overrides = [*overrides, "model.quantization=int8", "train.max_steps=10"]
-        specs.append(write_spec(tmp_path, tiny_bases["llama"], name, content | more, overrides))
+        specs.append(write_spec(tmp_path, base, name, content | more, overrides))
     runs = train_all(specs, tmp_path, num_ranks=torch.cuda.device_count(), env=GPUS)
     tolerance = 1e-5 if dtype == "float32" else 3e-3  # half precision has three digits
     for name, run in runs.items():
         assert curve(run) == pytest.approx(curve(runs["whole"]), rel=tolerance), name
 
 
-def test_llm_int8_follows_the_float_curve_with_and_without_outliers(tiny_bases, tmp_path):
+def test_llm_int8_follows_the_float_curve_with_and_without_outliers(base, tmp_path):
     content, overrides = mixed(0, "float16")
     more = {"float": [], "plain": ["model.int8_threshold=0"], "outliers": ["model.int8_threshold=3"]}
     specs = []
     for name, extra in more.items():
         int8 = ["model.quantization=int8", "model.int8_activations=true"] if extra else []
-        specs.append(write_spec(tmp_path, tiny_bases["llama"], name, content, [*overrides, *int8, *extra]))
+        specs.append(write_spec(tmp_path, base, name, content, [*overrides, *int8, *extra]))
     runs = train_all(specs, tmp_path, num_ranks=1, env=GPUS)
     for name in ("plain", "outliers"):
         assert curve(runs[name]) == pytest.approx(curve(runs["float"]), rel=0.02), name

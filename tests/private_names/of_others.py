@@ -47,7 +47,7 @@ TABLE: Table = {
     ],
     "model/attention_flex.py": [
         attribute("torch._dynamo:mark_dynamic", "compile attention for all lengths at once"),
-        source(f"{FLEX}:FlexKernelOptions", "BACKEND", "have one kernel for all lengths"),
+        source(f"{FLEX}:FlexKernelOptions", "BACKEND", "have one kernel for all lengths", "BACKEND"),
         source(f"{FLEX}:FlexKernelOptions", "bwd_BLOCK_M1", "fit the shared memory of small GPUs", "bwd_BLOCK_"),
         parameter(f"{FLEX}:BlockMask", "mask_mod", "give a block mask tables from the host"),
         parameter(f"{FLEX}:BlockMask", "BLOCK_SIZE", "give a block mask tables from the host"),

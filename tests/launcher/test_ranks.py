@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from ptune_dist.cluster import ranks as ranks_module
 from ptune_dist.cluster.processes import process_state
 from ptune_dist.cluster.rank_files import HeartbeatFile, stack_file
 from ptune_dist.cluster.rank_monitor import RankMonitor
-from ptune_dist.cluster.ranks import RankLaunch, build_environment, copy_lines, to_file_name, wait_until_written
+from ptune_dist.cluster.ranks import RankLaunch, Ranks, build_environment, copy_lines, to_file_name, wait_until_written
 
 
 def make_launch(folder: Path, num_gpus: int) -> RankLaunch:
@@ -43,6 +44,19 @@ def test_a_rank_that_may_wait_for_its_gpu_is_not_called_stuck(tmp_path: Path):
     stack_file(tmp_path, 3).write_bytes((recorded.parent / "backward_in_a_hook.txt").read_bytes())
     stuck = RankMonitor(tmp_path, "n0", 1, 60.0, on_gpu=True).find_stuck()
     assert stuck.reason.endswith("after step 12, in clip_by_disk (plugin.py, line 18)")
+
+
+@pytest.mark.parametrize(("num_gpus", "kind"), [(0, "stuck"), (2, None)])
+def test_the_launcher_judges_stacks_by_whether_its_node_has_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_gpus: int, kind: str | None
+):
+    monkeypatch.setattr(ranks_module, "build_torchrun_command", lambda launch, folder: ["sleep", "60"])
+    ranks = Ranks(make_launch(tmp_path, num_gpus))
+    HeartbeatFile(ranks.folder, 0).write(12, 0.0)
+    stack_file(ranks.folder, 0).write_bytes((Path(__file__).parent / "stacks" / "backward.txt").read_bytes())
+    stuck = ranks.end(with_stacks=True)
+    ranks.remove_folder()
+    assert (stuck.kind if stuck else None) == kind
 
 
 def test_the_state_of_a_process():

@@ -148,7 +148,7 @@ TABLE: Table = {
     "bench/work.py": [
         source(INIT, "param.ds_shape = param.shape", "know the shape of a parameter that is cut", "ds_shape"),
     ],
-    "cluster/rank_monitor.py": [
+    "cluster/stacks.py": [
         file(f"{ZERO}.stage3", "/deepspeed/runtime/", "tell by its stack that a rank waits for others"),
     ],
 }

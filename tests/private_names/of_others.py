@@ -90,9 +90,11 @@ TABLE: Table = {
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
         ),
     ],
-    "cluster/rank_monitor.py": [
+    "cluster/stacks.py": [
         file("torch.distributed:all_reduce", "/torch/distributed/", WAITS),
         file("torch.cuda:synchronize", "/torch/cuda/", WAITS),
+        file("torch.autograd.graph:_engine_run_backward", "/torch/autograd/graph.py", WAITS),
+        attribute("torch.autograd.graph:_engine_run_backward", WAITS),
     ],
     "data/sources.py": [
         attribute("datasets.config:HF_HUB_OFFLINE", "turn to the cache at once without a network"),

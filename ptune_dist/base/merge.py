@@ -162,6 +162,25 @@ def put_merged(module: nn.Module, linears: list[nn.Linear], leaves: tuple[str, .
         first.in_features, sum(sizes), bias=first.bias is not None, device="meta", dtype=first.weight.dtype
     )
     setattr(module, merged, made.requires_grad_(False))
+    module.register_state_dict_post_hook(functools.partial(separate, merged=merged, leaves=leaves, sizes=sizes))
     held: dict[int, torch.Tensor] = {}
     for number, leaf in enumerate(leaves):
         setattr(module, leaf, MergedPart(module, merged, number, sizes, held))
+
+
+def separate(
+    _module: nn.Module,
+    state: dict[str, torch.Tensor],
+    prefix: str,
+    _metadata: Any,
+    *,
+    merged: str,
+    leaves: tuple[str, ...],
+    sizes: list[int],
+) -> None:
+    """A hook of `state_dict`: it has the projections under their own names, so that others can load what is saved."""
+    for name in [name for name in state if name.startswith(f"{prefix}{merged}.")]:
+        if len(state[name]) == sum(sizes):  # not where ZeRO-3 has partitioned it
+            tensor = name.removeprefix(f"{prefix}{merged}.")
+            parts = state.pop(name).split(sizes)
+            state.update({f"{prefix}{leaf}.{tensor}": part for leaf, part in zip(leaves, parts, strict=True)})

@@ -213,7 +213,7 @@ def test_weights_and_scales_outlive_a_cast_of_the_base(tiny_bases, cast):
     opened = open_only(tiny_bases["llama"], int8=PLAIN)
     base = fill_whole(opened)
     before = {name: p.clone() for name, p in base.named_parameters() if p.dtype in (torch.int8, torch.int32)}
-    assert len(before) == 2 * 7 * 2  # seven linear layers in each of two layers
+    assert len(before) == 2 * 4 * 2  # four products in each of two layers, two of them merged
     base.to(cast)
     assert all(torch.equal(base.get_parameter(name), p) for name, p in before.items())
     assert base.model.norm.weight.dtype == cast
@@ -255,8 +255,8 @@ def test_a_random_base_is_the_same_in_int8_except_for_rounding(base):
     (base / "model.safetensors").unlink()
     floats = load(base, random_init=True)
     quantized = load(base, random_init=True, int8=PLAIN)
-    weight, scales = quantize_rows(floats.model.layers[1].mlp.up_proj.weight)
-    layer = quantized.model.layers[1].mlp.up_proj
+    weight, scales = quantize_rows(floats.model.layers[1].mlp.gate_up_proj.weight)
+    layer = quantized.model.layers[1].mlp.gate_up_proj
     assert torch.equal(layer.weight, weight) and torch.equal(layer.float_scales, scales)
 
 

@@ -104,14 +104,14 @@ def test_curves_and_bases_do_not_depend_on_stage_and_ranks(tiny_bases, reference
         if quantization == "int8":  # digests hold dtype and numbers: the engine's precision changes neither of these
             other = hashes_of(runs[name.replace("bfloat16", "float32")], "after")
             scales = [n for n in other if n.endswith(".scales")]
-            assert len(scales) > 10
+            assert len(scales) >= 8  # of four products in each of two layers
             for part in [*scales, *(n.replace(".scales", ".weight") for n in scales)]:
                 assert hashes_of(run, "after")[part] == other[part], (name, part)
 
 
 def hashes_of(run: Path, when: str) -> dict[str, str]:
     found = json.loads((run / "base_hashes.json").read_text())[when]
-    assert len(found) > 20
+    assert len(found) > 15
     return found
 
 

@@ -13,6 +13,7 @@ import deepspeed
 import torch
 
 import ptune_dist.train
+from ptune_dist.base.layers import parameter_size
 from ptune_dist.config.load import load_config
 from ptune_dist.run.job import Job, build_job
 
@@ -27,6 +28,11 @@ def hash_base(job: Job) -> dict[str, str]:
             data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             hashes[name] = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + data).hexdigest()
     return hashes
+
+
+def count_elements(job: Job) -> int:
+    """Elements of the base's tensors, each once, also where ZeRO-3 has cut them."""
+    return sum(parameter_size(parameter) for parameter in job.engine.model.base.parameters())
 
 
 def main() -> None:
@@ -45,7 +51,8 @@ def main() -> None:
         ((job, before),) = seen
         after = hash_base(job)
         if job.engine.world.is_main:
-            Path(config.output_dir, "base_hashes.json").write_text(json.dumps({"before": before, "after": after}))
+            found = {"before": before, "after": after, "num_elements": count_elements(job)}
+            Path(config.output_dir, "base_hashes.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

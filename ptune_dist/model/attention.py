@@ -43,7 +43,8 @@ class Segment(NamedTuple):
     """A run of live positions. It reads itself causally, and before that all of what it names, in this order.
 
     contexts: numbers of keys/values given from outside. parents: runs (start, length) of live positions.
-    offset: its first position in its text.
+    offset: its first position in its text. member: whose it is; on CUDA no kernel lets what is not a number in one
+    member reach another.
     """
 
     start: int
@@ -51,6 +52,7 @@ class Segment(NamedTuple):
     contexts: tuple[int, ...] = ()
     parents: tuple[tuple[int, int], ...] = ()
     offset: int = 0
+    member: int = 0
 
 
 def attend(

@@ -1,98 +1,190 @@
 """Attention over segments with torch's flex attention: ragged rows and shared keys in one kernel, nothing padded.
 
-It is for CUDA, where the kernel is compiled once and skips blocks of keys that no query of a block reads.
-Shapes: N live positions, X positions given from outside, H heads, G key/value heads, D width of a head.
+It is for CUDA, where the kernel is compiled once and skips blocks of keys that no query of a block reads. What it reads
+is planned on the host (`flex_plan`).
+
+Shapes: N live positions, X positions given from outside, Q and J places of queries and keys, H heads, G key/value
+heads, D width of a head, R and C blocks of queries and keys, K intervals.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch._dynamo import mark_dynamic
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ptune_dist.model.attention import KeysValues, Segment
+from ptune_dist.model.flex_plan import BLOCK, FlexPlan, plan_attention, unpack
 
-# flex attention's mask function: batch, head, query and key as scalar tensors -> whether the query reads the key
-Reads = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# Flex attention has another kernel for few queries, which Inductor picks by itself and then fails to compile where
+# positions x heads / key/value heads exceeds 128.
+KERNEL_OPTIONS: Any = {"BACKEND": "TRITON"}
 
 
-@functools.cache
-def compiled_flex_attention() -> Callable[..., torch.Tensor]:
-    return torch.compile(flex_attention, dynamic=True)
+@dataclass(frozen=True)
+class FlexTables:
+    """A plan on the device; the names and shapes are those of `FlexPlan`."""
+
+    take_queries: torch.Tensor
+    take_keys: torch.Tensor
+    put_queries: torch.Tensor
+    put_keys: torch.Tensor
+    lows: torch.Tensor
+    highs: torch.Tensor
+    kv_num: torch.Tensor
+    kv_indices: torch.Tensor
+    full_kv_num: torch.Tensor
+    full_kv_indices: torch.Tensor
+    q_num: torch.Tensor
+    q_indices: torch.Tensor
+    full_q_num: torch.Tensor
+    full_q_indices: torch.Tensor
+
+    @classmethod
+    def unpack(cls, flat: torch.Tensor, shapes: list[tuple[int, ...]]) -> "FlexTables":
+        """Views of what `FlexPlan.pack` gave, after its copy to the device."""
+        tables = cls(**unpack(flat, shapes))
+        if tables.lows.is_cuda:
+            for table in tables.of_kernel():
+                # The number of intervals alone is compiled in.
+                mark_dynamic(table, [1] if table is tables.lows or table is tables.highs else list(range(table.dim())))
+        return tables
+
+    @classmethod
+    def of(cls, plan: FlexPlan, device: torch.device) -> "FlexTables":
+        """In one copy."""
+        flat, shapes = plan.pack()
+        return cls.unpack(torch.from_numpy(flat).to(device, non_blocking=True), shapes)
+
+    @property
+    def is_rearranged(self) -> bool:
+        return len(self.take_queries) > 0
+
+    def of_kernel(self) -> list[torch.Tensor]:
+        """Those that `attend_blocks` takes, in its order."""
+        return [getattr(self, field.name) for field in fields(self)[4:]]
 
 
 class FlexSegments:
     """Any segments, over any keys/values given from outside."""
 
-    def __init__(self, segments: list[Segment], outside: list[KeysValues], device: torch.device):
+    def __init__(
+        self,
+        segments: list[Segment],
+        outside: list[KeysValues],
+        device: torch.device,
+        tables: Mapping[int | None, FlexTables] | None = None,
+    ):
+        """`tables`: of the layers' windows, where they were prepared; others are made when a layer asks for them."""
+        self._segments = segments
         self._outside = outside
         self._device = device
-        self._num_outside = sum(part.length for part in outside)
-        self._several = len(segments) > 1
-        lengths = [part.length for part in outside] + [s.length for s in segments]
-        self._run_of_key = torch.repeat_interleave(torch.tensor(lengths)).to(device)
-        self._segment_of_query = self._run_of_key[self._num_outside :] - len(outside)
-        offsets = torch.tensor([s.offset - s.start for s in segments], device=device)
-        self._position_of_query = torch.arange(len(self._segment_of_query), device=device)
-        self._position_of_query = self._position_of_query + offsets[self._segment_of_query]
-        starts = {s.start: len(outside) + number for number, s in enumerate(segments)}
-        table = torch.zeros(len(segments), len(lengths), dtype=torch.bool)
-        for number, s in enumerate(segments):
-            table[number, list(s.contexts)] = True
-            for start, length in s.parents:
-                assert lengths[starts[start]] == length, "a parent is a whole segment"
-                table[number, starts[start]] = True
-        self._table = table.to(device)
-        self._masks: dict[int | None, BlockMask] = {}
+        self._tables = dict(tables or {})
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: int, scale: float, window: int | None
     ) -> torch.Tensor:
         """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
-        if self._several:  # segments share blocks of the kernel: what is not a number in one must not reach another
-            k = k.nan_to_num(0.0, 0.0, 0.0)
-            v = v.nan_to_num(0.0, 0.0, 0.0)
-        k = torch.cat([*(part.keys[layer] for part in self._outside), k])
-        v = torch.cat([*(part.values[layer] for part in self._outside), v])
-        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-        run = compiled_flex_attention() if q.is_cuda else flex_attention
-        return run(q, k, v, block_mask=self._mask(window), scale=scale, enable_gqa=True)[0].transpose(0, 1)
+        tables = self._tables_of(window)
+        if len(self._segments) > 1:  # what is not a number in one segment must not reach another
+            k = Cleaned.run(k)
+            v = Cleaned.run(v)
+        if self._outside:
+            k = torch.cat([*(part.keys[layer] for part in self._outside), k])
+            v = torch.cat([*(part.values[layer] for part in self._outside), v])
+        if not tables.is_rearranged:
+            return run_flex(q, k, v, tables, scale)
+        q = Moved.run(q, tables.take_queries, tables.put_queries)
+        k = Moved.run(k, tables.take_keys, tables.put_keys)
+        v = Moved.run(v, tables.take_keys, tables.put_keys)
+        return Moved.run(run_flex(q, k, v, tables, scale), tables.put_queries, tables.take_queries)
 
-    def _mask(self, window: int | None) -> BlockMask:
-        if window not in self._masks:
-            num_queries = len(self._segment_of_query)
-            num_keys = len(self._run_of_key)
-            reads = self._build_reads() if window is None else self._build_reads_near(window)
-            self._masks[window] = create_block_mask(reads, None, None, num_queries, num_keys, device=self._device)
-        return self._masks[window]
+    def _tables_of(self, window: int | None) -> FlexTables:
+        if window not in self._tables:
+            plan = plan_attention(self._segments, [part.length for part in self._outside], window)
+            self._tables[window] = FlexTables.of(plan, self._device)
+        return self._tables[window]
 
-    def _build_reads(self) -> Reads:
-        """A query reads its own segment causally, and the runs that its segment names."""
 
-        def reads(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            segment = self._segment_of_query[query]
-            run = self._run_of_key[key]
-            own = (run == segment + len(self._outside)) & (key - self._num_outside <= query)
-            return self._table[segment, run] | own
+class Cleaned(torch.autograd.Function):
+    """Zeros for what is not finite. Unlike `nan_to_num` it keeps nothing for backward: gradients pass unchanged."""
 
-        return reads
+    @staticmethod
+    def forward(_ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.nan_to_num(0.0, 0.0, 0.0)
 
-    def _build_reads_near(self, window: int) -> Reads:
-        """The same, of the last `window` positions only."""
-        reads = self._build_reads()
-        position_of_key = self._positions_of_keys()
+    @staticmethod
+    def backward(_ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
 
-        def reads_near(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            is_near = self._position_of_query[query] - position_of_key[key] < window
-            return reads(b, h, query, key) & is_near
+    @classmethod
+    def run(cls, x: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, cls.apply(x))
 
-        return reads_near
 
-    def _positions_of_keys(self) -> torch.Tensor:
-        """[X + N]: each key's position in its text. A lead, if there is one, is the first of `outside`."""
-        before = 0
-        parts = []
-        for number, part in enumerate(self._outside):
-            parts.append(torch.arange(part.length, device=self._device) + before)
-            before = part.length if number == 0 and self._table[:, 0].all() else before
-        return torch.cat([*parts, self._position_of_query])
+class Moved(torch.autograd.Function):
+    """x[take]; in backward a gather too, gradient[put], where the gradient of an index would add up atomically.
+
+    Rows that `take` repeats for padding get no gradient of their own: nothing reads them as keys, and as queries they
+    read nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, take: torch.Tensor, put: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(put)
+        return x.index_select(0, take)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (put,) = ctx.saved_tensors
+        return gradient.index_select(0, put), None, None
+
+    @classmethod
+    def run(cls, x: torch.Tensor, take: torch.Tensor, put: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, cls.apply(x, take, put))
+
+
+def run_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: FlexTables, scale: float) -> torch.Tensor:
+    """q [Q, H, D], k and v [J, G, D] -> [Q, H, D]; compiled on CUDA."""
+    if not q.is_cuda:
+        return attend_blocks(q, k, v, tables.of_kernel(), scale)
+    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if needs_gradient:  # it is compiled anew for every other set of inputs that need one: let it always be all of them
+        q, k, v = (t if t.requires_grad else t.detach().requires_grad_() for t in (q, k, v))
+    for tensor in (q, k, v):
+        mark_dynamic(tensor, 0)
+    with torch.set_grad_enabled(needs_gradient):
+        return compiled_attend_blocks()(q, k, v, tables.of_kernel(), scale)
+
+
+@functools.cache
+def compiled_attend_blocks() -> Callable[..., torch.Tensor]:
+    """For all lengths. It raises at the limit of recompilations, where torch would run on without a kernel."""
+    return torch.compile(attend_blocks, fullgraph=True)
+
+
+def attend_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: list[torch.Tensor], scale: float
+) -> torch.Tensor:
+    """q [Q, H, D], k and v [J, G, D] -> [Q, H, D]; `tables` as in FlexTables, from `lows` on."""
+    lows, highs, *blocks = tables
+    mask = BlockMask(
+        (q.shape[0], k.shape[0]), *(table[None, None] for table in blocks), (BLOCK, BLOCK), build_reads(lows, highs)
+    )
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=KERNEL_OPTIONS)
+    return cast(torch.Tensor, out)[0].transpose(0, 1)
+
+
+def build_reads(lows: torch.Tensor, highs: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Flex attention's mask function. It closes over tensors only: the compiled kernel would depend on all else."""
+    ends = [(lows[i], highs[i]) for i in range(lows.shape[0])]
+
+    def reads(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        found = [(key >= low[query]) & (key < high[query]) for low, high in ends]
+        return functools.reduce(torch.bitwise_or, found)
+
+    return reads

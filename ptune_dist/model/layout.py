@@ -93,17 +93,18 @@ def lay_out(batch: Batch, num_vectors: list[int], outside: Outside) -> Layout:
     homes: dict[int, Run] = {}  # member -> run of its shared virtual tokens
     if is_shared:
         for member in sorted({member for _, member in batch.readers}):
-            homes[member] = builder.add(builder.virtual(member), outside.of(0, member), parent=None)
+            homes[member] = builder.add(builder.virtual(member), outside.of(0, member), parent=None, member=member)
     for number, (row, member) in enumerate(batch.readers):
         text = np.concatenate([batch.rests[row], batch.targets[row]])
         tokens = builder.take(text[:-1])  # nothing is predicted from a text's last token, so it is not read
         before = outside.of(row, member)
         if is_shared:
             home = homes[member]
-            start, _ = builder.add(tokens, before, parent=home)
+            start, _ = builder.add(tokens, before, parent=home, member=member)
             last_virtual = home[0] + home[1] - 1
         else:
-            first, _ = builder.add(np.concatenate([builder.virtual(member), tokens]), before, parent=None)
+            own = np.concatenate([builder.virtual(member), tokens])
+            first, _ = builder.add(own, before, parent=None, member=member)
             start = first + num_vectors[member]
             last_virtual = start - 1
         builder.supervise(batch.targets[row], number, len(batch.rests[row]), last_virtual, start)
@@ -136,14 +137,14 @@ class LayoutBuilder:
         self._num_tokens += len(tokens)
         return np.arange(first, first + len(tokens))
 
-    def add(self, source: np.ndarray, before: Before, *, parent: Run | None) -> Run:
+    def add(self, source: np.ndarray, before: Before, *, parent: Run | None, member: int) -> Run:
         """A segment that reads `before` from outside and then the live run `parent`; returns its own run."""
         run = (self._num_live, len(source))
         if not len(source):
             return run
         parents = (parent,) if parent is not None and parent[1] else ()
         offset = before.length + sum(length for _, length in parents)
-        self._segments.append(Segment(*run, before.numbers, parents, offset))
+        self._segments.append(Segment(*run, before.numbers, parents, offset, member))
         self._source.append(source)
         self._positions.append(np.arange(offset, offset + len(source)))
         self._num_live += len(source)

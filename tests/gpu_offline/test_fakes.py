@@ -1,0 +1,33 @@
+"""The fakes themselves: they compile for the architecture asked for, and count launches, bytes and waits."""
+
+import pytest
+
+from tests.gpu_offline.fake_cuda import GPUS
+from tests.gpu_offline.faked import run_faked
+
+WORK = "tests.gpu_offline.work_elementwise"
+
+
+# A T4 has no bf16: Inductor refuses it, on a fake one too.
+@pytest.mark.parametrize(("gpu", "dtype"), [("sm_75", "float16"), ("sm_90", "bfloat16")])
+def test_compiled_functions_are_counted(gpu, dtype):
+    calls = [{"num_rows": 100, "is_compiled": is_compiled, "dtype": dtype} for is_compiled in (False, True)]
+    eager, fused = run_faked(f"{WORK}:compile_gated", calls, gpu)
+    size = 100 * 64 * 2
+    assert not eager["kernels"]
+    major, minor = GPUS[gpu].capability
+    assert {kernel["arch"] for kernel in fused["kernels"]} == {10 * major + minor}
+    assert all(kernel["has_machine_code"] for kernel in fused["kernels"])
+    assert fused["counts"]["launches_by_name"] == {"aten::ones_like": 1} | dict.fromkeys(
+        (kernel["name"] for kernel in fused["kernels"]), 1
+    )
+    assert fused["num_kernels"] == 2  # one forward, one backward
+    # forward: x, y, out. backward: x, y, gradient of out, of x, of y.
+    assert fused["counts"]["elementwise_bytes"] == pytest.approx(9 * size, rel=0.2)
+    assert eager["counts"]["elementwise_bytes"] > 1.5 * fused["counts"]["elementwise_bytes"]
+    assert not eager["counts"]["waits"] and not fused["counts"]["waits"]
+
+
+def test_waits_of_the_host_are_counted():
+    (waits,) = run_faked(f"{WORK}:wait", [{}])
+    assert waits == ["aten::_local_scalar_dense", "aten::_to_copy to the host", "aten::_to_copy to the host"]

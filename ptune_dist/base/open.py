@@ -15,6 +15,7 @@ from ptune_dist.base.architecture import Architecture
 from ptune_dist.base.int8 import Int8Embedding, make_int8
 from ptune_dist.base.loaded_weights import LoadedWeights, load_with_transformers
 from ptune_dist.base.memory_check import check_room_for_copies
+from ptune_dist.base.merge import MergedWeights, merge_projections
 from ptune_dist.base.names import match_names, needs_converting, spellings, wanted_tensors
 from ptune_dist.base.random_weights import RandomWeights
 from ptune_dist.base.source import describe_load_error, is_local_only, load_shape
@@ -43,7 +44,7 @@ class OpenedBase:
     model: PreTrainedModel
     family: Architecture
     dtype: torch.dtype
-    weights: WeightFiles | RandomWeights | LoadedWeights
+    weights: WeightFiles | RandomWeights | LoadedWeights | MergedWeights
     names: dict[str, str]  # of a parameter or buffer in the model -> in the weights
     new: list[str]  # parameters that no file holds: a new classification head's
     seed: int
@@ -91,8 +92,11 @@ def open_base(
     if unknown:
         raise UserError(f"model.path: {path}: its buffer {unknown[0]} is neither stored nor computed when it is made")
     opened.trained = family.trained_names(model, opened.new)
+    trained_modules = {name.rpartition(".")[0] for name in opened.trained}
+    merged = merge_projections(model, opened.names, trained_modules)
+    opened.weights = MergedWeights(opened.weights, merged)
     if int8 is not None:
-        make_int8(model, dtype=dtype, skip={name.rpartition(".")[0] for name in opened.trained}, **int8)
+        make_int8(model, dtype=dtype, skip=trained_modules, **int8)
     for module in model.modules():  # T5's stacks have configs of their own
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False

@@ -28,12 +28,14 @@ from ptune_dist.base.fused_functions import (
     ACTIVATIONS,
     Activation,
     GatedActivation,
+    MergedActivation,
     RMSNorm,
     Rotary,
     norm_forward,
     rotate_both,
 )
 from ptune_dist.base.fused_kernels import Fallback
+from ptune_dist.base.merge import GROUPS, MergedPart
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROTARY = "apply_rotary_pos_emb"  # what the attention of most architectures calls
@@ -186,6 +188,10 @@ def run_gated(module: nn.Module, plain: Callable, activation: str, names: tuple[
     down = getattr(module, down_name)
     if x.dtype not in DTYPES:
         return plain(module, x)
+    if isinstance(getattr(module, gate_name), MergedPart):
+        both = getattr(module, GROUPS[gate_name, up_name])(x)
+        gated = MergedActivation.apply(both.flatten(0, -2), activation)
+        return down(gated.unflatten(0, both.shape[:-1]))
     gate = getattr(module, gate_name)(x)
     up = getattr(module, up_name)(x)
     gated = GatedActivation.apply(gate.flatten(0, -2), up.flatten(0, -2), activation).view(gate.shape)

@@ -39,9 +39,7 @@ def slope(activation: str, x: torch.Tensor) -> torch.Tensor:
     return (x > 0).to(x.dtype)
 
 
-def norm_forward(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
     """x [N, ..., D] -> y like x and 1 / the root mean square [N, ...] in float32."""
     rows = x.float()
     rstd = torch.rsqrt(rows.square().mean(-1) + eps)
@@ -69,6 +67,17 @@ def gated_backward(
     g = grad.float()
     d_gate = g * up.float() * slope(activation, wide)
     return d_gate.to(gate.dtype), (g * ACTIVATIONS[activation](wide)).to(up.dtype)
+
+
+def merged_forward(both: torch.Tensor, activation: str) -> tuple[torch.Tensor]:
+    """both [N, 2 D] -> [N, D]."""
+    gate, up = both.chunk(2, dim=-1)
+    return gated_forward(gate, up, activation)
+
+
+def merged_backward(grad: torch.Tensor, both: torch.Tensor, activation: str) -> tuple[torch.Tensor]:
+    gate, up = both.chunk(2, dim=-1)
+    return (torch.cat(gated_backward(grad, gate, up, activation), dim=-1),)
 
 
 def activation_forward(x: torch.Tensor, activation: str) -> tuple[torch.Tensor]:
@@ -106,6 +115,8 @@ NORM_FORWARD = Kernel(norm_forward)
 NORM_BACKWARD = Kernel(norm_backward)
 GATED_FORWARD = Kernel(gated_forward)
 GATED_BACKWARD = Kernel(gated_backward)
+MERGED_FORWARD = Kernel(merged_forward)
+MERGED_BACKWARD = Kernel(merged_backward)
 ACTIVATION_FORWARD = Kernel(activation_forward)
 ACTIVATION_BACKWARD = Kernel(activation_backward)
 ROTATE = Kernel(rotate_both)
@@ -144,6 +155,20 @@ class GatedActivation(torch.autograd.Function):
         return d_gate, d_up, None
 
 
+class MergedActivation(torch.autograd.Function):
+    """activation(gate) * up of one tensor [N, 2 D] with both; so is the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor, activation: str) -> torch.Tensor:
+        ctx.save_for_backward(both)
+        ctx.activation = activation
+        return MERGED_FORWARD([both], [], activation)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return MERGED_BACKWARD([grad, *ctx.saved_tensors], [], ctx.activation)[0], None
+
+
 class Activation(torch.autograd.Function):
     """An activation that torch computes in several operations."""
 
@@ -169,8 +194,6 @@ class Rotary(torch.autograd.Function):
         return ROTATE([q, k, cos, sin], [], 1.0)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         dq, dk = ROTATE([grad_q, grad_k, *ctx.saved_tensors], [], -1.0)
         return dq, dk, None, None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ptune_dist.base.fused import fuse
 from ptune_dist.base.layers import embedding_width, hidden_size, layers_of, max_positions
 from ptune_dist.base.load import fill_whole
 from ptune_dist.base.memory_check import check_memory
@@ -155,6 +156,8 @@ def build_job(
     parts = together(world, lambda: build_parts(reading, world, with_start=with_start))
     if parts.opened.note and world.is_main:
         print(f"model.path: {config.model.path}: {parts.opened.note}", flush=True)
+    if config.model.compile == "auto":
+        fuse(parts.opened.model, parts.opened.trained, lambda line: print(line, flush=True) if world.is_main else None)
     began = time.perf_counter()
     base = fill_base(parts, config, world)
     loading = {"load_s": time.perf_counter() - began, "bytes_read": parts.opened.weights.bytes_read}

@@ -229,7 +229,7 @@ def is_known_rotary(plain: Callable) -> bool:
 def rotate_rows(
     function: Callable, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Call a function of tensors [N, H, D] and [N, R] with q [B, H, N, D], k [B, G, N, D], cos and sin [B or 1, N, R]."""
+    """Call a function of tensors [N, H, D] and [N, R] with q and k [B, H, N, D], cos and sin [B or 1, N, R]."""
     batch, _, length, _ = q.shape
     rows = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k)]
     angles = [tensor.expand(batch, -1, -1).flatten(0, 1) for tensor in (cos, sin)]

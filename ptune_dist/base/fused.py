@@ -34,10 +34,9 @@ from ptune_dist.base.fused_functions import (
     norm_forward,
     rotate_both,
 )
-from ptune_dist.base.fused_kernels import Fallback
+from ptune_dist.base.fused_kernels import Fallback, is_worth_it
 from ptune_dist.base.merge import GROUPS, MergedPart
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROTARY = "apply_rotary_pos_emb"  # what the attention of most architectures calls
 IN_ONE_KERNEL = (nn.SiLU, nn.GELU, nn.ReLU)  # of torch's activations, and those that wrap them
 # The modules of a gated MLP: activation, gate, up, down.
@@ -117,7 +116,7 @@ def agree(found: Callable[[], Any], wanted: list[torch.Tensor]) -> bool:
 
 
 def run_norm(module: nn.Module, plain: Callable, eps: float, offset: float, x: torch.Tensor) -> torch.Tensor:
-    if x.dtype != module.weight.dtype or x.dtype not in DTYPES:
+    if x.dtype != module.weight.dtype or not is_worth_it(x):
         return plain(module, x)
     # Of q or k by heads, which may be a part of a larger product, the positions alone are one dimension.
     rows = x.flatten(0, 1) if x.dim() == 4 else x.flatten(0, -2)
@@ -155,7 +154,7 @@ class CountOperations(TorchDispatchMode):
 
 
 def run_activation(module: nn.Module, plain: Callable, activation: str, x: torch.Tensor) -> torch.Tensor:
-    if x.dtype not in DTYPES:
+    if not is_worth_it(x):
         return plain(module, x)
     return Activation.apply(x.flatten(0, -2), activation).view(x.shape)
 
@@ -186,7 +185,7 @@ def body_of(kind: type[nn.Module]) -> str | None:
 def run_gated(module: nn.Module, plain: Callable, activation: str, names: tuple[str, ...], x: torch.Tensor) -> Any:
     _, gate_name, up_name, down_name = names
     down = getattr(module, down_name)
-    if x.dtype not in DTYPES:
+    if not is_worth_it(x):
         return plain(module, x)
     if isinstance(getattr(module, gate_name), MergedPart):
         both = getattr(module, GROUPS[gate_name, up_name])(x)
@@ -240,7 +239,7 @@ def rotate_rows(
 def run_rotary(
     plain: Callable, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    same = q.dtype == k.dtype == cos.dtype == sin.dtype and q.dtype in DTYPES
-    if not same or options or q.dim() != 4 or cos.dim() != 3 or cos.requires_grad:
+    same = q.dtype == k.dtype == cos.dtype == sin.dtype
+    if not same or not is_worth_it(q) or options or q.dim() != 4 or cos.dim() != 3 or cos.requires_grad:
         return plain(q, k, cos, sin, **options)
     return rotate_rows(Rotary.apply, q, k, cos, sin)

@@ -44,7 +44,7 @@ class Kernel:
         # Without a history: Dynamo compiles anew for tensors that differ in requires_grad.
         rows = [tensor.detach() for tensor in rows]
         others = [tensor.detach() for tensor in others]
-        if Fallback.reason is not None or not is_worth_it(rows):
+        if Fallback.reason is not None or rows[0].shape[0] < 2:  # Dynamo compiles anew for one row
             return self._function(*rows, *others, *options)
         try:
             return self._run(rows, others, options)
@@ -80,8 +80,8 @@ class Kernel:
                 raise ArithmeticError("its result differs from that of the function as written")
 
 
-def is_worth_it(rows: Tensors) -> bool:
-    first = rows[0]
-    if first.shape[0] < 2:  # Dynamo compiles anew for one row
+def is_worth_it(x: torch.Tensor) -> bool:
+    """Whether a tensor [..., D] is to be given to a kernel, and not to the module that transformers wrote."""
+    if Fallback.reason is not None or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False
-    return first.is_cuda or first.numel() >= MIN_CPU_ELEMENTS
+    return x.is_cuda or x.numel() >= MIN_CPU_ELEMENTS

@@ -12,7 +12,7 @@ from ptune_dist.base.fused_kernels import Fallback
 from ptune_dist.base.merge import merge_projections
 from tests.gpu_offline.counting import fake_tensors, report
 
-SHAPE_8B = {
+SHAPE_8B: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_attention_heads": 32,
@@ -48,7 +48,7 @@ def no_attention(
     return NoAttention.apply(query, key, value), None
 
 
-def make_model(is_merged: bool, is_fused: bool, shape: dict[str, int]) -> PreTrainedModel:
+def make_model(is_merged: bool, is_fused: bool, shape: dict[str, Any]) -> PreTrainedModel:
     AttentionInterface.register(NAME, no_attention)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16, attn_implementation=NAME)
@@ -61,7 +61,7 @@ def make_model(is_merged: bool, is_fused: bool, shape: dict[str, int]) -> PreTra
 
 
 def run_layer(
-    is_merged: bool, is_fused: bool, lengths: list[int], shape: dict[str, int] | None = None
+    is_merged: bool, is_fused: bool, lengths: list[int], shape: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Counts of the last length, after a pass of each; `kernels`: of all. `fallback`: why nothing was compiled."""
     model = make_model(is_merged, is_fused, shape or SHAPE_8B)

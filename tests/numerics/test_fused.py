@@ -1,4 +1,4 @@
-"""The invariants with a fused base: curves are those of a plain loop, sharded, recomputed or in int8; the base stays."""
+"""The invariants with a fused base: curves are those of a plain loop, sharded, recomputed or in int8."""
 
 import json
 from pathlib import Path

@@ -4,6 +4,7 @@ A kernel is compiled at its first use, once for all numbers of rows, and its fir
 function as written. Both are right, so a rank that falls back computes the same curve as one that does not.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 4e-3, tor
 NUM_COMPARED = 64  # rows
 # Inductor takes 5 to 20 s for a model's kernels on a CPU, so small work there runs as written; tests, for example.
 MIN_CPU_ELEMENTS = 1 << 62
+
+ERROR_NAME = re.compile(r"[\w.]*(Error|Exception|Missing|Unsupported|Failed)\b")
 
 Tensors = list[torch.Tensor]
 
@@ -51,8 +54,7 @@ class Kernel:
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # of Dynamo, Inductor, Triton, a C compiler
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            Fallback.take(f"{self._function.__name__} cannot be compiled ({type(error).__name__}: {lines[0][:200]})")
+            Fallback.take(f"{self._function.__name__} cannot be compiled ({describe(error)})")
             return self._function(*rows, *others, *options)
 
     def _run(self, rows: Tensors, others: Tensors, options: tuple) -> Any:
@@ -78,6 +80,13 @@ class Kernel:
             close |= (found[:NUM_COMPARED].float() - right).abs() <= bound
             if not close.all():
                 raise ArithmeticError("its result differs from that of the function as written")
+
+
+def describe(error: Exception) -> str:
+    """One line; of an error that quotes a traceback, its last."""
+    lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines()]
+    named = [line for line in lines if ERROR_NAME.match(line)]
+    return (named or lines)[-1][:300]
 
 
 def is_worth_it(x: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ from tests.gpu_offline.faked import run_faked
 
 WORK = "tests.gpu_offline.work_layer:run_layer"
 LENGTHS = [8192, 4096, 640, 20]
-CEILING = 5e9  # bytes of elementwise work at 8,192 positions, forward and backward
+CEILING = 4.2e9  # bytes of elementwise work at 8,192 positions, forward and backward
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def layers():
 def test_a_fused_layer_moves_few_bytes(layers):
     eager, merged, fused = (layer["counts"] for layer in layers)
     assert layers[2]["fallback"] is None
-    assert fused["elementwise_bytes"] < CEILING < merged["elementwise_bytes"] < eager["elementwise_bytes"]
+    assert fused["elementwise_bytes"] < CEILING < min(eager["elementwise_bytes"], merged["elementwise_bytes"])
     assert fused["launches"] < merged["launches"] < eager["launches"]
     assert fused["product_launches"] == 8  # qkv, o, gate_up, down: forward, and the gradient of the input
     assert not fused["waits"]

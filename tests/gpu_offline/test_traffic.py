@@ -15,13 +15,15 @@ def layers():
         {"is_merged": False, "is_fused": False, "lengths": [8192]},
         {"is_merged": True, "is_fused": False, "lengths": [8192]},
         {"is_merged": True, "is_fused": True, "lengths": [*LENGTHS, 8192]},
+        {"is_merged": False, "is_fused": True, "lengths": [8192]},
     ]
     return run_faked(WORK, calls)
 
 
 def test_a_fused_layer_moves_few_bytes(layers):
-    eager, merged, fused = (layer["counts"] for layer in layers)
-    assert layers[2]["fallback"] is None
+    eager, merged, fused, unmerged = (layer["counts"] for layer in layers)
+    assert layers[2]["fallback"] is None and layers[3]["fallback"] is None
+    assert unmerged["elementwise_bytes"] < 1.2 * CEILING
     assert fused["elementwise_bytes"] < CEILING < min(eager["elementwise_bytes"], merged["elementwise_bytes"])
     assert fused["launches"] < merged["launches"] < eager["launches"]
     assert fused["product_launches"] == 8  # qkv, o, gate_up, down: forward, and the gradient of the input

@@ -24,6 +24,8 @@ def test_a_fused_base_trains_as_a_plain_loop_does(tiny_bases, tmp_path):
         write_spec(tmp_path, base, "int8_off", zero_json(0), [*INT8, "model.compile=off"]),
     ]
     curves = {name: curve(run) for name, run in train_all(specs, tmp_path, num_ranks=2, script=SCRIPT).items()}
+    for name in curves:
+        assert (int((tmp_path / name / "num_kernel_calls").read_text()) == 0) == (name == "int8_off"), name
     for name in ("stage0", "stage3", "recomputed"):
         assert curves[name] == pytest.approx(plain_curve(base), rel=1e-5), name
         hashes = json.loads((tmp_path / name / "base_hashes.json").read_text())

@@ -69,8 +69,8 @@ class ModelConfig(Section):
     """With `int8_activations`: input columns with an entry beyond it stay in floating point."""
 
     compile: AutoOrOff = "auto"
-    """`auto` compiles norms, rotary embeddings and gated activations to fused kernels, on a GPU and where it pays on a
-    CPU; what cannot be compiled runs one operation at a time, after a line that says why. `off` compiles none."""
+    """`auto` compiles norms, rotary embeddings and gated activations to fused kernels on a GPU; what cannot be compiled
+    runs one operation at a time, after a line that says why. `off` compiles none."""
 
     random_init: bool = False
     """Build the base from its shape with random weights, for benchmarks without a download."""

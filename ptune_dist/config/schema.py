@@ -29,6 +29,8 @@ Positive = Annotated[int, BeforeValidator(refuse_bool), Field(gt=0)]
 NotNegative = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0)]
 Real = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)]
 Share = Annotated[Real, Field(ge=0, lt=1)]
+# YAML reads a bare `off` as false.
+AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 Label = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, (int, float)) else value)]
 Metric = Annotated[str, AfterValidator(check_metric)]
 Sweep = Annotated[dict[str, list[Any]] | list[dict[str, Any]], BeforeValidator(check_sweep)]
@@ -66,6 +68,10 @@ class ModelConfig(Section):
 
     int8_threshold: Annotated[Real, Field(ge=0)] = 6.0
     """With `int8_activations`: input columns with an entry beyond it stay in floating point."""
+
+    compile: AutoOrOff = "auto"
+    """`auto` compiles norms, rotary embeddings and gated activations to fused kernels on a GPU; what cannot be compiled
+    runs one operation at a time, after a line that says why. `off` compiles none."""
 
     random_init: bool = False
     """Build the base from its shape with random weights, for benchmarks without a download."""

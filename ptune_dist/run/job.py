@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptune_dist.base.fp8 import check_device
+from ptune_dist.base.fused import fuse
 from ptune_dist.base.layers import embedding_width, hidden_size, layers_of, max_positions
 from ptune_dist.base.load import fill_whole
 from ptune_dist.base.memory_check import GIB, check_memory, find_room
@@ -226,6 +227,8 @@ def build_job(
     slower = describe_fallback(world.device) if config.model.quantization != "none" else None
     if slower and world.is_main:
         print(slower, flush=True)
+    if config.model.compile == "auto":
+        fuse(parts.opened.model, parts.opened.trained, lambda line: print(line, flush=True) if world.is_main else None)
     began = time.perf_counter()
     base = fill_base(parts, config, world)
     loading = {"load_s": time.perf_counter() - began, "bytes_read": parts.opened.weights.bytes_read}

@@ -72,6 +72,8 @@ def test_the_command_line_wins_over_the_file_and_the_last_word_over_the_first(wr
         ("evaluate.metrics=[exact_match, loss]", lambda c: c.evaluate.metrics, ["exact_match", "loss"]),
         ("data.validation=null", lambda c: c.data.validation, None),
         ("model.random_init=true", lambda c: c.model.random_init, True),
+        ("model.compile=off", lambda c: c.model.compile, "off"),  # to YAML a boolean
+        ("model.compile=auto", lambda c: c.model.compile, "auto"),
         ("output_dir=runs/a=b", lambda c: c.output_dir, "runs/a=b"),
         ("output_dir=3e_run", lambda c: c.output_dir, "3e_run"),
         ("data.train=.hidden/e.jsonl", lambda c: c.data.train, ".hidden/e.jsonl"),
@@ -93,6 +95,13 @@ def test_the_resolved_config_reads_back_equal(write, tmp_path):
     )
     again = load_config(write(render_config(config), "again.yaml"))
     assert again == config
+
+
+@pytest.mark.parametrize("value", ["on", "maybe", "1"])
+def test_compile_is_auto_or_off(write, value):
+    with pytest.raises(UserError, match="model.compile: Input should be 'auto' or 'off'") as caught:
+        load_config(write(SMALL), [f"model.compile={value}"])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_config_does_not_change_after_loading(write):

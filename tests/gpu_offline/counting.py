@@ -28,6 +28,7 @@ DATA_DEPENDENT = (
 )
 # Library kernels whose bytes are those of a matrix product, not of elementwise work.
 PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_int_mm", "aten::_scaled_mm")
+ONLY_VIEWS = ("aten::detach", "aten::_unsafe_view")  # their schemas say otherwise
 ALLOCATIONS = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided")
 
 
@@ -92,7 +93,7 @@ class CountingFakeTensors(FakeTensorMode):
             self.counts.waits.append(f"{name} to the host")
         elif outputs and not inputs and name in ("aten::_to_copy", "aten::copy_"):
             self.counts.uploads += 1
-        elif outputs and not func.is_view and name not in ("aten::detach", *ALLOCATIONS):
+        elif outputs and not func.is_view and name not in (*ONLY_VIEWS, *ALLOCATIONS):
             known = {id(tensor): tensor for tensor in inputs + outputs}
             self.counts.add(name, sum(size_of(tensor) for tensor in known.values()))
 

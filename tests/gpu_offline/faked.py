@@ -36,6 +36,8 @@ def run_faked(work: str, calls: list[dict[str, Any]], gpu: str = "sm_90", timeou
             "PYTHONPATH": str(ROOT),
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
+            # Inductor's workers know nothing of the fake GPU; its settings do not reach the thread of a backward pass.
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         command = [sys.executable, "-m", "tests.gpu_offline.child", work, gpu, f"{folder}/answers.json"]
         done = subprocess.run(

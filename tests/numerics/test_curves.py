@@ -39,11 +39,13 @@ def write_spec(folder: Path, base: Path, name: str, deepspeed: dict, overrides: 
     return str(config), overrides
 
 
-def train_all(specs: list[tuple[str, list[str]]], folder: Path, num_ranks: int, **how) -> dict[str, Path]:
+def train_all(
+    specs: list[tuple[str, list[str]]], folder: Path, num_ranks: int, script: str = SCRIPT, **how
+) -> dict[str, Path]:
     """Train every spec in one launch; the run folders by name."""
     file = folder / f"specs-{num_ranks}.json"
     file.write_text(json.dumps(specs))
-    done = run_module(SCRIPT, str(file), num_ranks=num_ranks, timeout=600, **how)
+    done = run_module(script, str(file), num_ranks=num_ranks, timeout=600, **how)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return {Path(config).parent.name: Path(config).parent for config, _ in specs}
 

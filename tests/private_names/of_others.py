@@ -35,6 +35,13 @@ TABLE: Table = {
         source("bitsandbytes._ops", "bitsandbytes::int8_scaled_mm", "multiply in int8", "int8_scaled_mm"),
         attribute("bitsandbytes.backends.cpu.ops:logger", "silence a warning at its import", "backends.cpu.ops"),
     ],
+    "base/fused.py": [
+        instance(MODULE, "_parameters", "try a norm with other weights"),
+        attribute("torch.utils._python_dispatch:TorchDispatchMode", "count the operations of an activation"),
+    ],
+    "base/fused_kernels.py": [
+        attribute("torch._dynamo:mark_dynamic", "compile once for all numbers of rows", "_dynamo"),
+    ],
     "base/trained_head.py": [
         instance(MODULE, "_parameters", "take a trained head out of the parameters"),
     ],

@@ -137,6 +137,12 @@ TABLE: Table = {
             for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
         ),
     ],
+    "base/fused.py": [
+        attribute("transformers.models.llama.modeling_llama:LlamaMLP", "know a gated MLP by its forward"),
+        attribute("transformers.models.t5.modeling_t5:T5DenseGatedActDense", "know a gated MLP by its forward"),
+        attribute("transformers.models.llama.modeling_llama:apply_rotary_pos_emb", "find rotary embeddings"),
+        instance("transformers.models.llama.modeling_llama:LlamaRMSNorm", "variance_epsilon", "know a norm's eps"),
+    ],
     "base/quantized.py": [
         attribute("transformers.pytorch_utils:Conv1D", "quantize GPT-2's linear layers"),
     ],

@@ -93,11 +93,11 @@ def open_base(
     if unknown:
         raise UserError(f"model.path: {path}: its buffer {unknown[0]} is neither stored nor computed when it is made")
     opened.trained = family.trained_names(model, opened.new)
-    skip = {name.rpartition(".")[0] for name in opened.trained}
+    trained_modules = {name.rpartition(".")[0] for name in opened.trained}
     if int8 is not None:
-        make_int8(model, dtype=dtype, skip=skip, **int8)
+        make_int8(model, dtype=dtype, skip=trained_modules, **int8)
     if fp8 is not None:
-        make_fp8(model, dtype=dtype, skip=skip, **fp8)
+        make_fp8(model, dtype=dtype, skip=trained_modules, **fp8)
     for module in model.modules():  # T5's stacks have configs of their own
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False

@@ -129,7 +129,7 @@ def transpose_bytes(matrix: torch.Tensor) -> torch.Tensor:
     """An int8 matrix [O, I] copied to [I, O]; torch's own copy moves single bytes."""
     kernels = kernels_for(matrix)
     if kernels is None:
-        return matrix.T.contiguous()
+        return matrix.T.clone(memory_format=torch.contiguous_format)
     return kernels.transpose_bytes(matrix)
 
 

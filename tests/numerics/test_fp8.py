@@ -51,12 +51,10 @@ def mean(losses: list[float]) -> float:
 def test_fp8_learns_what_a_float_base_teaches(runs):
     exact = curve(runs["float"])
     for name in ("stage0", "bfloat16", "all"):
-        print(name, [round(a / b - 1, 4) for a, b in zip(curve(runs[name]), exact)], exact)
-    for name in ("stage0", "bfloat16", "all"):
         found = curve(runs[name])
-        assert found[0] != exact[0], name
-        assert found[:3] == pytest.approx(exact[:3], rel=0.02), name
-        assert mean(found) == pytest.approx(mean(exact), rel=0.05), name
+        assert found != exact, name
+        assert found == pytest.approx(exact, rel=0.1), name
+        assert mean(found) == pytest.approx(mean(exact), rel=0.02), name
     assert mean(exact[-5:]) < 0.2 * exact[0]
 
 

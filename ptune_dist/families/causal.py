@@ -78,9 +78,11 @@ class PromptedCausal(PromptedModel):
         widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
         return max(contexts, len(readers) * (widest + max(count for _, count in readers)))
 
-    def prepare(self, batch: Batch) -> "PreparedSegments | None":
-        if not self.uses_segments:
-            return None
+    def prepare(self, batch: Batch) -> PreparedSegments | None:
+        return self._prepare_segments(batch) if self.uses_segments else None
+
+    def _prepare_segments(self, batch: Batch) -> PreparedSegments:
+        """The layout of a pass, and what attention needs of it on a GPU."""
         outside = plan_outside(batch, self.num_prefix)
         laid = lay_out(batch, self.num_vectors, outside)
         names = ("tokens", "source", "position_ids", "predicts", "targets")
@@ -97,7 +99,7 @@ class PromptedCausal(PromptedModel):
 
     def _supervise_segments(self, batch: Batch) -> Supervised:
         """All texts as one row of live positions."""
-        prepared = batch.prepared or self.prepare(batch)
+        prepared = batch.prepared or self._prepare_segments(batch)
         contributions = self.contributions()
         outside = prepared.outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         index = prepared.packed.unpack(self.device)

@@ -102,15 +102,18 @@ def tiny_shape(kind: str) -> dict:
     return common | shapes[kind]
 
 
-def build_tiny_base(kind: str, folder: Path) -> Path:
-    """A random two-layer base of one architecture with the byte-level tokenizer, saved for the Auto classes."""
+def build_tiny_base(kind: str, folder: Path, **more: int) -> Path:
+    """A random two-layer base of one architecture with the byte-level tokenizer, saved for the Auto classes.
+
+    `more`: what differs from `tiny_shape`. Its heads are 8 wide, and flex attention on a GPU needs 16.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     from ptune_dist.tiny.make import build_tokenizer
 
     auto = AutoModelForSeq2SeqLM if kind in SEQ2SEQ else AutoModelForMaskedLM if kind in ENCODERS else None
     torch.manual_seed(0)
-    model = (auto or AutoModelForCausalLM).from_config(AutoConfig.for_model(kind, **tiny_shape(kind))).eval()
+    model = (auto or AutoModelForCausalLM).from_config(AutoConfig.for_model(kind, **tiny_shape(kind) | more)).eval()
     with torch.no_grad():  # tiny random bases barely answer; larger weights make the numbers worth comparing
         for parameter in model.parameters():
             if parameter.dim() > 1:

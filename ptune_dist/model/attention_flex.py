@@ -13,14 +13,23 @@ from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
+from torch._dynamo import mark_dynamic
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ptune_dist.model.attention import KeysValues, Segment
 from ptune_dist.model.flex_plan import BLOCK, FlexPlan, plan_attention, unpack
 
-# Flex attention has another kernel for few queries, which Inductor picks by itself and then fails to compile where
-# positions x heads / key/value heads exceeds 128.
-KERNEL_OPTIONS: Any = {"BACKEND": "TRITON"}
+# Never the kernel for few queries: where Inductor picks it and positions x heads / key/value heads exceed 128, it fails
+# to compile.
+KERNEL: Any = {"BACKEND": "TRITON"}
+# What torch chooses for wide rows needs more shared memory than these GPUs have: 99 KiB a block, where an A100 has 163.
+SMALL_GPUS = ((8, 6), (8, 9), (12, 0), (12, 1))  # compute capabilities
+WIDE_ROW_BYTES = 512
+SMALL_KERNEL = (
+    KERNEL
+    | {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd_num_stages": 1, "bwd_num_stages": 1}
+    | {f"bwd_BLOCK_{axis}": 16 for axis in ("M1", "N1", "M2", "N2")}
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,12 @@ class FlexTables:
     @classmethod
     def unpack(cls, flat: torch.Tensor, shapes: list[tuple[int, ...]]) -> "FlexTables":
         """Views of what `FlexPlan.pack` gave, after its copy to the device."""
-        return cls(**unpack(flat, shapes))
+        tables = cls(**unpack(flat, shapes))
+        if tables.lows.is_cuda:
+            for table in tables.of_kernel():
+                # The number of intervals alone is compiled in.
+                mark_dynamic(table, [1] if table is tables.lows or table is tables.highs else list(range(table.dim())))
+        return tables
 
     @classmethod
     def of(cls, plan: FlexPlan, device: torch.device) -> "FlexTables":
@@ -56,6 +70,10 @@ class FlexTables:
     @property
     def is_rearranged(self) -> bool:
         return len(self.take_queries) > 0
+
+    def of_kernel(self) -> list[torch.Tensor]:
+        """Those that `attend_blocks` takes, in its order."""
+        return [getattr(self, field.name) for field in fields(self)[4:]]
 
 
 class FlexSegments:
@@ -139,40 +157,43 @@ class Moved(torch.autograd.Function):
 
 def run_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: FlexTables, scale: float) -> torch.Tensor:
     """q [Q, H, D], k and v [J, G, D] -> [Q, H, D]; compiled on CUDA."""
-    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not q.is_cuda:
-        return attend_blocks(q, k, v, table_list(tables), scale)
-    if needs_gradient:  # the compiled function is made for some inputs that need a gradient: let it always be all
+        return attend_blocks(q, k, v, tables.of_kernel(), scale)
+    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if needs_gradient:  # it is compiled anew for every other set of inputs that need one: let it always be all of them
         q, k, v = (t if t.requires_grad else t.detach().requires_grad_() for t in (q, k, v))
+    for tensor in (q, k, v):
+        mark_dynamic(tensor, 0)
+    padded_width = 1 << (q.shape[-1] - 1).bit_length()  # of a head, in the kernel
+    is_wide = padded_width * q.element_size() >= WIDE_ROW_BYTES
+    options = {"is_small": True} if is_wide and torch.cuda.get_device_capability() in SMALL_GPUS else {}
     with torch.set_grad_enabled(needs_gradient):
-        return compiled_attend_blocks()(*mark_sizes(q, k, v), table_list(tables), scale)
-
-
-def table_list(tables: FlexTables) -> list[torch.Tensor]:
-    """Those of `attend_blocks`, in its order."""
-    return [getattr(tables, field.name) for field in fields(tables)[4:]]
-
-
-def mark_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return q, k, v
+        return compiled_attend_blocks()(q, k, v, tables.of_kernel(), scale, **options)
 
 
 @functools.cache
 def compiled_attend_blocks() -> Callable[..., torch.Tensor]:
-    """fullgraph: at the limit of recompilations it raises, where torch would go on without a kernel."""
-    return torch.compile(attend_blocks, dynamic=True, fullgraph=True)
+    """For all lengths. It raises at the limit of recompilations, where torch would run on without a kernel."""
+    return torch.compile(attend_blocks, fullgraph=True)
 
 
 def attend_blocks(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: list[torch.Tensor], scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: list[torch.Tensor],
+    scale: float,
+    *,
+    is_small: bool = False,
 ) -> torch.Tensor:
-    """q [Q, H, D], k and v [J, G, D] -> [Q, H, D]; `tables` as in FlexTables, from `lows` on."""
+    """q [Q, H, D], k and v [J, G, D] -> [Q, H, D]; `tables`: `FlexTables.of_kernel`. `is_small`: takes less memory."""
     lows, highs, *blocks = tables
-    mask = BlockMask(
-        (q.shape[0], k.shape[0]), *(table[None, None] for table in blocks), (BLOCK, BLOCK), build_reads(lows, highs)
-    )
+    kernel = SMALL_KERNEL if is_small else KERNEL
+    sizes = (q.shape[0], k.shape[0])
+    rows = [table[None, None] for table in blocks]
+    mask = BlockMask(sizes, *rows, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=build_reads(lows, highs))
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=KERNEL_OPTIONS)
+    out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=kernel)
     return cast(torch.Tensor, out)[0].transpose(0, 1)
 
 

@@ -4,6 +4,7 @@ Shapes: L layers, C positions of a context, N live positions, G key/value heads,
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,9 @@ import torch
 from ptune_dist.model.attention import CausalSegments, KeysValues, Segment
 from ptune_dist.model.attention_contexts import ContextSegments
 from ptune_dist.model.attention_flex import FlexSegments, FlexTables
+
+FEWEST_WIDTH = 16  # flex attention refuses narrower heads
+FIRST_CAPABILITY = (8, 0)  # Triton compiles no matrix products for GPUs before Ampere anymore
 
 
 class SegmentAttention(Protocol):
@@ -29,12 +33,14 @@ def build_attention(
     device: torch.device,
     tables: Mapping[int | None, FlexTables] | None = None,
 ) -> SegmentAttention:
-    """The attention of a pass. On devices without a kernel for ragged rows, by what its segments read.
-
-    `tables`: those of flex attention that were prepared, by window.
-    """
+    """The attention of a pass. `tables`: those of flex attention, by window, where they were prepared."""
     if device.type == "cuda":
-        return FlexSegments(segments, outside, device, tables)
+        return CudaSegments(segments, outside, device, tables)
+    return build_padded(segments, outside, device)
+
+
+def build_padded(segments: list[Segment], outside: list[KeysValues], device: torch.device) -> SegmentAttention:
+    """Padded calls of torch's own attention, by what the segments read: for where no kernel takes ragged rows."""
     if not any(segment.parents for segment in segments):
         return ContextSegments(segments, outside, device) if outside else CausalSegments(segments, None, device)
     parents = {run for segment in segments for run in segment.parents}
@@ -42,6 +48,34 @@ def build_attention(
     if not alone:
         return CausalSegments(segments, join_parts(outside), device)
     return MixedSegments(segments, alone, outside, device)
+
+
+class CudaSegments:
+    """Flex attention where the GPU and the base's heads allow it, else padded calls."""
+
+    def __init__(
+        self,
+        segments: list[Segment],
+        outside: list[KeysValues],
+        device: torch.device,
+        tables: Mapping[int | None, FlexTables] | None = None,
+    ):
+        self._flex = partial(FlexSegments, segments, outside, device, tables)
+        self._padded = partial(build_padded, segments, outside, device)
+        self._chosen: SegmentAttention | None = None
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: int, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
+        if self._chosen is None:  # how wide the heads are is known from the first layer on
+            self._chosen = self._flex() if takes_flex(q.shape[-1]) else self._padded()
+        return self._chosen.attend(q, k, v, layer=layer, scale=scale, window=window)
+
+
+def takes_flex(width: int) -> bool:
+    """Whether flex attention's kernels run on this GPU with heads so wide."""
+    return width >= FEWEST_WIDTH and torch.cuda.get_device_capability() >= FIRST_CAPABILITY
 
 
 class MixedSegments:
@@ -74,7 +108,7 @@ class RecordedSegments:
     def __init__(self, segments: list[Segment], outside: list[KeysValues], device: torch.device):
         self._attention: SegmentAttention
         if device.type == "cuda":
-            self._attention = FlexSegments(segments, outside, device)
+            self._attention = CudaSegments(segments, outside, device)
         else:
             self._attention = CausalSegments(segments, join_parts(outside), device)
         self._segments = segments

@@ -15,6 +15,7 @@ Shapes: N live positions, X positions given from outside, Q and J places of quer
 is rearranged, else multiples of a block), R and C blocks of them, K intervals.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -25,7 +26,8 @@ import numpy as np
 from ptune_dist.model.attention import Segment
 
 BLOCK = 128  # positions; the size that flex attention's kernels are tuned for
-FEWEST = 2  # blocks and positions: see FlexPlan
+FEWEST_BLOCKS = 2  # see FlexPlan
+ALIGNED = 32  # numbers: packed arrays begin at multiples of 128 bytes, as memory of their own would
 Run = tuple[int, int]  # first position, number of positions
 # First place among the keys, how many keys do not depend on the query, position of the first key in the text.
 Interval = tuple[int, int, int]
@@ -64,9 +66,28 @@ class FlexPlan:
         return len(self.take_queries) > 0
 
     def pack(self) -> tuple[np.ndarray, list[tuple[int, ...]]]:
-        """All arrays end to end, for one copy to the device, and their shapes, for `unpack`."""
+        """All arrays in one, for one copy to the device, and their shapes, for `unpack`."""
         arrays = [getattr(self, field.name) for field in fields(self)]
-        return np.concatenate([array.reshape(-1) for array in arrays]), [array.shape for array in arrays]
+        shapes = [array.shape for array in arrays]
+        starts = find_starts(shapes)
+        flat = np.zeros(starts[-1], np.int32)
+        for array, start in zip(arrays, starts, strict=False):
+            flat[start : start + array.size] = array.reshape(-1)
+        return flat, shapes
+
+
+def unpack(flat: Any, shapes: list[tuple[int, ...]]) -> dict[str, Any]:
+    """The arrays of `FlexPlan.pack` as views of one array or tensor, by name."""
+    named = zip(fields(FlexPlan), shapes, find_starts(shapes), strict=False)
+    return {field.name: flat[start : start + math.prod(shape)].reshape(shape) for field, shape, start in named}
+
+
+def find_starts(shapes: list[tuple[int, ...]]) -> list[int]:
+    """Where each array begins in the packed one, and where that ends. None begins at 0: that would be compiled in."""
+    starts = [ALIGNED]
+    for shape in shapes:
+        starts.append(starts[-1] - (-math.prod(shape) // ALIGNED) * ALIGNED)
+    return starts
 
 
 def plan_attention(
@@ -78,7 +99,8 @@ def plan_attention(
     """
     num_live = sum(segment.length for segment in segments)
     num_keys = sum(outside_lengths) + num_live
-    if len({segment.member for segment in segments}) > 1 or num_live < FEWEST:
+    # Fewer queries than a block are padded to one: Inductor compiles them apart.
+    if len({segment.member for segment in segments}) > 1 or num_live < block:
         queries = arrange(group_queries(segments), block)
         keys = arrange(group_keys(segments, outside_lengths), block)
         moves = [queries.take, keys.take, queries.put, keys.put]
@@ -87,7 +109,7 @@ def plan_attention(
         moves = [np.zeros(0)] * 4
     reads = [find_intervals(segment, keys, outside_lengths) for segment in segments]
     rows = expand(segments, reads, queries, window, block)
-    shape = [max(FEWEST, -(-len(arrangement.take) // block)) for arrangement in (queries, keys)]
+    shape = [max(FEWEST_BLOCKS, -(-len(arrangement.take) // block)) for arrangement in (queries, keys)]
     partial, full = find_blocks(rows, shape, block)
     tables = [array for blocks in (partial, full, partial.T, full.T) for array in list_blocks(blocks)]
     return FlexPlan(*(np.ascontiguousarray(array, np.int32) for array in (*moves, rows.lows, rows.highs, *tables)))
@@ -180,7 +202,7 @@ def expand(
     """Every query's intervals, and those at the ends of the pieces."""
     num_intervals = 2
     while num_intervals < max(len(each) for each in reads):
-        num_intervals *= 2  # few different numbers: the mask function is compiled for each
+        num_intervals *= 2 if num_intervals == 2 else 4  # few different numbers: the mask is compiled for each
     parts = np.zeros((num_intervals, len(segments), 3), np.int64)
     for number, each in enumerate(reads):
         parts[num_intervals - len(each) :, number] = each
@@ -233,14 +255,3 @@ def list_blocks(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     indices = np.zeros(blocks.shape, np.int64)
     indices[row, np.arange(len(row)) - np.repeat(np.cumsum(num) - num, num)] = column
     return num, indices
-
-
-def unpack(flat: Any, shapes: list[tuple[int, ...]]) -> dict[str, Any]:
-    """The arrays of `FlexPlan.pack` as views of one array or tensor, by name."""
-    found = {}
-    start = 0
-    for field, shape in zip(fields(FlexPlan), shapes, strict=True):
-        size = int(np.prod(shape))
-        found[field.name] = flat[start : start + size].reshape(shape)
-        start += size
-    return found

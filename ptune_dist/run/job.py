@@ -35,6 +35,8 @@ from ptune_dist.zero.offload import settle_offload, without_autos
 from ptune_dist.zero.residency import gathered_bytes, settle_residency
 from ptune_dist.zero.shard import Sharder, fill_sharded
 
+FIRST_WITH_BFLOAT16 = 8  # major compute capability
+
 
 @dataclass
 class Job:
@@ -123,6 +125,14 @@ def check_precision(config: Config) -> None:
     """Raise UserError for what this machine cannot compute in."""
     if config.model.dtype == "float16" and not torch.cuda.is_available():
         raise UserError("model.dtype: float16 needs a GPU: use bfloat16 or float32 on a CPU")
+    if config.model.dtype == "bfloat16" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if major < FIRST_WITH_BFLOAT16:
+            name = torch.cuda.get_device_name()
+            raise UserError(
+                f"model.dtype: bfloat16 needs a GPU of compute capability {FIRST_WITH_BFLOAT16}.0 or newer, and this "
+                f"{name} has {major}.{minor}: use float16"
+            )
 
 
 def build_deepspeed_json(config: Config, base: PreTrainedModel, world: World | None) -> dict[str, Any]:

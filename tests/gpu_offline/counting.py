@@ -63,6 +63,11 @@ class CountingFakeTensors(FakeTensorMode):
         self.counts = Counts()
         self._is_inside = False  # an operation may be made of others
 
+    @property
+    def avoid_device_init(self) -> bool:
+        """Real tensors are not copied to the GPU, as they would be to know their values later."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._is_inside or TracingContext.try_get() is not None:

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.processes import ROOT
@@ -24,6 +26,8 @@ def run_faked(work: str, calls: list[dict[str, Any]], gpu: str = "sm_90", timeou
 
     Starting the process takes about 6 seconds. An exception there fails the test that called, with its output.
     """
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        pytest.skip("the fake GPU needs Linux on x86-64")
     with tempfile.TemporaryDirectory(prefix="ptune-fake-cuda-") as folder:
         env = os.environ | {
             "PTUNE_FAKE_CUDA_LIBRARIES": str(build_libraries()),

@@ -1,19 +1,30 @@
 """The same promises on CUDA: NCCL, fp16's loss scale, int8, offload, as many ranks as there are GPUs."""
 
 import json
+import math
 import os
+import random
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import TINY
+from ptune_dist.model.attention import KeysValues, Segment
+from ptune_dist.model.attention_layouts import build_attention
+from tests.conftest import TINY, build_tiny_base
 from tests.numerics.test_curves import curve, train_all, write_spec, zero_json
+from tests.numerics.test_flex import draw_segments, look_up_reads
 
 GPUS = {
     "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
 }
 pytestmark = [pytest.mark.gpu, pytest.mark.long]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """With heads as wide as flex attention needs them."""
+    return build_tiny_base("llama", tmp_path_factory.mktemp("base"), hidden_size=64)
 
 
 def mixed(stage: int, dtype: str) -> tuple[dict, list[str]]:
@@ -26,8 +37,7 @@ def mixed(stage: int, dtype: str) -> tuple[dict, list[str]]:
     return content, [f"model.dtype={dtype}"]
 
 
-def test_every_stage_gives_one_curve_on_the_gpu(tiny_bases, tmp_path):
-    base = tiny_bases["llama"]
+def test_every_stage_gives_one_curve_on_the_gpu(base, tmp_path):
     specs = [write_spec(tmp_path, base, f"stage{stage}", *mixed(stage, "float32")) for stage in range(4)]
     runs = train_all(specs, tmp_path, num_ranks=torch.cuda.device_count(), env=GPUS)
     expected = curve(runs["stage0"])
@@ -52,7 +62,7 @@ def test_half_precision_learns_the_quickstart_at_every_stage(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_an_int8_base_gives_one_curve_whole_sharded_offloaded_and_checkpointed(tiny_bases, tmp_path, dtype):
+def test_an_int8_base_gives_one_curve_whole_sharded_offloaded_and_checkpointed(base, tmp_path, dtype):
     offload = {"device": "cpu", "pin_memory": True}
     settings = {
         "whole": (0, {}, {}),
@@ -65,20 +75,81 @@ def test_an_int8_base_gives_one_curve_whole_sharded_offloaded_and_checkpointed(t
         content, overrides = mixed(stage, dtype)
         content["zero_optimization"] |= zero
         overrides = [*overrides, "model.quantization=int8", "train.max_steps=10"]
-        specs.append(write_spec(tmp_path, tiny_bases["llama"], name, content | more, overrides))
+        specs.append(write_spec(tmp_path, base, name, content | more, overrides))
     runs = train_all(specs, tmp_path, num_ranks=torch.cuda.device_count(), env=GPUS)
     tolerance = 1e-5 if dtype == "float32" else 3e-3  # half precision has three digits
     for name, run in runs.items():
         assert curve(run) == pytest.approx(curve(runs["whole"]), rel=tolerance), name
 
 
-def test_llm_int8_follows_the_float_curve_with_and_without_outliers(tiny_bases, tmp_path):
+def test_llm_int8_follows_the_float_curve_with_and_without_outliers(base, tmp_path):
     content, overrides = mixed(0, "float16")
     more = {"float": [], "plain": ["model.int8_threshold=0"], "outliers": ["model.int8_threshold=3"]}
     specs = []
     for name, extra in more.items():
         int8 = ["model.quantization=int8", "model.int8_activations=true"] if extra else []
-        specs.append(write_spec(tmp_path, tiny_bases["llama"], name, content, [*overrides, *int8, *extra]))
+        specs.append(write_spec(tmp_path, base, name, content, [*overrides, *int8, *extra]))
     runs = train_all(specs, tmp_path, num_ranks=1, env=GPUS)
     for name in ("plain", "outliers"):
         assert curve(runs[name]) == pytest.approx(curve(runs["float"]), rel=0.02), name
+
+
+def attend_densely(leaves: list[torch.Tensor], segments: list[Segment], lengths: list[int], window: int | None):
+    """[N, H, D] in float64, with the mask of all pairs of positions."""
+    q, k, v, *outside = (leaf.detach().double().cpu().requires_grad_() for leaf in leaves)
+    keys = torch.cat([*(part[0] for part in outside[::2]), k]).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    values = torch.cat([*(part[0] for part in outside[1::2]), v]).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = torch.einsum("nhd,jhd->hnj", q, keys) * 0.3
+    scores = scores.masked_fill(~torch.from_numpy(look_up_reads(segments, lengths, window)), -math.inf)
+    out = torch.einsum("hnj,jhd->nhd", scores.softmax(-1), values)
+    out.sin().sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in (q, k, v, *outside))]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("width", [8, 16, 128])
+def test_attention_over_segments_is_that_of_all_pairs(seed, dtype, tolerance, width):
+    draw = random.Random(seed)
+    segments, lengths = draw_segments(draw)
+    window = draw.choice([None, 3, 20])
+    torch.manual_seed(seed)
+    num_live = sum(s.length for s in segments)
+    shapes = [(num_live, 4, width), *[(num_live, 2, width)] * 2, *((1, n, 2, width) for n in lengths for _ in range(2))]
+    leaves = [torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True) for shape in shapes]
+    outside = [KeysValues(*leaves[3 + 2 * i : 5 + 2 * i]) for i in range(len(lengths))]
+    if width == 8:  # padded calls know the layouts of passes only
+        segments = sorted(segments, key=lambda s: s.start)
+        lengths, outside, leaves = [], [], leaves[:3]
+        segments = [s._replace(contexts=(), offset=sum(n for _, n in s.parents)) for s in segments]
+    attention = build_attention(segments, outside, torch.device("cuda"))
+    out = attention.attend(*leaves[:3], layer=0, scale=0.3, window=window)
+    out.float().sin().sum().backward()
+    wanted = attend_densely(leaves, segments, lengths, window)
+    for ours, theirs in zip([out.detach(), *(leaf.grad for leaf in leaves)], wanted, strict=True):
+        found = torch.zeros_like(theirs) if ours is None else ours.double().cpu()
+        torch.testing.assert_close(found, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_what_is_not_a_number_in_one_member_reaches_no_gradient_of_another_on_the_gpu():
+    torch.manual_seed(0)
+    segments = [
+        Segment(0, 5),
+        Segment(5, 5, member=1),
+        Segment(10, 90, (), ((0, 5),), 5),
+        Segment(100, 90, (), ((5, 5),), 5, 1),
+    ]
+    of_other = torch.tensor([*range(5, 10), *range(100, 190)], device="cuda")
+    gradients = []
+    sound = torch.randn(190, 2, 16, device="cuda")
+    broken = sound.clone()
+    broken[20] = math.nan
+    live = [torch.randn(190, 2, 16, device="cuda") for _ in range(3)]
+    for gradient in (sound, broken):
+        leaves = [tensor.clone().requires_grad_() for tensor in live]
+        attention = build_attention(segments, [], torch.device("cuda"))
+        attention.attend(*leaves, layer=0, scale=0.3, window=None).backward(gradient)
+        gradients.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours[of_other], theirs[of_other])
+    assert not gradients[1][2].isfinite().all()

@@ -3,6 +3,7 @@
 from tests.private_names.rows import Table, attribute, binary, file, instance, parameter, source
 
 LOST_PEER = "tell a lost peer from a fault of the rank itself"
+FLEX = "torch.nn.attention.flex_attention"
 MODULE = "torch.nn:Module"
 TORCHRUN = "torch.distributed.run:get_args_parser"
 WAITS = "tell by its stack that a rank waits for others"
@@ -33,6 +34,13 @@ TABLE: Table = {
     ],
     "model/head.py": [
         instance(MODULE, "_modules", "stand in for the module below the head"),
+    ],
+    "model/attention_flex.py": [
+        attribute("torch._dynamo:mark_dynamic", "compile attention for all lengths at once"),
+        source(f"{FLEX}:FlexKernelOptions", "BACKEND", "have one kernel for all lengths", "BACKEND"),
+        source(f"{FLEX}:FlexKernelOptions", "bwd_BLOCK_M1", "fit the shared memory of small GPUs", "bwd_BLOCK_"),
+        parameter(f"{FLEX}:BlockMask", "mask_mod", "give a block mask tables from the host"),
+        parameter(f"{FLEX}:BlockMask", "BLOCK_SIZE", "give a block mask tables from the host"),
     ],
     "distributed/world.py": [
         source(

@@ -34,8 +34,8 @@ def probe_job(build_job: Callable[..., Job], probe: Probe, jobs: list[Job]) -> C
         jobs.append(job)
         engine_step = job.engine.step
 
-        def step(*args: Any) -> dict[str, str]:
-            faults = engine_step(*args)
+        def step(learning_rates: dict[str, float], norms: dict[str, float]) -> dict[str, str]:
+            faults = engine_step(learning_rates, norms)
             probe.step_done()
             return faults
 

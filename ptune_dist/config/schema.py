@@ -19,6 +19,12 @@ def refuse_bool(value: Any) -> Any:
     return value
 
 
+def refuse_text_but_auto(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto" and not value.isdecimal():
+        raise ValueError("a number or auto is needed")
+    return value
+
+
 def check_metric(name: str) -> str:
     if name not in METRICS:
         raise ValueError(f"unknown metric, use one of {', '.join(METRICS)}")
@@ -175,7 +181,7 @@ class TrainConfig(Section):
     batch_size: Positive = 32
     """Examples per optimizer step, over all ranks."""
 
-    micro_batch_tokens: Positive | Literal["auto"] = 8192
+    micro_batch_tokens: Annotated[Positive | Literal["auto"], BeforeValidator(refuse_text_but_auto)] = 8192
     """The most positions that a rank processes at a time: the knob for memory. The loss curve does not depend on it.
     `auto`: as many as fit in memory; where they do not after all, half as many."""
 

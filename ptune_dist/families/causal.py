@@ -22,7 +22,7 @@ from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.model.attention import KeysValues, Segment, use_segments, windows_of
 from ptune_dist.model.attention_flex import FlexTables
-from ptune_dist.model.attention_layouts import RecordedSegments, build_attention
+from ptune_dist.model.attention_layouts import RecordedSegments, build_attention, takes_flex
 from ptune_dist.model.flex_plan import plan_attention
 from ptune_dist.model.given_cache import GivenCache, pad_contexts
 from ptune_dist.model.layout import Layout, Outside, lay_out, plan_outside
@@ -78,15 +78,17 @@ class PromptedCausal(PromptedModel):
         widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
         return max(contexts, len(readers) * (widest + max(count for _, count in readers)))
 
-    def prepare(self, batch: Batch) -> "PreparedSegments | None":
-        if not self.uses_segments:
-            return None
+    def prepare(self, batch: Batch) -> PreparedSegments | None:
+        return self._prepare_segments(batch) if self.uses_segments else None
+
+    def _prepare_segments(self, batch: Batch) -> PreparedSegments:
+        """The layout of a pass, and what attention needs of it on a GPU."""
         outside = plan_outside(batch, self.num_prefix)
         laid = lay_out(batch, self.num_vectors, outside)
         names = ("tokens", "source", "position_ids", "predicts", "targets")
         arrays = {name: getattr(laid, name) for name in names}
         shapes: dict[int | None, list[tuple[int, ...]]] = {}
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and takes_flex(head_width(self.base.config)):
             lengths = [source.length for source in outside.sources]
             for window in self._windows:
                 arrays[f"tables {window}"], shapes[window] = plan_attention(laid.segments, lengths, window).pack()
@@ -97,7 +99,7 @@ class PromptedCausal(PromptedModel):
 
     def _supervise_segments(self, batch: Batch) -> Supervised:
         """All texts as one row of live positions."""
-        prepared = batch.prepared or self.prepare(batch)
+        prepared = batch.prepared or self._prepare_segments(batch)
         contributions = self.contributions()
         outside = prepared.outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         index = prepared.packed.unpack(self.device)
@@ -271,5 +273,10 @@ class Causal(Family):
         """Keys and values of every layer."""
         text = shape.get_text_config(decoder=True)
         num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return 2 * text.num_hidden_layers * num_heads * head_width * dtype.itemsize
+        return 2 * text.num_hidden_layers * num_heads * head_width(shape) * dtype.itemsize
+
+
+def head_width(shape: PretrainedConfig) -> int:
+    """Of attention."""
+    text = shape.get_text_config(decoder=True)
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

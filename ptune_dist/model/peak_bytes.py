@@ -32,14 +32,14 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
+        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
         for tensor in tree_leaves(found):
             if torch.is_tensor(tensor):
                 self._count(tensor.untyped_storage(), given)
         return found
 
     def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        key = storage._cdata
+        key = id(storage)  # the same as long as the storage lives
         if key in self._storages or key in given:  # views
             return
         num_bytes = storage.nbytes()

@@ -4,7 +4,7 @@ What a pass takes is measured on a sample of the training rows, with tensors tha
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +146,6 @@ def guess_per_position(base: PreTrainedModel, longest: int) -> int:
     return 4 * len(layers_of(base)) * (60 * width + 12 * inner + 12 * heads * longest)
 
 
-def prompt_bytes(prompts: list[nn.Module]) -> int:
+def prompt_bytes(prompts: Sequence[nn.Module]) -> int:
     """Of all prompts with what training keeps of them."""
     return STATES * 4 * sum(p.numel() for prompt in prompts for p in prompt.parameters())

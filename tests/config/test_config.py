@@ -258,6 +258,8 @@ def test_a_misspelt_key_that_is_needed_is_said_to_be_misspelt_and_not_only_missi
     "override, says",
     [
         ("train.max_steps=0", "greater than 0"),
+        ("train.micro_batch_tokens=0", "greater than 0"),
+        ("train.micro_batch_tokens=most", "a number or auto is needed"),
         ("train.max_steps=ten", "'ten'"),
         ("train.max_steps=1.5", "1.5"),
         ("train.learning_rate=-0.1", "-0.1"),

@@ -172,7 +172,7 @@ class PromptedModel(nn.Module):
             return self._number_losses(batch, loss_of)
         asked = self.supervise(batch)
         assert self.head is not None, "families without a language head compute their own losses"
-        return self.head.losses(asked, loss_of, most_targets=batch.most_targets), asked.reader
+        return self.head.losses(asked, loss_of), asked.reader
 
     def _number_losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
         predicted, reader = self._predict(batch)

@@ -112,7 +112,11 @@ def test_a_failed_pass_leaves_the_head_as_it_was(monkeypatch):
     batch, _ = draw_batch("prefix")
     base, model = model_of("llama", "prefix")
     ids = torch.arange(5, 11)[None]
-    monkeypatch.setattr(model.objective, "losses", None)
-    with pytest.raises(TypeError):
+    monkeypatch.setattr(model.objective, "losses", fail)
+    with pytest.raises(ValueError, match="in the objective"):
         model.losses(batch)
     torch.testing.assert_close(model.base(ids).logits, base(ids).logits)  # of all positions
+
+
+def fail(_outputs: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:
+    raise ValueError("in the objective")

@@ -31,8 +31,10 @@ TABLE: Table = {
     "base/trained_head.py": [
         instance(MODULE, "_parameters", "take a trained head out of the parameters"),
     ],
-    "model/head.py": [
+    "model/from_head.py": [
         instance(MODULE, "_modules", "stand in for the module below the head"),
+        instance(MODULE, "_forward_pre_hooks", "call the head again within its own call"),
+        instance(MODULE, "_forward_hooks", "call the head again within its own call"),
     ],
     "distributed/world.py": [
         source(

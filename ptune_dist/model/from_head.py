@@ -43,8 +43,8 @@ class Bypassed:
 class FromHead:
     """The part of a base that begins with its head.
 
-    It runs without the hooks of the modules on its way, so that one gather of the head's weights by ZeRO-3 is enough for
-    any number of calls; the weights must be there.
+    It runs without the hooks of the modules on its way: one gather of the head's weights by ZeRO-3 is enough for any
+    number of calls, but the caller has to make them within it.
     """
 
     def __init__(self, base: PreTrainedModel):

@@ -1,9 +1,9 @@
 """The head of a language model and the objective in one: losses at supervised positions, a chunk of them at a time.
 
-No tensor [B, T, V] exists, and no logits are kept for backward: where a prompt is trained, the gradient of each loss
-with respect to its own hidden state is computed along with the loss. The head is frozen, so nothing else is needed of it.
-All of that happens in the one call of the head that belongs to a pass, so ZeRO-3 gathers its weights once, in forward,
-and every pass calls the same modules, however many targets it has.
+No tensor [B, T, V] exists, and no logits are kept for backward: in training, the gradient of each loss with respect to
+its own hidden state is computed along with the loss. The head is frozen, so nothing else is needed of it. All of that
+happens within the one call of the head that belongs to a pass, so ZeRO-3 gathers its weights once, in forward, and every
+pass calls the same modules, however many targets it has.
 
 Shapes: B rows, T tokens, U supervised positions, D width, V vocabulary.
 """
@@ -88,9 +88,10 @@ class HeadAtTargets:
         work = self._pass
         if work is None:  # generation wants the head as it is
             return None
-        hidden, *rest = args
-        work.hidden = hidden[work.asked.rows, work.asked.places]
-        return (work.hidden[None, :0].detach(), *rest)
+        every, *rest = args
+        hidden = every[work.asked.rows, work.asked.places]
+        work.hidden = hidden
+        return (hidden[None, :0].detach(), *rest)
 
     def _compute(self, _head: nn.Module, _args: tuple, _output: torch.Tensor) -> None:
         """After the head, while its weights are there."""

@@ -29,6 +29,7 @@ from ptune_dist.prompts.method import BaseFacts, Method
 from ptune_dist.run.reading import Reading
 from ptune_dist.zero.engine import Engine, build_engine, check_with_deepspeed
 from ptune_dist.zero.offload import settle_offload, without_autos
+from ptune_dist.zero.prefetch import settle_prefetch
 from ptune_dist.zero.residency import settle_residency
 from ptune_dist.zero.shard import Sharder, fill_sharded
 
@@ -127,6 +128,7 @@ def build_deepspeed_json(config: Config, base: PreTrainedModel, world: World | N
     content = fill_deepspeed_json(config, hidden_size=hidden_size(base))
     check_with_deepspeed(without_autos(content), config.deepspeed)
     settle_offload(content, base, world.size if world else None, file)
+    settle_prefetch(content, base)
     settle_residency(content, base)
     read_settings(content, len(layers_of(base)), file)
     return content

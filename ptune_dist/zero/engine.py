@@ -64,8 +64,8 @@ class Engine:
         `scales` are, for each member, 1 / the divisor of its whole step, over all ranks. Gradients are summed
         over ranks by `step`. Collective: every rank must call.
         """
-        batch = self.contexts.hold(batch)
-        losses = self._passes.run(lambda: self.model.losses(batch))
+        # One pass for contexts and losses: where they took turns, ZeRO-3 would never see the same pass twice in a row.
+        losses = self._passes.run(lambda: self.model.losses(self.contexts.hold(batch)))
         reader = torch.tensor([member for _, member in batch.readers], device=losses.device)
         total = losses.new_zeros(len(self.members)).index_add(0, reader, losses)
         # Weights first: one member's sum that is not a number leaves the others' gradients as they are.
@@ -82,13 +82,11 @@ class Engine:
 
     def row_losses(self, batch: Batch) -> torch.Tensor:
         """The validation loss of each reader [S], without gradient. Collective: every rank must call."""
-        held = self.contexts.hold(batch)
-        return self.without_gradient(lambda: self.model.losses(held, for_validation=True))
+        return self.without_gradient(lambda: self.model.losses(self.contexts.hold(batch), for_validation=True))
 
     def row_values(self, batch: Batch) -> list[float]:
         """Each reader's predicted number, in the unit of the data. Collective: every rank must call."""
-        held = self.contexts.hold(batch)
-        return self.without_gradient(lambda: self.model.values(held))
+        return self.without_gradient(lambda: self.model.values(self.contexts.hold(batch)))
 
     def _read_contexts(self, contexts: Contexts) -> list[tuple[torch.Tensor, ...]]:
         return self.without_gradient(lambda: self.model.read_contexts(contexts))

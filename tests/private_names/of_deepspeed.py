@@ -76,6 +76,12 @@ TABLE: Table = {
         attribute(f"{OFFLOAD}.release_backward_leftovers", "release what backward has gathered"),
         attribute("deepspeed.utils:set_z3_leaf_modules", "gather a layer at once"),
     ],
+    "zero/prefetch.py": [
+        *(
+            source(f"{ZERO}.config:DeepSpeedZeroConfig", f'"{key}"', "choose how much is gathered ahead", key)
+            for key in ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
+        ),
+    ],
     "zero/residency.py": [
         source(OFFLOAD, "param.ds_persist = True", "know which parameters DeepSpeed keeps gathered", "ds_persist"),
         source(

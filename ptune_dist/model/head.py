@@ -2,16 +2,17 @@
 
 No tensor [B, T, V] exists, and no logits are kept for backward: in training, the gradient of each loss with respect to
 its own hidden state is computed along with the loss. The head is frozen, so nothing else is needed of it. All of that
-happens within the one call of the head that belongs to a pass, so ZeRO-3 gathers its weights once, in forward, and every
-pass calls the same modules, however many targets it has.
+happens within the one call of the head that belongs to a pass, so ZeRO-3 gathers its weights once, in forward, and
+every pass calls the same modules, however many targets it has.
 
-Shapes: B rows, T tokens, U supervised positions, D width, V vocabulary.
+Shapes: B rows, T tokens, U supervised positions, E tokens that are scored, D width, V vocabulary.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -42,12 +43,12 @@ class Supervised(Protocol):
 
 @dataclass
 class Pass:
-    """A pass of the base at work: what it is for, and what was found at the head."""
+    """A pass of the base at work: what to compute of the hidden states [U, D] at the head, and what was found there."""
 
     asked: Supervised
-    loss_of: LossOf | None  # None: only the hidden states are wanted
-    hidden: torch.Tensor | None = None  # [U, D]
-    losses: torch.Tensor | None = None  # [U]
+    compute: Callable[[torch.Tensor], torch.Tensor] | None = None
+    hidden: torch.Tensor | None = None
+    computed: torch.Tensor | None = None
 
 
 class HeadAtTargets:
@@ -57,7 +58,7 @@ class HeadAtTargets:
         self._base = base
         self._from_head = FromHead(base)
         num_bytes = CUDA_CHUNK_BYTES if next(base.parameters()).is_cuda else CHUNK_BYTES
-        self._chunk = max(1, num_bytes // (4 * base.config.get_text_config(decoder=True).vocab_size))  # targets
+        self._chunk = max(1, num_bytes // (4 * base.config.get_text_config(decoder=True).vocab_size))  # positions
         self._pass: Pass | None = None
         self._from_head.head.register_forward_pre_hook(self._take)
         # First of all: ZeRO-3's hook, which comes later, releases the weights.
@@ -65,23 +66,53 @@ class HeadAtTargets:
 
     def losses(self, asked: Supervised, loss_of: LossOf) -> torch.Tensor:
         """Losses [U] in float32; each may depend on the logits of its own position only."""
-        losses = self._run(Pass(asked, loss_of)).losses
-        assert losses is not None, "the base did not call its head"
-        return losses
+
+        def compute(hidden: torch.Tensor) -> torch.Tensor:
+            chunks = Chunks(self._from_head.logits, loss_of, asked.targets, self._chunk)
+            if torch.is_grad_enabled() and hidden.requires_grad:
+                return LossesWithGradient.apply(hidden, chunks)
+            return chunks.losses(hidden)
+
+        return self._run(asked, compute)
+
+    @torch.no_grad()
+    def token_losses(self, asked: Supervised, places: np.ndarray, tokens: np.ndarray, loss_of: LossOf) -> torch.Tensor:
+        """Losses [E] of tokens [E], each after one of the U supervised positions, whose numbers `places` [E] ascend.
+
+        The logits of a position are computed once, however many tokens are scored there.
+        """
+
+        def compute(hidden: torch.Tensor) -> torch.Tensor:
+            losses = [hidden.new_zeros(0, dtype=torch.float32)]
+            for first in range(0, len(hidden), self._chunk):
+                logits = self._from_head.logits(hidden[first : first + self._chunk])
+                own = slice(*np.searchsorted(places, [first, first + len(logits)]))
+                at = torch.from_numpy(places[own] - first).to(hidden.device)
+                losses.append(loss_of(logits[at], torch.from_numpy(tokens[own]).to(hidden.device)))
+            return torch.cat(losses)
+
+        return self._run(asked, compute)
+
+    @torch.no_grad()
+    def logits(self, asked: Supervised) -> torch.Tensor:
+        """Logits [U, V] at the supervised positions, all at once; without gradient."""
+        return self._run(asked, self._from_head.logits)
 
     def hidden(self, asked: Supervised) -> torch.Tensor:
         """What the base's head would read at the supervised positions, [U, D]."""
-        hidden = self._run(Pass(asked, None)).hidden
-        assert hidden is not None, "the base did not call its head"
-        return hidden
+        return self._run(asked, None)
 
-    def _run(self, work: Pass) -> Pass:
+    def _run(self, asked: Supervised, compute: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
+        """What `compute` makes of the hidden states in one pass of the base; without it, the hidden states."""
+        work = Pass(asked, compute)
         self._pass = work
         try:
-            self._base(**work.asked.inputs, use_cache=False)
+            self._base(**asked.inputs, use_cache=False)
         finally:
             self._pass = None
-        return work
+        found = work.hidden if compute is None else work.computed
+        assert found is not None, "the base did not call its head"
+        return found
 
     def _take(self, _head: nn.Module, args: tuple) -> tuple | None:
         """Before the head: take its inputs at the supervised positions, and leave it none to compute."""
@@ -96,13 +127,8 @@ class HeadAtTargets:
     def _compute(self, _head: nn.Module, _args: tuple, _output: torch.Tensor) -> None:
         """After the head, while its weights are there."""
         work = self._pass
-        if work is None or work.hidden is None or work.loss_of is None:
-            return
-        chunks = Chunks(self._from_head.logits, work.loss_of, work.asked.targets, self._chunk)
-        if torch.is_grad_enabled() and work.hidden.requires_grad:
-            work.losses = LossesWithGradient.apply(work.hidden, chunks)
-        else:
-            work.losses = chunks.losses(work.hidden)
+        if work is not None and work.hidden is not None and work.compute is not None:
+            work.computed = work.compute(work.hidden)
 
 
 class Chunks:

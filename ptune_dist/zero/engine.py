@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
@@ -66,8 +67,8 @@ class Engine:
         """
         # One pass for contexts and losses: where they took turns, ZeRO-3 would never see the same pass twice in a row.
         losses = self._passes.run(lambda: self.model.losses(self.contexts.hold(batch)))
-        reader = torch.tensor([member for _, member in batch.readers], device=losses.device)
-        total = losses.new_zeros(len(self.members)).index_add(0, reader, losses)
+        members = np.array([member for _, member in batch.readers])
+        total = self.model.sum_by(losses, members, len(self.members))
         # Weights first: one member's sum that is not a number leaves the others' gradients as they are.
         self._passes.backward(self.prompts.scale((total * total.new_tensor(scales)).sum()))
         return total.detach()

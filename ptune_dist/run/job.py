@@ -161,7 +161,7 @@ def build_job(
     base = fill_base(parts, config, world)
     loading = {"load_s": time.perf_counter() - began, "bytes_read": parts.opened.weights.bytes_read}
     fingerprint = fingerprint_base(config.model.path, random_init=config.model.random_init, seed=config.seed)
-    cache = together(world, lambda: build_context_cache(config, fingerprint))
+    cache = together(world, lambda: build_context_cache(config, fingerprint, world.device))
     model = reading.family.model_class(
         base,
         list(parts.prompts.values()),
@@ -182,12 +182,19 @@ def fill_base(parts: Parts, config: Config, world: World) -> PreTrainedModel:
     return together(world, lambda: fill_sharded(parts.opened, sharder))
 
 
-def build_context_cache(config: Config, fingerprint: str) -> ContextCache | None:
+def build_context_cache(config: Config, fingerprint: str, device: torch.device) -> ContextCache | None:
     """The cache that config section `train` asks for. Raises UserError."""
     gib = config.train.context_cache_gib
+    on_gpu_gib = config.train.context_cache_gpu_gib if device.type == "cuda" else 0
     folder = config.train.context_cache_dir
-    if not (gib or folder):
+    if not (gib or on_gpu_gib or folder):
         return None
     numbers = config.model.model_dump(exclude={"path", "family", "random_init"})  # precision and quantization
     identity = json.dumps({"base": fingerprint, "cuda": torch.cuda.is_available(), **numbers}, sort_keys=True)
-    return ContextCache(max_bytes=int(gib * 2**30), folder=Path(folder) if folder else None, identity=identity)
+    return ContextCache(
+        max_bytes=int(gib * 2**30),
+        folder=Path(folder) if folder else None,
+        identity=identity,
+        device=device,
+        device_bytes=int(on_gpu_gib * 2**30),
+    )

@@ -50,7 +50,6 @@ TABLE: Table = {
         attribute(f"{DEVICES}.nvme", "mark a part as on disk"),
         attribute(f"{DEVICES}.cpu", "allocate a part on the host"),
         attribute("deepspeed.runtime.config:DeepSpeedConfig", "give the swapper its settings"),
-        attribute("deepspeed.accelerator:get_accelerator", "pin parts as DeepSpeed does"),
         attribute(SWAPPER, "write parts to NVMe"),
         parameter(SWAPPER, "model_dtype", "write parts of one dtype to NVMe", "swapped_dtype"),
         instance(SWAPPER, "elements_per_buffer", "keep in memory what is larger than a buffer"),

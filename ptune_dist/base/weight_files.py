@@ -53,6 +53,7 @@ class WeightFiles:
     def __init__(self, tensors: dict[str, StoredTensor]):
         self._tensors = tensors
         self._opened: dict[Path, int] = {}
+        self._buffers = Buffers(2, is_pinned=torch.cuda.is_available())
         self.bytes_read = 0
 
     def __del__(self) -> None:
@@ -73,10 +74,15 @@ class WeightFiles:
             self._read(stored, start, out)
             return
         step = max(1, CHUNK_BYTES // stored.dtype.itemsize)
+        buffers = self._buffers if out.is_cuda else Buffers(1, is_pinned=False)
         for first in range(0, len(out), step):
-            part = torch.empty(min(step, len(out) - first), dtype=stored.dtype)
+            count = min(step, len(out) - first)
+            part = buffers.take(count * stored.dtype.itemsize).view(stored.dtype)
             self._read(stored, start + first, part)
-            out[first : first + len(part)].copy_(part)
+            if out.is_cuda:  # cast there: a copy that casts does so on the host, into memory that is not pinned
+                part = part.to(out.device, non_blocking=True)
+                buffers.copied(out.device)
+            out[first : first + count].copy_(part)
 
     def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows [first, last), in the file's dtype."""
@@ -116,6 +122,34 @@ class WeightFiles:
         if file not in self._opened:
             self._opened[file] = os.open(file, os.O_RDONLY)
         return self._opened[file]
+
+
+class Buffers:
+    """Host memory to read into, in turns: while one is copied to a GPU, the next chunk is read into another."""
+
+    def __init__(self, num: int, *, is_pinned: bool):
+        self._memory: list[torch.Tensor | None] = [None] * num
+        self._copies: list[torch.cuda.Event | None] = [None] * num
+        self._is_pinned = is_pinned
+        self._last = 0
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """The first bytes of the next buffer, once nothing reads from it any more."""
+        self._last = (self._last + 1) % len(self._memory)
+        copy = self._copies[self._last]
+        if copy is not None:
+            copy.synchronize()
+        memory = self._memory[self._last]
+        if memory is None or len(memory) < num_bytes:
+            memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_pinned)
+            self._memory[self._last] = memory
+        return memory[:num_bytes]
+
+    def copied(self, device: torch.device) -> None:
+        """Call once a copy to a GPU from the buffer that was taken last is queued."""
+        copy = torch.cuda.Event()
+        copy.record(torch.cuda.current_stream(device))
+        self._copies[self._last] = copy
 
 
 def open_weight_files(path: str, *, local_only: bool) -> WeightFiles:

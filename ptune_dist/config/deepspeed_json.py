@@ -24,8 +24,8 @@ comms_logger tensorboard wandb csv_monitor checkpoint compile seed timers nebula
 """.split()
 # The keys that must be objects where they are given.
 OBJECTS = """
-bf16 fp16 zero_optimization optimizer scheduler optimizer.params scheduler.params torch_autocast amp data_types
-activation_checkpointing zero_optimization.offload_param zero_optimization.offload_optimizer
+bf16 fp16 zero_optimization optimizer scheduler optimizer.params scheduler.params torch_autocast amp data_types timers
+timers.throughput activation_checkpointing zero_optimization.offload_param zero_optimization.offload_optimizer
 """.split()
 SCHEDULER_TYPES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
@@ -34,6 +34,9 @@ FILLED_LATER = (
     "autotuning",
     "data_types.keep_in_fp32_modules",
     "zero_optimization.offload_param.buffer_",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.stage3_prefetch_bucket_size",
     "zero_optimization.stage3_param_persistence_threshold",
     "zero_optimization.stage3_model_persistence_threshold",
 )
@@ -95,8 +98,9 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
             )
     settle_optimizer(settle, config)
     settle_scheduler(settle, config)
-    fill_zero_sizes(content.setdefault("zero_optimization", {}), hidden_size)
-    zero = content["zero_optimization"]
+    zero = content.setdefault("zero_optimization", {})
+    if zero.get("reduce_bucket_size") == "auto":
+        zero["reduce_bucket_size"] = hidden_size * hidden_size  # as Hugging Face fills it
     if str(zero.get("stage", 0)) not in ("0", "1", "2", "3"):
         raise UserError(f"{file}: zero_optimization.stage is {zero['stage']!r}, not 0, 1, 2 or 3")
     zero["stage"] = zero_stage(content)
@@ -112,6 +116,8 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
         content.pop(key, None)
     content |= {"gradient_clipping": 0.0, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     content.setdefault("steps_per_print", 1 << 31)  # our own log reports progress
+    # Our own log has the throughput; DeepSpeed's timer waits for the GPU.
+    content.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     return content
 
 
@@ -181,17 +187,6 @@ def settle_scheduler(settle: Settler, config: Config) -> None:
             settle(f"scheduler.params.{name}", value, f"train.{key}")
     if "warmup_min_lr" in section.get("params", {}):
         settle("scheduler.params.warmup_min_lr", 0, "the learning rate before train.warmup_steps")
-
-
-def fill_zero_sizes(zero: dict[str, Any], hidden_size: int) -> None:
-    """ZeRO-3's buffer sizes [elements] from the base's width, as Hugging Face fills them."""
-    sizes = {
-        "reduce_bucket_size": hidden_size * hidden_size,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-    }
-    for key, size in sizes.items():
-        if zero.get(key) == "auto":
-            zero[key] = size
 
 
 def refuse_unfilled(node: Any, file: str, path: str = "") -> None:

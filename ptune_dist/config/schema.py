@@ -226,6 +226,9 @@ class TrainConfig(Section):
     context_cache_gib: Annotated[Real, Field(ge=0)] = 0.0
     """Memory of each rank for the keys and values of contexts, kept across steps and epochs."""
 
+    context_cache_gpu_gib: Annotated[Real, Field(ge=0)] = 0.0
+    """Memory of each GPU for contexts, filled before `context_cache_gib`. Without a GPU it is not used."""
+
     context_cache_dir: str | None = None
     """A folder for the contexts that memory does not hold."""
 
@@ -352,7 +355,7 @@ class Config(Section):
         found = len(PROMPT_MARKER.findall(self.data.template or ""))
         if placement == "template" and found != 1:
             raise ValueError(f"prompt.placement: template needs {{{{ prompt }}}} once in data.template, found {found}")
-        for key in ("context_cache_gib", "context_cache_dir"):
+        for key in ("context_cache_gib", "context_cache_gpu_gib", "context_cache_dir"):
             if getattr(self.train, key) and placement not in PLACEMENTS_WITH_CONTEXTS:
                 raise ValueError(
                     f"train.{key} is given but placement {placement} has no contexts to keep: "

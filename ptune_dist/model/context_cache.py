@@ -1,4 +1,4 @@
-"""The context cache: keys/values of contexts, in memory within a byte budget and optionally in a folder.
+"""The context cache: keys/values of contexts, on the GPU and in memory within byte budgets, and in a folder.
 
 The base never changes, so what it computes of a context (input tokens that no prompt precedes) can be reused in every
 later step, epoch and job. The cache never fails a run: a damaged file is a miss, and if the disk is full, a warning is
@@ -14,7 +14,6 @@ import shutil
 import time
 import uuid
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ptune_dist.errors import UserError
+from ptune_dist.model.cache_tier import Tensors, Tier
 
 LEFTOVER_AGE_S = 3600  # the file of a live writer is never as old as this
 # Disk space left free for writes that must not fail, such as checkpoints, and for ranks that check at the same moment.
@@ -31,8 +31,6 @@ LEFTOVER_AGE_S = 3600  # the file of a live writer is never as old as this
 RESERVE_BYTES = 1 << 30
 RESERVE_SHARE = 0.02
 EMPTIED = (errno.ENOENT, errno.EEXIST, errno.ESTALE)  # errors while another process removes the folder (NFS included)
-
-Tensors = dict[str, torch.Tensor]
 
 
 def print_warning(message: str) -> None:
@@ -42,10 +40,15 @@ def print_warning(message: str) -> None:
 class ContextCache:
     """One rank's contexts. Not collective: ranks may hit and miss differently.
 
+    The first contexts stay on `device`, as many as `device_bytes` hold: rows are read in an order that no eviction can
+    foresee, and whatever comes back to the device would drive out what is needed as soon. The others are in host memory
+    within `max_bytes`, pinned where the device is a GPU, so that nothing waits for a copy, and what is evicted from
+    there is in `folder`.
+
     `identity` describes everything else that determines the values (base, dtype, quantization, attention); contexts of
-    another identity are never found. Tensors read from `folder` are put on `device`. The folder has no byte budget:
-    contexts that do not fit in memory are written to it until the file system is nearly full. It may be shared by any
-    number of ranks and jobs, and emptied at any time. Contexts that are in memory at the end of a run are not written.
+    another identity are never found. The folder has no byte budget: it is written to until the file system is nearly
+    full. It may be shared by any number of ranks and jobs, and emptied at any time. Contexts that are in memory at the
+    end of a run are not written.
     """
 
     def __init__(
@@ -55,15 +58,15 @@ class ContextCache:
         folder: Path | None,
         identity: str,
         device: torch.device | str = "cpu",
+        device_bytes: int = 0,
         warn: Callable[[str], None] = print_warning,
     ):
         """Raises UserError if the folder cannot be made. `warn` is called once for each kind of problem."""
-        self.max_bytes = max_bytes
-        self.device = device
+        self.device = torch.device(device)
         self.identity = hashlib.sha256(identity.encode()).digest()
         self.disk = None if folder is None else ContextFolder(Path(folder), self.identity.hex()[:16], warn)
-        self.held: OrderedDict[str, Tensors] = OrderedDict()  # least recently used first
-        self.held_bytes = 0
+        self._near = Tier(device_bytes)
+        self._host = Tier(max_bytes, is_pinned=self.device.type == "cuda")
         # Counts since construction; a disk hit is also a hit.
         self.hits = 0
         self.misses = 0
@@ -71,30 +74,45 @@ class ContextCache:
         self._counts_taken = (0, 0)
 
     @property
+    def held(self) -> list[str]:
+        """The keys of contexts in host memory, the least recently used first."""
+        return list(self._host.held)
+
+    @property
+    def held_bytes(self) -> int:
+        """On the device and in host memory."""
+        return self._near.num_bytes + self._host.num_bytes
+
+    @property
     def num_held(self) -> int:
-        return len(self.held)
+        return len(self._host.held)
 
     def get(self, tokens: np.ndarray) -> Tensors | None:
-        """The tensors of a context, or None; counts a hit or a miss. Do not modify the tensors in place."""
+        """The tensors of a context, on the device, or None; counts a hit or a miss. Do not modify them in place."""
         key = self.key_of(tokens)
-        found = self.held.get(key)
-        if found is not None:
-            self.held.move_to_end(key)
-        elif self.disk:
-            found = self._read_from_disk(self.disk, key)
+        found = self._near.get(key)
         if found is None:
-            self.misses += 1
-            return None
+            found = self._host.get(key)
+            if found is None and self.disk:
+                found = self._read_from_disk(self.disk, key)
+            if found is None:
+                self.misses += 1
+                return None
+            found = {name: tensor.to(self.device, non_blocking=True) for name, tensor in found.items()}
         self.hits += 1
         return dict(found)
 
     def put(self, tokens: np.ndarray, tensors: Tensors) -> None:
-        """Store the tensors of a context, on their device and without a copy.
+        """Store the tensors of a context, which are on the device.
 
         A view of a larger storage is copied, so that the cache keeps no more memory alive than its budget. Contexts
         that are evicted or larger than the budget are written to the folder, or dropped if there is none.
         """
-        self._hold(self.key_of(tokens), tensors)
+        key = self.key_of(tokens)
+        if self._near.has_room(key, tensors):
+            self._near.put(key, tensors)
+        else:
+            self._hold(key, tensors)
 
     def take_counts(self) -> tuple[int, int]:
         """Hits and misses since the last call."""
@@ -110,34 +128,23 @@ class ContextCache:
 
     def _read_from_disk(self, disk: "ContextFolder", key: str) -> Tensors | None:
         found = disk.read(key)
-        if found is None:
-            return None
-        found = {name: tensor.to(self.device) for name, tensor in found.items()}
-        self.disk_hits += 1
-        self._hold(key, found)
+        if found is not None:
+            self.disk_hits += 1
+            self._hold(key, found)
         return found
 
     def _hold(self, key: str, tensors: Tensors) -> None:
-        if key in self.held:
-            self._drop(key)
-        num_bytes = count_bytes(tensors)
-        if num_bytes > self.max_bytes:
-            self._spill(key, tensors)
-            return
-        while self.held_bytes + num_bytes > self.max_bytes:
-            oldest = next(iter(self.held))
-            self._spill(oldest, self._drop(oldest))
-        self.held[key] = {name: owned(tensor) for name, tensor in tensors.items()}
-        self.held_bytes += num_bytes
-
-    def _drop(self, key: str) -> Tensors:
-        dropped = self.held.pop(key)
-        self.held_bytes -= count_bytes(dropped)
-        return dropped
+        if self.device.type == "cuda":  # to pinned memory, in the order of the device's work
+            tensors = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+        for left, leaving in self._host.put(key, tensors):
+            self._spill(left, leaving)
 
     def _spill(self, key: str, tensors: Tensors) -> None:
-        if self.disk:
-            self.disk.write(key, tensors)
+        if self.disk is None:
+            return
+        if self.device.type == "cuda":  # copies from the device may be on their way
+            torch.cuda.current_stream(self.device).synchronize()
+        self.disk.write(key, tensors)
 
 
 class ContextFolder:
@@ -239,12 +246,6 @@ def remove_leftovers(root: Path) -> None:
 
 def count_bytes(tensors: Tensors) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def owned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without its graph; a copy, if it would keep a larger storage alive."""
-    tensor = tensor.detach()
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def pack(tensors: Tensors, key: str) -> bytes:

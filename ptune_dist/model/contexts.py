@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS
 from ptune_dist.data.batches import Batch, HeldPart
-from ptune_dist.distributed.world import World, max_over_ranks
+from ptune_dist.distributed.world import World
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.prompted_model import Contexts, PromptedModel
@@ -32,6 +33,8 @@ class ContextReader:
         self._model = model
         self._world = world
         self._must_agree = is_sharded and world.size > 1
+        # Between hosts: what NCCL agrees on has to be copied from the GPU, which waits for all work before.
+        self._hosts = dist.new_group(backend="gloo") if self._must_agree and world.device.type == "cuda" else None
         self._lead_tokens = np.zeros(0, np.int32)
         self._lead: KeysValues | None = None
 
@@ -71,10 +74,15 @@ class ContextReader:
             recalled = self._recall(tokens)
             if recalled is not None:
                 held[key] = recalled
-        for begins in (True, False):
-            missing = [key for key in distinct if key not in held and self._begins(distinct[key]) == begins]
-            computed = self._compute([distinct[key] for key in missing], batch.pad_id, begins)
-            held |= dict(zip(missing, computed, strict=True))
+        missing = {
+            begins: [key for key in distinct if key not in held and self._begins(distinct[key]) == begins]
+            for begins in (True, False)
+        }
+        num_passes = self._count_passes(missing)
+        for begins, keys in missing.items():
+            contexts = [distinct[key] for key in keys]
+            computed = self._compute(contexts, batch.pad_id, begins, num_passes[begins])
+            held |= dict(zip(keys, computed, strict=True))
         if not held:
             return batch
         nothing = () if self._model.uses_segments else (empty_like(next(iter(held.values()))[0]),)
@@ -93,21 +101,26 @@ class ContextReader:
         found = self.cache.get(self._key(tokens)) if self.cache else None
         if found is None:
             return None
-        return (*lead, self._wrap(tuple(found[str(i)].to(self._world.device) for i in range(len(found)))))
+        return (*lead, self._wrap(tuple(found[str(i)] for i in range(len(found)))))
 
-    def _compute(self, contexts: list[np.ndarray], pad_id: int, begins: bool) -> list[tuple]:
-        """Contexts that all begin with the lead, or all do not.
+    def _count_passes(self, missing: dict[bool, list[bytes]]) -> dict[bool, int]:
+        """Passes for contexts that begin with the lead, and for the others; where ranks must agree, the most of any.
 
-        With a cache each is computed by itself: in a batch its last bits would depend on what else was missing, and a
-        run that is resumed with an empty cache would not be the undisturbed one bit for bit.
+        With a cache each context is computed by itself: in a batch its last bits would depend on what else was missing,
+        and a run that is resumed with an empty cache would not be the undisturbed one bit for bit. Groups of a data
+        set's contexts that are always computed together would be exact, but each miss would compute all of its group.
         """
+        counts = torch.tensor([len(keys) if self.cache else min(1, len(keys)) for keys in missing.values()])
+        if self._must_agree:
+            dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self._hosts)
+        return dict(zip(missing, counts.tolist(), strict=True))
+
+    def _compute(self, contexts: list[np.ndarray], pad_id: int, begins: bool, num_passes: int) -> list[tuple]:
+        """Contexts that all begin with the lead, or all do not; in `num_passes`, some of them idle."""
         lead = self._lead if begins else None
         groups = [contexts] if contexts else []
         if self.cache:
             groups = [[tokens] for tokens in contexts]
-        num_passes = len(groups)
-        if self._must_agree:
-            num_passes = int(max_over_ranks(num_passes, self._world))
         idle = np.append(self._lead_tokens if begins else self._lead_tokens[:0], pad_id)
         computed = []
         for number in range(num_passes):
@@ -116,7 +129,7 @@ class ContextReader:
             computed += passed if number < len(groups) else []
         if self.cache:
             for tokens, tensors in zip(contexts, computed, strict=True):
-                self.cache.put(self._key(tokens), {str(i): tensor.cpu() for i, tensor in enumerate(tensors)})
+                self.cache.put(self._key(tokens), {str(i): tensor for i, tensor in enumerate(tensors)})
         before = () if lead is None else (lead,)
         return [(*before, self._wrap(tensors)) for tensors in computed]
 

@@ -1,20 +1,29 @@
-"""The head of a language model at supervised positions only, a chunk of them at a time.
+"""The head of a language model and the objective in one: losses at supervised positions, a chunk of them at a time.
 
-No tensor [B, T, V] exists: positions are selected at the input of the base's own head, so that what a base does after
-it (scaling, soft caps) still happens. Shapes: B rows, T tokens, U supervised positions, D width, V vocabulary.
+No tensor [B, T, V] exists, and no logits are kept for backward: in training, the gradient of each loss with respect to
+its own hidden state is computed along with the loss. The head is frozen, so nothing else is needed of it. All of that
+happens within the one call of the head that belongs to a pass, so ZeRO-3 gathers its weights once, in forward, and
+every pass calls the same modules, however many targets it has.
+
+Shapes: B rows, T tokens, U supervised positions, E tokens that are scored, D width, V vocabulary.
 """
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-CHUNK_BYTES = 1 << 26  # of float32 logits
+from ptune_dist.model.from_head import FromHead
 
+# Of a chunk's float32 logits.
+CHUNK_BYTES = 1 << 24  # larger ones are not faster on a CPU
+CUDA_CHUNK_BYTES = 1 << 29  # 1,024 targets at a vocabulary of 128k: fewer would leave a GPU idle
+FP16_SCALE = 1024.0  # float16's smallest number is 6e-8: a probability that counts may be smaller
 
 LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits [U, V], targets [U]) -> losses [U]
 
@@ -32,32 +41,14 @@ class Supervised(Protocol):
     def inputs(self) -> dict[str, Any]: ...
 
 
-class Bypass(nn.Module):
-    """Stands where a base computes its last hidden state, when that is known already."""
+@dataclass
+class Pass:
+    """A pass of the base at work: what to compute of the hidden states [U, D] at the head, and what was found there."""
 
-    def __init__(self, hidden: torch.Tensor):
-        super().__init__()
-        self._hidden = hidden
-
-    def forward(self, *_args: Any, **_inputs: Any) -> "Bypassed":
-        return Bypassed(self._hidden)
-
-    @property
-    def decoder(self) -> "Bypass":  # OPT calls its model's decoder
-        return self
-
-
-class Bypassed:
-    """An output of transformers in which nothing but the last hidden state is there."""
-
-    def __init__(self, hidden: torch.Tensor):
-        self.last_hidden_state = hidden
-
-    def __getitem__(self, index: int | slice):
-        return (self.last_hidden_state,)[index]
-
-    def __getattr__(self, _name: str) -> None:
-        return None
+    asked: Supervised
+    compute: Callable[[torch.Tensor], torch.Tensor] | None = None
+    hidden: torch.Tensor | None = None
+    computed: torch.Tensor | None = None
 
 
 class HeadAtTargets:
@@ -65,77 +56,131 @@ class HeadAtTargets:
 
     def __init__(self, base: PreTrainedModel):
         self._base = base
-        self._selected: tuple[torch.Tensor, torch.Tensor] | None = None  # rows and places whose outputs are wanted
-        self._is_held = False  # keep their hidden states and compute logits later, or never
-        self._hidden: torch.Tensor | None = None  # those hidden states
-        self._known: torch.Tensor | None = None  # of the chunk at work
-        self._chunk = max(1, CHUNK_BYTES // (4 * base.config.get_text_config(decoder=True).vocab_size))
-        # Below this module are all layers; T5's class has its decoder there.
-        inner = base.base_model_prefix
-        self._inner = inner if inner in base._modules else "decoder"
-        head = base.get_output_embeddings()
-        assert head is not None, "a base that writes text has a head over its vocabulary"
-        head.register_forward_pre_hook(self._select)
+        self._from_head = FromHead(base)
+        num_bytes = CUDA_CHUNK_BYTES if next(base.parameters()).is_cuda else CHUNK_BYTES
+        self._chunk = max(1, num_bytes // (4 * base.config.get_text_config(decoder=True).vocab_size))  # positions
+        self._pass: Pass | None = None
+        self._from_head.head.register_forward_pre_hook(self._take)
+        # First of all: ZeRO-3's hook, which comes later, releases the weights.
+        self._from_head.head.register_forward_hook(self._compute, prepend=True)
 
-    def losses(self, asked: Supervised, loss_of: LossOf, *, most_targets: int) -> torch.Tensor:
-        """Losses [U] in float32.
+    def losses(self, asked: Supervised, loss_of: LossOf) -> torch.Tensor:
+        """Losses [U] in float32; each may depend on the logits of its own position only."""
 
-        With more than a chunk of targets, logits are computed again in backward. `most_targets` is the largest U of any
-        rank: where the base is sharded, all ranks run the head equally often.
+        def compute(hidden: torch.Tensor) -> torch.Tensor:
+            chunks = Chunks(self._from_head.logits, loss_of, asked.targets, self._chunk)
+            if torch.is_grad_enabled() and hidden.requires_grad:
+                return LossesWithGradient.apply(hidden, chunks)
+            return chunks.losses(hidden)
+
+        return self._run(asked, compute)
+
+    @torch.no_grad()
+    def token_losses(self, asked: Supervised, places: np.ndarray, tokens: np.ndarray, loss_of: LossOf) -> torch.Tensor:
+        """Losses [E] of tokens [E], each after one of the U supervised positions, whose numbers `places` [E] ascend.
+
+        The logits of a position are computed once, however many tokens are scored there.
         """
-        num_chunks = math.ceil(max(most_targets, len(asked.targets)) / self._chunk)
-        if num_chunks <= 1:
-            return loss_of(self._run(asked, is_held=False), asked.targets)
-        hidden = self.hidden(asked)
-        pieces = zip(hidden.tensor_split(num_chunks), asked.targets.tensor_split(num_chunks), strict=True)
-        return torch.cat(
-            [checkpoint(self._losses_of, *piece, loss_of, use_reentrant=False) for piece in pieces]  # type: ignore
-        )
+
+        def compute(hidden: torch.Tensor) -> torch.Tensor:
+            losses = [hidden.new_zeros(0, dtype=torch.float32)]
+            for first in range(0, len(hidden), self._chunk):
+                logits = self._from_head.logits(hidden[first : first + self._chunk])
+                own = slice(*np.searchsorted(places, [first, first + len(logits)]))
+                at = torch.from_numpy(places[own] - first).to(hidden.device)
+                losses.append(loss_of(logits[at], torch.from_numpy(tokens[own]).to(hidden.device)))
+            return torch.cat(losses)
+
+        return self._run(asked, compute)
+
+    @torch.no_grad()
+    def logits(self, asked: Supervised) -> torch.Tensor:
+        """Logits [U, V] at the supervised positions, all at once; without gradient."""
+        return self._run(asked, self._from_head.logits)
 
     def hidden(self, asked: Supervised) -> torch.Tensor:
         """What the base's head would read at the supervised positions, [U, D]."""
-        self._run(asked, is_held=True)
-        hidden = self._hidden
-        self._hidden = None
-        assert hidden is not None, "the base did not call its head"
-        return hidden
+        return self._run(asked, None)
 
-    def _run(self, asked: Supervised, *, is_held: bool) -> torch.Tensor:
-        """Logits [U, V]; where they are held, of the first position only."""
-        self._selected = (asked.rows, asked.places)
-        self._is_held = is_held
-        self._hidden = None
+    def _run(self, asked: Supervised, compute: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
+        """What `compute` makes of the hidden states in one pass of the base; without it, the hidden states."""
+        work = Pass(asked, compute)
+        self._pass = work
         try:
-            return self._base(**asked.inputs, use_cache=False).logits[0]
+            self._base(**asked.inputs, use_cache=False)
         finally:
-            self._selected = None
+            self._pass = None
+        found = work.hidden if compute is None else work.computed
+        assert found is not None, "the base did not call its head"
+        return found
 
-    def _select(self, _head: nn.Module, args: tuple) -> tuple | None:
-        """Before the base's head: the hidden states that it reads instead of all of them."""
-        if self._known is not None:
-            return (self._known[None], *args[1:])
-        if self._selected is None:  # generation wants the head as it is
+    def _take(self, _head: nn.Module, args: tuple) -> tuple | None:
+        """Before the head: take its inputs at the supervised positions, and leave it none to compute."""
+        work = self._pass
+        if work is None:  # generation wants the head as it is
             return None
-        hidden, *rest = args
-        hidden = hidden[self._selected]
-        if self._is_held:
-            self._hidden = hidden
-            hidden = hidden[:1]
-        return (hidden[None], *rest)
+        every, *rest = args
+        hidden = every[work.asked.rows, work.asked.places]
+        work.hidden = hidden
+        return (hidden[None, :0].detach(), *rest)
 
-    def _losses_of(self, hidden: torch.Tensor, targets: torch.Tensor, loss_of: LossOf) -> torch.Tensor:
-        """The base once more, without its layers: what it does to its logits is its own business."""
-        modules = self._base._modules
-        inner = modules[self._inner]
-        given = hidden.detach()[None]
-        inputs: dict[str, Any] = {"inputs_embeds": given}
-        if self._base.config.is_encoder_decoder:
-            inputs = {"encoder_outputs": (given,), "decoder_inputs_embeds": given}
-        modules[self._inner] = Bypass(given)
-        self._known = hidden
-        try:
-            logits = self._base(**inputs, use_cache=False).logits[0]
-        finally:
-            modules[self._inner] = inner
-            self._known = None
-        return loss_of(logits, targets)
+    def _compute(self, _head: nn.Module, _args: tuple, _output: torch.Tensor) -> None:
+        """After the head, while its weights are there."""
+        work = self._pass
+        if work is not None and work.hidden is not None and work.compute is not None:
+            work.computed = work.compute(work.hidden)
+
+
+class Chunks:
+    """The losses of one pass, or their gradients, a chunk of targets at a time."""
+
+    def __init__(
+        self, logits_of: Callable[[torch.Tensor], torch.Tensor], loss_of: LossOf, targets: torch.Tensor, size: int
+    ):
+        self._logits_of = logits_of
+        self._loss_of = loss_of
+        self._targets = targets
+        self._size = size
+
+    def losses(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[U, D] -> [U] in float32."""
+        found = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        for rows, part in self._split(hidden):
+            found[rows] = self._loss_of(self._logits_of(part), self._targets[rows])
+        return found
+
+    def losses_and_gradients(self, hidden: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses [U], and `scale` times the gradient of each with respect to its own hidden state, [U, D]."""
+        found = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        gradients = torch.empty_like(hidden)
+        for rows, part in self._split(hidden):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                losses = self._loss_of(self._logits_of(part), self._targets[rows])
+                (gradient,) = torch.autograd.grad(losses.sum() * scale, part)
+            gradients[rows] = gradient
+            found[rows] = losses.detach()
+        return found, gradients
+
+    def _split(self, hidden: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
+        starts = range(0, len(hidden), self._size)
+        return [(slice(start, start + self._size), hidden[start : start + self._size]) for start in starts]
+
+
+class LossesWithGradient(torch.autograd.Function):
+    """Losses [U] of hidden states [U, D] whose gradient is made in forward: each depends on its own row alone."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, chunks: Chunks) -> torch.Tensor:
+        ctx.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
+        losses, gradients = chunks.losses_and_gradients(hidden, ctx.scale)
+        ctx.save_for_backward(gradients)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (gradients,) = ctx.saved_tensors
+        # In float32: under fp16 the loss scale is in `grad_losses`, and an overflow has to be seen in the product.
+        scaled = gradients * (grad_losses / ctx.scale)[:, None]
+        return scaled.to(gradients.dtype), None

@@ -172,7 +172,7 @@ class PromptedModel(nn.Module):
         """The summed loss of each reader's targets, [S] in float32."""
         loss_of = self.objective.validation_losses if for_validation else self.objective.losses
         losses, reader = self._losses(batch, loss_of)
-        return losses.new_zeros(len(batch.readers)).index_add(0, self.to_tensor(reader), losses)
+        return self.sum_by(losses, reader, len(batch.readers))
 
     def _losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
         """Losses [U], and the number of each one's reader."""
@@ -180,7 +180,7 @@ class PromptedModel(nn.Module):
             return self._number_losses(batch, loss_of)
         asked = self.supervise(batch)
         assert self.head is not None, "families without a language head compute their own losses"
-        return self.head.losses(asked, loss_of, most_targets=batch.most_targets), asked.reader
+        return self.head.losses(asked, loss_of), asked.reader
 
     def _number_losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
         predicted, reader = self._predict(batch)
@@ -253,6 +253,17 @@ class PromptedModel(nn.Module):
             reader=reader,
             inputs=inputs,
         )
+
+    def sum_by(self, values: torch.Tensor, groups: np.ndarray, num_groups: int) -> torch.Tensor:
+        """Sums [num_groups] of values [N], whose groups [N] are whole numbers: the same bits in every run.
+
+        `index_add` adds in any order on CUDA.
+        """
+        if (groups[1:] < groups[:-1]).any():
+            order = np.argsort(groups, kind="stable")
+            values = values[self.to_tensor(order)]
+        lengths = self.to_tensor(np.bincount(groups, minlength=num_groups))
+        return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)  # safe: it would wait for the GPU
 
     def to_tensor(self, array: np.ndarray) -> torch.Tensor:
         """Whole numbers on the model's device."""

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "train.resume",
     "train.hang_timeout_s",
     "train.context_cache_gib",
+    "train.context_cache_gpu_gib",
     "train.context_cache_dir",
 )
 # None until the method has decided, which it does in the ranks: the launcher compares configs before that.

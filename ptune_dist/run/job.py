@@ -35,6 +35,7 @@ from ptune_dist.run.micro_batch import MicroBatchSize, read_stored
 from ptune_dist.run.reading import Reading
 from ptune_dist.zero.engine import Engine, build_engine, check_with_deepspeed
 from ptune_dist.zero.offload import settle_offload, without_autos
+from ptune_dist.zero.prefetch import settle_prefetch
 from ptune_dist.zero.residency import gathered_bytes, settle_residency
 from ptune_dist.zero.shard import Sharder, fill_sharded
 
@@ -147,6 +148,7 @@ def build_deepspeed_json(config: Config, base: PreTrainedModel, world: World | N
     content = fill_deepspeed_json(config, hidden_size=hidden_size(base))
     check_with_deepspeed(without_autos(content), config.deepspeed)
     settle_offload(content, base, world.size if world else None, file)
+    settle_prefetch(content, base)
     settle_residency(content, base)
     read_settings(content, len(layers_of(base)), file)
     return content
@@ -233,7 +235,7 @@ def build_job(
     base = fill_base(parts, config, world)
     loading = {"load_s": time.perf_counter() - began, "bytes_read": parts.opened.weights.bytes_read}
     fingerprint = fingerprint_base(config.model.path, random_init=config.model.random_init, seed=config.seed)
-    cache = together(world, lambda: build_context_cache(config, fingerprint))
+    cache = together(world, lambda: build_context_cache(config, fingerprint, world.device))
     model = reading.family.model_class(
         base,
         list(parts.prompts.values()),
@@ -254,12 +256,19 @@ def fill_base(parts: Parts, config: Config, world: World) -> PreTrainedModel:
     return together(world, lambda: fill_sharded(parts.opened, sharder))
 
 
-def build_context_cache(config: Config, fingerprint: str) -> ContextCache | None:
+def build_context_cache(config: Config, fingerprint: str, device: torch.device) -> ContextCache | None:
     """The cache that config section `train` asks for. Raises UserError."""
     gib = config.train.context_cache_gib
+    on_gpu_gib = config.train.context_cache_gpu_gib if device.type == "cuda" else 0
     folder = config.train.context_cache_dir
-    if not (gib or folder):
+    if not (gib or on_gpu_gib or folder):
         return None
     numbers = config.model.model_dump(exclude={"path", "family", "random_init"})  # precision and quantization
     identity = json.dumps({"base": fingerprint, "cuda": torch.cuda.is_available(), **numbers}, sort_keys=True)
-    return ContextCache(max_bytes=int(gib * 2**30), folder=Path(folder) if folder else None, identity=identity)
+    return ContextCache(
+        max_bytes=int(gib * 2**30),
+        folder=Path(folder) if folder else None,
+        identity=identity,
+        device=device,
+        device_bytes=int(on_gpu_gib * 2**30),
+    )

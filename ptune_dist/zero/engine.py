@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
@@ -21,7 +22,7 @@ from ptune_dist.config.deepspeed_json import zero_stage
 from ptune_dist.config.schema import Config, TrainConfig
 from ptune_dist.data.batches import Batch, Plan, Unit, plan_micro_batches
 from ptune_dist.data.encode import Examples
-from ptune_dist.distributed.world import World, to_device
+from ptune_dist.distributed.world import World
 from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.contexts import ContextReader
@@ -71,10 +72,10 @@ class Engine:
         `scales` [K] are 1 / the divisor of each member's whole step, over all ranks. Gradients are summed over ranks by
         `measure`. Collective: every rank must call.
         """
-        batch = self.contexts.hold(batch)
-        losses = self._passes.run(lambda: self.model.losses(batch))
-        reader = to_device(torch.tensor([member for _, member in batch.readers]), losses.device)
-        total = losses.new_zeros(len(self.members)).index_add(0, reader, losses)
+        # One pass for contexts and losses: where they took turns, ZeRO-3 would never see the same pass twice in a row.
+        losses = self._passes.run(lambda: self.model.losses(self.contexts.hold(batch)))
+        members = np.array([member for _, member in batch.readers])
+        total = self.model.sum_by(losses, members, len(self.members))
         # Weights first: one member's sum that is not a number leaves the others' gradients as they are.
         self._passes.backward(self.prompts.scale((total * scales).sum()))
         return total.detach()
@@ -102,13 +103,11 @@ class Engine:
 
     def row_losses(self, batch: Batch) -> torch.Tensor:
         """The validation loss of each reader [S], without gradient. Collective: every rank must call."""
-        held = self.contexts.hold(batch)
-        return self.without_gradient(lambda: self.model.losses(held, for_validation=True))
+        return self.without_gradient(lambda: self.model.losses(self.contexts.hold(batch), for_validation=True))
 
     def row_values(self, batch: Batch) -> list[float]:
         """Each reader's predicted number, in the unit of the data. Collective: every rank must call."""
-        held = self.contexts.hold(batch)
-        return self.without_gradient(lambda: self.model.values(held))
+        return self.without_gradient(lambda: self.model.values(self.contexts.hold(batch)))
 
     def _read_contexts(self, contexts: Contexts) -> list[tuple[torch.Tensor, ...]]:
         return self.without_gradient(lambda: self.model.read_contexts(contexts))

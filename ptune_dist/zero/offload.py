@@ -111,11 +111,9 @@ def check_nvme(offload: dict[str, Any], where: str) -> None:
 def fill_buffers(zero: dict[str, Any], model: PreTrainedModel, world_size: int) -> None:
     """Buffers for a rank's part of a layer's largest tensor, for the layer at work, the next and one on its way.
 
-    A tensor that is gathered keeps its buffer, so layers are released at once and few are fetched ahead. What is larger
-    than a buffer (embeddings, a head) stays in host memory: DeepSpeed's buffers are all of one size.
+    What is larger than a buffer (embeddings, a head) stays in host memory: DeepSpeed's buffers are all of one size.
     """
     sizes = [[p.numel() for p in layer.parameters()] for layer in layers_of(model)]
-    of_a_layer = max(sum(layer) for layer in sizes)
     offload = zero["offload_param"]
     for key, value in (
         ("buffer_size", ceil(max(map(max, sizes)) / world_size)),
@@ -123,6 +121,3 @@ def fill_buffers(zero: dict[str, Any], model: PreTrainedModel, world_size: int) 
     ):
         if offload.get(key, "auto") == "auto":
             offload[key] = value
-    zero.setdefault("stage3_max_reuse_distance", 0)
-    zero.setdefault("stage3_max_live_parameters", 2 * of_a_layer)
-    zero["stage3_prefetch_bucket_size"] = min(zero.get("stage3_prefetch_bucket_size", of_a_layer), of_a_layer)

@@ -54,11 +54,18 @@ class ShardedPasses:
         except NotImplementedError as error:  # combinations of precisions that DeepSpeed does not know
             raise UserError(f"deepspeed: DeepSpeed cannot do this: {error}") from None
         keep_resident(base)
+        self._is_running = False
 
     def run(self, work: Callable[[], T]) -> T:
-        """What `work` computes of the base."""
-        # Not the engine's own forward, which prepares a backward pass for the optimizer that it lacks.
-        return self._engine.module(work)
+        """What `work` computes of the base. A run within a run belongs to it: DeepSpeed sees one pass."""
+        if self._is_running:
+            return work()
+        self._is_running = True
+        try:
+            # Not the engine's own forward, which prepares a backward pass for the optimizer that it lacks.
+            return self._engine.module(work)
+        finally:
+            self._is_running = False
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()

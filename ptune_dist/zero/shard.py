@@ -5,11 +5,12 @@ bookkeeping is kept and that is left out. What is set on a parameter mirrors `In
 `Init._partition_param_sec` of DeepSpeed 0.19; `layout_check.py` holds it against what this release does.
 """
 
+import itertools
+from math import ceil
 from typing import Any, cast
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
@@ -22,6 +23,8 @@ from ptune_dist.base.load import Fill, place_parameters
 from ptune_dist.base.open import OpenedBase
 from ptune_dist.zero.layout_check import check_layout
 from ptune_dist.zero.setup import join_deepspeed
+
+ALIGNMENT = 512  # bytes, of a part in pinned memory, as torch aligns its tensors on a GPU
 
 
 def fill_sharded(opened: OpenedBase, sharder: "Sharder") -> PreTrainedModel:
@@ -61,6 +64,7 @@ class Sharder:
             zero_param_parallel_group=groups._get_zero_param_intra_parallel_group() if is_hpz else None,
         )
         self._unfilled: list[tuple[torch.Tensor, int, int, Fill]] = []
+        self._unpinned: list[tuple[torch.Tensor, int]] = []  # without memory yet, and their numbers of elements
         check_layout(self)
 
     @property
@@ -99,6 +103,8 @@ class Sharder:
 
     def fill_parts(self) -> None:
         """Fill what `shard` has made."""
+        pin_together(self._unpinned)
+        self._unpinned.clear()
         for part in self._unfilled:
             fill_part(*part)
         self._unfilled.clear()
@@ -116,9 +122,25 @@ class Sharder:
     def _allocate(self, parameter: nn.Parameter, size: int) -> torch.Tensor:
         place = self._init.remote_device
         place = OffloadDeviceEnum.cpu.value if place == OffloadDeviceEnum.nvme else place
-        part = torch.empty(size, dtype=parameter.dtype, device=place)
-        accelerator = cast(Any, get_accelerator())  # there is always one; its type allows for none
-        return accelerator.pin_memory(part) if part.is_cpu and self._init.pin_memory else part
+        if torch.device(place).type == "cpu" and self._init.pin_memory:
+            part = torch.empty(0, dtype=parameter.dtype)
+            self._unpinned.append((part, size))
+            return part
+        return torch.empty(size, dtype=parameter.dtype, device=place)
+
+
+def pin_together(parts: list[tuple[torch.Tensor, int]]) -> None:
+    """Give parts their memory, so many elements each, in one block of pinned memory.
+
+    torch's own pinned memory comes in powers of two, which would be a third more for a base.
+    """
+    sizes = [size * part.itemsize for part, size in parts]
+    starts = [0, *itertools.accumulate(ceil(size / ALIGNMENT) * ALIGNMENT for size in sizes)]
+    block = torch.empty(starts[-1], dtype=torch.uint8)
+    if torch.cuda.is_available() and len(block):
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+    for (part, _), start, size in zip(parts, starts, sizes, strict=False):
+        part.data = block[start : start + size].view(part.dtype)
 
 
 def fill_part(part: torch.Tensor, start: int, num_elements: int, fill: Fill) -> None:

@@ -240,3 +240,29 @@ def test_the_command_for_pickled_weights_makes_a_folder_that_is_read(base, tmp_p
     converted = tmp_path / "base-safetensors"
     assert torch.equal(logits_of(load(converted)), wanted)
     assert (converted / "tokenizer.json").exists()
+
+
+def test_a_buffer_is_read_into_again_only_once_it_has_been_copied(monkeypatch):
+    log: list[str] = []
+
+    class Event:
+        def __init__(self):
+            self.name = f"copy {len([entry for entry in log if entry.startswith('queued')])}"
+
+        def record(self, _stream) -> None:
+            log.append(f"queued {self.name}")
+
+        def synchronize(self) -> None:
+            log.append(f"waited for {self.name}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    buffers = weight_files.Buffers(2, is_pinned=False)
+    places = []
+    for number, num_bytes in enumerate((8, 8, 8, 16)):
+        places.append(buffers.take(num_bytes).data_ptr())
+        log.append(f"read {number}")
+        buffers.copied(torch.device("cuda"))
+    assert places[0] == places[2] != places[1]
+    assert log[:4] == ["read 0", "queued copy 0", "read 1", "queued copy 1"]
+    assert log[4:] == ["waited for copy 0", "read 2", "queued copy 2", "waited for copy 1", "read 3", "queued copy 3"]

@@ -203,7 +203,9 @@ def test_text_without_inputs_takes_a_prompt_at_its_beginning_only(write, placeme
     assert message.endswith(f"prompt.placement: {placement} needs an input and a .txt file has none, use prefix")
 
 
-@pytest.mark.parametrize("override", ["train.context_cache_gib=1", "train.context_cache_dir=cache"])
+@pytest.mark.parametrize(
+    "override", ["train.context_cache_gib=1", "train.context_cache_gpu_gib=1", "train.context_cache_dir=cache"]
+)
 def test_contexts_are_cached_where_the_placement_has_some(write, override):
     path = write(SMALL)
     marker = "data.template={{ text }}{{ prompt }}"
@@ -276,6 +278,7 @@ def test_a_misspelt_key_that_is_needed_is_said_to_be_misspelt_and_not_only_missi
         ("checkpoint.keep=0", "greater than 0"),
         ("prompt.placement=suffix", "'infix', 'template', 'encoder' or 'decoder'"),
         ("train.context_cache_gib=-1", "greater than or equal to 0"),
+        ("train.context_cache_gpu_gib=-1", "greater than or equal to 0"),
         ("train.context_cache_gib=yes", "a number is needed"),
         ("output_dir=null", "None"),
     ],

@@ -57,6 +57,7 @@ def fill_shipped(path) -> tuple[dict, str, str]:
     zero = content["zero_optimization"]
     if stage == "3":  # these follow from the base's tensors
         assert zero.pop("stage3_param_persistence_threshold") == "auto"
+        assert zero.pop("stage3_prefetch_bucket_size", "auto") == "auto"
     if "nvme" in path.stem:
         assert autos(content) == ["auto", "auto"]
         zero["offload_param"] |= {"buffer_size": 1000, "buffer_count": 4}
@@ -89,10 +90,10 @@ def test_without_a_json_it_is_stage_0_in_the_configs_precision():
     assert fill(dtype="bfloat16")["bf16"] == {"enabled": True}
 
 
-def test_the_buffer_sizes_follow_the_bases_width():
-    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
+def test_the_buffer_size_follows_the_bases_width():
+    zero = {"stage": 3, "reduce_bucket_size": "auto"}
     filled = fill({"zero_optimization": zero})["zero_optimization"]
-    assert (filled["reduce_bucket_size"], filled["stage3_prefetch_bucket_size"]) == (4096, 3686)
+    assert filled["reduce_bucket_size"] == 4096
     own = fill({"zero_optimization": zero | {"reduce_bucket_size": 100}})["zero_optimization"]
     assert own["reduce_bucket_size"] == 100  # a number that is given stays
 
@@ -113,6 +114,13 @@ def test_clipping_schedule_and_accumulation_are_left_to_us():
     filled = fill(own, max_grad_norm=0.5)
     assert filled["gradient_clipping"] == 0.0 and "optimizer" not in filled and "scheduler" not in filled
     assert (filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]) == (1, 1)
+
+
+def test_deepspeeds_own_timer_is_off_unless_it_is_asked_for():
+    assert fill({})["timers"] == {"throughput": {"enabled": False}}
+    own = {"timers": {"throughput": {"enabled": True, "synchronized": False}}}
+    assert fill(own)["timers"] == own["timers"]
+    assert "timers.throughput must be an object" in error_of({"timers": {"throughput": True}})
 
 
 def test_what_was_given_is_not_changed():

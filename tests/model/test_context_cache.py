@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from ptune_dist.model.cache_tier import Tier
 from ptune_dist.model.context_cache import ContextCache
 from tests.model.cached import ITEM_BYTES, build_cache, same_bits, stored_files, tensors_of, tokens_of
 
@@ -117,3 +118,32 @@ def test_hits_and_misses_are_counted(tmp_path, stored):
     cache.get(tokens_of(1))
     assert cache.take_counts() == (1, 0) and cache.take_counts() == (0, 0)
     assert (cache.hits, cache.disk_hits, cache.misses) == (3, 1, 1)
+
+
+def test_the_device_keeps_what_came_first_and_memory_the_rest():
+    cache = build_cache(num_items=2, device_bytes=2 * ITEM_BYTES)
+    for number in range(4):
+        cache.put(tokens_of(number), tensors_of(number))
+    assert cache.held == [cache.key_of(tokens_of(number)) for number in (2, 3)]
+    assert cache.held_bytes == 4 * ITEM_BYTES
+    for number in (3, 0, 2, 1) * 2:
+        assert same_bits(cache.get(tokens_of(number)), tensors_of(number))
+    assert (cache.hits, cache.misses) == (8, 0)
+    cache.put(tokens_of(4), tensors_of(4))
+    assert [cache.get(tokens_of(number)) is None for number in range(5)] == [False, False, False, True, False]
+
+
+def test_the_device_alone_and_the_folder_behind_it(tmp_path):
+    cache = build_cache(tmp_path, device_bytes=ITEM_BYTES)
+    for number in (0, 1, 0, 2):
+        cache.put(tokens_of(number), tensors_of(number))
+    assert len(stored_files(tmp_path)) == 2 and cache.held == [] and cache.held_bytes == ITEM_BYTES
+    for number in range(3):
+        assert same_bits(cache.get(tokens_of(number)), tensors_of(number))
+
+
+def test_pinned_memory_counts_as_it_is_allocated():
+    tier = Tier(1024, is_pinned=True)
+    assert tier.put("a", {"keys": torch.zeros(130)}) == []  # 520 bytes
+    assert tier.num_bytes == 1024
+    assert [key for key, _ in tier.put("b", {"keys": torch.zeros(1)})] == ["a"]

@@ -3,12 +3,18 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import ptune_dist.model.head
+from ptune_dist.model.from_head import FromHead
+from ptune_dist.model.head import Chunks, LossesWithGradient
+from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.run.metrics_log import read_metrics
 from tests.conftest import SEQ2SEQ
 from tests.numerics.banks import train_all, write_bank, write_rows
@@ -116,3 +122,83 @@ def test_a_failed_pass_leaves_the_head_as_it_was(monkeypatch):
     with pytest.raises(TypeError):
         model.losses(batch)
     torch.testing.assert_close(model.base(ids).logits, base(ids).logits)  # of all positions
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_each_objective_has_the_gradients_of_logits_that_are_kept(monkeypatch, smoothing):
+    batch, _ = draw_batch("prefix")
+    monkeypatch.setattr(ptune_dist.model.head, "CHUNK_BYTES", 4 * NUM_LABELS * CHUNK)
+    _, model = model_of("gemma2", "prefix")
+    model.objective = CrossEntropy(smoothing)
+    ours = losses_and_gradients(model, batch)
+
+    def kept(asked, loss_of):
+        return loss_of(model.head._from_head.logits(model.head.hidden(asked)), asked.targets)
+
+    monkeypatch.setattr(model.head, "losses", kept)
+    assert_same(ours, losses_and_gradients(model, batch), rel=2e-6)
+
+
+@pytest.mark.parametrize("num_targets", [0, 1, 7])
+def test_any_number_of_targets_takes_one_call_of_every_module(monkeypatch, num_targets):
+    monkeypatch.setattr(ptune_dist.model.head, "CHUNK_BYTES", 4 * NUM_LABELS)
+    _, model = model_of("llama", "prefix")
+    batch, _ = draw_batch("prefix", (9,), readers=[(0, 0)])
+    batch.targets[0] = np.arange(5, 5 + num_targets, dtype=np.int32)
+    calls: list[str] = []
+    for name, module in model.base.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    losses = model.losses(batch)
+    losses.sum().backward()
+    assert len(calls) == len(set(calls)) and "lm_head" in calls and "" in calls
+
+
+def test_float16_keeps_gradients_that_are_smaller_than_its_smallest_number():
+    weight = torch.eye(4, dtype=torch.float16)
+    hidden = torch.tensor([[18.0, 0, 0, 0], [19.0, 0, 1, 0]], dtype=torch.float16, requires_grad=True)
+    targets = torch.tensor([0, 0])
+    chunks = Chunks(lambda part: part @ weight.T, CrossEntropy().losses, targets, 1)
+    loss_scale = 2.0**16
+    (LossesWithGradient.apply(hidden, chunks).sum() * loss_scale).backward()
+    exact = hidden.detach().double().requires_grad_()
+    (functional.cross_entropy(exact, targets, reduction="sum") * loss_scale).backward()
+    assert hidden.grad[:, 1:].min() > 0
+    torch.testing.assert_close(hidden.grad[:, 1:].double(), exact.grad[:, 1:], rtol=5e-3, atol=0)
+
+
+def test_tokens_are_scored_at_any_positions_and_logits_are_the_bases(monkeypatch):
+    monkeypatch.setattr(ptune_dist.model.head, "CHUNK_BYTES", 4 * NUM_LABELS * CHUNK)
+    _, model = model_of("cohere", "prefix")
+    asked = model.supervise(draw_batch("prefix")[0])
+    logits = model.head.logits(asked)
+    places = np.array([0, 0, 2, 3, 3, 3, 11])
+    tokens = np.array([5, 6, 7, 8, 9, 200, 10])
+    found = model.head.token_losses(asked, places, tokens, CrossEntropy().losses)
+    wanted = functional.cross_entropy(logits[places], torch.from_numpy(tokens), reduction="none")
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    own = model.head.losses(asked, CrossEntropy().losses)
+    torch.testing.assert_close(functional.cross_entropy(logits, asked.targets, reduction="none"), own)
+
+
+BELOW_THE_HEAD = {"bert": {"is_decoder": True}, "electra": {"is_decoder": True}, "falcon": {}, "mamba": {}}
+
+
+@pytest.mark.parametrize("kind", [*CAUSAL, *SEQ2SEQ, *BELOW_THE_HEAD])
+def test_what_a_base_does_from_its_head_on_is_its_own(kind):
+    wide = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 272}
+    if kind in BELOW_THE_HEAD:
+        config = AutoConfig.for_model(kind, **wide, **BELOW_THE_HEAD[kind])
+        base = AutoModelForCausalLM.from_config(config).eval()
+    else:
+        base = build_base(kind)
+    taken: list[torch.Tensor] = []
+    hook = base.get_output_embeddings().register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+    logits = base(input_ids=torch.arange(5, 11)[None], **decoder_inputs(base)).logits
+    hook.remove()
+    modules = dict(base.named_modules())
+    torch.testing.assert_close(FromHead(base).logits(taken[0][0]), logits[0], rtol=1e-6, atol=1e-6)
+    assert dict(base.named_modules()) == modules
+
+
+def decoder_inputs(base) -> dict[str, torch.Tensor]:
+    return {"decoder_input_ids": torch.arange(5, 11)[None]} if base.config.is_encoder_decoder else {}

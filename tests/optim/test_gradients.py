@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from ptune_dist.data.batches import Batch
 from ptune_dist.optim.gradients import sum_gradients
 from tests.commands import run_module
+from tests.numerics.passes import build_base, build_model, draw_batch
 from tests.optim.states import ALONE
 from tests.processes import ROOT
 
@@ -43,3 +45,19 @@ def test_alone_gradients_stay_what_they_are():
     sum_gradients([given, lacking], ALONE)
     assert torch.equal(given.grad, torch.arange(6.0).view(2, 3)) and torch.equal(lacking.grad, torch.zeros(4))
     sum_gradients([], ALONE)
+
+
+def test_micro_batches_are_summed_in_float32_whatever_the_base_computes_in():
+    model = build_model(build_base("llama").bfloat16(), "causal", "prefix")
+    batches = [draw_batch("prefix", lengths, readers=[(0, 0), (0, 1)])[0] for lengths in ((9,), (5,), (17,), (30,))]
+
+    def gradients(some: list[Batch]) -> torch.Tensor:
+        model.zero_grad()
+        for batch in some:
+            model.losses(batch).sum().backward()
+        return model.prompts[0].virtual_tokens.grad.clone()
+
+    together = gradients(batches)
+    apart = torch.stack([gradients([batch]) for batch in batches])
+    assert together.dtype == torch.float32
+    torch.testing.assert_close(together, apart.sum(dim=0), rtol=1e-6, atol=1e-6 * apart.abs().max().item())

@@ -50,7 +50,6 @@ TABLE: Table = {
         attribute(f"{DEVICES}.nvme", "mark a part as on disk"),
         attribute(f"{DEVICES}.cpu", "allocate a part on the host"),
         attribute("deepspeed.runtime.config:DeepSpeedConfig", "give the swapper its settings"),
-        attribute("deepspeed.accelerator:get_accelerator", "pin parts as DeepSpeed does"),
         attribute(SWAPPER, "write parts to NVMe"),
         parameter(SWAPPER, "model_dtype", "write parts of one dtype to NVMe", "swapped_dtype"),
         instance(SWAPPER, "elements_per_buffer", "keep in memory what is larger than a buffer"),
@@ -75,6 +74,12 @@ TABLE: Table = {
         ),
         attribute(f"{OFFLOAD}.release_backward_leftovers", "release what backward has gathered"),
         attribute("deepspeed.utils:set_z3_leaf_modules", "gather a layer at once"),
+    ],
+    "zero/prefetch.py": [
+        *(
+            source(f"{ZERO}.config:DeepSpeedZeroConfig", f'"{key}"', "choose how much is gathered ahead", key)
+            for key in ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
+        ),
     ],
     "zero/residency.py": [
         source(OFFLOAD, "param.ds_persist = True", "know which parameters DeepSpeed keeps gathered", "ds_persist"),

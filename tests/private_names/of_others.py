@@ -49,8 +49,10 @@ TABLE: Table = {
         attribute("torch.cpu:_is_amx_tile_supported", "know how fast products in bfloat16 are"),
         attribute("torch.cpu:_is_avx512_bf16_supported", "know how fast products in bfloat16 are"),
     ],
-    "model/head.py": [
+    "model/from_head.py": [
         instance(MODULE, "_modules", "stand in for the module below the head"),
+        instance(MODULE, "_forward_pre_hooks", "call the head again within its own call"),
+        instance(MODULE, "_forward_hooks", "call the head again within its own call"),
     ],
     "model/attention_flex.py": [
         attribute("torch._dynamo:mark_dynamic", "compile attention for all lengths at once"),

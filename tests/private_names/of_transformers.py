@@ -51,6 +51,9 @@ TABLE: Table = {
         instance(f"{MODELS}.gpt_oss.modeling_gpt_oss:GptOssAttention", "sinks", "leave sinks to the base"),
     ],
     "model/head.py": [
+        parameter("transformers:PreTrainedConfig.get_text_config", "decoder", "know the size of the vocabulary"),
+    ],
+    "model/from_head.py": [
         attribute(f"{MODEL}.base_model_prefix", "find the module below the head"),
         source(f"{MODELS}.opt.modeling_opt:OPTForCausalLM", "self.model.decoder(", "be OPT's decoder", "decoder"),
         source(
@@ -59,7 +62,6 @@ TABLE: Table = {
             "stand in for T5's decoder",
             "decoder",
         ),
-        parameter("transformers:PreTrainedConfig.get_text_config", "decoder", "know the size of the vocabulary"),
         parameter(f"{T5}.forward", "encoder_outputs", "skip the encoder"),
         parameter(
             f"{T5}.forward",

@@ -4,10 +4,12 @@ usage: shard_many.py OUT KIND=FOLDER ... Writes OUT/RANK.json: for each base wha
 and the names of the tensors that differ from those of the base loaded whole.
 """
 
+import copy
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -20,10 +22,12 @@ from ptune_dist.zero.gathers import watch_gathers
 from ptune_dist.zero.shard import Sharder, fill_sharded
 from tests.conftest import LABELS
 
-CONTENT = {
+CONTENT: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
 }
+PINNED = copy.deepcopy(CONTENT)
+PINNED["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
 INT8 = {"include": [], "threshold": None}
 
 
@@ -52,10 +56,12 @@ def main() -> None:
     init_distributed()
     out, *bases = sys.argv[1:]
     sharder = Sharder(CONTENT, torch.float32)
+    pinned = Sharder(PINNED, torch.float32)
     found = {}
     for kind, folder in (base.split("=", 1) for base in bases):
         found[kind] = check(folder, sharder)
         found[f"{kind} int8"] = check(folder, sharder, int8=INT8)
+        found[f"{kind} pinned"] = check(folder, pinned)
         found[f"{kind} random"] = check(folder, sharder, random_init=True, dtype=torch.bfloat16)
     Path(out, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
     torch.distributed.barrier()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ptune_dist.zero.shard import fill_part
+from ptune_dist.zero.shard import ALIGNMENT, fill_part, pin_together
 from tests.commands import run_module
 from tests.processes import ROOT
 
@@ -24,7 +24,7 @@ def ranks(tiny_bases, tmp_path_factory) -> list[dict]:
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(NUM_RANKS)]
 
 
-@pytest.mark.parametrize("how", ["", " int8", " random"])
+@pytest.mark.parametrize("how", ["", " int8", " pinned", " random"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_parts_of_all_ranks_are_the_base(ranks, kind, how):
     assert [rank[kind + how]["different"] for rank in ranks] == [[]] * NUM_RANKS
@@ -71,3 +71,28 @@ def test_what_reaches_beyond_a_tensor_is_zeros(start):
     fill_part(part, start, len(numbers), fill)
     assert part.tolist() == [*numbers[start : start + 5], *[0.0] * (5 - len(numbers[start : start + 5]))]
     assert asked == ([(start, min(5, 8 - start))] if start < 8 else [])
+
+
+def test_pinned_parts_share_one_block_and_no_memory(monkeypatch):
+    pinned: list[tuple[int, int]] = []
+
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(address: int, num_bytes: int, _flags: int) -> int:  # noqa: N802 -- CUDA's name
+            pinned.append((address, num_bytes))
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda error: None)
+    dtypes = [torch.int8, torch.float32, torch.bfloat16, torch.float32]
+    sizes = [1001, 3, 700, 0]
+    parts = [torch.empty(0, dtype=dtype) for dtype in dtypes]
+    pin_together(list(zip(parts, sizes, strict=True)))
+    for number, part in enumerate(parts):
+        part.fill_(number)
+    assert [part.tolist() for part in parts] == [[number] * size for number, size in enumerate(sizes)]
+    ((address, num_bytes),) = pinned
+    needed = sum(part.nbytes for part in parts)
+    assert needed <= num_bytes < needed + len(parts) * ALIGNMENT
+    assert all(address <= part.data_ptr() <= address + num_bytes - part.nbytes for part in parts[:3])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ptune_dist.data.encode import Examples
+from ptune_dist.data.label_tree import LabelTree
 
 # an example and the members of the sweep that read it
 Unit = tuple[int, tuple[int, ...]]
@@ -161,7 +162,8 @@ class Batch:
     encoder: the index of the label). readers: (row, member) pairs; every loss belongs to one reader. held: what was
     computed of each row's context, for rows that have one. most_targets: the largest number of supervised tokens of any
     rank in this micro step.
-    numbers: each row's target, where targets are numbers.
+    numbers: each row's target, where targets are numbers. trees: each row's labels, where labels are scored. read: what
+    a model's `read_inputs` left of the readers' inputs.
     """
 
     contexts: list[np.ndarray]
@@ -172,6 +174,8 @@ class Batch:
     held: list[Any] | None = None
     most_targets: int = 0
     numbers: list[float | None] | None = None
+    trees: list[LabelTree] | None = None
+    read: Any = None
 
     def with_held(self, held: list[Any]) -> "Batch":
         return replace(self, held=held)

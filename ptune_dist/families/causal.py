@@ -4,6 +4,7 @@ Shapes: S readers, B rows, T tokens, P virtual tokens, C context positions, D wi
 G key/value heads, Dh width of a head.
 """
 
+import dataclasses
 import inspect
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ptune_dist.base.layers import layers_of
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import Examples, TokenPair
 from ptune_dist.data.framing import Framing
@@ -21,9 +23,11 @@ from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.model.attention import KeysValues, Segment, use_segments
 from ptune_dist.model.attention_layouts import RecordedSegments, build_attention
+from ptune_dist.model.attention_trees import build_tree_attention
 from ptune_dist.model.given_cache import GivenCache, pad_contexts
-from ptune_dist.model.layout import collect_outside, lay_out
+from ptune_dist.model.layout import Layout, collect_outside, lay_out, lay_out_labels
 from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised, keys_values_of, vectors_of
+from ptune_dist.prompts.method import Contribution
 
 # A mask of four dimensions goes through transformers untouched; this one would fit no keys, were it read.
 NO_MASK = torch.zeros(1, 1, 1, 0)
@@ -37,6 +41,8 @@ class PromptedCausal(PromptedModel):
     def __init__(self, base: PreTrainedModel, *args: Any, **options: Any):
         super().__init__(base, *args, **options)
         self.uses_segments = use_segments(base)
+        self.scores_trees = self.uses_segments
+        self._keeps_keys = keeps_keys(base) and not base._is_stateful
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
 
     def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
@@ -64,35 +70,104 @@ class PromptedCausal(PromptedModel):
         contributions = self.contributions()
         outside = collect_outside(batch, [keys_values_of(contribution) for contribution in contributions])
         laid = lay_out(batch, [contribution.num_vectors for contribution in contributions], outside)
+        inputs = self._inputs_of(laid, contributions)
+        parts = [part.to(inputs["inputs_embeds"].dtype) for part in outside.parts]
+        inputs["segments"] = build_attention(laid.segments, parts, self.device)
+        return self._supervise_laid(laid, inputs)
+
+    def label_losses(self, batch: Batch) -> list[np.ndarray]:
+        assert batch.trees is not None and self.head is not None
+        contributions = self.contributions()
+        outside = collect_outside(batch, [keys_values_of(contribution) for contribution in contributions])
+        laid = lay_out_labels(batch, [contribution.num_vectors for contribution in contributions], outside)
+        inputs = self._inputs_of(laid.layout, contributions)
+        parts = [part.to(inputs["inputs_embeds"].dtype) for part in outside.parts]
+        inputs["segments"] = build_tree_attention(laid.layout.segments, laid.trees, parts, self.device)
+        order = np.argsort(laid.places, kind="stable")
+        losses = np.empty(len(order))
+        losses[order] = self.head.token_losses(
+            self._supervise_laid(laid.layout, inputs),
+            laid.places[order],
+            laid.targets[order],
+            self.objective.validation_losses,
+            most_targets=batch.most_targets,
+        ).tolist()
+        trees = [batch.trees[row] for row, _ in batch.readers]
+        ends = np.cumsum([len(tree.targets) for tree in trees])
+        return [tree.sum_paths(part) for tree, part in zip(trees, np.split(losses, ends[:-1]), strict=True)]
+
+    def _inputs_of(self, laid: Layout, contributions: list[Contribution]) -> dict[str, Any]:
+        """The base's inputs for one row of live positions, but for its attention."""
         tokens = self.embed_tokens(laid.tokens)
         vectors = [vectors_of(contribution, tokens) for contribution in contributions]
-        parts = [part.to(tokens.dtype) for part in outside.parts]
-        inputs = {
+        return {
             "inputs_embeds": torch.cat([*vectors, tokens])[self.to_tensor(laid.source)][None],
             "position_ids": self.to_tensor(laid.position_ids)[None],
             "attention_mask": NO_MASK.to(tokens),
-            "segments": build_attention(laid.segments, parts, tokens.device),
         }
+
+    def _supervise_laid(self, laid: Layout, inputs: dict[str, Any]) -> Supervised:
         places = self.to_tensor(laid.predicts)
         targets = self.to_tensor(laid.targets)
         return Supervised(torch.zeros_like(places), places, targets, laid.reader, inputs)
 
     def _supervise_padded(self, batch: Batch) -> Supervised:
         """A padded row [virtual tokens, rest, target] for each reader, after its context or its member's prefix."""
+        if batch.read is not None:
+            return self._supervise_after_inputs(batch, batch.read)
         contributions = self.contributions()
         texts = [np.concatenate([batch.rests[row], batch.targets[row]])[:-1] for row, _ in batch.readers]
         members = [member for _, member in batch.readers]
         vectors, mask = self.embed(texts, members, contributions)
         starts = [contributions[member].num_vectors + len(batch.rests[row]) - 1 for row, member in batch.readers]
         inputs = {"inputs_embeds": vectors, "attention_mask": mask}
-        before: list[KeysValues] = []
-        if batch.held:
-            before = [batch.held[row][0] for row, _ in batch.readers]
-        elif any(contribution.keys is not None for contribution in contributions):
-            before = self._prefixes_of(members, contributions, vectors.dtype)
+        before = self._before(batch, contributions, vectors.dtype)
         if before:
             inputs |= self._after(before, mask)
         return self.supervise_rows(batch, starts, **inputs)
+
+    def _before(self, batch: Batch, contributions: list[Contribution], dtype: torch.dtype) -> list[KeysValues]:
+        """What each reader reads first: its row's context, or its member's prefix, or nothing."""
+        if batch.held:
+            return [batch.held[row][0] for row, _ in batch.readers]
+        if any(contribution.keys is not None for contribution in contributions):
+            return self._prefixes_of([member for _, member in batch.readers], contributions, dtype)
+        return []
+
+    @torch.no_grad()
+    def read_inputs(self, batch: Batch) -> Batch:
+        """Each reader's keys/values of all but the last position of its input, and that position's vector.
+
+        A base without keys and values that can be given back reads the whole input again with every target.
+        """
+        if not self._keeps_keys:
+            return batch
+        contributions = self.contributions()
+        texts = [batch.rests[row] for row, _ in batch.readers]
+        vectors, mask = self.embed(texts, [member for _, member in batch.readers], contributions)
+        before = self._before(batch, contributions, vectors.dtype)
+        inputs = {"attention_mask": mask} | (self._after(before, mask) if before else {})
+        cache = GivenCache(pad_contexts(before) if before else [], record=True)
+        self._inner(inputs_embeds=vectors, **inputs | {"past_key_values": cache})
+        if len(cache.recorded) < len(layers_of(self.base)):  # some layers keep something else
+            return batch
+        read = []
+        for reader, length in enumerate(mask.sum(dim=1).tolist()):
+            own = cache.cut(reader, length - 1)
+            whole = zip(*before[reader : reader + 1], own, strict=True)
+            keys_values = KeysValues(*(torch.cat(parts, dim=1) for parts in whole))
+            read.append((keys_values, vectors[reader, length - 1]))
+        return dataclasses.replace(batch, read=read)
+
+    def _supervise_after_inputs(self, batch: Batch, read: list[tuple[KeysValues, torch.Tensor]]) -> Supervised:
+        """A padded row [last position of the input, target] for each reader, after the rest of its input."""
+        targets = [batch.targets[row][:-1] for row, _ in batch.readers]
+        tokens = self.embed_tokens(np.concatenate(targets)).split([len(target) for target in targets])
+        rows = [torch.cat([last[None], own]) for (_, last), own in zip(read, tokens, strict=True)]
+        mask = self.to_tensor(pad_rows([np.ones(len(row)) for row in rows], 0)[0])
+        inputs = {"inputs_embeds": pad_sequence(rows, batch_first=True), "attention_mask": mask}
+        inputs |= self._after([keys_values for keys_values, _ in read], mask)
+        return self.supervise_rows(batch, [0] * len(rows), **inputs)
 
     def _prefixes_of(self, members: list[int], contributions: list, dtype: torch.dtype) -> list[KeysValues]:
         """Each reader's prefix; that of a member without keys/values is empty."""
@@ -167,13 +242,7 @@ class PromptedCausal(PromptedModel):
         padded, present = pad_rows(work.tokens, work.pad_id)
         cache = GivenCache([], record=True)
         self._inner(input_ids=self.to_tensor(padded), attention_mask=self.to_tensor(present), past_key_values=cache)
-        return [
-            tuple(
-                torch.stack([part[row, :, : len(tokens)].transpose(0, 1) for part in parts])
-                for parts in zip(*(cache.recorded or ()), strict=True)
-            )
-            for row, tokens in enumerate(work.tokens)
-        ]
+        return [cache.cut(row, len(tokens)) for row, tokens in enumerate(work.tokens)]
 
     def _record_segments(self, work: Contexts) -> list[tuple[torch.Tensor, torch.Tensor]]:
         num_lead = work.lead.length if work.lead else 0
@@ -224,9 +293,7 @@ class Causal(Family):
             raise UserError(self.describe_no_vectors(model, path))
 
     def check_contexts(self, model: PreTrainedModel, placement: str) -> None:
-        inner = cast(Any, getattr(model, model.base_model_prefix, model))  # the model without its head
-        has_cache = CACHE_ARGUMENTS & set(inspect.signature(inner.forward).parameters)
-        if placement != "prefix" and not has_cache:
+        if placement != "prefix" and not keeps_keys(model):
             kind = model.config.model_type
             raise UserError(f"prompt.placement: {kind} models keep no keys and values: use prefix")
 
@@ -236,3 +303,9 @@ class Causal(Family):
         num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return 2 * text.num_hidden_layers * num_heads * head_width * dtype.itemsize
+
+
+def keeps_keys(model: PreTrainedModel) -> bool:
+    """Whether a base takes keys and values of earlier positions."""
+    inner = cast(Any, getattr(model, model.base_model_prefix, model))  # the model without its head
+    return bool(CACHE_ARGUMENTS & set(inspect.signature(inner.forward).parameters))

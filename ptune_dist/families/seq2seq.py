@@ -4,7 +4,8 @@ Under placement decoder the virtual tokens stand before what the decoder reads, 
 Shapes: S readers, T tokens, C context positions, D width.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,19 @@ from ptune_dist.families.family import Family
 from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised, vectors_of
 
 
+class ReadInputs(NamedTuple):
+    """What an encoder left of the readers' inputs: output [S, T, D], mask, and the keys/values of the output."""
+
+    hidden: torch.Tensor
+    mask: torch.Tensor
+    crossed: DynamicCache
+
+    def inputs(self) -> dict[str, Any]:
+        """Inputs of a pass over the decoder."""
+        cache = EncoderDecoderCache(DynamicCache(), self.crossed)
+        return {"encoder_outputs": (self.hidden,), "attention_mask": self.mask, "past_key_values": cache}
+
+
 class PromptedSeq2Seq(PromptedModel):
     """Rows are padded; every reader has its own virtual tokens."""
 
@@ -40,24 +54,42 @@ class PromptedSeq2Seq(PromptedModel):
         members = [member for _, member in readers]
         start = [self.base.config.decoder_start_token_id]
         written = [np.concatenate([start, batch.targets[row][:-1]]) for row, _ in readers]
+        inputs = self._source(batch) if batch.read is None else batch.read.inputs()
+        if self.placement == "decoder":
+            embeddings = self.base.get_decoder().get_input_embeddings()
+            inputs["decoder_inputs_embeds"], _ = self.embed(written, members, embeddings=embeddings)
+            return self.supervise_rows(batch, [self.num_virtual(member) for member in members], **inputs)
+        inputs["decoder_input_ids"] = self.to_tensor(pad_rows(written, batch.pad_id)[0])
+        return self.supervise_rows(batch, [0] * len(readers), **inputs)
+
+    def _source(self, batch: Batch) -> dict[str, Any]:
+        """What the encoder reads of every reader, or, of a context, what it has left."""
         if self.placement == "decoder":
             assert batch.held is not None, "placement decoder has a context for every row"
-            hidden = [batch.held[row][0] for row, _ in readers]
+            hidden = [batch.held[row][0] for row, _ in batch.readers]
             read = self.to_tensor(pad_rows([np.ones(len(part)) for part in hidden], 0)[0])
-            vectors, _ = self.embed(written, members, embeddings=self.base.get_decoder().get_input_embeddings())
-            inputs: dict[str, Any] = {
-                "encoder_outputs": (pad_sequence(hidden, batch_first=True),),
-                "decoder_inputs_embeds": vectors,
-                "attention_mask": read,
-            }
-            return self.supervise_rows(batch, [self.num_virtual(member) for member in members], **inputs)
-        vectors, mask = self.embed([batch.rests[row] for row, _ in readers], members)
-        inputs = {
-            "inputs_embeds": vectors,
-            "attention_mask": mask,
-            "decoder_input_ids": self.to_tensor(pad_rows(written, batch.pad_id)[0]),
-        }
-        return self.supervise_rows(batch, [0] * len(readers), **inputs)
+            return {"encoder_outputs": (pad_sequence(hidden, batch_first=True),), "attention_mask": read}
+        vectors, mask = self.embed([batch.rests[row] for row, _ in batch.readers], [m for _, m in batch.readers])
+        return {"inputs_embeds": vectors, "attention_mask": mask}
+
+    @torch.no_grad()
+    def read_inputs(self, batch: Batch) -> Batch:
+        """The encoder once, and once the keys and values of its output that the decoder's layers read."""
+        source = self._source(batch)
+        mask = source["attention_mask"]
+        encoded = source.get("encoder_outputs")
+        if encoded is None:
+            encoded = (self.base.get_encoder()(**source)[0],)
+        crossed = DynamicCache()
+        start = torch.full((len(batch.readers), 1), self.base.config.decoder_start_token_id, device=mask.device)
+        self.base(
+            encoder_outputs=encoded,
+            attention_mask=mask,
+            decoder_input_ids=start,
+            past_key_values=EncoderDecoderCache(DynamicCache(), crossed),
+            use_cache=True,
+        )
+        return dataclasses.replace(batch, read=ReadInputs(encoded[0], mask, crossed))
 
     @torch.no_grad()
     def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:

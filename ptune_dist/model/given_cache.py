@@ -35,6 +35,14 @@ class GivenCache(Cache):
         keys, values = self._given[layer_idx]
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
+    def cut(self, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first recorded keys and values [L, length, G, D] of a row that is padded on the right."""
+        keys, values = (
+            torch.stack([part[row, :, :length].transpose(0, 1) for part in parts])
+            for parts in zip(*self.recorded, strict=True)
+        )
+        return keys, values
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._given[0][0].shape[2] if self._given else 0
 

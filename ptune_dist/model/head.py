@@ -1,13 +1,15 @@
 """The head of a language model at supervised positions only, a chunk of them at a time.
 
 No tensor [B, T, V] exists: positions are selected at the input of the base's own head, so that what a base does after
-it (scaling, soft caps) still happens. Shapes: B rows, T tokens, U supervised positions, D width, V vocabulary.
+it (scaling, soft caps) still happens. Shapes: B rows, T tokens, U supervised positions, E tokens that are scored,
+D width, V vocabulary.
 """
 
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -91,6 +93,26 @@ class HeadAtTargets:
         return torch.cat(
             [checkpoint(self._losses_of, *piece, loss_of, use_reentrant=False) for piece in pieces]  # type: ignore
         )
+
+    @torch.no_grad()
+    def token_losses(
+        self, asked: Supervised, places: np.ndarray, tokens: np.ndarray, loss_of: LossOf, *, most_targets: int
+    ) -> torch.Tensor:
+        """Losses [E] of tokens [E], each after one of the U supervised positions, whose numbers `places` [E] ascend.
+
+        The logits of a position are computed once, however many tokens are scored there. `most_targets` as in `losses`.
+        """
+        hidden = self.hidden(asked)
+        num_chunks = max(1, math.ceil(max(most_targets, len(hidden)) / self._chunk))
+        losses: list[torch.Tensor] = []
+        first = 0
+        for chunk in hidden.tensor_split(num_chunks):
+            own = slice(*np.searchsorted(places, [first, first + len(chunk)]))
+            at = torch.from_numpy(places[own] - first).to(hidden.device)
+            wanted = torch.from_numpy(tokens[own]).to(hidden.device)
+            losses.append(self._losses_of(chunk, wanted, lambda logits, targets, at=at: loss_of(logits[at], targets)))
+            first += len(chunk)
+        return torch.cat(losses)
 
     def hidden(self, asked: Supervised) -> torch.Tensor:
         """What the base's head would read at the supervised positions, [U, D]."""

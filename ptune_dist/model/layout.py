@@ -11,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ptune_dist.data.batches import Batch
+from ptune_dist.data.label_tree import LabelTree
 from ptune_dist.model.attention import KeysValues, Segment
+from ptune_dist.model.attention_trees import PlacedTree
 
 Run = tuple[int, int]  # first live position, number of live positions
 
@@ -110,6 +112,58 @@ def lay_out(batch: Batch, num_vectors: list[int], outside: Outside) -> Layout:
     return builder.finish()
 
 
+@dataclass(frozen=True)
+class LabelLayout:
+    """A pass that scores labels: the readers' inputs, and after all of them a tree of labels for each.
+
+    In `layout`, predicts are the positions after which tokens are scored, and targets their numbers. places, targets
+    [E of all readers]: each token to score, and the number of its position.
+    """
+
+    layout: Layout
+    trees: list[PlacedTree]
+    places: np.ndarray
+    targets: np.ndarray
+
+
+def lay_out_labels(batch: Batch, num_vectors: list[int], outside: Outside) -> LabelLayout:
+    """As `lay_out`, for rows with trees of labels in place of targets."""
+    assert batch.trees is not None, "labels are scored of rows that have some"
+    builder = LayoutBuilder(num_vectors)
+    is_shared = shares_context(batch)
+    homes: dict[int, Run] = {}
+    if is_shared:
+        for member in sorted({member for _, member in batch.readers}):
+            homes[member] = builder.add(builder.virtual(member), outside.of(0, member), parent=None)
+    lasts: list[int] = []
+    before_trees: list[tuple[Before, tuple[Run, ...]]] = []
+    for row, member in batch.readers:
+        before = outside.of(row, member)
+        source = builder.take(batch.rests[row])
+        if not is_shared:
+            source = np.concatenate([builder.virtual(member), source])
+        home = homes.get(member)
+        own = builder.add(source, before, parent=home)
+        runs = tuple(run for run in (home, own) if run is not None and run[1])
+        assert runs, "the first token is predicted from a token of the input or of the prompt"
+        lasts.append(sum(runs[-1]) - 1)
+        before_trees.append((before, runs))
+    trees: list[PlacedTree] = []
+    places: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    num_places = 0
+    for number, (row, _) in enumerate(batch.readers):
+        tree = batch.trees[row]
+        placed = builder.add_tree(tree, *before_trees[number])
+        trees += [placed] if len(tree.tokens) else []
+        predicts = np.concatenate([lasts[number : number + 1], placed.start + np.arange(len(tree.tokens))])
+        builder.predict(predicts, num_places + np.arange(len(predicts)), number)
+        places.append(num_places + 1 + tree.places)
+        targets.append(tree.targets)
+        num_places += len(predicts)
+    return LabelLayout(builder.finish(), trees, np.concatenate(places), np.concatenate(targets))
+
+
 class LayoutBuilder:
     """Builds a layout by adding one run of live positions after another."""
 
@@ -149,15 +203,28 @@ class LayoutBuilder:
         self._num_live += len(source)
         return run
 
+    def add_tree(self, tree: LabelTree, before: Before, parents: tuple[Run, ...]) -> PlacedTree:
+        """A tree whose tokens read `before` from outside, the live runs `parents`, and their own branch."""
+        offset = before.length + sum(length for _, length in parents)
+        placed = PlacedTree(tree, self._num_live, before.numbers, parents, offset)
+        self._source.append(self.take(tree.tokens))
+        self._positions.append(offset + tree.depths)
+        self._num_live += len(tree.tokens)
+        return placed
+
+    def predict(self, places: np.ndarray, targets: np.ndarray, reader: int) -> None:
+        """What stands after live positions `places` is supervised."""
+        self._predicts.append(places)
+        self._targets.append(targets)
+        self._reader.append(np.full(len(targets), reader))
+
     def supervise(self, targets: np.ndarray, reader: int, num_rest: int, last_virtual: int, start: int) -> None:
         """A reader's targets: text token t stands at live position start + t, the one before it at `last_virtual`."""
         places = start + np.arange(num_rest - 1, num_rest - 1 + len(targets))
         if num_rest == 0 and len(targets):
             assert last_virtual >= 0, "the first target is predicted from a token of the input or of the prompt"
             places[0] = last_virtual
-        self._predicts.append(places)
-        self._targets.append(targets)
-        self._reader.append(np.full(len(targets), reader))
+        self.predict(places, targets, reader)
 
     def finish(self) -> Layout:
         parts = (self._source, self._positions, self._predicts, self._targets, self._reader, self._tokens)

@@ -56,6 +56,7 @@ class PromptedModel(nn.Module):
 
     has_language_head = True
     uses_segments = False  # all texts of a pass are one row without padding
+    scores_trees = False  # one pass scores all labels of its rows; else labels follow one by one after `read_inputs`
     needs_empty_contexts = False  # something is computed of a context even where it has no tokens
 
     base: PreTrainedModel
@@ -173,6 +174,14 @@ class PromptedModel(nn.Module):
         asked = self.supervise(batch)
         assert self.head is not None, "families without a language head compute their own losses"
         return self.head.losses(asked, loss_of, most_targets=batch.most_targets), asked.reader
+
+    def label_losses(self, batch: Batch) -> list[np.ndarray]:
+        """Each reader's summed losses of the labels of its row's tree, in one pass without gradient."""
+        raise NotImplementedError
+
+    def read_inputs(self, batch: Batch) -> Batch:
+        """The batch with what its readers' inputs leave, so that targets after them cost only themselves."""
+        return batch
 
     def _number_losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
         predicted, reader = self._predict(batch)

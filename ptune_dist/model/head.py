@@ -114,6 +114,11 @@ class HeadAtTargets:
             first += len(chunk)
         return torch.cat(losses)
 
+    @torch.no_grad()
+    def logits(self, asked: Supervised) -> torch.Tensor:
+        """Logits [U, V] at the supervised positions, all at once; without gradient."""
+        return self._run(asked, is_held=False)
+
     def hidden(self, asked: Supervised) -> torch.Tensor:
         """What the base's head would read at the supervised positions, [U, D]."""
         self._run(asked, is_held=True)

@@ -171,7 +171,7 @@ class LayoutBuilder:
         self._virtual_starts = np.concatenate([[0], np.cumsum(num_vectors)])
         self._num_live = 0
         self._num_tokens = 0
-        self._segments: list[Segment] = []
+        self.segments: list[Segment] = []
         self._source: list[np.ndarray] = []
         self._positions: list[np.ndarray] = []
         self._tokens: list[np.ndarray] = []
@@ -197,7 +197,7 @@ class LayoutBuilder:
             return run
         parents = (parent,) if parent is not None and parent[1] else ()
         offset = before.length + sum(length for _, length in parents)
-        self._segments.append(Segment(*run, before.numbers, parents, offset))
+        self.segments.append(Segment(*run, before.numbers, parents, offset))
         self._source.append(source)
         self._positions.append(np.arange(offset, offset + len(source)))
         self._num_live += len(source)
@@ -228,4 +228,4 @@ class LayoutBuilder:
 
     def finish(self) -> Layout:
         parts = (self._source, self._positions, self._predicts, self._targets, self._reader, self._tokens)
-        return Layout(self._segments, *(np.concatenate(part).astype(np.int64) for part in parts))
+        return Layout(self.segments, *(np.concatenate(part).astype(np.int64) for part in parts))

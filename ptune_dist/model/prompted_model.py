@@ -20,6 +20,7 @@ from ptune_dist.base.trained_head import trained_parameters
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import Examples, TokenPair
 from ptune_dist.model.attention import KeysValues
+from ptune_dist.model.decode import Decoder
 from ptune_dist.model.head import HeadAtTargets
 from ptune_dist.model.value_head import TargetScale, ValueHeads
 from ptune_dist.objectives.objective import Objective
@@ -150,6 +151,10 @@ class PromptedModel(nn.Module):
     def generate(self, inputs: list[TokenPair], member: int, options: dict[str, Any]) -> torch.Tensor:
         """New token ids [B, T] of inputs, each (context, rest); `options` are those of the base's own `generate`."""
         raise NotImplementedError
+
+    def open_decoder(self, member: int) -> Decoder | None:
+        """What answers rows that come and go; None where whole batches are answered by `generate`."""
+        return None
 
     def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:
         """Positions that stand before the first token of an answer, of those whose number may be limited."""

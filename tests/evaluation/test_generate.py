@@ -70,12 +70,12 @@ def draw_inputs(lengths: tuple[int, ...], placement: str = "prefix") -> list[Tok
 
 
 @torch.no_grad()
-def answer_plainly(model: PromptedModel, inputs: TokenPair, num_new: int = NUM_NEW) -> list[int]:
+def answer_plainly(model: PromptedModel, inputs: TokenPair, num_new: int = NUM_NEW, end: int = EOS) -> list[int]:
     """One row of a causal base alone, everything computed anew for each token, positions counted from the prompt's."""
     base, found = model.base, model.prompts[0]()
     embed = base.get_input_embeddings()
     answer: list[int] = []
-    while len(answer) < num_new and EOS not in answer:
+    while len(answer) < num_new and end not in answer:
         before, after = (embed(torch.tensor([part], dtype=torch.long)) for part in (inputs[0], [*inputs[1], *answer]))
         if found.vectors is not None:
             vectors = torch.cat([before, found.vectors[None], after], dim=1)

@@ -1,0 +1,137 @@
+"""Rows of answers in progress, over a base whose passes are rows of segments.
+
+Each pass reads the newest token of every row and, beside them, whole inputs of rows that enter; nothing is padded, and
+what all inputs begin with is read once.
+
+Shapes: n rows in progress, m rows that enter, V vocabulary, N live positions.
+"""
+
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from ptune_dist.data.batches import Batch
+from ptune_dist.families.segment_inputs import embed_laid, supervise_laid
+from ptune_dist.model.attention import KeysValues
+from ptune_dist.model.attention_layouts import RecordedSegments, SegmentAttention, join_parts
+from ptune_dist.model.decode import DecodePass, KeysValuesPool
+from ptune_dist.model.layout import Before, Layout, LayoutBuilder, collect_outside
+from ptune_dist.model.prompted_model import PromptedModel, keys_values_of
+from ptune_dist.prompts.method import Contribution
+
+
+class Entering(NamedTuple):
+    """Rows whose input was read in the last pass: what they read from outside, beyond the lead, and the record."""
+
+    before: list[list[KeysValues]]
+    recorded: RecordedSegments
+
+
+class SegmentDecoder:
+    """`model.decode.Decoder` over segments."""
+
+    def __init__(self, model: PromptedModel, member: int):
+        self._model = model
+        self._member = member
+        self._found: Contribution | None = None
+        self._pool = KeysValuesPool(None)
+        self._entering: Entering | None = None
+        self._is_prompt_read = False  # the virtual tokens are in the lead
+
+    @property
+    def num_rows(self) -> int:
+        return self._pool.num_rows
+
+    def own_length(self, context: np.ndarray, rest: np.ndarray) -> int:
+        if self._is_prompt_read:
+            return len(rest)
+        stands = self._model.prompt(self._member).stands_in_sequence
+        return len(context) + (self._model.num_virtual(self._member) if stands else 0) + len(rest)
+
+    @property
+    def _contribution(self) -> Contribution:
+        """The prompt's, computed in the first pass; its keys and values are the lead's first."""
+        if self._found is None:
+            self._found = self._model.contributions()[self._member]
+            prefix = keys_values_of(self._found)
+            if prefix is not None:
+                self._pool.lead = prefix.to(self._dtype)
+        return self._found
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return cast(nn.Embedding, self._model.base.get_input_embeddings()).weight.dtype
+
+    def start(self, batch: Batch) -> None:
+        outside = collect_outside(batch, [keys_values_of(self._contribution)])
+        parts = [part.to(self._dtype) for part in outside.parts]
+        builder = LayoutBuilder([self._contribution.num_vectors])
+        source = np.concatenate([builder.virtual(0), builder.take(batch.rests[0])])
+        self._is_prompt_read = True
+        if len(source):
+            builder.add(source, outside.of(0, 0), parent=None)
+            builder.predict(np.array([len(source) - 1]), np.zeros(1), 0)
+            laid = builder.finish()
+            recorded = RecordedSegments(laid.segments, parts, self._model.device)
+            self._run(laid, recorded)
+            parts.append(KeysValues(*recorded.cut()[0]))
+        self._pool.lead = join_parts(parts)
+
+    def run(self, tokens: list[int], new: Batch | None) -> torch.Tensor:
+        builder = LayoutBuilder([self._contribution.num_vectors])
+        self._pool.make_room()
+        for token, length in zip(tokens, self._pool.lengths, strict=True):
+            run = builder.add(builder.take(np.array([token])), Before((), length), parent=None)
+            builder.predict(np.array([run[0]]), np.zeros(1), 0)
+        self._entering = None
+        if new is not None:
+            self._entering = self._lay_out_new(builder, new)
+        laid = builder.finish()
+        recorded = self._entering.recorded if self._entering else None
+        logits = self._run(laid, DecodePass(self._pool, recorded, self._model.device))
+        if tokens:
+            self._pool.advance()
+        return logits
+
+    def leave(self, rows: list[int]) -> None:
+        for row in sorted(rows, reverse=True):
+            self._pool.remove(row)
+
+    def enter(self, rows: list[int], *, num_slots: int, num_columns: int) -> None:
+        if not rows:
+            return
+        assert self._entering is not None
+        cut = self._entering.recorded.cut()
+        found = [join_parts([*self._entering.before[row], KeysValues(*cut[row])]) for row in rows]
+        whole = [keys_values for keys_values in found if keys_values is not None]
+        self._pool.add(whole, num_slots=num_slots, num_columns=num_columns)
+        self._entering = None
+
+    def _lay_out_new(self, builder: LayoutBuilder, new: Batch) -> Entering:
+        """Segments of rows that enter, numbered from the first of them."""
+        lead = self._pool.lead
+        parts = [lead] if lead is not None else []
+        outside = collect_outside(new, [None])
+        first_part = len(parts)
+        parts += [] if self._is_prompt_read else [part.to(self._dtype) for part in outside.parts]
+        before: list[list[KeysValues]] = []
+        num_decoded = self._pool.num_rows
+        for row, rest in enumerate(new.rests):
+            source = builder.take(rest)
+            own = Before()
+            if not self._is_prompt_read:
+                source = np.concatenate([builder.virtual(0), source])
+                own = outside.of(row, 0)
+            numbers = (*range(first_part), *(first_part + number for number in own.numbers))
+            run = builder.add(source, Before(numbers, self._pool.num_lead + own.length), parent=None)
+            builder.predict(np.array([sum(run) - 1]), np.zeros(1), 0)
+            before.append([parts[number] for number in numbers[first_part:]])
+        segments = [s._replace(start=s.start - num_decoded) for s in builder.segments[num_decoded:]]
+        return Entering(before, RecordedSegments(segments, parts, self._model.device))
+
+    def _run(self, laid: Layout, attention: SegmentAttention) -> torch.Tensor:
+        assert self._model.head is not None
+        vectors = embed_laid(self._model, laid, [self._contribution])
+        return self._model.head.logits(supervise_laid(self._model, laid, vectors, attention))

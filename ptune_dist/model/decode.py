@@ -1,0 +1,194 @@
+"""Answers in progress: the keys/values of their rows, and attention of passes that read one more token of each.
+
+The rows of a pool end at one column, so that a pass writes all new keys/values at one place; where a row begins differs
+from row to row. What all rows read first, the lead, is held once.
+
+Shapes: n rows, N live positions, L layers, P positions of the lead, C columns, H heads, G key/value heads, R = H / G,
+D width of a head.
+"""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ptune_dist.data.batches import Batch
+from ptune_dist.model.attention import KeysValues
+from ptune_dist.model.attention_layouts import RecordedSegments
+
+SPARE_COLUMNS = 32  # beyond what is used now, so that rows are not moved at every pass
+
+
+class Decoder(Protocol):
+    """Rows of answers in progress, of one member's prompt. `start` and `run` are collective where the base is sharded.
+
+    Rows are known by their places, which change: see `leave` and `enter`.
+    """
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def own_length(self, context: np.ndarray, rest: np.ndarray) -> int:
+        """The positions of an input that a row has for itself; `rest` is without what the lead has of it."""
+        ...
+
+    def start(self, batch: Batch) -> None:
+        """Read what all inputs begin with, the lead: the one row's context, the prompt, and the row's rest.
+
+        It is left out where inputs have contexts of their own; what the prompt stands after is then not the same.
+        """
+        ...
+
+    def run(self, tokens: list[int], new: Batch | None) -> torch.Tensor:
+        """Logits [n + m, V] after the newest token of each row, and after the whole inputs of rows that enter."""
+        ...
+
+    def leave(self, rows: list[int]) -> None:
+        """These rows are finished; from the last to the first of them, the last row takes the place of each."""
+        ...
+
+    def enter(self, rows: list[int], *, num_slots: int, num_columns: int) -> None:
+        """Of the rows whose inputs the last pass read, these continue, after those in progress.
+
+        Where room must be made, it is made for `num_slots` rows of `num_columns` positions.
+        """
+        ...
+
+
+class KeysValuesPool:
+    """The keys/values of rows, in the order in which they came; the last one takes the place of one that leaves."""
+
+    def __init__(self, lead: KeysValues | None):
+        self.lead = lead
+        self._starts: list[int] = []  # each row's first column
+        self._end = 0  # the column after the last
+        self._held: torch.Tensor | None = None  # [2, L, slots, G, C, D]
+        self._like: torch.Tensor | None = None  # no positions: [L, 0, G, D]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._starts)
+
+    @property
+    def num_lead(self) -> int:
+        return self.lead.length if self.lead else 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """The positions of each row, lead included."""
+        return [self.num_lead + self._end - start for start in self._starts]
+
+    def add(self, rows: list[KeysValues], *, num_slots: int, num_columns: int) -> None:
+        """Rows that were read, lead excluded. Where room must be made, it is made for so many rows and positions."""
+        longest = max(row.length for row in rows)
+        if not self._starts:
+            self._end = longest
+        shift = max(0, longest - self._end)  # of the rows that are there
+        self._like = rows[0].keys[:, :0]
+        self._reserve(self.num_rows + len(rows), shift, num_slots, num_columns)
+        assert self._held is not None
+        for row in rows:
+            slot = self.num_rows
+            self._starts.append(self._end - row.length)
+            self._held[:, :, slot] = 0  # nothing of a former row, which may not have been a number
+            for kind, tensor in enumerate(row):
+                self._held[kind, :, slot, :, self._starts[slot] : self._end] = tensor.transpose(1, 2)
+
+    def remove(self, slot: int) -> None:
+        """The row leaves; the last row takes its place."""
+        last = self.num_rows - 1
+        if slot != last:
+            assert self._held is not None
+            self._held[:, :, slot] = self._held[:, :, last]
+            self._starts[slot] = self._starts[last]
+        self._starts.pop()
+
+    def advance(self) -> None:
+        """A pass has written the keys/values of every row's next position."""
+        self._end += 1
+
+    def make_room(self) -> None:
+        """Before a pass: a free column."""
+        if self._starts:
+            self._reserve(self.num_rows, 0, self.num_rows, 0)
+
+    def _reserve(self, num_rows: int, shift: int, num_slots: int, num_columns: int) -> None:
+        """Have room for so many rows and a free column; where that takes a new tensor, drop columns that none reads."""
+        held = self._held
+        if held is not None and num_rows <= held.shape[2] and shift == 0 and self._end < held.shape[4]:
+            return
+        assert self._like is not None
+        num_layers, _, num_groups, width = self._like.shape
+        first = min(self._starts, default=0)
+        used = self._end - first
+        end = used + shift
+        num_columns = max(num_columns, end + SPARE_COLUMNS)
+        new = self._like.new_zeros(2, num_layers, max(num_rows, num_slots), num_groups, num_columns, width)
+        if self._starts and held is not None:
+            new[:, :, : self.num_rows, :, shift:end] = held[:, :, : self.num_rows, :, first : self._end]
+        self._starts = [start - first + shift for start in self._starts]
+        self._end = end
+        self._held = new
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """[n, H, D] of every row's next position: q [n, H, D], k and v [n, G, D], what is not read [n, P + C]."""
+        assert self._held is not None
+        count = self.num_rows
+        first = min(self._starts)
+        self._held[0, layer, :count, :, self._end] = k
+        self._held[1, layer, :count, :, self._end] = v
+        keys, values = self._held[:, layer, :count, :, first : self._end + 1]  # [n, G, C, D]
+        q = (q * scale).unflatten(1, (k.shape[1], -1))  # [n, G, R, D]
+        scores = q @ keys.transpose(2, 3)  # [n, G, R, C]
+        if self.lead is not None:
+            grouped = q.transpose(0, 1)  # [G, n, R, D]
+            over_lead = grouped.flatten(1, 2) @ self.lead.keys[layer].permute(1, 2, 0)  # [G, n * R, P]
+            scores = torch.cat([over_lead.unflatten(1, grouped.shape[1:3]).transpose(0, 1), scores], dim=3)
+        scores = scores.masked_fill(mask[:, None, None], -torch.inf)
+        shares = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+        out = shares[..., self.num_lead :] @ values  # [n, G, R, D]
+        if self.lead is not None:
+            of_lead = shares[..., : self.num_lead].transpose(0, 1)  # [G, n, R, P]
+            over_lead = of_lead.flatten(1, 2) @ self.lead.values[layer].transpose(0, 1)
+            out = out + over_lead.unflatten(1, of_lead.shape[1:3]).transpose(0, 1)
+        return out.flatten(1, 2)
+
+    def mask(self, window: int | None, device: torch.device) -> torch.Tensor:
+        """What the rows' next positions do not read [n, P + C]: other rows' columns, and what is out of the window."""
+        first = min(self._starts)
+        starts = torch.tensor(self._starts, device=device)[:, None] - first
+        columns = torch.arange(self._end + 1 - first, device=device)
+        lead = torch.arange(self.num_lead, device=device).expand(self.num_rows, -1)
+        is_unread = torch.cat([lead < 0, columns < starts], dim=1)
+        if window is None:
+            return is_unread
+        positions = torch.cat([lead, columns - starts + self.num_lead], dim=1)
+        queries = torch.tensor(self.lengths, device=device)[:, None]
+        return is_unread | (queries - positions >= window)
+
+
+class DecodePass:
+    """Attention of one pass: the next positions of a pool's rows, then whole new rows, whose keys/values it records."""
+
+    def __init__(self, pool: KeysValuesPool, new: RecordedSegments | None, device: torch.device):
+        self._pool = pool
+        self._new = new
+        self._device = device
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: int, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
+        count = self._pool.num_rows
+        found: list[torch.Tensor] = []
+        if count:
+            if window not in self._masks:
+                self._masks[window] = self._pool.mask(window, self._device)
+            found.append(self._pool.attend(q[:count], k[:count], v[:count], layer, scale, self._masks[window]))
+        if self._new is not None:
+            rest = (q[count:], k[count:], v[count:])
+            found.append(self._new.attend(*rest, layer=layer, scale=scale, window=window))
+        return torch.cat(found)

@@ -89,7 +89,8 @@ def decode_rows(
     lengths = [len(context) + len(rest) for context, rest in inputs]
     most_tokens = [min(decoding.max_new_tokens, room_for_answer(model, length, num_virtual)) for length in lengths]
     for found in answer_rows(loop, inputs, most_tokens, first, engine.world):
-        texts = tokenizer.batch_decode([ids for _, ids in found], skip_special_tokens=True)
+        ids = [tokens for _, tokens in found]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True) if found else []  # it makes a text of no rows
         yield list(zip([number for number, _ in found], texts, strict=True))
 
 

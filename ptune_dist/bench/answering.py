@@ -3,7 +3,7 @@
     python -m ptune_dist.bench.answering prepare --out DIR [--before COMMIT]
     torchrun --nproc-per-node 2 .../answering.py labels|generate CONFIG [key.path=value ...] --result FILE
 
-`prepare` makes rows, a base whose answers end after 1 to 60 sampled tokens, and the package as it was at a commit, so
+`prepare` makes rows, a base whose greedy answers end after 1 to 60 tokens, and the package as it was at a commit, so
 that the same file measures both: it imports nothing that the package did not have then.
 """
 
@@ -32,7 +32,7 @@ from ptune_dist.bench.probe import write_result
 from ptune_dist.bench.shapes import write_shape, write_weights
 from ptune_dist.config.load import load_config
 from ptune_dist.data.build import build_inputs, build_split
-from ptune_dist.distributed.world import init_distributed
+from ptune_dist.distributed.world import World, init_distributed, sum_over_ranks
 from ptune_dist.evaluation.answer_plan import Decoding
 from ptune_dist.evaluation.evaluator import build_evaluator
 from ptune_dist.evaluation.generate import generate_texts
@@ -47,8 +47,10 @@ LABEL_TOKENS = (3, 6)  # with the end of a text
 NUM_FIRST_WORDS = 25  # labels begin with one of so many words
 ROWS = {"short": (32, 15, 25), "long": (8, 150, 250), "answers": (256, 10, 300)}  # rows, fewest and most tokens
 MOST_NEW_TOKENS = 60
-SAMPLING = {"temperature": 1.0, "top_k": 50}
-END_SCALE = 7.0  # of the end token's embedding: so large that a sampled answer ends after some 20 tokens
+# Of a random base's layers, so that its answers do not repeat themselves, and of the end token's embedding, so that they
+# end after some 30 tokens, at 60 at the latest.
+LAYER_SCALE = 4.0
+END_SCALE = 2.2
 
 
 def write_data(out: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
@@ -89,11 +91,14 @@ def draw_labels(draw: random.Random, words: list[str], tokenizer: PreTrainedToke
 
 
 def write_base(out: Path) -> None:
-    """Random weights, under which a sampled answer ends after some tokens."""
+    """Random weights, under which a greedy answer ends after some tokens."""
     write_shape(SHAPE, out)
     write_weights(out, torch.float32, seed=0)
     (file,) = out.glob("*.safetensors")
     tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if ".layers." in name and tensor.dim() > 1:
+            tensor *= LAYER_SCALE
     tensors["model.embed_tokens.weight"][json.loads(SHAPE.read_text())["eos_token_id"]] *= END_SCALE
     save_file(tensors, file, {"format": "pt"})
 
@@ -123,26 +128,25 @@ def measure_labels(job: Job) -> dict[str, Any]:
     split = build_split(job.config.data, job.reading.encoding(job.config), which="validation")
     assert split is not None
     evaluator = build_evaluator(job.config, split, job.reading)
-    found, seconds = timed(lambda: evaluator(job.engine, job.engine.members))
+    found, times = timed(lambda: evaluator(job.engine, job.engine.members), job.engine.world)
     ((metrics, _),) = found.values()
     num_inputs = split.examples.lengths - split.examples.num_targets
     return {
         "rows": len(split.examples),
         "labels": len(job.config.data.labels or []),
         "median_input_tokens": statistics.median(num_inputs.tolist()),
-        "evaluation_s": seconds,
-        "ms_per_row": 1e3 * seconds / len(split.examples),
+        **times,
         "loss": metrics["loss"],
         "accuracy": metrics["accuracy"],
     }
 
 
 def measure_generation(job: Job) -> dict[str, Any]:
-    """Sampled answers to all rows."""
+    """Greedy answers to all rows."""
     split = build_split(job.config.data, job.reading.encoding(job.config), which="validation")
     assert split is not None
     inputs = build_inputs(job.config.data, split.rows, job.reading.encoding(job.config))
-    decoding = Decoding(MOST_NEW_TOKENS, job.config.train.micro_batch_tokens, SAMPLING, seed=0)
+    decoding = Decoding(MOST_NEW_TOKENS, job.config.train.micro_batch_tokens)
     decode = job.tokenizer.batch_decode
 
     def count_and_decode(ids: Any, **options: Any) -> list[str]:
@@ -152,7 +156,7 @@ def measure_generation(job: Job) -> dict[str, Any]:
         return [" ".join(map(str, row[: row.index(end)] if end in row else row)) for row in rows]
 
     job.tokenizer.batch_decode = count_and_decode
-    answers, seconds = timed(lambda: dict(generate_texts(job.engine, job.tokenizer, inputs, decoding)))
+    answers, times = timed(lambda: dict(generate_texts(job.engine, job.tokenizer, inputs, decoding)), job.engine.world)
     job.tokenizer.batch_decode = decode
     lengths = [len(answers[i].split()) + 1 for i in range(len(inputs))]
     return {
@@ -161,19 +165,19 @@ def measure_generation(job: Job) -> dict[str, Any]:
         "median_answer_tokens": statistics.median(lengths),
         "shortest_answer": min(lengths),
         "longest_answer": min(max(lengths), MOST_NEW_TOKENS),
-        "generation_s": seconds,
-        "answers_per_s": len(inputs) / seconds,
+        **times,
         "answers": [zlib.crc32(answers[i].encode()) for i in range(len(inputs))],
     }
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What `work` returns, and the seconds until all ranks have done it."""
+def timed(work: Callable[[], Any], world: World) -> tuple[Any, dict[str, float]]:
+    """What `work` returns; the seconds until all ranks have done it, and their CPU seconds together."""
     dist.barrier()
     began = time.perf_counter()
+    cpu_began = time.process_time()
     found = work()
-    dist.barrier()
-    return found, time.perf_counter() - began
+    cpu_s = sum_over_ranks([time.process_time() - cpu_began], world)[0]
+    return found, {"wall_s": time.perf_counter() - began, "cpu_s": cpu_s}
 
 
 MEASURES = {"labels": measure_labels, "generate": measure_generation}

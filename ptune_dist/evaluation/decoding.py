@@ -17,6 +17,7 @@ from ptune_dist.evaluation.sampling import Chooser
 from ptune_dist.model.decode import Decoder
 
 PASSES_PER_ROUND = 32
+MOST_ROWS = 256  # in progress: their logits take memory too
 
 
 @dataclass
@@ -50,12 +51,13 @@ class AnswerLoop:
     """This rank's rows on their way through a decoder."""
 
     def __init__(self, decoder: Decoder, base: Base, chooser: Chooser, *, end: int | None, budget: int):
-        """`end`: the token after which an answer is complete. `budget`: the most positions that are held at once."""
+        """`end`: the token after which an answer is complete. `budget`: the most positions that a pass reads."""
         self._decoder = decoder
         self._base = base
         self._chooser = chooser
         self._end = end
         self._budget = budget
+        self._capacity = budget * decoder.held_per_position  # positions whose keys/values are held
         self._holds_contexts = False
         self._waiting: list[Row] = []  # the next one last
         self._active: list[Row] = []
@@ -101,7 +103,8 @@ class AnswerLoop:
             row = self._waiting[-1]
             width = max(widest, row.need)
             count = len(self._active) + len(new)
-            if count and ((count + 1) * width > self._budget or num_read + row.length > self._budget):
+            is_over = (count + 1) * width > self._capacity or len(self._active) + num_read + row.length > self._budget
+            if count and (is_over or count == MOST_ROWS):
                 break
             new.append(self._waiting.pop())
             widest = width
@@ -131,7 +134,7 @@ class AnswerLoop:
             self._active.pop()
         self._active += [new[place] for place in entering]
         widest = max((row.need for row in self._active), default=1)
-        num_slots = min(self._budget // widest, len(rows) + len(self._waiting))
+        num_slots = min(self._capacity // widest, len(rows) + len(self._waiting))
         self._decoder.enter(entering, num_slots=num_slots, num_columns=widest)
         return [row for row, done in zip(rows, is_done, strict=True) if done]
 

@@ -21,6 +21,9 @@ from ptune_dist.model.layout import Before, Layout, LayoutBuilder, collect_outsi
 from ptune_dist.model.prompted_model import PromptedModel, keys_values_of
 from ptune_dist.prompts.method import Contribution
 
+# What training holds of a position in a layer, in widths: its input, its queries, and at least twice as much of an MLP.
+WIDTHS_PER_LAYER = 4
+
 
 class Entering(NamedTuple):
     """Rows whose input was read in the last pass: what they read from outside, beyond the lead, and the record."""
@@ -43,6 +46,13 @@ class SegmentDecoder:
     @property
     def num_rows(self) -> int:
         return self._pool.num_rows
+
+    @property
+    def held_per_position(self) -> int:
+        text = self._model.base.config.get_text_config(decoder=True)
+        num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return max(1, WIDTHS_PER_LAYER * text.hidden_size // (2 * num_heads * head_width))
 
     def own_length(self, context: np.ndarray, rest: np.ndarray) -> int:
         if self._is_prompt_read:

@@ -28,6 +28,11 @@ class Decoder(Protocol):
     @property
     def num_rows(self) -> int: ...
 
+    @property
+    def held_per_position(self) -> int:
+        """The keys/values of how many positions weigh no more than what training holds of one position."""
+        ...
+
     def own_length(self, context: np.ndarray, rest: np.ndarray) -> int:
         """The positions of an input that a row has for itself; `rest` is without what the lead has of it."""
         ...

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ptune_dist.model.attention import KeysValues
@@ -59,6 +60,11 @@ class GivenCache(Cache):
     @property
     def is_sliding(self) -> list[bool]:
         return [False] * max(1, len(self._given))
+
+
+def keeps_more(base: PreTrainedModel) -> bool:
+    """Whether a base keeps states beside keys and values, which cannot be given back."""
+    return base._is_stateful
 
 
 def pad_contexts(held: list[KeysValues]) -> list[tuple[torch.Tensor, torch.Tensor]]:

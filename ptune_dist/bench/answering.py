@@ -19,7 +19,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -47,8 +47,8 @@ LABEL_TOKENS = (3, 6)  # with the end of a text
 NUM_FIRST_WORDS = 25  # labels begin with one of so many words
 ROWS = {"short": (32, 15, 25), "long": (8, 150, 250), "answers": (256, 10, 300)}  # rows, fewest and most tokens
 MOST_NEW_TOKENS = 60
-# Of a random base's layers, so that its answers do not repeat themselves, and of the end token's embedding, so that they
-# end after some 30 tokens, at 60 at the latest.
+# Of a random base's layers, so that its answers do not repeat themselves, and of the end token's embedding, so that
+# they end after some 30 tokens, at 60 at the latest.
 LAYER_SCALE = 4.0
 END_SCALE = 2.2
 
@@ -155,9 +155,9 @@ def measure_generation(job: Job) -> dict[str, Any]:
         end = job.tokenizer.eos_token_id
         return [" ".join(map(str, row[: row.index(end)] if end in row else row)) for row in rows]
 
-    job.tokenizer.batch_decode = count_and_decode
+    cast(Any, job.tokenizer).batch_decode = count_and_decode
     answers, times = timed(lambda: dict(generate_texts(job.engine, job.tokenizer, inputs, decoding)), job.engine.world)
-    job.tokenizer.batch_decode = decode
+    cast(Any, job.tokenizer).batch_decode = decode
     lengths = [len(answers[i].split()) + 1 for i in range(len(inputs))]
     return {
         "rows": len(inputs),

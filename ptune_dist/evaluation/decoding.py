@@ -64,9 +64,9 @@ class AnswerLoop:
 
     def start(self, rows: list[Row], everyone: list[Row]) -> None:
         """Read what the inputs of `everyone` begin with, and queue this rank's `rows`. Collective."""
-        lead = common_beginning(everyone)
+        lead = common_beginning(everyone) if self._decoder.shares_beginnings else None
         if lead is None:
-            self._holds_contexts = any(len(row.context) for row in everyone)
+            self._holds_contexts = self._decoder.needs_contexts or any(len(row.context) for row in everyone)
         else:
             nothing = np.zeros(0, np.int32)
             batch = Batch([everyone[0].context], [lead], [nothing], [(0, 0)], self._base.pad_id)
@@ -83,20 +83,22 @@ class AnswerLoop:
         for _ in range(PASSES_PER_ROUND):
             new = self._admit()
             is_busy = bool(self._active or new)
-            is_anyone_new = bool(new)
+            is_any_new = bool(new)
             if self._base.is_sharded:  # every rank makes the passes that any rank needs
                 state = int(max_over_ranks(2 * is_busy + bool(new), self._base.world))
-                is_anyone_new = bool(state & 1)
+                is_any_new = bool(state & 1)
                 if not state:
                     break
             elif not is_busy:
                 break
-            finished += self._run_pass(new, is_anyone_new)
+            finished += self._run_pass(new, is_any_new)
         return finished, bool(self._active or self._waiting)
 
     def _admit(self) -> list[Row]:
         """Waiting rows for which there is room."""
         new: list[Row] = []
+        if self._active and not self._decoder.enters_any_time:
+            return new
         widest = max((row.need for row in self._active), default=0)
         num_read = 0
         while self._waiting:
@@ -111,15 +113,14 @@ class AnswerLoop:
             num_read += row.length
         return new
 
-    def _run_pass(self, new: list[Row], is_anyone_new: bool) -> list[Row]:
+    def _run_pass(self, new: list[Row], is_any_new: bool) -> list[Row]:
         """One more token of every row in progress, and the first of those that enter; returns the finished ones."""
-        batch = self._batch_of(new)
-        if self._holds_contexts and is_anyone_new:
+        batch = self._batch_of(new, has_contexts=self._holds_contexts and is_any_new)
+        if self._holds_contexts and is_any_new:
             batch = self._base.hold(batch)
         tokens = [row.answer[-1] for row in self._active]
-        is_idle = not self._active and not new
-        logits = self._base.run(lambda: self._decoder.run(tokens, batch if new or is_idle else None))
-        if is_idle:
+        logits = self._base.run(lambda: self._decoder.run(tokens, batch, is_any_new=is_any_new, is_new=bool(new)))
+        if not self._active and not new:  # for other ranks
             return []
         rows = self._active + new
         for row, token in zip(rows, self._chooser.choose(logits, [row.number for row in rows]), strict=True):
@@ -138,9 +139,9 @@ class AnswerLoop:
         self._decoder.enter(entering, num_slots=num_slots, num_columns=widest)
         return [row for row, done in zip(rows, is_done, strict=True) if done]
 
-    def _batch_of(self, rows: list[Row]) -> Batch:
-        if not rows:  # for a pass that only other ranks need
-            return idle_batch(self._base.pad_id, has_contexts=False, most_targets=0)
+    def _batch_of(self, rows: list[Row], *, has_contexts: bool) -> Batch:
+        if not rows:
+            return idle_batch(self._base.pad_id, has_contexts=has_contexts, most_targets=0)
         nothing = [np.zeros(0, np.int32)] * len(rows)
         readers = [(number, 0) for number in range(len(rows))]
         return Batch([row.context for row in rows], [row.rest for row in rows], nothing, readers, self._base.pad_id)

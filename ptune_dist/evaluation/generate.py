@@ -84,7 +84,9 @@ def decode_rows(
     is_sharded = engine.stage == 3 and engine.world.size > 1
     base = Base(engine.without_gradient, engine.contexts.hold, engine.world, is_sharded, pad_id(tokenizer))
     chooser = Chooser(decoding.sampling, decoding.seed, model.device)
-    loop = AnswerLoop(decoder, base, chooser, end=tokenizer.eos_token_id, budget=decoding.micro_batch_tokens)
+    loop = AnswerLoop(
+        decoder, base, chooser, end=cast(int | None, tokenizer.eos_token_id), budget=decoding.micro_batch_tokens
+    )
     num_virtual = model.num_virtual(member)
     lengths = [len(context) + len(rest) for context, rest in inputs]
     most_tokens = [min(decoding.max_new_tokens, room_for_answer(model, length, num_virtual)) for length in lengths]

@@ -7,7 +7,7 @@ Shapes: B rows, T tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -76,5 +76,5 @@ class Chooser:
             assert isinstance(noise, GumbelNoise)
             noise.rows = rows
             no_ids = torch.zeros(len(rows), 0, dtype=torch.long, device=scores.device)
-            scores = self._processors(no_ids, scores)
+            scores = self._processors(cast(torch.LongTensor, no_ids), cast(torch.FloatTensor, scores))
         return scores.argmax(dim=-1).tolist()

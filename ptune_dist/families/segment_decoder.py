@@ -14,7 +14,7 @@ from torch import nn
 
 from ptune_dist.data.batches import Batch
 from ptune_dist.families.segment_inputs import embed_laid, supervise_laid
-from ptune_dist.model.attention import KeysValues
+from ptune_dist.model.attention import KeysValues, Segment
 from ptune_dist.model.attention_layouts import RecordedSegments, SegmentAttention, join_parts
 from ptune_dist.model.decode import DecodePass, KeysValuesPool
 from ptune_dist.model.layout import Before, Layout, LayoutBuilder, collect_outside
@@ -34,6 +34,10 @@ class Entering(NamedTuple):
 
 class SegmentDecoder:
     """`model.decode.Decoder` over segments."""
+
+    enters_any_time = True
+    shares_beginnings = True
+    needs_contexts = False
 
     def __init__(self, model: PromptedModel, member: int):
         self._model = model
@@ -89,14 +93,14 @@ class SegmentDecoder:
             parts.append(KeysValues(*recorded.cut()[0]))
         self._pool.lead = join_parts(parts)
 
-    def run(self, tokens: list[int], new: Batch | None) -> torch.Tensor:
+    def run(self, tokens: list[int], new: Batch, *, is_any_new: bool, is_new: bool) -> torch.Tensor:
         builder = LayoutBuilder([self._contribution.num_vectors])
         self._pool.make_room()
         for token, length in zip(tokens, self._pool.lengths, strict=True):
             run = builder.add(builder.take(np.array([token])), Before((), length), parent=None)
             builder.predict(np.array([run[0]]), np.zeros(1), 0)
         self._entering = None
-        if new is not None:
+        if is_new or not tokens:
             self._entering = self._lay_out_new(builder, new)
         laid = builder.finish()
         recorded = self._entering.recorded if self._entering else None
@@ -138,7 +142,9 @@ class SegmentDecoder:
             run = builder.add(source, Before(numbers, self._pool.num_lead + own.length), parent=None)
             builder.predict(np.array([sum(run) - 1]), np.zeros(1), 0)
             before.append([parts[number] for number in numbers[first_part:]])
-        segments = [s._replace(start=s.start - num_decoded) for s in builder.segments[num_decoded:]]
+        segments = [
+            Segment(s.start - num_decoded, s.length, s.contexts, (), s.offset) for s in builder.segments[num_decoded:]
+        ]
         return Entering(before, RecordedSegments(segments, parts, self._model.device))
 
     def _run(self, laid: Layout, attention: SegmentAttention) -> torch.Tensor:

@@ -25,6 +25,10 @@ class Decoder(Protocol):
     Rows are known by their places, which change: see `leave` and `enter`.
     """
 
+    enters_any_time: bool  # rows may enter beside others; else only where none is in progress
+    shares_beginnings: bool  # `start` reads what all inputs begin with
+    needs_contexts: bool  # of every row that enters, even of an empty one
+
     @property
     def num_rows(self) -> int: ...
 
@@ -40,12 +44,16 @@ class Decoder(Protocol):
     def start(self, batch: Batch) -> None:
         """Read what all inputs begin with, the lead: the one row's context, the prompt, and the row's rest.
 
-        It is left out where inputs have contexts of their own; what the prompt stands after is then not the same.
+        It is left out where inputs have contexts of their own.
         """
         ...
 
-    def run(self, tokens: list[int], new: Batch | None) -> torch.Tensor:
-        """Logits [n + m, V] after the newest token of each row, and after the whole inputs of rows that enter."""
+    def run(self, tokens: list[int], new: Batch, *, is_any_new: bool, is_new: bool) -> torch.Tensor:
+        """Logits [n + m, V] after the newest token of each row, and after the whole inputs of the rows of `new`.
+
+        Without `is_new` that batch is a placeholder; it is read all the same where this rank has nothing else to do, or
+        another one has rows that enter (`is_any_new`) and all must compute the same.
+        """
         ...
 
     def leave(self, rows: list[int]) -> None:

@@ -111,9 +111,9 @@ TABLE: Table = {
         attribute(f"{AUTO}:MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
         attribute(f"{MODEL}.get_encoder", "read the contexts of a seq2seq base"),
         attribute(f"{MODEL}.get_decoder", "embed what a decoder reads"),
-        attribute("transformers:EncoderDecoderCache", "let a decoder's prompt be read first"),
+        attribute("transformers:EncoderDecoderCache", "compute the keys and values of an encoder's output once"),
         *(
-            parameter(f"{T5}.forward", name, "let a decoder's prompt be read first")
+            parameter(f"{T5}.forward", name, "give a decoder what its encoder left")
             for name in ("past_key_values", "encoder_outputs", "decoder_inputs_embeds")
         ),
         source(
@@ -121,6 +121,13 @@ TABLE: Table = {
             "if is_cross_attention and past_key_values is not None and is_updated:",
             "compute the keys and values of an encoder's output once",
             "crossed",
+        ),
+    ],
+    "families/seq2seq_decoder.py": [
+        attribute("transformers.cache_utils:DynamicLayer", "drop the padding of rows that have left"),
+        attribute("transformers:EncoderDecoderCache.batch_select_indices", "let rows leave a batch"),
+        instance(
+            "transformers:EncoderDecoderCache", "cross_attention_cache", "drop the padding of rows that have left"
         ),
     ],
     "families/encoder.py": [

@@ -99,17 +99,15 @@ class AnswerLoop:
         new: list[Row] = []
         if self._active and not self._decoder.enters_any_time:
             return new
-        widest = max((row.need for row in self._active), default=0)
-        num_read = 0
-        while self._waiting:
+        num_held = sum(row.need for row in self._active)
+        num_read = len(self._active)
+        while self._waiting and len(self._active) + len(new) < MOST_ROWS:
             row = self._waiting[-1]
-            width = max(widest, row.need)
-            count = len(self._active) + len(new)
-            is_over = (count + 1) * width > self._capacity or len(self._active) + num_read + row.length > self._budget
-            if count and (is_over or count == MOST_ROWS):
+            is_over = num_held + row.need > self._capacity or num_read + row.length > self._budget
+            if is_over and (self._active or new):
                 break
             new.append(self._waiting.pop())
-            widest = width
+            num_held += row.need
             num_read += row.length
         return new
 
@@ -129,14 +127,8 @@ class AnswerLoop:
         count = len(self._active)
         leaving = [place for place in range(count) if is_done[place]]
         entering = [place for place in range(len(new)) if not is_done[count + place]]
-        self._decoder.leave(leaving)
-        for place in reversed(leaving):
-            self._active[place] = self._active[-1]
-            self._active.pop()
-        self._active += [new[place] for place in entering]
-        widest = max((row.need for row in self._active), default=1)
-        num_slots = min(self._capacity // widest, len(rows) + len(self._waiting))
-        self._decoder.enter(entering, num_slots=num_slots, num_columns=widest)
+        order = self._decoder.settle(leaving, entering, [new[place].need for place in entering])
+        self._active = [rows[place] for place in order]
         return [row for row, done in zip(rows, is_done, strict=True) if done]
 
     def _batch_of(self, rows: list[Row], *, has_contexts: bool) -> Batch:

@@ -16,7 +16,7 @@ from ptune_dist.data.batches import Batch
 from ptune_dist.families.segment_inputs import embed_laid, supervise_laid
 from ptune_dist.model.attention import KeysValues, Segment
 from ptune_dist.model.attention_layouts import RecordedSegments, SegmentAttention, join_parts
-from ptune_dist.model.decode import DecodePass, KeysValuesPool
+from ptune_dist.model.decode import DecodePass, Pools
 from ptune_dist.model.layout import Before, Layout, LayoutBuilder, collect_outside
 from ptune_dist.model.prompted_model import PromptedModel, keys_values_of
 from ptune_dist.prompts.method import Contribution
@@ -43,13 +43,9 @@ class SegmentDecoder:
         self._model = model
         self._member = member
         self._found: Contribution | None = None
-        self._pool = KeysValuesPool(None)
+        self._pools = Pools(None)
         self._entering: Entering | None = None
         self._is_prompt_read = False  # the virtual tokens are in the lead
-
-    @property
-    def num_rows(self) -> int:
-        return self._pool.num_rows
 
     @property
     def held_per_position(self) -> int:
@@ -71,7 +67,7 @@ class SegmentDecoder:
             self._found = self._model.contributions()[self._member]
             prefix = keys_values_of(self._found)
             if prefix is not None:
-                self._pool.lead = prefix.to(self._dtype)
+                self._pools.lead = prefix.to(self._dtype)
         return self._found
 
     @property
@@ -91,12 +87,14 @@ class SegmentDecoder:
             recorded = RecordedSegments(laid.segments, parts, self._model.device)
             self._run(laid, recorded)
             parts.append(KeysValues(*recorded.cut()[0]))
-        self._pool.lead = join_parts(parts)
+        self._pools.lead = join_parts(parts)
 
     def run(self, tokens: list[int], new: Batch, *, is_any_new: bool, is_new: bool) -> torch.Tensor:
         builder = LayoutBuilder([self._contribution.num_vectors])
-        self._pool.make_room()
-        for token, length in zip(tokens, self._pool.lengths, strict=True):
+        pools = self._pools.in_order
+        for pool in pools:
+            pool.make_room()
+        for token, length in zip(tokens, self._pools.lengths, strict=True):
             run = builder.add(builder.take(np.array([token])), Before((), length), parent=None)
             builder.predict(np.array([run[0]]), np.zeros(1), 0)
         self._entering = None
@@ -104,34 +102,31 @@ class SegmentDecoder:
             self._entering = self._lay_out_new(builder, new)
         laid = builder.finish()
         recorded = self._entering.recorded if self._entering else None
-        logits = self._run(laid, DecodePass(self._pool, recorded, self._model.device))
-        if tokens:
-            self._pool.advance()
+        logits = self._run(laid, DecodePass(pools, recorded, self._model.device))
+        for pool in pools:
+            pool.advance()
         return logits
 
-    def leave(self, rows: list[int]) -> None:
-        for row in sorted(rows, reverse=True):
-            self._pool.remove(row)
-
-    def enter(self, rows: list[int], *, num_slots: int, num_columns: int) -> None:
-        if not rows:
-            return
-        assert self._entering is not None
-        cut = self._entering.recorded.cut()
-        found = [join_parts([*self._entering.before[row], KeysValues(*cut[row])]) for row in rows]
-        whole = [keys_values for keys_values in found if keys_values is not None]
-        self._pool.add(whole, num_slots=num_slots, num_columns=num_columns)
+    def settle(self, leaving: list[int], entering: list[int], needs: list[int]) -> list[int]:
+        count = len(self._pools.lengths)
+        new: dict[int, KeysValues] = {}
+        if entering:
+            assert self._entering is not None
+            cut = self._entering.recorded.cut()
+            for row in entering:
+                new[count + row] = join_all([*self._entering.before[row], KeysValues(*cut[row])])
         self._entering = None
+        return self._pools.settle(leaving, new, dict(zip(new, needs, strict=True)))
 
     def _lay_out_new(self, builder: LayoutBuilder, new: Batch) -> Entering:
         """Segments of rows that enter, numbered from the first of them."""
-        lead = self._pool.lead
+        lead = self._pools.lead
         parts = [lead] if lead is not None else []
         outside = collect_outside(new, [None])
         first_part = len(parts)
         parts += [] if self._is_prompt_read else [part.to(self._dtype) for part in outside.parts]
         before: list[list[KeysValues]] = []
-        num_decoded = self._pool.num_rows
+        num_decoded = len(self._pools.lengths)
         for row, rest in enumerate(new.rests):
             source = builder.take(rest)
             own = Before()
@@ -139,7 +134,7 @@ class SegmentDecoder:
                 source = np.concatenate([builder.virtual(0), source])
                 own = outside.of(row, 0)
             numbers = (*range(first_part), *(first_part + number for number in own.numbers))
-            run = builder.add(source, Before(numbers, self._pool.num_lead + own.length), parent=None)
+            run = builder.add(source, Before(numbers, self._pools.num_lead + own.length), parent=None)
             builder.predict(np.array([sum(run) - 1]), np.zeros(1), 0)
             before.append([parts[number] for number in numbers[first_part:]])
         segments = [
@@ -151,3 +146,9 @@ class SegmentDecoder:
         assert self._model.head is not None
         vectors = embed_laid(self._model, laid, [self._contribution])
         return self._model.head.logits(supervise_laid(self._model, laid, vectors, attention))
+
+
+def join_all(parts: list[KeysValues]) -> KeysValues:
+    joined = join_parts(parts)
+    assert joined is not None
+    return joined

@@ -59,10 +59,6 @@ class Seq2SeqDecoder:
         self._fresh: State | None = None  # rows whose inputs were read in the last pass
         self.needs_contexts = model.placement == "decoder"
 
-    @property
-    def num_rows(self) -> int:
-        return len(self._places)
-
     def own_length(self, context: np.ndarray, rest: np.ndarray) -> int:
         return len(context) + len(rest) + self._model.num_virtual(self._member)
 
@@ -87,16 +83,15 @@ class Seq2SeqDecoder:
         written[self._places] = tokens
         return self._decode(self._state, self._embed(written)[:, None])[self._places]
 
-    def leave(self, rows: list[int]) -> None:
-        for row in sorted(rows, reverse=True):
-            self._places[row] = self._places[-1]
-            self._places.pop()
-
-    def enter(self, rows: list[int], *, num_slots: int, num_columns: int) -> None:
-        if rows:
+    def settle(self, leaving: list[int], entering: list[int], needs: list[int]) -> list[int]:
+        if self._fresh is not None:
             self._state = self._fresh
-            self._places = list(rows)
-        self._fresh = None
+            self._fresh = None
+            self._places = list(entering)
+            return self._places.copy()
+        order = [row for row in range(len(self._places)) if row not in leaving]
+        self._places = [self._places[row] for row in order]
+        return order
 
     def _first_vectors(self, num_rows: int) -> torch.Tensor:
         """The start token, after the virtual tokens where the decoder reads them: [S, P + 1, D]."""

@@ -7,6 +7,7 @@ Shapes: n rows, N live positions, L layers, P positions of the lead, C columns, 
 D width of a head.
 """
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -17,20 +18,19 @@ from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.attention_layouts import RecordedSegments
 
 SPARE_COLUMNS = 32  # beyond what is used now, so that rows are not moved at every pass
+FEWEST_COLUMNS = 48
+POOL_RATIO = 1.4  # of the longest rows of a pool and those of the next
 
 
 class Decoder(Protocol):
     """Rows of answers in progress, of one member's prompt. `start` and `run` are collective where the base is sharded.
 
-    Rows are known by their places, which change: see `leave` and `enter`.
+    Rows are known by their places, which change with `settle`.
     """
 
     enters_any_time: bool  # rows may enter beside others; else only where none is in progress
     shares_beginnings: bool  # `start` reads what all inputs begin with
     needs_contexts: bool  # of every row that enters, even of an empty one
-
-    @property
-    def num_rows(self) -> int: ...
 
     @property
     def held_per_position(self) -> int:
@@ -56,14 +56,11 @@ class Decoder(Protocol):
         """
         ...
 
-    def leave(self, rows: list[int]) -> None:
-        """These rows are finished; from the last to the first of them, the last row takes the place of each."""
-        ...
+    def settle(self, leaving: list[int], entering: list[int], needs: list[int]) -> list[int]:
+        """After a pass: rows in progress that are finished, and rows of its new batch that continue, by their places.
 
-    def enter(self, rows: list[int], *, num_slots: int, num_columns: int) -> None:
-        """Of the rows whose inputs the last pass read, these continue, after those in progress.
-
-        Where room must be made, it is made for `num_slots` rows of `num_columns` positions.
+        `needs`: of those that enter, the most positions of their own. Returns the rows that are in progress now, in
+        their new order, each by its place among the logits of the pass.
         """
         ...
 
@@ -91,14 +88,14 @@ class KeysValuesPool:
         """The positions of each row, lead included."""
         return [self.num_lead + self._end - start for start in self._starts]
 
-    def add(self, rows: list[KeysValues], *, num_slots: int, num_columns: int) -> None:
-        """Rows that were read, lead excluded. Where room must be made, it is made for so many rows and positions."""
+    def add(self, rows: list[KeysValues], num_columns: int) -> None:
+        """Rows that were read, lead excluded. Where room must be made, it is made for so many positions."""
         longest = max(row.length for row in rows)
         if not self._starts:
             self._end = longest
         shift = max(0, longest - self._end)  # of the rows that are there
         self._like = rows[0].keys[:, :0]
-        self._reserve(self.num_rows + len(rows), shift, num_slots, num_columns)
+        self._reserve(self.num_rows + len(rows), shift, num_columns)
         assert self._held is not None
         for row in rows:
             slot = self.num_rows
@@ -123,9 +120,9 @@ class KeysValuesPool:
     def make_room(self) -> None:
         """Before a pass: a free column."""
         if self._starts:
-            self._reserve(self.num_rows, 0, self.num_rows, 0)
+            self._reserve(self.num_rows, 0, 0)
 
-    def _reserve(self, num_rows: int, shift: int, num_slots: int, num_columns: int) -> None:
+    def _reserve(self, num_rows: int, shift: int, num_columns: int) -> None:
         """Have room for so many rows and a free column; where that takes a new tensor, drop columns that none reads."""
         held = self._held
         if held is not None and num_rows <= held.shape[2] and shift == 0 and self._end < held.shape[4]:
@@ -136,7 +133,7 @@ class KeysValuesPool:
         used = self._end - first
         end = used + shift
         num_columns = max(num_columns, end + SPARE_COLUMNS)
-        new = self._like.new_zeros(2, num_layers, max(num_rows, num_slots), num_groups, num_columns, width)
+        new = self._like.new_zeros(2, num_layers, num_rows, num_groups, num_columns, width)
         if self._starts and held is not None:
             new[:, :, : self.num_rows, :, shift:end] = held[:, :, : self.num_rows, :, first : self._end]
         self._starts = [start - first + shift for start in self._starts]
@@ -182,26 +179,81 @@ class KeysValuesPool:
         return is_unread | (queries - positions >= window)
 
 
-class DecodePass:
-    """Attention of one pass: the next positions of a pool's rows, then whole new rows, whose keys/values it records."""
+class Pools:
+    """Pools of rows of like length, so that little of what is read is padding. Rows are numbered pool after pool."""
 
-    def __init__(self, pool: KeysValuesPool, new: RecordedSegments | None, device: torch.device):
-        self._pool = pool
+    def __init__(self, lead: KeysValues | None):
+        self.lead = lead
+        self._pools: dict[int, KeysValuesPool] = {}  # by the most positions of a row's own
+
+    @property
+    def in_order(self) -> list[KeysValuesPool]:
+        return [self._pools[bound] for bound in sorted(self._pools)]
+
+    @property
+    def num_lead(self) -> int:
+        return self.lead.length if self.lead else 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """The positions of each row, lead included."""
+        return [length for pool in self.in_order for length in pool.lengths]
+
+    def settle(self, leaving: list[int], entering: dict[int, KeysValues], needs: dict[int, int]) -> list[int]:
+        """Rows leave and enter; returns all rows by their old numbers. Those that enter have numbers above the others.
+
+        needs: the most positions that a row will have of its own.
+        """
+        places: dict[int, list[int]] = {}
+        first = 0
+        for bound in sorted(self._pools):
+            pool = self._pools[bound]
+            count = pool.num_rows
+            own = list(range(first, first + count))
+            for slot in sorted((row - first for row in leaving if first <= row < first + count), reverse=True):
+                pool.remove(slot)
+                own[slot] = own[-1]
+                own.pop()
+            first += count
+            places[bound] = own
+        for bound in {round_up(need) for need in needs.values()}:
+            new = [number for number, need in needs.items() if round_up(need) == bound]
+            pool = self._pools.setdefault(bound, KeysValuesPool(self.lead))
+            pool.add([entering[number] for number in new], bound)
+            places[bound] = places.get(bound, []) + new
+        self._pools = {bound: pool for bound, pool in self._pools.items() if places[bound]}
+        return [row for bound in sorted(self._pools) for row in places[bound]]
+
+
+def round_up(need: int) -> int:
+    """The positions that rows of one pool have at most."""
+    bound = FEWEST_COLUMNS
+    while bound < need:
+        bound = math.ceil(bound * POOL_RATIO)
+    return bound
+
+
+class DecodePass:
+    """Attention of one pass: the next positions of rows in pools, then whole new rows, whose keys/values it records."""
+
+    def __init__(self, pools: list[KeysValuesPool], new: RecordedSegments | None, device: torch.device):
+        self._pools = pools
         self._new = new
         self._device = device
-        self._masks: dict[int | None, torch.Tensor] = {}
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: int, scale: float, window: int | None
     ) -> torch.Tensor:
         """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
-        count = self._pool.num_rows
         found: list[torch.Tensor] = []
-        if count:
-            if window not in self._masks:
-                self._masks[window] = self._pool.mask(window, self._device)
-            found.append(self._pool.attend(q[:count], k[:count], v[:count], layer, scale, self._masks[window]))
+        first = 0
+        for number, pool in enumerate(self._pools):
+            if (number, window) not in self._masks:
+                self._masks[number, window] = pool.mask(window, self._device)
+            rows = slice(first, first + pool.num_rows)
+            found.append(pool.attend(q[rows], k[rows], v[rows], layer, scale, self._masks[number, window]))
+            first += pool.num_rows
         if self._new is not None:
-            rest = (q[count:], k[count:], v[count:])
-            found.append(self._new.attend(*rest, layer=layer, scale=scale, window=window))
+            found.append(self._new.attend(q[first:], k[first:], v[first:], layer=layer, scale=scale, window=window))
         return torch.cat(found)

@@ -133,7 +133,8 @@ class KeysValuesPool:
         used = self._end - first
         end = used + shift
         num_columns = max(num_columns, end + SPARE_COLUMNS)
-        new = self._like.new_zeros(2, num_layers, num_rows, num_groups, num_columns, width)
+        num_slots = num_rows + num_rows // 4  # rows enter a few at a time
+        new = self._like.new_zeros(2, num_layers, num_slots, num_groups, num_columns, width)
         if self._starts and held is not None:
             new[:, :, : self.num_rows, :, shift:end] = held[:, :, : self.num_rows, :, first : self._end]
         self._starts = [start - first + shift for start in self._starts]

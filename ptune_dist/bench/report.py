@@ -55,6 +55,9 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "prompt_bytes": ("KiB of the prompt", show_kib),
     "of_allowed_bytes": ("of 4 prompts + 64 KiB", "{:.2f}".format),
     "seconds": ("seconds", "{:.1f}".format),
+    "cpu_seconds": ("CPU seconds", "{:.1f}".format),
+    "median_input_tokens": ("tokens of the median input", "{:.0f}".format),
+    "median_answer_tokens": ("of the median answer", "{:.0f}".format),
     "found_s": ("seconds until found", "{:.1f}".format),
     "steps_to_repeat": ("steps done again", "{:.0f}".format),
 }

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ptune_dist.data.encode import Examples
+from ptune_dist.data.label_tree import LabelTree
 
 # an example and the members of the sweep that read it
 Unit = tuple[int, tuple[int, ...]]
@@ -166,10 +167,10 @@ class Batch:
 
     contexts: tokens before the virtual tokens. rests: input tokens after them. targets: supervised tokens (for an
     encoder: the index of the label). readers: (row, member) pairs; every loss belongs to one reader. held: what was
-    computed of each row's context, for rows that have one. most_targets: the largest number of supervised tokens of any
-    rank in this micro step.
-    numbers: each row's target, where targets are numbers. held_parts: the parts that each row of `held` will have,
-    known before they are computed. prepared: the model's plan of the pass, made ahead of it.
+    computed of each row's context, for rows that have one. numbers: each row's target, where targets are numbers.
+    held_parts: the parts that each row of `held` will have, known before they are computed. prepared: the model's plan
+    of the pass, made ahead of it. trees: each row's labels, where labels are scored. read: what a model's `read_inputs`
+    left of the readers' inputs.
     """
 
     contexts: list[np.ndarray]
@@ -178,10 +179,11 @@ class Batch:
     readers: list[tuple[int, int]]
     pad_id: int
     held: list[Any] | None = None
-    most_targets: int = 0
     numbers: list[float | None] | None = None
     held_parts: list[tuple[HeldPart, ...]] | None = None
     prepared: Any = None
+    trees: list[LabelTree] | None = None
+    read: Any = None
 
     def with_held(self, held: list[Any]) -> "Batch":
         return replace(self, held=held)
@@ -190,9 +192,8 @@ class Batch:
 def collate(examples: Examples, shares: list[list[Unit]], rank: int, pad_id: int) -> Batch:
     """A rank's micro-batch of one micro step; a rank without units gets one padding token and no targets."""
     units = shares[rank]
-    most_targets = max(sum(len(members) * int(examples.num_targets[i]) for i, members in share) for share in shares)
     if not units:
-        return idle_batch(pad_id, has_contexts=bool(examples.num_context.any()), most_targets=most_targets)
+        return idle_batch(pad_id, has_contexts=bool(examples.num_context.any()))
     rows = [example for example, _ in units]
     return Batch(
         contexts=[examples.context_ids(i) for i in rows],
@@ -200,12 +201,11 @@ def collate(examples: Examples, shares: list[list[Unit]], rank: int, pad_id: int
         targets=[examples.target_ids(i) for i in rows],
         readers=[(row, member) for row, (_, members) in enumerate(units) for member in members],
         pad_id=pad_id,
-        most_targets=most_targets,
         numbers=[examples.number(i) for i in rows],
     )
 
 
-def idle_batch(pad_id: int, *, has_contexts: bool, most_targets: int) -> Batch:
+def idle_batch(pad_id: int, *, has_contexts: bool) -> Batch:
     """One padding token and no targets; the token is a context if the rows of other ranks have contexts."""
     nothing = np.zeros(0, np.int32)
     padding = np.array([pad_id], np.int32)
@@ -215,7 +215,6 @@ def idle_batch(pad_id: int, *, has_contexts: bool, most_targets: int) -> Batch:
         targets=[nothing],
         readers=[(0, 0)],
         pad_id=pad_id,
-        most_targets=most_targets,
     )
 
 

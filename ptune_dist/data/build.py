@@ -4,7 +4,11 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 
+import datasets
+import numpy as np
+
 from ptune_dist.config.schema import DataConfig
+from ptune_dist.data.candidates import CandidateInput, Candidates, build_candidates
 from ptune_dist.data.encode import Encoding, Examples, TokenPair, encode_inputs, encode_rows, encode_text_blocks
 from ptune_dist.data.sources import Rows, load_rows
 from ptune_dist.data.template import Template, check_columns, compile_template
@@ -71,23 +75,53 @@ def build_inputs(data: DataConfig, rows: Rows, encoding: Encoding) -> list[Token
     return encode_inputs(rows, encoding, template=template)
 
 
-def build_label_candidates(data: DataConfig, split: Split, encoding: Encoding) -> tuple[list[Examples], list[int]]:
-    """For accuracy by likelihood: the split once per label with that label as target, and each row's right label."""
-    _, target = build_templates(data, encoding.placement)
+def build_label_candidates(
+    data: DataConfig, split: Split, encoding: Encoding, most_tokens: int
+) -> tuple[Candidates, list[int]]:
+    """For accuracy by likelihood: every row's input with all labels, and each row's right label. Raises UserError.
+
+    `most_tokens`: of the labels that are scored in one pass.
+    """
+    template, target = build_templates(data, encoding.placement)
     if len(target.columns) != 1:
         raise UserError(f"data.labels: data.target must use one column, it uses {', '.join(target.columns) or 'none'}")
     (column,) = target.columns
     labels = data.labels or []
+    values = split.rows.dataset[column]
     right = []
-    for i, value in enumerate(split.rows.dataset[column]):
+    for i, value in enumerate(values):
         if str(value) not in labels:
             raise UserError(f"{split.rows.where(i)}: {column} is {value!r}, which data.labels does not list")
         right.append(labels.index(str(value)))
-    candidates = []
-    typed = {str(value): value for value in split.rows.dataset[column]}  # a template may count on a column's numbers
-    for label in labels:
-        column_of_label = [typed.get(label, label)] * len(split.rows)
-        dataset = split.rows.dataset.remove_columns(column).add_column(column, column_of_label)
-        rows = dataclasses.replace(split.rows, dataset=dataset)
-        candidates.append(encode_with_templates(data, rows, encoding))
-    return candidates, right
+    typed = {str(value): value for value in values}  # a template may count on a column's numbers
+
+    def encode(label: str, dataset: datasets.Dataset) -> Examples:
+        """Rows as they would be with this label."""
+        dataset = dataset.remove_columns(column).add_column(column, [typed.get(label, label)] * len(dataset))
+        return encode_with_templates(data, dataclasses.replace(split.rows, dataset=dataset), encoding)
+
+    first = split.rows.dataset.select([0])
+    label_ids = [encode(label, first).target_ids(0).tolist() for label in labels]
+    if column in template.columns:  # the input differs from label to label
+        kinds = [[number] for number in range(len(labels))]
+    else:  # a long label may leave less of the input
+        by_length = {len(ids): [n for n, other in enumerate(label_ids) if len(other) == len(ids)] for ids in label_ids}
+        kinds = [by_length[length] for length in sorted(by_length, reverse=True)]
+    longest = encode(labels[kinds[0][0]], split.rows.dataset)
+    if column not in template.columns and not longest.num_truncated:
+        kinds = [list(range(len(labels)))]
+    encoded = [longest, *(encode(labels[kind[0]], split.rows.dataset) for kind in kinds[1:])]
+    inputs = [found for row in range(len(split.rows)) for found in distinct_inputs(row, kinds, encoded)]
+    return build_candidates(inputs, label_ids, split.examples, most_tokens), right
+
+
+def distinct_inputs(row: int, kinds: list[list[int]], encoded: list[Examples]) -> list[CandidateInput]:
+    """The inputs of a row, each with the labels that leave it so; `encoded` are the rows with labels of each kind."""
+    found: dict[tuple[int, bytes], list[int]] = {}
+    for kind, examples in zip(kinds, encoded, strict=True):
+        key = (int(examples.num_context[row]), examples.input_ids(row).tobytes())
+        found.setdefault(key, []).extend(kind)
+    return [
+        CandidateInput(row, np.frombuffer(ids, np.int32), num_context, tuple(sorted(numbers)))
+        for (num_context, ids), numbers in found.items()
+    ]

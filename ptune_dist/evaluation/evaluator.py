@@ -12,15 +12,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ptune_dist.config.schema import Config
-from ptune_dist.data.batches import Batch, collate
 from ptune_dist.data.build import Split, build_label_candidates
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.candidates import Candidates
 from ptune_dist.data.framing import decode
-from ptune_dist.distributed.world import gather_from_ranks
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import Decoding
 from ptune_dist.evaluation.generate import generate_texts, pad_id
 from ptune_dist.evaluation.references import build_references
+from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.metrics import METRICS
 from ptune_dist.metrics.metric import Metric, Need, References, RowLoss
 from ptune_dist.objectives.objective import Objective
@@ -34,8 +33,8 @@ Evaluation = tuple[dict[str, float], list[dict[str, str]]]  # metrics, and answe
 class Evaluator:
     """Everything that an evaluation needs besides the prompt; built once, used at every evaluation.
 
-    references: for each need of the metrics, one entry for each row. candidates: for each label, the rows with that
-    label as their target.
+    references: for each need of the metrics, one entry for each row. Where labels are scored, `labels` are their names,
+    `candidates` the rows with their labels, and `right` the number of each row's own.
     """
 
     split: Split
@@ -44,7 +43,9 @@ class Evaluator:
     references: dict[Need, References]
     decoding: Decoding
     num_samples: int
-    candidates: dict[str, Examples] = field(default_factory=dict)
+    candidates: Candidates | None = None
+    right: list[int] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
 
     def __call__(
         self, engine: Engine, members: Sequence[str], between_batches: Callable[[], None] = lambda: None
@@ -54,9 +55,16 @@ class Evaluator:
         `between_batches` is called on every rank after each batch, and may communicate or raise.
         """
         numbers = [engine.members.index(name) for name in members]
-        losses = self._losses(engine, self.split.examples, numbers, between_batches)
-        labels = self._likeliest_labels(engine, numbers, between_batches) if self._is_needed("label_losses") else None
-        values = self._values(engine, numbers, between_batches) if self._is_needed("values") else None
+        budget = self.decoding.micro_batch_tokens
+        scorer = Scorer(engine, numbers, budget, pad_id(self.tokenizer), between_batches)
+        labels = None
+        if self.candidates is None:
+            losses = scorer.losses(self.split.examples)
+        else:
+            of_labels = scorer.label_losses(self.candidates, len(self.split.examples))
+            losses = of_labels[:, np.arange(len(self.right)), self.right].tolist()  # the right label is the target
+            labels = [[self.labels[number] for number in row] for row in of_labels.argmin(axis=2)]
+        values = scorer.values(self.split.examples) if self._is_needed("values") else None
         found = {}
         for place, name in enumerate(members):
             texts = self._answers(engine, numbers[place], between_batches)
@@ -109,49 +117,6 @@ class Evaluator:
         )
         return [answers[i].strip() for i in range(count)]
 
-    def _likeliest_labels(
-        self, engine: Engine, members: list[int], between_batches: Callable[[], None]
-    ) -> list[list[str]]:
-        """For each member the likeliest label of each row."""
-        labels = list(self.candidates)
-        losses = [self._losses(engine, rows, members, between_batches) for rows in self.candidates.values()]
-        chosen = np.argmin(np.array(losses), axis=0)  # [members, rows], from [labels, members, rows]
-        return [[labels[number] for number in row] for row in chosen]
-
-    def _losses(
-        self, engine: Engine, examples: Examples, members: list[int], between_batches: Callable[[], None]
-    ) -> list[list[float]]:
-        """Summed negative log-likelihood of every example's target, for each member, on every rank."""
-
-        def losses_of(batch: Batch) -> list[float]:
-            return engine.row_losses(batch).double().tolist()
-
-        return self._of_readers(losses_of, engine, examples, members, between_batches)
-
-    def _values(self, engine: Engine, members: list[int], between_batches: Callable[[], None]) -> list[list[float]]:
-        """For each member the number that it predicts for each row."""
-        return self._of_readers(engine.row_values, engine, self.split.examples, members, between_batches)
-
-    def _of_readers(
-        self,
-        function: Callable[[Batch], list[float]],
-        engine: Engine,
-        examples: Examples,
-        members: list[int],
-        between_batches: Callable[[], None],
-    ) -> list[list[float]]:
-        """What `function` finds for the readers of a batch, for each member and example, on every rank. Collective."""
-        units = [(i, tuple(members)) for i in range(len(examples))]
-        plan = engine.plan(units, examples, self.decoding.micro_batch_tokens)
-        mine: list[tuple[tuple[int, int], float]] = []
-        for shares in plan:
-            readers = [(example, member) for example, some in shares[engine.world.rank] for member in some]
-            found = function(collate(examples, shares, engine.world.rank, pad_id(self.tokenizer)))
-            mine += zip(readers, found[: len(readers)], strict=True)  # a rank that idles has a reader that is no row
-            between_batches()
-        everyone = dict(pair for pairs in gather_from_ranks(mine, engine.world) for pair in pairs)
-        return [[everyone[i, member] for i in range(len(examples))] for member in members]
-
 
 def build_evaluator(config: Config, split: Split, reading: Reading) -> Evaluator:
     """The evaluator that config section `evaluate` asks for, over a split. Raises UserError."""
@@ -162,11 +127,13 @@ def build_evaluator(config: Config, split: Split, reading: Reading) -> Evaluator
         if split.rows.kind == "text" and metric.needs != "losses":
             raise UserError(f"evaluate.metrics: {split.rows.name} is plain text without targets for {metric.name}")
     references: dict[Need, References] = {}
-    candidates = {}
+    candidates = None
+    right: list[int] = []
+    labels = config.data.labels or []
     if any(metric.needs == "label_losses" for metric in metrics):
-        examples, right = build_label_candidates(config.data, split, reading.encoding(config))
-        labels = config.data.labels or []
-        candidates = dict(zip(labels, examples, strict=True))
+        # Half of a micro-batch: an input that is as long as all of it leaves no room anyway.
+        most_tokens = config.train.micro_batch_tokens // 2
+        candidates, right = build_label_candidates(config.data, split, reading.encoding(config), most_tokens)
         references["label_losses"] = [[labels[number]] for number in right]
     if split.examples.numbers is not None:
         references["values"] = [[number] for number in split.examples.numbers.tolist()]
@@ -180,6 +147,8 @@ def build_evaluator(config: Config, split: Split, reading: Reading) -> Evaluator
         Decoding(config.evaluate.max_new_tokens, config.train.most_positions),
         num_samples=config.evaluate.num_samples,
         candidates=candidates,
+        right=right,
+        labels=labels,
     )
 
 

@@ -1,10 +1,11 @@
 """Generate answers: the virtual tokens, an input, and what the base continues with.
 
 An answer depends on its own input alone: not on the rows that share its batch, on the number of ranks or on the size of
-a batch (`answer_plan` says how, and `sampling` for sampled tokens).
+a batch (`sampling` says how for sampled tokens).
 
-How a base reads the inputs is its family's own (`PromptedModel.generate`). A base with a classification head answers
-the likeliest label, and a prompt for regression a number.
+Rows come and go where the base computes attention over segments (`decoding`); other bases answer whole batches
+(`answer_plan`) as their family does (`PromptedModel.generate`). A base with a classification head answers the likeliest
+label, and a prompt for regression a number.
 
 Shapes: B rows, T tokens.
 """
@@ -19,8 +20,17 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from ptune_dist.data.batches import Batch
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.distributed.world import gather_from_ranks
-from ptune_dist.evaluation.answer_plan import AnswerBatch, Decoding, plan_answers
-from ptune_dist.evaluation.sampling import build_sampler
+from ptune_dist.evaluation.answer_plan import (
+    SCALED_BY_LENGTH,
+    AnswerBatch,
+    Decoding,
+    plan_answers,
+    room_for_answer,
+    rope_types,
+)
+from ptune_dist.evaluation.decoding import AnswerLoop, Base, answer_rows
+from ptune_dist.evaluation.sampling import Chooser, build_sampler
+from ptune_dist.model.decode import Decoder
 from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.zero.engine import Engine
 
@@ -41,6 +51,61 @@ def generate_texts(
     ranks. Indices count from `first`, the place of these inputs among all that the caller answers: sampled tokens
     depend on it. Collective: every rank must exhaust it.
     """
+    decoder = open_decoder(engine.model, member)
+    if decoder is None:
+        found = answer_in_batches(engine, tokenizer, inputs, decoding, member=member, first=first)
+    else:
+        found = decode_rows(engine, tokenizer, inputs, decoding, decoder, member=member, first=first)
+    for answers in found:
+        yield from answers
+        between_batches()
+
+
+def open_decoder(model: PromptedModel, member: int) -> Decoder | None:
+    """What answers rows that come and go; None where batches are answered by transformers' own `generate`.
+
+    Rotations that are scaled to the longest row would depend on the others of a pass.
+    """
+    return None if rope_types(model.base) & set(SCALED_BY_LENGTH) else model.open_decoder(member)
+
+
+def decode_rows(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Sequence[TokenPair],
+    decoding: Decoding,
+    decoder: Decoder,
+    *,
+    member: int,
+    first: int,
+) -> Iterator[list[tuple[int, str]]]:
+    """Yield answers as rows are finished. Collective."""
+    model = engine.model
+    is_sharded = engine.stage == 3 and engine.world.size > 1
+    base = Base(engine.without_gradient, engine.contexts.hold, engine.world, is_sharded, pad_id(tokenizer))
+    chooser = Chooser(decoding.sampling, decoding.seed, model.device)
+    loop = AnswerLoop(
+        decoder, base, chooser, end=cast(int | None, tokenizer.eos_token_id), budget=decoding.micro_batch_tokens
+    )
+    num_virtual = model.num_virtual(member)
+    lengths = [len(context) + len(rest) for context, rest in inputs]
+    most_tokens = [min(decoding.max_new_tokens, room_for_answer(model, length, num_virtual)) for length in lengths]
+    for found in answer_rows(loop, inputs, most_tokens, first, engine.world):
+        ids = [tokens for _, tokens in found]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True) if found else []  # it makes a text of no rows
+        yield list(zip([number for number, _ in found], texts, strict=True))
+
+
+def answer_in_batches(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Sequence[TokenPair],
+    decoding: Decoding,
+    *,
+    member: int,
+    first: int,
+) -> Iterator[list[tuple[int, str]]]:
+    """Yield answers batch after batch. Collective."""
     world = engine.world
     for batch in plan_answers(engine.model, inputs, decoding, member, world.size):
         rows = batch.shares[world.rank]
@@ -50,9 +115,8 @@ def generate_texts(
             chosen = [inputs[i] for i in rows] or [([], [pad_id(tokenizer)])]  # a rank without rows computes along
             numbers = [first + i for i in rows] or [0]
             texts = answer_batch(engine, tokenizer, chosen, batch, decoding, member=member, numbers=numbers)
-        for indices, answers in gather_from_ranks((rows, texts[: len(rows)]), world):
-            yield from ((first + i, answer) for i, answer in zip(indices, answers, strict=True))
-        between_batches()
+        answers = gather_from_ranks((rows, texts[: len(rows)]), world)
+        yield [(first + i, text) for rows, texts in answers for i, text in zip(rows, texts, strict=True)]
 
 
 def answer_batch(
@@ -68,7 +132,7 @@ def answer_batch(
     """This rank's answers of a batch; `numbers` are the rows' own, for sampling. Collective."""
     model = engine.model
     if model.predicts_numbers:
-        return predict_numbers(engine, inputs, member, pad_id(tokenizer), max(map(len, batch.shares)))
+        return predict_numbers(engine, inputs, member, pad_id(tokenizer))
     if not model.writes_text:
         texts = [np.array(rest) for _, rest in inputs]
         return engine.without_gradient(lambda: model.name_labels(texts))
@@ -89,7 +153,7 @@ def answer_batch(
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def predict_numbers(engine: Engine, inputs: list[TokenPair], member: int, pad_id: int, most_targets: int) -> list[str]:
+def predict_numbers(engine: Engine, inputs: list[TokenPair], member: int, pad_id: int) -> list[str]:
     """The predicted number of each input, in the unit of the data. Collective."""
     batch = Batch(
         contexts=[np.array(context, np.int64) for context, _ in inputs],
@@ -97,7 +161,6 @@ def predict_numbers(engine: Engine, inputs: list[TokenPair], member: int, pad_id
         targets=[np.zeros(1, np.int64) for _ in inputs],  # a placeholder: where the number is predicted
         readers=[(row, member) for row in range(len(inputs))],
         pad_id=pad_id,
-        most_targets=most_targets,
     )
     return [f"{number:.9g}" for number in engine.row_values(batch)]
 

@@ -7,7 +7,7 @@ Shapes: B rows, T tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,14 +26,19 @@ class GumbelNoise(LogitsProcessor):
     """Adds to the scores of each row noise from the row's own generator."""
 
     def __init__(self, seed: int, rows: Sequence[int], device: torch.device):
-        """`rows` are the numbers of the rows of a batch among all rows."""
-        self._generators = [torch.Generator(device).manual_seed(seed_of_row(seed, row)) for row in rows]
+        """`rows` are the numbers, among all rows, of those whose scores come; they may be changed from call to call."""
+        self.rows = rows
+        self._seed = seed
+        self._device = device
+        self._generators: dict[int, torch.Generator] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """[B, V] in float64: in float32 the noise is too coarse for tokens of small probability."""
         noise = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.exponential_(generator=generator)
+        for into, row in zip(noise, self.rows, strict=True):
+            if row not in self._generators:
+                self._generators[row] = torch.Generator(self._device).manual_seed(seed_of_row(self._seed, row))
+            into.exponential_(generator=self._generators[row])
         return scores.double() - noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
 
 
@@ -55,3 +60,21 @@ def build_sampler(
         processors.append(TopPLogitsWarper(sampling["top_p"]))
     processors.append(GumbelNoise(seed, rows, device))
     return processors
+
+
+class Chooser:
+    """The next token of rows that come and go: the likeliest, or a sampled one."""
+
+    def __init__(self, sampling: dict[str, Any] | None, seed: int, device: torch.device):
+        self._processors = build_sampler(sampling, seed, [], device)
+
+    def choose(self, logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
+        """Token ids for logits [B, V] of rows, which are known by their numbers among all rows."""
+        scores = logits.float()
+        if self._processors is not None:
+            noise = self._processors[-1]
+            assert isinstance(noise, GumbelNoise)
+            noise.rows = rows
+            no_ids = torch.zeros(len(rows), 0, dtype=torch.long, device=scores.device)
+            scores = self._processors(cast(torch.LongTensor, no_ids), cast(torch.FloatTensor, scores))
+        return scores.argmax(dim=-1).tolist()

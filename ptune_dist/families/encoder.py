@@ -42,6 +42,18 @@ class PromptedEncoder(PromptedModel):
         assert names is not None, "transformers names the labels of every classifier"
         return [names[index] for index in logits.argmax(dim=1).tolist()]
 
+    scores_trees = True  # the classes of one output
+
+    def label_losses(self, batch: Batch) -> list[np.ndarray]:
+        assert batch.trees is not None, "labels are scored of rows that have some"
+        logits, reader = self._outputs(batch)
+        found = [np.zeros(0) for _ in batch.readers]
+        for number, outputs in zip(reader.tolist(), logits, strict=True):
+            targets = self.to_tensor(batch.trees[batch.readers[number][0]].targets)
+            losses = self.objective.validation_losses(outputs.expand(len(targets), -1), targets)
+            found[number] = batch.trees[batch.readers[number][0]].sum_paths(losses.double().cpu().numpy())
+        return found
+
     def _losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
         if self.predicts_numbers:
             return self._number_losses(batch, loss_of)

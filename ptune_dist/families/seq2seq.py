@@ -4,7 +4,8 @@ Under placement decoder the virtual tokens stand before what the decoder reads, 
 Shapes: S readers, T tokens, C context positions, D width.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +21,25 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from ptune_dist.data.batches import Batch, Unit, pad_rows
-from ptune_dist.data.encode import Examples, TokenPair
+from ptune_dist.data.encode import Examples
 from ptune_dist.data.framing import Framing
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
-from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised, vectors_of
+from ptune_dist.families.seq2seq_decoder import Seq2SeqDecoder
+from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised
+
+
+class ReadInputs(NamedTuple):
+    """What an encoder left of the readers' inputs: output [S, T, D], mask, and the keys/values of the output."""
+
+    hidden: torch.Tensor
+    mask: torch.Tensor
+    crossed: DynamicCache
+
+    def inputs(self) -> dict[str, Any]:
+        """Inputs of a pass over the decoder."""
+        cache = EncoderDecoderCache(DynamicCache(), self.crossed)
+        return {"encoder_outputs": (self.hidden,), "attention_mask": self.mask, "past_key_values": cache}
 
 
 class PromptedSeq2Seq(PromptedModel):
@@ -40,24 +55,48 @@ class PromptedSeq2Seq(PromptedModel):
         members = [member for _, member in readers]
         start = [self.base.config.decoder_start_token_id]
         written = [np.concatenate([start, batch.targets[row][:-1]]) for row, _ in readers]
+        inputs = self.source(batch, members) if batch.read is None else batch.read.inputs()
+        if self.placement == "decoder":
+            embeddings = self.base.get_decoder().get_input_embeddings()
+            inputs["decoder_inputs_embeds"], _ = self.embed(written, members, embeddings=embeddings)
+            return self.supervise_rows(batch, [self.num_virtual(member) for member in members], **inputs)
+        inputs["decoder_input_ids"] = self.to_tensor(pad_rows(written, batch.pad_id)[0])
+        return self.supervise_rows(batch, [0] * len(readers), **inputs)
+
+    def source(self, batch: Batch, members: list[int]) -> dict[str, Any]:
+        """What the encoder reads of every reader, whose prompts are those of `members`; or what it left of contexts."""
+        rows = [row for row, _ in batch.readers]
         if self.placement == "decoder":
             assert batch.held is not None, "placement decoder has a context for every row"
-            hidden = [batch.held[row][0] for row, _ in readers]
+            hidden = [batch.held[row][0] for row in rows]
             read = self.to_tensor(pad_rows([np.ones(len(part)) for part in hidden], 0)[0])
-            vectors, _ = self.embed(written, members, embeddings=self.base.get_decoder().get_input_embeddings())
-            inputs: dict[str, Any] = {
-                "encoder_outputs": (pad_sequence(hidden, batch_first=True),),
-                "decoder_inputs_embeds": vectors,
-                "attention_mask": read,
-            }
-            return self.supervise_rows(batch, [self.num_virtual(member) for member in members], **inputs)
-        vectors, mask = self.embed([batch.rests[row] for row, _ in readers], members)
-        inputs = {
-            "inputs_embeds": vectors,
-            "attention_mask": mask,
-            "decoder_input_ids": self.to_tensor(pad_rows(written, batch.pad_id)[0]),
-        }
-        return self.supervise_rows(batch, [0] * len(readers), **inputs)
+            return {"encoder_outputs": (pad_sequence(hidden, batch_first=True),), "attention_mask": read}
+        vectors, mask = self.embed([batch.rests[row] for row in rows], members)
+        return {"inputs_embeds": vectors, "attention_mask": mask}
+
+    def encode(self, batch: Batch, members: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the encoder leaves of every reader [S, T, D], and its mask [S, T]."""
+        source = self.source(batch, members)
+        encoded = source.get("encoder_outputs") or self.base.get_encoder()(**source)
+        return encoded[0], source["attention_mask"]
+
+    def open_decoder(self, member: int) -> Seq2SeqDecoder | None:
+        return Seq2SeqDecoder(self, self.encode, member) if self.writes_text else None
+
+    @torch.no_grad()
+    def read_inputs(self, batch: Batch) -> Batch:
+        """The encoder once, and once the keys and values of its output that the decoder's layers read."""
+        hidden, mask = self.encode(batch, [member for _, member in batch.readers])
+        crossed = DynamicCache()
+        start = torch.full((len(batch.readers), 1), self.base.config.decoder_start_token_id, device=mask.device)
+        self.base(
+            encoder_outputs=(hidden,),
+            attention_mask=mask,
+            decoder_input_ids=start,
+            past_key_values=EncoderDecoderCache(DynamicCache(), crossed),
+            use_cache=True,
+        )
+        return dataclasses.replace(batch, read=ReadInputs(hidden, mask, crossed))
 
     @torch.no_grad()
     def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
@@ -69,37 +108,6 @@ class PromptedSeq2Seq(PromptedModel):
     def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:
         """The decoder's start token, after the virtual tokens where the decoder reads them."""
         return 1 + (num_virtual if self.placement == "decoder" else 0)
-
-    def generate(self, inputs: list[TokenPair], member: int, options: dict[str, Any]) -> torch.Tensor:
-        texts = [np.array([*context, *rest], np.int64) for context, rest in inputs]
-        if self.placement == "decoder":
-            return self._generate_after_decoder_prompt(texts, member, options)
-        vectors, mask = self.embed(texts, [member] * len(inputs))
-        found = self.generate_with_base(inputs_embeds=vectors, attention_mask=mask, **options)
-        return found[:, 1:]  # without the start token
-
-    def _generate_after_decoder_prompt(
-        self, texts: list[np.ndarray], member: int, options: dict[str, Any]
-    ) -> torch.Tensor:
-        """The decoder reads [virtual tokens, start, answer]: the virtual tokens are read first."""
-        settings = options["generation_config"]
-        padded, present = pad_rows(texts, settings.pad_token_id)
-        mask = self.to_tensor(present)
-        encoded = self.base.get_encoder()(input_ids=self.to_tensor(padded), attention_mask=mask)
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        vectors = vectors_of(self.contributions()[member], encoded[0][0])
-        self.base(
-            encoder_outputs=encoded,
-            attention_mask=mask,
-            decoder_inputs_embeds=vectors.expand(len(texts), -1, -1),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        start = torch.full((len(texts), 1), settings.decoder_start_token_id, device=mask.device)  # not in the cache yet
-        found = self.generate_with_base(
-            encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=start, past_key_values=cache, **options
-        )
-        return found[:, start.shape[1] :]
 
 
 def count_padded(model: PromptedModel, units: list[Unit], examples: Examples, *, with_contexts: bool) -> int:

@@ -109,6 +109,8 @@ class RecordedSegments:
         self._attention: SegmentAttention
         if device.type == "cuda":
             self._attention = CudaSegments(segments, outside, device)
+        elif len({segment.contexts for segment in segments}) > 1:
+            self._attention = ContextSegments(segments, outside, device)
         else:
             self._attention = CausalSegments(segments, join_parts(outside), device)
         self._segments = segments

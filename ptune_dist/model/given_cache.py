@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ptune_dist.model.attention import KeysValues
@@ -35,6 +36,14 @@ class GivenCache(Cache):
         keys, values = self._given[layer_idx]
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
+    def cut(self, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first recorded keys and values [L, length, G, D] of a row that is padded on the right."""
+        keys, values = (
+            torch.stack([part[row, :, :length].transpose(0, 1) for part in parts])
+            for parts in zip(*self.recorded, strict=True)
+        )
+        return keys, values
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._given[0][0].shape[2] if self._given else 0
 
@@ -51,6 +60,11 @@ class GivenCache(Cache):
     @property
     def is_sliding(self) -> list[bool]:
         return [False] * max(1, len(self._given))
+
+
+def keeps_more(base: PreTrainedModel) -> bool:
+    """Whether a base keeps states beside keys and values, which cannot be given back."""
+    return base._is_stateful
 
 
 def pad_contexts(held: list[KeysValues]) -> list[tuple[torch.Tensor, torch.Tensor]]:

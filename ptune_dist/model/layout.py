@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ptune_dist.data.batches import Batch, HeldPart
+from ptune_dist.data.label_tree import LabelTree
 from ptune_dist.model.attention import KeysValues, Segment
+from ptune_dist.model.attention_trees import PlacedTree
 
 Run = tuple[int, int]  # first live position, number of live positions
 
@@ -107,6 +109,12 @@ def plan_outside(batch: Batch, num_prefix: Sequence[int]) -> Outside:
     return Outside(sources, rows, members)
 
 
+def collect_outside(batch: Batch, prefixes: Sequence[KeysValues | None]) -> tuple[Outside, list[KeysValues]]:
+    """The plan for a batch that holds its contexts already, and the keys/values themselves."""
+    outside = plan_outside(batch, [0 if prefix is None else prefix.length for prefix in prefixes])
+    return outside, outside.collect(batch, prefixes)
+
+
 def held_parts(batch: Batch) -> list[tuple[HeldPart, ...]]:
     """What a batch holds of each row's context, or will hold."""
     if batch.held_parts is not None:
@@ -148,6 +156,58 @@ def lay_out(batch: Batch, num_vectors: list[int], outside: Outside) -> Layout:
     return builder.finish()
 
 
+@dataclass(frozen=True)
+class LabelLayout:
+    """A pass that scores labels: the readers' inputs, and after all of them a tree of labels for each.
+
+    In `layout`, predicts are the positions after which tokens are scored, and targets their numbers. places, targets
+    [E of all readers]: each token to score, and the number of its position.
+    """
+
+    layout: Layout
+    trees: list[PlacedTree]
+    places: np.ndarray
+    targets: np.ndarray
+
+
+def lay_out_labels(batch: Batch, num_vectors: list[int], outside: Outside) -> LabelLayout:
+    """As `lay_out`, for rows with trees of labels in place of targets."""
+    assert batch.trees is not None, "labels are scored of rows that have some"
+    builder = LayoutBuilder(num_vectors)
+    is_shared = shares_context(batch)
+    homes: dict[int, Run] = {}
+    if is_shared:
+        for member in sorted({member for _, member in batch.readers}):
+            homes[member] = builder.add(builder.virtual(member), outside.of(0, member), parent=None, member=member)
+    lasts: list[int] = []
+    before_trees: list[tuple[Before, tuple[Run, ...]]] = []
+    for row, member in batch.readers:
+        before = outside.of(row, member)
+        source = builder.take(batch.rests[row])
+        if not is_shared:
+            source = np.concatenate([builder.virtual(member), source])
+        home = homes.get(member)
+        own = builder.add(source, before, parent=home, member=member)
+        runs = tuple(run for run in (home, own) if run is not None and run[1])
+        assert runs, "the first token is predicted from a token of the input or of the prompt"
+        lasts.append(sum(runs[-1]) - 1)
+        before_trees.append((before, runs))
+    trees: list[PlacedTree] = []
+    places: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    num_places = 0
+    for number, (row, member) in enumerate(batch.readers):
+        tree = batch.trees[row]
+        placed = builder.add_tree(tree, *before_trees[number], member=member)
+        trees += [placed] if len(tree.tokens) else []
+        predicts = np.concatenate([lasts[number : number + 1], placed.start + np.arange(len(tree.tokens))])
+        builder.predict(predicts, num_places + np.arange(len(predicts)), number)
+        places.append(num_places + 1 + tree.places)
+        targets.append(tree.targets)
+        num_places += len(predicts)
+    return LabelLayout(builder.finish(), trees, np.concatenate(places), np.concatenate(targets))
+
+
 class LayoutBuilder:
     """Builds a layout by adding one run of live positions after another."""
 
@@ -155,7 +215,7 @@ class LayoutBuilder:
         self._virtual_starts = np.concatenate([[0], np.cumsum(num_vectors)])
         self._num_live = 0
         self._num_tokens = 0
-        self._segments: list[Segment] = []
+        self.segments: list[Segment] = []
         self._source: list[np.ndarray] = []
         self._positions: list[np.ndarray] = []
         self._tokens: list[np.ndarray] = []
@@ -174,18 +234,33 @@ class LayoutBuilder:
         self._num_tokens += len(tokens)
         return np.arange(first, first + len(tokens))
 
-    def add(self, source: np.ndarray, before: Before, *, parent: Run | None, member: int) -> Run:
+    def add(self, source: np.ndarray, before: Before, *, parent: Run | None, member: int = 0) -> Run:
         """A segment that reads `before` from outside and then the live run `parent`; returns its own run."""
         run = (self._num_live, len(source))
         if not len(source):
             return run
         parents = (parent,) if parent is not None and parent[1] else ()
         offset = before.length + sum(length for _, length in parents)
-        self._segments.append(Segment(*run, before.numbers, parents, offset, member))
+        self.segments.append(Segment(*run, before.numbers, parents, offset, member))
         self._source.append(source)
         self._positions.append(np.arange(offset, offset + len(source)))
         self._num_live += len(source)
         return run
+
+    def add_tree(self, tree: LabelTree, before: Before, parents: tuple[Run, ...], *, member: int) -> PlacedTree:
+        """A tree whose tokens read `before` from outside, the live runs `parents`, and their own branch."""
+        offset = before.length + sum(length for _, length in parents)
+        placed = PlacedTree(tree, self._num_live, before.numbers, parents, offset, member)
+        self._source.append(self.take(tree.tokens))
+        self._positions.append(offset + tree.depths)
+        self._num_live += len(tree.tokens)
+        return placed
+
+    def predict(self, places: np.ndarray, targets: np.ndarray, reader: int) -> None:
+        """What stands after live positions `places` is supervised."""
+        self._predicts.append(places)
+        self._targets.append(targets)
+        self._reader.append(np.full(len(targets), reader))
 
     def supervise(self, targets: np.ndarray, reader: int, num_rest: int, last_virtual: int, start: int) -> None:
         """A reader's targets: text token t stands at live position start + t, the one before it at `last_virtual`."""
@@ -193,10 +268,8 @@ class LayoutBuilder:
         if num_rest == 0 and len(targets):
             assert last_virtual >= 0, "the first target is predicted from a token of the input or of the prompt"
             places[0] = last_virtual
-        self._predicts.append(places)
-        self._targets.append(targets)
-        self._reader.append(np.full(len(targets), reader))
+        self.predict(places, targets, reader)
 
     def finish(self) -> Layout:
         parts = (self._source, self._positions, self._predicts, self._targets, self._reader, self._tokens)
-        return Layout(self._segments, *(np.concatenate(part).astype(np.int64) for part in parts))
+        return Layout(self.segments, *(np.concatenate(part).astype(np.int64) for part in parts))

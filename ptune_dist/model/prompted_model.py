@@ -21,6 +21,7 @@ from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import Examples, TokenPair
 from ptune_dist.distributed.world import to_device
 from ptune_dist.model.attention import KeysValues
+from ptune_dist.model.decode import Decoder
 from ptune_dist.model.head import HeadAtTargets
 from ptune_dist.model.value_head import TargetScale, ValueHeads
 from ptune_dist.objectives.objective import Objective
@@ -57,6 +58,7 @@ class PromptedModel(nn.Module):
 
     has_language_head = True
     uses_segments = False  # all texts of a pass are one row without padding
+    scores_trees = False  # one pass scores all labels of its rows; else labels follow one by one after `read_inputs`
     needs_empty_contexts = False  # something is computed of a context even where it has no tokens
 
     base: PreTrainedModel
@@ -158,6 +160,10 @@ class PromptedModel(nn.Module):
         """New token ids [B, T] of inputs, each (context, rest); `options` are those of the base's own `generate`."""
         raise NotImplementedError
 
+    def open_decoder(self, member: int) -> Decoder | None:
+        """What answers rows that come and go; None where whole batches are answered by `generate`."""
+        return None
+
     def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:
         """Positions that stand before the first token of an answer, of those whose number may be limited."""
         raise NotImplementedError
@@ -181,6 +187,14 @@ class PromptedModel(nn.Module):
         asked = self.supervise(batch)
         assert self.head is not None, "families without a language head compute their own losses"
         return self.head.losses(asked, loss_of), asked.reader
+
+    def label_losses(self, batch: Batch) -> list[np.ndarray]:
+        """Each reader's summed losses of the labels of its row's tree, in one pass without gradient."""
+        raise NotImplementedError
+
+    def read_inputs(self, batch: Batch) -> Batch:
+        """The batch with what its readers' inputs leave, so that targets after them cost only themselves."""
+        return batch
 
     def _number_losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
         predicted, reader = self._predict(batch)

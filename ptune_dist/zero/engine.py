@@ -105,6 +105,16 @@ class Engine:
         """The validation loss of each reader [S], without gradient. Collective: every rank must call."""
         return self.without_gradient(lambda: self.model.losses(self.contexts.hold(batch), for_validation=True))
 
+    def row_label_losses(self, batch: Batch) -> list[np.ndarray]:
+        """The validation losses of each reader's labels, without gradient. Collective: every rank must call."""
+        held = self.contexts.hold(batch)
+        return self.without_gradient(lambda: self.model.label_losses(held))
+
+    def read_inputs(self, batch: Batch) -> Batch:
+        """The batch with what its inputs leave, for targets that follow. Collective: every rank must call."""
+        held = self.contexts.hold(batch)
+        return self.without_gradient(lambda: self.model.read_inputs(held))
+
     def row_values(self, batch: Batch) -> list[float]:
         """Each reader's predicted number, in the unit of the data. Collective: every rank must call."""
         return self.without_gradient(lambda: self.model.values(self.contexts.hold(batch)))

@@ -1,6 +1,7 @@
 """The `data` section of the config, encoded for each family of bases."""
 
 import hashlib
+import re
 
 import pytest
 
@@ -82,9 +83,10 @@ def test_a_placement_splits_inputs_alone_and_candidates_as_training_does(data, f
     wanted = [(split.examples.context_ids(i).tolist(), split.examples.rest_ids(i).tolist()) for i in (0, 1)]
     assert tuple(map(decode, wanted[0])) == parts
     assert build_inputs(section, split.rows, encoding) == wanted
-    candidates, _ = build_label_candidates(section, split, encoding)
-    for examples in candidates:
-        assert [(examples.context_ids(i).tolist(), examples.rest_ids(i).tolist()) for i in (0, 1)] == wanted
+    candidates, _ = build_label_candidates(section, split, encoding, 100)
+    examples = candidates.examples
+    assert candidates.rows.tolist() == [0, 1]
+    assert [(examples.context_ids(i).tolist(), examples.rest_ids(i).tolist()) for i in (0, 1)] == wanted
 
 
 def test_the_digest_changes_with_the_split_and_is_the_old_one_without_contexts(data):
@@ -128,10 +130,50 @@ def test_each_label_is_a_candidate_for_every_row(data, family):
     section = data(labels=["no", "yes"])
     split = build_split(section, encoding_of(TOKENIZER, family=family, labels=["no", "yes"]), which="train")
     encoding = encoding_of(TOKENIZER, family=family, labels=["no", "yes"])
-    candidates, right = build_label_candidates(section, split, encoding)
-    assert right == [1, 0]
-    for label, examples in enumerate(candidates):
-        for row in (0, 1):
-            assert examples.input_ids(row).tolist() == split.examples.input_ids(row).tolist()
-            target = examples.target_ids(row).tolist()
+    candidates, right = build_label_candidates(section, split, encoding, 100)
+    assert right == [1, 0] and candidates.rows.tolist() == [0, 1] and candidates.labels == [(0, 1)] * 2
+    for row, tree in enumerate(candidates.trees):
+        assert candidates.examples.input_ids(row).tolist() == split.examples.input_ids(row).tolist()
+        for label, path in enumerate(tree.paths):
+            target = tree.targets[path].tolist()
             assert target == [label] if family == "encoder" else decode(target) == ["no", "yes"][label] + "<eos>"
+
+
+@pytest.mark.parametrize("placement", ["prefix", "infix", "template"])
+def test_a_long_label_leaves_a_row_less_of_its_input_and_a_template_may_show_the_label(data, placement):
+    rows = '{"text": "abcdefgh", "label": "no"}\n{"text": "xy", "label": "yes"}\n{"text": "q", "label": "maybe"}\n'
+    labels = ["no", "yes", "maybe", "on"]
+    for template in ("{{ text }}{{ prompt }}:", "{{ label }}{{ text }}{{ prompt }}:"):
+        section = data(rows, labels=labels, template=template if placement == "template" else "{{ text }}:")
+        encoding = encoding_of(TOKENIZER, placement=placement, max_length=10)
+        split = build_split(section, encoding, which="train")
+        candidates, right = build_label_candidates(section, split, encoding, 1000)
+        assert right == [0, 1, 2]
+        found = {}
+        for i, row in enumerate(candidates.rows.tolist()):
+            parts = (candidates.examples.context_ids(i).tolist(), candidates.examples.rest_ids(i).tolist())
+            tree = candidates.trees[i]
+            for label, path in zip(candidates.labels[i], tree.paths, strict=True):
+                assert (row, label) not in found
+                found[row, label] = (*parts, tree.targets[path].tolist())
+        for label, name in enumerate(labels):  # every row as it would be encoded with that label
+            changed = "".join(
+                re.sub(r'"label": "\w+"', f'"label": "{name}"', line) + "\n" for line in rows.splitlines()
+            )
+            changed_section = data(changed, "other.jsonl", labels=labels, template=section.template)
+            other = build_split(changed_section, encoding, which="train").examples
+            for row in range(3):
+                parts = (other.context_ids(row), other.rest_ids(row), other.target_ids(row))
+                assert found[row, label] == tuple(part.tolist() for part in parts)
+        assert len(candidates.examples) > 3  # the first row has several inputs
+
+
+def test_labels_that_do_not_fit_in_one_pass_are_split_and_none_is_lost(data):
+    section = data(labels=["no", "yes", "none", "yet"])
+    encoding = encoding_of(TOKENIZER)
+    split = build_split(section, encoding, which="train")
+    candidates, _ = build_label_candidates(section, split, encoding, 8)
+    assert candidates.rows.tolist() == [0, 0, 1, 1]
+    assert candidates.labels == [(0, 2), (1, 3)] * 2
+    tiny, _ = build_label_candidates(section, split, encoding, 1)
+    assert sorted(tiny.labels[:4]) == [(0,), (1,), (2,), (3,)]

@@ -83,7 +83,7 @@ def draw_pass(rng: np.random.Generator, placement: str) -> tuple[list[Segment], 
     contexts = [np.zeros(0, np.int32)] * num_rows if placement == "prefix" else draw_texts(200)
     readers = [(row, member) for row in range(num_rows) for member in range(num_members) if rng.random() < 0.8]
     readers = readers or [(0, 0)]
-    batch = Batch(contexts, draw_texts(150), draw_texts(9), readers, 0, most_targets=8)
+    batch = Batch(contexts, draw_texts(150), draw_texts(9), readers, 0)
     lengths: list[int] = []
     members, rows = [], []
     has_prefix = rng.random() < 0.5

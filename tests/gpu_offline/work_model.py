@@ -121,7 +121,7 @@ def draw_batch(family: str, placement: str) -> Batch:
     rests = [nothing] * 3 if placement in ("infix", "decoder") else texts
     contexts = texts if placement in ("infix", "template", "decoder") else [nothing] * 3
     targets = [np.arange(1 if family == "encoder" else n, dtype=np.int32) for n in (3, 2, 4)]
-    return Batch(contexts, rests, targets, [(0, 0), (1, 1), (0, 1), (2, 0)], 0, most_targets=16)
+    return Batch(contexts, rests, targets, [(0, 0), (1, 1), (0, 1), (2, 0)], 0)
 
 
 def hold(model: PromptedModel, batch: Batch, mode: CountingFakeTensors) -> Batch:

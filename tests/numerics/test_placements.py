@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_commands
 from tests.conftest import SEQ2SEQ, write_config
+from tests.evaluation.test_decoding import decode
 from tests.numerics.banks import NUM_ROWS, read_json, train_all, write_rows
 from tests.numerics.passes import (
     build_base,
@@ -186,14 +187,11 @@ def test_answers_are_those_of_greedy_decoding_by_whole_forwards(runs, folder, ti
 def test_after_a_prompt_in_the_decoder_rows_of_unequal_length_are_answered_as_each_alone(kind):
     base = build_base(kind)
     model = build_model(base, "seq2seq", "decoder", num_virtual=(NUM_VIRTUAL,))
-    draw, start = np.random.default_rng(0), base.config.decoder_start_token_id
+    draw = np.random.default_rng(0)
     contexts = [draw_tokens(draw, length) for length in (12, 25, 3, 40)]
-    settings = GenerationConfig(pad_token_id=1, decoder_start_token_id=start, max_new_tokens=NUM_NEW, do_sample=False)
-    options = {"generation_config": settings}
-    with torch.no_grad():
-        found = model.generate([(one.tolist(), []) for one in contexts], 0, options)
+    found = decode(model, [(one.tolist(), []) for one in contexts], 4096, None, (NUM_NEW,) * len(contexts))
     prompt = model.prompts[0].virtual_tokens.detach()
-    assert found.tolist() == [greedy(base, prompt, context, context[:0], -1) for context in contexts]
+    assert found == [greedy(base, prompt, context, context[:0], -1) for context in contexts]
 
 
 @torch.no_grad()

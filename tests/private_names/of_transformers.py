@@ -81,37 +81,55 @@ TABLE: Table = {
         parameter(f"{CACHE}.get_mask_sizes", "layer_idx", "count the keys of a mask"),
         attribute(f"{CACHE}.get_query_offset", "count the positions before the first query"),
         attribute(f"{CACHE}.is_compileable", "not be compiled"),
+        attribute(f"{MODEL}._is_stateful", "leave bases alone that keep more than keys and values"),
         attribute(f"{CACHE}.is_sliding", "have masks without windows"),
         source(
             f"{MODELS}.bloom.modeling_bloom:BloomAttention", "layer_past.update(", "give BLOOM its contexts", "update"
         ),
     ],
     "families/causal.py": [
+        attribute(f"{AUTO}:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
+        parameter(
+            f"{GENERATION}.prepare_inputs_for_generation", "inputs_embeds", "know whether a base continues from vectors"
+        ),
+    ],
+    "families/causal_padded.py": [
+        attribute(f"{MODEL}.base_model_prefix", "run the base without its head"),
+        *(
+            parameter(target, "past_key_values", "know whether a base keeps keys and values, and give it some")
+            for target in (f"{MODELS}.llama:LlamaModel.forward", f"{MODELS}.bloom:BloomForCausalLM.forward")
+        ),
+        source(GENERATION, "inputs_embeds[:, -next_sequence_length:, :]", "skip vectors that are in a cache", "unread"),
+    ],
+    "families/segment_inputs.py": [
         source(
             "transformers.masking_utils:_preprocess_mask_arguments",
             "len(attention_mask.shape) == 4",
             "pass a mask of four dimensions through untouched",
             "NO_MASK_SHAPE",
         ),
-        attribute(f"{AUTO}:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
-        attribute(f"{MODEL}.base_model_prefix", "run the base without its head"),
-        *(
-            parameter(target, "past_key_values", "know whether a base keeps keys and values, and give it some")
-            for target in (f"{MODELS}.llama:LlamaModel.forward", f"{MODELS}.bloom:BloomForCausalLM.forward")
-        ),
-        parameter(
-            f"{GENERATION}.prepare_inputs_for_generation", "inputs_embeds", "know whether a base continues from vectors"
-        ),
-        source(GENERATION, "inputs_embeds[:, -next_sequence_length:, :]", "skip vectors that are in a cache", "unread"),
     ],
     "families/seq2seq.py": [
         attribute(f"{AUTO}:MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
         attribute(f"{MODEL}.get_encoder", "read the contexts of a seq2seq base"),
         attribute(f"{MODEL}.get_decoder", "embed what a decoder reads"),
-        attribute("transformers:EncoderDecoderCache", "let a decoder's prompt be read first"),
+        attribute("transformers:EncoderDecoderCache", "compute the keys and values of an encoder's output once"),
         *(
-            parameter(f"{T5}.forward", name, "let a decoder's prompt be read first")
+            parameter(f"{T5}.forward", name, "give a decoder what its encoder left")
             for name in ("past_key_values", "encoder_outputs", "decoder_inputs_embeds")
+        ),
+        source(
+            f"{MODELS}.t5.modeling_t5:T5Attention",
+            "if is_cross_attention and past_key_values is not None and is_updated:",
+            "compute the keys and values of an encoder's output once",
+            "crossed",
+        ),
+    ],
+    "families/seq2seq_decoder.py": [
+        attribute("transformers.cache_utils:DynamicLayer", "drop the padding of rows that have left"),
+        attribute("transformers:EncoderDecoderCache.batch_select_indices", "let rows leave a batch"),
+        instance(
+            "transformers:EncoderDecoderCache", "cross_attention_cache", "drop the padding of rows that have left"
         ),
     ],
     "families/encoder.py": [

@@ -1,0 +1,175 @@
+"""Decoder-only language models over padded rows: for bases whose attention is their own (ALiBi, soft caps, states).
+
+Shapes: S readers, B rows, T tokens, P virtual tokens, D width, L layers, G key/value heads, Dh width of a head.
+"""
+
+import dataclasses
+import inspect
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel
+
+from ptune_dist.base.layers import layers_of
+from ptune_dist.data.batches import Batch, pad_rows
+from ptune_dist.data.encode import TokenPair
+from ptune_dist.model.attention import KeysValues
+from ptune_dist.model.given_cache import GivenCache, keeps_more, pad_contexts
+from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised, keys_values_of
+from ptune_dist.prompts.method import Contribution
+
+# What transformers calls keys and values from before, up to 5.23 and from 5.24 on, which takes the older name too.
+CACHE_ARGUMENTS = {"past_key_values", "cache"}
+
+
+def keeps_keys(model: PreTrainedModel) -> bool:
+    """Whether a base takes keys and values of earlier positions."""
+    inner = cast(Any, getattr(model, model.base_model_prefix, model))  # the model without its head
+    return bool(CACHE_ARGUMENTS & set(inspect.signature(inner.forward).parameters))
+
+
+class PaddedCausal(PromptedModel):
+    """Each reader's text is a row of its own, padded."""
+
+    def __init__(self, base: PreTrainedModel, *args: Any, **options: Any):
+        super().__init__(base, *args, **options)
+        self._keeps_keys = keeps_keys(base) and not keeps_more(base)
+        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+
+    def supervise(self, batch: Batch) -> Supervised:
+        """A padded row [virtual tokens, rest, target] for each reader, after its context or its member's prefix."""
+        if batch.read is not None:
+            return self._supervise_after_inputs(batch, batch.read)
+        contributions = self.contributions()
+        texts = [np.concatenate([batch.rests[row], batch.targets[row]])[:-1] for row, _ in batch.readers]
+        members = [member for _, member in batch.readers]
+        vectors, mask = self.embed(texts, members, contributions)
+        starts = [contributions[member].num_vectors + len(batch.rests[row]) - 1 for row, member in batch.readers]
+        inputs = {"inputs_embeds": vectors, "attention_mask": mask}
+        before = self._before(batch, contributions, vectors.dtype)
+        if before:
+            inputs |= self._after(before, mask)
+        return self.supervise_rows(batch, starts, **inputs)
+
+    def _before(self, batch: Batch, contributions: list[Contribution], dtype: torch.dtype) -> list[KeysValues]:
+        """What each reader reads first: its row's context, or its member's prefix, or nothing."""
+        if batch.held:
+            return [batch.held[row][0] for row, _ in batch.readers]
+        if any(contribution.keys is not None for contribution in contributions):
+            return self._prefixes_of([member for _, member in batch.readers], contributions, dtype)
+        return []
+
+    @torch.no_grad()
+    def read_inputs(self, batch: Batch) -> Batch:
+        """Each reader's keys/values of all but the last position of its input, and that position's vector.
+
+        A base without keys and values that can be given back reads the whole input again with every target.
+        """
+        if not self._keeps_keys:
+            return batch
+        contributions = self.contributions()
+        texts = [batch.rests[row] for row, _ in batch.readers]
+        vectors, mask = self.embed(texts, [member for _, member in batch.readers], contributions)
+        before = self._before(batch, contributions, vectors.dtype)
+        inputs = {"attention_mask": mask} | (self._after(before, mask) if before else {})
+        cache = GivenCache(pad_contexts(before) if before else [], record=True)
+        self.inner(inputs_embeds=vectors, **inputs | {"past_key_values": cache})
+        if len(cache.recorded) < len(layers_of(self.base)):  # some layers keep something else
+            return batch
+        read = []
+        for reader, length in enumerate(mask.sum(dim=1).tolist()):
+            own = cache.cut(reader, length - 1)
+            whole = zip(*before[reader : reader + 1], own, strict=True)
+            keys_values = KeysValues(*(torch.cat(parts, dim=1) for parts in whole))
+            read.append((keys_values, vectors[reader, length - 1]))
+        return dataclasses.replace(batch, read=read)
+
+    def _supervise_after_inputs(self, batch: Batch, read: list[tuple[KeysValues, torch.Tensor]]) -> Supervised:
+        """A padded row [last position of the input, target] for each reader, after the rest of its input."""
+        targets = [batch.targets[row][:-1] for row, _ in batch.readers]
+        tokens = self.embed_tokens(np.concatenate(targets)).split([len(target) for target in targets])
+        rows = [torch.cat([last[None], own]) for (_, last), own in zip(read, tokens, strict=True)]
+        mask = self.to_tensor(pad_rows([np.ones(len(row)) for row in rows], 0)[0])
+        inputs = {"inputs_embeds": pad_sequence(rows, batch_first=True), "attention_mask": mask}
+        inputs |= self._after([keys_values for keys_values, _ in read], mask)
+        return self.supervise_rows(batch, [0] * len(rows), **inputs)
+
+    def _prefixes_of(self, members: list[int], contributions: list, dtype: torch.dtype) -> list[KeysValues]:
+        """Each reader's prefix; that of a member without keys/values is empty."""
+        found = [keys_values_of(contribution) for contribution in contributions]
+        some = next(prefix for prefix in found if prefix is not None)
+        empty = KeysValues(some.keys[:, :0], some.values[:, :0])
+        return [(found[member] or empty).to(dtype) for member in members]
+
+    def _after(self, before: list[KeysValues], mask: torch.Tensor) -> dict[str, Any]:
+        """Inputs of padded rows that stand after keys/values of their own."""
+        longest = max(part.length for part in before)
+        lengths = self.to_tensor(np.array([part.length for part in before]))
+        present = torch.arange(longest, device=mask.device) >= longest - lengths[:, None]
+        inputs: dict[str, Any] = {
+            "past_key_values": GivenCache(pad_contexts(before)),
+            "attention_mask": torch.cat([present.to(mask), mask], dim=1),
+        }
+        if self._takes_positions:
+            inputs["position_ids"] = lengths[:, None] + torch.arange(mask.shape[1], device=mask.device)
+        return inputs
+
+    @torch.no_grad()
+    def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
+        padded, present = pad_rows(work.tokens, work.pad_id)
+        cache = GivenCache([], record=True)
+        self.inner(input_ids=self.to_tensor(padded), attention_mask=self.to_tensor(present), past_key_values=cache)
+        return [cache.cut(row, len(tokens)) for row, tokens in enumerate(work.tokens)]
+
+    @property
+    def inner(self) -> nn.Module:
+        """The base without its head."""
+        return getattr(self.base, self.base.base_model_prefix)
+
+    # ------------------------------------------------------------- answers
+
+    def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:
+        return num_virtual + num_tokens
+
+    def generate(self, inputs: list[TokenPair], member: int, options: dict[str, Any]) -> torch.Tensor:
+        """Rows are padded on the left, so that each row's next token stands at the end.
+
+        They are [padding, context, virtual tokens, rest], after the prompt's keys and values if it has some.
+        """
+        contributions = self.contributions()
+        texts = [np.array([*context, *rest], np.int64) for context, rest in inputs]
+        embedded, mask = self.embed(texts, [member] * len(texts), contributions)
+        num_virtual = contributions[member].num_vectors
+        rows = []
+        for row, length, (context, _) in zip(embedded, mask.sum(dim=1).tolist(), inputs, strict=True):
+            virtual, before, after = row[:length].tensor_split([num_virtual, num_virtual + len(context)])
+            rows.append(torch.cat([before, virtual, after]))
+        vectors = pad_sequence(rows, batch_first=True, padding_side="left")
+        prefix = keys_values_of(contributions[member])
+        if prefix is None:
+            return self.generate_with_base(inputs_embeds=vectors, attention_mask=mask.flip(1), **options)
+        return self._generate_after_prefix(vectors, mask.flip(1), prefix.to(vectors.dtype), options)
+
+    def _generate_after_prefix(
+        self, vectors: torch.Tensor, mask: torch.Tensor, prefix: KeysValues, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """Tokens after vectors [B, T, D], before which every row reads a prefix that takes P positions, as in PEFT.
+
+        transformers wants the vectors and the mask of the whole text: it leaves out the first vectors, as many as there
+        are positions in the cache.
+        """
+        num_rows = len(vectors)
+        cache = DynamicCache(config=self.base.config.get_text_config(decoder=True))
+        for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            rows = [part.transpose(0, 1).expand(num_rows, -1, -1, -1) for part in (keys, values)]
+            cache.update(rows[0], rows[1], layer)
+        unread = vectors.new_zeros(num_rows, prefix.length, vectors.shape[2])
+        return self.generate_with_base(
+            inputs_embeds=torch.cat([unread, vectors], dim=1),
+            attention_mask=torch.cat([mask.new_ones(num_rows, prefix.length), mask], dim=1),
+            past_key_values=cache,
+            **options,
+        )

@@ -83,7 +83,7 @@ class Engine:
 
     def row_losses(self, batch: Batch) -> torch.Tensor:
         """The validation loss of each reader [S], without gradient. Collective: every rank must call."""
-        held = self.contexts.hold(batch)
+        held = batch if batch.read is not None else self.contexts.hold(batch)
         return self.without_gradient(lambda: self.model.losses(held, for_validation=True))
 
     def row_label_losses(self, batch: Batch) -> list[np.ndarray]:

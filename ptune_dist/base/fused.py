@@ -69,7 +69,7 @@ def fuse_module(module: nn.Module) -> None:
         return
     activation = None if isinstance(module, IN_ONE_KERNEL) else activation_of(module)
     if activation and num_operations(module) > 1:
-        module.forward = functools.partial(run_activation, module, type(module).forward, activation)
+        cast(Any, module).forward = functools.partial(run_activation, module, type(module).forward, activation)
         return
     rotating = rotating_forward(type(module))
     if rotating is not None:

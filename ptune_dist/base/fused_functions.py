@@ -127,7 +127,7 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, module: nn.Module, eps: float, offset: float) -> torch.Tensor:
-        y, rstd = NORM_FORWARD([x], [module.weight], eps, offset)
+        y, rstd = NORM_FORWARD([x], [module.get_parameter("weight")], eps, offset)
         ctx.save_for_backward(x, rstd)
         ctx.module = module
         ctx.offset = offset

@@ -93,7 +93,7 @@ def draw_labels(draw: random.Random, words: list[str], tokenizer: PreTrainedToke
 def write_base(out: Path) -> None:
     """Random weights, under which a greedy answer ends after some tokens."""
     write_shape(SHAPE, out)
-    write_weights(out, torch.float32, seed=0)
+    write_weights(out, "float32", seed=0)
     (file,) = out.glob("*.safetensors")
     tensors = load_file(file)
     for name, tensor in tensors.items():
@@ -146,7 +146,7 @@ def measure_generation(job: Job) -> dict[str, Any]:
     split = build_split(job.config.data, job.reading.encoding(job.config), which="validation")
     assert split is not None
     inputs = build_inputs(job.config.data, split.rows, job.reading.encoding(job.config))
-    decoding = Decoding(MOST_NEW_TOKENS, job.config.train.micro_batch_tokens)
+    decoding = Decoding(MOST_NEW_TOKENS, job.config.train.most_positions)
     decode = job.tokenizer.batch_decode
 
     def count_and_decode(ids: Any, **options: Any) -> list[str]:

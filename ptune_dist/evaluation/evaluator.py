@@ -132,7 +132,7 @@ def build_evaluator(config: Config, split: Split, reading: Reading) -> Evaluator
     labels = config.data.labels or []
     if any(metric.needs == "label_losses" for metric in metrics):
         # Half of a micro-batch: an input that is as long as all of it leaves no room anyway.
-        most_tokens = config.train.micro_batch_tokens // 2
+        most_tokens = config.train.most_positions // 2
         candidates, right = build_label_candidates(config.data, split, reading.encoding(config), most_tokens)
         references["label_losses"] = [[labels[number]] for number in right]
     if split.examples.numbers is not None:

@@ -103,21 +103,23 @@ class Engine:
 
     def row_losses(self, batch: Batch) -> torch.Tensor:
         """The validation loss of each reader [S], without gradient. Collective: every rank must call."""
-        return self.without_gradient(lambda: self.model.losses(self.contexts.hold(batch), for_validation=True))
+        return self.without_gradient(lambda: self.model.losses(self._hold_unread(batch), for_validation=True))
 
     def row_label_losses(self, batch: Batch) -> list[np.ndarray]:
         """The validation losses of each reader's labels, without gradient. Collective: every rank must call."""
-        held = self.contexts.hold(batch)
-        return self.without_gradient(lambda: self.model.label_losses(held))
+        return self.without_gradient(lambda: self.model.label_losses(self.contexts.hold(batch)))
 
     def read_inputs(self, batch: Batch) -> Batch:
         """The batch with what its inputs leave, for targets that follow. Collective: every rank must call."""
-        held = self.contexts.hold(batch)
-        return self.without_gradient(lambda: self.model.read_inputs(held))
+        return self.without_gradient(lambda: self.model.read_inputs(self.contexts.hold(batch)))
 
     def row_values(self, batch: Batch) -> list[float]:
         """Each reader's predicted number, in the unit of the data. Collective: every rank must call."""
         return self.without_gradient(lambda: self.model.values(self.contexts.hold(batch)))
+
+    def _hold_unread(self, batch: Batch) -> Batch:
+        """With its contexts, unless its inputs are read already."""
+        return batch if batch.read is not None else self.contexts.hold(batch)
 
     def _read_contexts(self, contexts: Contexts) -> list[tuple[torch.Tensor, ...]]:
         return self.without_gradient(lambda: self.model.read_contexts(contexts))

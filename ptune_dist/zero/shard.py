@@ -138,7 +138,7 @@ def pin_together(parts: list[tuple[torch.Tensor, int]]) -> None:
     starts = [0, *itertools.accumulate(ceil(size / ALIGNMENT) * ALIGNMENT for size in sizes)]
     block = torch.empty(starts[-1], dtype=torch.uint8)
     if torch.cuda.is_available() and len(block):
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+        torch.cuda.check_error(cast(Any, torch.cuda.cudart()).cudaHostRegister(block.data_ptr(), block.nbytes, 0))
     for (part, _), start, size in zip(parts, starts, sizes, strict=False):
         part.data = block[start : start + size].view(part.dtype)
 

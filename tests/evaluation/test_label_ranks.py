@@ -15,8 +15,9 @@ RUNS = {
     "infix": {"prompt": {"placement": "infix", "init": "random"}},
     "keys": {"prompt": {"method": "prefix_tuning"}},
     "bank": {"sweep": {"train.learning_rate": [0.3, 0.05]}},
-    "bloom": {},
+    "bloom": {"prompt": {"placement": "infix", "init": "random"}},
     "t5": {},
+    "bart": {"prompt": {"placement": "decoder", "init": "random"}},
     "bert": {"data": {"target": "{{ label }}"}},
 }
 

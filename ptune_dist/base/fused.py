@@ -15,7 +15,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn

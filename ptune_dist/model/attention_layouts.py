@@ -3,7 +3,7 @@
 Shapes: L layers, C positions of a context, N live positions, G key/value heads, H heads, D width of a head.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -35,7 +35,8 @@ def build_attention(
 ) -> SegmentAttention:
     """The attention of a pass. `tables`: those of flex attention, by window, where they were prepared."""
     if device.type == "cuda":
-        return CudaSegments(segments, outside, device, tables)
+        padded = partial(build_padded, segments, outside, device)
+        return CudaSegments(partial(FlexSegments, segments, outside, device, tables), padded)
     return build_padded(segments, outside, device)
 
 
@@ -53,15 +54,9 @@ def build_padded(segments: list[Segment], outside: list[KeysValues], device: tor
 class CudaSegments:
     """Flex attention where the GPU and the base's heads allow it, else padded calls."""
 
-    def __init__(
-        self,
-        segments: list[Segment],
-        outside: list[KeysValues],
-        device: torch.device,
-        tables: Mapping[int | None, FlexTables] | None = None,
-    ):
-        self._flex = partial(FlexSegments, segments, outside, device, tables)
-        self._padded = partial(build_padded, segments, outside, device)
+    def __init__(self, build_flex: Callable[[], SegmentAttention], build_padded: Callable[[], SegmentAttention]):
+        self._build_flex = build_flex
+        self._build_padded = build_padded
         self._chosen: SegmentAttention | None = None
 
     def attend(
@@ -69,7 +64,7 @@ class CudaSegments:
     ) -> torch.Tensor:
         """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
         if self._chosen is None:  # how wide the heads are is known from the first layer on
-            self._chosen = self._flex() if takes_flex(q.shape[-1]) else self._padded()
+            self._chosen = self._build_flex() if takes_flex(q.shape[-1]) else self._build_padded()
         return self._chosen.attend(q, k, v, layer=layer, scale=scale, window=window)
 
 
@@ -108,7 +103,7 @@ class RecordedSegments:
     def __init__(self, segments: list[Segment], outside: list[KeysValues], device: torch.device):
         self._attention: SegmentAttention
         if device.type == "cuda":
-            self._attention = CudaSegments(segments, outside, device)
+            self._attention = build_attention(segments, outside, device)
         elif len({segment.contexts for segment in segments}) > 1:
             self._attention = ContextSegments(segments, outside, device)
         else:

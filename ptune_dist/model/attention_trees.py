@@ -1,12 +1,13 @@
 """Attention of label trees: many short texts after one input, each of which reads the input and its own branch.
 
-On CUDA every run of a tree is a segment, which flex attention reads where it stands. Elsewhere a tree is one call, so
+Flex attention takes every run of a tree as a segment, which it reads where it stands. Elsewhere a tree is one call, so
 that the keys of an input are read in place and not once for each label.
 
 Shapes: N live positions, T positions of a tile, C positions before a tree, H heads, G key/value heads, R = H / G,
 D width of a head.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 
 from ptune_dist.data.label_tree import LabelTree
 from ptune_dist.model.attention import KeysValues, Segment, additive
-from ptune_dist.model.attention_layouts import SegmentAttention, build_attention
+from ptune_dist.model.attention_flex import FlexSegments
+from ptune_dist.model.attention_layouts import CudaSegments, SegmentAttention, build_attention
 
 
 class PlacedTree(NamedTuple):
@@ -49,10 +51,11 @@ def build_tree_attention(
     segments: list[Segment], trees: list[PlacedTree], outside: list[KeysValues], device: torch.device
 ) -> SegmentAttention:
     """The attention of segments, and of trees that stand after all of them."""
-    if device.type == "cuda":
-        runs = [run for placed in trees for run in placed.segments()]
-        return build_attention([*segments, *runs], outside, device)
-    return SegmentsAndTrees(segments, trees, outside, device)
+    apart = partial(SegmentsAndTrees, segments, trees, outside, device)
+    if device.type != "cuda":
+        return apart()
+    runs = [run for placed in trees for run in placed.segments()]
+    return CudaSegments(partial(FlexSegments, [*segments, *runs], outside, device), apart)
 
 
 class SegmentsAndTrees:

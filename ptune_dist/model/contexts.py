@@ -110,10 +110,12 @@ class ContextReader:
         and a run that is resumed with an empty cache would not be the undisturbed one bit for bit. Groups of a data
         set's contexts that are always computed together would be exact, but each miss would compute all of its group.
         """
-        counts = torch.tensor([len(keys) if self.cache else min(1, len(keys)) for keys in missing.values()])
+        counts = [len(keys) if self.cache else min(1, len(keys)) for keys in missing.values()]
         if self._must_agree:
-            dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self._hosts)
-        return dict(zip(missing, counts.tolist(), strict=True))
+            most = torch.tensor(counts)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._hosts)
+            counts = most.tolist()
+        return dict(zip(missing, counts, strict=True))
 
     def _compute(self, contexts: list[np.ndarray], pad_id: int, begins: bool, num_passes: int) -> list[tuple]:
         """Contexts that all begin with the lead, or all do not; in `num_passes`, some of them idle."""

@@ -16,8 +16,12 @@ from tests.private_names.tables import FILES, rows_of
 from tests.processes import ROOT
 
 PACKAGE = ROOT / "ptune_dist"
-# Where private names of each library may be used; torch's are the dictionaries of nn.Module.
-FOLDERS = {"deepspeed": ("zero/",), "transformers": ("model/", "base/"), "torch": ("model/", "base/")}
+# Where private names of each library may be used; torch's are the dictionaries of nn.Module, and functions in stacks.
+FOLDERS = {
+    "deepspeed": ("zero/",),
+    "transformers": ("model/", "base/"),
+    "torch": ("model/", "base/", "cluster/stacks.py"),
+}
 PUBLIC = {"run/watch.py": {"_exit"}}  # documented names that begin with an underscore
 UNDOCUMENTED = ("deepspeed.", "transformers.")  # what is imported from their submodules needs a row
 

@@ -106,7 +106,7 @@ TABLE: Table = {
             "transformers.masking_utils:_preprocess_mask_arguments",
             "len(attention_mask.shape) == 4",
             "pass a mask of four dimensions through untouched",
-            "NO_MASK_SHAPE",
+            "no_mask",
         ),
     ],
     "families/seq2seq.py": [

@@ -77,7 +77,7 @@ def check(folder: str, name: str, world: World) -> dict[str, Any]:
         own = lengths[world.rank]
         batch, _ = draw_batch(placement, own, readers=[(row, row % 2) for row in range(len(own))])
         watch.ahead.clear()
-        engine.accumulate(batch, scales=[1.0, 1.0])
+        engine.accumulate(batch, scales=torch.ones(2))
         num_targets = sum(len(batch.targets[row]) for row, _ in batch.readers)
         step = {"ahead": list(watch.ahead), "num_chunks": -(-num_targets // CHUNK)}
         steps.append(step | {"is_complete": coordinator.is_complete_trace()})

@@ -231,6 +231,15 @@ def test_the_profile_runs_without_a_gpu(tmp_path):
     assert (tmp_path / "out/profile.json.gz").stat().st_size > 0
 
 
+@pytest.mark.long
+def test_a_list_forgets_nothing(tmp_path):
+    known = tmp_path / "out" / "parts" / "profile.json"
+    known.parent.mkdir(parents=True)
+    known.write_text(json.dumps({"steps": [{"name": "profile", "status": "failed", "seconds": 1}]}))
+    done = run_check(tmp_path, "--tiny", "--again", "--list", "--parts", "profile")
+    assert done.returncode == 0 and " failed " in done.stdout and known.exists()
+
+
 @pytest.mark.extended
 def test_every_part_runs_without_a_gpu(tmp_path):
     done = run_check(tmp_path, "--tiny", "--minutes", "30")

@@ -145,6 +145,7 @@ def test_the_page_shows_every_part_with_ratios_and_what_others_have_published(pl
     write_page(parts, folder, MACHINE)
     page = (plan.parent / "out" / "README.md").read_text()
     assert "Some GPU" in page and "commit 0123456789ab" in page
+    assert "Tiny shapes" not in page
     assert "| good | done | 1 of 1 |" in page and "| slow | not begun | 0 of 1 |" in page
     assert "- bad: failed: exit status 1: something is wrong" in page
     assert "| tokens_per_s | 10.000 |" in page
@@ -152,6 +153,8 @@ def test_the_page_shows_every_part_with_ratios_and_what_others_have_published(pl
     assert "- ours: 4.00x the 5 tokens/s of others" in page and "- peer: 1.00x the 5 tokens/s" in page
     assert (plan.parent / "out" / "speeds.png").read_bytes().startswith(b"\x89PNG")
     assert "logs/" in (plan.parent / "out" / ".gitignore").read_text()
+    write_page(parts, folder, MACHINE, is_tiny=True)
+    assert "**Tiny shapes: the parts were tried, and" in (plan.parent / "out" / "README.md").read_text()
 
 
 def test_tiny_values_replace_others_and_mistakes_name_what_is_known(plan):

@@ -81,7 +81,7 @@ def check(parsed: argparse.Namespace, began: float) -> int:
         runner.run(parts)
     except KeyboardInterrupt:
         is_interrupted = True
-    write_page(every, folder, machine)
+    write_page(every, folder, machine, is_tiny=is_tiny)
     say(console, f"figures: {folder.path / 'README.md'}")
     if is_interrupted:
         return INTERRUPTED_STATUS

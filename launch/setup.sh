@@ -9,11 +9,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-is_dry=
-if [ "${1:-}" = --dry-run ]; then
-  is_dry=1
-  shift
-fi
+is_dry='' names=()
+for word in "$@"; do
+  case $word in
+    --dry-run) is_dry=1 ;;
+    -*) echo "error: $word is unknown: usage: launch/setup.sh [--dry-run] [EXTRA ...]" >&2; exit 2 ;;
+    *) names+=("$word") ;;
+  esac
+done
 
 find_python() {
   for candidate in ${PYTHON:-python3 python3.12 python3.11}; do
@@ -37,7 +40,7 @@ build=.venv/.torch-build # what pip was asked for, which a machine without a dri
 before=$(cat "$build" 2>/dev/null || echo torch)
 : "${torch:=$before}"
 
-extras=$(IFS=,; echo "$*")
+extras=$(IFS=,; echo "${names[*]-}")
 stamp=.venv/.installed-${extras:-base}
 wanted=$(cat pyproject.toml launch/constraints.txt | sha256sum)
 if [ "$torch" != torch ]; then wanted="$wanted $torch"; fi

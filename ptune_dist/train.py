@@ -86,8 +86,6 @@ def train(config: Config) -> int:
         rows, evaluators = together(world, lambda: build_splits(reading))
         is_new = from_main(world, lambda: not has_checkpoint(config))
         job = build_job(reading, world, with_start=is_new, scales=measure_scales(reading, rows), rows=rows)
-        for evaluator in evaluators.values():
-            evaluator.decoding = replace(evaluator.decoding, micro_batch_tokens=job.micro_batch.tokens)
         job.engine.contexts.set_lead(*find_lead(rows.examples))
         run_dir = Path(config.output_dir)
         with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
@@ -208,6 +206,8 @@ def describe_fault(training: Training, examples: list[int], step: int, what: str
 
 def evaluate(training: Training) -> None:
     """Evaluate the live members that have validation rows, and keep their best prompts. Collective."""
+    for evaluator in training.evaluators.values():  # it may have been halved since the last time
+        evaluator.decoding = replace(evaluator.decoding, micro_batch_tokens=training.job.micro_batch.tokens)
     if training.evaluators:
         evaluate_members(
             training.job,

@@ -44,7 +44,7 @@ class Accumulator:
             if not may_halve:
                 raise RunFault(f"{describe_shortage(size, step)}: set a smaller one") from error
             if self.job.engine.is_sharded:
-                size.halved(self.batches.most_positions(step, live)).store(self.run_dir)
+                size.halved(self.batches.most_positions(step, live)).store(self.run_dir, self.world.rank)
                 raise RuntimeError(f"{describe_shortage(size, step)}: the next start takes half of it") from error
         if may_halve and not self.job.engine.is_sharded and has_any_failed(found is None, self.world):
             self.halve(step, live)

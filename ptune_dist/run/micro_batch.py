@@ -4,18 +4,19 @@ The loss curve does not depend on it. What is stored is taken again when the run
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.distributed.world import World, max_over_ranks
 from ptune_dist.run.folder import write_json
+from ptune_dist.run.watch import CPU_MEMORY_MESSAGES, GPU_MEMORY_MESSAGES, names_any
 
 FILE = "micro_batch.json"
 NUM_FIRST_STEPS = 3  # of this process: later ones need no more memory, but for longer rows
-# What torch's allocator of a CPU says; it raises a plain RuntimeError.
-CPU_MESSAGES = ("can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,12 @@ class MicroBatchSize:
         """Half of what did not fit, where the largest micro-batch of the step had `most` positions."""
         return MicroBatchSize(max(1, min(self.tokens, most) // 2))
 
-    def store(self, run_dir: Path) -> None:
-        """Keep what `auto` is in this run. Any rank may call. Raises RunFault."""
-        write_json(run_dir / FILE, {"tokens": self.tokens, "may_halve": self.may_halve})
+    def store(self, run_dir: Path, rank: int = 0) -> None:
+        """Keep what `auto` is in this run. Several ranks may call at once. Raises RunFault."""
+        own = run_dir / f"{FILE}.{rank}"
+        write_json(own, {"tokens": self.tokens, "may_halve": self.may_halve})
+        with fault_on_failed_write(run_dir / FILE):
+            os.replace(own, run_dir / FILE)
 
 
 def read_stored(run_dir: Path) -> MicroBatchSize | None:
@@ -50,7 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a computation failed because a tensor did not fit on its device or host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in CPU_MESSAGES)
+    return isinstance(error, RuntimeError) and names_any(str(error), CPU_MEMORY_MESSAGES + GPU_MEMORY_MESSAGES)
 
 
 def has_any_failed(failed: bool, world: World) -> bool:

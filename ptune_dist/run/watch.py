@@ -49,10 +49,12 @@ LOST_PEER_MESSAGES = (
     "recvValue",
     "heartbeat monitor",
 )
-# Fragments of what torch, cuBLAS, cuDNN and NCCL say when memory has run out.
+# Fragments of what torch, Triton, cuBLAS, cuDNN and NCCL say when memory has run out.
 GPU_MEMORY_MESSAGES = (
     "CUDA out of memory",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "Cuda failure 2 'out of memory'",
@@ -209,7 +211,7 @@ def describe_error(error: BaseException) -> Outcome:
         return Outcome("fault", text, node=getattr(error, "node", ""))
     if isinstance(error, KeyboardInterrupt):
         return Outcome("ended", "interrupted")
-    if names_any(text, CPU_MEMORY_MESSAGES):
+    if isinstance(error, MemoryError) or names_any(text, CPU_MEMORY_MESSAGES):
         return describe_lack_of_memory("memory", text)
     if names_any(text, GPU_MEMORY_MESSAGES):
         return describe_lack_of_memory("GPU memory", text)

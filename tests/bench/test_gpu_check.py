@@ -145,6 +145,7 @@ def test_the_page_shows_every_part_with_ratios_and_what_others_have_published(pl
     write_page(parts, folder, MACHINE)
     page = (plan.parent / "out" / "README.md").read_text()
     assert "Some GPU" in page and "commit 0123456789ab" in page
+    assert "Tiny shapes" not in page
     assert "| good | done | 1 of 1 |" in page and "| slow | not begun | 0 of 1 |" in page
     assert "- bad: failed: exit status 1: something is wrong" in page
     assert "| tokens_per_s | 10.000 |" in page
@@ -152,6 +153,8 @@ def test_the_page_shows_every_part_with_ratios_and_what_others_have_published(pl
     assert "- ours: 4.00x the 5 tokens/s of others" in page and "- peer: 1.00x the 5 tokens/s" in page
     assert (plan.parent / "out" / "speeds.png").read_bytes().startswith(b"\x89PNG")
     assert "logs/" in (plan.parent / "out" / ".gitignore").read_text()
+    write_page(parts, folder, MACHINE, is_tiny=True)
+    assert "**Tiny shapes: the parts were tried, and" in (plan.parent / "out" / "README.md").read_text()
 
 
 def test_tiny_values_replace_others_and_mistakes_name_what_is_known(plan):
@@ -229,6 +232,15 @@ def test_the_profile_runs_without_a_gpu(tmp_path):
     profile = json.loads((tmp_path / "out/parts/profile.json").read_text())["steps"][0]["result"]
     assert profile["device"] == "cpu" and profile["groups_ms"]["products"] > 0 and profile["step_ms"] > 0
     assert (tmp_path / "out/profile.json.gz").stat().st_size > 0
+
+
+@pytest.mark.long
+def test_a_list_forgets_nothing(tmp_path):
+    known = tmp_path / "out" / "parts" / "profile.json"
+    known.parent.mkdir(parents=True)
+    known.write_text(json.dumps({"steps": [{"name": "profile", "status": "failed", "seconds": 1}]}))
+    done = run_check(tmp_path, "--tiny", "--again", "--list", "--parts", "profile")
+    assert done.returncode == 0 and " failed " in done.stdout and known.exists()
 
 
 @pytest.mark.extended

@@ -99,10 +99,16 @@ def test_a_changed_ptune_cuda_is_noticed(clone: Clone):
 
 def test_a_dry_run_only_tells(clone: Clone):
     printed = clone.set_up("--dry-run", "test", PTUNE_CUDA="12.6")
+    assert clone.set_up("test", "--dry-run", PTUNE_CUDA="12.6") == printed
     first, second = printed.splitlines()
     assert first == "PTUNE_CUDA=12.6: PyTorch for CUDA 12.6"
     assert second.startswith(f"would install {' '.join(CU126)} and .[test] with Python 3.")
     assert clone.pip_calls() == [] and not list((clone.folder / ".venv").glob(".installed-*"))
+
+
+def test_an_unknown_option_is_no_extra(clone: Clone):
+    assert clone.set_up("--dryrun").startswith("error: --dryrun is unknown: usage: launch/setup.sh")
+    assert clone.pip_calls() == []
 
 
 def test_if_no_build_fits_it_ends_in_one_line_and_installs_nothing(clone: Clone):

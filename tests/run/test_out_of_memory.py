@@ -1,14 +1,19 @@
 """Where the micro-batches that `auto` chose do not fit, all ranks continue with half, and the curve is the same."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig
 
+from ptune_dist import train as training_loop
+from ptune_dist.evaluation.answer_plan import Decoding
 from ptune_dist.run.metrics_log import read_metrics
-from ptune_dist.run.micro_batch import FILE, MicroBatchSize, is_out_of_memory, read_stored
+from ptune_dist.run.micro_batch import FILE, MicroBatchSize, describe_shortage, is_out_of_memory, read_stored
+from ptune_dist.run.watch import describe_error
 from ptune_dist.tiny.make import build_tokenizer
 from tests.commands import run_module
 from tests.conftest import write_config
@@ -99,7 +104,31 @@ def test_errors_that_mean_too_little_memory_are_known():
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value) and is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert is_out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_a_launcher_starts_a_job_again_that_has_stored_the_half():
+    shortage = describe_shortage(MicroBatchSize(8192, may_halve=True), 1)
+    assert describe_error(RuntimeError(f"{shortage}: the next start takes half of it")).kind == "error"
+
+
+def test_ranks_that_run_out_of_memory_together_can_all_store_the_half(tmp_path):
+    size = MicroBatchSize(640)
+    with ThreadPoolExecutor(8) as ranks:
+        list(ranks.map(lambda rank: [size.store(tmp_path, rank) for _ in range(10)], range(8)))
+    assert read_stored(tmp_path) == size
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_an_evaluation_takes_the_half_too(monkeypatch):
+    evaluator = SimpleNamespace(decoding=Decoding(5, 8192))
+    job = SimpleNamespace(micro_batch=MicroBatchSize(640))
+    rest = dict.fromkeys(("progress", "metrics", "watch", "world"))
+    monkeypatch.setattr(training_loop, "evaluate_members", lambda *_: None)
+    training_loop.evaluate(SimpleNamespace(job=job, evaluators={"one": evaluator}, **rest))
+    assert evaluator.decoding == Decoding(5, 640)
 
 
 def test_what_is_stored_is_read_again_and_a_damaged_file_is_none(tmp_path):

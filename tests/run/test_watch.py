@@ -235,6 +235,11 @@ CUDA_OOM = (
 NCCL_OOM = "ncclUnhandledCudaError: Call to CUDA function failed. Last error: Cuda failure 2 'out of memory'"
 
 
+def test_a_lack_of_host_memory_in_python_is_a_fault_too(folder: Path):
+    found = describe_error(MemoryError())
+    assert found.kind == "fault" and found.reason.startswith("rank 3 on node n1 ran out of memory: lower train.")
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

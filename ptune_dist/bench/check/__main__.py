@@ -68,12 +68,12 @@ def check(parsed: argparse.Namespace, began: float) -> int:
     every = load_parts(parsed.plan, is_tiny=is_tiny, changes=parse_values(parsed.set), num_repeats=parsed.repeats)
     parts = select_parts(every, parsed.parts)
     folder = CheckFolder((parsed.out or default_folder(gpus, is_tiny, scratch)).absolute())
-    if parsed.again:
-        for part in parts:
-            folder.forget(part)
     if parsed.list:
         list_parts(parts, folder, console)
         return DONE_STATUS
+    if parsed.again:
+        for part in parts:
+            folder.forget(part)
     runner = Runner(folder, scratch, began + 60 * parsed.minutes, len(gpus), machine, console)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: with a valid folder, no processes
     is_interrupted = False
@@ -81,7 +81,7 @@ def check(parsed: argparse.Namespace, began: float) -> int:
         runner.run(parts)
     except KeyboardInterrupt:
         is_interrupted = True
-    write_page(every, folder, machine)
+    write_page(every, folder, machine, is_tiny=is_tiny)
     say(console, f"figures: {folder.path / 'README.md'}")
     if is_interrupted:
         return INTERRUPTED_STATUS

@@ -12,11 +12,12 @@ CHART = "speeds.png"
 IN_JSON_ONLY = ("loss_curve", "passed_tests")
 
 
-def write_page(parts: list[Part], folder: CheckFolder, machine: dict[str, Any]) -> None:
+def write_page(parts: list[Part], folder: CheckFolder, machine: dict[str, Any], *, is_tiny: bool = False) -> None:
     """Write README.md and, if a benchmark has been run, the chart. `machine` is that of this call."""
     records = {part.name: folder.records(part) for part in parts}
     cases = {part.name: build_cases(part, records[part.name]) for part in parts if part.matrix}
-    lines = ["# First hour on a GPU", "", describe_where(machine), "", *overview(parts, records), ""]
+    warning = ["**Tiny shapes: the parts were tried, and the figures mean nothing.**", ""] if is_tiny else []
+    lines = ["# First hour on a GPU", "", *warning, describe_where(machine), "", *overview(parts, records), ""]
     published = {label: speed for part in parts for label, speed in part.published.items()}
     compared = {part.name: cases[part.name] for part in parts if part.matrix and part.matrix.baseline}
     if draw_speeds(find_bars(compared), published, folder.path / CHART):

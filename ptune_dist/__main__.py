@@ -1,8 +1,6 @@
 """`python -m ptune_dist` is the command `ptune-dist`."""
 
-import sys
-
-from ptune_dist.cli import main
+from ptune_dist.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ptune_dist.cluster.processes import leave
 from ptune_dist.cluster.rank_files import node_folder
 from ptune_dist.common.imports import without_garbage_collection
 from ptune_dist.config.load import load_config
@@ -36,6 +37,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def run() -> NoReturn:
+    """The command `ptune-dist`."""
+    leave(main())
 
 
 def main(arguments: list[str] | None = None) -> int:

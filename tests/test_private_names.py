@@ -22,7 +22,10 @@ FOLDERS = {
     "transformers": ("model/", "base/"),
     "torch": ("model/", "base/", "cluster/stacks.py"),
 }
-PUBLIC = {"run/watch.py": {"_exit"}}  # documented names that begin with an underscore
+PUBLIC = {
+    "run/watch.py": {"_exit"},
+    "cluster/processes.py": {"_exit"},
+}  # documented names that begin with an underscore
 UNDOCUMENTED = ("deepspeed.", "transformers.")  # what is imported from their submodules needs a row
 
 

@@ -17,6 +17,7 @@ from ptune_dist import train as loop
 from ptune_dist.bench.arguments import side_parser
 from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result
 from ptune_dist.bench.work import share_of_peak, useful_flops
+from ptune_dist.cluster.processes import leave
 from ptune_dist.config.load import load_config
 from ptune_dist.config.schema import Config
 from ptune_dist.data.build import build_split
@@ -113,4 +114,4 @@ def count_work(job: Job, result: dict) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

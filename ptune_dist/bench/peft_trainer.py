@@ -35,6 +35,7 @@ from ptune_dist.base.source import load_shape, load_tokenizer  # noqa: E402
 from ptune_dist.bench.arguments import side_parser  # noqa: E402
 from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result  # noqa: E402
 from ptune_dist.bench.work import share_of_peak, useful_flops  # noqa: E402
+from ptune_dist.cluster.processes import leave  # noqa: E402
 from ptune_dist.config.load import load_config  # noqa: E402
 from ptune_dist.config.schema import Config  # noqa: E402
 from ptune_dist.data.build import build_split  # noqa: E402
@@ -261,4 +262,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,7 +6,6 @@ The time is what the loop waits for: gathering tensors, writing and flushing fil
 """
 
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from ptune_dist.base.layers import held_bytes
 from ptune_dist.bench.arguments import side_parser
 from ptune_dist.bench.probe import write_result
+from ptune_dist.cluster.processes import leave
 from ptune_dist.config.load import load_config
 from ptune_dist.distributed.world import init_distributed, sum_over_ranks
 from ptune_dist.run.folder import list_checkpoints
@@ -68,4 +68,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -118,9 +118,18 @@ def agree(found: Callable[[], Any], wanted: list[torch.Tensor]) -> bool:
 def run_norm(module: nn.Module, plain: Callable, eps: float, offset: float, x: torch.Tensor) -> torch.Tensor:
     if x.dtype != module.weight.dtype or not is_worth_it(x):
         return plain(module, x)
+    if has_heads_first(x):
+        return run_norm(module, plain, eps, offset, x.transpose(1, 2)).transpose(1, 2)
     # Of q or k by heads, which may be a part of a larger product, the positions alone are one dimension.
     rows = x.flatten(0, 1) if x.dim() == 4 else x.flatten(0, -2)
     return RMSNorm.apply(rows, module, eps, offset).view(x.shape)
+
+
+def has_heads_first(x: torch.Tensor) -> bool:
+    """Whether q or k is [B, H, N, D], transposed from [B, N, H, D]: kernels are compiled for any N, but for one H."""
+    if x.dim() != 4:
+        return False
+    return x.stride(1) < x.stride(2) or (x.shape[1] == 1 and x.stride(1) == x.stride(2))
 
 
 # Activations

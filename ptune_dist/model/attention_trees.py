@@ -68,7 +68,7 @@ class SegmentsAndTrees:
         self._trees = trees
         self._outside = outside
         self._device = device
-        self._masks: dict[tuple[int, int, int | None, torch.dtype], torch.Tensor] = {}
+        self._masks: dict[tuple[int, int, tuple[int, int] | None, torch.dtype], torch.Tensor] = {}
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: int, scale: float, window: int | None
@@ -95,8 +95,7 @@ class SegmentsAndTrees:
 
     def _mask(self, placed: PlacedTree, number: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """What is added to the scores of a tile [T, C + T]; without a window it is the same for all inputs: [T, T]."""
-        offset = -1 if window is None else placed.offset
-        key = (id(placed.tree), number, offset, dtype)
+        key = (id(placed.tree), number, None if window is None else (window, placed.offset), dtype)
         if key not in self._masks:
             self._masks[key] = additive(torch.from_numpy(tile_reads(placed, number, window)), dtype).to(self._device)
         return self._masks[key]

@@ -1,6 +1,7 @@
 """Fused functions give the numbers of transformers' own modules, forward and backward, and save little."""
 
 import contextlib
+import functools
 from collections import Counter
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from ptune_dist.base import fused_kernels
+from ptune_dist.base import fused_functions, fused_kernels
 from ptune_dist.base.fused import fuse
 from ptune_dist.base.fused_functions import norm_forward
 from ptune_dist.base.fused_kernels import Fallback, Kernel
@@ -211,6 +212,27 @@ def test_a_kernel_is_compiled_once_for_all_lengths():
             assert_same(kernel([x], [weight], 1e-6, 0.0), norm_forward(x, weight, 1e-6, 0.0))
         assert Fallback.reason is None
     assert counters["stats"]["unique_graphs"] == before + 1
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_a_base_is_compiled_once_for_all_lengths(monkeypatch, kind, num_groups):
+    """Qwen 3 norms q and k by heads before it transposes them, Gemma 3 after that."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for kernel in vars(fused_functions).values():
+        if isinstance(kernel, Kernel):
+            monkeypatch.setattr(kernel, "_compiled", None)
+    monkeypatch.setitem(BASES[kind][0], "num_key_value_heads", num_groups)
+    model = make_base(kind)
+    fuse(model, set(), pytest.fail)
+    numbers = []
+    with everything_fused():
+        for length in range(5, 17):
+            x = torch.randn(1, length, 32, requires_grad=True)
+            model(inputs_embeds=x).logits.sum().backward()
+            numbers.append(counters["stats"]["unique_graphs"])
+    assert numbers[-1] == numbers[0]
 
 
 def test_what_cannot_be_compiled_runs_as_written_after_one_line(monkeypatch):

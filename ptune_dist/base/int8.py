@@ -86,7 +86,7 @@ def multiply_on_gpu(x: torch.Tensor, layer: QuantizedWeight) -> torch.Tensor:
 def multiply_back_on_gpu(grad: torch.Tensor, layer: QuantizedWeight) -> torch.Tensor:
     """The gradient of a layer's inputs [..., I] from that of its outputs, grad [..., O]."""
     rows = grad.reshape(-1, grad.shape[-1])
-    if is_fused(rows):
+    if is_fused(rows) and rows.dtype != torch.float16:  # the kernel scales the gradient, which may become too small
         found = ops.multiply_int8(rows, layer.weight, layer.float_scales, is_transposed=True)
     else:
         found = rows @ ops.dequantize(layer.weight, layer.float_scales, grad.dtype)

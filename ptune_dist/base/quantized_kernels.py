@@ -1,7 +1,7 @@
 """Triton's kernels for quantized layers on CUDA; `quantized_ops` says what each computes and when it is used.
 
 Sizes of blocks are chosen for an H100 and fit the shared memory of every GPU from compute capability 7.5 on, which
-tests/base/test_quantized_kernels.py checks by compiling them. Nothing is tuned at run time: it would take seconds for
+tests/gpu_offline/test_quantized.py checks by compiling them. Nothing is tuned at run time: it would take seconds for
 each new number of rows.
 
 Shapes: M rows, K and N as in a product [M, K] x [K, N], O outputs and I inputs of a layer.

@@ -31,6 +31,13 @@ def test_int8_weights(dtype, most, num_rows):
     assert difference(int8.multiply_back_on_gpu(grad, layer), grad.double() @ weight) <= most
 
 
+def test_a_small_gradient_in_float16_keeps_its_bits():
+    layer = layer_of(0.02 * torch.randn(512, 64))
+    grad = (1e-3 * torch.randn(1, 3, 512)).half()
+    wanted = grad.double() @ layer.float_weight(torch.float32).double()
+    assert difference(int8.multiply_back_on_gpu(grad, layer), wanted) <= 2**-9
+
+
 @pytest.mark.parametrize("num_rows", [1, 100])
 @pytest.mark.parametrize("sizes", [(33, 47), (64, 48)])  # those of the second are multiples of 8
 def test_int8_activations(sizes, num_rows):

@@ -146,7 +146,9 @@ def measure_generation(job: Job) -> dict[str, Any]:
     split = build_split(job.config.data, job.reading.encoding(job.config), which="validation")
     assert split is not None
     inputs = build_inputs(job.config.data, split.rows, job.reading.encoding(job.config))
-    decoding = Decoding(MOST_NEW_TOKENS, job.config.train.most_positions)
+    tokens = job.config.train.micro_batch_tokens
+    assert isinstance(tokens, int)
+    decoding = Decoding(MOST_NEW_TOKENS, tokens)
     decode = job.tokenizer.batch_decode
 
     def count_and_decode(ids: Any, **options: Any) -> list[str]:

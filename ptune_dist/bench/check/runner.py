@@ -111,7 +111,7 @@ class Runner:
         return self.record(step, ending, began, found)
 
     def record(self, step: Step, ending: Ending, began: float, result: dict[str, Any]) -> StepRecord:
-        seconds = round(time.monotonic() - began, 1)
+        seconds = round(time.monotonic() - began, 3)
         return StepRecord(step.name, ending.status, seconds, ending.reason, result, self.machine)
 
     def built_in(self, work: Path, result: Path) -> dict[str, object]:

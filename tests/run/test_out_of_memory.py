@@ -20,7 +20,7 @@ from tests.conftest import write_config
 from tests.processes import ROOT
 
 SCRIPT = str(ROOT / "tests" / "run" / "halve_many.py")
-ENOUGH_FOR_HALF_MIB = 205  # a whole step of a rank takes more
+ENOUGH_FOR_HALF_MIB = 235  # a whole step of a rank takes more
 TOO_LITTLE_MIB = 100
 NUM_ROWS = 64
 

@@ -3,7 +3,7 @@
     python -m ptune_dist.bench.products SIDE --outputs 5632 --inputs 2048 --tokens 512 --dtype float32 --result FILE
 
 SIDE: `float`; `int8` (the default of model.quantization=int8); on a GPU also `int8-fused` and `int8-dequantized`, its
-two ways whatever the number of tokens; `llm-int8` (int8_activations), `llm-int8-all` (with a threshold of 0); `fp8`;
+two ways for any number of tokens; `llm-int8` (int8_activations), `llm-int8-all` (with a threshold of 0); `fp8`;
 `linear8bitlt` (the module of bitsandbytes, as PEFT uses it).
 """
 

@@ -54,7 +54,7 @@ class Runner:
     def run(self, parts: list[Part]) -> None:
         """Run every step that is neither done nor failed, if the time is enough for it. Raises UserError.
 
-        Steps that an earlier call has cut come last: they must not keep the others from their turn for ever.
+        Steps that an earlier call has cut come last: otherwise they could keep the others from running at all.
         """
         known = {part.name: self.folder.records(part) for part in parts}
         for part in parts:

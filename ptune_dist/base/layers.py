@@ -69,6 +69,20 @@ def hidden_size(base: PreTrainedModel) -> int:
     return base.config.get_text_config().hidden_size
 
 
+def num_key_value_heads(shape: PretrainedConfig) -> int | None:
+    """G; None where a base has no attention heads."""
+    text = shape.get_text_config(decoder=True)
+    return getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+
+
+def head_width(shape: PretrainedConfig) -> int | None:
+    """The width of an attention head; None where a base has none."""
+    text = shape.get_text_config(decoder=True)
+    num_heads = getattr(text, "num_attention_heads", None)
+    own = getattr(text, "head_dim", None)
+    return own or (text.hidden_size // num_heads if num_heads else None)
+
+
 def max_positions(base: PreTrainedModel) -> int | None:
     """The number of learned position embeddings, or None if positions are computed (rotary, ALiBi)."""
     text = base.config.get_text_config()

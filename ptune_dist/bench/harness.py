@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,7 +113,7 @@ def run_side(matrix: Matrix, case: Case, side: str, repeat: int, folder: Path) -
     return {
         "side": side,
         "repeat": repeat,
-        "command": words,
+        "command": ["python" if word == sys.executable else word for word in words],
         "wall_s": round(wall_s, 2),
         "load_before": round(load_before, 2),
         "others_cpu_share": None if others_share is None else round(others_share, 3),

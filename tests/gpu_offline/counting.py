@@ -34,7 +34,7 @@ ALLOCATIONS = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::
 
 @dataclass
 class Counts:
-    """What a pass asked of the GPU. Bytes: inputs and outputs of an operation, each once, as if there were no caches."""
+    """What a pass asked of the GPU. Bytes: inputs and outputs of an operation, each once, as if without caches."""
 
     launches: int = 0
     product_launches: int = 0

@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 MIN_SHARE = 0.1  # of the largest stack's parameters; smaller module lists are not stacks of layers
 
@@ -67,6 +67,14 @@ def embedding_width(base: PreTrainedModel) -> int:
 
 def hidden_size(base: PreTrainedModel) -> int:
     return base.config.get_text_config().hidden_size
+
+
+def keys_values_width(shape: PretrainedConfig) -> int:
+    """The numbers that a layer of a base with attention holds of one position: its keys and its values."""
+    num_heads = num_key_value_heads(shape)
+    width = head_width(shape)
+    assert num_heads is not None and width is not None, "asked of bases with attention heads only"
+    return 2 * num_heads * width
 
 
 def num_key_value_heads(shape: PretrainedConfig) -> int | None:

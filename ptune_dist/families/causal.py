@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ptune_dist.base.layers import head_width, keys_values_width
 from ptune_dist.data.batches import Batch, Unit
 from ptune_dist.data.encode import Examples
 from ptune_dist.data.framing import Framing
@@ -84,7 +85,7 @@ class PromptedCausal(PaddedCausal):
         names = ("tokens", "source", "position_ids", "predicts", "targets")
         arrays = {name: getattr(laid, name) for name in names}
         shapes: dict[int | None, list[tuple[int, ...]]] = {}
-        if self.device.type == "cuda" and takes_flex(head_width(self.base.config)):
+        if self.device.type == "cuda" and takes_flex(head_width(self.base.config) or 0):
             lengths = [source.length for source in outside.sources]
             for window in self._windows:
                 arrays[f"tables {window}"], shapes[window] = plan_attention(laid.segments, lengths, window).pack()
@@ -189,11 +190,4 @@ class Causal(Family):
     def context_bytes_per_token(self, shape: PretrainedConfig, dtype: torch.dtype) -> int:
         """Keys and values of every layer."""
         text = shape.get_text_config(decoder=True)
-        num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        return 2 * text.num_hidden_layers * num_heads * head_width(shape) * dtype.itemsize
-
-
-def head_width(shape: PretrainedConfig) -> int:
-    """Of attention."""
-    text = shape.get_text_config(decoder=True)
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return text.num_hidden_layers * keys_values_width(shape) * dtype.itemsize

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ptune_dist.base.layers import keys_values_width
 from ptune_dist.data.batches import Batch
 from ptune_dist.families.segment_inputs import embed_laid, supervise_laid
 from ptune_dist.model.attention import KeysValues, Segment
@@ -49,10 +50,9 @@ class SegmentDecoder:
 
     @property
     def held_per_position(self) -> int:
-        text = self._model.base.config.get_text_config(decoder=True)
-        num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return max(1, WIDTHS_PER_LAYER * text.hidden_size // (2 * num_heads * head_width))
+        shape = self._model.base.config
+        width = shape.get_text_config(decoder=True).hidden_size
+        return max(1, WIDTHS_PER_LAYER * width // keys_values_width(shape))
 
     def own_length(self, context: np.ndarray, rest: np.ndarray) -> int:
         if self._is_prompt_read:

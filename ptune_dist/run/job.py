@@ -14,7 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptune_dist.base.fp8 import check_device
 from ptune_dist.base.fused import fuse
-from ptune_dist.base.layers import embedding_width, hidden_size, layers_of, max_positions
+from ptune_dist.base.layers import (
+    embedding_width,
+    head_width,
+    hidden_size,
+    layers_of,
+    max_positions,
+    num_key_value_heads,
+)
 from ptune_dist.base.load import fill_whole
 from ptune_dist.base.memory_check import GIB, check_memory, find_room
 from ptune_dist.base.open import OpenedBase, open_base
@@ -116,15 +123,11 @@ def open_base_of(reading: Reading) -> OpenedBase:
 def base_facts(base: PreTrainedModel) -> BaseFacts:
     """What methods may need to know of a base."""
     text = base.config.get_text_config(decoder=True)
-    num_heads = getattr(text, "num_attention_heads", None)
-    head_width = getattr(text, "head_dim", None)
-    if head_width is None and num_heads:
-        head_width = text.hidden_size // num_heads
     return BaseFacts(
         width=embedding_width(base),
         num_layers=getattr(text, "num_hidden_layers", None),
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or num_heads,
-        head_width=head_width,
+        num_key_value_heads=num_key_value_heads(base.config),
+        head_width=head_width(base.config),
     )
 
 

@@ -26,9 +26,10 @@ from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 from ptune_dist.base.fused_functions import (
     ACTIVATIONS,
+    ALONE,
+    MERGED,
     Activation,
     GatedActivation,
-    MergedActivation,
     RMSNorm,
     Rotary,
     norm_forward,
@@ -165,7 +166,7 @@ class CountOperations(TorchDispatchMode):
 def run_activation(module: nn.Module, plain: Callable, activation: str, x: torch.Tensor) -> torch.Tensor:
     if not is_worth_it(x):
         return plain(module, x)
-    return Activation.apply(x.flatten(0, -2), activation).view(x.shape)
+    return Activation.apply(x.flatten(0, -2), ALONE, activation).view(x.shape)
 
 
 # Gated MLPs
@@ -198,7 +199,7 @@ def run_gated(module: nn.Module, plain: Callable, activation: str, names: tuple[
         return plain(module, x)
     if isinstance(getattr(module, gate_name), MergedPart):
         both = getattr(module, GROUPS[gate_name, up_name])(x)
-        gated = MergedActivation.apply(both.flatten(0, -2), activation)
+        gated = Activation.apply(both.flatten(0, -2), MERGED, activation)
         return down(gated.unflatten(0, both.shape[:-1]))
     gate = getattr(module, gate_name)(x)
     up = getattr(module, up_name)(x)

@@ -115,10 +115,8 @@ NORM_FORWARD = Kernel(norm_forward)
 NORM_BACKWARD = Kernel(norm_backward)
 GATED_FORWARD = Kernel(gated_forward)
 GATED_BACKWARD = Kernel(gated_backward)
-MERGED_FORWARD = Kernel(merged_forward)
-MERGED_BACKWARD = Kernel(merged_backward)
-ACTIVATION_FORWARD = Kernel(activation_forward)
-ACTIVATION_BACKWARD = Kernel(activation_backward)
+MERGED = (Kernel(merged_forward), Kernel(merged_backward))
+ALONE = (Kernel(activation_forward), Kernel(activation_backward))
 ROTATE = Kernel(rotate_both)
 
 
@@ -155,32 +153,21 @@ class GatedActivation(torch.autograd.Function):
         return d_gate, d_up, None
 
 
-class MergedActivation(torch.autograd.Function):
-    """activation(gate) * up of one tensor [N, 2 D] with both; so is the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, both: torch.Tensor, activation: str) -> torch.Tensor:
-        ctx.save_for_backward(both)
-        ctx.activation = activation
-        return MERGED_FORWARD([both], [], activation)[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return MERGED_BACKWARD([grad, *ctx.saved_tensors], [], ctx.activation)[0], None
-
-
 class Activation(torch.autograd.Function):
-    """An activation that torch computes in several operations."""
+    """A function of one tensor by its two kernels: an activation that torch computes in several operations, or
+    activation(gate) * up of one tensor [N, 2 D] with both, whose gradient is one tensor too.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, activation: str) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, kernels: tuple[Kernel, Kernel], activation: str) -> torch.Tensor:
         ctx.save_for_backward(x)
+        forward, ctx.backward_kernel = kernels
         ctx.activation = activation
-        return ACTIVATION_FORWARD([x], [], activation)[0]
+        return forward([x], [], activation)[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ACTIVATION_BACKWARD([grad, *ctx.saved_tensors], [], ctx.activation)[0], None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.backward_kernel([grad, *ctx.saved_tensors], [], ctx.activation)[0], None, None
 
 
 class Rotary(torch.autograd.Function):

@@ -21,7 +21,7 @@ from ptune_dist.errors import UserError
 from ptune_dist.families.causal_padded import PaddedCausal, keeps_keys
 from ptune_dist.families.family import Family
 from ptune_dist.families.segment_decoder import SegmentDecoder
-from ptune_dist.families.segment_inputs import embed_laid, no_mask, supervise_laid
+from ptune_dist.families.segment_inputs import arrays_of, embed_laid, no_mask, supervise_laid, to_index
 from ptune_dist.model.attention import Segment, use_segments, windows_of
 from ptune_dist.model.attention_flex import FlexTables
 from ptune_dist.model.attention_layouts import RecordedSegments, build_attention, takes_flex
@@ -29,7 +29,7 @@ from ptune_dist.model.attention_trees import build_tree_attention
 from ptune_dist.model.flex_plan import plan_attention
 from ptune_dist.model.layout import Layout, Outside, lay_out, lay_out_labels, plan_outside
 from ptune_dist.model.packing import Packed, pack
-from ptune_dist.model.prompted_model import Contexts, Supervised, keys_values_of, vectors_of
+from ptune_dist.model.prompted_model import Contexts, Supervised, keys_values_of
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ class PromptedCausal(PaddedCausal):
         """The layout of a pass, and what attention needs of it on a GPU."""
         outside = plan_outside(batch, self.num_prefix)
         laid = lay_out(batch, self.num_vectors, outside)
-        names = ("tokens", "source", "position_ids", "predicts", "targets")
-        arrays = {name: getattr(laid, name) for name in names}
+        arrays = arrays_of(laid)
         shapes: dict[int | None, list[tuple[int, ...]]] = {}
         if self.device.type == "cuda" and takes_flex(head_width(self.base.config) or 0):
             lengths = [source.length for source in outside.sources]
@@ -100,31 +99,25 @@ class PromptedCausal(PaddedCausal):
         contributions = self.contributions()
         outside = prepared.outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         index = prepared.packed.unpack(self.device)
-        tokens = self.base.get_input_embeddings()(index["tokens"][None])[0]
-        vectors = [vectors_of(contribution, tokens) for contribution in contributions]
-        parts = [part.to(tokens.dtype) for part in outside]
-        inputs = {
-            "inputs_embeds": torch.cat([*vectors, tokens])[index["source"]][None],
-            "position_ids": index["position_ids"][None],
-            "attention_mask": no_mask(tokens),
-            "segments": build_attention(prepared.layout.segments, parts, tokens.device, prepared.tables(index)),
-        }
-        places = index["predicts"]
-        return Supervised(torch.zeros_like(places), places, index["targets"], prepared.layout.reader, inputs)
+        vectors = embed_laid(self, index, contributions)
+        parts = [part.to(vectors.dtype) for part in outside]
+        attention = build_attention(prepared.layout.segments, parts, vectors.device, prepared.tables(index))
+        return supervise_laid(index, prepared.layout.reader, vectors, attention)
 
     def label_losses(self, batch: Batch) -> list[np.ndarray]:
         assert batch.trees is not None and self.head is not None
         contributions = self.contributions()
         outside = plan_outside(batch, self.num_prefix)
         laid = lay_out_labels(batch, self.num_vectors, outside)
-        vectors = embed_laid(self, laid.layout, contributions)
+        index = to_index(laid.layout, self.device)
+        vectors = embed_laid(self, index, contributions)
         found = outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         parts = [part.to(vectors.dtype) for part in found]
         attention = build_tree_attention(laid.layout.segments, laid.trees, parts, vectors.device)
         order = np.argsort(laid.places, kind="stable")
         losses = np.empty(len(order))
         losses[order] = self.head.token_losses(
-            supervise_laid(self, laid.layout, vectors, attention),
+            supervise_laid(index, laid.layout.reader, vectors, attention),
             laid.places[order],
             laid.targets[order],
             self.objective.validation_losses,

@@ -14,7 +14,7 @@ from torch import nn
 
 from ptune_dist.base.layers import keys_values_width
 from ptune_dist.data.batches import Batch
-from ptune_dist.families.segment_inputs import embed_laid, supervise_laid
+from ptune_dist.families.segment_inputs import embed_laid, supervise_laid, to_index
 from ptune_dist.model.attention import KeysValues, Segment
 from ptune_dist.model.attention_layouts import RecordedSegments, SegmentAttention, join_parts
 from ptune_dist.model.decode import DecodePass, Pools
@@ -144,8 +144,9 @@ class SegmentDecoder:
 
     def _run(self, laid: Layout, attention: SegmentAttention) -> torch.Tensor:
         assert self._model.head is not None
-        vectors = embed_laid(self._model, laid, [self._contribution])
-        return self._model.head.logits(supervise_laid(self._model, laid, vectors, attention))
+        index = to_index(laid, self._model.device)
+        vectors = embed_laid(self._model, index, [self._contribution])
+        return self._model.head.logits(supervise_laid(index, laid.reader, vectors, attention))
 
 
 def join_all(parts: list[KeysValues]) -> KeysValues:

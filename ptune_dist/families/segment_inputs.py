@@ -2,12 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from ptune_dist.model.attention_layouts import SegmentAttention
 from ptune_dist.model.layout import Layout
+from ptune_dist.model.packing import pack
 from ptune_dist.model.prompted_model import PromptedModel, Supervised, vectors_of
 from ptune_dist.prompts.method import Contribution
+
+Index = dict[str, torch.Tensor]  # the arrays of a layout, by their names
 
 
 def no_mask(like: torch.Tensor) -> torch.Tensor:
@@ -15,22 +19,30 @@ def no_mask(like: torch.Tensor) -> torch.Tensor:
     return like.new_zeros(1, 1, 1, 0)
 
 
-def embed_laid(model: PromptedModel, laid: Layout, contributions: list[Contribution]) -> torch.Tensor:
+def arrays_of(laid: Layout) -> dict[str, np.ndarray]:
+    """What a pass needs of a layout on the device."""
+    return {name: getattr(laid, name) for name in ("tokens", "source", "position_ids", "predicts", "targets")}
+
+
+def to_index(laid: Layout, device: torch.device) -> Index:
+    """A layout's arrays on the device, in one copy."""
+    return pack(arrays_of(laid), device).unpack(device)
+
+
+def embed_laid(model: PromptedModel, index: Index, contributions: list[Contribution]) -> torch.Tensor:
     """The vectors of all live positions [N, D]."""
-    tokens = model.embed_tokens(laid.tokens)
+    tokens = model.embed_tokens(index["tokens"])
     vectors = [vectors_of(contribution, tokens) for contribution in contributions]
-    return torch.cat([*vectors, tokens])[model.to_tensor(laid.source)]
+    return torch.cat([*vectors, tokens])[index["source"]]
 
 
-def supervise_laid(
-    model: PromptedModel, laid: Layout, vectors: torch.Tensor, attention: SegmentAttention
-) -> Supervised:
-    """The pass over live positions with vectors [N, D]."""
-    places = model.to_tensor(laid.predicts)
+def supervise_laid(index: Index, reader: np.ndarray, vectors: torch.Tensor, attention: SegmentAttention) -> Supervised:
+    """The pass over live positions with vectors [N, D]; `reader` as in `Layout`."""
     inputs: dict[str, Any] = {
         "inputs_embeds": vectors[None],
-        "position_ids": model.to_tensor(laid.position_ids)[None],
+        "position_ids": index["position_ids"][None],
         "attention_mask": no_mask(vectors),
         "segments": attention,
     }
-    return Supervised(torch.zeros_like(places), places, model.to_tensor(laid.targets), laid.reader, inputs)
+    places = index["predicts"]
+    return Supervised(torch.zeros_like(places), places, index["targets"], reader, inputs)

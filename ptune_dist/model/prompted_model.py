@@ -233,9 +233,10 @@ class PromptedModel(nn.Module):
         # transformers gives `generate` to the classes that can generate; the type of `base` is that of all models.
         return cast(Any, self.base).generate(**inputs)
 
-    def embed_tokens(self, tokens: np.ndarray, embeddings: nn.Module | None = None) -> torch.Tensor:
-        """[len(tokens), D]."""
-        return (embeddings or self.base.get_input_embeddings())(self.to_tensor(tokens)[None])[0]
+    def embed_tokens(self, tokens: np.ndarray | torch.Tensor, embeddings: nn.Module | None = None) -> torch.Tensor:
+        """[len(tokens), D] of token ids on the host, or on the model's device."""
+        ids = tokens if isinstance(tokens, torch.Tensor) else self.to_tensor(tokens)
+        return (embeddings or self.base.get_input_embeddings())(ids[None])[0]
 
     def embed(
         self,

@@ -21,6 +21,11 @@ def count_gpus() -> int:
     if visible is not None:
         names = [name.strip() for name in visible.split(",")]
         return len([name for name in names if name not in ("", "-1")])
+    return count_listed_gpus()
+
+
+def count_listed_gpus() -> int:
+    """The GPUs of this node that nvidia-smi lists, hidden ones included; 0 without it."""
     try:
         listed = subprocess.run(
             ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=SECONDS_FOR_NVIDIA_SMI

@@ -149,11 +149,6 @@ class PromptState:
         for member in self.members.values():
             member.clear_gradients()
 
-    def step(self, learning_rates: dict[str, float]) -> dict[str, str]:
-        """`measure` and `move` the members that are named; returns their faults. Collective: every rank must call."""
-        names = list(learning_rates)
-        return self.move(learning_rates, self.measure(names, torch.zeros(0, device=self._world.device)).norms)
-
     def _skips(self, norms: list[float]) -> bool:
         """Whether the loss scale was too large for this step; adjusts it."""
         if self.loss_scale is None:

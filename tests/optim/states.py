@@ -47,3 +47,9 @@ def tensors_of(state: PromptState) -> dict[str, list[torch.Tensor]]:
 
 def are_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def take_step(state: PromptState, learning_rates: dict[str, float]) -> dict[str, str]:
+    """`measure` and `move` the members that are named; returns their faults."""
+    measured = state.measure(list(learning_rates), torch.zeros(0))
+    return state.move(learning_rates, measured.norms)

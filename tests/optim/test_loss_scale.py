@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ptune_dist.optim.loss_scale import LossScale, build_loss_scale
-from tests.optim.states import are_equal, build_state, give_gradients, tensors_of
+from tests.optim.states import are_equal, build_state, give_gradients, take_step, tensors_of
 
 SECTIONS = {
     "defaults": {"loss_scale_window": 5},
@@ -72,7 +72,7 @@ def test_steps_under_a_scale_are_those_without_one():
         for parameter in (p for member in scaled.members.values() for p in member.parameters):
             parameter.grad *= scaled.scale(torch.ones(()))
         for state in (plain, scaled):
-            assert state.step({"one": 0.1, "two": 0.1}) == {}
+            assert take_step(state, {"one": 0.1, "two": 0.1}) == {}
     assert all(are_equal(tensors_of(plain)[name], tensors_of(scaled)[name]) for name in ("one", "two"))
     assert plain.members["one"].grad_norm == scaled.members["one"].grad_norm
     assert scaled.loss_scale.cur_iter == 3 and scaled.skipped_steps == 0
@@ -83,12 +83,12 @@ def test_an_overflow_skips_the_step_of_all_and_lowers_the_scale(bad):
     state = build_state("one", "two", loss_scale=LossScale({"hysteresis": 1}))
     before = tensors_of(state)
     give_gradients(state, one=bad)
-    assert state.step({"one": 0.1, "two": 0.1}) == {}
+    assert take_step(state, {"one": 0.1, "two": 0.1}) == {}
     assert state.skipped_steps == 1 and state.loss_scale.cur_scale == 2**15
     assert all(are_equal(before[name], tensors_of(state)[name]) for name in ("one", "two"))
     assert not state.members["two"].optimizer.state
     give_gradients(state)
-    assert state.step({"one": 0.1, "two": 0.1}) == {}
+    assert take_step(state, {"one": 0.1, "two": 0.1}) == {}
     assert state.skipped_steps == 1 and not are_equal(before["two"], tensors_of(state)["two"])
 
 
@@ -96,7 +96,7 @@ def test_where_no_smaller_scale_is_left_a_gradient_that_is_not_finite_is_its_mem
     state = build_state("one", "two", loss_scale=LossScale({"initial_scale_power": 0, "hysteresis": 1}))
     before = tensors_of(state)
     give_gradients(state, one=math.inf)
-    assert list(state.step({"one": 0.1, "two": 0.1})) == ["one"]
+    assert list(take_step(state, {"one": 0.1, "two": 0.1})) == ["one"]
     assert state.skipped_steps == 0
     assert are_equal(before["one"], tensors_of(state)["one"]) and not are_equal(before["two"], tensors_of(state)["two"])
 
@@ -104,5 +104,5 @@ def test_where_no_smaller_scale_is_left_a_gradient_that_is_not_finite_is_its_mem
 def test_a_member_that_has_ended_causes_no_overflow():
     state = build_state("one", "two", loss_scale=LossScale({}))
     give_gradients(state, one=math.nan)
-    state.step({"two": 0.1})
+    take_step(state, {"two": 0.1})
     assert state.skipped_steps == 0 and state.loss_scale.cur_iter == 1

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ptune_dist.optim.optimizer import build_torch_optimizer
-from tests.optim.states import are_equal, build_state, give_gradients, settings, tensors_of
+from tests.optim.states import are_equal, build_state, give_gradients, settings, take_step, tensors_of
 
 OPTIMIZERS = ["adamw", "adafactor", "sgd"]
 
@@ -22,7 +22,7 @@ def test_a_member_moves_as_torch_does_with_clip_grad_norm(optimizer, max_grad_no
     for step in range(5):
         gradients = give_gradients(state, seed=step)["one"]
         rate = 0.1 / (1 + step)
-        assert state.step({"one": rate}) == {}
+        assert take_step(state, {"one": rate}) == {}
         for parameter, gradient in zip(plain, gradients, strict=True):
             parameter.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(plain, max_grad_norm or math.inf)
@@ -37,7 +37,7 @@ def test_each_member_is_clipped_by_its_own_norm():
     state = build_state("one", "two", optimizer="sgd", max_grad_norm=1.0)
     give_gradients(state, one=1000.0, two=0.01)
     before = tensors_of(state)
-    state.step({"one": 0.1, "two": 0.1})
+    take_step(state, {"one": 0.1, "two": 0.1})
     moved = {
         name: torch.stack([(a - b).norm() for a, b in zip(before[name], after, strict=True)]).norm().item()
         for name, after in tensors_of(state).items()
@@ -51,7 +51,7 @@ def test_members_that_are_not_named_stay_as_they_are_and_lose_their_gradients():
     state = build_state("one", "two")
     give_gradients(state)
     before = tensors_of(state)
-    state.step({"two": 0.1})
+    take_step(state, {"two": 0.1})
     after = tensors_of(state)
     assert are_equal(before["one"], after["one"]) and not are_equal(before["two"], after["two"])
     assert not state.members["one"].optimizer.state
@@ -62,18 +62,18 @@ def test_a_step_of_nobody_changes_nothing():
     state = build_state()
     give_gradients(state)
     before = tensors_of(state)
-    assert state.step({}) == {} and are_equal(before["one"], tensors_of(state)["one"])
+    assert take_step(state, {}) == {} and are_equal(before["one"], tensors_of(state)["one"])
 
 
 def test_a_member_without_a_gradient_steps_as_with_zeros():
     state, zeros = build_state(), build_state()
     give_gradients(state)
     give_gradients(zeros)
-    state.step({"one": 0.1})
-    zeros.step({"one": 0.1})
+    take_step(state, {"one": 0.1})
+    take_step(zeros, {"one": 0.1})
     give_gradients(zeros, one=0.0)
-    state.step({"one": 0.1})
-    zeros.step({"one": 0.1})
+    take_step(state, {"one": 0.1})
+    take_step(zeros, {"one": 0.1})
     assert are_equal(tensors_of(state)["one"], tensors_of(zeros)["one"])
 
 
@@ -85,8 +85,8 @@ def test_a_gradient_that_is_not_finite_moves_its_member_alone_not_at_all(bad):
     before = tensors_of(state)
     undisturbed.members["two"].parameters[0].grad = state.members["two"].parameters[0].grad.clone()
     undisturbed.members["two"].parameters[1].grad = state.members["two"].parameters[1].grad.clone()
-    faults = state.step({"one": 0.1, "two": 0.1})
-    undisturbed.step({"one": 0.1, "two": 0.1})
+    faults = take_step(state, {"one": 0.1, "two": 0.1})
+    take_step(undisturbed, {"one": 0.1, "two": 0.1})
     assert faults == {"one": f"the gradient's norm is {bad}"}
     assert are_equal(before["one"], tensors_of(state)["one"]) and not state.members["one"].optimizer.state
     assert are_equal(tensors_of(state)["two"], tensors_of(undisturbed)["two"])
@@ -96,7 +96,7 @@ def test_a_step_that_leaves_the_finite_is_taken_back():
     state = build_state("one", "two", optimizer="sgd", max_grad_norm=0.0)
     give_gradients(state, one=100.0, two=1.0)
     before = tensors_of(state)
-    faults = state.step({"one": 1e38, "two": 0.1})
+    faults = take_step(state, {"one": 1e38, "two": 0.1})
     assert list(faults) == ["one"] and "prompt" in faults["one"]
     after = tensors_of(state)
     assert are_equal(before["one"], after["one"]) and not are_equal(before["two"], after["two"])
@@ -105,9 +105,9 @@ def test_a_step_that_leaves_the_finite_is_taken_back():
 def test_a_fault_is_that_of_the_last_step_alone():
     state = build_state()
     give_gradients(state, one=math.nan)
-    assert state.step({"one": 0.1})
+    assert take_step(state, {"one": 0.1})
     give_gradients(state)
-    assert state.step({"one": 0.1}) == {}
+    assert take_step(state, {"one": 0.1}) == {}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -115,13 +115,13 @@ def test_state_that_is_loaded_continues_bitwise(optimizer):
     state, resumed = (build_state("one", "two", optimizer=optimizer) for _ in range(2))
     for step in range(3):
         give_gradients(state, seed=step)
-        state.step({"one": 0.1, "two": 0.2})
+        take_step(state, {"one": 0.1, "two": 0.2})
     resumed.load_optimizer_state(state.optimizer_state())
     for name, member in resumed.members.items():
         member.load_tensors(state.members[name].tensors())
     for one in (state, resumed):
         give_gradients(one, seed=9)
-        one.step({"one": 0.1, "two": 0.2})
+        take_step(one, {"one": 0.1, "two": 0.2})
     assert all(are_equal(tensors_of(state)[name], tensors_of(resumed)[name]) for name in state.members)
     saved, again = state.optimizer_state(), resumed.optimizer_state()
     assert saved.keys() == again.keys() and all(torch.equal(saved[key], again[key]) for key in saved)
@@ -130,7 +130,7 @@ def test_state_that_is_loaded_continues_bitwise(optimizer):
 def test_the_names_in_a_checkpoint_are_those_that_runs_have_always_had():
     state = build_state("one", "two")
     give_gradients(state)
-    state.step({"one": 0.1})
+    take_step(state, {"one": 0.1})
     keys = ("step", "exp_avg", "exp_avg_sq")
     assert set(state.optimizer_state()) == {f"one/{name}.{key}" for name in ("a", "b.c") for key in keys}
 
@@ -139,4 +139,4 @@ def test_state_of_no_step_loads_as_that():
     state = build_state()
     state.load_optimizer_state({})
     give_gradients(state)
-    assert state.step({"one": 0.1}) == {} and state.optimizer_state()
+    assert take_step(state, {"one": 0.1}) == {} and state.optimizer_state()

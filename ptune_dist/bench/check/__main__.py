@@ -3,7 +3,6 @@
 import argparse
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from ptune_dist.bench.check.folder import FAILED, CheckFolder, part_status
 from ptune_dist.bench.check.page import write_page
 from ptune_dist.bench.check.plan import Part, Values, load_parts, select_parts
 from ptune_dist.bench.check.runner import Runner
+from ptune_dist.cluster.devices import count_listed_gpus
 from ptune_dist.errors import RunFault, UserError
 
 DONE_STATUS = 0
@@ -105,10 +105,7 @@ def read_machine(scratch: Path) -> dict[str, Any]:
 
 def check_no_gpu(torch_version: str) -> None:
     """Raise RunFault if this machine has GPUs that torch does not see."""
-    if not shutil.which("nvidia-smi"):
-        return
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    count = sum(line.startswith("GPU ") for line in listed.splitlines())
+    count = count_listed_gpus()
     if count:
         raise RunFault(
             f"nvidia-smi lists {count} GPUs, but torch {torch_version} sees none: its build does not fit the driver, "

@@ -1,5 +1,6 @@
 """What survives a power failure, from a trace of what the code asks of the kernel: the order of its writes."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.durability.trace import Call, Trace, find_risks
+from tests.durability.trace import Call, Trace, build_preloaded, find_risks
 from tests.processes import ROOT, process_env
 
 
@@ -52,6 +53,61 @@ replace_file(Path(sys.argv[1]) / "a.json", b"new" * 100000)
         "fsync .",
     ]
     assert not find_risks(calls)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_disk_that_cannot_flush_folders_is_used_all_the_same_but_one_that_fails_is_not(tmp_path, work, number):
+    script = """
+import sys
+from pathlib import Path
+from ptune_dist.common.files import replace_file
+replace_file(Path(sys.argv[1]), b"new")
+"""
+    env = {"LD_PRELOAD": str(build_preloaded("disk", work)), "FOLDER_FSYNC_ERRNO": str(number)}
+    command = [sys.executable, "-c", script, str(tmp_path / "a.json")]
+    done = subprocess.run(command, env=process_env(env), capture_output=True, text=True, timeout=60)
+    assert (tmp_path / "a.json").read_bytes() == b"new"
+    if number == errno.EIO:
+        assert done.returncode == 1 and "Input/output error" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+def test_folders_may_be_made_by_several_at_once_below_one_that_cannot_be_read(tmp_path):
+    script = """
+import os, sys
+from pathlib import Path
+from ptune_dist.common.files import make_folder
+if os.getuid() == 0:
+    os.setuid(65534)
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(300):
+    make_folder(Path(sys.argv[1]) / str(number) / "a" / "b")
+assert len(os.listdir("/proc/self/fd")) < 20
+"""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o333)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o111)
+    makers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(shared)],
+            env=process_env(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for maker in makers:
+        assert maker.stdout and maker.stdout.readline() == "ready\n"
+    results = [maker.communicate("go\n", timeout=60) for maker in makers[::-1]]
+    assert all(maker.returncode == 0 for maker in makers), results
+    shared.chmod(0o700)
 
 
 def test_a_checkpoint_is_flushed_as_a_whole_before_it_gets_its_name_and_before_an_older_one_goes(tmp_path, work):

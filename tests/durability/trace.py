@@ -8,7 +8,16 @@ from typing import NamedTuple
 
 import pytest
 
-SOURCE = Path(__file__).with_name("trace.c")
+
+def build_preloaded(name: str, work: Path) -> Path:
+    """Compile a C file of this folder into a library. Skips the test where there is no C compiler."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    library = work / f"{name}.so"
+    source = Path(__file__).with_name(f"{name}.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
 
 
 class Call(NamedTuple):
@@ -24,12 +33,8 @@ class Trace:
     """Traces processes that get `env`; paths are absolute."""
 
     def __init__(self, root: Path, work: Path):
-        """Only calls for what is under `root` are recorded. Skips the test where there is no C compiler."""
-        compiler = shutil.which("gcc") or shutil.which("cc")
-        if compiler is None:
-            pytest.skip("there is no C compiler")
-        library = work / "trace.so"
-        subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, SOURCE, "-ldl"], check=True)
+        """Only calls for what is under `root` are recorded."""
+        library = build_preloaded("trace", work)
         self._log = work / "calls"
         self.env = {"LD_PRELOAD": str(library), "TRACE_ROOT": str(root), "TRACE_LOG": str(self._log)}
 

@@ -100,12 +100,13 @@ def test_fp8_blocks_are_what_transformers_dequantizes(base):
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False])
-def test_4_bits_are_what_bitsandbytes_dequantizes(base, kind, nested):
-    weight = load_file(base / "model.safetensors")[QUERY]
+def test_4_bits_are_what_bitsandbytes_dequantizes(tmp_path, kind, nested):
+    # Its CPU kernel is wrong for rows that are shorter than a block of 64.
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 0.05
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=nested)
-    quantize_folder(base, partial(nf4, kind=kind, nested=nested), {"load_in_4bit": True})
-    found = load(base).state_dict()[QUERY]
-    assert torch.allclose(found, bnb.dequantize_4bit(codes, state), rtol=1e-6, atol=1e-7)
+    save_file(nf4("x.weight", weight, nested=nested, kind=kind), tmp_path / "model.safetensors")
+    files = dequantize(open_weight_files(str(tmp_path), local_only=True), {}, str(tmp_path))
+    assert torch.allclose(files.read_rows("x.weight", 0, 64), bnb.dequantize_4bit(codes, state), rtol=1e-6, atol=1e-7)
 
 
 def test_a_scale_that_is_missing_is_named(base):

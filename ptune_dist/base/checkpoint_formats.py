@@ -86,7 +86,7 @@ def quantization_of(shape: PretrainedConfig, path: str) -> dict[str, Any]:
     )
     for part in (shape, shape.get_text_config()):
         if hasattr(part, "quantization_config"):
-            del part.quantization_config
+            delattr(part, "quantization_config")
     own = Path(path) / "hf_quant_config.json"  # older exports of ModelOpt
     if not config and own.is_file():
         config = json.loads(own.read_text())
@@ -205,7 +205,7 @@ def block_of(shape: tuple[int, ...], scales: tuple[int, ...], config: dict[str, 
 
 def weight_bits(config: dict[str, Any]) -> int:
     groups = list((config.get("config_groups") or {}).values())
-    found = {(group.get("weights") or {}).get("num_bits") for group in groups}
+    found: set[Any] = {(group.get("weights") or {}).get("num_bits") for group in groups}
     if len(found) != 1 or not found <= {4, 8}:
         raise UserError(f"model.path: integers of {sorted(map(str, found))} bits are not read: give the float base")
     return found.pop()

@@ -70,7 +70,7 @@ def run_experts(
 
 def multiply(module: Any, name: str, rows: torch.Tensor, experts: torch.Tensor, counts: list[int]) -> torch.Tensor:
     made = ExpertsProduct.apply(rows, getattr(module, name), counts)
-    return made + getattr(module, f"{name}_bias")[experts] if module.has_bias else made
+    return made + module.get_parameter("_".join([name, "bias"]))[experts] if module.has_bias else made
 
 
 def run_llama4(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Tiny mixtures of experts in the layouts that people use."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -23,7 +24,7 @@ MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "granitem
 
 
 def shape_of(kind: str) -> PretrainedConfig:
-    make = transformers
+    make: Any = transformers
     if kind == "mixtral":
         return make.MixtralConfig(**WIDE, intermediate_size=48, num_local_experts=4)
     if kind == "qwen3_moe":

@@ -1,5 +1,7 @@
 """Experts are read and quantized rank by rank, and compute what their dequantized weights do."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -76,7 +78,7 @@ def test_int8_experts_hold_one_byte_for_each_weight_and_are_close_to_the_float_o
 
 def test_no_float_weight_of_an_expert_is_saved_for_backward(mixture):
     base = load(mixture, **INT8)
-    experts = base.get_submodule(experts_of(base)[0])
+    experts: Any = base.get_submodule(experts_of(base)[0])
     x, *rest = inputs_of_experts(experts)
     sizes: list[int] = []
 
@@ -91,7 +93,7 @@ def test_no_float_weight_of_an_expert_is_saved_for_backward(mixture):
 
 def test_experts_beyond_the_last_and_unused_ones_contribute_nothing(mixture):
     base = load(mixture, **INT8)
-    experts = base.get_submodule(experts_of(base)[0])
+    experts: Any = base.get_submodule(experts_of(base)[0])
     if not hasattr(experts, "has_gate"):
         pytest.skip("Llama 4 sorts tokens before its experts")
     x = torch.randn(3, 32)

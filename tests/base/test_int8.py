@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DbrxConfig
+from transformers import JetMoeConfig
 from transformers.pytorch_utils import Conv1D
 
 from ptune_dist.base.int8 import Int8Embedding, Int8Linear, quantize_rows
@@ -280,9 +280,8 @@ def test_embeddings_that_do_more_than_look_up_are_refused_by_their_type(tiny_bas
 
 
 def test_fused_experts_are_refused_by_their_type(tmp_path):
-    wide = {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 64}
-    experts = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
-    DbrxConfig(**wide, attn_config={"kv_n_heads": 2, "clip_qkv": 8.0}, ffn_config=experts).save_pretrained(tmp_path)
+    wide = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    JetMoeConfig(**wide, num_key_value_heads=2, kv_channels=8, num_local_experts=4).save_pretrained(tmp_path)
     message = error_of(load, tmp_path, random_init=True, int8=PLAIN, starts="model.quantization: ")
-    assert "DbrxExpertGLU" in message and "model.quantization=none" in message
+    assert "JetMoeParallelExperts" in message and "model.quantization=none" in message
     assert load(tmp_path, random_init=True)

@@ -15,13 +15,15 @@ On a CPU the same numbers are rounded in the same places, and multiplied in floa
 Shapes: M rows, O outputs and I inputs of a layer.
 """
 
+import functools
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from ptune_dist.base import quantized_ops as ops
-from ptune_dist.base.int8 import Int8Embedding, Int8Linear
+from ptune_dist.base.experts import quantize_experts
+from ptune_dist.base.int8 import Int8Embedding, Int8Experts, Int8Linear
 from ptune_dist.base.quantized import Format, QuantizedLinear, quantize_layers
 from ptune_dist.errors import UserError
 
@@ -120,9 +122,11 @@ class Fp8Linear(QuantizedLinear):
 def make_fp8(model: PreTrainedModel, *, include: list[str], dtype: torch.dtype, skip: set[str]) -> None:
     """Replace the linear layers of a model on the meta device by fp8 layers, as `quantize_layers` does.
 
-    Head and token embeddings, if included, are in int8, the more exact of the two where nothing is multiplied in fp8.
+    Head and token embeddings, if included, and fused experts are in int8, the more exact of the two where nothing is
+    multiplied in fp8.
     """
-    format_ = Format("fp8", Fp8Linear, Int8Linear, Int8Embedding)
+    experts = functools.partial(quantize_experts, build=Int8Experts)
+    format_ = Format("fp8", Fp8Linear, Int8Linear, Int8Embedding, experts)
     quantize_layers(model, format_, include=include, dtype=dtype, skip=skip)
 
 

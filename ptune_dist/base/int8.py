@@ -21,7 +21,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptune_dist.base import quantized_ops as ops
-from ptune_dist.base.quantized import Format, QuantizedLinear, QuantizedWeight, quantize_layers
+from ptune_dist.base.experts import quantize_experts
+from ptune_dist.base.quantized import (
+    ExpertWeight,
+    Format,
+    QuantizedExperts,
+    QuantizedLinear,
+    QuantizedWeight,
+    quantize_layers,
+)
 
 LEVELS = 127.0
 MAX_FUSED_ROWS = 256  # of a product that dequantizes as it multiplies, see above
@@ -49,29 +57,41 @@ class Int8Product(torch.autograd.Function):
         ctx.layer = layer
         if layer.threshold is not None:
             return (multiply_int8_on_gpu if x.is_cuda else multiply_int8)(x, layer, layer.threshold)
-        if x.is_cuda:
-            return multiply_on_gpu(x, layer)
-        if x.dtype == torch.float16:  # 127 times an activation may exceed its range
-            return nn.functional.linear(x, layer.float_weight(x.dtype), layer.bias)
-        # int8 values are exact in bfloat16 too. The scale is applied to the outputs, which are fewer than the weights.
-        y = nn.functional.linear(x, layer.weight.to(x.dtype))
-        # In place: without `out`, the product with float32 scales would be a float32 tensor.
-        if layer.bias is None:
-            return torch.mul(y, layer.float_scales, out=y)
-        return torch.addcmul(layer.bias, y, layer.float_scales, out=y)
+        return multiply(x, layer)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        layer = ctx.layer
-        if grad.is_cuda:
-            return multiply_back_on_gpu(grad, layer), None
-        if grad.dtype == torch.float16:
-            return grad @ layer.float_weight(grad.dtype), None
-        scaled = torch.mul(grad, layer.float_scales, out=torch.empty_like(grad))
-        return scaled @ layer.weight.to(grad.dtype), None
+        return multiply_back(grad, ctx.layer), None
 
 
-def multiply_on_gpu(x: torch.Tensor, layer: QuantizedWeight) -> torch.Tensor:
+Layer = QuantizedLinear | ExpertWeight
+
+
+def multiply(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """A layer's outputs [..., O] from float activations x [..., I]."""
+    if x.is_cuda:
+        return multiply_on_gpu(x, layer)
+    if x.dtype == torch.float16:  # 127 times an activation may exceed its range
+        return nn.functional.linear(x, layer.float_weight(x.dtype), layer.bias)
+    # int8 values are exact in bfloat16 too. The scale is applied to the outputs, which are fewer than the weights.
+    y = nn.functional.linear(x, layer.weight.to(x.dtype))
+    # In place: without `out`, the product with float32 scales would be a float32 tensor.
+    if layer.bias is None:
+        return torch.mul(y, layer.float_scales, out=y)
+    return torch.addcmul(layer.bias, y, layer.float_scales, out=y)
+
+
+def multiply_back(grad: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """The gradient of a layer's inputs [..., I] from that of its outputs, grad [..., O]."""
+    if grad.is_cuda:
+        return multiply_back_on_gpu(grad, layer)
+    if grad.dtype == torch.float16:
+        return grad @ layer.float_weight(grad.dtype)
+    scaled = torch.mul(grad, layer.float_scales, out=torch.empty_like(grad))
+    return scaled @ layer.weight.to(grad.dtype)
+
+
+def multiply_on_gpu(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     """A layer's outputs [..., O] from float activations x [..., I]."""
     bias = getattr(layer, "bias", None)
     rows = x.reshape(-1, x.shape[-1])
@@ -83,7 +103,7 @@ def multiply_on_gpu(x: torch.Tensor, layer: QuantizedWeight) -> torch.Tensor:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def multiply_back_on_gpu(grad: torch.Tensor, layer: QuantizedWeight) -> torch.Tensor:
+def multiply_back_on_gpu(grad: torch.Tensor, layer: Layer) -> torch.Tensor:
     """The gradient of a layer's inputs [..., I] from that of its outputs, grad [..., O]."""
     rows = grad.reshape(-1, grad.shape[-1])
     if is_fused(rows) and rows.dtype != torch.float16:  # the kernel scales the gradient, which may become too small
@@ -181,9 +201,19 @@ class Int8Embedding(QuantizedWeight):
         return torch.mul(self.weight[ids], self.float_scales[ids][..., None], out=out)
 
 
+class Int8Experts(QuantizedExperts):
+    """Frozen experts in int8; their activations are never quantized."""
+
+    quantize = staticmethod(quantize_rows)
+    multiply = staticmethod(multiply)
+    multiply_back = staticmethod(multiply_back)
+
+
 def make_int8(
     model: PreTrainedModel, *, include: list[str], threshold: float | None, dtype: torch.dtype, skip: set[str]
 ) -> None:
     """Replace the linear layers of a model on the meta device by int8 layers, as `quantize_layers` does."""
     linear = functools.partial(Int8Linear, threshold=threshold)
-    quantize_layers(model, Format("int8", linear, linear, Int8Embedding), include=include, dtype=dtype, skip=skip)
+    experts = functools.partial(quantize_experts, build=Int8Experts)
+    format_ = Format("int8", linear, linear, Int8Embedding, experts)
+    quantize_layers(model, format_, include=include, dtype=dtype, skip=skip)

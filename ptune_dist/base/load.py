@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptune_dist.base.open import OpenedBase
-from ptune_dist.base.quantized import QuantizedRows, QuantizedWeight
+from ptune_dist.base.quantized import QuantizedExperts, QuantizedRows, QuantizedWeight
 from ptune_dist.base.random_weights import RandomWeights
 
 CPU = torch.device("cpu")
@@ -111,9 +111,25 @@ def new_head_fill(opened: OpenedBase, name: str) -> Fill:
 
 def quantized_rows(opened: OpenedBase, name: str, module: QuantizedWeight) -> QuantizedRows:
     weights = opened.weights
+    if isinstance(module, QuantizedExperts):
+        return QuantizedRows(rows_of_experts(opened, name, module), module.quantize, *module.weight.shape)
     read: Callable[..., torch.Tensor] = weights.read_columns if module.stored_transposed else weights.read_rows
     if isinstance(weights, RandomWeights) and torch.cuda.is_available():
         # A CPU would take minutes to make and to quantize the rows of a 70B base.
         read = functools.partial(read, device=torch.device("cuda"))
     stored = opened.names[name]
     return QuantizedRows(lambda first, last: read(stored, first, last), module.quantize, *module.weight.shape)
+
+
+def rows_of_experts(opened: OpenedBase, name: str, module: QuantizedExperts) -> Callable[[int, int], torch.Tensor]:
+    """Reads rows of all experts, one below the other, in float32; random ones on a GPU if there is one."""
+    stored = opened.names[name.removesuffix(".weight")]
+    width = module.weight.shape[1]
+    on_gpu = isinstance(opened.weights, RandomWeights) and torch.cuda.is_available()
+
+    def read(first: int, last: int) -> torch.Tensor:
+        out = torch.empty((last - first) * width, device="cuda" if on_gpu else "cpu")
+        opened.weights.read_flat(stored, first * width, out)
+        return out.view(last - first, width)
+
+    return read

@@ -73,7 +73,7 @@ class MergedWeights:
             return
         begin = 0
         for part in self._parts[name]:
-            end = begin + torch.Size(self.shapes[part]).numel()
+            end = begin + torch.Size(self._weights.shapes[part]).numel()
             first = max(start, begin)
             last = min(start + len(out), end)
             if first < last:
@@ -87,7 +87,7 @@ class MergedWeights:
         found = []
         begin = 0
         for part in self._parts[name]:
-            end = begin + self.shapes[part][0]
+            end = begin + self._weights.shapes[part][0]
             if first < end and last > begin:
                 found.append(self._weights.read_rows(part, max(first, begin) - begin, min(last, end) - begin))
             begin = end

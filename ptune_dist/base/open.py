@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptune_dist.base.architecture import Architecture
+from ptune_dist.base.checkpoint_formats import StoredWeights, dequantize, quantization_of
+from ptune_dist.base.converted import ConvertedWeights, convert_names
 from ptune_dist.base.fp8 import make_fp8
 from ptune_dist.base.int8 import Int8Embedding, make_int8
 from ptune_dist.base.loaded_weights import LoadedWeights, load_with_transformers
@@ -20,7 +22,7 @@ from ptune_dist.base.merge import MergedWeights, merge_projections
 from ptune_dist.base.names import match_names, needs_converting, spellings, wanted_tensors
 from ptune_dist.base.random_weights import RandomWeights
 from ptune_dist.base.source import describe_load_error, is_local_only, load_shape
-from ptune_dist.base.weight_files import WeightFiles, open_weight_files
+from ptune_dist.base.weight_files import open_weight_files
 from ptune_dist.errors import UserError
 
 NUM_COMPARED = 16  # rows of tensors that should be one
@@ -45,7 +47,7 @@ class OpenedBase:
     model: PreTrainedModel
     family: Architecture
     dtype: torch.dtype
-    weights: WeightFiles | RandomWeights | LoadedWeights | MergedWeights
+    weights: StoredWeights | RandomWeights | LoadedWeights | MergedWeights
     names: dict[str, str]  # of a parameter or buffer in the model -> in the weights
     new: list[str]  # parameters that no file holds: a new classification head's
     seed: int
@@ -84,12 +86,11 @@ def open_base(
     the weights are in `dtype`. `labels` are those that a classifier's head tells apart.
     """
     shape = load_shape(path)
-    if getattr(shape, "quantization_config", None):
-        raise UserError(f"model.path: {path} is stored quantized: give the float base and set model.quantization=int8")
+    quantization = quantization_of(shape, path)
     family.prepare_shape(shape, labels)
     model = make_without_memory(shape, path, family, dtype)
     family.check_model(model, path)
-    opened = find_weights(model, path, family, dtype=dtype, random_init=random_init, seed=seed)
+    opened = find_weights(model, path, family, quantization, dtype=dtype, random_init=random_init, seed=seed)
     unknown = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in opened.names]
     if unknown:
         raise UserError(f"model.path: {path}: its buffer {unknown[0]} is neither stored nor computed when it is made")
@@ -125,7 +126,14 @@ def make_without_memory(
 
 
 def find_weights(
-    model: PreTrainedModel, path: str, family: Architecture, *, dtype: torch.dtype, random_init: bool, seed: int
+    model: PreTrainedModel,
+    path: str,
+    family: Architecture,
+    quantization: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    random_init: bool,
+    seed: int,
 ) -> OpenedBase:
     """The weights for an empty model: its files', random ones, or transformers' own loader's. Raises UserError."""
     if random_init:
@@ -134,15 +142,19 @@ def find_weights(
         std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
         names = {alias: name for name in shapes for alias in aliases[name]}
         return OpenedBase(model, family, dtype, RandomWeights(shapes, std=std, seed=seed), names, [], seed)
-    files = open_weight_files(path, local_only=is_local_only(path))
+    files = dequantize(open_weight_files(path, local_only=is_local_only(path)), quantization, path)
     why = "its tensor names need converting"
-    if not needs_converting(model, files.shapes):
+    if needs_converting(model, files.shapes):
+        files = convert_names(model, files)
+    if files is not None:
         names, new = match_names(model, files.shapes, family, path)
         check_ties(model, files, path)
         check_floats(model, files, names, path)
         if all(name in names or name in new for name, _ in model.named_parameters()):
             return OpenedBase(model, family, dtype, files, names, new, seed)
         why = "some of its parameters are computed, not stored"  # Marian's positions
+    if quantization:
+        raise UserError(f"model.path: {path} is stored quantized and {why}: give the float base")
     check_room_for_copies(sum(p.numel() * p.element_size() for p in model.parameters()), path)
     tensors = load_with_transformers(path, family, dtype)
     matched = match_names(model, {name: tuple(t.shape) for name, t in tensors.items()}, family, path)
@@ -150,14 +162,16 @@ def find_weights(
     return OpenedBase(model, family, dtype, LoadedWeights(tensors), *matched, seed, note=note)
 
 
-def check_floats(model: PreTrainedModel, files: WeightFiles, names: dict[str, str], path: str) -> None:
+def check_floats(
+    model: PreTrainedModel, files: StoredWeights | ConvertedWeights, names: dict[str, str], path: str
+) -> None:
     """Raise UserError for weights that are stored as whole numbers: quantized by somebody, with scales unknown here."""
     for name, parameter in model.named_parameters():
         if name in names and parameter.is_floating_point() and not files.holds_floats(names[name]):
             raise UserError(f"model.path: {path} stores {names[name]} as whole numbers: give the float base")
 
 
-def check_ties(model: PreTrainedModel, files: WeightFiles, path: str) -> None:
+def check_ties(model: PreTrainedModel, files: StoredWeights | ConvertedWeights, path: str) -> None:
     """Raise UserError where tied parameters are stored twice and differ; some of their rows are compared."""
     _, aliases = wanted_tensors(model)
     for names in aliases.values():

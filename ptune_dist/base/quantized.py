@@ -65,6 +65,58 @@ class QuantizedLinear(QuantizedWeight):
         self.bias = bias
 
 
+class QuantizedExperts(QuantizedWeight):
+    """The weights [E, R, C] of all experts of a layer in 8 bits, with a scale for each of their E * R stored rows.
+
+    `multiply` and `multiply_back` of a format are the products of backward and forward, so an expert that is stored
+    transposed, inputs by outputs, needs no other kernels: it has a scale for each input.
+    """
+
+    multiply: Callable[..., torch.Tensor]  # (x [M, C], ExpertWeight) -> [M, R], of the format
+    multiply_back: Callable[..., torch.Tensor]  # (x [M, R], ExpertWeight) -> [M, C]
+
+    def __init__(self, num_experts: int, num_rows: int, width: int, is_transposed: bool):
+        super().__init__(num_experts * num_rows, width)
+        self.num_experts = num_experts
+        self.is_transposed = is_transposed
+
+    def expert(self, number: int) -> "ExpertWeight":
+        num_rows = len(self.scales) // self.num_experts
+        rows = slice(number * num_rows, (number + 1) * num_rows)
+        return ExpertWeight(self.weight[rows], self.float_scales[rows], self.codes_of)
+
+    @staticmethod
+    def codes_of(weight: torch.Tensor) -> torch.Tensor:
+        """A weight as numbers of its format."""
+        return weight
+
+
+@dataclass(frozen=True)
+class ExpertWeight:
+    """One expert's weight [R, C], with what products read of a linear layer."""
+
+    weight: torch.Tensor
+    float_scales: torch.Tensor
+    codes_of: Callable[[torch.Tensor], torch.Tensor]
+    bias: None = None
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return self.codes_of(self.weight)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def float_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        out = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+        return torch.mul(self.codes, self.float_scales[:, None], out=out)
+
+
 class QuantizedRows:
     """A weight's bytes and scales, quantized while the float rows are read, at most one chunk in memory at a time.
 
@@ -115,6 +167,7 @@ class Format:
     linear: Callable[[int, int, nn.Parameter | None], QuantizedLinear]  # inputs, outputs, bias
     head: Callable[[int, int, nn.Parameter | None], QuantizedLinear]
     embedding: Callable[[int, int, torch.dtype], QuantizedWeight]  # rows, width, dtype of the vectors
+    quantize_experts: Callable[[nn.Module], None]  # in place
 
 
 def quantize_layers(
@@ -140,6 +193,7 @@ def quantize_layers(
         for name, module in model.named_modules()
         if is_linear(module) and module is not head and name not in skip
     }
+    format_.quantize_experts(model)
     refuse_other_layers(model, chosen, format_.name)
     for name, module in chosen.items():
         replace_module(model, name, build_linear(module, format_.linear))
@@ -163,10 +217,11 @@ def refuse_other_layers(model: PreTrainedModel, chosen: dict[str, nn.Module], na
     others: dict[str, int] = {}
     for module in model.modules():
         size = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
-        if size and not is_linear(module) and not isinstance(module, nn.Embedding):
+        if size and not is_linear(module) and not isinstance(module, (nn.Embedding, QuantizedExperts)):
             others[type(module).__name__] = others.get(type(module).__name__, 0) + size
     left_out = sum(others.values())
-    replaced = sum(module.get_parameter("weight").numel() for module in chosen.values())
+    quantized = [*chosen.values(), *(module for module in model.modules() if isinstance(module, QuantizedExperts))]
+    replaced = sum(module.get_parameter("weight").numel() for module in quantized)
     if left_out > MAX_SHARE_LEFT_OUT * (left_out + replaced):
         raise UserError(
             f"model.quantization: {name} is for linear layers; {left_out:,} weights of this base are in "

@@ -5,6 +5,8 @@ Errors are reported in one line.
 
 import difflib
 import hashlib
+import json
+import shlex
 from pathlib import Path
 
 import transformers
@@ -15,6 +17,8 @@ from ptune_dist.common.hub import hub_answers
 from ptune_dist.errors import UserError
 
 SAMPLE_BYTES = 1 << 20
+MAX_POINTER_BYTES = 1024
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def load_shape(path: str) -> transformers.PretrainedConfig:
@@ -34,6 +38,10 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_local_only(path))
     except Exception as error:  # the tokenizers library has its own errors too
+        if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZERS):
+            raise UserError(
+                f"model.path: no tokenizer.json in {path}: put the base's tokenizer files next to its config.json"
+            ) from None
         raise UserError(describe_load_error(path, "tokenizer", error)) from None
     vocab_size = shape.get_text_config().vocab_size
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -53,14 +61,80 @@ def check_folder(path: str) -> None:
     """Raise UserError for a path that can only mean a local folder but is not one."""
     place = Path(path)
     if place.is_dir():
+        what = None if (place / "config.json").is_file() else describe_other_folder(place)
+        what = what or describe_pointers(place)
+        if what:
+            raise UserError(f"model.path: {path} {what}")
         return
     if place.exists():
+        if place.suffix == ".gguf":
+            raise UserError(f"model.path: {path} is a GGUF file: {describe_gguf(place)}")
         raise UserError(f"model.path: {path} is a file: give the folder that contains config.json")
     is_in_folder = place.parent != Path(".") and place.parent.is_dir()
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or is_in_folder:
         near = difflib.get_close_matches(place.name, [p.name for p in place.parent.glob("*/")], n=1)
         hint = f", did you mean {place.parent / near[0]}?" if near else ""
         raise UserError(f"model.path: no folder {path}{hint}")
+
+
+def describe_other_folder(place: Path) -> str | None:
+    """What a folder without a config.json is and what to do; None if it cannot be told."""
+    names = {file.name for file in place.iterdir()}
+
+    def has(*patterns: str) -> bool:
+        return any(any(place.glob(pattern)) for pattern in patterns)
+
+    if "adapter_config.json" in names:
+        try:
+            base = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError):
+            base = "its base"
+        return f"is a PEFT adapter of {base}: give that base, or the adapter merged into it (merge_and_unload)"
+    if not names:
+        return "is an empty folder: give the folder that contains config.json"
+    if has("*.gguf"):
+        return f"holds GGUF files: {describe_gguf(next(place.glob('*.gguf')))}"
+    if "config.yaml" in names and names & {"status.json", "prompt", "checkpoints", "metrics.jsonl"}:
+        return "is a run of ptune-dist, not a base: give the model.path of its config.yaml"
+    if "latest" in names or has("global_step*") or place.name.startswith("global_step"):
+        return "is a checkpoint of DeepSpeed: convert it with its zero_to_fp32.py and give a folder with config.json"
+    if has("checkpoint-*/config.json"):
+        found = sorted(place.glob("checkpoint-*/config.json"))[-1].parent
+        return f"holds checkpoints of a trainer: give one of them, such as {found}"
+    if "model_index.json" in names:
+        return "is a diffusers pipeline, not a language model: give its text model's folder, if any"
+    if has("snapshots/*/config.json"):
+        return f"is a cache of the hub: give {next(place.glob('snapshots/*/config.json')).parent}"
+    if has("*.incomplete", "**/*.incomplete"):
+        return "is a download that was interrupted: finish it with: hf download NAME --local-dir FOLDER"
+    if "params.json" in names or has("consolidated*"):
+        return "is in the layout of its publisher (params.json): give the folder in the layout of Hugging Face"
+    if has("*.onnx", "onnx/*.onnx"):
+        return "is an ONNX export: give the folder of the PyTorch model that it was made from"
+    if has("*.zip", "*.tar", "*.tar.gz", "*.tgz"):
+        return "holds an archive: unpack it and give the folder that contains config.json"
+    if names & {"tokenizer.json", "tokenizer_config.json"}:
+        return "holds a tokenizer only: put the base's config.json and weights there"
+    return "has no config.json: give the folder that contains it"
+
+
+def describe_gguf(file: Path) -> str:
+    """The command that makes a folder of safetensors of a GGUF file."""
+    out = f"{file.stem}-safetensors"
+    code = (
+        f"import transformers as t; p, f, out = {str(file.parent)!r}, {file.name!r}, {out!r}; "
+        "t.AutoModelForCausalLM.from_pretrained(p, gguf_file=f).save_pretrained(out); "
+        "t.AutoTokenizer.from_pretrained(p, gguf_file=f).save_pretrained(out)"
+    )
+    return f"convert one with: pip install gguf && python -c {shlex.quote(code)}"
+
+
+def describe_pointers(place: Path) -> str | None:
+    """What to do where the weights are pointers of git-lfs instead of the files; None if they are not."""
+    for file in sorted(place.glob("*.safetensors")):
+        if file.stat().st_size < MAX_POINTER_BYTES and file.read_bytes().startswith(b"version https://git-lfs"):
+            return f"holds a git-lfs pointer instead of {file.name}: run git lfs pull there"
+    return None
 
 
 def is_local_only(path: str) -> bool:

@@ -31,6 +31,9 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -52,6 +55,7 @@ class WeightFiles:
 
     def __init__(self, tensors: dict[str, StoredTensor]):
         self._tensors = tensors
+        self.shapes = {name: stored.shape for name, stored in tensors.items()}
         self._opened: dict[Path, int] = {}
         self._buffers = Buffers(2, is_pinned=torch.cuda.is_available())
         self.bytes_read = 0
@@ -60,9 +64,8 @@ class WeightFiles:
         for descriptor in self._opened.values():
             os.close(descriptor)
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: stored.shape for name, stored in self._tensors.items()}
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
 
     def holds_floats(self, name: str) -> bool:
         return self._tensors[name].dtype.is_floating_point

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MixtralConfig
+from transformers import JetMoeConfig
 from transformers.pytorch_utils import Conv1D
 
 from ptune_dist.base.int8 import Int8Embedding, Int8Linear, quantize_rows
@@ -281,7 +281,7 @@ def test_embeddings_that_do_more_than_look_up_are_refused_by_their_type(tiny_bas
 
 def test_fused_experts_are_refused_by_their_type(tmp_path):
     wide = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    MixtralConfig(**wide, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4).save_pretrained(tmp_path)
+    JetMoeConfig(**wide, num_key_value_heads=2, kv_channels=8, num_local_experts=4).save_pretrained(tmp_path)
     message = error_of(load, tmp_path, random_init=True, int8=PLAIN, starts="model.quantization: ")
-    assert "MixtralExperts" in message and "model.quantization=none" in message
+    assert "JetMoeParallelExperts" in message and "model.quantization=none" in message
     assert load(tmp_path, random_init=True)

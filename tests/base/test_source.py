@@ -97,3 +97,40 @@ def test_a_missing_or_damaged_tokenizer_is_refused(base, content):
     file = base / "tokenizer.json"
     file.unlink() if content is None else file.write_text(content)
     assert "tokenizer" in error_of(load_tokenizer, str(base), load_shape(str(base)))
+
+
+# Folders that are something else
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"adapter_config.json": '{"base_model_name_or_path": "org/base"}'}, "is a PEFT adapter of org/base"),
+        ({"model-Q4_K_M.gguf": "GGUF"}, "gguf_file"),
+        ({}, "is an empty folder"),
+        ({"config.yaml": "", "status.json": "{}"}, "is a run of ptune-dist"),
+        ({"latest": "global_step5"}, "is a checkpoint of DeepSpeed"),
+        ({"checkpoint-5/config.json": "{}"}, "checkpoint-5"),
+        ({"model_index.json": "{}"}, "diffusers"),
+        ({"weights.incomplete": ""}, "interrupted"),
+        ({"params.json": "{}", "consolidated.safetensors": ""}, "layout of its publisher"),
+        ({"model.onnx": ""}, "ONNX"),
+        ({"base.zip": ""}, "archive"),
+        ({"tokenizer.json": "{}"}, "a tokenizer only"),
+        ({"notes.txt": ""}, "has no config.json"),
+        ({"config.json": "{}", "model.safetensors": "version https://git-lfs.github.com/spec/v1"}, "git lfs pull"),
+    ],
+)
+def test_a_folder_that_is_something_else_is_told_what_it_is(tmp_path, files, expected):
+    place = tmp_path / "given"
+    place.mkdir()
+    for name, content in files.items():
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(content)
+    message = error_of(load_shape, str(place))
+    assert message.startswith(f"model.path: {place} ") and expected in message
+
+
+def test_a_gguf_file_is_told_how_to_convert_it(tmp_path):
+    (tmp_path / "a.gguf").write_text("GGUF")
+    assert "gguf_file" in error_of(load_shape, str(tmp_path / "a.gguf"))

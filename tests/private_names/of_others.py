@@ -13,6 +13,9 @@ TABLE: Table = {
         instance(MODULE, "_parameters", "replace parameters without memory"),
         instance(MODULE, "_buffers", "replace buffers without memory"),
     ],
+    "base/experts.py": [
+        instance(MODULE, "_parameters", "replace the weights of experts"),
+    ],
     "base/open.py": [
         instance(MODULE, "_parameters", "embed a few tokens by a copy of the embedding"),
         source("torch.nn:Linear", "torch.empty(", "make layers without memory", "torch.empty"),

@@ -141,6 +141,25 @@ TABLE: Table = {
     "base/architecture.py": [
         attribute(f"{AUTO}:AutoModelForCausalLM._model_mapping", "know the classes that a user has registered"),
     ],
+    "base/converted.py": [
+        attribute("transformers.conversion_mapping:get_model_conversion_mapping", "know what is joined"),
+        *(
+            attribute(f"transformers.core_model_loading:{name}", "rename and join as transformers does")
+            for name in (
+                "Concatenate",
+                "MergeModulelist",
+                "WeightConverter",
+                "WeightRenaming",
+                "dot_natural_key",
+                "rename_source_key",
+            )
+        ),
+    ],
+    "base/experts.py": [
+        source(
+            "transformers.integrations.moe:use_experts_implementation", "_apply_gate", "gate experts", "_apply_gate"
+        ),
+    ],
     "base/names.py": [
         *(
             attribute(f"{MODEL}.{IGNORED}{kind}", "know which tensors may differ between a file and a model", IGNORED)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from ptune_dist.zero.shard import ALIGNMENT, fill_part, pin_together
+from tests.base.mixtures import save_mixture
 from tests.commands import run_module
 from tests.processes import ROOT
 
 KINDS = ["llama", "gpt2", "t5", "bert"]
+MIXTURES = ["mixtral", "gpt_oss"]
 NUM_RANKS = 3  # divides next to nothing
 
 
@@ -18,6 +20,7 @@ def ranks(tiny_bases, tmp_path_factory) -> list[dict]:
     """What each of three ranks found."""
     out = tmp_path_factory.mktemp("shards")
     bases = [f"{kind}={tiny_bases[kind]}" for kind in KINDS]
+    bases += [f"{kind}={save_mixture(kind, tmp_path_factory.mktemp(kind))}" for kind in MIXTURES]
     script = str(ROOT / "tests" / "zero" / "shard_many.py")
     done = run_module(script, str(out), *bases, num_ranks=NUM_RANKS)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
@@ -25,7 +28,7 @@ def ranks(tiny_bases, tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize("how", ["", " int8", " pinned", " random"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + MIXTURES)
 def test_the_parts_of_all_ranks_are_the_base(ranks, kind, how):
     assert [rank[kind + how]["different"] for rank in ranks] == [[]] * NUM_RANKS
 
@@ -40,7 +43,7 @@ def test_a_rank_reads_its_share_of_the_file(ranks, tiny_bases, kind, how):
 
 
 @pytest.mark.parametrize("how", ["", " int8", " random"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])  # BERT's head is whole
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", *MIXTURES])  # BERT's head is whole
 def test_a_rank_holds_its_share_of_every_tensor(ranks, kind, how):
     for rank in ranks:
         frozen = rank[kind + how]["frozen"]

@@ -17,13 +17,13 @@ from ptune_dist.base.int8 import Int8Embedding, make_int8
 from ptune_dist.base.loaded_weights import LoadedWeights, load_with_transformers
 from ptune_dist.base.memory_check import check_room_for_copies
 from ptune_dist.base.merge import MergedWeights, merge_projections
-from ptune_dist.base.names import match_names, needs_converting, spellings, wanted_tensors
+from ptune_dist.base.multimodal import text_files
+from ptune_dist.base.names import match_names, needs_converting, wanted_tensors
 from ptune_dist.base.random_weights import RandomWeights
-from ptune_dist.base.source import describe_load_error, is_local_only, load_shape
+from ptune_dist.base.source import describe_load_error, is_local_only, load_shape, load_whole_shape
+from ptune_dist.base.ties import describe_untied, untie_differing
 from ptune_dist.base.weight_files import WeightFiles, open_weight_files
 from ptune_dist.errors import UserError
-
-NUM_COMPARED = 16  # rows of tensors that should be one
 
 
 class WithoutMemory(TorchFunctionMode):
@@ -135,19 +135,30 @@ def find_weights(
         names = {alias: name for name in shapes for alias in aliases[name]}
         return OpenedBase(model, family, dtype, RandomWeights(shapes, std=std, seed=seed), names, [], seed)
     files = open_weight_files(path, local_only=is_local_only(path))
+    whole = load_whole_shape(path).model_type
+    is_part = whole != model.config.model_type
+    part = f"its language model is used, without the other parts of {whole}" if is_part else None
+    if is_part:
+        files = text_files(files, model)
     why = "its tensor names need converting"
     if not needs_converting(model, files.shapes):
+        untied = untie_differing(model, files)
         names, new = match_names(model, files.shapes, family, path)
-        check_ties(model, files, path)
         check_floats(model, files, names, path)
         if all(name in names or name in new for name, _ in model.named_parameters()):
-            return OpenedBase(model, family, dtype, files, names, new, seed)
+            return OpenedBase(
+                model, family, dtype, files, names, new, seed, note=join_notes(part, describe_untied(untied))
+            )
         why = "some of its parameters are computed, not stored"  # Marian's positions
     check_room_for_copies(sum(p.numel() * p.element_size() for p in model.parameters()), path)
-    tensors = load_with_transformers(path, family, dtype)
+    tensors = load_with_transformers(path, family, dtype, part_of=model if is_part else None)
     matched = match_names(model, {name: tuple(t.shape) for name, t in tensors.items()}, family, path)
-    note = f"{why}: transformers loads it whole on every rank"
+    note = join_notes(part, f"{why}: transformers loads it whole on every rank")
     return OpenedBase(model, family, dtype, LoadedWeights(tensors), *matched, seed, note=note)
+
+
+def join_notes(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
 
 
 def check_floats(model: PreTrainedModel, files: WeightFiles, names: dict[str, str], path: str) -> None:
@@ -155,20 +166,3 @@ def check_floats(model: PreTrainedModel, files: WeightFiles, names: dict[str, st
     for name, parameter in model.named_parameters():
         if name in names and parameter.is_floating_point() and not files.holds_floats(names[name]):
             raise UserError(f"model.path: {path} stores {names[name]} as whole numbers: give the float base")
-
-
-def check_ties(model: PreTrainedModel, files: WeightFiles, path: str) -> None:
-    """Raise UserError where tied parameters are stored twice and differ; some of their rows are compared."""
-    _, aliases = wanted_tensors(model)
-    for names in aliases.values():
-        stored = list(dict.fromkeys(s for name in names for s in spellings(model, name) if s in files.shapes))
-        if len(stored) < 2:
-            continue
-        num_rows = files.shapes[stored[0]][0]
-        rows = [*range(0, num_rows, max(1, num_rows // NUM_COMPARED)), num_rows - 1]
-        some = [torch.cat([files.read_rows(name, i, i + 1) for i in rows]) for name in stored]
-        if any(not torch.equal(part, some[0]) for part in some):
-            raise UserError(
-                f"model.path: {path} ties {' and '.join(stored[:2])} but stores two that differ: set "
-                "tie_word_embeddings to false in its config.json"
-            )

@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from ptune_dist.base.multimodal import text_shape
 from ptune_dist.common.hub import hub_answers
 from ptune_dist.errors import UserError
 
@@ -18,6 +19,11 @@ SAMPLE_BYTES = 1 << 20
 
 
 def load_shape(path: str) -> transformers.PretrainedConfig:
+    """The configuration of what is used: of a checkpoint that reads images too, its language model's. Raises UserError."""
+    return text_shape(load_whole_shape(path))
+
+
+def load_whole_shape(path: str) -> transformers.PretrainedConfig:
     """The architecture's configuration, without weights. Raises UserError."""
     check_folder(path)
     try:

@@ -64,6 +64,10 @@ class WeightFiles:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self._tensors.items()}
 
+    def renamed(self, names: dict[str, str]) -> "WeightFiles":
+        """Some of the tensors under other names: stored name -> name."""
+        return WeightFiles({name: self._tensors[stored] for stored, name in names.items()})
+
     def holds_floats(self, name: str) -> bool:
         return self._tensors[name].dtype.is_floating_point
 

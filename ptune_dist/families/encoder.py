@@ -101,6 +101,7 @@ class Encoder(Family):
     def prepare_shape(self, shape: PretrainedConfig, labels: list[str] | None) -> None:
         if labels:
             shape.id2label = dict(enumerate(labels))
+            shape.label2id = {label: number for number, label in enumerate(labels)}
             shape.problem_type = "single_label_classification"
         else:
             shape.num_labels = 1

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
+from ptune_dist.base.source import is_local_only
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import Examples
 from ptune_dist.data.framing import Framing
@@ -141,6 +142,8 @@ class Seq2Seq(Family):
     def check_model(self, model: PreTrainedModel, path: str) -> None:
         super().check_model(model, path)
         if getattr(model.config, "decoder_start_token_id", None) is None:
+            model.config.decoder_start_token_id = stored_start(path)
+        if model.config.decoder_start_token_id is None:
             raise UserError(f"model.path: {path}/config.json names no decoder_start_token_id: set it there")
 
     def generation_config(self, shape: PretrainedConfig) -> GenerationConfig:
@@ -150,3 +153,11 @@ class Seq2Seq(Family):
     def context_bytes_per_token(self, shape: PretrainedConfig, dtype: torch.dtype) -> int:
         """The encoder's output."""
         return shape.get_text_config(decoder=True).hidden_size * dtype.itemsize
+
+
+def stored_start(path: str) -> int | None:
+    """The token that a decoder starts from, of a base that names it in its generation_config.json."""
+    try:
+        return GenerationConfig.from_pretrained(path, local_files_only=is_local_only(path)).decoder_start_token_id
+    except (OSError, ValueError):
+        return None

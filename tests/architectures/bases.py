@@ -50,19 +50,29 @@ SMALL: dict[str, Any] = (
     | {"forced_bos_token_id": None, "forced_eos_token_id": None, "image_size": 28, "patch_size": 14}
 )
 
+FOLLOWS = ("head_dim", "n_inner", "mamba_dt_rank", "q_lora_rank", "v_head_dim")  # from other sizes, where none is given
+
 # What an architecture's own rules ask for.
 SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_expand": 2, "mamba_n_groups": 1},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "attn_layer_indices": [1]},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "layer_types": ["mamba", "attention"]},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_expand": 2,
+        "layer_types": ["mamba", "attention"],
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "marian": {"tie_word_embeddings": True},
     "fsmt": {"src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB, "langs": ["en", "de"]},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"]},
-    "funnel": {"block_sizes": [1, 1]},
+    "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
     "xlm": {"emb_dim": 32, "n_words": VOCAB},
     "flaubert": {"emb_dim": 32, "n_words": VOCAB},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
@@ -76,7 +86,9 @@ def kinds() -> dict[str, list[str]]:
     """Model types by family, each in the first that has it."""
     seq2seq = list(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
     masked = MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    encoder = [kind for kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES if kind in masked and kind not in seq2seq]
+    encoder = [
+        kind for kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES if kind in masked and kind not in seq2seq
+    ]
     causal = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in encoder and kind not in seq2seq]
     return {"causal": causal, "seq2seq": seq2seq, "encoder": encoder}
 
@@ -90,19 +102,36 @@ def small_config(config_class: Any, special: dict[str, Any]) -> Any:
     known = set(inspect.signature(config_class.__init__).parameters) | set(dir(config_class))
     known |= set(getattr(config_class, "__dataclass_fields__", {}))
     values = {name: value for name, value in SMALL.items() if name in known}
+    if "block_sizes" in known or "num_encoder_layers" in known and "num_decoder_layers" in known:
+        values.pop("num_hidden_layers", None)
     renamed = getattr(config_class, "attribute_map", {})
-    values = {name: value for name, value in values.items() if name not in renamed}
+    fixed = {name for name in dir(config_class) if is_computed(config_class, name)}
+    values = {name: value for name, value in values.items() if name not in renamed and name not in fixed}
     default = config_class()
     for name, value in list(values.items()):
-        if getattr(default, name, None) is None and name in ("head_dim", "n_inner", "mamba_dt_rank", "q_lora_rank"):
-            del values[name]  # follows from others
+        if value_of(default, name) is None and name in FOLLOWS:
+            del values[name]
     values |= layer_lists(default)
     for name, part in getattr(config_class, "sub_configs", {}).items():
         if isinstance(part, type) and part is not AutoConfig:
             values[name] = small_config(part, {}).to_dict()
         elif getattr(default, name, None) is not None:
             values[name] = small_config(type(getattr(default, name)), {}).to_dict()
-    return config_class(**values | special)
+    found = {name: value for name, value in (values | special).items() if name not in fixed}
+    return config_class(**found)
+
+
+def is_computed(config_class: Any, name: str) -> bool:
+    """Whether an attribute follows from others and cannot be set."""
+    attribute = inspect.getattr_static(config_class, name)
+    return isinstance(attribute, property) and attribute.fset is None
+
+
+def value_of(shape: Any, name: str) -> Any:
+    try:
+        return getattr(shape, name, None)
+    except Exception:  # it may vary across layers
+        return None
 
 
 def layer_lists(default: Any) -> dict[str, Any]:
@@ -131,6 +160,8 @@ def build_base(kind: str, family: str, folder: Path) -> Path:
     """Make and save one with its tokenizer. Raises whatever the architecture's class raises."""
     torch.manual_seed(0)
     shape = build_shape(kind)
+    if family == "seq2seq" and value_of(shape, "decoder_start_token_id") is None:
+        shape.decoder_start_token_id = 1
     if family == "encoder":
         shape.id2label = dict(enumerate(LABELS))
     model = AUTO[family].from_config(shape, dtype=torch.float32).eval()

@@ -3,6 +3,7 @@
 Shapes: S readers, P virtual tokens, D width, V vocabulary.
 """
 
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -92,4 +93,6 @@ def outcome_of(check: Any, *args: Any) -> dict[str, str]:
         return {"result": "refused", "line": str(error)}
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), "")
-        return {"result": "fails", "line": f"{type(error).__name__}: {first}"}
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f" ({Path(last.filename).name}:{last.lineno})"
+        return {"result": "fails", "line": f"{type(error).__name__}: {first}{where}"}

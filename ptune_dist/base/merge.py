@@ -143,7 +143,18 @@ def reads_one_input(kind: type[nn.Module], leaves: tuple[str, ...]) -> bool:
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and n.func in uses]
     inputs = {ast.dump(argument) for call in calls for argument in call.args}
     called = sorted(cast(ast.Attribute, call.func).attr for call in calls)
+    if changes_output(tree, calls):
+        return False
     return len(uses) == len(calls) and called == sorted(leaves) and len(inputs) == 1 and is_name(calls[0])
+
+
+def changes_output(tree: ast.AST, calls: list[ast.Call]) -> bool:
+    """Whether what a call returns is changed in place, as in Longformer: the parts of one product cannot be."""
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and node.value in calls]
+    names = {target.id for node in assigned for target in node.targets if isinstance(target, ast.Name)}
+    in_place = [node.target for node in ast.walk(tree) if isinstance(node, ast.AugAssign)]
+    changed = {target.id for target in in_place if isinstance(target, ast.Name)}
+    return bool(names & changed)
 
 
 def is_self(node: ast.expr) -> bool:

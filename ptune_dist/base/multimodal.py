@@ -1,4 +1,4 @@
-"""The language model of a checkpoint that reads images or sounds too: its shape, and its tensors under their own names."""
+"""The language model of a checkpoint that reads images or sounds too: its shape and its tensors."""
 
 import re
 from typing import Any

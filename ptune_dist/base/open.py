@@ -61,10 +61,18 @@ class OpenedBase:
         if isinstance(tokens, Int8Embedding):
             return rows.float()
         few = cast(Any, copy.copy(tokens))  # its forward may do more than look up: Gemma scales
-        few._parameters = {"weight": nn.Parameter(rows, requires_grad=False)}
+        others = [leaf for leaf, parameter in tokens.named_parameters(recurse=False) if leaf != "weight"]
+        few._parameters = {leaf: self._read_whole(f"{name}.{leaf}") for leaf in others}
+        few._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
         few.num_embeddings = len(ids)
         few.padding_idx = None
         return few(torch.arange(len(ids))).float()
+
+    def _read_whole(self, name: str) -> nn.Parameter:
+        """A small parameter beside the embeddings: T5Gemma 2 has one for the end of an image."""
+        whole = torch.empty(self.model.get_parameter(name).shape, dtype=self.dtype)
+        self.weights.read_flat(self.names[name], 0, whole.view(-1))
+        return nn.Parameter(whole, requires_grad=False)
 
 
 def open_base(
@@ -120,6 +128,8 @@ def make_without_memory(
             model = family.auto_class.from_config(shape, dtype=dtype)
     except Exception as error:  # each architecture checks its own numbers
         raise UserError(describe_load_error(path, "config.json", error)) from None
+    if not isinstance(model.get_input_embeddings(), nn.Embedding):
+        raise UserError(f"model.path: {path}: {shape.model_type} models embed tokens in a way of their own")
     model.tie_weights()
     return model
 

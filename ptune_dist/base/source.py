@@ -19,7 +19,7 @@ SAMPLE_BYTES = 1 << 20
 
 
 def load_shape(path: str) -> transformers.PretrainedConfig:
-    """The configuration of what is used: of a checkpoint that reads images too, its language model's. Raises UserError."""
+    """The configuration of what is used, which is the language model of a multimodal base. Raises UserError."""
     return text_shape(load_whole_shape(path))
 
 

@@ -18,6 +18,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from ptune_dist.base.source import is_local_only
@@ -40,7 +41,7 @@ class ReadInputs(NamedTuple):
     def inputs(self) -> dict[str, Any]:
         """Inputs of a pass over the decoder."""
         cache = EncoderDecoderCache(DynamicCache(), self.crossed)
-        return {"encoder_outputs": (self.hidden,), "attention_mask": self.mask, "past_key_values": cache}
+        return {"encoder_outputs": BaseModelOutput(self.hidden), "attention_mask": self.mask, "past_key_values": cache}
 
 
 class PromptedSeq2Seq(PromptedModel):
@@ -71,7 +72,7 @@ class PromptedSeq2Seq(PromptedModel):
             assert batch.held is not None, "placement decoder has a context for every row"
             hidden = [batch.held[row][0] for row in rows]
             read = self.to_tensor(pad_rows([np.ones(len(part)) for part in hidden], 0)[0])
-            return {"encoder_outputs": (pad_sequence(hidden, batch_first=True),), "attention_mask": read}
+            return {"encoder_outputs": BaseModelOutput(pad_sequence(hidden, batch_first=True)), "attention_mask": read}
         vectors, mask = self.embed([batch.rests[row] for row in rows], members)
         return {"inputs_embeds": vectors, "attention_mask": mask}
 
@@ -91,7 +92,7 @@ class PromptedSeq2Seq(PromptedModel):
         crossed = DynamicCache()
         start = torch.full((len(batch.readers), 1), self.base.config.decoder_start_token_id, device=mask.device)
         self.base(
-            encoder_outputs=(hidden,),
+            encoder_outputs=BaseModelOutput(hidden),
             attention_mask=mask,
             decoder_input_ids=start,
             past_key_values=EncoderDecoderCache(DynamicCache(), crossed),

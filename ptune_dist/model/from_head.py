@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 
 class Bypass(nn.Module):
@@ -52,9 +53,8 @@ class FromHead:
         assert head is not None, "a base that writes text has a head over its vocabulary"
         self.head: nn.Module = head
         self._base = base
-        # Below this module are all layers; T5's class has its decoder there.
-        inner = base.base_model_prefix
-        self._inner = inner if inner in base._modules else "decoder"
+        # Below this module are all layers; T5's class has its decoder there, and Llama 4's prefix names another part.
+        self._inner = next(name for name in (base.base_model_prefix, "decoder", "model") if name in base._modules)
         name = next(name for name, module in base.named_modules() if module is head)
         steps = name.split(".")
         self._path = [base.get_submodule(".".join(steps[: depth + 1])) for depth in range(len(steps))]
@@ -72,7 +72,7 @@ class FromHead:
         given = hidden.detach()[None]
         inputs: dict[str, Any] = {"inputs_embeds": given}
         if self._base.config.is_encoder_decoder:
-            inputs = {"encoder_outputs": (given,), "decoder_inputs_embeds": given}
+            inputs = {"encoder_outputs": BaseModelOutput(given), "decoder_inputs_embeds": given}
         self._hidden = hidden
         with self._bare(given):
             return self._base.forward(**inputs, use_cache=False).logits[0]

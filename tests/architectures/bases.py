@@ -56,6 +56,13 @@ FOLLOWS = ("head_dim", "n_inner", "mamba_dt_rank", "q_lora_rank", "v_head_dim") 
 SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_expand": 2, "mamba_n_groups": 1},
+        "num_hidden_layers": 2,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_ssm": 64,
+        "mamba_expand": 2,
+        "mamba_n_groups": 1,
+    },
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "attn_layer_indices": [1]},
     "granitemoehybrid": {
         "mamba_n_heads": 8,
@@ -68,7 +75,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bigbird_pegasus": {"attention_type": "original_full"},
     "marian": {"tie_word_embeddings": True},
     "fsmt": {"src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB, "langs": ["en", "de"]},
-    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"]},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"]},
     "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
@@ -108,10 +115,11 @@ def small_config(config_class: Any, special: dict[str, Any]) -> Any:
     fixed = {name for name in dir(config_class) if is_computed(config_class, name)}
     values = {name: value for name, value in values.items() if name not in renamed and name not in fixed}
     default = config_class()
-    for name, value in list(values.items()):
+    for name in list(values):
         if value_of(default, name) is None and name in FOLLOWS:
             del values[name]
-    values |= layer_lists(default)
+    if not fixed & {"layer_types", "layers_block_type"}:
+        values |= layer_lists(default)
     for name, part in getattr(config_class, "sub_configs", {}).items():
         if isinstance(part, type) and part is not AutoConfig:
             values[name] = small_config(part, {}).to_dict()

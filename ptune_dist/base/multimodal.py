@@ -30,7 +30,8 @@ def text_shape(shape: PretrainedConfig) -> PretrainedConfig:
         return shape
     if kind != text.model_type:
         text = CONFIG_MAPPING[kind](**of_text_alone(text.to_dict()))
-    text.tie_word_embeddings = shape.tie_word_embeddings  # the whole model's says whether its head is tied
+    # The whole model's says whether its head is tied.
+    text.tie_word_embeddings = getattr(shape, "tie_word_embeddings", text.tie_word_embeddings)
     quantization = getattr(shape, "quantization_config", None)
     if quantization is not None:
         text.quantization_config = quantization

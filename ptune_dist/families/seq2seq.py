@@ -30,6 +30,16 @@ from ptune_dist.families.family import Family
 from ptune_dist.families.seq2seq_decoder import Seq2SeqDecoder
 from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised
 
+REFUSED = {  # model type -> why
+    "encoder-decoder": "join two models, each with a configuration of its own: use a model of one architecture",
+    "fsmt": "have a vocabulary for each language and a head that is not the one over the target's",
+    "prophetnet": "predict several tokens at each position",
+    "xlm-prophetnet": "predict several tokens at each position",
+    "seamless_m4t": "choose an encoder by the kind of their input",
+    "seamless_m4t_v2": "choose an encoder by the kind of their input",
+    "switch_transformers": "need the encoder's routing in the decoder",
+}
+
 
 class ReadInputs(NamedTuple):
     """What an encoder left of the readers' inputs: output [S, T, D], mask, and the keys/values of the output."""
@@ -142,6 +152,9 @@ class Seq2Seq(Family):
 
     def check_model(self, model: PreTrainedModel, path: str) -> None:
         super().check_model(model, path)
+        kind = model.config.model_type
+        if kind in REFUSED:
+            raise UserError(f"model.path: {path}: {kind} models {REFUSED[kind]}")
         if getattr(model.config, "decoder_start_token_id", None) is None:
             model.config.decoder_start_token_id = stored_start(path)
         if model.config.decoder_start_token_id is None:

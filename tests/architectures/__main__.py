@@ -25,7 +25,7 @@ def survey_row(kind: str, family: str, folder: Path) -> dict[str, Any]:
 
     began = time.perf_counter()
     row: dict[str, Any] = {"kind": kind, "family": family}
-    made = outcome_of(lambda: build_base(kind, family, folder) and "")
+    made = outcome_of(lambda out: build_base(kind, family, out) and "", folder)
     if made["result"] != "works":
         return row | {"base": made}
     row["loss"] = outcome_of(compare_loss, folder, family)

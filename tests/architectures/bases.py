@@ -56,13 +56,6 @@ FOLLOWS = ("head_dim", "n_inner", "mamba_dt_rank", "q_lora_rank", "v_head_dim") 
 SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_expand": 2, "mamba_n_groups": 1},
-        "num_hidden_layers": 2,
-        "mamba_n_heads": 8,
-        "mamba_d_head": 8,
-        "mamba_d_ssm": 64,
-        "mamba_expand": 2,
-        "mamba_n_groups": 1,
-    },
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "attn_layer_indices": [1]},
     "granitemoehybrid": {
         "mamba_n_heads": 8,
@@ -113,6 +106,7 @@ def small_config(config_class: Any, special: dict[str, Any]) -> Any:
         values.pop("num_hidden_layers", None)
     renamed = getattr(config_class, "attribute_map", {})
     fixed = {name for name in dir(config_class) if is_computed(config_class, name)}
+    fixed |= {name for name, other in renamed.items() if other in fixed}
     values = {name: value for name, value in values.items() if name not in renamed and name not in fixed}
     default = config_class()
     for name in list(values):

@@ -171,7 +171,9 @@ class Causal(Family):
         return Framing(ends_input=False, reads_plain_text=True)
 
     def check_model(self, model: PreTrainedModel, path: str) -> None:
-        if not generates_from_vectors(type(model)):
+        inner = getattr(model, model.base_model_prefix, model)  # a user's own class may hand all inputs on to it
+        takes_vectors = "inputs_embeds" in inspect.signature(inner.forward).parameters
+        if not takes_vectors or not generates_from_vectors(type(model)):
             raise UserError(self.describe_no_vectors(model, path))
 
     def check_contexts(self, model: PreTrainedModel, placement: str) -> None:

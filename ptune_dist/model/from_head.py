@@ -16,12 +16,18 @@ from transformers.modeling_outputs import BaseModelOutput
 class Bypass(nn.Module):
     """Stands where a base computes its last hidden state, when that is known already."""
 
-    def __init__(self, hidden: torch.Tensor):
+    def __init__(self, hidden: torch.Tensor, inner: nn.Module):
         super().__init__()
         self._hidden = hidden
+        self._inner = (inner,)  # in a tuple, so that it is no child
+        self.config = getattr(getattr(inner, "decoder", inner), "config", None)  # T5Gemma reads its decoder's
 
     def forward(self, *_args: Any, **_inputs: Any) -> "Bypassed":
         return Bypassed(self._hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        """Numbers that a base reads from there at its head, such as Falcon-H1's multiplier of the logits."""
+        return getattr(self.__dict__["_inner"][0], name)
 
     @property
     def decoder(self) -> "Bypass":  # OPT calls its model's decoder
@@ -87,7 +93,9 @@ class FromHead:
             module._forward_hooks = type(module._forward_hooks)()
         for modules, name, _ in passed:
             modules[name] = nn.Identity()
-        self._base._modules[self._inner] = Bypass(given)
+        inner = self._base._modules[self._inner]
+        assert inner is not None
+        self._base._modules[self._inner] = Bypass(given, inner)
         self.head._forward_pre_hooks[0] = self._give
         try:
             yield

@@ -21,7 +21,10 @@ MAX_S = 40  # of one row
 
 
 def survey_row(kind: str, family: str, folder: Path) -> dict[str, Any]:
+    from ptune_dist.base.source import load_shape
+    from ptune_dist.families.find import find_family
     from tests.architectures.checks import compare_loss, outcome_of
+    from tests.architectures.runs import CHECKS
 
     began = time.perf_counter()
     row: dict[str, Any] = {"kind": kind, "family": family}
@@ -29,6 +32,9 @@ def survey_row(kind: str, family: str, folder: Path) -> dict[str, Any]:
     if made["result"] != "works":
         return row | {"base": made}
     row["loss"] = outcome_of(compare_loss, folder, family)
+    if row["loss"]["result"] == "works":
+        own = find_family(load_shape(str(folder)), "auto", str(folder)).name
+        row |= {name: outcome_of(check, folder, own) for name, check in CHECKS.items()}
     row["seconds"] = round(time.perf_counter() - began, 2)
     return row
 

@@ -16,7 +16,7 @@ from ptune_dist.base.fp8 import make_fp8
 from ptune_dist.base.int8 import Int8Embedding, make_int8
 from ptune_dist.base.loaded_weights import LoadedWeights, load_with_transformers
 from ptune_dist.base.memory_check import check_room_for_copies
-from ptune_dist.base.merge import MergedWeights, merge_projections
+from ptune_dist.base.merge import MergedWeights, merge_projections, read_directly
 from ptune_dist.base.multimodal import text_files
 from ptune_dist.base.names import match_names, needs_converting, wanted_tensors
 from ptune_dist.base.random_weights import RandomWeights
@@ -105,10 +105,11 @@ def open_base(
     trained_modules = {name.rpartition(".")[0] for name in opened.trained}
     merged = merge_projections(model, opened.names, trained_modules)
     opened.weights = MergedWeights(opened.weights, merged)
+    skip = trained_modules | read_directly(model)
     if int8 is not None:
-        make_int8(model, dtype=dtype, skip=trained_modules, **int8)
+        make_int8(model, dtype=dtype, skip=skip, **int8)
     if fp8 is not None:
-        make_fp8(model, dtype=dtype, skip=trained_modules, **fp8)
+        make_fp8(model, dtype=dtype, skip=skip, **fp8)
     for module in model.modules():  # T5's stacks have configs of their own
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False

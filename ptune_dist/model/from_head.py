@@ -88,13 +88,12 @@ class FromHead:
         """Without hooks and without what comes before the head."""
         hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in self._path]
         passed = [(modules, name, modules[name]) for modules, name in self._passed]
+        inner = self._base.get_submodule(self._inner)
         for module in self._path:
             module._forward_pre_hooks = type(module._forward_pre_hooks)()
             module._forward_hooks = type(module._forward_hooks)()
         for modules, name, _ in passed:
             modules[name] = nn.Identity()
-        inner = self._base._modules[self._inner]
-        assert inner is not None
         self._base._modules[self._inner] = Bypass(given, inner)
         self.head._forward_pre_hooks[0] = self._give
         try:

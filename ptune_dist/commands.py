@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 
-from ptune_dist.base.source import fingerprint_base
+from ptune_dist.base.source import fingerprint_base, load_shape
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config, DataConfig
 from ptune_dist.data.build import build_inputs, build_split, build_templates
@@ -116,7 +116,13 @@ def export_run(config: Config, run_dir: Path, *, to: str, out: Path, text: str |
     tensors, facts = load_prompt(run_dir / "prompt")
     if to == "peft":
         check_for_peft(tensors, facts)
-        export_peft(tensors, facts, FAMILIES[facts["base"]["family"]].peft_task, out)
+        family = FAMILIES[facts["base"]["family"]]
+        shape = None
+        if family.trains_head:  # the base's own config.json does not know the labels
+            with_labels = load_shape(config.model.path)
+            family.prepare_shape(with_labels, config.data.labels)
+            shape = with_labels.to_json_string()
+        export_peft(tensors, facts, family.peft_task, out, shape)
         return
     model = config.model
     fingerprint = fingerprint_base(model.path, random_init=model.random_init, seed=config.seed)

@@ -4,8 +4,10 @@ import logging
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from ptune_dist.base.architecture import Architecture
+from ptune_dist.base.multimodal import key_mapping, name_in_text
 from ptune_dist.base.names import describe, is_harmless
 from ptune_dist.base.source import describe_load_error, is_local_only
 from ptune_dist.errors import UserError
@@ -33,8 +35,14 @@ class LoadedWeights:
         return self._tensors[name][:, first:last].T.contiguous()
 
 
-def load_with_transformers(path: str, family: Architecture, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every tensor of a base by its name in the model. Raises UserError."""
+def load_with_transformers(
+    path: str, family: Architecture, dtype: torch.dtype, part_of: PreTrainedModel | None = None
+) -> dict[str, torch.Tensor]:
+    """Every tensor of a base by its name in the model. Raises UserError.
+
+    `part_of`: the language model, without memory, where the files hold other parts too.
+    """
+    options = {"config": part_of.config, "key_mapping": key_mapping(part_of)} if part_of is not None else {}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()
@@ -46,12 +54,15 @@ def load_with_transformers(path: str, family: Architecture, dtype: torch.dtype) 
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             local_files_only=is_local_only(path),
+            **options,
         )
     except Exception as error:  # safetensors, the hub and transformers each have their own errors
         raise UserError(describe_load_error(path, "weights", error)) from None
     finally:
         transformers.logging.set_verbosity(verbosity)
     extra = [name for name in report["unexpected_keys"] if not is_harmless(model, name, family)]
+    if part_of is not None:
+        extra = [name for name in extra if name_in_text(part_of, name) is not None]
     if extra:
         raise UserError(f"model.path: the weights of {path} do not fit its config.json: {describe({'extra': extra})}")
     reported = [*report["missing_keys"], *report["mismatched_keys"]]

@@ -143,7 +143,48 @@ def reads_one_input(kind: type[nn.Module], leaves: tuple[str, ...]) -> bool:
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and n.func in uses]
     inputs = {ast.dump(argument) for call in calls for argument in call.args}
     called = sorted(cast(ast.Attribute, call.func).attr for call in calls)
+    if changes_output(tree, calls):
+        return False
     return len(uses) == len(calls) and called == sorted(leaves) and len(inputs) == 1 and is_name(calls[0])
+
+
+def changes_output(tree: ast.AST, calls: list[ast.Call]) -> bool:
+    """Whether what a call returns is changed in place, as in Longformer: the parts of one product cannot be."""
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and node.value in calls]
+    names = {target.id for node in assigned for target in node.targets if isinstance(target, ast.Name)}
+    in_place = [node.target for node in ast.walk(tree) if isinstance(node, ast.AugAssign)]
+    changed = {target.id for target in in_place if isinstance(target, ast.Name)}
+    return bool(names & changed)
+
+
+def read_directly(model: nn.Module) -> set[str]:
+    """Modules whose weight the module above them reads, instead of calling them (Mamba): these stay as they are."""
+    return {
+        f"{path}.{leaf}" if path else leaf
+        for path, module in model.named_modules()
+        for leaf in weights_read_by(type(module))
+    }
+
+
+@functools.cache
+def weights_read_by(kind: type[nn.Module]) -> set[str]:
+    """Names of children whose `weight` the code of a class computes with: `self.dt_proj.weight @ x`.
+
+    Asking for its type (T5), or taking slices of it where BLOOM imitates parallel training, is no such use.
+    """
+    if not kind.__module__.startswith("transformers.models."):
+        return set()
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, SyntaxError):
+        return set()
+    nodes = list(ast.walk(tree))
+    asked = {id(node.value) for node in nodes if isinstance(node, (ast.Attribute, ast.Subscript))}
+    calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance"]
+    asked |= {id(call.args[0]) for call in calls}
+    weights = [n for n in nodes if isinstance(n, ast.Attribute) and n.attr == "weight" and id(n) not in asked]
+    children = [weight.value for weight in weights]
+    return {child.attr for child in children if isinstance(child, ast.Attribute) and is_self(child.value)}
 
 
 def is_self(node: ast.expr) -> bool:

@@ -18,14 +18,14 @@ from ptune_dist.base.fp8 import make_fp8
 from ptune_dist.base.int8 import Int8Embedding, make_int8
 from ptune_dist.base.loaded_weights import LoadedWeights, load_with_transformers
 from ptune_dist.base.memory_check import check_room_for_copies
-from ptune_dist.base.merge import MergedWeights, merge_projections
-from ptune_dist.base.names import match_names, needs_converting, spellings, wanted_tensors
+from ptune_dist.base.merge import MergedWeights, merge_projections, read_directly
+from ptune_dist.base.multimodal import text_files
+from ptune_dist.base.names import match_names, needs_converting, wanted_tensors
 from ptune_dist.base.random_weights import RandomWeights
-from ptune_dist.base.source import describe_load_error, is_local_only, load_shape
+from ptune_dist.base.source import describe_load_error, is_local_only, load_shape, load_whole_shape
+from ptune_dist.base.ties import describe_untied, untie_differing
 from ptune_dist.base.weight_files import open_weight_files
 from ptune_dist.errors import UserError
-
-NUM_COMPARED = 16  # rows of tensors that should be one
 
 
 class WithoutMemory(TorchFunctionMode):
@@ -63,10 +63,18 @@ class OpenedBase:
         if isinstance(tokens, Int8Embedding):
             return rows.float()
         few = cast(Any, copy.copy(tokens))  # its forward may do more than look up: Gemma scales
-        few._parameters = {"weight": nn.Parameter(rows, requires_grad=False)}
+        others = [leaf for leaf, parameter in tokens.named_parameters(recurse=False) if leaf != "weight"]
+        few._parameters = {leaf: self._read_whole(f"{name}.{leaf}") for leaf in others}
+        few._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
         few.num_embeddings = len(ids)
         few.padding_idx = None
         return few(torch.arange(len(ids))).float()
+
+    def _read_whole(self, name: str) -> nn.Parameter:
+        """A small parameter beside the embeddings: T5Gemma 2 has one for the end of an image."""
+        whole = torch.empty(self.model.get_parameter(name).shape, dtype=self.dtype)
+        self.weights.read_flat(self.names[name], 0, whole.view(-1))
+        return nn.Parameter(whole, requires_grad=False)
 
 
 def open_base(
@@ -98,10 +106,11 @@ def open_base(
     trained_modules = {name.rpartition(".")[0] for name in opened.trained}
     merged = merge_projections(model, opened.names, trained_modules)
     opened.weights = MergedWeights(opened.weights, merged)
+    skip = trained_modules | read_directly(model)
     if int8 is not None:
-        make_int8(model, dtype=dtype, skip=trained_modules, **int8)
+        make_int8(model, dtype=dtype, skip=skip, **int8)
     if fp8 is not None:
-        make_fp8(model, dtype=dtype, skip=trained_modules, **fp8)
+        make_fp8(model, dtype=dtype, skip=skip, **fp8)
     for module in model.modules():  # T5's stacks have configs of their own
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False
@@ -121,6 +130,8 @@ def make_without_memory(
             model = family.auto_class.from_config(shape, dtype=dtype)
     except Exception as error:  # each architecture checks its own numbers
         raise UserError(describe_load_error(path, "config.json", error)) from None
+    if not isinstance(model.get_input_embeddings(), nn.Embedding):
+        raise UserError(f"model.path: {path}: {shape.model_type} models embed tokens in a way of their own")
     model.tie_weights()
     return model
 
@@ -142,24 +153,36 @@ def find_weights(
         std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
         names = {alias: name for name in shapes for alias in aliases[name]}
         return OpenedBase(model, family, dtype, RandomWeights(shapes, std=std, seed=seed), names, [], seed)
-    files = dequantize(open_weight_files(path, local_only=is_local_only(path)), quantization, path)
+    stored = open_weight_files(path, local_only=is_local_only(path))
+    whole = load_whole_shape(path).model_type
+    is_part = whole != model.config.model_type
+    part = f"its language model is used, without the other parts of {whole}" if is_part else None
+    if is_part:
+        stored = text_files(stored, model)
+    files = dequantize(stored, quantization, path)
     why = "its tensor names need converting"
     if needs_converting(model, files.shapes):
         files = convert_names(model, files)
     if files is not None:
+        untied = untie_differing(model, files)
         names, new = match_names(model, files.shapes, family, path)
-        check_ties(model, files, path)
         check_floats(model, files, names, path)
         if all(name in names or name in new for name, _ in model.named_parameters()):
-            return OpenedBase(model, family, dtype, files, names, new, seed)
+            return OpenedBase(
+                model, family, dtype, files, names, new, seed, note=join_notes(part, describe_untied(untied))
+            )
         why = "some of its parameters are computed, not stored"  # Marian's positions
     if quantization:
         raise UserError(f"model.path: {path} is stored quantized and {why}: give the float base")
     check_room_for_copies(sum(p.numel() * p.element_size() for p in model.parameters()), path)
-    tensors = load_with_transformers(path, family, dtype)
+    tensors = load_with_transformers(path, family, dtype, part_of=model if is_part else None)
     matched = match_names(model, {name: tuple(t.shape) for name, t in tensors.items()}, family, path)
-    note = f"{why}: transformers loads it whole on every rank"
+    note = join_notes(part, f"{why}: transformers loads it whole on every rank")
     return OpenedBase(model, family, dtype, LoadedWeights(tensors), *matched, seed, note=note)
+
+
+def join_notes(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
 
 
 def check_floats(
@@ -169,20 +192,3 @@ def check_floats(
     for name, parameter in model.named_parameters():
         if name in names and parameter.is_floating_point() and not files.holds_floats(names[name]):
             raise UserError(f"model.path: {path} stores {names[name]} as whole numbers: give the float base")
-
-
-def check_ties(model: PreTrainedModel, files: StoredWeights | ConvertedWeights, path: str) -> None:
-    """Raise UserError where tied parameters are stored twice and differ; some of their rows are compared."""
-    _, aliases = wanted_tensors(model)
-    for names in aliases.values():
-        stored = list(dict.fromkeys(s for name in names for s in spellings(model, name) if s in files.shapes))
-        if len(stored) < 2:
-            continue
-        num_rows = files.shapes[stored[0]][0]
-        rows = [*range(0, num_rows, max(1, num_rows // NUM_COMPARED)), num_rows - 1]
-        some = [torch.cat([files.read_rows(name, i, i + 1) for i in rows]) for name in stored]
-        if any(not torch.equal(part, some[0]) for part in some):
-            raise UserError(
-                f"model.path: {path} ties {' and '.join(stored[:2])} but stores two that differ: set "
-                "tie_word_embeddings to false in its config.json"
-            )

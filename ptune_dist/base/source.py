@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from ptune_dist.base.multimodal import text_shape
 from ptune_dist.common.hub import hub_answers
 from ptune_dist.errors import UserError
 
@@ -22,6 +23,11 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 
 
 def load_shape(path: str) -> transformers.PretrainedConfig:
+    """The configuration of what is used, which is the language model of a multimodal base. Raises UserError."""
+    return text_shape(load_whole_shape(path))
+
+
+def load_whole_shape(path: str) -> transformers.PretrainedConfig:
     """The architecture's configuration, without weights. Raises UserError."""
     check_folder(path)
     try:

@@ -67,6 +67,10 @@ class WeightFiles:
     def dtype_of(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
 
+    def renamed(self, names: dict[str, str]) -> "WeightFiles":
+        """Some of the tensors under other names: stored name -> name."""
+        return WeightFiles({name: self._tensors[stored] for stored, name in names.items()})
+
     def holds_floats(self, name: str) -> bool:
         return self._tensors[name].dtype.is_floating_point
 

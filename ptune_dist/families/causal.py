@@ -6,7 +6,7 @@ G key/value heads, Dh width of a head.
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,8 +171,9 @@ class Causal(Family):
         return Framing(ends_input=False, reads_plain_text=True)
 
     def check_model(self, model: PreTrainedModel, path: str) -> None:
-        prepare = cast(Any, model.prepare_inputs_for_generation)  # pyright takes it for a tensor
-        if "inputs_embeds" not in inspect.signature(prepare).parameters:
+        inner = getattr(model, model.base_model_prefix, model)  # a user's own class may hand all inputs on to it
+        takes_vectors = "inputs_embeds" in inspect.signature(inner.forward).parameters
+        if not takes_vectors or not generates_from_vectors(type(model)):
             raise UserError(self.describe_no_vectors(model, path))
 
     def check_contexts(self, model: PreTrainedModel, placement: str) -> None:
@@ -184,3 +185,18 @@ class Causal(Family):
         """Keys and values of every layer."""
         text = shape.get_text_config(decoder=True)
         return text.num_hidden_layers * keys_values_width(shape) * dtype.itemsize
+
+
+def generates_from_vectors(kind: type[PreTrainedModel]) -> bool:
+    """Whether `generate` takes input vectors; Falcon-H1 and others hand all inputs on to the class above."""
+    for owner in kind.__mro__:
+        prepare = vars(owner).get("prepare_inputs_for_generation")
+        if prepare is None:
+            continue
+        parameters = inspect.signature(prepare).parameters
+        if "inputs_embeds" in parameters:
+            return True
+        hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        if not hands_on or "super()." not in inspect.getsource(prepare):
+            return False
+    return False

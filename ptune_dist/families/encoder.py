@@ -16,11 +16,20 @@ from ptune_dist.base.architecture import model_types
 from ptune_dist.data.batches import Batch, Unit
 from ptune_dist.data.encode import Examples
 from ptune_dist.data.framing import Framing, LabelTargets, NumberTargets, Targets
+from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.families.seq2seq import count_padded
 from ptune_dist.model.prompted_model import LossOf, PromptedModel
 
 POOLER = ".pooler."
+BESIDE = "mix a row with the padding beside it, so an answer would depend on the other rows of its batch"
+REFUSED = {  # model type -> why
+    "fnet": BESIDE,
+    "nystromformer": BESIDE,
+    "yoso": BESIDE,
+    "esm": "scale token embeddings by what is masked in a row, which input vectors do not tell",
+    "longformer": "choose global attention by token ids, which input vectors do not tell",
+}
 
 
 class PromptedEncoder(PromptedModel):
@@ -101,10 +110,17 @@ class Encoder(Family):
     def prepare_shape(self, shape: PretrainedConfig, labels: list[str] | None) -> None:
         if labels:
             shape.id2label = dict(enumerate(labels))
+            shape.label2id = {label: number for number, label in enumerate(labels)}
             shape.problem_type = "single_label_classification"
         else:
             shape.num_labels = 1
             shape.problem_type = "regression"
+
+    def check_model(self, model: PreTrainedModel, path: str) -> None:
+        super().check_model(model, path)
+        why = REFUSED.get(model.config.model_type)
+        if why is not None:
+            raise UserError(f"model.path: {path}: {model.config.model_type} models {why}")
 
     def trained_names(self, model: PreTrainedModel, new: list[str]) -> set[str]:
         return {name for name, _ in model.named_parameters() if is_outside(model, name) or name in new}

@@ -18,8 +18,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
+from ptune_dist.base.source import is_local_only
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import Examples
 from ptune_dist.data.framing import Framing
@@ -27,6 +29,16 @@ from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.families.seq2seq_decoder import Seq2SeqDecoder
 from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised
+
+REFUSED = {  # model type -> why
+    "encoder-decoder": "join two models, each with a configuration of its own: use a model of one architecture",
+    "fsmt": "have a vocabulary for each language and a head that is not the one over the target's",
+    "prophetnet": "predict several tokens at each position",
+    "xlm-prophetnet": "predict several tokens at each position",
+    "seamless_m4t": "choose an encoder by the kind of their input",
+    "seamless_m4t_v2": "choose an encoder by the kind of their input",
+    "switch_transformers": "need the encoder's routing in the decoder",
+}
 
 
 class ReadInputs(NamedTuple):
@@ -39,7 +51,7 @@ class ReadInputs(NamedTuple):
     def inputs(self) -> dict[str, Any]:
         """Inputs of a pass over the decoder."""
         cache = EncoderDecoderCache(DynamicCache(), self.crossed)
-        return {"encoder_outputs": (self.hidden,), "attention_mask": self.mask, "past_key_values": cache}
+        return {"encoder_outputs": BaseModelOutput(self.hidden), "attention_mask": self.mask, "past_key_values": cache}
 
 
 class PromptedSeq2Seq(PromptedModel):
@@ -70,7 +82,7 @@ class PromptedSeq2Seq(PromptedModel):
             assert batch.held is not None, "placement decoder has a context for every row"
             hidden = [batch.held[row][0] for row in rows]
             read = self.to_tensor(pad_rows([np.ones(len(part)) for part in hidden], 0)[0])
-            return {"encoder_outputs": (pad_sequence(hidden, batch_first=True),), "attention_mask": read}
+            return {"encoder_outputs": BaseModelOutput(pad_sequence(hidden, batch_first=True)), "attention_mask": read}
         vectors, mask = self.embed([batch.rests[row] for row in rows], members)
         return {"inputs_embeds": vectors, "attention_mask": mask}
 
@@ -90,7 +102,7 @@ class PromptedSeq2Seq(PromptedModel):
         crossed = DynamicCache()
         start = torch.full((len(batch.readers), 1), self.base.config.decoder_start_token_id, device=mask.device)
         self.base(
-            encoder_outputs=(hidden,),
+            encoder_outputs=BaseModelOutput(hidden),
             attention_mask=mask,
             decoder_input_ids=start,
             past_key_values=EncoderDecoderCache(DynamicCache(), crossed),
@@ -140,7 +152,12 @@ class Seq2Seq(Family):
 
     def check_model(self, model: PreTrainedModel, path: str) -> None:
         super().check_model(model, path)
+        kind = model.config.model_type
+        if kind in REFUSED:
+            raise UserError(f"model.path: {path}: {kind} models {REFUSED[kind]}")
         if getattr(model.config, "decoder_start_token_id", None) is None:
+            model.config.decoder_start_token_id = stored_start(path)
+        if model.config.decoder_start_token_id is None:
             raise UserError(f"model.path: {path}/config.json names no decoder_start_token_id: set it there")
 
     def generation_config(self, shape: PretrainedConfig) -> GenerationConfig:
@@ -150,3 +167,11 @@ class Seq2Seq(Family):
     def context_bytes_per_token(self, shape: PretrainedConfig, dtype: torch.dtype) -> int:
         """The encoder's output."""
         return shape.get_text_config(decoder=True).hidden_size * dtype.itemsize
+
+
+def stored_start(path: str) -> int | None:
+    """The token that a decoder starts from, of a base that names it in its generation_config.json."""
+    try:
+        return GenerationConfig.from_pretrained(path, local_files_only=is_local_only(path)).decoder_start_token_id
+    except (OSError, ValueError):
+        return None

@@ -10,17 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 
 class Bypass(nn.Module):
     """Stands where a base computes its last hidden state, when that is known already."""
 
-    def __init__(self, hidden: torch.Tensor):
+    def __init__(self, hidden: torch.Tensor, inner: nn.Module):
         super().__init__()
         self._hidden = hidden
+        self._inner = (inner,)  # in a tuple, so that it is no child
+        self.config = getattr(getattr(inner, "decoder", inner), "config", None)  # T5Gemma reads its decoder's
 
     def forward(self, *_args: Any, **_inputs: Any) -> "Bypassed":
         return Bypassed(self._hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        """Numbers that a base reads from there at its head, such as Falcon-H1's multiplier of the logits."""
+        return getattr(self.__dict__["_inner"][0], name)
 
     @property
     def decoder(self) -> "Bypass":  # OPT calls its model's decoder
@@ -52,9 +59,8 @@ class FromHead:
         assert head is not None, "a base that writes text has a head over its vocabulary"
         self.head: nn.Module = head
         self._base = base
-        # Below this module are all layers; T5's class has its decoder there.
-        inner = base.base_model_prefix
-        self._inner = inner if inner in base._modules else "decoder"
+        # Below this module are all layers; T5's class has its decoder there, and Llama 4's prefix names another part.
+        self._inner = next(name for name in (base.base_model_prefix, "decoder", "model") if name in base._modules)
         name = next(name for name, module in base.named_modules() if module is head)
         steps = name.split(".")
         self._path = [base.get_submodule(".".join(steps[: depth + 1])) for depth in range(len(steps))]
@@ -72,7 +78,7 @@ class FromHead:
         given = hidden.detach()[None]
         inputs: dict[str, Any] = {"inputs_embeds": given}
         if self._base.config.is_encoder_decoder:
-            inputs = {"encoder_outputs": (given,), "decoder_inputs_embeds": given}
+            inputs = {"encoder_outputs": BaseModelOutput(given), "decoder_inputs_embeds": given}
         self._hidden = hidden
         with self._bare(given):
             return self._base.forward(**inputs, use_cache=False).logits[0]
@@ -82,12 +88,13 @@ class FromHead:
         """Without hooks and without what comes before the head."""
         hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in self._path]
         passed = [(modules, name, modules[name]) for modules, name in self._passed]
+        inner = self._base.get_submodule(self._inner)
         for module in self._path:
             module._forward_pre_hooks = type(module._forward_pre_hooks)()
             module._forward_hooks = type(module._forward_hooks)()
         for modules, name, _ in passed:
             modules[name] = nn.Identity()
-        self._base._modules[self._inner] = Bypass(given)
+        self._base._modules[self._inner] = Bypass(given, inner)
         self.head._forward_pre_hooks[0] = self._give
         try:
             yield

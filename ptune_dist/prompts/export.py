@@ -26,12 +26,14 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> N
         raise UserError("--to peft: PEFT has no head that answers numbers for language models")
 
 
-def export_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], task_type: str, out: Path) -> None:
+def export_peft(
+    tensors: dict[str, torch.Tensor], facts: dict[str, Any], task_type: str, out: Path, shape: str | None = None
+) -> None:
     """Write an adapter folder for `peft.PeftModel.from_pretrained(base, out)`. Raises UserError.
 
     The format is PEFT's: one tensor `prompt_embeddings` and its configuration. An encoder's head is beside it as
     `base_model.NAME`; its base is to be loaded for as many labels (`num_labels`), in their order. `task_type` is PEFT's
-    name for the base's family.
+    name for the base's family. `shape` is a config.json that names the labels of an encoder, to load its base with.
     """
     adapter = METHODS[facts["method"]].to_peft(tensors)
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
@@ -50,13 +52,13 @@ def export_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], task_ty
         "revision": None,
         **adapter.settings,
     }
-    write_folder(
-        out,
-        {
-            "adapter_model.safetensors": save(stored, {"format": "pt"}),
-            "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
-        },
-    )
+    files = {
+        "adapter_model.safetensors": save(stored, {"format": "pt"}),
+        "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }
+    if shape is not None:
+        files["config.json"] = shape.encode()
+    write_folder(out, files)
 
 
 def head_modules(names: Iterable[str]) -> list[str]:

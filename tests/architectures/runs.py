@@ -1,0 +1,112 @@
+"""What is tried on a base through the commands themselves: training, resuming, exporting and answering."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ptune_dist.commands import export_run, generate_for_run
+from ptune_dist.config.load import load_config
+from ptune_dist.evaluation.answer_plan import Decoding
+from ptune_dist.run.metrics_log import read_metrics
+from ptune_dist.train import train
+from tests.architectures.bases import LABELS
+from tests.architectures.checks import Differs
+
+ROWS = [{"text": text, "label": LABELS[number % 3]} for number, text in enumerate(["abc", "a film", "words and", "no"])]
+
+
+def write_run(folder: Path, family: str, name: str, **sections: Any) -> Path:
+    """The config of a run of two steps under ZeRO-3."""
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data = {"train": str(rows), "template": "{{ text }} =", "target": " {{ label }}", "max_length": 32}
+    if family == "encoder":
+        data |= {"labels": LABELS, "target": "{{ label }}"}
+    content: dict[str, Any] = {
+        "output_dir": str(folder / name),
+        "model": {"path": str(folder)},
+        "prompt": {"num_virtual_tokens": 4},
+        "data": data,
+        "train": {"max_steps": 2, "batch_size": 2, "learning_rate": 0.05, "schedule": "constant"},
+        "checkpoint": {"every": 1},
+        "deepspeed": {"zero_optimization": {"stage": 3}},
+    }
+    for key, value in sections.items():
+        content[key] = content[key] | value
+    file = folder / f"{name}.yaml"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def train_in(folder: Path, family: str, name: str, overrides: list[str], **sections: Any) -> Path:
+    status = train(load_config(str(write_run(folder, family, name, **sections)), overrides))
+    if status != 0:
+        raise Differs(f"training ended with status {status}")
+    return folder / name
+
+
+def check_float32(folder: Path, family: str) -> str:
+    """Two steps, whose losses are finite and whose prompt moves."""
+    losses = [line["loss"] for line in read_metrics(train_in(folder, family, "float32", []))]
+    if len(losses) != 2 or not all(0 < loss < 1e4 for loss in losses):
+        raise Differs(f"losses {losses}")
+    return ""
+
+
+def check_int8(folder: Path, family: str) -> str:
+    """Two steps over int8 weights, whose first loss is close to that of float32."""
+    plain = [line["loss"] for line in read_metrics(folder / "float32")]
+    losses = [
+        line["loss"] for line in read_metrics(train_in(folder, family, "int8", [], model={"quantization": "int8"}))
+    ]
+    if abs(losses[0] - plain[0]) > 0.02 * plain[0]:
+        raise Differs(f"first loss {losses[0]}, float32 {plain[0]}")
+    return ""
+
+
+def check_resume(folder: Path, family: str) -> str:
+    """A run that is stopped after one step and resumed stores the prompt of one that is not."""
+    train_in(folder, family, "resumed", ["train.max_steps=1"])
+    train_in(folder, family, "resumed", [])
+    whole, resumed = [next((folder / name / "prompt").glob("*.safetensors")) for name in ("float32", "resumed")]
+    theirs = load_file(resumed)
+    if any(not torch.equal(tensor, theirs[name]) for name, tensor in load_file(whole).items()):
+        raise Differs("the prompt of a resumed run is another")
+    return ""
+
+
+def check_export(folder: Path, family: str) -> str:
+    """A PEFT adapter is written."""
+    config = load_config(str(folder / "float32" / "config.yaml"), [])
+    export_run(config, folder / "float32", to="peft", out=folder / "adapter", text=None, file=None)
+    if not (folder / "adapter" / "adapter_config.json").exists():
+        raise Differs("no adapter")
+    return ""
+
+
+def check_generate(folder: Path, family: str) -> str:
+    """Every row is answered, and the answers are the same in one batch and one by one."""
+    config = load_config(str(folder / "float32" / "config.yaml"), [])
+    answers = {}
+    for name, tokens in (("together", 4096), ("alone", 1)):
+        out = folder / f"{name}.jsonl"
+        decoding = Decoding(max_new_tokens=4, micro_batch_tokens=tokens)
+        generate_for_run(
+            config, folder / "float32", text=None, file=str(folder / "rows.jsonl"), output=out, decoding=decoding
+        )
+        answers[name] = [json.loads(line)["generated"] for line in out.read_text().splitlines()]
+    if answers["together"] != answers["alone"] or len(answers["alone"]) != len(ROWS):
+        raise Differs(f"answers {answers}")
+    return ""
+
+
+CHECKS = {
+    "float32": check_float32,
+    "int8": check_int8,
+    "resume": check_resume,
+    "export": check_export,
+    "generate": check_generate,
+}

@@ -87,6 +87,10 @@ TABLE: Table = {
             f"{MODELS}.bloom.modeling_bloom:BloomAttention", "layer_past.update(", "give BLOOM its contexts", "update"
         ),
     ],
+    "base/multimodal.py": [
+        attribute(f"{AUTO}:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "know whether a language model has a class of its own"),
+        attribute("transformers.models.auto.configuration_auto:CONFIG_MAPPING", "make the shape of a text model"),
+    ],
     "families/causal.py": [
         attribute(f"{AUTO}:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
         parameter(

@@ -161,9 +161,13 @@ class DataConfig(Section):
     """The values that the target's one column can take: for accuracy by likelihood, for `init: labels`, and as the
     classes of an encoder base."""
 
-    max_length: Positive = 512
+    optional_columns: list[str] = []
+    """Columns that a row may lack: missing or null, they are empty text. A column that the template tests
+    (`{% if input %}`) need not be listed."""
+
+    max_length: Positive | None = None
     """The most tokens of one example, input and target together, without virtual tokens. A longer input is cut; a
-    target never is."""
+    target never is. Where left out: 512, or what the base's learned positions leave room for."""
 
     truncation_side: Literal["left", "right"] = "left"
     """The end of the input that is cut."""
@@ -262,8 +266,9 @@ class EvaluateConfig(Section):
     max_examples: NotNegative = 0
     """Evaluate on the first so many rows; 0: on all."""
 
-    max_new_tokens: Positive = 32
-    """The most tokens of a generated answer."""
+    max_new_tokens: Positive | None = None
+    """The most tokens of a generated answer. Where left out: the longest target of the rows, or 32 for answers that are
+    only shown and after plain text."""
 
     num_samples: NotNegative = 5
     """Generated answers shown at each evaluation."""

@@ -76,14 +76,15 @@ def test_missing_column_names_the_nearest_and_what_there_is():
 @pytest.mark.parametrize("row", [{"text": None}, {}])
 def test_null_or_missing_value_names_row_and_column(row):
     assert error_of("{{ text }}", **row) == (
-        "a.jsonl line 7: column 'text', which data.template uses, is missing or null; fill it or drop the row"
+        "a.jsonl line 7: column 'text', which data.template uses, is missing or null; fill it or drop the row, or, "
+        "if rows may lack it, write {% if text %} or list it in data.optional_columns"
     )
 
 
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("{{ m.author }}", "a value in {{ ... }} is null"),
+        ("{{ m.author }}", "'author' is null"),
         ("{{ m.title }}", "'dict object' has no attribute 'title'"),
         ("{{ m.n + 'x' }}", "unsupported operand"),
         ("{{ m.n / 0 }}", "division by zero"),

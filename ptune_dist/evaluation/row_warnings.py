@@ -66,13 +66,16 @@ def warn_of_length(member: Config, num_rows: int) -> Iterator[str]:
     size = member.train.batch_size
     steps = member.train.max_steps
     epochs = steps * size / num_rows
-    spent = f"{steps:,} steps of {size:,} are {epochs:,.1f} epochs"
+    spent = f"train.max_steps {steps:,} is {epochs:,.1f} epochs"
     if size > num_rows:
-        yield f"train.batch_size {size:,} is more than the {num_rows:,} training rows: a step repeats rows; {spent}"
+        yield f"train.batch_size {size:,} is more than the {num_rows:,} training rows: each step repeats rows; {spent}"
     elif epochs > MANY_EPOCHS:
         yield f"{spent} of the {num_rows:,} training rows: each row is read {epochs:,.0f} times"
     elif epochs < 1:
-        yield f"{steps:,} steps of {size:,} read only {steps * size:,} of the {num_rows:,} training rows"
+        yield (
+            f"train.max_steps {steps:,} with train.batch_size {size:,} reads only {steps * size:,} of the "
+            f"{num_rows:,} training rows"
+        )
 
 
 def warn_of_templates(templates: tuple[Template, Template], rows: Rows) -> Iterator[str]:

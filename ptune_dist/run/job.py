@@ -103,7 +103,14 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool) -> P
     prompts = {}
     for name, member in reading.members.items():
         check_positions(member, opened.model)
-        prompts[name] = build_prompt(member, facts, reading.tokenizer, opened.embed, with_start=with_start)
+        prompts[name] = build_prompt(
+            member,
+            facts,
+            reading.tokenizer,
+            opened.embed,
+            with_start=with_start,
+            num_embeddings=reading.num_embeddings,
+        )
     if world is not None:
         check_memory(opened.model, content, config.model.path, world.size, world.device)
     return Parts(opened, prompts, content)

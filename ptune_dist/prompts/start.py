@@ -32,7 +32,8 @@ Lookup = Callable[[list[int]], torch.Tensor]  # token ids -> embeddings [len(ids
 class Start:
     """The start that config section `prompt` asks for; a function of `seed` alone.
 
-    `lookup` reads rows of the base's embeddings. num_embeddings: where the tokenizer has ids beyond them. Kind NOTHING gives zeros: a trained prompt will be loaded.
+    `lookup` reads rows of the base's embeddings. Kind NOTHING gives zeros: a trained prompt will be loaded.
+    num_embeddings: the base's, where the tokenizer has ids beyond them.
     """
 
     kind: str  # prompt.init, or NOTHING

@@ -176,7 +176,8 @@ def test_a_column_with_a_fallback_may_be_absent_or_null(source, expected, row):
 )
 @pytest.mark.parametrize("row", [{}, {"a": None}])
 def test_a_missing_column_is_an_error_wherever_it_would_be_printed_or_computed_with(source, row):
-    assert "a.jsonl line 7: column 'a', which data.template uses, is missing or null; fill it" in error_of(source, **row)
+    expected = "a.jsonl line 7: column 'a', which data.template uses, is missing or null; fill it"
+    assert error_of(source, **row).startswith(expected)
 
 
 @pytest.mark.parametrize("source", ["{% if label %}yes{% else %}no{% endif %}", "{{ 'yes' if label else 'no' }}"])
@@ -209,7 +210,7 @@ def test_optional_columns_are_empty_text_where_a_row_lacks_them():
 def test_an_absent_column_is_refused_unless_the_template_tests_it():
     check_columns(build(ALPACA), ["instruction", "inputs"], key="data.template", source_name="x")
     assert find_absent(build(ALPACA), ["instruction", "inputs"]) == ["input"]
-    with pytest.raises(UserError, match="uses column 'instruction', which x does not have; did you mean 'instructions'"):
+    with pytest.raises(UserError, match="uses column 'instruction', which x does not have; did you mean"):
         check_columns(build(ALPACA), ["instructions", "input"], key="data.template", source_name="x")
     compared = build("{% if kind == 'a' %}{{ text }}{% endif %}")
     with pytest.raises(UserError, match="uses column 'kind'"):

@@ -50,9 +50,10 @@ def build_splits(reading: Reading) -> RunRows:
         if key not in known:
             encoding = reading.encoding(member)
             held_out = build_split(member.data, encoding, which="validation", max_examples=config.evaluate.max_examples)
+            evaluator = build_evaluator(member, held_out, reading) if held_out else None
             split = build_split(member.data, encoding, which="train")
             assert split is not None, "data.train is required"
-            known[key] = split, build_evaluator(member, held_out, reading) if held_out else None
+            known[key] = split, evaluator
         splits[name], evaluator = known[key]
         check_inputs(splits[name].examples, member.prompt)
         if evaluator:

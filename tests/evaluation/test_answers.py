@@ -61,7 +61,8 @@ def test_answers_have_no_whitespace_at_their_ends_and_follow_the_longest_target(
     done = commands.run("generate", labeled, "--input-file", labeled.parent / "validation.jsonl")
     answers = [row["generated"] for row in read_rows(done.out)]
     samples = json.loads((labeled / "summary.json").read_text())["samples"]
-    assert [sample["trained"][:12].strip() for sample in samples] == [answer[:12].strip() for answer in answers[:5]]
+    for sample, answer in zip(samples, answers, strict=False):  # shown ones may be longer
+        assert sample["trained"].startswith(answer)
     assert answers == [answer.strip() for answer in answers] and any(answers)
     facts = json.loads((labeled / "prompt" / "prompt.json").read_text())
     assert facts["longest_target"] == len(" not at all") + 1  # one token for each character, and the end

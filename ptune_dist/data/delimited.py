@@ -142,7 +142,7 @@ class DelimitedIndex:
             for field in fields:
                 if looks_quoted(field):
                     raise UserError(
-                        f"{self._name} line {line}: a field is quoted ({field[:40]!r}), but .tsv files have no quoting: "
+                        f"{self._name} line {line}: a field is quoted ({field[:40]!r}), but .tsv has no quoting: "
                         "set data.csv.quoting=minimal to remove the quotes, data.csv.quoting=none to keep them"
                     )
 

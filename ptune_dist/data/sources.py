@@ -30,9 +30,8 @@ from ptune_dist.data.readers import TEXT_SUFFIXES, TextTable, open_table
 from ptune_dist.errors import UserError
 
 _FORMATS = (
-    "use "
-    + ", ".join(TEXT_SUFFIXES)
-    + f" (or one with {', '.join(COMPRESSED_SUFFIXES)} after it), .parquet, a folder saved by datasets, or a hub dataset name"
+    f"use {', '.join(TEXT_SUFFIXES)} (or one with {', '.join(COMPRESSED_SUFFIXES)} after it), .parquet, "
+    "a folder saved by datasets, or a hub dataset name"
 )
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<config>[^:@]+))?(:(?P<split>[^:@]+))?")
 
@@ -83,8 +82,9 @@ class Rows:
 def load_rows(source: str, *, key: str, default_split: str, csv: CsvDialect | None = None) -> Rows:
     """Load a file, a folder saved by `datasets`, or a hub dataset; `key` is the config key that names it.
 
-    `csv` is how .csv and .tsv files are written. FOLDER:SPLIT and NAME@CONFIG:SPLIT select a split; the default is `default_split`. Not collective. Raises UserError
-    for anything wrong with the source, with the line number if it is a text file.
+    `csv` is how .csv and .tsv files are written. FOLDER:SPLIT and NAME@CONFIG:SPLIT select a split; the default is
+    `default_split`. Not collective. Raises UserError for anything wrong with the source, with the line number if it is
+    a text file.
     """
     path = Path(source).expanduser()
     folder, _, folder_split = source.rpartition(":")

@@ -122,7 +122,8 @@ def test_rows_inside_an_object(tmp_path):
     assert read(tmp_path, "c.json", lines) == [{"messages": [{"role": "user"}]}] * 2
 
 
-TEXTS = st.text(
+CHARACTERS = st.sampled_from(list(",;\t\"'\\\n\r\u2028 \ufeff"))
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]) | CHARACTERS)
     st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(list(",;\t\"'\\\n\r\u2028 \ufeff")))
 )
 VALUES = st.recursive(

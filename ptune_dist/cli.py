@@ -137,10 +137,16 @@ def add_input_arguments(command: argparse.ArgumentParser, prefix: str, *, requir
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     add_input_arguments(command, "", required=True)
     command.add_argument("--output", type=Path, metavar="F", help="JSON lines; standard output where left out")
+    command.add_argument("--labels", action="store_true", help="choose among data.labels, with probabilities")
     count = bounded(int, low=1)
     share = bounded(float, above=0, high=1)
     above_0 = bounded(float, above=0)
-    command.add_argument("--max-new-tokens", type=count, metavar="N", help="evaluate.max_new_tokens where left out")
+    command.add_argument(
+        "--max-new-tokens",
+        type=count,
+        metavar="N",
+        help="of an answer; where left out, evaluate.max_new_tokens or the longest target",
+    )
     command.add_argument("--temperature", type=above_0, metavar="T", help="sample; greedy where left out")
     command.add_argument("--top-p", type=share, metavar="P", help="sample among the likeliest tokens of total P")
     command.add_argument("--top-k", type=count, metavar="K", help="sample among the K likeliest tokens")
@@ -213,18 +219,18 @@ def read_trained_run(parsed: argparse.Namespace) -> tuple[Path, Config]:
 def run_generate(parsed: argparse.Namespace) -> None:
     run_dir, config = read_trained_run(parsed)
     with without_garbage_collection():
-        from ptune_dist.commands import generate_for_run
-        from ptune_dist.evaluation.answer_plan import Decoding
+        from ptune_dist.commands import GenerateRequest, generate_for_run
 
-    decoding = Decoding(
-        parsed.max_new_tokens or config.evaluate.max_new_tokens,
-        config.train.most_positions,
+    request = GenerateRequest(
+        parsed.input,
+        parsed.input_file,
+        parsed.output,
+        parsed.max_new_tokens,
         sampling_of(parsed),
         parsed.seed,
+        chooses_label=parsed.labels,
     )
-    generate_for_run(
-        config, run_dir, text=parsed.input, file=parsed.input_file, output=parsed.output, decoding=decoding
-    )
+    generate_for_run(config, run_dir, request)
 
 
 def sampling_of(parsed: argparse.Namespace) -> dict[str, Any] | None:

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import datasets
 import numpy as np
@@ -13,20 +15,23 @@ import torch
 from ptune_dist.base.source import fingerprint_base, load_shape
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config, DataConfig
-from ptune_dist.data.build import build_inputs, build_split, build_templates
+from ptune_dist.data.build import build_choices, build_inputs, build_split, build_templates, csv_dialect
+from ptune_dist.data.candidates import Candidates
 from ptune_dist.data.encode import TokenPair
+from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.sources import Rows, load_rows
 from ptune_dist.distributed.world import World, init_distributed, together
 from ptune_dist.errors import UserError
-from ptune_dist.evaluation.answer_plan import Decoding
+from ptune_dist.evaluation.answer_plan import DEFAULT_NEW_TOKENS, Decoding
 from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator
-from ptune_dist.evaluation.generate import generate_texts
+from ptune_dist.evaluation.generate import generate_texts, pad_id
+from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.evaluation.splits import check_inputs, check_lengths
 from ptune_dist.families import FAMILIES
-from ptune_dist.prompts.export import check_for_peft, export_peft, export_prompt_embeds
+from ptune_dist.prompts.export import check_export_folder, check_for_peft, export_peft, export_prompt_embeds
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.folder import write_json
-from ptune_dist.run.job import open_base_of
+from ptune_dist.run.job import Job, open_base_of
 from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.run.stored_prompt import build_trained_job, check_base
 
@@ -60,25 +65,95 @@ def build_run_evaluator(reading: Reading, run_dir: Path) -> Evaluator:
     return build_evaluator(config, split, reading)
 
 
-def generate_for_run(
-    config: Config, run_dir: Path, *, text: str | None, file: str | None, output: Path | None, decoding: Decoding
-) -> None:
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What `generate` is asked for: one text or a file of rows, and where the answers go.
+
+    most_tokens: of an answer; None follows the config, then the longest target that was trained on. sampling: as in
+    Decoding. chooses_label: the answer is the likeliest of data.labels.
+    """
+
+    text: str | None
+    file: str | None
+    output: Path | None
+    most_tokens: int | None = None
+    sampling: dict[str, Any] | None = None
+    seed: int = 0
+    chooses_label: bool = False
+
+
+def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) -> None:
     """Answer one text or the rows of a file: JSON lines in the rows' order, written as they come. Collective."""
     world = init_distributed()
+    together(world, lambda: check_output(request, config.data))
     reading = together(world, lambda: build_reading(config))
-    rows = together(world, lambda: read_input_rows(config.data, config.prompt.placement, text, file))
-    inputs = together(world, lambda: build_run_inputs(reading, rows))
-    stream = together(world, lambda: open_output(output, world))
+    rows = together(world, lambda: read_input_rows(config.data, config.prompt.placement, request.text, request.file))
+    answer = answer_with_labels if request.chooses_label else answer_with_texts
+    prepare = build_run_choices if request.chooses_label else build_run_inputs
+    inputs = together(world, lambda: prepare(reading, rows))
+    stream = together(world, lambda: open_output(request.output, world))
     job = build_trained_job(reading, run_dir, world)
-    chunk = CHUNK_ROWS * world.size
-    with fault_on_failed_write(output) if output else contextlib.nullcontext(), stream as out:
-        for first in range(0, len(inputs), chunk):
-            some = inputs[first : first + chunk]
-            answers = dict(generate_texts(job.engine, job.tokenizer, some, decoding, first=first))
+    decoding = together(world, lambda: build_decoding(job, run_dir, request))
+    with fault_on_failed_write(request.output) if request.output else contextlib.nullcontext(), stream as out:
+        for first, answers in answer(job, inputs, decoding):
             if out:
-                for i in sorted(answers):
-                    row = rows.dataset[i] | {"generated": answers[i]}
-                    print(json.dumps(row, ensure_ascii=False, default=str), file=out, flush=True)
+                for number, found in enumerate(answers, first):
+                    (row,) = rows.read(number, number + 1)
+                    print(dump_json(row | found, ensure_ascii=False, default=str), file=out, flush=True)
+
+
+def answer_with_texts(
+    job: Job, inputs: list[TokenPair], decoding: Decoding
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yield (number of the first row, what is added to each row) for some rows at a time. Collective."""
+    chunk = CHUNK_ROWS * job.engine.world.size
+    for first in range(0, len(inputs), chunk):
+        some = inputs[first : first + chunk]
+        answers = dict(generate_texts(job.engine, job.tokenizer, some, decoding, first=first))
+        yield first, [{"generated": answers[i]} for i in sorted(answers)]
+
+
+def answer_with_labels(
+    job: Job, candidates: Candidates, decoding: Decoding
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """As `answer_with_texts`: the likeliest label, and the probability of each among the labels. Collective."""
+    labels = job.config.data.labels or []
+    scorer = Scorer(job.engine, [0], decoding.micro_batch_tokens, pad_id(job.tokenizer))
+    (losses,) = scorer.label_losses(candidates, int(candidates.rows.max()) + 1)
+    shares = np.exp(losses.min(axis=1, keepdims=True) - losses)
+    shares /= shares.sum(axis=1, keepdims=True)
+    yield (
+        0,
+        [
+            {"generated": labels[int(row.argmax())], "probabilities": dict(zip(labels, row.tolist(), strict=True))}
+            for row in shares
+        ],
+    )
+
+
+def build_decoding(job: Job, run_dir: Path, request: GenerateRequest) -> Decoding:
+    """How many tokens an answer may have, in this order: asked for, configured, the longest that was trained on."""
+    _, facts = load_prompt(run_dir / "prompt")
+    asked = request.most_tokens or job.config.evaluate.max_new_tokens or facts.get("longest_target")
+    return Decoding(asked or DEFAULT_NEW_TOKENS, job.config.train.most_positions, request.sampling, request.seed)
+
+
+def check_output(request: GenerateRequest, data: DataConfig) -> None:
+    """Raise UserError where the answers would be written over rows that are read."""
+    if request.output is None or not request.output.exists():
+        return
+    read = {"--input-file": request.file, "data.train": data.train, "data.validation": data.validation}
+    for key, source in read.items():
+        if source and Path(source).exists() and request.output.samefile(Path(source)):
+            raise UserError(f"--output: {request.output} is the file of {key}: choose another one")
+
+
+def build_run_choices(reading: Reading, rows: Rows) -> Candidates:
+    """Each row's input with all labels. Raises UserError."""
+    config = reading.config
+    candidates = build_choices(config.data, rows, reading.encoding(config), config.train.most_positions // 2)
+    check_inputs(candidates.examples, config.prompt)
+    return candidates
 
 
 def build_run_inputs(reading: Reading, rows: Rows) -> list[TokenPair]:
@@ -101,19 +176,26 @@ def open_output(path: Path | None, world: World) -> contextlib.AbstractContextMa
 
 
 def read_input_rows(data: DataConfig, placement: str, text: str | None, file: str | None) -> Rows:
-    """The rows of a file, or the one row that a text makes for a template of one column. Raises UserError."""
+    """The rows of a file, or the one row that a text makes for a template of one column. Raises UserError.
+
+    Where the training data is plain text, rows are texts to continue. A column that rows may lack is left out.
+    """
     if file:
-        return load_rows(file, key="--input-file", default_split="test")
-    template, _ = build_templates(data, placement)
-    if len(template.columns) != 1:
-        columns = ", ".join(template.columns) or "none"
-        raise UserError(f"--input: data.template takes {columns}: give rows with --input-file")
-    return Rows("--input", datasets.Dataset.from_list([{template.columns[0]: text}]), "rows")
+        return load_rows(file, key="--input-file", default_split="test", csv=csv_dialect(data))
+    columns = ["text"]  # of plain text
+    if data.template is not None:
+        template, _ = build_templates(data, placement)
+        needed = [column for column in template.columns if column not in template.guarded | template.empty]
+        columns = needed if len(needed) == 1 else list(template.columns)
+    if len(columns) != 1:
+        raise UserError(f"--input: data.template takes {', '.join(columns) or 'none'}: give rows with --input-file")
+    return Rows("--input", datasets.Dataset.from_list([{columns[0]: text}]), "rows")
 
 
 def export_run(config: Config, run_dir: Path, *, to: str, out: Path, text: str | None, file: str | None) -> None:
     """Write a PEFT adapter, or prompt embeddings of the given inputs, to folder `out`. Raises UserError."""
     tensors, facts = load_prompt(run_dir / "prompt")
+    check_export_folder(out, to)
     if to == "peft":
         check_for_peft(tensors, facts)
         family = FAMILIES[facts["base"]["family"]]

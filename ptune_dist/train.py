@@ -19,6 +19,7 @@ from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.during_training import StopAgreed, agree_on_stop, evaluate_members, is_due, is_evaluation_due
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.evaluation.generate import pad_id
+from ptune_dist.evaluation.row_warnings import find_warnings
 from ptune_dist.evaluation.splits import build_splits, find_lead, measure_scales
 from ptune_dist.optim.optimizer import learning_rate_at
 from ptune_dist.run.accumulate import Accumulator
@@ -83,16 +84,20 @@ def train(config: Config) -> int:
         if watch.folder:
             check_nodes(world)
         reading = together(world, lambda: build_reading(config))
-        rows, evaluators = together(world, lambda: build_splits(reading))
+        read = together(world, lambda: build_splits(reading))
+        warnings = together(world, lambda: find_warnings(reading, read) if world.is_main else [])
+        rows = read.training
         is_new = from_main(world, lambda: not has_checkpoint(config))
         job = build_job(reading, world, with_start=is_new, scales=measure_scales(reading, rows), rows=rows)
         job.engine.contexts.set_lead(*find_lead(rows.examples))
         run_dir = Path(config.output_dir)
         with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
-            return train_job(job, rows, evaluators, watch, world)
+            return train_job(job, rows, read.evaluators, warnings, watch, world)
 
 
-def train_job(job: Job, rows: TrainingRows, evaluators: dict[str, Evaluator], watch: Watch, world: World) -> int:
+def train_job(
+    job: Job, rows: TrainingRows, evaluators: dict[str, Evaluator], warnings: list[str], watch: Watch, world: World
+) -> int:
     """What `train` does once everything is loaded and the run's folder is locked. Collective."""
     config = job.config
     run_dir = Path(config.output_dir)
@@ -112,6 +117,8 @@ def train_job(job: Job, rows: TrainingRows, evaluators: dict[str, Evaluator], wa
         held_out = next((evaluator.split.examples for evaluator in evaluators.values()), None)
         if world.is_main:
             training.say(describe_start(job, rows, held_out, progress, world))
+            for line in warnings:
+                training.say(f"warning: {line}")
         try:
             run_steps(training)
             summary = finish(training)

@@ -107,13 +107,18 @@ def test_a_missing_model_folder_is_named(refuse, tmp_path):
     assert f"model.path: no folder {tmp_path}/base" in refuse(f"model.path={tmp_path}/base")
 
 
-def test_a_tokenizer_that_does_not_fit_the_base_is_refused(refuse, tmp_path):
+def test_rows_and_texts_with_a_token_beyond_the_bases_embeddings_are_refused(refuse, commands, config, tmp_path):
     base = shutil.copytree(TINY / "causal", tmp_path / "base")
     content = json.loads((base / "tokenizer.json").read_text())
     content["added_tokens"].append({**content["added_tokens"][0], "id": 258, "content": "<extra>"})
     (base / "tokenizer.json").write_text(json.dumps(content))
-    message = refuse(f"model.path={base}")
-    assert str(base) in message and "does not fit" in message and "258" in message
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"word": "a", "answer": "A"}\n{"word": "<extra>", "answer": "B"}\n')
+    message = refuse(f"model.path={base}", f"data.train={rows}")
+    assert f"{rows} line 2 has the token '<extra>' with id 258, but the base has 258 embeddings" in message
+    start = ["prompt.init=text", "prompt.init_text=<extra>"]
+    assert "prompt.init_text: '<extra>' has the token" in refuse(f"model.path={base}", *start)
+    assert commands.run("validate", config, f"model.path={base}", f"output_dir={tmp_path}/other").code == 0
 
 
 def test_a_hub_name_without_a_network_ends_soon(config, tmp_path):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shlex
 from pathlib import Path
+from typing import cast
 
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -39,7 +40,11 @@ def load_whole_shape(path: str) -> transformers.PretrainedConfig:
 def load_tokenizer(
     path: str, shape: transformers.PretrainedConfig, *, with_eos: bool = True
 ) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, checked against its embeddings and, `with_eos`, for an end token. Raises UserError."""
+    """The base's tokenizer, checked, `with_eos`, for an end token. Raises UserError.
+
+    It may have ids beyond the base's embeddings (a token for images, say): rows that have one are refused. The padding
+    token is one that has an embedding: what it is makes no difference.
+    """
     check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_local_only(path))
@@ -50,17 +55,18 @@ def load_tokenizer(
             ) from None
         raise UserError(describe_load_error(path, "tokenizer", error)) from None
     vocab_size = shape.get_text_config().vocab_size
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest < 0:
+    if largest_id(tokenizer) < 0:
         raise UserError(f"model.path: {path} has no tokenizer: put the base's tokenizer.json next to its config.json")
-    if largest >= vocab_size:
-        raise UserError(
-            f"model.path: the tokenizer of {path} does not fit its base: it has token id {largest}, "
-            f"but the base has {vocab_size} embeddings"
-        )
+    if tokenizer.pad_token_id is not None and cast(int, tokenizer.pad_token_id) >= vocab_size:
+        tokenizer.pad_token_id = 0
     if with_eos and tokenizer.eos_token_id is None:
         raise UserError(f"model.path: the tokenizer of {path} names no eos_token: set it in tokenizer_config.json")
     return tokenizer
+
+
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id; -1 of a tokenizer without tokens."""
+    return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def check_folder(path: str) -> None:

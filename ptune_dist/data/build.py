@@ -4,15 +4,26 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 
-import datasets
 import numpy as np
 
 from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.candidates import CandidateInput, Candidates, build_candidates
+from ptune_dist.data.delimited import CsvDialect
 from ptune_dist.data.encode import Encoding, Examples, TokenPair, encode_inputs, encode_rows, encode_text_blocks
+from ptune_dist.data.label_names import describe_unlisted
 from ptune_dist.data.sources import Rows, load_rows
-from ptune_dist.data.template import Template, check_columns, compile_template
+from ptune_dist.data.template import (
+    MARKER_NAME,
+    TARGET_KEY,
+    TEMPLATE_KEY,
+    Template,
+    check_columns,
+    compile_template,
+    name_nearest,
+)
 from ptune_dist.errors import UserError
+
+PLAIN_TEXT = compile_template("{{ text[:-1] if text[-1:] == '\\n' else text }}", key=TEMPLATE_KEY)
 
 
 @dataclass(frozen=True)
@@ -38,40 +49,67 @@ def build_split(data: DataConfig, encoding: Encoding, *, which: str, max_example
     source = getattr(data, which)
     if source is None:
         return None
-    rows = load_rows(source, key=f"data.{which}", default_split=which)
+    rows = load_rows(source, key=f"data.{which}", default_split=which, csv=csv_dialect(data))
     if max_examples and len(rows) > max_examples:
-        rows = dataclasses.replace(rows, dataset=rows.dataset.select(range(max_examples)))
+        rows = rows.first(max_examples)
     if rows.kind != "text":
         return Split(rows, encode_with_templates(data, rows, encoding))
     if not encoding.framing.reads_plain_text:
         raise UserError(f"data.{which}: {rows.name} is plain text, which only a causal base can be trained on")
     if encoding.placement == "template":
         raise UserError(f"data.{which}: {rows.name} is plain text, which has no template for {{{{ prompt }}}}")
-    return Split(rows, encode_text_blocks(rows, encoding.tokenizer, max_length=data.max_length))
+    most = encoding.num_embeddings
+    return Split(
+        rows, encode_text_blocks(rows, encoding.tokenizer, max_length=encoding.max_length, num_embeddings=most)
+    )
 
 
 def encode_with_templates(data: DataConfig, rows: Rows, encoding: Encoding) -> Examples:
     template, target = build_templates(data, encoding.placement)
-    available = list(rows.columns())
-    check_columns(template, available, key="data.template", source_name=rows.name)
-    check_columns(target, available, key="data.target", source_name=rows.name)
+    check_template_columns(template, rows)
+    check_columns(target, list(rows.columns()), key=TARGET_KEY, source_name=rows.name)
+    if data.labels and len(target.columns) == 1 and encoding.targets.takes_room:  # classes are checked as such
+        target = dataclasses.replace(target, labels=tuple(data.labels))
     return encode_rows(rows, encoding, template=template, target=target)
+
+
+def check_template_columns(template: Template, rows: Rows) -> None:
+    """Raise UserError where rows lack a column of the input's template, or have one that its marker would hide."""
+    available = list(rows.columns())
+    if template.has_marker and MARKER_NAME in available:
+        raise UserError(
+            f"data.template: {rows.name} has a column 'prompt', and with prompt.placement=template {{{{ prompt }}}} "
+            "marks where the virtual tokens stand: rename the column, or choose another placement"
+        )
+    check_columns(template, available, key=TEMPLATE_KEY, source_name=rows.name)
 
 
 def build_templates(data: DataConfig, placement: str = "prefix") -> tuple[Template, Template]:
     """The compiled `data.template`, with a marker under placement template, and `data.target`. Raises UserError."""
     if data.template is None or data.target is None:
         raise UserError("data.template and data.target are needed unless the data is a .txt file")
-    return (
-        compile_template(data.template, key="data.template", marker=placement == "template"),
-        compile_template(data.target, key="data.target"),
-    )
+    optional = data.optional_columns
+    template = compile_template(data.template, key=TEMPLATE_KEY, marker=placement == "template", optional=optional)
+    target = compile_template(data.target, key=TARGET_KEY, optional=optional)
+    used = sorted({*template.columns, *target.columns})
+    for column in optional:
+        if column not in used:
+            hint = name_nearest(column, used, "? ")
+            raise UserError(f"data.optional_columns: no template uses {column!r}; {hint}used: {', '.join(used)}")
+    return template, target
 
 
 def build_inputs(data: DataConfig, rows: Rows, encoding: Encoding) -> list[TokenPair]:
-    """Token ids of the inputs of rows that need no target, each as (context, rest). Raises UserError."""
+    """Token ids of the inputs of rows that need no target, each as (context, rest). Raises UserError.
+
+    Where the training data is plain text, an input is the column `text` as it stands: what the answer continues.
+    """
+    if data.template is None:
+        check_columns(PLAIN_TEXT, list(rows.columns()), key="--input-file", source_name=rows.name)
+        plain = dataclasses.replace(encoding, framing=dataclasses.replace(encoding.framing, is_bare=True))
+        return encode_inputs(rows, plain, template=PLAIN_TEXT)
     template, _ = build_templates(data, encoding.placement)
-    check_columns(template, list(rows.columns()), key="data.template", source_name=rows.name)
+    check_template_columns(template, rows)
     return encode_inputs(rows, encoding, template=template)
 
 
@@ -82,37 +120,91 @@ def build_label_candidates(
 
     `most_tokens`: of the labels that are scored in one pass.
     """
-    template, target = build_templates(data, encoding.placement)
-    if len(target.columns) != 1:
-        raise UserError(f"data.labels: data.target must use one column, it uses {', '.join(target.columns) or 'none'}")
-    (column,) = target.columns
+    column = label_column(data)
     labels = data.labels or []
-    values = split.rows.dataset[column]
+    values = [row.get(column) for row in split.rows.read(0, len(split.rows))]
     right = []
     for i, value in enumerate(values):
         if str(value) not in labels:
-            raise UserError(f"{split.rows.where(i)}: {column} is {value!r}, which data.labels does not list")
+            raise UserError(describe_unlisted(split.rows.where(i), column, value, labels))
         right.append(labels.index(str(value)))
     typed = {str(value): value for value in values}  # a template may count on a column's numbers
+    choices: list[object] = [typed.get(label, label) for label in labels]
+    return encode_candidates(data, split.rows, encoding, choices, most_tokens), right
 
-    def encode(label: str, dataset: datasets.Dataset) -> Examples:
+
+def build_choices(data: DataConfig, rows: Rows, encoding: Encoding, most_tokens: int) -> Candidates:
+    """Every row's input with all of `data.labels`, for rows that need no label of their own. Raises UserError."""
+    if not data.labels:
+        raise UserError("--labels: the run's config has no data.labels to choose among")
+    _, target = build_templates(data, encoding.placement)
+    choices = label_values(target, label_column(data), data.labels)
+    return encode_candidates(data, rows, encoding, choices, most_tokens)
+
+
+def label_column(data: DataConfig) -> str:
+    """The one column of `data.target`, whose values the labels are. Raises UserError."""
+    _, target = build_templates(data)
+    if len(target.columns) != 1:
+        raise UserError(f"data.labels: data.target must use one column, it uses {', '.join(target.columns) or 'none'}")
+    return target.columns[0]
+
+
+def label_values(target: Template, column: str, labels: list[str]) -> list[object]:
+    """The labels as a row would hold them: as numbers, true and false, or texts, whichever the template tells apart."""
+    for read in (read_value, str):
+        values = [read(label) for label in labels]
+        try:
+            texts = {target.with_fixed(column, value).render({}) for value in values}
+        except Exception:  # expressions are the user's code and may raise anything
+            continue
+        if len(texts) == len(labels):
+            return values
+    raise UserError(f"data.labels: data.target does not render {', '.join(labels)} as texts that differ")
+
+
+def read_value(label: str) -> object:
+    """A label as the JSON value that prints like it, if there is one."""
+    known: dict[str, object] = {"True": True, "False": False}
+    for kind in (int, float):
+        try:
+            known.setdefault(str(kind(label)), kind(label))
+        except ValueError:
+            continue
+    return known.get(label, label)
+
+
+def encode_candidates(
+    data: DataConfig, rows: Rows, encoding: Encoding, choices: list[object], most_tokens: int
+) -> Candidates:
+    """Every row's input with all labels, whose values are `choices`. Raises UserError."""
+    column = label_column(data)
+    template, target = build_templates(data, encoding.placement)
+    check_template_columns(template.with_fixed(column, None), rows)
+
+    def encode(number: int, some: Rows) -> Examples:
         """Rows as they would be with this label."""
-        dataset = dataset.remove_columns(column).add_column(column, [typed.get(label, label)] * len(dataset))
-        return encode_with_templates(data, dataclasses.replace(split.rows, dataset=dataset), encoding)
+        value = choices[number]
+        fixed = {"template": template.with_fixed(column, value), "target": target.with_fixed(column, value)}
+        return encode_rows(some, encoding, **fixed)
 
-    first = split.rows.dataset.select([0])
-    label_ids = [encode(label, first).target_ids(0).tolist() for label in labels]
+    numbers = list(range(len(choices)))
+    label_ids = [encode(number, rows.first(1)).target_ids(0).tolist() for number in numbers]
     if column in template.columns:  # the input differs from label to label
-        kinds = [[number] for number in range(len(labels))]
+        kinds = [[number] for number in numbers]
     else:  # a long label may leave less of the input
-        by_length = {len(ids): [n for n, other in enumerate(label_ids) if len(other) == len(ids)] for ids in label_ids}
+        by_length = {len(ids): [n for n in numbers if len(label_ids[n]) == len(ids)] for ids in label_ids}
         kinds = [by_length[length] for length in sorted(by_length, reverse=True)]
-    longest = encode(labels[kinds[0][0]], split.rows.dataset)
+    longest = encode(kinds[0][0], rows)
     if column not in template.columns and not longest.num_truncated:
-        kinds = [list(range(len(labels)))]
-    encoded = [longest, *(encode(labels[kind[0]], split.rows.dataset) for kind in kinds[1:])]
-    inputs = [found for row in range(len(split.rows)) for found in distinct_inputs(row, kinds, encoded)]
-    return build_candidates(inputs, label_ids, split.examples, most_tokens), right
+        kinds = [numbers]
+    encoded = [longest, *(encode(kind[0], rows) for kind in kinds[1:])]
+    inputs = [found for row in range(len(rows)) for found in distinct_inputs(row, kinds, encoded)]
+    return build_candidates(inputs, label_ids, longest, most_tokens)
+
+
+def csv_dialect(data: DataConfig) -> CsvDialect:
+    return CsvDialect(**data.csv.model_dump())
 
 
 def distinct_inputs(row: int, kinds: list[list[int]], encoded: list[Examples]) -> list[CandidateInput]:

@@ -10,11 +10,12 @@ template `{{ prompt }}` says where, and the two parts are tokenized separately.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ptune_dist.data.framing import Framing, Targets, special_ids, tokenize
+from ptune_dist.data.framing import Framing, Targets, check_ids, special_ids, tokenize, without_beginning, without_end
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.template import Template, render_batches, split_input
 from ptune_dist.errors import UserError
@@ -25,9 +26,24 @@ CHUNK_CHARACTERS = 1 << 20
 TokenPair = tuple[list[int], list[int]]  # an input's tokens before the virtual tokens, and those after them
 
 
+class Body(NamedTuple):
+    """An input without the special tokens at its ends. has_context: whether something was written before the prompt."""
+
+    context: list[int]
+    rest: list[int]
+    has_context: bool
+
+    @property
+    def length(self) -> int:
+        return len(self.context) + len(self.rest)
+
+
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become token ids: `placement` is prompt.placement, lengths are in tokens."""
+    """How rows become token ids: `placement` is prompt.placement, lengths are in tokens.
+
+    num_embeddings: the base's, where its tokenizer has ids beyond them, else None.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     framing: Framing
@@ -35,10 +51,13 @@ class Encoding:
     max_length: int
     placement: str = "prefix"
     truncation_side: str = "left"
+    num_embeddings: int | None = None
 
     @functools.cached_property
     def specials(self) -> TokenPair:
         """What the tokenizer puts before and after an input."""
+        if self.framing.is_bare:
+            return [], []
         start, end = special_ids(self.tokenizer)
         return start, end if self.framing.ends_input else []
 
@@ -133,8 +152,10 @@ def encode_rows(
                 where = rows.where(index)  # reads the file again, so for messages only
                 raise UserError(_describe_long_target(where, target_key, tail.ids, start + end, encoding.max_length))
             context, rest = _frame(body, encoding, room)
-            pieces.append(np.array(context + rest + tail.ids, dtype=np.int32))
-            counts.append((len(pieces[-1]), len(tail.ids), len(context), sum(map(len, body)) > room))
+            ids = context + rest + tail.ids
+            check_ids(ids, encoding.num_embeddings, encoding.tokenizer, functools.partial(rows.where, index))
+            pieces.append(np.array(ids, dtype=np.int32))
+            counts.append((len(pieces[-1]), len(tail.ids), len(context), body.length > room))
             numbers.append(tail.number)
     lengths, num_targets, num_context, is_truncated = np.array(counts, dtype=np.int32).T.copy()
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -159,11 +180,17 @@ def encode_inputs(
     encoded = []
     for first, inputs in render_batches(rows, {template_key: template}, BATCH_ROWS):
         bodies = _tokenize_inputs(encoding, inputs, template_key, rows.where, first)
-        encoded += [_frame(body, encoding, room) for body in bodies]
+        for index, body in enumerate(bodies, first):
+            context, rest = _frame(body, encoding, room)
+            where = functools.partial(rows.where, index)
+            check_ids(context + rest, encoding.num_embeddings, encoding.tokenizer, where)
+            encoded.append((context, rest))
     return encoded
 
 
-def encode_text_blocks(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Examples:
+def encode_text_blocks(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, num_embeddings: int | None = None
+) -> Examples:
     """Plain language modelling: the lines as one text, cut into blocks of `max_length` tokens, the last one shorter.
 
     Every token is a target, no special token is added, and no input precedes. The text goes through the tokenizer in
@@ -173,10 +200,20 @@ def encode_text_blocks(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_le
     ids = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
     if not len(ids):
         raise UserError(f"{rows.name} has no text")
+    if num_embeddings is not None:
+        beyond = int(np.argmax(ids >= num_embeddings))
+        check_ids(ids[beyond : beyond + 1].tolist(), num_embeddings, tokenizer, lambda: rows.name)
     offsets = np.append(np.arange(0, len(ids), max_length, dtype=np.int64), len(ids))
     return Examples(
         ids, offsets, np.diff(offsets).astype(np.int32), np.array(False), functools.partial(_name_block, rows.name)
     )
+
+
+def longest_answer(examples: Examples) -> int | None:
+    """Tokens of the longest target; None where targets are numbers or no input precedes any, as in plain text."""
+    if examples.numbers is not None or int(examples.num_targets.sum()) == int(examples.lengths.sum()):
+        return None
+    return int(examples.num_targets.max())
 
 
 def common_context(examples: Examples) -> np.ndarray:
@@ -226,7 +263,7 @@ def count_equal(first: np.ndarray, second: np.ndarray) -> int:
 
 def _tokenize_inputs(
     encoding: Encoding, texts: list[str], key: str, where: Callable[[int], str], first: int
-) -> list[TokenPair]:
+) -> list[Body]:
     """Both parts of every rendered input, without special tokens; `first` is the first one's row."""
     parts = [
         split_input(text, encoding.placement, key=key, where=functools.partial(where, index))
@@ -234,17 +271,29 @@ def _tokenize_inputs(
     ]
     contexts = tokenize(encoding.tokenizer, [context for context, _ in parts])
     rests = tokenize(encoding.tokenizer, [rest for _, rest in parts])
-    return list(zip(contexts, rests, strict=True))
+    return [_without_specials(context, rest, encoding) for context, rest in zip(contexts, rests, strict=True)]
 
 
-def _frame(body: TokenPair, encoding: Encoding, room: int) -> TokenPair:
+def _without_specials(context: list[int], rest: list[int], encoding: Encoding) -> Body:
+    """An input without the special tokens that `_frame` puts at its ends: a template that writes them has them once."""
+    start, end = encoding.specials
+    has_context = bool(context)
+    if has_context:
+        context = without_beginning(context, start)
+    else:
+        rest = without_beginning(rest, start)
+    if encoding.placement in ("infix", "decoder"):
+        return Body(without_end(context, end), rest, has_context)
+    return Body(context, without_end(rest, end), has_context)
+
+
+def _frame(body: Body, encoding: Encoding, room: int) -> TokenPair:
     """An input's parts, cut to `room` tokens together and put between the special tokens of a text."""
     start, end = encoding.specials
-    context, rest = body
+    context, rest, has_context = body  # as written: the start does not move because a context was cut to nothing
     side = encoding.truncation_side
     excess = max(0, len(context) + len(rest) - room)
     from_context = min(excess, len(context)) if len(context) > len(rest) else max(0, excess - len(rest))
-    has_context = bool(context)  # as written: the start does not move because a context was cut to nothing
     context = _cut(context, len(context) - from_context, side)
     rest = _cut(rest, len(rest) - (excess - from_context), side)
     if encoding.placement in ("infix", "decoder"):
@@ -269,9 +318,9 @@ def _join_lines(rows: Rows) -> Iterator[str]:
     lines = []
     size = 0
     for first in range(0, len(rows), BATCH_ROWS):
-        for line in rows.dataset[first : first + BATCH_ROWS]["text"]:
-            lines.append(line)
-            size += len(line)
+        for row in rows.read(first, first + BATCH_ROWS):
+            lines.append(row["text"])
+            size += len(row["text"])
             if size >= CHUNK_CHARACTERS:
                 yield "".join(lines)
                 lines = []

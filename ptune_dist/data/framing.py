@@ -4,13 +4,14 @@ Families differ only in these two things; `families/` chooses.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ptune_dist.data.label_names import describe_unlisted
 from ptune_dist.errors import UserError
 
 Where = Callable[[int], str]  # index of a text -> the name of its row, for messages
@@ -21,12 +22,13 @@ class Framing:
     """ends_input: the input ends as the tokenizer ends a text; else the target continues it.
 
     starts_target: the target is a text of its own and begins as any text does. reads_plain_text: a text without input
-    and target can be learned.
+    and target can be learned. is_bare: nothing is put around the input, as around a block of plain text.
     """
 
     ends_input: bool
     starts_target: bool = False
     reads_plain_text: bool = False
+    is_bare: bool = False
 
 
 class Target(NamedTuple):
@@ -40,6 +42,7 @@ class Targets:
     """Turns rendered targets into what is supervised."""
 
     takes_room = True  # of data.max_length
+    specials: tuple[list[int], list[int]] = ([], [])  # what is put before and after a target
 
     def encode(self, texts: list[str], where: Where, key: str) -> list[Target]:
         """Raises UserError with the row's name for a text that cannot be a target; `key` is the config's."""
@@ -56,15 +59,15 @@ class TextTargets(Targets):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True, starts: bool = False):
         """`starts`: begin as the tokenizer begins a text. Raises UserError where there is no token to end with."""
         self._tokenizer = tokenizer
-        self._before = special_ids(tokenizer)[0] if starts else []
-        self._after = end_ids(tokenizer) if append_eos else []
+        self.specials = (special_ids(tokenizer)[0] if starts else [], end_ids(tokenizer) if append_eos else [])
 
     def encode(self, texts: list[str], where: Where, key: str) -> list[Target]:
+        before, after = self.specials
         found = []
         for index, (text, ids) in enumerate(zip(texts, tokenize(self._tokenizer, texts), strict=True)):
             if not text.strip() or not ids:
                 raise UserError(describe_empty(where(index), key))
-            found.append(Target(self._before + ids + self._after))
+            found.append(Target(before + without_end(without_beginning(ids, before), after) + after))
         return found
 
     def render(self, ids: np.ndarray, number: float | None) -> str:
@@ -86,7 +89,7 @@ class LabelTargets(Targets):
             if not label:
                 raise UserError(describe_empty(where(index), key))
             if label not in self._labels:
-                raise UserError(f"{where(index)}: {key} is {label!r}, which data.labels does not list")
+                raise UserError(describe_unlisted(where(index), key, label, self._labels))
             found.append(Target([self._labels.index(label)]))
         return found
 
@@ -132,6 +135,29 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
     if not any(texts):  # as the contexts are under prefix: no need to ask
         return [[] for _ in texts]
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def without_beginning(ids: list[int], special: list[int]) -> list[int]:
+    """Token ids without special tokens that a template writes at the beginning, where they are put anyway."""
+    return ids[len(special) :] if special and ids[: len(special)] == special else ids
+
+
+def without_end(ids: list[int], special: list[int]) -> list[int]:
+    """As `without_beginning`, of those at the end."""
+    return ids[: -len(special)] if special and ids[-len(special) :] == special else ids
+
+
+def check_ids(
+    ids: Sequence[int], num_embeddings: int | None, tokenizer: PreTrainedTokenizerBase, where: Callable[[], str]
+) -> None:
+    """Raise UserError for a token that the base has no embedding of; `num_embeddings` None: it has one of each."""
+    if num_embeddings is None or max(ids, default=0) < num_embeddings:
+        return
+    beyond = next(i for i in ids if i >= num_embeddings)
+    raise UserError(
+        f"{where()} has the token {tokenizer.convert_ids_to_tokens(beyond)!r} with id {beyond}, but the base has "
+        f"{num_embeddings} embeddings: take it out of the text, or give a base whose embeddings were resized"
+    )
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, *, skip_special_tokens: bool = False) -> str:

@@ -1,51 +1,89 @@
-"""Render rows to text: sandboxed jinja2 templates over a row's columns, in which a missing or null value is an error.
+"""Render rows to text: sandboxed jinja2 templates over a row's columns; printing a missing or null value is an error.
 
 With placement `template` the name `prompt` is not a column: `{{ prompt }}` marks where the virtual tokens stand.
 """
 
+import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jinja2
 import jinja2.meta
-import jinja2.sandbox
 
+from ptune_dist.data.label_names import describe_unlisted
 from ptune_dist.data.sources import Rows
+from ptune_dist.data.template_environment import (
+    MissingColumn,
+    UntestedTruth,
+    build_environment,
+    find_guarded,
+    missing_column,
+)
 from ptune_dist.errors import UserError
 
 MARKER_NAME = "prompt"
 # {{ prompt }} is rendered as these private-use characters, which no filter alters and no text has in this order.
 MARKER = "\ue5a1\uf3c7\ue09d\uf61b\ue2f4\uf08e"
+TEMPLATE_KEY = "data.template"
+TARGET_KEY = "data.target"
 
 
 @dataclass(frozen=True)
 class Template:
-    """A compiled template; `columns` are the names that it reads from a row, sorted, without the marker's."""
+    """A compiled template; `columns` are the names that it reads from a row, sorted, without the marker's.
+
+    guarded: those that it tests or gives a fallback, so that a row may lack them. empty: those that are empty text
+    where a row lacks them. labels: the values that its one column may take, if they are known. fixed: values that win
+    over the row's.
+    """
 
     source: str
     columns: tuple[str, ...]
     compiled: jinja2.Template = field(repr=False, compare=False)
     has_marker: bool = False
+    is_target: bool = False
+    guarded: frozenset[str] = frozenset()
+    empty: frozenset[str] = frozenset()
+    labels: tuple[str, ...] | None = None
+    fixed: Mapping[str, object] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Callable[..., "Template"], tuple[object, ...]]:
+        """Pickled as its source: compiled templates have no pickled form."""
+        key = TARGET_KEY if self.is_target else TEMPLATE_KEY
+        return _compile_again, (self.source, key, self.has_marker, self.empty, self.labels, dict(self.fixed))
+
+    @property
+    def row_columns(self) -> list[str]:
+        """The columns that are read from a row."""
+        return [column for column in self.columns if column not in self.fixed]
+
+    def with_fixed(self, column: str, value: object) -> "Template":
+        """The same template where `column` has this value in every row."""
+        return dataclasses.replace(self, fixed={**self.fixed, column: value}, labels=None)
 
     def render(self, row: Mapping[str, object]) -> str:
         """The text of a row. Raises any error of jinja2 or of an expression; `render_row` makes them UserErrors."""
-        values = {column: row[column] for column in self.columns if column in row}
+        values = {column: self._value_of(column, row) for column in self.columns}
         if self.has_marker:
             values[MARKER_NAME] = MARKER
         return self.compiled.render(values)
 
+    def _value_of(self, column: str, row: Mapping[str, object]) -> object:
+        value = self.fixed[column] if column in self.fixed else row.get(column)
+        if value is not None:
+            return value
+        return "" if column in self.empty else missing_column(column, in_target=self.is_target)
 
-def compile_template(source: str, *, key: str, marker: bool = False) -> Template:
+
+def compile_template(source: str, *, key: str, marker: bool = False, optional: Collection[str] = ()) -> Template:
     """Compile the template under config key `key`; with `marker`, it must contain `{{ prompt }}`.
 
-    Raises UserError for a syntax error, with the line in the template, and for a missing marker.
+    `optional` columns are empty text where a row lacks them. Raises UserError for a syntax error, with the line in the
+    template, and for a missing marker.
     """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_refuse_null
-    )
-    environment.globals.clear()  # columns may be named `range`, `dict` and so on
+    environment = shared_environment()
     try:
         parsed = environment.parse(source)
         compiled = environment.from_string(source)
@@ -55,16 +93,38 @@ def compile_template(source: str, *, key: str, marker: bool = False) -> Template
     if marker and MARKER_NAME not in names:
         raise UserError(f"{key}: placement template needs {{{{ prompt }}}} where the virtual tokens stand")
     columns = names - {MARKER_NAME} if marker else names
-    return Template(source, tuple(sorted(columns)), compiled, marker)
+    is_target = key == TARGET_KEY
+    guarded = frozenset(find_guarded(parsed, in_target=is_target) & columns)
+    empty = frozenset(columns & set(optional))
+    return Template(source, tuple(sorted(columns)), compiled, marker, is_target, guarded, empty)
 
 
-def check_columns(template: Template, available: list[str], *, key: str, source_name: str) -> None:
-    """Raise UserError if the template under `key` uses a column that the source does not have."""
-    for column in template.columns:
-        if column not in available:
-            near = difflib.get_close_matches(column, available, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            if column == "prompt":
+@functools.cache
+def shared_environment() -> jinja2.Environment:
+    return build_environment()
+
+
+def _compile_again(
+    source: str,
+    key: str,
+    marker: bool,
+    empty: frozenset[str],
+    labels: tuple[str, ...] | None,
+    fixed: Mapping[str, object],
+) -> Template:
+    template = compile_template(source, key=key, marker=marker, optional=empty)
+    return dataclasses.replace(template, labels=labels, fixed=fixed)
+
+
+def check_columns(template: Template, available: Sequence[str], *, key: str, source_name: str) -> None:
+    """Raise UserError if the template under `key` needs a column that the source does not have.
+
+    A column that rows may lack is not needed; `find_absent` names it.
+    """
+    for column in template.row_columns:
+        if column not in available and column not in template.guarded | template.empty:
+            hint = name_nearest(column, available, "? ")
+            if column == MARKER_NAME:
                 hint += "set prompt.placement=template if it marks the place of the virtual tokens; "
             raise UserError(
                 f"{key} uses column {column!r}, which {source_name} does not have; {hint}"
@@ -72,18 +132,40 @@ def check_columns(template: Template, available: list[str], *, key: str, source_
             )
 
 
+def find_absent(template: Template, available: Sequence[str]) -> list[str]:
+    """Columns that rows may lack and that no row of a source has: perhaps misspelled ones."""
+    return [column for column in template.row_columns if column not in available]
+
+
+def name_nearest(name: str, known: Sequence[str], end: str = "?") -> str:
+    """ "did you mean ...?", or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}{end}" if near else ""
+
+
 def render_row(template: Template, row: Mapping[str, object], *, key: str, where: Callable[[], str]) -> str:
-    """Render one row. Raises UserError if a used column is null or rendering fails; `where` then names the row."""
-    for column in template.columns:
-        if row.get(column) is None:
-            raise UserError(
-                f"{where()}: column {column!r}, which {key} uses, is missing or null; fill it or drop the row"
-            )
+    """Render one row. Raises UserError if a null is printed or rendering fails; `where` then names the row."""
+    if template.labels is not None:
+        (column,) = template.columns
+        value = row.get(column)
+        if value is not None and str(value) not in template.labels:
+            raise UserError(describe_unlisted(where(), column, value, template.labels))
     try:
         return template.render(row)
+    except MissingColumn as error:
+        raise UserError(describe_missing(str(error), key, where(), isinstance(error, UntestedTruth))) from None
     except Exception as error:  # expressions are the user's code and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where()}: {key} cannot be rendered: {reason}") from None
+
+
+def describe_missing(column: str, key: str, where: str, is_tested: bool) -> str:
+    """What can be done about a row that lacks a column."""
+    guard = f"{{{{ {column} | default('') }}}}" if is_tested or key == TARGET_KEY else f"{{% if {column} %}}"
+    return (
+        f"{where}: column {column!r}, which {key} uses, is missing or null; fill it or drop the row, or, "
+        f"if rows may lack it, write {guard} or list it in data.optional_columns"
+    )
 
 
 def render_batches(rows: Rows, templates: dict[str, Template], batch_rows: int) -> Iterator[tuple]:
@@ -91,12 +173,8 @@ def render_batches(rows: Rows, templates: dict[str, Template], batch_rows: int) 
 
     The keys of `templates` are config keys. Raises UserError as `render_row` does.
     """
-    used = {column for template in templates.values() for column in template.columns}
-    dataset = rows.dataset.select_columns([column for column in rows.columns() if column in used])
     for first in range(0, len(rows), batch_rows):
-        count = min(batch_rows, len(rows) - first)
-        columns = dataset[first : first + count] if used else {}
-        batch = [{column: values[i] for column, values in columns.items()} for i in range(count)]
+        batch = rows.read(first, first + batch_rows)
         texts = [
             [
                 render_row(template, row, key=key, where=functools.partial(rows.where, index))
@@ -123,10 +201,3 @@ def split_input(text: str, placement: str, *, key: str, where: Callable[[], str]
             f"{where()}: {key} renders {{{{ prompt }}}} {len(parts) - 1} times for this row; it must occur exactly once"
         )
     return parts[0], parts[1]
-
-
-def _refuse_null(value: object) -> object:
-    """Refuse a null inside a row, as in {{ meta.author }}, which jinja2 would print as 'None'."""
-    if value is None:
-        raise jinja2.UndefinedError("a value in {{ ... }} is null")
-    return value

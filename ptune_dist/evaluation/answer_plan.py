@@ -17,6 +17,7 @@ from ptune_dist.data.batches import Unit, plan_micro_batches
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.model.prompted_model import PromptedModel
 
+DEFAULT_NEW_TOKENS = 32  # of answers that nothing is known about
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")  # names that shapes have for local attention
 SCALED_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that depend on the longest row of a batch
 # Architectures of transformers that read padding as any token; RWKV also mixes up the states of the rows of a batch.

@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from ptune_dist.config.schema import Config
 from ptune_dist.data.build import Split, build_label_candidates
 from ptune_dist.data.candidates import Candidates
+from ptune_dist.data.encode import longest_answer
 from ptune_dist.data.framing import decode
 from ptune_dist.errors import UserError
-from ptune_dist.evaluation.answer_plan import Decoding
+from ptune_dist.evaluation.answer_plan import DEFAULT_NEW_TOKENS, Decoding
 from ptune_dist.evaluation.generate import generate_texts, pad_id
-from ptune_dist.evaluation.references import build_references
+from ptune_dist.evaluation.references import build_references, longest_reference
 from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.metrics import METRICS
 from ptune_dist.metrics.metric import Metric, Need, References, RowLoss
@@ -95,27 +96,37 @@ class Evaluator:
         return {m.name: float(m.compute(given[m.needs], self.references.get(m.needs, ()))) for m in self.metrics}
 
     def _samples(self, answers: list[str]) -> list[dict[str, str]]:
-        return [
-            {"input": self._input(i).strip(), "wanted": self.references["answers"][i][0], "answer": answer}
-            for i, answer in enumerate(answers[: self.num_samples])
-        ]
+        samples = []
+        for i, answer in enumerate(answers[: self.num_samples]):
+            if self.split.rows.kind == "text":
+                before, wanted = self._halves(i)
+                shown = [decode(self.tokenizer, ids).strip() for ids in (before, wanted)]
+            else:
+                text = decode(self.tokenizer, self.split.examples.input_ids(i), skip_special_tokens=True)
+                shown = [text.strip(), self.references["answers"][i][0]]
+            samples.append({"input": shown[0], "wanted": shown[1], "answer": answer})
+        return samples
 
-    def _input(self, index: int) -> str:
-        return decode(self.tokenizer, self.split.examples.input_ids(index), skip_special_tokens=True)
+    def _halves(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """A block of plain text: some first tokens, and as many of those that follow as an answer may have."""
+        block = self.split.examples.target_ids(index)
+        count = min(len(block) // 2, self.decoding.max_new_tokens)
+        return block[:count], block[count : count + self.decoding.max_new_tokens]
 
     def _answers(self, engine: Engine, member: int, between_batches: Callable[[], None]) -> list[str]:
         """Generated answers of the first rows: of all where a metric needs them, else of those that are shown."""
-        if self.split.rows.kind == "text":
-            return []
         examples = self.split.examples
         count = len(examples) if self._is_needed("answers") else min(self.num_samples, len(examples))
-        inputs = [(examples.context_ids(i).tolist(), examples.rest_ids(i).tolist()) for i in range(count)]
+        if self.split.rows.kind == "text":
+            inputs = [([], self._halves(i)[0].tolist()) for i in range(count)]
+        else:
+            inputs = [(examples.context_ids(i).tolist(), examples.rest_ids(i).tolist()) for i in range(count)]
         answers = dict(
             generate_texts(
                 engine, self.tokenizer, inputs, self.decoding, member=member, between_batches=between_batches
             )
         )
-        return [answers[i].strip() for i in range(count)]
+        return [answers[i] for i in range(count)]
 
 
 def build_evaluator(config: Config, split: Split, reading: Reading) -> Evaluator:
@@ -144,12 +155,31 @@ def build_evaluator(config: Config, split: Split, reading: Reading) -> Evaluator
         reading.tokenizer,
         metrics,
         references,
-        Decoding(config.evaluate.max_new_tokens, config.train.most_positions),
+        Decoding(choose_new_tokens(config, split, metrics, references, reading), config.train.most_positions),
         num_samples=config.evaluate.num_samples,
         candidates=candidates,
         right=right,
         labels=labels,
     )
+
+
+def choose_new_tokens(
+    config: Config, split: Split, metrics: list[Metric], references: dict[Need, References], reading: Reading
+) -> int:
+    """The most tokens of an answer: as configured, or the longest target where a metric compares answers with it."""
+    if config.evaluate.max_new_tokens is not None:
+        return config.evaluate.max_new_tokens
+    if not any(metric.needs == "answers" for metric in metrics):
+        return DEFAULT_NEW_TOKENS
+    return longest_wanted(config, split, references, reading) or DEFAULT_NEW_TOKENS
+
+
+def longest_wanted(config: Config, split: Split, references: dict[Need, References], reading: Reading) -> int | None:
+    """Tokens of the longest answer that a row asks for; None where none is a text."""
+    longest = longest_answer(split.examples)
+    if longest is not None and config.data.references is not None:
+        longest = max(longest, longest_reference(references["answers"], reading.tokenizer))
+    return longest
 
 
 def check_objective_fits(metric: Metric, objective: Objective, name: str) -> None:

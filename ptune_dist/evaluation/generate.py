@@ -47,6 +47,8 @@ def generate_texts(
 ) -> Iterator[tuple[int, str]]:
     """Yield (index, answer) for every input of token ids, batch after batch, on every rank.
 
+    Answers have no whitespace at either end: what a target begins with depends on the template, not on the task.
+
     An input is (context, rest), what stands before the virtual tokens and after them. Inputs are shared among the
     ranks. Indices count from `first`, the place of these inputs among all that the caller answers: sampled tokens
     depend on it. Collective: every rank must exhaust it.
@@ -57,7 +59,7 @@ def generate_texts(
     else:
         found = decode_rows(engine, tokenizer, inputs, decoding, decoder, member=member, first=first)
     for answers in found:
-        yield from answers
+        yield from ((number, text.strip()) for number, text in answers)
         between_batches()
 
 

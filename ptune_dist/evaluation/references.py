@@ -1,10 +1,13 @@
 """The acceptable answers to a row: what generated answers are compared with."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ptune_dist.config.schema import DataConfig
+from ptune_dist.data.framing import tokenize
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.template import compile_template, render_batches
 from ptune_dist.errors import UserError
@@ -21,7 +24,7 @@ def build_references(data: DataConfig, rows: Rows) -> list[list[str]]:
     """
     if data.references is None:
         assert data.target is not None, "rows that are not plain text have a target"
-        template = compile_template(data.target, key="data.target")
+        template = compile_template(data.target, key="data.target", optional=data.optional_columns)
         batches = render_batches(rows, {"data.target": template}, BATCH_ROWS)
         return [[text.strip()] for _, texts in batches for text in texts]
     is_column = data.references in rows.columns()
@@ -32,8 +35,8 @@ def build_references(data: DataConfig, rows: Rows) -> list[list[str]]:
             f"its columns: {', '.join(rows.columns()) or 'none'}"
         )
     return [
-        read_references(value, names, functools.partial(rows.where, index))
-        for index, value in enumerate(rows.dataset[column])
+        read_references(row.get(column), names, functools.partial(rows.where, index))
+        for index, row in enumerate(rows.read(0, len(rows)))
     ]
 
 
@@ -53,3 +56,9 @@ def read_references(value: Any, names: list[str], where: Callable[[], str]) -> l
 
 def look_up(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else None
+
+
+def longest_reference(references: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest reference, and one to end with."""
+    texts = sorted({text for row in references for text in row}, key=len)
+    return 1 + max(map(len, tokenize(tokenizer, texts)), default=0)

@@ -1,6 +1,7 @@
 """The rows of a run: what its members train on, and what evaluates them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,7 +16,27 @@ from ptune_dist.prompts.build import find_method
 from ptune_dist.run.reading import Reading
 
 
-def build_splits(reading: Reading) -> tuple[TrainingRows, dict[str, Evaluator]]:
+@dataclass(frozen=True)
+class RunRows:
+    """What a run reads: the members' training rows, each member's own, and what evaluates it, if anything does."""
+
+    training: TrainingRows
+    splits: dict[str, Split]
+    evaluators: dict[str, Evaluator]
+
+    def distinct(self) -> dict[str, Split]:
+        """Splits by a name for people, those that several members share once."""
+        found: dict[str, Split] = {}
+        for name, split in self.splits.items():
+            label = f" ({name})" if len(self.splits) > 1 else ""
+            evaluator = self.evaluators.get(name)
+            for which, own in (("train", split), ("validation", evaluator.split if evaluator else None)):
+                if own is not None and not any(own is known for known in found.values()):
+                    found[which + label] = own
+        return found
+
+
+def build_splits(reading: Reading) -> RunRows:
     """The members' training rows, and the evaluator of each member that has validation rows. Raises UserError.
 
     What several members share is read once.
@@ -29,16 +50,18 @@ def build_splits(reading: Reading) -> tuple[TrainingRows, dict[str, Evaluator]]:
         if key not in known:
             encoding = reading.encoding(member)
             held_out = build_split(member.data, encoding, which="validation", max_examples=config.evaluate.max_examples)
+            evaluator = build_evaluator(member, held_out, reading) if held_out else None
             split = build_split(member.data, encoding, which="train")
             assert split is not None, "data.train is required"
-            known[key] = split, build_evaluator(member, held_out, reading) if held_out else None
+            known[key] = split, evaluator
         splits[name], evaluator = known[key]
         check_inputs(splits[name].examples, member.prompt)
         if evaluator:
             check_inputs(evaluator.split.examples, member.prompt)
             evaluators[name] = evaluator
     seeds = {name: member.seed for name, member in reading.members.items()}
-    return TrainingRows(splits, batch_size=config.train.batch_size, seeds=seeds), evaluators
+    training = TrainingRows(splits, batch_size=config.train.batch_size, seeds=seeds)
+    return RunRows(training, splits, evaluators)
 
 
 def check_inputs(examples: Examples, prompt: PromptConfig) -> None:

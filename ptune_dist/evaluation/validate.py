@@ -5,7 +5,9 @@ that it will run on (memory, NVMe, the number of ranks).
 """
 
 import json
+from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,17 +15,16 @@ from rich.text import Text
 from ptune_dist.base.open import OpenedBase
 from ptune_dist.config.load import render_config
 from ptune_dist.config.schema import Config
-from ptune_dist.data.build import Split, build_split
+from ptune_dist.data.build import Split
 from ptune_dist.data.encode import Encoding, token_statistics
-from ptune_dist.evaluation.evaluator import build_evaluator
 from ptune_dist.evaluation.placement_costs import describe_cache, describe_choice, render_costs
-from ptune_dist.evaluation.splits import check_inputs
-from ptune_dist.run.folder import check_run_dir
+from ptune_dist.evaluation.row_warnings import find_warnings
+from ptune_dist.evaluation.splits import build_splits
+from ptune_dist.run.folder import check_run_dir, list_checkpoints
 from ptune_dist.run.job import build_parts
 from ptune_dist.run.reading import Reading, build_reading
 
 NUM_EXAMPLES = 5
-SPLITS = ("train", "validation")
 
 
 def validate(config: Config) -> None:
@@ -31,17 +32,21 @@ def validate(config: Config) -> None:
     console = Console(highlight=False, soft_wrap=True)
     check_run_dir(config)
     reading = build_reading(config)
-    parts = build_parts(reading, None, with_start=True)
-    splits = read_splits(reading)
+    # as `train`: the rows first, and a run that is resumed needs no longer what its prompt started from
+    read = build_splits(reading)
+    parts = build_parts(reading, None, with_start=not list_checkpoints(Path(config.output_dir) / "checkpoints"))
+    splits = read.distinct()
     train = next(iter(splits.values()))
 
     console.rule("config")
-    console.print(render_config(config), markup=False)
+    console.print(render_config(reading.config), markup=False)
     console.rule("DeepSpeed's JSON, filled in")
     console.print(json.dumps(parts.deepspeed_json, indent=2), markup=False)
     console.rule("tokens")
     console.print(render_statistics(splits))
     console.print(f"base: {describe_base(parts.opened, reading)}; {describe_epochs(config, train)}")
+    for line in find_warnings(reading, read):
+        console.print(f"warning: {line}", markup=False)
     if config.sweep:
         console.print(f"members: {len(reading.members)}: {', '.join(reading.members)}", markup=False)
     if reading.family.has_contexts and train.rows.kind != "text":
@@ -49,25 +54,8 @@ def validate(config: Config) -> None:
         print_placements(console, reading, parts.opened, train)
     console.rule(Text("examples, the supervised part in [brackets]"))
     encoding = reading.encoding(next(iter(reading.members.values())))
-    for index in range(min(NUM_EXAMPLES, len(train.examples))):
+    for index in spread(len(train.examples), NUM_EXAMPLES):
         console.print(render_example(train, index, encoding))
-
-
-def read_splits(reading: Reading) -> dict[str, Split]:
-    """The distinct splits of all members, by a name for people. Raises UserError."""
-    splits: dict[str, Split] = {}
-    for name, member in reading.members.items():
-        label = f" ({name})" if reading.config.sweep else ""
-        encoding = reading.encoding(member)
-        for which in SPLITS:
-            split = build_split(member.data, encoding, which=which)
-            if split:
-                check_inputs(split.examples, member.prompt)
-            if split and not any(split.digest() == known.digest() for known in splits.values()):
-                splits[which + label] = split
-        if held_out := splits.get("validation" + label):
-            build_evaluator(member, held_out, reading)
-    return splits
 
 
 def print_placements(console: Console, reading: Reading, opened: OpenedBase, train: Split) -> None:
@@ -77,6 +65,11 @@ def print_placements(console: Console, reading: Reading, opened: OpenedBase, tra
         console.print(render_costs(train.examples, config))
     console.print(describe_cache(train.examples, config, opened.model.config, reading.family))
     console.print(describe_choice(config.prompt.placement))
+
+
+def spread(num: int, most: int) -> list[int]:
+    """At most `most` of `num` indices, the first and the last among them and the others evenly between."""
+    return np.unique(np.linspace(0, num - 1, min(num, most)).round().astype(int)).tolist()
 
 
 def describe_base(opened: OpenedBase, reading: Reading) -> str:

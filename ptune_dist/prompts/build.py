@@ -52,9 +52,18 @@ def choose_start(prompt: PromptConfig) -> str:
 
 
 def build_prompt(
-    config: Config, base: BaseFacts, tokenizer: PreTrainedTokenizerBase, lookup: Lookup, *, with_start: bool
+    config: Config,
+    base: BaseFacts,
+    tokenizer: PreTrainedTokenizerBase,
+    lookup: Lookup,
+    *,
+    with_start: bool,
+    num_embeddings: int | None = None,
 ) -> Method:
-    """The prompt that a member's config asks for. Without a start, its numbers will be loaded. Raises UserError."""
+    """The prompt that a member's config asks for. Without a start, its numbers will be loaded. Raises UserError.
+
+    num_embeddings: the base's, where the tokenizer has ids beyond them.
+    """
     prompt = config.prompt
     start = Start(
         kind=choose_start(prompt) if with_start else NOTHING,
@@ -64,6 +73,7 @@ def build_prompt(
         text=prompt.init_text,
         labels=prompt.init_labels or config.data.labels,
         file=prompt.init_file,
+        num_embeddings=num_embeddings,
     )
     try:
         return find_method(prompt).build(check_options(prompt), prompt.num_virtual_tokens, base, start)

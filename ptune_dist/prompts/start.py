@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from ptune_dist.data.framing import check_ids
 from ptune_dist.errors import UserError
 
 # The paper samples from the 5,000 most common tokens, which are the first of its vocabulary.
@@ -32,6 +33,7 @@ class Start:
     """The start that config section `prompt` asks for; a function of `seed` alone.
 
     `lookup` reads rows of the base's embeddings. Kind NOTHING gives zeros: a trained prompt will be loaded.
+    num_embeddings: the base's, where the tokenizer has ids beyond them.
     """
 
     kind: str  # prompt.init, or NOTHING
@@ -41,6 +43,7 @@ class Start:
     text: str | None = None
     labels: list[str] | None = None
     file: str | None = None
+    num_embeddings: int | None = None
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -80,15 +83,16 @@ class Start:
 
     def _text_vectors(self, num: int) -> torch.Tensor:
         """[P, D]: embeddings of the text's tokens, repeated or cut to P."""
-        ids = self.tokenizer.encode(self.text or "", add_special_tokens=False)
-        if not ids:
-            raise UserError(f"prompt.init_text: {self.text!r} has no tokens")
+        ids = self._encode(self.text or "", "prompt.init_text")
         return self.lookup((ids * (num // len(ids) + 1))[:num])
 
     def _vocab_vectors(self, num: int) -> torch.Tensor:
         """[P, D]: embeddings of tokens drawn from the common part of the vocabulary, special tokens left out."""
         special = set(self.tokenizer.all_special_ids)
-        common = [i for i in sorted(self.tokenizer.get_vocab().values()) if i not in special][:NUM_COMMON_TOKENS]
+        ids = sorted(self.tokenizer.get_vocab().values())
+        if self.num_embeddings is not None:
+            ids = [i for i in ids if i < self.num_embeddings]
+        common = [i for i in ids if i not in special][:NUM_COMMON_TOKENS]
         order = torch.randperm(len(common), generator=self.generator)[:num].tolist()
         if len(order) < num:  # a small vocabulary: draw with repetition
             order = torch.randint(len(common), (num,), generator=self.generator).tolist()
@@ -105,10 +109,15 @@ class Start:
         return torch.cat(parts)
 
     def _mean_of(self, text: str) -> torch.Tensor:
+        return self.lookup(self._encode(text, "prompt.init: the label")).mean(dim=0)
+
+    def _encode(self, text: str, what: str) -> list[int]:
+        """Token ids, at least one, that all have an embedding. Raises UserError."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if not ids:
-            raise UserError(f"prompt.init: the label {text!r} has no tokens")
-        return self.lookup(ids).mean(dim=0)
+            raise UserError(f"{what}: {text!r} has no tokens")
+        check_ids(ids, self.num_embeddings, self.tokenizer, lambda: f"{what}: {text!r}")
+        return ids
 
 
 def random_vectors(num: int, width: int, generator: torch.Generator) -> torch.Tensor:

@@ -29,8 +29,8 @@ MAY_CHANGE = (
     "train.context_cache_gpu_gib",
     "train.context_cache_dir",
 )
-# None until the method has decided, which it does in the ranks: the launcher compares configs before that.
-LEFT_TO_METHOD = ("prompt.init",)
+# None until the method or the base has decided, in the ranks: the launcher compares configs before that.
+LEFT_OPEN = ("prompt.init", "data.max_length")
 CHECKPOINT = re.compile(r"step-\d{8}")
 
 
@@ -133,7 +133,7 @@ def first_difference(before: dict[str, Any], now: dict[str, Any], prefix: str = 
             return key  # as a whole: its own keys are dotted, and their order determines the members' names
         if key in MAY_CHANGE or before.get(name) == now[name]:
             continue
-        if key in LEFT_TO_METHOD and now[name] is None:
+        if key in LEFT_OPEN and now[name] is None:
             continue
         if name not in before:  # an option that the method did not have when the run began
             continue

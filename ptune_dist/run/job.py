@@ -30,6 +30,7 @@ from ptune_dist.base.recompute import read_settings
 from ptune_dist.base.source import fingerprint_base
 from ptune_dist.config.deepspeed_json import fill_deepspeed_json, zero_stage
 from ptune_dist.config.schema import Config
+from ptune_dist.data.encode import longest_answer
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, max_over_ranks, together
 from ptune_dist.errors import UserError
@@ -51,13 +52,17 @@ FIRST_WITH_BFLOAT16 = 8  # major compute capability
 
 @dataclass
 class Job:
-    """A base and its prompts under the engine, ready to train or to answer."""
+    """A base and its prompts under the engine, ready to train or to answer.
+
+    longest_target: tokens of the longest target that is trained on, where targets are texts that follow an input.
+    """
 
     reading: Reading
     engine: Engine
     fingerprint: str  # of the base
     loading: dict[str, float]  # this rank's seconds and bytes of reading the base
     micro_batch: MicroBatchSize
+    longest_target: int | None = None
 
     @property
     def config(self) -> Config:
@@ -98,7 +103,14 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool) -> P
     prompts = {}
     for name, member in reading.members.items():
         check_positions(member, opened.model)
-        prompts[name] = build_prompt(member, facts, reading.tokenizer, opened.embed, with_start=with_start)
+        prompts[name] = build_prompt(
+            member,
+            facts,
+            reading.tokenizer,
+            opened.embed,
+            with_start=with_start,
+            num_embeddings=reading.num_embeddings,
+        )
     if world is not None:
         check_memory(opened.model, content, config.model.path, world.size, world.device)
     return Parts(opened, prompts, content)
@@ -161,10 +173,12 @@ def check_positions(config: Config, base: PreTrainedModel) -> None:
     """Raise UserError where a base with learned positions has too few of them."""
     most = max_positions(base)
     num_virtual = config.prompt.num_virtual_tokens
-    needed = num_virtual + config.data.max_length
+    length = config.data.max_length
+    assert length is not None, "the reading has settled it"
+    needed = num_virtual + length
     if most is not None and needed > most:
         raise UserError(
-            f"data.max_length: {config.data.max_length} with {num_virtual} virtual tokens needs "
+            f"data.max_length: {length} with {num_virtual} virtual tokens needs "
             f"{needed} positions, the base has {most}: set data.max_length={most - num_virtual}"
         )
 
@@ -247,7 +261,8 @@ def build_job(
         [scales[name] for name in parts.prompts] if scales else None,
     )
     engine = build_engine(model, reading.members, parts.deepspeed_json, world, cache=cache)
-    return Job(reading, engine, fingerprint, loading, size)
+    longest = longest_answer(rows.examples) if rows is not None else None
+    return Job(reading, engine, fingerprint, loading, size, longest)
 
 
 def fill_base(parts: Parts, config: Config, world: World) -> PreTrainedModel:

@@ -5,9 +5,12 @@ Built once per command; everything that reads data takes it.
 
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ptune_dist.base.source import load_shape, load_tokenizer
+from ptune_dist.base.layers import max_positions
+from ptune_dist.base.open import make_without_memory
+from ptune_dist.base.source import largest_id, load_shape, load_tokenizer
 from ptune_dist.config.schema import Config
 from ptune_dist.data.encode import Encoding
 from ptune_dist.errors import UserError
@@ -17,6 +20,9 @@ from ptune_dist.objectives import OBJECTIVES
 from ptune_dist.objectives.objective import Objective
 from ptune_dist.prompts.build import find_method
 from ptune_dist.run.resolve import resolve_whole
+
+DEFAULT_MAX_LENGTH = 512
+MOST_RESERVED_POSITIONS = 8  # RoBERTa's first position is one more than the padding token's id
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Reading:
     family: Family
     tokenizer: PreTrainedTokenizerBase
     objective: Objective
+    num_embeddings: int | None = None  # where the tokenizer has ids beyond them
 
     def encoding(self, member: Config) -> Encoding:
         """How a member's rows become token ids. Raises UserError."""
@@ -36,9 +43,10 @@ class Reading:
             self.tokenizer,
             self.family.frame_text(),
             self.family.build_targets(self.objective.target, self.tokenizer, data.labels, data.append_eos),
-            max_length=data.max_length,
+            max_length=data.max_length or DEFAULT_MAX_LENGTH,
             placement=self.config.prompt.placement,
             truncation_side=data.truncation_side,
+            num_embeddings=self.num_embeddings,
         )
 
     def with_micro_batch(self, tokens: int) -> "Reading":
@@ -58,7 +66,43 @@ def build_reading(config: Config) -> Reading:
     family = find_family(shape, config.model.family, config.model.path)
     objective = OBJECTIVES[config.train.objective].build(config.train)
     check_family_fits(config, members, family, objective)
-    return Reading(config, members, family, read_tokenizer(config, family, shape), objective)
+    config, members = fill_max_length(config, members, family)
+    tokenizer = read_tokenizer(config, family, shape)
+    num_embeddings = shape.get_text_config().vocab_size
+    has_more = largest_id(tokenizer) >= num_embeddings
+    return Reading(config, members, family, tokenizer, objective, num_embeddings if has_more else None)
+
+
+def fill_max_length(config: Config, members: dict[str, Config], family: Family) -> tuple[Config, dict[str, Config]]:
+    """Settle `data.max_length` where it is left out: the default, or what a base's learned positions leave room for.
+
+    A sweep's own config stays as it is: each member has its own number. Raises UserError.
+    """
+    if all(member.data.max_length is not None for member in members.values()):
+        return config, members
+    shape = load_shape(config.model.path)
+    stated = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    num_virtual = max(member.prompt.num_virtual_tokens for member in members.values())
+    most = None
+    has_few = stated is not None and DEFAULT_MAX_LENGTH + num_virtual > stated - MOST_RESERVED_POSITIONS
+    if has_few or shape.model_type == "mpt":  # whose table of positions has another name
+        family.prepare_shape(shape, config.data.labels)
+        most = max_positions(make_without_memory(shape, config.model.path, family, torch.float32))
+
+    def settle(member: Config) -> Config:
+        if member.data.max_length is not None:
+            return member
+        left = DEFAULT_MAX_LENGTH if most is None else most - member.prompt.num_virtual_tokens
+        if left < 1:
+            raise UserError(
+                f"prompt.num_virtual_tokens: {member.prompt.num_virtual_tokens} leave no position for the rows: the "
+                f"base has {most}"
+            )
+        length = min(DEFAULT_MAX_LENGTH, left)
+        return member.model_copy(update={"data": member.data.model_copy(update={"max_length": length})})
+
+    settled = {name: settle(member) for name, member in members.items()}
+    return config if config.sweep else settle(config), settled
 
 
 def read_tokenizer(config: Config, family: Family, shape: PretrainedConfig) -> PreTrainedTokenizerBase:

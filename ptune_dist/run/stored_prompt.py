@@ -80,6 +80,8 @@ def prompt_facts(job: Job, member: str, *, step: int, metrics: dict[str, float])
             "num_attention_heads": getattr(text, "num_attention_heads", None),
         },
     }
+    if job.longest_target is not None:
+        facts["longest_target"] = job.longest_target
     options = check_options(config.prompt).model_dump()
     if options:
         facts["options"] = options

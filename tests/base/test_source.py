@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ptune_dist.base.source import fingerprint_base, load_shape, load_tokenizer
+from ptune_dist.base.source import fingerprint_base, largest_id, load_shape, load_tokenizer
 from tests.base.bases import QUERY, error_of, rewrite_shape, rewrite_weights
 
 
@@ -75,12 +75,13 @@ def test_a_path_that_is_no_folder_is_named_with_the_nearest_one(base, tmp_path):
     assert "config.json" in error_of(load_shape, str(tmp_path))  # a folder without a model
 
 
-def test_a_tokenizer_with_more_tokens_than_the_base_embeds_is_refused(base):
+def test_a_tokenizer_may_have_more_tokens_than_the_base_embeds_but_pads_with_one_that_it_has(base):
     shape = load_shape(str(base))
-    load_tokenizer(str(base), shape)
+    assert load_tokenizer(str(base), shape).pad_token_id == 1
     rewrite_shape(base, vocab_size=200)
-    message = error_of(load_tokenizer, str(base), load_shape(str(base)))
-    assert "token id 257" in message and "200" in message
+    assert largest_id(load_tokenizer(str(base), load_shape(str(base)))) == 257
+    rewrite_shape(base, vocab_size=1)
+    assert load_tokenizer(str(base), load_shape(str(base))).pad_token_id == 0
 
 
 def test_a_tokenizer_without_an_end_of_sequence_token_is_refused_unless_none_is_needed(base):

@@ -52,7 +52,7 @@ def test_a_small_file_gets_the_documented_defaults(write):
         20,
         None,
     )
-    assert (config.train.batch_size, config.train.micro_batch_tokens, config.data.max_length) == (32, 8192, 512)
+    assert (config.train.batch_size, config.train.micro_batch_tokens, config.data.max_length) == (32, 8192, None)
     assert (config.checkpoint.every, config.checkpoint.keep, config.deepspeed) == (100, 2, None)
 
 

@@ -206,7 +206,7 @@ def test_an_encoder_needs_no_eos_and_a_label_that_is_not_listed_names_the_line(w
     assert len(encode_rows(write(("ab", "no")), tokenizer, **compile_pair(), **options)) == 1
     rows = write(("ab", "no"), ("c", "maybe"))
     message = error_of(encode_rows, rows, tokenizer, **compile_pair(), **options)
-    assert message == f"{rows.name} line 3: data.target is 'maybe', which data.labels does not list"
+    assert message == f"{rows.name} line 3: data.target is 'maybe', which data.labels does not list: yes, no"
 
 
 @pytest.mark.parametrize(("side", "kept"), [("left", "f"), ("right", "a")])

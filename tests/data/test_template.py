@@ -1,8 +1,12 @@
 """Templates know their columns, print values unchanged, and refuse missing values."""
 
+import dataclasses
+import json
+import pickle
+
 import pytest
 
-from ptune_dist.data.template import MARKER, check_columns, compile_template, render_row, split_input
+from ptune_dist.data.template import MARKER, check_columns, compile_template, find_absent, render_row, split_input
 from ptune_dist.errors import UserError
 
 
@@ -76,14 +80,15 @@ def test_missing_column_names_the_nearest_and_what_there_is():
 @pytest.mark.parametrize("row", [{"text": None}, {}])
 def test_null_or_missing_value_names_row_and_column(row):
     assert error_of("{{ text }}", **row) == (
-        "a.jsonl line 7: column 'text', which data.template uses, is missing or null; fill it or drop the row"
+        "a.jsonl line 7: column 'text', which data.template uses, is missing or null; fill it or drop the row, or, "
+        "if rows may lack it, write {% if text %} or list it in data.optional_columns"
     )
 
 
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("{{ m.author }}", "a value in {{ ... }} is null"),
+        ("{{ m.author }}", "'author' is null"),
         ("{{ m.title }}", "'dict object' has no attribute 'title'"),
         ("{{ m.n + 'x' }}", "unsupported operand"),
         ("{{ m.n / 0 }}", "division by zero"),
@@ -108,6 +113,175 @@ def test_row_is_named_only_when_something_is_wrong():
         raise AssertionError
 
     assert render_row(build("{{ a }}"), {"a": 1}, key="data.template", where=refuse) == "1"
+
+
+# Columns that a row may lack
+
+ALPACA = "{{ instruction }}{% if input %} with {{ input }}{% endif %}"
+
+
+@pytest.mark.parametrize("row", [{}, {"input": None}, {"input": ""}])
+def test_a_tested_column_may_be_absent_null_or_empty(row):
+    for guard in ("input", "input is defined and input", "input | trim", "input is not none and input.strip()"):
+        source = "{{ instruction }}{% if GUARD %} with {{ input }}{% endif %}".replace("GUARD", guard)
+        assert build(source).guarded == {"input"}, guard
+        assert render(source, instruction="add", **row) == "add", guard
+        assert render(source, instruction="add", input="1 2") == "add with 1 2"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ a or 'none' }}", "none"),
+        ("{{ a | default('none') }}", "none"),
+        ("{{ a | trim | d('none') }}", "none"),
+        ("{{ a.b.c | default('none') }}", "none"),
+        ("{{ 'x' if a is defined else 'y' }}", "y"),
+        ("{{ 'x' if a is none else 'y' }}", "x"),
+        ("{{ 'x' if a == none else 'y' }}", "x"),
+        ("{{ 'x' if a != none else 'y' }}", "y"),
+        ("{% for b in a or [] %}{{ b }}{% endfor %}", ""),
+        ("{{ (a or b or 'c') ~ '!' }}", "c!"),
+    ],
+)
+@pytest.mark.parametrize("row", [{}, {"a": None}])
+def test_a_column_with_a_fallback_may_be_absent_or_null(source, expected, row):
+    assert render(source, **row) == expected
+    assert "a" in build(source).guarded
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ a }}",
+        "{{ a | upper }}",
+        "{{ a | trim }}",
+        "{{ 'x' ~ a }}",
+        "{{ 'x' + a }}",
+        "{{ a.strip() }}",
+        "{{ a.b }}",
+        "{{ a['b'] }}",
+        "{{ a | tojson }}",
+        "{{ a | length }}",
+        "{{ a | join(', ') }}",
+        "{{ '%s' | format(a) }}",
+        "{{ 'x' if a == 'b' else 'y' }}",
+        "{{ 'x' if a != 'b' else 'y' }}",
+        "{% if a | length > 0 %}x{% endif %}",
+        "{% for b in a %}{{ b }}{% endfor %}",
+        "{{ 'x' in a }}",
+        "{% if b %}{% endif %}{% if not a %}{{ a }}{% endif %}",
+        "{% set c = a %}{{ c }}",
+    ],
+)
+@pytest.mark.parametrize("row", [{}, {"a": None}])
+def test_a_missing_column_is_an_error_wherever_it_would_be_printed_or_computed_with(source, row):
+    expected = "a.jsonl line 7: column 'a', which data.template uses, is missing or null; fill it"
+    assert error_of(source, **row).startswith(expected)
+
+
+@pytest.mark.parametrize("source", ["{% if label %}yes{% else %}no{% endif %}", "{{ 'yes' if label else 'no' }}"])
+def test_a_target_does_not_follow_from_what_a_row_lacks(source):
+    target = build(source, key="data.target")
+    assert target.guarded == frozenset()
+    options = {"key": "data.target", "where": lambda: "row 1"}
+    assert render_row(target, {"label": False}, **options) == "no"
+    for row in ({}, {"label": None}):
+        with pytest.raises(UserError, match="^row 1: column 'label', which data.target uses, is missing or null"):
+            render_row(target, row, **options)
+    for fallback in ("{{ label or 'no' }}", "{{ label | default('no') }}", "{{ 'yes' if label is defined else 'no' }}"):
+        assert render_row(build(fallback, key="data.target"), {}, **options) == "no"
+
+
+def test_optional_columns_are_empty_text_where_a_row_lacks_them():
+    template = compile_template("{{ a }}{{ b }}", key="data.template", optional=["b", "c"])
+    assert template.empty == {"b"}
+    options = {"key": "data.template", "where": lambda: "row 1"}
+    assert [render_row(template, row, **options) for row in ({"a": 1, "b": None}, {"a": 1}, {"a": 1, "b": 2})] == [
+        "1",
+        "1",
+        "12",
+    ]
+    with pytest.raises(UserError, match="column 'a', which data.template uses, is missing"):
+        render_row(template, {"b": 1}, **options)
+    check_columns(template, ["a"], key="data.template", source_name="x")
+
+
+def test_an_absent_column_is_refused_unless_the_template_tests_it():
+    check_columns(build(ALPACA), ["instruction", "inputs"], key="data.template", source_name="x")
+    assert find_absent(build(ALPACA), ["instruction", "inputs"]) == ["input"]
+    with pytest.raises(UserError, match="uses column 'instruction', which x does not have; did you mean"):
+        check_columns(build(ALPACA), ["instructions", "input"], key="data.template", source_name="x")
+    compared = build("{% if kind == 'a' %}{{ text }}{% endif %}")
+    with pytest.raises(UserError, match="uses column 'kind'"):
+        check_columns(compared, ["text"], key="data.template", source_name="x")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{{ m.author | upper }}", "'author' is null"),
+        ("{{ 'by ' ~ m.author }}", "'author' is null"),
+        ("{{ m.tags | join(', ') }}", "is null"),
+        ("{% for t in m.tags %}{{ 'x' ~ t }}{% endfor %}", "is null"),
+        ("{{ m.items }}", "is the method 'items': write ['items'] for a key"),
+        ("{{ m.words | map('upper') }}", "is a generator"),
+        ("{{ m.bytes }}", "is bytes"),
+        ("{{ m.parts }}", "a part of type 'image', which has no text"),
+        ("{{ m.parts | trim }}", "a part of type 'image', which has no text"),
+    ],
+)
+def test_what_nobody_means_to_print_is_an_error(source, reason):
+    row = {"author": None, "tags": ["a", None], "words": ["a"], "bytes": b"a"}
+    row["parts"] = [{"type": "text", "text": "a"}, {"type": "image", "image": "b"}]
+    assert reason in error_of(source, m=row)
+
+
+@pytest.mark.parametrize("source", ["{{ m.content }}", "{{ m.content ~ '' }}", "{{ m.content | trim }}"])
+def test_a_messages_content_is_its_text_in_one_piece_or_in_parts(source):
+    for content in ("hi you", [{"type": "text", "text": "hi "}, {"type": "text", "text": "you"}]):
+        assert render(source, m={"content": content}) == "hi you"
+    assert render("{{ m.content | length }}", m={"content": [{"type": "text", "text": "hi"}]}) == "1"
+    assert render("{{ m }}", m=[{"type": "PER", "text": "Bob"}]) == "[{'type': 'PER', 'text': 'Bob'}]"
+
+
+def test_tojson_is_plain_json_in_the_rows_order():
+    value = {"b": "<é> & 'x'", "a": [1, None, True]}
+    assert render("{{ m | tojson }}", m=value) == json.dumps(value, ensure_ascii=False)
+    assert render("{{ m | tojson(indent=2) }}", m=value) == json.dumps(value, ensure_ascii=False, indent=2)
+    assert render("{{ m.x | tojson }}", m={"x": None}) == "null"
+
+
+def test_a_template_is_the_same_after_pickling():
+    template = compile_template("{{ a }}{{ b }}", key="data.target", optional=["b"]).with_fixed("a", 3)
+    again = pickle.loads(pickle.dumps(template))
+    assert again == template
+    assert again.render({}) == template.render({}) == "3"
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("value", "labels", "found"),
+    [
+        ("positive ", ["positive"], "; it differs from 'positive' by whitespace only: clean the rows"),
+        ("Positive", ["positive"], "; it differs from 'positive' by upper and lower case: list it as 'Positive'"),
+        (0.0, ["0", "1"], ": 0, 1; it is the same number as '0', but of another type: list it as '0.0'"),
+        (False, ["no", "yes"], "; it is the same number as 'no', but of another type: list it as 'False'"),
+        ("neutral", ["positive"], "which data.labels does not list: positive"),
+        ("x", [str(i) for i in range(99)], ", 9, ... (99 labels)"),
+        ("x", ["a b ", "c, d"], "list: 'a b ', 'c, d'"),
+    ],
+)
+def test_a_value_that_is_no_label_is_refused_with_what_it_differs_by(value, labels, found):
+    target = dataclasses.replace(build(" {{ label }}", key="data.target"), labels=tuple(labels))
+    with pytest.raises(UserError) as caught:
+        render_row(target, {"label": value}, key="data.target", where=lambda: "row 1")
+    assert str(caught.value).startswith(f"row 1: label is {value!r}, which data.labels does not list: ")
+    assert found in str(caught.value)
+    listed = dataclasses.replace(target, labels=(str(value),))
+    assert render_row(listed, {"label": value}, key="data.target", where=lambda: "row 1") == f" {value}"
 
 
 # Where the virtual tokens stand

@@ -83,7 +83,7 @@ def test_a_batch_of_unequal_rows_is_answered_as_each_row_alone(runs, tiny_bases,
                 tokenizer.decode(
                     greedy(base, prompt, tokenizer.encode(f"{word} ="), 6, tokenizer.eos_token_id),
                     skip_special_tokens=True,
-                )
+                ).strip()
                 for word in WORDS
             ]
         answers = [json.loads(line) for line in out.read_text().splitlines()]
@@ -161,7 +161,7 @@ def test_an_answer_does_not_depend_on_its_batch_the_ranks_or_the_size_of_a_batch
     assert allowed == [6, 6, 0, 6, 3, 6, 6]
     with torch.no_grad():
         expected = [
-            tokenizer.decode(greedy(base, prompt, row, most, tokenizer.eos_token_id), skip_special_tokens=True)
+            tokenizer.decode(greedy(base, prompt, row, most, tokenizer.eos_token_id), skip_special_tokens=True).strip()
             for row, most in zip(rows, allowed, strict=True)
         ]
     assert alone["gpt2"]["greedy"] == expected

@@ -84,7 +84,8 @@ def runs(bases, tmp_path_factory) -> dict[str, Path]:
         config = write_config(
             root / kind / "config.json", output_dir=str(root / kind), model={"path": str(bases[kind])},
             prompt={"num_virtual_tokens": NUM_VIRTUAL, "init": "file", "init_file": str(initial)},
-            data={"train": str(root / "train.jsonl"), "validation": str(root / "held_out.jsonl"), "labels": LABELS,
+            data={"train": str(root / "train.jsonl"), "validation": str(root / "held_out.jsonl"),
+                  "labels": LABELS if family_of(kind) == "encoder" else None,
                   "target": " {{ answer }}" if family_of(kind) == "seq2seq" else "{{ label }}"},
             evaluate={"metrics": ["exact_match"] + (["accuracy"] if family_of(kind) == "encoder" else []),
                       "max_new_tokens": NUM_NEW},
@@ -133,7 +134,7 @@ def plain_answer(base, prompt: torch.Tensor, tokenizer, word: str, kind: str) ->
     while len(answer) <= NUM_NEW and (len(answer) == 1 or answer[-1] != tokenizer.eos_token_id):
         logits = base(**inputs, decoder_input_ids=torch.tensor([answer]), use_cache=False).logits
         answer.append(int(logits[0, -1].argmax()))
-    return tokenizer.decode(answer[1:], skip_special_tokens=True)
+    return tokenizer.decode(answer[1:], skip_special_tokens=True).strip()
 
 
 @torch.no_grad()

@@ -1,0 +1,43 @@
+"""What a value that `data.labels` does not list differs by."""
+
+from collections.abc import Sequence
+
+MOST_SHOWN = 10
+
+
+def describe_unlisted(where: str, column: str, value: object, labels: Sequence[str]) -> str:
+    """A message about a row's value that is none of the labels: the labels, and by what it misses one, if so."""
+    shown = ", ".join(map(show_label, labels[:MOST_SHOWN]))
+    if len(labels) > MOST_SHOWN:
+        shown += f", ... ({len(labels)} labels)"
+    return f"{where}: {column} is {value!r}, which data.labels does not list: {shown}{describe_near(value, labels)}"
+
+
+def show_label(label: str) -> str:
+    """A label, in quotes where it could be read as something else."""
+    return label if label == label.strip() and label.isprintable() and "," not in label and label else repr(label)
+
+
+def describe_near(value: object, labels: Sequence[str]) -> str:
+    """By what a value differs from the label that it was perhaps meant to be; empty where it is like none."""
+    text = str(value)
+    for label in labels:
+        if " ".join(label.split()) == " ".join(text.split()):
+            return f"; it differs from {label!r} by whitespace only: clean the rows, or list it as {text!r}"
+    for label in labels:
+        if label.strip().casefold() == text.strip().casefold():
+            return f"; it differs from {label!r} by upper and lower case: list it as {text!r}"
+    for label in labels:
+        if as_number(label) is not None and as_number(label) == as_number(value):
+            return f"; it is the same number as {label!r}, but of another type: list it as {text!r}"
+    return ""
+
+
+def as_number(value: object) -> float | None:
+    """A number, or a text that is one, true or false, as a number."""
+    words = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
+    text = str(value).strip()
+    try:
+        return words[text.casefold()] if text.casefold() in words else float(text)
+    except ValueError:
+        return None

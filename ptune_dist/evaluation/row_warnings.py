@@ -1,0 +1,198 @@
+"""What is odd about the rows of a run though nothing forbids it: a line each, for `train` and `validate`.
+
+Everything is computed from the token ids, a chunk at a time, so that it takes about a second for millions of rows.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from ptune_dist.config.schema import Config
+from ptune_dist.data.build import Split, build_templates
+from ptune_dist.data.encode import Encoding, Examples
+from ptune_dist.data.framing import tokenize
+from ptune_dist.data.sources import Rows
+from ptune_dist.data.template import MARKER, Template, find_absent, name_nearest, render_batches
+from ptune_dist.evaluation.evaluator import Evaluator, longest_wanted
+from ptune_dist.evaluation.splits import RunRows
+from ptune_dist.run.reading import Reading
+
+MANY_EPOCHS = 100
+CHUNK_ROWS = 100_000
+BRACED = re.compile(r"(?<!\{)\{\s*(\w+)\s*\}(?!\})")
+
+
+def find_warnings(reading: Reading, read: RunRows) -> list[str]:
+    """A line for each odd thing; what several members share is named once."""
+    found: dict[str, None] = {}
+    for name, member in reading.members.items():
+        split = read.splits[name]
+        evaluator = read.evaluators.get(name)
+        for line in warn_of_member(reading, member, split, evaluator):
+            found[line] = None
+    return list(found)
+
+
+def warn_of_member(reading: Reading, member: Config, split: Split, evaluator: Evaluator | None) -> Iterator[str]:
+    yield from warn_of_start(reading, member)
+    yield from warn_of_length(member, len(split.examples))
+    if split.rows.kind != "text":
+        templates = build_templates(member.data, member.prompt.placement)
+        yield from warn_of_templates(templates, split.rows)
+        yield from warn_of_specials(templates, split.rows, reading.encoding(member))
+        yield from warn_of_sameness(templates, split.examples)
+    if evaluator:
+        yield from warn_of_validation(split, evaluator)
+        yield from warn_of_answers(reading, member, evaluator)
+
+
+def warn_of_start(reading: Reading, member: Config) -> Iterator[str]:
+    """A text to start from of which only a part has room."""
+    text = member.prompt.init_text
+    if not text:
+        return
+    num_tokens = len(tokenize(reading.tokenizer, [text])[0])
+    num_virtual = member.prompt.num_virtual_tokens
+    if num_tokens > num_virtual:
+        yield (
+            f"prompt.init_text has {num_tokens} tokens and the prompt {num_virtual} virtual tokens: the last "
+            f"{num_tokens - num_virtual} tokens are left out"
+        )
+
+
+def warn_of_length(member: Config, num_rows: int) -> Iterator[str]:
+    """Rows that are read very often, or not all of them once."""
+    size = member.train.batch_size
+    steps = member.train.max_steps
+    epochs = steps * size / num_rows
+    spent = f"train.max_steps {steps:,} is {epochs:,.1f} epochs"
+    if size > num_rows:
+        yield f"train.batch_size {size:,} is more than the {num_rows:,} training rows: each step repeats rows; {spent}"
+    elif epochs > MANY_EPOCHS:
+        yield f"{spent} of the {num_rows:,} training rows: each row is read {epochs:,.0f} times"
+    elif epochs < 1:
+        yield (
+            f"train.max_steps {steps:,} with train.batch_size {size:,} reads only {steps * size:,} of the "
+            f"{num_rows:,} training rows"
+        )
+
+
+def warn_of_templates(templates: tuple[Template, Template], rows: Rows) -> Iterator[str]:
+    """Columns that no row has, and templates that are the same text for every row."""
+    available = list(rows.columns())
+    for key, template in zip(("data.template", "data.target"), templates, strict=True):
+        for column in find_absent(template, available):
+            hint = name_nearest(column, available)
+            yield f"{key}: no row of {rows.name} has the column {column!r}" + (f"; {hint}" if hint else "")
+        for name in dict.fromkeys(BRACED.findall(template.source)):
+            if name in available:
+                yield f"{key} has {{{name}}}, which is plain text: write {{{{ {name} }}}} for the column"
+        if not template.columns:
+            what = "input" if key == "data.template" else "target"
+            yield f"{key} uses no column: every row has the same {what}"
+
+
+def warn_of_specials(templates: tuple[Template, Template], rows: Rows, encoding: Encoding) -> Iterator[str]:
+    """Special tokens that a template writes where they are put anyway; the first row is looked at."""
+    template, target = templates
+    keyed = {"data.template": template, "data.target": target}
+    _, (text,), (wanted,) = next(iter(render_batches(rows.first(1), keyed, 1)))
+    tokenizer = encoding.tokenizer
+    ids = tokenize(tokenizer, [text.replace(MARKER, "")])[0]
+    tail = tokenize(tokenizer, [wanted])[0]
+    start, end = encoding.specials
+    before, after = encoding.targets.specials
+    cases = (
+        ("data.template begins", start, ids[: len(start)]),
+        ("data.template ends", end, ids[-len(end) :] if end else []),
+        ("data.target begins", before, tail[: len(before)]),
+        ("data.target ends", after, tail[-len(after) :] if after else []),
+    )
+    for what, special, found in cases:
+        if special and special == found:
+            yield f"{what} with {tokenizer.decode(special)}, which is put there anyway: rows have it once"
+
+
+def warn_of_sameness(templates: tuple[Template, Template], examples: Examples) -> Iterator[str]:
+    """Inputs or targets that are all equal although they come from columns."""
+    template, target = templates
+    if len(examples) < 2:
+        return
+    if template.columns and are_equal(examples, examples.lengths - examples.num_targets, examples.input_ids):
+        yield f"all {len(examples):,} training rows have the same input"
+    numbers = examples.numbers
+    if numbers is not None:
+        is_same = bool((numbers == numbers[0]).all())
+    else:
+        is_same = are_equal(examples, examples.num_targets, examples.target_ids)
+    if target.columns and is_same:
+        yield f"all {len(examples):,} training rows have the same target: there is nothing to learn but that one"
+
+
+def are_equal(examples: Examples, counts: np.ndarray, part: Callable[[int], np.ndarray]) -> bool:
+    """Whether a part, of `counts` tokens, is the same in all examples; ends at the first that differs."""
+    if not (counts == counts[0]).all():
+        return False
+    first = part(0)
+    return all(np.array_equal(part(index), first) for index in range(1, len(examples)))
+
+
+def warn_of_validation(split: Split, evaluator: Evaluator) -> Iterator[str]:
+    """Validation rows that are training rows too, or more of them than of training rows."""
+    held_out = evaluator.split.examples
+    num_same = count_same(split.examples, held_out)
+    if num_same:
+        share = f"{num_same:,} of the {len(held_out):,} validation rows"
+        yield f"{share} are training rows too: the metrics are not those of unseen rows"
+    if len(held_out) > len(split.examples):
+        yield f"there are more validation rows ({len(held_out):,}) than training rows ({len(split.examples):,})"
+
+
+def count_same(train: Examples, held_out: Examples) -> int:
+    """How many validation rows have the input and the target of a training row."""
+    wanted: dict[bytes, int] = {}
+    for index in range(len(held_out)):
+        key = row_key(held_out, index)
+        wanted[key] = wanted.get(key, 0) + 1
+    sketches = np.unique(sketch(held_out, 0, len(held_out)))
+    num_same = 0
+    for first in range(0, len(train), CHUNK_ROWS):
+        end = min(len(train), first + CHUNK_ROWS)
+        for index in (first + np.flatnonzero(np.isin(sketch(train, first, end), sketches))).tolist():
+            num_same += wanted.pop(row_key(train, index), 0)
+        if not wanted:
+            break
+    return num_same
+
+
+def row_key(examples: Examples, index: int) -> bytes:
+    """An example's tokens and target; equal for equal rows."""
+    number = examples.number(index)
+    ids = examples.ids[examples.offsets[index] : examples.offsets[index + 1]]
+    return ids.tobytes() + f"{examples.num_targets[index]} {number}".encode()
+
+
+def sketch(examples: Examples, first: int, end: int) -> np.ndarray:
+    """A number for each example of a range, the same for equal ones: of its length and of some tokens."""
+    lengths = examples.lengths[first:end].astype(np.int64)
+    starts = examples.offsets[first:end]
+    mixed = lengths.copy()
+    for part in (1, 2, 3, 4, 5, 6, 7):
+        mixed = mixed * 1_000_003 + examples.ids[starts + (lengths - 1) * part // 8]
+    return mixed
+
+
+def warn_of_answers(reading: Reading, member: Config, evaluator: Evaluator) -> Iterator[str]:
+    """Targets that an answer may not be long enough for."""
+    most = member.evaluate.max_new_tokens
+    if most is None or not any(metric.needs == "answers" for metric in evaluator.metrics):
+        return
+    examples = evaluator.split.examples
+    num_longer = int((examples.num_targets > most).sum())
+    longest = longest_wanted(member, evaluator.split, evaluator.references, reading)
+    if num_longer and longest is not None:
+        yield (
+            f"evaluate.max_new_tokens {most} is less than the targets of {num_longer:,} of the {len(examples):,} "
+            f"validation rows have, up to {longest}: their answers are cut; leave it out to follow the targets"
+        )

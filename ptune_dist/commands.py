@@ -88,14 +88,21 @@ def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) ->
     together(world, lambda: check_output(request, config.data))
     reading = together(world, lambda: build_reading(config))
     rows = together(world, lambda: read_input_rows(config.data, config.prompt.placement, request.text, request.file))
-    answer = answer_with_labels if request.chooses_label else answer_with_texts
-    prepare = build_run_choices if request.chooses_label else build_run_inputs
-    inputs = together(world, lambda: prepare(reading, rows))
+    candidates = None
+    inputs: list[TokenPair] = []
+    if request.chooses_label:
+        candidates = together(world, lambda: build_run_choices(reading, rows))
+    else:
+        inputs = together(world, lambda: build_run_inputs(reading, rows))
     stream = together(world, lambda: open_output(request.output, world))
     job = build_trained_job(reading, run_dir, world)
     decoding = together(world, lambda: build_decoding(job, run_dir, request))
+    if candidates is None:
+        found_answers = answer_with_texts(job, inputs, decoding)
+    else:
+        found_answers = answer_with_labels(job, candidates, decoding)
     with fault_on_failed_write(request.output) if request.output else contextlib.nullcontext(), stream as out:
-        for first, answers in answer(job, inputs, decoding):
+        for first, answers in found_answers:
             if out:
                 for number, found in enumerate(answers, first):
                     (row,) = rows.read(number, number + 1)

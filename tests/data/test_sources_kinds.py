@@ -135,7 +135,7 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 JSON_ROWS = st.lists(st.dictionaries(TEXTS, VALUES, min_size=1, max_size=4), min_size=1, max_size=5)
-# Python's writer leaves a carriage return without quotes where lines end with \n; then none can tell it from a line end.
+# Python's writer leaves a carriage return without quotes where lines end with \n: nothing tells it from a line end.
 FIELDS = TEXTS.map(lambda text: text.replace("\0", "").replace("\r", "\r\n"))
 QUICK = settings(
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None

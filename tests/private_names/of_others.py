@@ -111,7 +111,6 @@ TABLE: Table = {
     "data/sources.py": [
         attribute("datasets.config:HF_HUB_OFFLINE", "turn to the cache at once without a network"),
         attribute("datasets.exceptions:DatasetsError", "turn its complaints into one line"),
-        parameter("datasets:Dataset", "fingerprint", "tell a changed file from the one before"),
         attribute("datasets:are_progress_bars_disabled", "silence progress bars"),
     ],
     "common/hub.py": [

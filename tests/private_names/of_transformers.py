@@ -114,6 +114,7 @@ TABLE: Table = {
         ),
     ],
     "families/seq2seq.py": [
+        attribute("transformers.modeling_outputs:BaseModelOutput", "give a decoder what its encoder left"),
         attribute(f"{AUTO}:MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
         attribute(f"{MODEL}.get_encoder", "read the contexts of a seq2seq base"),
         attribute(f"{MODEL}.get_decoder", "embed what a decoder reads"),
@@ -130,6 +131,7 @@ TABLE: Table = {
         ),
     ],
     "families/seq2seq_decoder.py": [
+        attribute("transformers.modeling_outputs:BaseModelOutput", "give a decoder what its encoder left"),
         attribute("transformers.cache_utils:DynamicLayer", "drop the padding of rows that have left"),
         attribute("transformers:EncoderDecoderCache.batch_select_indices", "let rows leave a batch"),
         instance(

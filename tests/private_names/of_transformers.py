@@ -54,6 +54,7 @@ TABLE: Table = {
         parameter("transformers:PreTrainedConfig.get_text_config", "decoder", "know the size of the vocabulary"),
     ],
     "model/from_head.py": [
+        attribute("transformers.modeling_outputs:BaseModelOutput", "give a decoder what its encoder left"),
         attribute(f"{MODEL}.base_model_prefix", "find the module below the head"),
         source(f"{MODELS}.opt.modeling_opt:OPTForCausalLM", "self.model.decoder(", "be OPT's decoder", "decoder"),
         source(

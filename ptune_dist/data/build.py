@@ -130,7 +130,7 @@ def build_label_candidates(
             raise UserError(describe_unlisted(split.rows.where(i), column, value, labels))
         right.append(labels.index(str(value)))
     typed = {str(value): value for value in values}  # a template may count on a column's numbers
-    choices = [typed.get(label, label) for label in labels]
+    choices: list[object] = [typed.get(label, label) for label in labels]
     return encode_candidates(data, split.rows, encoding, choices, most_tokens), right
 
 

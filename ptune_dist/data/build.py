@@ -191,6 +191,10 @@ def encode_candidates(
 
     numbers = list(range(len(choices)))
     label_ids = [encode(number, rows.first(1)).target_ids(0).tolist() for number in numbers]
+    for number in numbers:
+        first = label_ids.index(label_ids[number])
+        if first != number:
+            raise UserError(f"data.labels: {choices[first]!r} and {choices[number]!r} have the same target")
     if column in template.columns:  # the input differs from label to label
         kinds = [[number] for number in numbers]
     else:  # a long label may leave less of the input

@@ -1,9 +1,10 @@
 """What `evaluate`, `generate` and `export` do with a run's trained prompt."""
 
 import contextlib
+import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,6 +37,9 @@ from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.run.stored_prompt import build_trained_job, check_base
 
 CHUNK_ROWS = 256  # rows of one rank that are answered before they are written
+
+Answers = tuple[int, list[dict[str, Any]]]  # the number of a row, and what is added to it and to those that follow
+Answer = Callable[[Job, Decoding], Iterator[Answers]]
 
 
 def evaluate_run(config: Config, run_dir: Path) -> None:
@@ -88,31 +92,31 @@ def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) ->
     together(world, lambda: check_output(request, config.data))
     reading = together(world, lambda: build_reading(config))
     rows = together(world, lambda: read_input_rows(config.data, config.prompt.placement, request.text, request.file))
-    candidates = None
-    inputs: list[TokenPair] = []
-    if request.chooses_label:
-        candidates = together(world, lambda: build_run_choices(reading, rows))
-    else:
-        inputs = together(world, lambda: build_run_inputs(reading, rows))
+    prepare = prepare_labels if request.chooses_label else prepare_texts
+    answer = together(world, lambda: prepare(reading, rows))
     stream = together(world, lambda: open_output(request.output, world))
     job = build_trained_job(reading, run_dir, world)
     decoding = together(world, lambda: build_decoding(job, run_dir, request))
-    if candidates is None:
-        found_answers = answer_with_texts(job, inputs, decoding)
-    else:
-        found_answers = answer_with_labels(job, candidates, decoding)
     with fault_on_failed_write(request.output) if request.output else contextlib.nullcontext(), stream as out:
-        for first, answers in found_answers:
+        for first, answers in answer(job, decoding):
             if out:
                 for number, found in enumerate(answers, first):
                     (row,) = rows.read(number, number + 1)
                     print(dump_json(row | found, ensure_ascii=False, default=str), file=out, flush=True)
 
 
-def answer_with_texts(
-    job: Job, inputs: list[TokenPair], decoding: Decoding
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Yield (number of the first row, what is added to each row) for some rows at a time. Collective."""
+def prepare_texts(reading: Reading, rows: Rows) -> Answer:
+    """Raises UserError."""
+    return functools.partial(answer_with_texts, build_run_inputs(reading, rows))
+
+
+def prepare_labels(reading: Reading, rows: Rows) -> Answer:
+    """Raises UserError."""
+    return functools.partial(answer_with_labels, build_run_choices(reading, rows))
+
+
+def answer_with_texts(inputs: list[TokenPair], job: Job, decoding: Decoding) -> Iterator[Answers]:
+    """Yield generated answers, for some rows at a time. Collective."""
     chunk = CHUNK_ROWS * job.engine.world.size
     for first in range(0, len(inputs), chunk):
         some = inputs[first : first + chunk]
@@ -120,9 +124,7 @@ def answer_with_texts(
         yield first, [{"generated": answers[i]} for i in sorted(answers)]
 
 
-def answer_with_labels(
-    job: Job, candidates: Candidates, decoding: Decoding
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+def answer_with_labels(candidates: Candidates, job: Job, decoding: Decoding) -> Iterator[Answers]:
     """As `answer_with_texts`: the likeliest label, and the probability of each among the labels. Collective."""
     labels = job.config.data.labels or []
     scorer = Scorer(job.engine, [0], decoding.micro_batch_tokens, pad_id(job.tokenizer))

@@ -25,6 +25,13 @@ def refuse_text_but_auto(value: Any) -> Any:
     return value
 
 
+def refuse_twice(labels: list[str]) -> list[str]:
+    for number, label in enumerate(labels):
+        if label in labels[:number]:
+            raise ValueError(f"{label!r} is listed twice")
+    return labels
+
+
 def check_metric(name: str) -> str:
     if name not in METRICS:
         raise ValueError(f"unknown metric, use one of {', '.join(METRICS)}")
@@ -203,7 +210,7 @@ class DataConfig(Section):
     generated answers: the best one counts. `answers.text` is what `text` holds inside column `answers`. The target
     where left out."""
 
-    labels: list[Label] | None = None
+    labels: Annotated[list[Label], AfterValidator(refuse_twice)] | None = None
     """The values that the target's one column can take: for accuracy by likelihood, for `init: labels`, and as the
     classes of an encoder base."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,7 +176,7 @@ def read_value(label: str) -> object:
 
 
 def encode_candidates(
-    data: DataConfig, rows: Rows, encoding: Encoding, choices: list[object], most_tokens: int
+    data: DataConfig, rows: Rows, encoding: Encoding, choices: Sequence[object], most_tokens: int
 ) -> Candidates:
     """Every row's input with all labels, whose values are `choices`. Raises UserError."""
     column = label_column(data)
@@ -185,15 +186,15 @@ def encode_candidates(
     def encode(number: int, some: Rows) -> Examples:
         """Rows as they would be with this label."""
         value = choices[number]
-        return encode_rows(
-            some,
-            encoding,
-            template=template.with_fixed(column, value),
-            target=target.with_fixed(column, value),
-        )
+        own = template.with_fixed(column, value)
+        return encode_rows(some, encoding, template=own, target=target.with_fixed(column, value))
 
     numbers = list(range(len(choices)))
     label_ids = [encode(number, rows.first(1)).target_ids(0).tolist() for number in numbers]
+    for number in numbers:
+        first = label_ids.index(label_ids[number])
+        if first != number:
+            raise UserError(f"data.labels: {choices[first]!r} and {choices[number]!r} have the same target")
     if column in template.columns:  # the input differs from label to label
         kinds = [[number] for number in numbers]
     else:  # a long label may leave less of the input

@@ -108,6 +108,8 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def getitem(self, obj: Any, argument: Any) -> Any:
         if isinstance(obj, Missing):
             return obj
+        if isinstance(obj, dict) and argument not in obj:  # m['items'] is a key and never a method
+            return self.undefined(obj=obj, name=argument)
         return self._known(super().getitem(obj, argument), argument)
 
     def _known(self, value: Any, name: object) -> Any:

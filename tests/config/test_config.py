@@ -274,6 +274,7 @@ def test_a_misspelt_key_that_is_needed_is_said_to_be_misspelt_and_not_only_missi
         ("model.dtype=float64", "'float64'"),
         ("seed=-1", "-1"),
         ("data.labels=positive", "'positive'"),
+        ("data.labels=[a, b, a]", "data.labels: 'a' is listed twice"),
         ("evaluate.metrics=[f3]", "'f3'"),
         ("checkpoint.keep=0", "greater than 0"),
         ("prompt.placement=suffix", "'infix', 'template', 'encoder' or 'decoder'"),

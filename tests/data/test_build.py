@@ -6,7 +6,8 @@ import re
 import pytest
 
 from ptune_dist.config.schema import DataConfig
-from ptune_dist.data.build import build_inputs, build_label_candidates, build_split, build_templates
+from ptune_dist.data.build import build_inputs, build_label_candidates, build_split, build_templates, label_values
+from ptune_dist.data.template import compile_template
 from ptune_dist.errors import UserError
 from ptune_dist.tiny.make import build_tokenizer
 from tests.data.texts import encoding_of
@@ -166,6 +167,35 @@ def test_a_long_label_leaves_a_row_less_of_its_input_and_a_template_may_show_the
                 parts = (other.context_ids(row), other.rest_ids(row), other.target_ids(row))
                 assert found[row, label] == tuple(part.tolist() for part in parts)
         assert len(candidates.examples) > 3  # the first row has several inputs
+
+
+def test_labels_whose_targets_are_the_same_are_refused(data):
+    section = data(labels=["no", "yes"], target="{{ label | length > 1 }}")
+    split = build_split(section, encoding_of(TOKENIZER), which="train")
+    with pytest.raises(UserError, match="^data.labels: 'no' and 'yes' have the same target$"):
+        build_label_candidates(section, split, encoding_of(TOKENIZER), 100)
+
+
+@pytest.mark.parametrize(
+    ("labels", "target", "values"),
+    [
+        (["0", "1"], "{{ ['no', 'yes'][label] }}", [0, 1]),
+        (["0", "1"], "{{ {'0': 'no', '1': 'yes'}[label] }}", ["0", "1"]),
+        (["True", "False"], "{{ 'yes' if label else 'no' }}", [True, False]),
+        (["0.5", "1"], "{{ label * 2 }}", [0.5, 1]),
+        (["01", "1e3"], "{{ label }}", ["01", "1e3"]),
+        (["yes", "no"], "{{ label }}", ["yes", "no"]),
+    ],
+)
+def test_labels_without_rows_are_what_the_target_tells_apart(labels, target, values):
+    compiled = compile_template(target, key="data.target")
+    found = label_values(compiled, "label", labels)
+    assert found == values and list(map(type, found)) == list(map(type, values))
+
+
+def test_labels_that_a_target_does_not_tell_apart_are_refused():
+    with pytest.raises(UserError, match="data.target does not render yes, no as texts that differ"):
+        label_values(compile_template("{{ label | length > 1 }}", key="data.target"), "label", ["yes", "no"])
 
 
 def test_labels_that_do_not_fit_in_one_pass_are_split_and_none_is_lost(data):

@@ -245,6 +245,12 @@ def test_a_messages_content_is_its_text_in_one_piece_or_in_parts(source):
     assert render("{{ m }}", m=[{"type": "PER", "text": "Bob"}]) == "[{'type': 'PER', 'text': 'Bob'}]"
 
 
+def test_a_key_in_brackets_is_never_a_method():
+    assert render("{{ m['items'] or 'none' }}{{ m['keys'] | default('!') }}", m={"a": 1}) == "none!"
+    assert render("{{ m['items'] }}", m={"items": 3}) == "3"
+    assert "has no attribute 'items'" in error_of("{{ m['items'] }}", m={"a": 1})
+
+
 def test_tojson_is_plain_json_in_the_rows_order():
     value = {"b": "<é> & 'x'", "a": [1, None, True]}
     assert render("{{ m | tojson }}", m=value) == json.dumps(value, ensure_ascii=False)

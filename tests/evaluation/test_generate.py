@@ -143,7 +143,7 @@ def test_rotations_that_are_scaled_to_the_longest_row_want_rows_of_one_length(ro
 
 
 @pytest.mark.parametrize("placement", ["infix", "template"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bloom"])
 def test_virtual_tokens_stand_where_the_placement_puts_them(kind, placement):
     model = build_model(kind, PromptTuning, placement)
     inputs = draw_inputs((3, 40, 17, 2), placement)

@@ -180,7 +180,8 @@ def test_answers_are_those_of_greedy_decoding_by_whole_forwards(runs, folder, ti
             context, rest, _ = encode(tokenizer, case, row)
             wanted = greedy(base, prompt, context, rest, tokenizer.eos_token_id)
             assert row["generated"] == tokenizer.decode(wanted, skip_special_tokens=True).strip(), name
-        assert any(row["generated"] for row in answers) or name == "bart", name
+        # bloom answers spaces, which are stripped: tests/evaluation/test_generate.py compares its tokens
+        assert any(row["generated"] for row in answers) or name in ("bart", "bloom"), name
 
 
 @pytest.mark.parametrize("kind", SEQ2SEQ)

@@ -101,7 +101,9 @@ def render_keys(section: type[BaseModel], prefix: str) -> list[list[str]]:
     """A row for each plain key: key, type, default, meaning. Raises ValueError for a key without a description."""
     rows = []
     for key, field in section.model_fields.items():
-        if section_of(field) is not None:
+        inner = section_of(field)
+        if inner is not None:
+            rows += render_keys(inner, f"{prefix}{key}.") if prefix else []  # one inside a section stands with its keys
             continue
         if not field.description:
             raise ValueError(f"{prefix}{key} has no description: write a string under it")

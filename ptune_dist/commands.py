@@ -15,9 +15,10 @@ import torch
 from ptune_dist.base.source import fingerprint_base
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config, DataConfig
-from ptune_dist.data.build import build_choices, build_inputs, build_split, build_templates
+from ptune_dist.data.build import build_choices, build_inputs, build_split, build_templates, csv_dialect
 from ptune_dist.data.candidates import Candidates
 from ptune_dist.data.encode import TokenPair
+from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.sources import Rows, load_rows
 from ptune_dist.distributed.world import World, init_distributed, together
 from ptune_dist.errors import UserError
@@ -97,8 +98,8 @@ def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) ->
         for first, answers in answer(job, inputs, decoding):
             if out:
                 for number, found in enumerate(answers, first):
-                    row = rows.dataset[number] | found
-                    print(json.dumps(row, ensure_ascii=False, default=str), file=out, flush=True)
+                    (row,) = rows.read(number, number + 1)
+                    print(dump_json(row | found, ensure_ascii=False, default=str), file=out, flush=True)
 
 
 def answer_with_texts(
@@ -180,7 +181,7 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
     Where the training data is plain text, rows are texts to continue. A column that rows may lack is left out.
     """
     if file:
-        return load_rows(file, key="--input-file", default_split="test")
+        return load_rows(file, key="--input-file", default_split="test", csv=csv_dialect(data))
     columns = ["text"]  # of plain text
     if data.template is not None:
         template, _ = build_templates(data, placement)

@@ -136,6 +136,49 @@ class PromptConfig(Section):
         return self
 
 
+class CsvConfig(Section):
+    """How .csv and .tsv files are written, where it is not as usual for their extension."""
+
+    delimiter: str | None = None
+    """The character between fields: `,` in .csv and a tab in .tsv where left out."""
+
+    quoting: Literal["minimal", "all", "none"] | None = None
+    """`minimal`, `all`: a field may stand in quotes, which are removed. `none`: quotes are plain characters. Where left
+    out, `minimal` in .csv and `none` in .tsv, and quotes that look otherwise are an error."""
+
+    quotechar: str = '"'
+    """The quote."""
+
+    escapechar: str | None = None
+    """A character that makes the next one plain, such as a backslash."""
+
+    doublequote: bool = True
+    """Whether two quotes inside a quoted field are one."""
+
+    encoding: str | None = None
+    """The encoding, such as `latin-1`, `cp1252` or `utf-16`: UTF-8 where left out."""
+
+    header: bool | list[str] | None = None
+    """The columns' names, where the first line is a row already. `true`: the first line is the header even if it looks
+    like a row."""
+
+    @model_validator(mode="after")
+    def check_characters(self) -> "CsvConfig":
+        for name in ("delimiter", "quotechar", "escapechar"):
+            value = getattr(self, name)
+            if value is not None and (len(value) != 1 or value in "\r\n"):
+                raise ValueError(f"data.csv.{name}: one character is needed, not {value!r}")
+        if self.delimiter == self.quotechar and self.quoting != "none":
+            raise ValueError(f"data.csv.delimiter and data.csv.quotechar are both {self.delimiter!r}")
+        if self.header is False or self.header == []:
+            raise ValueError("data.csv.header: name the columns in a list, or leave it out")
+        try:
+            b"".decode(self.encoding or "utf-8")
+        except LookupError:
+            raise ValueError(f"data.csv.encoding: Python knows no text encoding {self.encoding!r}") from None
+        return self
+
+
 class DataConfig(Section):
     """The examples, and how a row becomes an input and a target."""
 
@@ -145,6 +188,9 @@ class DataConfig(Section):
 
     validation: str | None = None
     """The validation rows, in the same forms."""
+
+    csv: CsvConfig = CsvConfig()
+    """How .csv and .tsv files are written."""
 
     template: str | None = None
     """The input: jinja2 over the columns of a row. Needed unless the data is a .txt file."""

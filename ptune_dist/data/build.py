@@ -8,6 +8,7 @@ import numpy as np
 
 from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.candidates import CandidateInput, Candidates, build_candidates
+from ptune_dist.data.delimited import CsvDialect
 from ptune_dist.data.encode import Encoding, Examples, TokenPair, encode_inputs, encode_rows, encode_text_blocks
 from ptune_dist.data.label_names import describe_unlisted
 from ptune_dist.data.sources import Rows, load_rows
@@ -48,9 +49,9 @@ def build_split(data: DataConfig, encoding: Encoding, *, which: str, max_example
     source = getattr(data, which)
     if source is None:
         return None
-    rows = load_rows(source, key=f"data.{which}", default_split=which)
+    rows = load_rows(source, key=f"data.{which}", default_split=which, csv=csv_dialect(data))
     if max_examples and len(rows) > max_examples:
-        rows = first_rows(rows, max_examples)
+        rows = rows.first(max_examples)
     if rows.kind != "text":
         return Split(rows, encode_with_templates(data, rows, encoding))
     if not encoding.framing.reads_plain_text:
@@ -121,14 +122,14 @@ def build_label_candidates(
     """
     column = label_column(data)
     labels = data.labels or []
-    values = split.rows.dataset[column]
+    values = [row.get(column) for row in split.rows.read(0, len(split.rows))]
     right = []
     for i, value in enumerate(values):
         if str(value) not in labels:
             raise UserError(describe_unlisted(split.rows.where(i), column, value, labels))
         right.append(labels.index(str(value)))
     typed = {str(value): value for value in values}  # a template may count on a column's numbers
-    choices = [typed.get(label, label) for label in labels]
+    choices: list[object] = [typed.get(label, label) for label in labels]
     return encode_candidates(data, split.rows, encoding, choices, most_tokens), right
 
 
@@ -188,7 +189,7 @@ def encode_candidates(
         return encode_rows(some, encoding, **fixed)
 
     numbers = list(range(len(choices)))
-    label_ids = [encode(number, first_rows(rows, 1)).target_ids(0).tolist() for number in numbers]
+    label_ids = [encode(number, rows.first(1)).target_ids(0).tolist() for number in numbers]
     if column in template.columns:  # the input differs from label to label
         kinds = [[number] for number in numbers]
     else:  # a long label may leave less of the input
@@ -202,9 +203,8 @@ def encode_candidates(
     return build_candidates(inputs, label_ids, longest, most_tokens)
 
 
-def first_rows(rows: Rows, count: int) -> Rows:
-    """The first `count` rows of a source."""
-    return dataclasses.replace(rows, dataset=rows.dataset.select(range(min(count, len(rows)))))
+def csv_dialect(data: DataConfig) -> CsvDialect:
+    return CsvDialect(**data.csv.model_dump())
 
 
 def distinct_inputs(row: int, kinds: list[list[int]], encoded: list[Examples]) -> list[CandidateInput]:

@@ -318,9 +318,9 @@ def _join_lines(rows: Rows) -> Iterator[str]:
     lines = []
     size = 0
     for first in range(0, len(rows), BATCH_ROWS):
-        for line in rows.dataset[first : first + BATCH_ROWS]["text"]:
-            lines.append(line)
-            size += len(line)
+        for row in rows.read(first, first + BATCH_ROWS):
+            lines.append(row["text"])
+            size += len(row["text"])
             if size >= CHUNK_CHARACTERS:
                 yield "".join(lines)
                 lines = []

@@ -1,199 +1,186 @@
-"""Read .jsonl, .json, .csv, .tsv and .txt files row by row, each row with its line number.
+"""Read .jsonl, .json, .csv, .tsv and .txt files: one pass finds where each row begins, rows are parsed when asked for.
 
 The loaders of `datasets` are not used for these, because they alter the data: ISO dates become timestamps, a CSV row
-with one field too many is shifted by one column, a column that first appears after 10 MB is an error, and no error
-names a line. Here values are unchanged, and every error names the file and the line.
+with one field too many is shifted by one column, a whole number in a column of fractions becomes a fraction, and no
+error names a line. Here values are unchanged, and every error names the file and the line.
 """
 
-import csv
-import json
-import re
-import sys
-from collections.abc import Iterator
+import functools
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
+import numpy as np
+
+from ptune_dist.data.content import Content
+from ptune_dist.data.delimited import CsvDialect, DelimitedIndex, decode_line, parse_fields
+from ptune_dist.data.json_values import DECODER, has_half_surrogate, name_kind
+from ptune_dist.data.json_whole import find_rows, not_json
 from ptune_dist.errors import UserError
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 
-_BLANKS = re.compile(r"[ \t\r\n]*")
 
+@dataclass(frozen=True)
+class TextTable:
+    """The rows of a text file, of which only the offsets are in memory: 8 bytes a row.
 
-def read_records(path: Path, name: str) -> Iterator[tuple[int, dict]]:
-    """Yield (line number from 1, row) for a file with one of TEXT_SUFFIXES; errors refer to the file as `name`.
-
-    A UTF-8 byte order mark is skipped. Blank lines are counted but are not rows, except in .txt files.
+    offsets: (rows + 1,) int64, where each row begins in `content`, and the end of the last. names: of all columns that
+    occur, in order of appearance. parse: from text that begins with a row to the row. It can be pickled.
     """
-    readers = {".jsonl": _read_json_lines, ".json": _read_json, ".txt": _read_text}
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".csv", ".tsv"):
-            yield from _read_delimited(path, name, "," if suffix == ".csv" else "\t")
-        else:
-            yield from readers[suffix](path, name)
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{name} line {_first_undecodable_line(path)}: these bytes are not UTF-8 text; save the file as UTF-8"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
 
+    content: Content
+    offsets: np.ndarray
+    names: list[str]
+    parse: Callable[[str], dict[str, Any]]
 
-def _open(path: Path, newline: str | None = None) -> TextIO:
-    return open(path, encoding="utf-8-sig", newline=newline)
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
-
-def _first_undecodable_line(path: Path) -> int:
-    number = 1
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return number
-
-
-def _read_text(path: Path, name: str) -> Iterator[tuple[int, dict]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            yield number, {"text": line}
-
-
-def _read_json(path: Path, name: str) -> Iterator[tuple[int, dict]]:
-    with _open(path) as file:
-        head = file.read(1)
-        while head.isspace():
-            head = file.read(1)
-    if head == "[":
-        yield from _read_json_array(path, name)
-    else:
-        yield from _read_json_lines(path, name)
-
-
-def _read_json_lines(path: Path, name: str) -> Iterator[tuple[int, dict]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise _not_json(name, number, line, error) from None
-            yield number, _check_object(row, name, number)
-
-
-def _read_json_array(path: Path, name: str) -> Iterator[tuple[int, dict]]:
-    """Rows of a JSON array, decoded one at a time so that each has its line number."""
-    with _open(path) as file:
-        text = file.read()
-    decoder = json.JSONDecoder()
-    position = _skip_blanks(text, text.index("[") + 1)
-    line = 1
-    counted = 0  # `line` counts the line breaks before this position
-    is_closed = text.startswith("]", position)
-    while not is_closed:
-        line += text.count("\n", counted, position)
-        counted = position
+    def read(self, first: int, last: int) -> list[dict[str, Any]]:
+        """Rows `first` up to `last`. Raises UserError if the file has changed."""
+        bounds = self.offsets[first : last + 1].tolist()
+        data = self.content.read(bounds[0], bounds[-1])
         try:
-            row, end = decoder.raw_decode(text, position)
+            return [
+                self.parse(data[begin - bounds[0] : end - bounds[0]].decode("utf-8"))
+                for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+            ]
+        except (ValueError, StopIteration, RuntimeError):
+            raise UserError(f"{self.content.name}: the file has changed since it was loaded") from None
+
+    def first(self, count: int) -> "TextTable":
+        return replace(self, offsets=self.offsets[: count + 1])
+
+    def line_of(self, index: int) -> int | None:
+        """The line on which a row begins; slow, because it counts line breaks. None if the file has become shorter."""
+        return self.content.line_at(int(self.offsets[index]))
+
+
+def open_table(path: Path, name: str, dialect: CsvDialect | None = None) -> TextTable:
+    """Index a file with one of TEXT_SUFFIXES, perhaps compressed; errors refer to the file as `name`.
+
+    A UTF-8 byte order mark is skipped. Blank lines are counted but are not rows, except in .txt files. Raises UserError
+    for a file that cannot be read or a row that is damaged, with its line.
+    """
+    dialect = dialect or CsvDialect()
+    is_delimited = Content(path, name).suffix in (".csv", ".tsv")
+    content = Content(path, name, dialect.encoding if is_delimited else None)
+    if is_delimited:
+        index = DelimitedIndex(content, dialect)
+        offsets = array("q", index.offsets())
+        parse = functools.partial(parse_fields, header=index.header, options=index.options)
+        return _table(content, offsets, index.header, parse)
+    if content.suffix == ".txt":
+        return _table(content, array("q", _index_text(content)), ["text"], parse_text)
+    names: dict[str, None] = {}
+    starts = _index_json(content, names) if content.suffix == ".json" else _index_json_lines(content, names)
+    offsets = array("q", starts)
+    return _table(content, offsets, list(names), parse_object)
+
+
+def _table(content: Content, offsets: array, names: list[str], parse: Callable[[str], dict[str, Any]]) -> TextTable:
+    offsets.append(content.size())
+    return TextTable(content, np.frombuffer(offsets, np.int64), names, parse)
+
+
+def parse_text(text: str) -> dict[str, Any]:
+    """A line of plain text, with its line break as \\n."""
+    return {"text": text[:-2] + "\n" if text.endswith("\r\n") else text}
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """The JSON object that this text begins with."""
+    row, _ = DECODER.raw_decode(text.lstrip())
+    return row
+
+
+def _index_text(content: Content) -> Iterator[int]:
+    has_text = False
+    for number, (offset, line) in enumerate(content.lines(), 1):
+        text = decode_line(line, content, number)
+        has_text = has_text or bool(text.strip())
+        if "\r" in text and not text.endswith("\n") and text.count("\r") > 1 and number == 1:
+            raise UserError(
+                f"{content.name}: lines end with a carriage return alone; save the file with Unix line ends"
+            )
+        yield offset
+    if not has_text:
+        raise UserError(f"{content.name} has no text")
+
+
+def _index_json(content: Content, names: dict[str, None]) -> Iterator[int]:
+    """The rows of a .json file: an array, an object that holds one, or one object on each line."""
+    head = b""
+    for number, (_, line) in enumerate(content.lines(), 1):
+        head = decode_line(line, content, number).strip().encode()
+        if head:
+            break
+    if head.startswith(b"[") or (head.startswith(b"{") and not _are_lines(head, content)):
+        yield from _index_array(content, names)
+    else:
+        yield from _index_json_lines(content, names)
+
+
+def _are_lines(head: bytes, content: Content) -> bool:
+    """Whether a file that begins with `{` has one object on each line, and not one object that holds the rows."""
+    try:
+        row = DECODER.decode(head.decode())
+    except (ValueError, RecursionError):
+        more = (line.strip() for _, line in content.lines() if line.strip())
+        return sum(1 for line, _ in zip(more, range(2), strict=False) if line.startswith(b"{")) == 2
+    lists = [value for value in row.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    is_alone = sum(1 for _, line in content.lines() if line.strip()) == 1
+    return not (is_alone and len(lists) == 1 and (len(row) == 1 or lists[0] is row.get("data")))
+
+
+def _index_array(content: Content, names: dict[str, None]) -> Iterator[int]:
+    """Offsets of rows that are found in the whole text, which is in memory meanwhile."""
+    lines = enumerate(content.lines(), 1)
+    text = "".join(decode_line(line, content, number) for number, (_, line) in lines)
+    offset = content.start()
+    counted = 0
+    line = 1
+    for position, row in find_rows(text, content.name):
+        passed = text[counted:position]
+        line += passed.count("\n")
+        offset += len(passed.encode())
+        counted = position
+        _check_object(row, content.name, line, text, names)
+        yield offset
+
+
+def _index_json_lines(content: Content, names: dict[str, None]) -> Iterator[int]:
+    for number, (offset, line) in enumerate(content.lines(), 1):
+        if not line.strip():
+            continue
+        text = decode_line(line, content, number).strip()
+        try:
+            row = DECODER.decode(text)
         except (ValueError, RecursionError) as error:
-            bad_line = getattr(error, "lineno", line)
-            bad_text = text[getattr(error, "pos", position) :]
-            raise _not_json(name, bad_line, bad_text, error) from None
-        yield line, _check_object(row, name, line)
-        position = _skip_blanks(text, end)
-        is_closed = text.startswith("]", position)
-        if not is_closed:
-            if not text.startswith(",", position):
-                raise _misplaced(name, text, position, "where ',' or ']' should follow a row")
-            position = _skip_blanks(text, position + 1)
-    position = _skip_blanks(text, position + 1)
-    if position < len(text):
-        raise _misplaced(name, text, position, "after the end of the array")
+            raise not_json(content.name, number, text, error) from None
+        _check_object(row, content.name, number, text, names)
+        yield offset
 
 
-def _misplaced(name: str, text: str, position: int, place: str) -> UserError:
-    line = 1 + text.count("\n", 0, position)
-    return UserError(f"{name} line {line}: not JSON: found {_excerpt(text[position:])} {place}")
-
-
-def _skip_blanks(text: str, position: int) -> int:
-    blanks = _BLANKS.match(text, position)
-    assert blanks is not None  # the pattern matches the empty string too
-    return blanks.end()
-
-
-def _excerpt(text: str) -> str:
-    if not text.strip():
-        return "the end of the file"
-    line = text.strip().split("\n", 1)[0]
-    return repr(line if len(line) <= 40 else line[:37] + "...")
-
-
-def _not_json(name: str, line: int, text: str, error: Exception) -> UserError:
-    reason = getattr(error, "msg", None) or "it is nested too deeply"
-    shape = "one object on each line" if Path(name).suffix.lower() == ".jsonl" else "an array of objects"
-    return UserError(f"{name} line {line}: not JSON ({reason}), found {_excerpt(text)}; the file must contain {shape}")
-
-
-def _check_object(row: object, name: str, line: int) -> dict:
+def _check_object(row: object, name: str, line: int, text: str, names: dict[str, None]) -> None:
+    """Add a row's columns to `names`. Raises UserError for what is not a row."""
     if isinstance(row, dict) and row:
-        return row
-    if isinstance(row, list) and Path(name).suffix.lower() == ".jsonl":
+        for column in row:
+            if column not in names:
+                names[column] = None
+        if has_half_surrogate(row, text):
+            column = next(column for column, value in row.items() if has_half_surrogate({column: value}, text))
+            raise UserError(
+                f"{name} line {line}: column {column!r} contains half of a surrogate pair, which is not a character; "
+                "write the character itself"
+            )
+        return
+    if isinstance(row, list) and ".jsonl" in name.lower():
         raise UserError(
             f"{name} line {line}: a row must be a JSON object, not a list; an array of rows is a .json file"
         )
     found = "an empty one" if row == {} else name_kind(row)
     raise UserError(f'{name} line {line}: a row must be a JSON object such as {{"text": "..."}}, not {found}')
-
-
-def name_kind(value: object) -> str:
-    """The type of a JSON value in words; integers and floats are one type."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, (int, float)):
-        return "a number"
-    if isinstance(value, str):
-        return "text"
-    return "a list" if isinstance(value, list) else "an object"
-
-
-def _read_delimited(path: Path, name: str, delimiter: str) -> Iterator[tuple[int, dict]]:
-    """Rows of text fields, keyed by the header's names; a row's line is the one on which it begins."""
-    csv.field_size_limit(sys.maxsize)  # the standard library's default is 128 KB per field
-    with _open(path, newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header = None
-        while True:
-            line = reader.line_num + 1
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                hint = "" if "NUL" in str(error) else "; write a quote inside a quoted field twice"
-                raise UserError(f"{name} line {line}: {error}{hint}") from None
-            if not fields:
-                continue
-            if header is None:
-                header = _check_header(fields, name, line)
-            elif len(fields) != len(header):
-                raise UserError(
-                    f"{name} line {line}: {len(fields)} fields where the header has {len(header)}; "
-                    "put a field that contains the separator in double quotes"
-                )
-            else:
-                yield line, dict(zip(header, fields, strict=True))
-
-
-def _check_header(fields: list[str], name: str, line: int) -> list[str]:
-    for index, field in enumerate(fields):
-        if not field.strip():
-            raise UserError(f"{name} line {line}: column {index + 1} has no name in the header; name it")
-        if field in fields[:index]:
-            raise UserError(f"{name} line {line}: the header names column {field!r} twice; rename one")
-    return fields

@@ -1,20 +1,21 @@
-"""Load a data source (`data.train: ...`) as Rows: a `datasets.Dataset` that can name the line of each row.
+"""Load a data source (`data.train: ...`) as Rows, which are read by number and can name the line of each row.
 
-Text files are read into memory by readers.py: they are not cached, so they cannot be stale, and ranks need no locks.
+Text files are indexed and read by readers.py: they are not cached, so they cannot be stale, and ranks need no locks.
 Parquet files, saved folders and hub datasets are loaded by `datasets`, with its cache and its locks.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import glob
 import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import datasets
 import datasets.config
@@ -23,11 +24,15 @@ import pyarrow
 import pyarrow.parquet
 
 from ptune_dist.common.hub import hub_answers
-from ptune_dist.data.readers import TEXT_SUFFIXES, name_kind, read_records
+from ptune_dist.data.content import COMPRESSED_SUFFIXES, text_suffix
+from ptune_dist.data.delimited import CsvDialect
+from ptune_dist.data.readers import TEXT_SUFFIXES, TextTable, open_table
 from ptune_dist.errors import UserError
 
-CHUNK_ROWS = 10_000
-_FORMATS = "use " + ", ".join((*TEXT_SUFFIXES, ".parquet")) + ", a folder saved by datasets, or a hub dataset name"
+_FORMATS = (
+    f"use {', '.join(TEXT_SUFFIXES)} (or one with {', '.join(COMPRESSED_SUFFIXES)} after it), .parquet, "
+    "a folder saved by datasets, or a hub dataset name"
+)
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<config>[^:@]+))?(:(?P<split>[^:@]+))?")
 
 
@@ -36,34 +41,50 @@ class Rows:
     """The rows of one source.
 
     name: the source as the user wrote it. kind: "text" for a .txt file, whose rows are its lines, with line breaks, in
-    a column `text`; otherwise "rows". path: the file, if it is a text file whose lines can be counted.
+    a column `text`; otherwise "rows". Rows can be pickled and read in other processes.
     """
 
     name: str
-    dataset: datasets.Dataset
+    source: TextTable | datasets.Dataset
     kind: str
-    path: Path | None = None
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.source)
 
     def columns(self) -> list[str]:
-        return self.dataset.column_names
+        """The names that occur in any row, in order of appearance."""
+        return list(self.source.names if isinstance(self.source, TextTable) else self.source.column_names)
+
+    def read(self, first: int, last: int) -> list[dict[str, Any]]:
+        """Rows `first` up to `last` (from 0): each with its own keys in its own order, and the values of the file."""
+        last = min(last, len(self))
+        if first >= last:
+            return []
+        if isinstance(self.source, TextTable):
+            return self.source.read(first, last)
+        columns = self.source[first:last]
+        return [{name: values[i] for name, values in columns.items()} for i in range(last - first)]
+
+    def first(self, count: int) -> "Rows":
+        """The first `count` rows, or all."""
+        if count >= len(self):
+            return self
+        if isinstance(self.source, TextTable):
+            return dataclasses.replace(self, source=self.source.first(count))
+        return dataclasses.replace(self, source=self.source.select(range(count)))
 
     def where(self, index: int) -> str:
         """The place of row `index` (from 0) for error messages; slow, because it reads the file to count lines."""
-        if self.path is not None:
-            with contextlib.suppress(UserError):  # the file has changed since it was loaded
-                for line, _ in islice(read_records(self.path, self.name), index, index + 1):
-                    return f"{self.name} line {line}"
-        return f"{self.name} row {index + 1} (the first is row 1)"
+        line = self.source.line_of(index) if isinstance(self.source, TextTable) else None
+        return f"{self.name} row {index + 1} (the first is row 1)" if line is None else f"{self.name} line {line}"
 
 
-def load_rows(source: str, *, key: str, default_split: str) -> Rows:
+def load_rows(source: str, *, key: str, default_split: str, csv: CsvDialect | None = None) -> Rows:
     """Load a file, a folder saved by `datasets`, or a hub dataset; `key` is the config key that names it.
 
-    FOLDER:SPLIT and NAME@CONFIG:SPLIT select a split; the default is `default_split`. Not collective. Raises UserError
-    for anything wrong with the source, with the line number if it is a text file.
+    `csv` is how .csv and .tsv files are written. FOLDER:SPLIT and NAME@CONFIG:SPLIT select a split; the default is
+    `default_split`. Not collective. Raises UserError for anything wrong with the source, with the line number if it is
+    a text file.
     """
     path = Path(source).expanduser()
     folder, _, folder_split = source.rpartition(":")
@@ -72,7 +93,7 @@ def load_rows(source: str, *, key: str, default_split: str) -> Rows:
     elif folder and Path(folder).expanduser().is_dir():
         rows = Rows(source, _load_saved(Path(folder).expanduser(), folder, folder_split, key), "rows")
     elif path.is_file():
-        rows = _load_file(path, source, key)
+        rows = _load_file(path, source, key, csv)
     elif _looks_like_path(source):
         raise UserError(_describe_missing(path, source, key))
     else:
@@ -82,17 +103,14 @@ def load_rows(source: str, *, key: str, default_split: str) -> Rows:
     return rows
 
 
-def _load_file(path: Path, name: str, key: str) -> Rows:
+def _load_file(path: Path, name: str, key: str, csv: CsvDialect | None) -> Rows:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return Rows(name, _load_parquet(path, name, key), "rows")
+    suffix = text_suffix(path)
     if suffix not in TEXT_SUFFIXES:
-        raise UserError(f"{key}: {name} has an unknown type ({suffix or 'no extension'}); {_FORMATS}")
-    table = _build_table(read_records(path, name), path, name)
-    dataset = datasets.Dataset(table, fingerprint=_stamp(path))
-    if suffix == ".txt" and len(dataset) and not any(line.strip() for line in dataset["text"]):
-        raise UserError(f"{key}: {name} has no text")
-    return Rows(name, dataset, "text" if suffix == ".txt" else "rows", path)
+        raise UserError(f"{key}: {name} has an unknown type ({path.suffix or 'no extension'}); {_FORMATS}")
+    return Rows(name, open_table(path, name, csv), "text" if suffix == ".txt" else "rows")
 
 
 def _stamp(path: Path) -> str:
@@ -100,58 +118,6 @@ def _stamp(path: Path) -> str:
     stat = path.stat()
     version = f"{path.resolve()}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
     return hashlib.sha256(version.encode()).hexdigest()[:16]
-
-
-def _build_table(records: Iterable[tuple[int, dict]], path: Path, name: str) -> pyarrow.Table:
-    """An Arrow table with the union of the rows' columns; integers in a column with floats become floats."""
-    rows = (row for _, row in records)
-    tables = []
-    try:
-        while chunk := list(islice(rows, CHUNK_ROWS)):
-            columns = dict.fromkeys(column for row in chunk for column in row)  # in order of appearance
-            tables.append(pyarrow.table({column: [row.get(column) for row in chunk] for column in columns}))
-        return pyarrow.concat_tables(tables, promote_options="permissive") if tables else pyarrow.table({})
-    except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
-        raise _explain_types(path, name, error) from None
-
-
-def _explain_types(path: Path, name: str, error: Exception) -> UserError:
-    """The error that names the first value whose type differs from that of earlier rows."""
-    first_seen: dict[str, tuple[str, int]] = {}
-    for line, row in read_records(path, name):
-        for field, value in _walk(row, ""):
-            problem = _unstorable(value)
-            if problem:
-                return UserError(f"{name} line {line}: column {field!r} contains {problem}")
-            kind = name_kind(value)
-            first_kind, first_line = first_seen.setdefault(field, (kind, line))
-            if kind != first_kind:
-                return UserError(
-                    f"{name} line {line}: column {field!r} contains {kind}, but {first_kind} in line {first_line}; "
-                    "use the same type in every row"
-                )
-    return UserError(f"{name}: the rows do not fit into one table: {_one_line(error)}")
-
-
-def _walk(value: object, field: str) -> Iterator[tuple[str, object]]:
-    """Every non-null value nested in `value`, with its path, such as "meta.tags[]"."""
-    if field and value is not None:
-        yield field, value
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from _walk(item, f"{field}.{name}" if field else name)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _walk(item, field + "[]")
-
-
-def _unstorable(value: object) -> str | None:
-    """Why Arrow cannot store a value, or None."""
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return "an integer of more than 64 bits; write it as text"
-    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        return "half of a surrogate pair, which is not a character; write the character itself"
-    return None
 
 
 def _load_parquet(path: Path, name: str, key: str) -> datasets.Dataset:

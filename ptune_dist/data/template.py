@@ -173,12 +173,8 @@ def render_batches(rows: Rows, templates: dict[str, Template], batch_rows: int) 
 
     The keys of `templates` are config keys. Raises UserError as `render_row` does.
     """
-    used = {column for template in templates.values() for column in template.row_columns}
-    dataset = rows.dataset.select_columns([column for column in rows.columns() if column in used])
     for first in range(0, len(rows), batch_rows):
-        count = min(batch_rows, len(rows) - first)
-        columns = dataset[first : first + count] if used else {}
-        batch = [{column: values[i] for column, values in columns.items()} for i in range(count)]
+        batch = rows.read(first, first + batch_rows)
         texts = [
             [
                 render_row(template, row, key=key, where=functools.partial(rows.where, index))

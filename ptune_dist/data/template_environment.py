@@ -7,7 +7,6 @@ is an error. A chat message's content that is a list of parts prints as the text
 """
 
 import functools
-import json
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, cast
 
@@ -15,6 +14,8 @@ import jinja2
 import jinja2.nodes
 import jinja2.sandbox
 import jinja2.visitor
+
+from ptune_dist.data.json_values import dump_json
 
 # Filters that take any value for its text. Others, such as `length` or `map`, read a list of parts as a list.
 TEXT_FILTERS = (
@@ -181,7 +182,7 @@ def to_json(value: Any, indent: int | None = None, *, ensure_ascii: bool = False
         value = None
     if isinstance(value, Missing):
         return value
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, sort_keys=sort_keys)
+    return dump_json(value, indent=indent, ensure_ascii=ensure_ascii, sort_keys=sort_keys)
 
 
 def join_values(values: Any, separator: str = "", attribute: str | int | None = None) -> str:

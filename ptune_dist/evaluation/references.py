@@ -35,8 +35,8 @@ def build_references(data: DataConfig, rows: Rows) -> list[list[str]]:
             f"its columns: {', '.join(rows.columns()) or 'none'}"
         )
     return [
-        read_references(value, names, functools.partial(rows.where, index))
-        for index, value in enumerate(rows.dataset[column])
+        read_references(row.get(column), names, functools.partial(rows.where, index))
+        for index, row in enumerate(rows.read(0, len(rows)))
     ]
 
 

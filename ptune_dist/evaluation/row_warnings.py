@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ptune_dist.config.schema import Config
-from ptune_dist.data.build import Split, build_templates, first_rows
+from ptune_dist.data.build import Split, build_templates
 from ptune_dist.data.encode import Encoding, Examples
 from ptune_dist.data.framing import tokenize
 from ptune_dist.data.sources import Rows
@@ -97,7 +97,7 @@ def warn_of_specials(templates: tuple[Template, Template], rows: Rows, encoding:
     """Special tokens that a template writes where they are put anyway; the first row is looked at."""
     template, target = templates
     keyed = {"data.template": template, "data.target": target}
-    _, (text,), (wanted,) = next(iter(render_batches(first_rows(rows, 1), keyed, 1)))
+    _, (text,), (wanted,) = next(iter(render_batches(rows.first(1), keyed, 1)))
     tokenizer = encoding.tokenizer
     ids = tokenize(tokenizer, [text.replace(MARKER, "")])[0]
     tail = tokenize(tokenizer, [wanted])[0]

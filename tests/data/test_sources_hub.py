@@ -29,7 +29,8 @@ from ptune_dist.data.sources import load_rows
 from ptune_dist.errors import UserError
 for source in sys.argv[1:]:
     try:
-        print(load_rows(source, key="data.train", default_split="train").dataset["text"][:])
+        rows = load_rows(source, key="data.train", default_split="train")
+        print([row["text"] for row in rows.read(0, len(rows))])
     except UserError as error:
         print(error)
 """

@@ -1,0 +1,216 @@
+"""The rows of .csv and .tsv files: text fields under the names of a header, and what looks wrong about them."""
+
+import contextlib
+import csv
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ptune_dist.data.content import Content
+from ptune_dist.errors import UserError
+
+SEPARATORS = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
+INDEX_COLUMN = "Unnamed: 0"  # the name that pandas gives to its own index when it reads it back
+
+
+@dataclass(frozen=True)
+class CsvDialect:
+    """How a .csv or .tsv file is written; None is the default of its extension.
+
+    header: True takes the first line as it is, a list names the columns of a file without a header.
+    """
+
+    delimiter: str | None = None
+    quoting: str | None = None
+    quotechar: str = '"'
+    escapechar: str | None = None
+    doublequote: bool = True
+    encoding: str | None = None
+    header: bool | list[str] | None = None
+
+    def options(self, suffix: str) -> dict[str, Any]:
+        """The arguments of csv.reader for a file with this extension."""
+        quoting = self.quoting or ("none" if suffix == ".tsv" else "minimal")
+        return {
+            "delimiter": self.delimiter or ("\t" if suffix == ".tsv" else ","),
+            "quoting": csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL,
+            "quotechar": None if quoting == "none" else self.quotechar,
+            "escapechar": self.escapechar,
+            "doublequote": self.doublequote,
+            "strict": True,
+        }
+
+
+def parse_fields(text: str, header: list[str], options: dict[str, Any]) -> dict[str, str]:
+    """The row that this text begins with."""
+    csv.field_size_limit(sys.maxsize)  # the standard library's default is 128 KB per field
+    fields = next(csv.reader(io.StringIO(text, newline=""), **options))
+    return dict(zip(header, fields, strict=True))
+
+
+@dataclass
+class _Place:
+    """The lines that a csv reader has taken: how many, and where the next one begins."""
+
+    line: int = 0
+    offset: int = 0
+
+
+class DelimitedIndex:
+    """Reads a file once: `header`, and the offset of each row (from `offsets`). Raises UserError for what is wrong."""
+
+    def __init__(self, content: Content, dialect: CsvDialect):
+        self._content = content
+        self._name = content.name
+        self._dialect = dialect
+        self._place = _Place()
+        self._taken: list[str] = []
+        self.options = dialect.options(content.suffix)
+        self.header: list[str] = list(dialect.header) if isinstance(dialect.header, list) else []
+        if self.header:
+            self.header = self._check_names(self.header, "data.csv.header")
+
+    def offsets(self) -> Iterator[int]:
+        suspect = None  # the line of the first row whose lines could be rows
+        spans_lines = False  # whether a field certainly contains a line break
+        for line, offset, fields, lines in self._records():
+            if not self.header:
+                self.header = self._check_header(fields, line)
+                continue
+            self._check_fields(fields, line)
+            if len(lines) > 1 and self._dialect.quoting is None:
+                could_be_rows = all(self._count(text) == len(self.header) for text in lines)
+                spans_lines = spans_lines or not could_be_rows
+                suspect = line if could_be_rows and suspect is None else suspect
+            yield offset
+        if suspect is not None and not spans_lines and len(self.header) > 1:
+            raise UserError(
+                f"{self._name} line {suspect}: a quote opens a field that runs over lines which look like rows; set "
+                "data.csv.quoting=none if quotes are plain characters, data.csv.quoting=minimal if the field is right"
+            )
+
+    def _records(self) -> Iterator[tuple[int, int, list[str], list[str]]]:
+        """Yield (line, offset, fields, lines) of each record that is not blank."""
+        csv.field_size_limit(sys.maxsize)
+        reader = csv.reader(self._lines(), **self.options)
+        while True:
+            line = self._place.line + 1
+            offset = self._place.offset
+            self._taken = []
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise UserError(f"{self._name} line {line}: {self._explain(error)}") from None
+            if fields:
+                yield line, offset, fields, self._taken
+
+    def _explain(self, error: csv.Error) -> str:
+        if "new-line character" in str(error):
+            return "a carriage return inside a field without quotes; save the file with Unix or Windows line ends"
+        if "NUL" in str(error):
+            return str(error)
+        return f"{error}; write a quote inside a quoted field twice, or set data.csv.quoting=none"
+
+    def _lines(self) -> Iterator[str]:
+        self._place.offset = self._content.start()
+        for offset, line in self._content.lines():
+            self._place.line += 1
+            self._place.offset = offset + len(line)
+            text = decode_line(line, self._content, self._place.line)
+            self._taken.append(text)
+            yield text
+
+    def _count(self, line: str) -> int:
+        """The fields of a line where quotes are plain characters."""
+        return line.count(self.options["delimiter"]) + 1
+
+    def _check_fields(self, fields: list[str], line: int) -> None:
+        if len(fields) != len(self.header):
+            hint = (
+                "a row cannot contain the separator or a line break unless data.csv.quoting=minimal"
+                if self.options["quoting"] == csv.QUOTE_NONE
+                else "put a field that contains the separator in double quotes"
+            )
+            raise UserError(
+                f"{self._name} line {line}: {len(fields)} fields where the header has {len(self.header)}; {hint}"
+            )
+        if self._dialect.quoting is None and self.options["quoting"] == csv.QUOTE_NONE:
+            for field in fields:
+                if looks_quoted(field):
+                    raise UserError(
+                        f"{self._name} line {line}: a field is quoted ({field[:40]!r}), but .tsv has no quoting: "
+                        "set data.csv.quoting=minimal to remove the quotes, data.csv.quoting=none to keep them"
+                    )
+
+    def _check_header(self, fields: list[str], line: int) -> list[str]:
+        place = f"{self._name} line {line}"
+        if len(fields) == 1 and self._dialect.delimiter is None:
+            for separator, word in SEPARATORS.items():
+                if separator in fields[0] and separator != self.options["delimiter"]:
+                    raise UserError(
+                        f"{place}: the header is one column, {fields[0][:60]!r}, and contains {word}: "
+                        f"set data.csv.delimiter={separator!r} if this is the separator"
+                    )
+        if self._dialect.header is None:
+            if any(is_number(field) for field in fields) and not are_counted(fields):
+                number = next(field for field in fields if is_number(field))
+                raise UserError(
+                    f"{place}: the header contains the number {number!r} and looks like a row; name the columns in "
+                    "data.csv.header=[...] if there is no header, set data.csv.header=true if there is"
+                )
+            quoted = [field for field in fields if len(field) > 1 and field[0] == field[-1] == '"']
+            if quoted and self._dialect.quoting is None:
+                raise UserError(f"{place}: the header's names are quoted ({quoted[0]!r}): set data.csv.quoting=minimal")
+        return self._check_names(fields, place)
+
+    def _check_names(self, fields: list[str], place: str) -> list[str]:
+        """Names without spaces at either end; a first one that is empty is the index that pandas writes."""
+        names = [field.strip() for field in fields]
+        if not names[0] and len(names) > 1:
+            names[0] = INDEX_COLUMN
+        for index, name in enumerate(names):
+            if not name:
+                raise UserError(f"{place}: column {index + 1} has no name in the header; name it")
+            if name in names[:index]:
+                raise UserError(f"{place}: the header names column {name!r} twice; rename one")
+        return names
+
+
+def decode_line(line: bytes, content: Content, number: int) -> str:
+    """Raises UserError where a line is not UTF-8 or contains a NUL character."""
+    if b"\0" in line:
+        raise UserError(
+            f"{content.name} line {number}: line contains NUL, as UTF-16 and binary files do; save the file as UTF-8"
+        )
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{content.name} line {number}: these bytes are not UTF-8 text; save the file as UTF-8"
+            f"{content.encoding_hint()}"
+        ) from None
+
+
+def looks_quoted(field: str) -> bool:
+    """Whether a field is in quotes and has doubled ones inside, as writers with quoting do."""
+    if len(field) < 4 or field[0] != '"' or field[-1] != '"':
+        return False
+    inside = field[1:-1]
+    return '""' in inside and '"' not in inside.replace('""', "")
+
+
+def is_number(field: str) -> bool:
+    with contextlib.suppress(ValueError):
+        float(field)
+        return field.strip().lower() not in ("nan", "inf", "infinity")
+    return False
+
+
+def are_counted(fields: list[str]) -> bool:
+    """Whether the names are 0, 1, 2, ..., as pandas numbers columns, perhaps after its index."""
+    names = fields if fields[0].strip() else fields[1:]
+    return names == [str(number) for number in range(len(names))]

@@ -1,0 +1,196 @@
+"""Kinds of text files that people bring: read exactly, or refused in one line that names the file and the line."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import pickle
+
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ptune_dist.data.delimited import CsvDialect
+from ptune_dist.data.json_values import dump_json
+from ptune_dist.data.sources import Rows, load_rows
+from ptune_dist.errors import UserError
+
+PACKERS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+
+
+def load(folder, name: str, content: str | bytes, **dialect) -> Rows:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return load_rows(str(path), key="data.train", default_split="train", csv=CsvDialect(**dialect))
+
+
+def read(folder, name: str, content: str | bytes, **dialect) -> list[dict]:
+    rows = load(folder, name, content, **dialect)
+    return rows.read(0, len(rows))
+
+
+def error_of(folder, name: str, content: str | bytes, **dialect) -> str:
+    with pytest.raises(UserError) as caught:
+        load(folder, name, content, **dialect)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert name in message
+    return message
+
+
+def test_tsv_quotes_are_plain_unless_asked(tmp_path):
+    content = 'text\tlabel\n"hi\tx\nbye\ty\n"so\tz\n'
+    assert [row["text"] for row in read(tmp_path, "a.tsv", content)] == ['"hi', "bye", '"so']
+    quoted = 'text\tlabel\n"say ""hi"""\tx\n'
+    assert "data.csv.quoting=minimal" in error_of(tmp_path, "b.tsv", quoted)
+    assert read(tmp_path, "b.tsv", quoted, quoting="minimal") == [{"text": 'say "hi"', "label": "x"}]
+    assert read(tmp_path, "b.tsv", quoted, quoting="none") == [{"text": '"say ""hi"""', "label": "x"}]
+
+
+def test_csv_quote_that_swallows_rows_is_refused(tmp_path):
+    content = 'text,label\na,1\nb,"2\nc,3\nd,4"\ne,5\n'
+    assert "line 3: a quote opens a field that runs over lines" in error_of(tmp_path, "a.csv", content)
+    assert len(read(tmp_path, "a.csv", content, quoting="none")) == 5
+    assert len(read(tmp_path, "a.csv", content, quoting="minimal")) == 3
+    assert len(read(tmp_path, "b.csv", content + '"two\nlines",6\n')) == 4  # other fields do contain line breaks
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", "text;label\na;b\n", "data.csv.delimiter=';'"),
+        ("a.csv", "text\tlabel\na\tb\n", "contains tab"),
+        ("a.tsv", "text,label\na,b\n", "data.csv.delimiter=','"),
+        ("a.csv", "fine film,1\nbad film,0\n", "line 1: the header contains the number '1'"),
+        ("a.tsv", '"text"\t"label"\n"a"\t"b"\n', "the header's names are quoted"),
+        ("a.csv", "text,label\ra,b\rc,d\r", "line 1: a carriage return"),
+        ("a.txt", "one\rtwo\rthree", "carriage return alone"),
+        ("a.csv", "text, text\na,b\n", "names column 'text' twice"),
+        ("a.csv", "text,label\na\0,b\n", "line 2: line contains NUL"),
+        ("a.csv", "text\nb\n".encode("utf-16"), "UTF-16"),
+        ("a.jsonl", '{"text": 1}'.encode("utf-16-le"), "NUL"),
+        ("a.csv", "text\ncafé\n".encode("latin-1"), "line 2: these bytes are not UTF-8 text"),
+        ("a.jsonl", '{"a": 1' + "0" * 5000 + "}", "more than 4300 digits"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], "damaged or cut short"),
+        ("a.jsonl.zst", PACKERS[".zst"](b'{"a": 1}\n' * 99)[:-3], "damaged or cut short"),
+        ("a.jsonl.xz", b"not xz", "damaged or cut short"),
+        ("a.jsonl.bz2", b"not bz2", "damaged or cut short"),
+    ],
+)
+def test_what_looks_wrong_is_named(tmp_path, name, content, expected):
+    assert expected in error_of(tmp_path, name, content)
+
+
+def test_a_carriage_return_without_quotes_is_refused(tmp_path):
+    assert "line 2: a carriage return" in error_of(tmp_path, "a.csv", "a,b\n,\r0\n")
+
+
+def test_headers_as_people_write_them(tmp_path):
+    assert read(tmp_path, "a.csv", ",text,label\n0,Hi,1\n") == [{"Unnamed: 0": "0", "text": "Hi", "label": "1"}]
+    assert read(tmp_path, "b.csv", "text, label\nHi, 1\n") == [{"text": "Hi", "label": " 1"}]
+    assert read(tmp_path, "c.csv", "film,1\n", header=["text", "label"]) == [{"text": "film", "label": "1"}]
+    assert read(tmp_path, "d.csv", "text,2019\na,b\n", header=True) == [{"text": "a", "2019": "b"}]
+
+
+def test_encoding_is_recoded_and_lines_still_count(tmp_path):
+    rows = load(tmp_path, "a.csv", "text;n\ncafé;1\nthé;2\n".encode("cp1252"), delimiter=";", encoding="cp1252")
+    assert [row["text"] for row in rows.read(0, 2)] == ["café", "thé"]
+    assert rows.where(1).endswith("a.csv line 3")
+    assert read(tmp_path, "b.csv", "text\né\n".encode("utf-16"), encoding="utf-16") == [{"text": "é"}]
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_compressed_files_of_every_format(tmp_path, suffix):
+    contents = {"a.jsonl": '{"text": "é"}\n{"text": "b"}', "a.json": '[{"text": "é"},\n{"text": "b"}]'}
+    contents |= {"a.csv": "text\né\nb\n", "a.tsv": "text\né\nb\n", "a.txt": "é\nb"}
+    for name, content in contents.items():
+        rows = pickle.loads(pickle.dumps(load(tmp_path, name + suffix, PACKERS[suffix](content.encode()))))
+        assert [row["text"].strip() for row in rows.read(0, 2)] == ["é", "b"], name
+        assert rows.where(1).endswith(f"line {3 if name[2:] in ('csv', 'tsv') else 2}")
+
+
+def test_rows_inside_an_object(tmp_path):
+    row = {"text": "é", "n": 1}
+    for name, whole in (("a", {"version": "é", "data": [row, row]}), ("b", {"rows": [row, row]})):
+        for indent in (None, 2):
+            assert read(tmp_path, f"{name}{indent}.json", json.dumps(whole, indent=indent)) == [row, row]
+    lines = '{"messages": [{"role": "user"}]}\n' * 2
+    assert read(tmp_path, "c.json", lines) == [{"messages": [{"role": "user"}]}] * 2
+
+
+TEXTS = st.text(
+    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(list(",;\t\"'\\\n\r\u2028 \ufeff")))
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+JSON_ROWS = st.lists(st.dictionaries(TEXTS, VALUES, min_size=1, max_size=4), min_size=1, max_size=5)
+# Python's writer leaves a carriage return without quotes where lines end with \n; then none can tell it from a line end.
+FIELDS = TEXTS.map(lambda text: text.replace("\0", "").replace("\r", "\r\n"))
+QUICK = settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+)
+
+
+def check_json(folder, rows, is_ascii, line_end):
+    lines = line_end.join(json.dumps(row, ensure_ascii=is_ascii) for row in rows)
+    array = json.dumps(rows, ensure_ascii=is_ascii, indent=1).replace("\n", line_end)
+    for name, content in (("a.jsonl", lines), ("a.json", array)):
+        table = load(folder, name, content)
+        found = table.read(0, len(rows) + 1)
+        assert [dump_json(row) for row in found] == [json.dumps(row) for row in rows]
+        assert [table.read(i, i + 1)[0] for i in range(len(rows))] == found
+
+
+def check_csv(folder, rows, delimiter, line_end, quoting):
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter=delimiter, lineterminator=line_end, quoting=quoting)
+    writer.writerows([["a", "b"], *rows])
+    table = load(folder, "a.csv", file.getvalue(), delimiter=delimiter, quoting="minimal")
+    assert [list(row.values()) for row in table.read(0, len(table))] == rows
+    assert [list(table.read(i, i + 1)[0].values()) for i in range(len(rows))] == rows
+
+
+LINE_ENDS = st.sampled_from(["\n", "\r\n"])
+CSV_CASES = {
+    "rows": st.lists(st.lists(FIELDS, min_size=2, max_size=2), min_size=1, max_size=5),
+    "delimiter": st.sampled_from([",", ";", "\t"]),
+    "line_end": LINE_ENDS,
+    "quoting": st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+}
+
+
+@QUICK
+@given(JSON_ROWS, st.booleans(), LINE_ENDS)
+def test_random_json_rows_are_read_back(tmp_path, rows, is_ascii, line_end):
+    check_json(tmp_path, rows, is_ascii, line_end)
+
+
+@QUICK
+@given(**CSV_CASES)
+def test_random_csv_rows_are_read_back(tmp_path, rows, delimiter, line_end, quoting):
+    check_csv(tmp_path, rows, delimiter, line_end, quoting)
+
+
+@pytest.mark.extended
+@settings(QUICK, max_examples=3000)
+@given(JSON_ROWS, st.booleans(), LINE_ENDS)
+def test_many_random_json_rows_are_read_back(tmp_path, rows, is_ascii, line_end):
+    check_json(tmp_path, rows, is_ascii, line_end)
+
+
+@pytest.mark.extended
+@settings(QUICK, max_examples=3000)
+@given(**CSV_CASES)
+def test_many_random_csv_rows_are_read_back(tmp_path, rows, delimiter, line_end, quoting):
+    check_csv(tmp_path, rows, delimiter, line_end, quoting)

@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "train.context_cache_gib",
     "train.context_cache_gpu_gib",
     "train.context_cache_dir",
+    "data.cache_dir",
+    "data.cache_gib",
 )
 # None until the method or the base has decided, in the ranks: the launcher compares configs before that.
 LEFT_OPEN = ("prompt.init", "data.max_length")

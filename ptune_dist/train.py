@@ -169,7 +169,7 @@ def take_step(training: Training) -> None:
     learning_rates = {name: learning_rate_of(training.job.members[name], step) for name in plan.examples}
     losses = update_members(training, plan, totals, learning_rates)
     read = [i for chosen in plan.examples.values() for i in chosen]
-    num_tokens = int(training.rows.examples.lengths[read].sum())
+    num_tokens = int(training.rows.examples.lengths_of(read).sum())
     gathered = engine.gathers.since(gathers)
     progress.count_step(losses, StepCount(time.perf_counter() - began, len(read), num_tokens, *gathered))
     training.watch.beat(step)

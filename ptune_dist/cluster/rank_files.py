@@ -5,7 +5,6 @@ outcome and its stacks there; the launcher writes a request to stop. Without a l
 """
 
 import contextlib
-import fcntl
 import json
 import mmap
 import os
@@ -17,10 +16,10 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
 from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.common.files import fault_on_failed_write
+from ptune_dist.common.locks import Lock, try_lock
 
 # Variables in a rank's environment.
 NODE_FOLDER = "PTUNE_NODE_FOLDER"
@@ -43,7 +42,7 @@ def is_launcher_dead() -> bool:
     return bool(launcher) and sys.platform == "linux" and not Path(f"/proc/{launcher}").exists()
 
 
-def create_node_folder(parent: Path) -> tuple[Path, IO[str]]:
+def create_node_folder(parent: Path) -> tuple[Path, Lock]:
     """Create the launcher's folder and lock a file in it; folders of dead launchers are removed.
 
     The launcher holds the lock for as long as it lives. Process ids would not do: containers that share /dev/shm do not
@@ -51,14 +50,17 @@ def create_node_folder(parent: Path) -> tuple[Path, IO[str]]:
     """
     for folder in parent.glob("ptune-*"):
         with contextlib.suppress(OSError):
-            with open(folder / "claim") as claim:
-                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            claim = try_lock(folder / "claim")
+            if claim is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+                claim.close()
     with fault_on_failed_write(parent):
         new = Path(tempfile.mkdtemp(prefix=".ptune-", dir=parent))
-        claim = open(new / "claim", "w")
-        fcntl.flock(claim, fcntl.LOCK_EX)
-        folder = new.rename(parent / new.name[1:])  # visible to other launchers only once it is locked
+        folder = parent / new.name[1:]
+        claim = try_lock(new / "claim")
+        assert claim is not None, "nobody else knows the folder"
+        new.rename(folder)  # visible to other launchers only once it is locked
+        claim.moved_to(folder)
     return folder, claim
 
 

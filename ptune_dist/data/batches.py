@@ -26,17 +26,36 @@ MAX_IMBALANCE_OF_FIXED = 1.3
 ONE_IN_MOVABLE = 4
 
 
-@functools.lru_cache(maxsize=16)
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the examples in one epoch: a permutation that depends only on seed and epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+    """The order of the examples in one epoch: a permutation that depends only on seed and epoch.
+
+    4 bytes an example where their numbers fit; the same order as that of `Generator.permutation`.
+    """
+    order = np.arange(num_examples, dtype=np.uint32 if num_examples < 1 << 32 else np.int64)
+    np.random.default_rng([seed, epoch]).shuffle(order)
+    return order
+
+
+@functools.lru_cache(maxsize=64)
+def part_of_order(num_examples: int, seed: int, epoch: int, part: int) -> np.ndarray:
+    """A part of an epoch's order, of `order_part_size` examples, so that many members' orders need little memory."""
+    size = order_part_size(num_examples)
+    return epoch_order(num_examples, seed, epoch)[part * size : (part + 1) * size].copy()
+
+
+def order_part_size(num_examples: int) -> int:
+    return max(65536, -(-num_examples // 32))
 
 
 def step_examples(step: int, *, batch_size: int, num_examples: int, seed: int) -> list[int]:
     """Examples of optimizer step `step` (from 1). A batch may span two epochs; no example is dropped."""
-    first = (step - 1) * batch_size
-    positions = range(first, first + batch_size)
-    return [int(epoch_order(num_examples, seed, p // num_examples)[p % num_examples]) for p in positions]
+    size = order_part_size(num_examples)
+    found = []
+    for position in range((step - 1) * batch_size, step * batch_size):
+        epoch, place = divmod(position, num_examples)
+        part, index = divmod(place, size)
+        found.append(int(part_of_order(num_examples, seed, epoch, part)[index]))
+    return found
 
 
 def join_readers(readers: Iterable[tuple[int, int]]) -> list[Unit]:
@@ -193,7 +212,7 @@ def collate(examples: Examples, shares: list[list[Unit]], rank: int, pad_id: int
     """A rank's micro-batch of one micro step; a rank without units gets one padding token and no targets."""
     units = shares[rank]
     if not units:
-        return idle_batch(pad_id, has_contexts=bool(examples.num_context.any()))
+        return idle_batch(pad_id, has_contexts=examples.known.has_contexts)
     rows = [example for example, _ in units]
     return Batch(
         contexts=[examples.context_ids(i) for i in rows],

@@ -1,7 +1,7 @@
 """From the config's `data` section to encoded examples: the one place of this folder that sees a config."""
 
 import dataclasses
-import hashlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +22,8 @@ from ptune_dist.data.template import (
     compile_template,
     name_nearest,
 )
+from ptune_dist.data.token_cache import open_cache
+from ptune_dist.data.workers import encode_by_all_cores
 from ptune_dist.errors import UserError
 
 PLAIN_TEXT = compile_template("{{ text[:-1] if text[-1:] == '\\n' else text }}", key=TEMPLATE_KEY)
@@ -36,13 +38,7 @@ class Split:
 
     def digest(self) -> str:
         """Tells whether a resumed run still sees the same examples."""
-        hashed = hashlib.sha256(self.examples.ids.tobytes())
-        hashed.update(self.examples.offsets.tobytes())
-        if self.examples.num_context.any():  # runs that have no contexts keep the digest they always had
-            hashed.update(self.examples.num_context.tobytes())
-        if self.examples.numbers is not None:
-            hashed.update(self.examples.numbers.tobytes())
-        return hashed.hexdigest()[:16]
+        return self.examples.known.digest
 
 
 def build_split(data: DataConfig, encoding: Encoding, *, which: str, max_examples: int = 0) -> Split | None:
@@ -50,9 +46,20 @@ def build_split(data: DataConfig, encoding: Encoding, *, which: str, max_example
     source = getattr(data, which)
     if source is None:
         return None
-    rows = load_rows(source, key=f"data.{which}", default_split=which, csv=csv_dialect(data))
-    if max_examples and len(rows) > max_examples:
-        rows = rows.first(max_examples)
+
+    def load() -> Rows:
+        rows = load_rows(source, key=f"data.{which}", default_split=which, csv=csv_dialect(data))
+        return rows.first(max_examples) if max_examples else rows
+
+    cache = open_cache(data, encoding, source, which, max_examples)
+    if cache is None:
+        return encode_split(data, load(), encoding, which)
+    rows, examples = cache.get(load, lambda rows: encode_split(data, rows, encoding, which).examples)
+    return Split(rows, examples)
+
+
+def encode_split(data: DataConfig, rows: Rows, encoding: Encoding, which: str) -> Split:
+    """The token ids of rows. Raises UserError."""
     if rows.kind != "text":
         return Split(rows, encode_with_templates(data, rows, encoding))
     if not encoding.framing.reads_plain_text:
@@ -71,7 +78,7 @@ def encode_with_templates(data: DataConfig, rows: Rows, encoding: Encoding) -> E
     check_columns(target, list(rows.columns()), key=TARGET_KEY, source_name=rows.name)
     if data.labels and len(target.columns) == 1 and encoding.targets.takes_room:  # classes are checked as such
         target = dataclasses.replace(target, labels=tuple(data.labels))
-    return encode_rows(rows, encoding, template=template, target=target)
+    return encode_by_all_cores(rows, functools.partial(encode_rows, rows, encoding, template=template, target=target))
 
 
 def check_template_columns(template: Template, rows: Rows) -> None:

@@ -8,7 +8,8 @@ template `{{ prompt }}` says where, and the two parts are tokenized separately.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -69,7 +70,8 @@ class Examples:
     ids: int32 [sum of lengths]. offsets: int64 [N + 1], where each example begins. num_targets: int32 [N], how many of
     its last tokens are its target. is_truncated: bool [N], whether its input lost tokens; a scalar stands for all.
     where: index -> name for messages. num_context: int32 [N], how many of its first tokens are context; None is zeros.
-    numbers: float64 [N], the targets where they are numbers. lengths: int64 [N], input and target tokens.
+    numbers: float64 [N], the targets where they are numbers. facts: what was found out about all of them when they were
+    encoded; the arrays may be memory-mapped, and reading them whole takes time.
     """
 
     ids: np.ndarray
@@ -79,21 +81,40 @@ class Examples:
     where: Callable[[int], str]
     num_context: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     numbers: np.ndarray | None = None
-    lengths: np.ndarray = field(init=False)
+    facts: "Facts | None" = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", np.diff(self.offsets))
-        object.__setattr__(self, "is_truncated", np.broadcast_to(self.is_truncated, len(self)).astype(bool))
+        object.__setattr__(self, "is_truncated", np.broadcast_to(self.is_truncated, len(self)))
         if not len(self.num_context):
-            object.__setattr__(self, "num_context", np.zeros(len(self), np.int32))
+            object.__setattr__(self, "num_context", np.broadcast_to(np.int32(0), len(self)))
 
     def __len__(self) -> int:
         return len(self.num_targets)
 
     @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N]: input and target tokens of every example, in private memory."""
+        return np.diff(self.offsets)
+
+    def lengths_of(self, rows: Sequence[int]) -> np.ndarray:
+        """Input and target tokens of some examples, in time that does not depend on how many there are."""
+        some = np.asarray(rows, np.int64)
+        return self.offsets[some + 1] - self.offsets[some]
+
+    @property
     def widths(self) -> np.ndarray:
         """[N, 2]: tokens of each example's input and of its target."""
         return np.stack([self.lengths - self.num_targets, self.num_targets], axis=1)
+
+    def widths_of(self, rows: Sequence[int]) -> np.ndarray:
+        """As `widths`, of some examples."""
+        num_targets = self.num_targets[np.asarray(rows, np.int64)]
+        return np.stack([self.lengths_of(rows) - num_targets, num_targets], axis=1)
+
+    @functools.cached_property
+    def known(self) -> "Facts":
+        """The facts about all examples, found out now where they are not stored."""
+        return self.facts or find_facts(self)
 
     def input_ids(self, index: int) -> np.ndarray:
         return self.ids[self.offsets[index] : self.offsets[index + 1] - self.num_targets[index]]
@@ -113,11 +134,55 @@ class Examples:
 
     @property
     def num_truncated(self) -> int:
-        return int(self.is_truncated.sum())
+        return self.known.num_truncated
 
     @property
     def truncated_share(self) -> float:
         return self.num_truncated / len(self)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is asked of all examples at the start of a run.
+
+    lead: what all contexts begin with (see `common_context`). is_lead_whole: all contexts end with it. first_empty: the
+    first example whose input is empty. digest: tells whether a resumed run still sees the same examples.
+    """
+
+    num_truncated: int
+    lead: list[int]
+    is_lead_whole: bool
+    has_contexts: bool
+    first_empty: int | None
+    longest: int
+    digest: str
+
+
+def find_facts(examples: Examples) -> Facts:
+    """The facts about examples, from their arrays."""
+    lead = common_context(examples)
+    lengths = examples.lengths
+    empty = np.flatnonzero(lengths == examples.num_targets)
+    return Facts(
+        num_truncated=int(examples.is_truncated.sum()),
+        lead=lead.tolist(),
+        is_lead_whole=bool((examples.num_context == len(lead)).all()),
+        has_contexts=bool(examples.num_context.any()),
+        first_empty=int(empty[0]) if len(empty) else None,
+        longest=int(lengths.max()),
+        digest=digest_of(examples),
+    )
+
+
+def digest_of(examples: Examples) -> str:
+    """A hash of all tokens and of where examples, contexts and targets begin."""
+    hashed = hashlib.sha256(np.ascontiguousarray(examples.ids).data)
+    hashed.update(np.ascontiguousarray(examples.offsets).data)
+    if examples.num_context.any():  # runs that have no contexts keep the digest they always had
+        hashed.update(np.ascontiguousarray(examples.num_context).data)
+    if examples.numbers is not None:
+        hashed.update(np.ascontiguousarray(examples.numbers).data)
+    return hashed.hexdigest()[:16]
 
 
 def encode_rows(
@@ -128,8 +193,10 @@ def encode_rows(
     target: Template,
     template_key: str = "data.template",
     target_key: str = "data.target",
+    first_row: int = 0,
+    end_row: int | None = None,
 ) -> Examples:
-    """Encode every row to at most `max_length` tokens of input and target together.
+    """Encode every row, or those from `first_row` to before `end_row`, to at most `max_length` tokens of input and target together.
 
     The input starts as the tokenizer starts a text (a BOS, say): in the context, or in the rest where the row has no
     context. Too long an input loses tokens at `truncation_side`, but not its start or end; a target loses none. Where
@@ -141,7 +208,9 @@ def encode_rows(
     pieces = []
     counts = []
     numbers = []
-    for first, inputs, texts in render_batches(rows, {template_key: template, target_key: target}, BATCH_ROWS):
+    for first, inputs, texts in render_batches(
+        rows, {template_key: template, target_key: target}, BATCH_ROWS, first_row, end_row
+    ):
         bodies = _tokenize_inputs(encoding, inputs, template_key, rows.where, first)
         targets = encoding.targets.encode(texts, lambda index, first=first: rows.where(first + index), target_key)
         for index, (body, tail) in enumerate(zip(bodies, targets, strict=True), first):

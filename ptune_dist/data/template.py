@@ -168,13 +168,16 @@ def describe_missing(column: str, key: str, where: str, is_tested: bool) -> str:
     )
 
 
-def render_batches(rows: Rows, templates: dict[str, Template], batch_rows: int) -> Iterator[tuple]:
+def render_batches(
+    rows: Rows, templates: dict[str, Template], batch_rows: int, first_row: int = 0, end_row: int | None = None
+) -> Iterator[tuple]:
     """Yield (index of the first row, texts of the first template, texts of the second, ...) of `batch_rows` rows each.
 
     The keys of `templates` are config keys. Raises UserError as `render_row` does.
     """
-    for first in range(0, len(rows), batch_rows):
-        batch = rows.read(first, first + batch_rows)
+    end = len(rows) if end_row is None else end_row
+    for first in range(first_row, end, batch_rows):
+        batch = rows.read(first, min(end, first + batch_rows))
         texts = [
             [
                 render_row(template, row, key=key, where=functools.partial(rows.where, index))

@@ -7,7 +7,7 @@ import numpy as np
 
 from ptune_dist.config.schema import PromptConfig
 from ptune_dist.data.build import Split, build_split
-from ptune_dist.data.encode import Examples, common_context
+from ptune_dist.data.encode import Examples
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator
@@ -66,14 +66,20 @@ def build_splits(reading: Reading) -> RunRows:
 
 def check_inputs(examples: Examples, prompt: PromptConfig) -> None:
     """Raise UserError for an empty input where a method has no virtual token to predict the target from."""
-    check_lengths(examples.lengths - examples.num_targets, prompt, examples.where)
+    first = examples.known.first_empty
+    if first is not None and not find_method(prompt).stands_in_sequence:
+        raise UserError(describe_empty_input(examples.where(first), prompt))
 
 
 def check_lengths(lengths: np.ndarray, prompt: PromptConfig, where: Callable[[int], str]) -> None:
     """As `check_inputs`, of the lengths of inputs [N]."""
     empty = np.flatnonzero(lengths == 0)
     if len(empty) and not find_method(prompt).stands_in_sequence:
-        raise UserError(f"{where(int(empty[0]))}: the input is empty, but {prompt.method} needs one token at least")
+        raise UserError(describe_empty_input(where(int(empty[0])), prompt))
+
+
+def describe_empty_input(where: str, prompt: PromptConfig) -> str:
+    return f"{where}: the input is empty, but {prompt.method} needs one token at least"
 
 
 def measure_scales(reading: Reading, rows: TrainingRows) -> dict[str, TargetScale] | None:
@@ -87,5 +93,4 @@ def measure_scales(reading: Reading, rows: TrainingRows) -> dict[str, TargetScal
 
 def find_lead(examples: Examples) -> tuple[np.ndarray, bool]:
     """What the contexts of all examples begin with, and whether they end with it."""
-    lead = common_context(examples)
-    return lead, bool((examples.num_context == len(lead)).all())
+    return np.array(examples.known.lead, np.int32), examples.known.is_lead_whole

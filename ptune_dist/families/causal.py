@@ -66,12 +66,13 @@ class PromptedCausal(PaddedCausal):
         num_context = int(examples.num_context[rows].sum())
         contexts = num_context if with_contexts else 0
         if self.uses_segments:
-            live = sum(int(examples.lengths[row] - examples.num_context[row]) - 1 for row, _ in readers)
+            own = [row for row, _ in readers]
+            live = int((examples.lengths_of(own) - examples.num_context[own]).sum()) - len(own)
             if num_context:
                 return max(contexts, live + sum(count for _, count in readers))
             members = {member for _, some in units for member in some}
             return live + sum(self.num_virtual(member) for member in members)
-        read, written = examples.widths[[row for row, _ in readers]].T
+        read, written = examples.widths_of([row for row, _ in readers]).T
         widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
         return max(contexts, len(readers) * (widest + max(count for _, count in readers)))
 

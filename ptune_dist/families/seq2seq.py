@@ -129,7 +129,7 @@ def count_padded(model: PromptedModel, units: list[Unit], examples: Examples, *,
     rows = [example for example, _ in units]
     readers = [(example, model.num_virtual(member)) for example, members in units for member in members]
     contexts = int(examples.num_context[rows].sum()) if with_contexts else 0
-    read, written = examples.widths[[row for row, _ in readers]].T
+    read, written = examples.widths_of([row for row, _ in readers]).T
     widest = int(read.max()) + int(written.max())
     return max(contexts, len(readers) * (widest + max(count for _, count in readers)))
 

@@ -1,14 +1,14 @@
 """A run is one output directory: what is in it, whether it is finished, whether a config may resume it."""
 
-import fcntl
 import json
 import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from ptune_dist.common import locks
 from ptune_dist.common.files import fault_on_failed_write, make_folder, replace_file
 from ptune_dist.config.load import Resolve, load_config, render_config
 from ptune_dist.config.schema import Config
@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "train.context_cache_gib",
     "train.context_cache_gpu_gib",
     "train.context_cache_dir",
+    "data.cache_dir",
+    "data.cache_gib",
 )
 # None until the method or the base has decided, in the ranks: the launcher compares configs before that.
 LEFT_OPEN = ("prompt.init", "data.max_length")
@@ -87,30 +89,22 @@ def has_begun(run_dir: Path) -> bool:
     return any((run_dir / name).exists() for name in ("checkpoints", "prompt", "summary.json"))
 
 
-def lock_run_dir(config: Config) -> IO[str]:
-    """Create the run's directory, and lock it while the returned file is open. For one rank. Raises UserError."""
+def lock_run_dir(config: Config) -> locks.Lock:
+    """Create the run's directory, and lock it until the returned lock is closed. For one rank. Raises UserError."""
     run_dir = Path(config.output_dir)
     try:
         make_folder(run_dir)
-        lock = open(run_dir / ".lock", "a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"output_dir: {run_dir}: another process is training here: wait for it or end it") from None
+        lock = locks.try_lock(run_dir / ".lock", lambda line: print(f"warning: output_dir: {line}", flush=True))
     except OSError as error:
         raise UserError(f"output_dir: {run_dir}: {error.strerror}") from None
+    if lock is None:
+        raise UserError(f"output_dir: {run_dir}: another process is training here: wait for it or end it")
     return lock
 
 
 def is_locked(run_dir: Path) -> bool:
     """Whether a process is training in the directory."""
-    try:
-        with open(run_dir / ".lock", "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock yet, or a file system without locks, which `lock_run_dir` reports
-        return False
-    return False
+    return locks.is_locked(run_dir / ".lock")
 
 
 def write_run_configs(config: Config, members: dict[str, Config]) -> None:

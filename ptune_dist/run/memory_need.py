@@ -81,7 +81,7 @@ def fit_micro_batch(
     in_step = max(alone, -(-model.count_positions(units, examples) // work.world_size))
     wanted = min(asked or max(in_step, LEAST_CAP), max(in_step, alone))
     base = sum(fixed.values())
-    if asked and base + wanted * guess_per_position(work.base, int(examples.lengths.max())) < SMALL_SHARE * room.free:
+    if asked and base + wanted * guess_per_position(work.base, examples.known.longest) < SMALL_SHARE * room.free:
         return asked
     need = TrainingNeed(fixed, bytes_per_position(work, model, content))
     if asked is None:

@@ -10,7 +10,7 @@ from ptune_dist.data.build import build_inputs, build_label_candidates, build_sp
 from ptune_dist.data.template import compile_template
 from ptune_dist.errors import UserError
 from ptune_dist.tiny.make import build_tokenizer
-from tests.data.texts import encoding_of
+from tests.data.texts import encoding_of, tokenizer_with
 
 TOKENIZER = build_tokenizer()
 ROWS = '{"text": "ab", "label": "yes"}\n{"text": "cdefgh", "label": "no"}\n'
@@ -44,6 +44,17 @@ def test_plain_text_is_for_causal_bases(data):
     assert len(build_split(section, encoding_of(TOKENIZER), which="train").examples) == 1
     with pytest.raises(UserError, match="data.train: .*a.txt is plain text, which only a causal base"):
         build_split(section, encoding_of(TOKENIZER, family="seq2seq"), which="train")
+
+
+def test_what_plain_text_continues_stands_as_it_is(data):
+    section = data("ab\ncd", "a.txt", template=None, target=None)
+    tokenizer = tokenizer_with("<bos> $A")
+    rows = build_split(section, encoding_of(tokenizer), which="train").rows
+    inputs = build_inputs(section, rows, encoding_of(tokenizer))
+    assert [(context, tokenizer.decode(rest)) for context, rest in inputs] == [([], "ab"), ([], "cd")]
+    other = build_split(data('{"txt": "a"}\n', template="{{ txt }}", target="b"), encoding_of(TOKENIZER), which="train")
+    with pytest.raises(UserError, match="--input-file uses column 'text', which .*a.jsonl does not have"):
+        build_inputs(section, other.rows, encoding_of(tokenizer))
 
 
 def test_the_first_examples_alone_are_read_where_so_many_are_asked_for(data):

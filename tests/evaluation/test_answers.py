@@ -64,6 +64,7 @@ def test_answers_have_no_whitespace_at_their_ends_and_follow_the_longest_target(
     for sample, answer in zip(samples, answers, strict=False):  # shown ones may be longer
         assert sample["trained"].startswith(answer)
     assert answers == [answer.strip() for answer in answers] and any(answers)
+    assert max(map(len, answers)) <= len(" not at all") + 1  # not 32, as of answers that nothing is known about
     facts = json.loads((labeled / "prompt" / "prompt.json").read_text())
     assert facts["longest_target"] == len(" not at all") + 1  # one token for each character, and the end
 

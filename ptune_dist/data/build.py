@@ -192,8 +192,8 @@ def encode_candidates(
     def encode(number: int, some: Rows) -> Examples:
         """Rows as they would be with this label."""
         value = choices[number]
-        fixed = {"template": template.with_fixed(column, value), "target": target.with_fixed(column, value)}
-        return encode_rows(some, encoding, **fixed)
+        own = template.with_fixed(column, value)
+        return encode_rows(some, encoding, template=own, target=target.with_fixed(column, value))
 
     numbers = list(range(len(choices)))
     label_ids = [encode(number, rows.first(1)).target_ids(0).tolist() for number in numbers]

@@ -343,7 +343,7 @@ def read_text(path: Path) -> str:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write the bytes of an array and flush them to disk."""
-    data = memoryview(np.ascontiguousarray(array)).cast("B")
+    data = np.ascontiguousarray(array).data.cast("B")
     with open(path, "wb", buffering=0) as file:
         while len(data):
             written = file.write(data[: 1 << 26])

@@ -1,9 +1,9 @@
 """Locks between processes: flock where the disk has it, elsewhere a lock file whose owner shows that it is alive.
 
-Some network disks (NFS without a lock daemon, buckets that are mounted, some container volumes) refuse flock. There the
-owner creates `NAME.owner`, which exists at most once, writes who it is and touches it every few seconds. A lock is taken
-over when its owner is dead: at once where the owner ran on this machine, else when the file has not been touched for
-STALE_S by the disk's own clock.
+Some network disks (NFS without a lock daemon, buckets that are mounted, some container volumes) refuse flock. There
+the owner creates `NAME.owner`, which exists at most once, writes who it is and touches it every few seconds. A lock is
+taken over when its owner is dead: at once where the owner ran on this machine, else when the file has not been touched
+for STALE_S by the disk's own clock.
 """
 
 import contextlib

@@ -229,8 +229,8 @@ class DataConfig(Section):
     """Whether the target ends with the tokenizer's end-of-sequence token."""
 
     cache_dir: str | None = "auto"
-    """The folder in which token ids of large data are kept for all ranks and for restarts. `auto`: below the user's cache
-    folder. `null`: every rank reads all rows at every start."""
+    """The folder in which token ids of large data are kept for all ranks and for restarts. `auto`: below the user's
+    cache folder. `null`: every rank reads all rows at every start."""
 
     cache_gib: Annotated[Real, Field(gt=0)] = 64.0
     """The most that `cache_dir` keeps. What was not used for the longest time is removed first."""

@@ -196,7 +196,7 @@ def encode_rows(
     first_row: int = 0,
     end_row: int | None = None,
 ) -> Examples:
-    """Encode every row, or those from `first_row` to before `end_row`, to at most `max_length` tokens of input and target together.
+    """Encode rows, all or a range, to at most `max_length` tokens of input and target together.
 
     The input starts as the tokenizer starts a text (a BOS, say): in the context, or in the rest where the row has no
     context. Too long an input loses tokens at `truncation_side`, but not its start or end; a target loses none. Where

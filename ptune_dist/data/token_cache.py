@@ -1,10 +1,10 @@
 """Token ids of large data on disk: built once, memory-mapped by all ranks, found again by restarts.
 
-An entry is a folder with one file for each array and a header, which holds their sizes, the facts about all examples and
-a checksum. Its name is a hash of the content of the data and of everything else that tokens depend on: the tokenizer,
-the templates and other options, and this package's own code for data. A second file leads from the path, size and times
-of the data to the entry, so that a restart need not read the data. An entry is written aside and renamed once it is on
-disk; whoever builds holds a lock, which others wait for, and who maps an entry holds it against removal.
+An entry is a folder with one file for each array and a header, which holds their sizes, the facts about all examples
+and a checksum. Its name is a hash of the content of the data and of everything else that tokens depend on: the
+tokenizer, the templates and other options, and this package's own code for data. A second file leads from the path,
+size and times of the data to the entry, so that a restart need not read the data. An entry is written aside and renamed
+once it is on disk; whoever builds holds a lock, which others wait for, and who maps an entry holds it against removal.
 """
 
 import contextlib
@@ -164,6 +164,7 @@ class TokenCache:
                 "kind": rows.kind,
                 "columns": rows.columns(),
                 "num_rows": len(rows),
+                "head": plain_rows(rows.read(0, 1)),
             }
             text = json.dumps(header)
             replace_file(aside / "header.json", f"{hash_text(text)}\n{text}".encode())
@@ -197,35 +198,63 @@ class TokenCache:
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"warning: data.cache_dir: {folder}: {error}: built again", file=sys.stderr, flush=True)
             return None
-        rows = StoredRows(self.name, header["kind"], header["num_rows"], header["columns"], load)
+        rows = StoredRows(self.name, header["kind"], header["num_rows"], header["columns"], header["head"], load)
         where = functools.partial(name_block, self.name) if rows.kind == "text" else rows.where
         return rows, Examples(**arrays, where=where, facts=Facts(**header["facts"]))
 
 
 class StoredRows(Rows):
-    """Rows of which only the names are known until one is read."""
+    """Rows of which only the columns' names and the first rows, `head`, are known until another one is read."""
 
-    def __init__(self, name: str, kind: str, num_rows: int, columns: list[str], load: Callable[[], Rows]):
+    _num_rows: int
+    _columns: list[str]
+    _head: list[dict[str, Any]]
+    _load: Callable[[], Rows]
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        num_rows: int,
+        columns: list[str],
+        head: list[dict[str, Any]],
+        load: Callable[[], Rows],
+    ):
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "kind", kind)
         object.__setattr__(self, "_num_rows", num_rows)
         object.__setattr__(self, "_columns", columns)
+        object.__setattr__(self, "_head", head)
         object.__setattr__(self, "_load", functools.cache(load))
 
+    @property
+    def source(self) -> Any:
+        """The rows themselves, which are loaded now."""
+        return self._load().source
+
     def __len__(self) -> int:
-        return self._num_rows  # type: ignore[attr-defined]
+        return self._num_rows
 
     def columns(self) -> list[str]:
-        return list(self._columns)  # type: ignore[attr-defined]
+        return list(self._columns)
 
     def read(self, first: int, last: int) -> list[dict[str, Any]]:
-        return self._load().read(first, last)  # type: ignore[attr-defined]
+        return self._head[first:last] if last <= len(self._head) else self._load().read(first, last)
 
     def first(self, count: int) -> Rows:
-        return self._load().first(count)  # type: ignore[attr-defined]
+        if count > len(self._head):
+            return self._load().first(count)
+        return StoredRows(
+            self.name, self.kind, count, self._columns, self._head[:count], lambda: self._load().first(count)
+        )
 
     def where(self, index: int) -> str:
-        return self._load().where(index)  # type: ignore[attr-defined]
+        return self._load().where(index)
+
+
+def plain_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose values a header keeps as they are: none where there are others than texts and whole numbers."""
+    return rows if all(type(value) in (str, int, bool, type(None)) for row in rows for value in row.values()) else []
 
 
 def open_cache(data: DataConfig, encoding: Encoding, source: str, which: str, max_examples: int) -> TokenCache | None:
@@ -314,7 +343,7 @@ def read_text(path: Path) -> str:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write the bytes of an array and flush them to disk."""
-    data = memoryview(np.ascontiguousarray(array)).cast("B")
+    data = np.ascontiguousarray(array).data.cast("B")
     with open(path, "wb", buffering=0) as file:
         while len(data):
             written = file.write(data[: 1 << 26])
@@ -337,7 +366,7 @@ def name_block(name: str, index: int) -> str:
 
 
 def evict(folder: Path, max_bytes: float) -> None:
-    """Remove the entries that were not used for the longest time, except those in use, until the rest is small enough."""
+    """Remove entries that are not in use, those first that were not used for the longest time, to keep the limit."""
     entries = sorted((used_at(path), path) for path in folder.iterdir() if (path / "in_use").exists())
     sizes = {path: sum(size_on_disk(path.iterdir())) for _, path in entries}
     total = sum(sizes.values())

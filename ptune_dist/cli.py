@@ -7,6 +7,7 @@ torch is imported only by the commands that compute, after the config has been r
 """
 
 import argparse
+import difflib
 import math
 import os
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ptune_dist import __version__
 from ptune_dist.cluster.processes import leave
 from ptune_dist.cluster.rank_files import node_folder
 from ptune_dist.common.imports import without_garbage_collection
@@ -29,6 +31,9 @@ FAULT = 1
 INTERRUPTED = 130
 SECONDS_FOR_RANK_0 = 2.0
 
+COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "bench", "env")
+SECTIONS = tuple(Config.model_fields)
+
 Command = Callable[[argparse.Namespace], int | None]  # runs a parsed command and returns the exit status, None for 0
 
 
@@ -36,6 +41,8 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong argument in one line, like every other mistake."""
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required: CONFIG"):
+            message = f"a config is needed, a YAML file: {self.prog} my.yaml"
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
@@ -77,13 +84,27 @@ def say_error(error: Exception) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The parsed command line; overrides may stand anywhere after the command. Raises UserError."""
     parser = build_parser()
-    parsed, rest = parser.parse_known_args(arguments)
+    words = [drop_dashes(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    if not words:
+        parser.error(f"a command is needed: {', '.join(COMMANDS)}")
+    if not words[0].startswith("-") and words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"it is none of {', '.join(COMMANDS)}"
+        parser.error(f"unknown command {words[0]}: {hint}")
+    parsed, rest = parser.parse_known_args(words)
     wrong = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     return parsed
+
+
+def drop_dashes(word: str) -> str:
+    """`--train.max_steps=5`, as other programs want it, as `train.max_steps=5`; other words as they are."""
+    key = word.partition("=")[0].removeprefix("--")
+    is_key = word.startswith("--") and "=" in word and key.partition(".")[0] in SECTIONS
+    return word.removeprefix("--") if is_key else word
 
 
 def leave_process_group() -> None:
@@ -97,6 +118,7 @@ def leave_process_group() -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="ptune-dist", description="Train soft prompts against large frozen language models.")
+    parser.add_argument("--version", action="version", version=f"ptune-dist {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     def add(name: str, run: Command, text: str, *positional: str) -> argparse.ArgumentParser:
@@ -260,8 +282,6 @@ def describe_environment() -> Iterator[str]:
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
-
-    from ptune_dist import __version__
 
     yield f"ptune_dist {__version__}"
     yield f"python {platform.python_version()} on {platform.platform()}"

@@ -7,11 +7,16 @@ content is what the `zero` package hands to DeepSpeed.
 import copy
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
+
+PRESETS = Path(__file__).parent / "presets"
+COMMENT = re.compile(r"(^|\s)(//|#|/\*)")
+TRAILING_COMMA = re.compile(r",\s*[}\]]")
 
 # DeepSpeed's names for the values of train.optimizer and train.schedule, and the sections that it documents.
 OPTIMIZER_TYPES = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd", "adafactor": "adafactor"}
@@ -42,6 +47,16 @@ FILLED_LATER = (
 )
 
 
+def preset_names() -> list[str]:
+    return sorted(file.stem for file in PRESETS.glob("*.json"))
+
+
+def find_preset(source: Any) -> Any:
+    """The file of a JSON that comes with the package, where `source` is its name; any other source as it is."""
+    is_name = isinstance(source, str) and source.removesuffix(".json") in preset_names()
+    return str(PRESETS / f"{source.removesuffix('.json')}.json") if is_name else source
+
+
 def load_deepspeed_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
     """The content of config key `deepspeed`: a file's, given in place, or that of ZeRO stage 0. Raises UserError."""
     if source is None:
@@ -49,17 +64,51 @@ def load_deepspeed_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
     if isinstance(source, dict):
         check_sections(source, "deepspeed")
         return copy.deepcopy(source)
-    try:
-        content = json.loads(Path(source).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"deepspeed: {source}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"deepspeed: {source}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"deepspeed: {source} line {error.lineno}: not valid JSON: {error.msg}") from None
+    content = read_json(find_preset(source))
     if not isinstance(content, dict):
         raise UserError(f"deepspeed: {source}: DeepSpeed's JSON is an object, found {type(content).__name__}")
     check_sections(content, source)
+    return content
+
+
+def read_json(source: str) -> Any:
+    """The content of a JSON file. Raises UserError naming file and line."""
+    text = ""
+    try:
+        text = Path(source).read_text(encoding="utf-8-sig")
+        return json.loads(text, object_pairs_hook=refuse_repeated)
+    except FileNotFoundError as error:
+        is_name = not source.endswith(".json") and "/" not in source
+        names = f", and the JSON files that come with the package are {', '.join(preset_names())}" if is_name else ""
+        raise UserError(f"deepspeed: {source}: {error.strerror}{names}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"deepspeed: {source}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        lines = text.splitlines() or [""]
+        near = "\n".join(lines[max(error.lineno - 2, 0) : error.lineno])
+        hint = ""
+        if COMMENT.search(near):
+            hint = "; DeepSpeed's JSON has no comments: remove them"
+        elif TRAILING_COMMA.search("\n".join(lines[max(error.lineno - 2, 0) : error.lineno + 1])):
+            hint = "; remove the comma after the last item"
+        elif not text.strip():
+            hint = "; the file is empty"
+        raise UserError(f"deepspeed: {source} line {error.lineno}: not valid JSON: {error.msg}{hint}") from None
+    except RecursionError:
+        raise UserError(f"deepspeed: {source}: not valid JSON: nested too deeply") from None
+    except ValueError as error:  # a key given twice, a name that no file has, an integer of thousands of digits
+        raise UserError(f"deepspeed: {source}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"deepspeed: {source}: {error.strerror}") from None
+
+
+def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a key given twice, which DeepSpeed refuses too."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice} is given twice")
     return content
 
 

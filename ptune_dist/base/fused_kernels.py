@@ -13,8 +13,8 @@ import torch
 # What a compiled result may differ by, relative to the largest number: it rounds at other places.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 NUM_COMPARED = 64  # rows
-# Elements from which a CPU compiles too: none. `ptune_dist.bench.fused` has shown no clear gain there, since
-# products take most of the time, and a model's kernels take half a minute to compile.
+# Elements from which a CPU compiles too: none. Products take most of the time there: compiled layers gain 2 to 5%
+# (docs/benchmarks/fused_cpu.json, made by `ptune_dist.bench.fused`), and compiling takes half a minute.
 MIN_CPU_ELEMENTS = 1 << 62
 
 ERROR_NAME = re.compile(r"[\w.]*(Error|Exception|Missing|Unsupported|Failed)\b")

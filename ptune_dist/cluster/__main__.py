@@ -55,7 +55,7 @@ def launch(parsed: argparse.Namespace) -> int:
     """Run this node's part of the job; returns the exit status. Raises UserError."""
     requests = StopRequests()
     requests.listen()
-    topology = add_host_name(find_topology(os.environ))
+    topology = add_host_name(find_topology(os.environ, host_name=socket.gethostname()))
     config, facts = read_node(parsed, topology)
     if config is None and topology.num_nodes == 1:
         raise UserError(facts.mistake)

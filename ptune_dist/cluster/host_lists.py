@@ -1,4 +1,4 @@
-"""Lists of host names as Slurm and Open MPI write them."""
+"""Lists of host names as schedulers and Open MPI write them."""
 
 import itertools
 import re
@@ -44,3 +44,17 @@ def first_host(hostfile: str) -> str | None:
         if words:
             return words[0]
     return None
+
+
+def unique_hosts(names: list[str]) -> list[str]:
+    """Each host once, in order of its first place: lists repeat a host for each of its slots."""
+    return list(dict.fromkeys(names))
+
+
+def is_same_host(first: str, second: str) -> bool:
+    """Whether two names are of one host; one of them may lack the domain."""
+    first = first.lower().rstrip(".")
+    second = second.lower().rstrip(".")
+    if "." in first and "." in second:
+        return first == second
+    return first.partition(".")[0] == second.partition(".")[0]

@@ -212,6 +212,7 @@ def read_slurm(variables: Variables) -> Placement:
     step = env.find_number("SLURM_STEP_ID")
     # A batch script also has SLURM_PROCID and SLURM_NODEID, both 0. Only the step's id tells that srun started us.
     in_step = step is not None and step < FIRST_SPECIAL_STEP
+    num_groups = env.find_number("SLURM_HET_SIZE") or 1  # components of a heterogeneous job
     count_name = env.first_set("SLURM_STEP_NUM_NODES", "SLURM_NNODES") if in_step else "SLURM_NNODES"
     num_nodes = env.number(count_name, minimum=1)
     job_id = env.text("SLURM_JOB_ID")
@@ -221,6 +222,11 @@ def read_slurm(variables: Variables) -> Placement:
         num_tasks = env.number(env.first_set("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), minimum=1)
         if num_tasks > num_nodes:
             raise UserError(f"SLURM_NTASKS={num_tasks} on {num_nodes} nodes (slurm): add --ntasks-per-node=1 to srun")
+    elif num_groups > 1:
+        groups = f"--het-group=0-{num_groups - 1}"
+        raise UserError(
+            f"SLURM_HET_SIZE={num_groups} (slurm) outside srun: start it with srun {groups} --ntasks-per-node=1"
+        )
     elif num_nodes > 1:
         raise UserError(f"SLURM_NNODES={num_nodes} (slurm) outside srun: start it with srun --ntasks-per-node=1")
     list_name = env.first_set("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")

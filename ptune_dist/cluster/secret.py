@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ptune_dist.cluster.link import Message
+from ptune_dist.common.files import make_folder
 from ptune_dist.errors import UserError
 
 VARIABLE = "PTUNE_SECRET"
@@ -45,7 +46,7 @@ def create_secret(run_dir: Path) -> str:
         return secret
     secret = random_text()
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         descriptor, name = tempfile.mkstemp(prefix=f"{FILE}-", dir=run_dir)  # of mode 0600
         with open(descriptor, "w") as file:
             file.write(secret)

@@ -1,6 +1,6 @@
 """Which nodes run this job, which of them this one is, and where the head listens, from a scheduler's variables.
 
-Pure: no torch and no socket. The one file that may be needed, an MPI hostfile, is read through `read_text`. Each node's
+Pure: no torch and no socket. The files that may be needed, lists of hosts, are read through `read_text`. Each node's
 launcher calls it once, before it starts the node's ranks.
 
 Environments are tried from the most deliberate to the least:
@@ -9,16 +9,26 @@ Environments are tried from the most deliberate to the least:
 3. Kubeflow's PET_ variables, then a plain JobSet: pods have no Slurm, but Kubeflow Trainer's pods belong to a JobSet.
 4. Open MPI, then Slurm: mpirun inside an allocation leaves both, and only mpirun's ranks belong to this job.
 5. NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: late, because batch scripts export them for all nodes alike.
-6. Nothing: one node.
+6. PBS, LSF, Grid Engine, which list hosts; then the ranks of other kinds of mpiexec.
+7. NNODES without NODE_RANK, which is a mistake unless it is 1.
+8. Nothing: one node, unless a variable that is not read here counts several.
 PTUNE_HEAD_ADDRESS, PTUNE_PORT, PTUNE_PROCS and PTUNE_JOB_ID win in all of them. An empty variable counts as unset.
 """
 
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ptune_dist.cluster.environment import Environment
+from ptune_dist.cluster.host_schedulers import (
+    OWN_SETTINGS,
+    ReadText,
+    find_ranks,
+    read_grid_engine,
+    read_lsf,
+    read_mpi,
+    read_pbs,
+)
 from ptune_dist.cluster.schedulers import (
     LOCAL_HEAD,
     Placement,
@@ -34,12 +44,15 @@ from ptune_dist.cluster.schedulers import (
 )
 from ptune_dist.errors import UserError
 
+# What launchers that are not read here count: PyTorchJob without PET_ variables, Volcano, Cobalt, Horovod, PMI.
+COUNTS = ("WORLD_SIZE", "VC_WORKER_NUM", "COBALT_JOBSIZE", "HOROVOD_SIZE", "PMI_SIZE", "FLUX_JOB_NNODES", "NHOSTS")
+
 
 @dataclass(frozen=True)
 class Topology:
     """The nodes of a job as seen from one of them. Only `node_rank` and, on AWS Batch, `head` differ between nodes."""
 
-    source: str  # slurm, kubernetes, jobset, skypilot, aws batch, azure ml, openmpi, variables, one node
+    source: str  # slurm, pbs, lsf, grid engine, kubernetes, jobset, skypilot, aws batch, azure ml, openmpi, ...
     job_id: str  # the same on every node of a job and different for another job; "" if nothing names it
     num_nodes: int
     node_rank: int
@@ -58,19 +71,19 @@ def read_file(path: str) -> str:
     return Path(path).read_text()
 
 
-def find_topology(variables: Variables, read_text: Callable[[str], str] = read_file) -> Topology:
+def find_topology(variables: Variables, read_text: ReadText = read_file, host_name: str = "localhost") -> Topology:
     """The topology that a launcher's environment describes.
 
-    `read_text` returns the text of an MPI hostfile by its path, or raises OSError if this node does not have it. Raises
-    UserError, in one line that names the variable, if a variable is missing or wrong, or if the launcher was not
-    started once per node.
+    `read_text` returns the text of a file of hosts by its path, or raises OSError if this node does not have it.
+    `host_name` is this node's. Raises UserError, in one line that names the variable, if a variable is missing or
+    wrong, or if the launcher was not started once per node.
     """
     variables = {name: value.strip() for name, value in variables.items() if value.strip()}
     refuse_torchrun(variables)
-    return complete(find_placement(variables, read_text), variables)
+    return complete(find_placement(variables, read_text, host_name), variables)
 
 
-def find_placement(variables: Variables, read_text: Callable[[str], str]) -> Placement:
+def find_placement(variables: Variables, read_text: ReadText, host_name: str) -> Placement:
     """What the most deliberate of the environments says. Raises UserError."""
 
     def has_any(*names: str) -> bool:
@@ -92,9 +105,36 @@ def find_placement(variables: Variables, read_text: Callable[[str], str]) -> Pla
         return read_openmpi(variables, read_text)
     if has_any("SLURM_JOB_ID"):
         return read_slurm(variables)
-    if has_any("PTUNE_NUM_NODES", "NNODES", "NUM_NODES", "NODE_RANK"):
+    if has_any("NODE_RANK"):
         return read_variables(variables)
+    if has_any("PBS_JOBID"):
+        return read_pbs(variables, read_text, host_name)
+    if has_any("LSB_JOBID"):
+        return read_lsf(variables, read_text, host_name)
+    if has_any("PE_HOSTFILE") or ("JOB_ID" in variables and "NHOSTS" in variables):
+        return read_grid_engine(variables, read_text, host_name)
+    ranks = find_ranks(variables)
+    if ranks is not None:
+        return read_mpi(variables, ranks)
+    if has_any("PTUNE_NUM_NODES", "NNODES", "NUM_NODES"):
+        return read_variables(variables)
+    refuse_uncounted_nodes(variables)
     return Placement(source="one node", num_nodes=1, node_rank=0)
+
+
+def refuse_uncounted_nodes(variables: Variables) -> None:
+    """Raise UserError where a variable of some other launcher counts several processes or hosts.
+
+    Each of them would take itself for the only node.
+    """
+    env = Environment(variables, "environment")
+    for name in COUNTS:
+        value = env.find_text(name) or ""
+        if value.isdecimal() and int(value) > 1:
+            raise UserError(
+                f"{name}={value} ({env.source}), but no variable tells which node this is: set {OWN_SETTINGS} on each "
+                "node, or PTUNE_NUM_NODES=1 PTUNE_NODE_RANK=0 for one"
+            )
 
 
 def complete(placement: Placement, variables: Variables) -> Topology:

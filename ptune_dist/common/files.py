@@ -1,6 +1,7 @@
 """Durable, atomic file writes: a temporary file is written, flushed to disk and renamed."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,10 +38,28 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its missing parents; flush their entries, so that they survive a power failure."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
 def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename survives a power failure."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a folder's entries to disk, so that a rename survives a power failure.
+
+    Does nothing where the file system cannot flush folders, as some network and FUSE file systems, or where the folder
+    may be written but not read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
     finally:
         os.close(handle)

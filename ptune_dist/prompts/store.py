@@ -8,13 +8,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ptune_dist.common.files import replace_file
+from ptune_dist.common.files import make_folder, replace_file
 from ptune_dist.errors import UserError
 
 
 def save_prompt(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Write a prompt folder; the facts travel in the tensor file's header too, so that the two cannot part."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}  # as safetensors wants them
     replace_file(folder / "prompt.safetensors", save(stored, metadata={"facts": json.dumps(facts)}))
     replace_file(folder / "prompt.json", (json.dumps(facts, indent=2) + "\n").encode())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from ptune_dist.common.files import sync_folder, write_durably
+from ptune_dist.common.files import make_folder, sync_folder, write_durably
 from ptune_dist.errors import RunFault
 from ptune_dist.run.folder import list_checkpoints
 
@@ -42,7 +42,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     temporary = folder / f".writing-{final.name}"
     try:
         remove_leftovers(folder)
-        temporary.mkdir(parents=True)
+        make_folder(folder)
+        temporary.mkdir()
         write_snapshot(temporary, snapshot)
         if final.exists():  # a damaged one, whose step this run has repeated
             final.rename(folder / f".old-{final.name}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ptune_dist.common.files import fault_on_failed_write, replace_file
+from ptune_dist.common.files import fault_on_failed_write, make_folder, replace_file
 from ptune_dist.config.load import Resolve, load_config, render_config
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import member_config
@@ -95,7 +95,7 @@ def lock_run_dir(config: Config) -> IO[str]:
     """Create the run's directory, and lock it while the returned file is open. For one rank. Raises UserError."""
     run_dir = Path(config.output_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         lock = open(run_dir / ".lock", "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -125,7 +125,7 @@ def write_run_configs(config: Config, members: dict[str, Config]) -> None:
     for own in configs:
         file = Path(own.output_dir) / "config.yaml"
         with fault_on_failed_write(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(file.parent)
             replace_file(file, render_config(own).encode())
 
 

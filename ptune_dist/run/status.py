@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome
-from ptune_dist.common.files import fault_on_failed_write, replace_file
+from ptune_dist.common.files import fault_on_failed_write, make_folder, replace_file
 from ptune_dist.errors import RunFault
 from ptune_dist.run.folder import list_checkpoints
 
@@ -34,7 +34,7 @@ def update_status(run_dir: Path, **changes: Any) -> dict[str, Any]:
     status = {"restarts": 0, "idle_starts": 0} | read_status(run_dir) | changes
     status["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     with fault_on_failed_write(run_dir / "status.json"):
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         replace_file(run_dir / "status.json", render_status(status))
     return status
 

@@ -1,5 +1,7 @@
 """What each scheduler's variables tell about the nodes of a job, for the dumps in tests/environments."""
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +13,17 @@ from ptune_dist.errors import UserError
 from tests.processes import ROOT, process_env
 
 ENVIRONMENTS = ROOT / "tests" / "environments"
-HOSTFILE = "# written by the operator\n\nnode-a slots=2  # the first\nnode-b slots=2\n"
+# The files of hosts that variables of the dumps name.
+FILES = {
+    "/etc/mpi/hostfile": "# written by the operator\n\nnode-a slots=2  # the first\nnode-b slots=2\n",
+    "/var/spool/pbs/aux/4711.pbs01": "n1.example.org\nn1.example.org\nn2.example.org\nn2.example.org\n",
+    "/home/user/.lsbatch/8812.hostfile": "hostA\nhostA\nhostB\nhostB\n",
+    "/var/spool/sge/n1/active_jobs/93017.1/pe_hostfile": (
+        "n1.example.org 2 all.q@n1.example.org UNDEFINED\nn2.example.org 2 all.q@n2.example.org UNDEFINED\n"
+    ),
+    "/empty": "\n",
+}
+DOMAIN_NAMES = ("n1.example.org", "n2.example.org")
 UUID = "5f0b1c9e-0000-4000-8000-000000000001"
 TWO = ("1", "2")
 # A dump, and what each of its nodes finds: source, job_id, head, port, node_names, num_procs, num_restarts.
@@ -20,6 +32,13 @@ JOBS = {
     "slurm_second_step": ("slurm", "1.1", "n02", derive_port("1.1"), ("n02", "n03"), 2, 0),
     "slurm_requeued": ("slurm", "6.0", "n01", derive_port("6.0"), ("n01", "n02"), 2, 1),
     "slurm_salloc_one": ("slurm", "9", "127.0.0.1", None, ("n01",), None, 0),
+    "slurm_het": ("slurm", "1.0", "n0", derive_port("1.0"), ("n0", "n1", "n2"), None, 0),
+    "pbs": ("pbs", "4711.pbs01", DOMAIN_NAMES[0], derive_port("4711.pbs01"), DOMAIN_NAMES, None, 0),
+    "pbs_mpiexec": ("pbs", "4711.pbs01", DOMAIN_NAMES[0], derive_port("4711.pbs01"), DOMAIN_NAMES, None, 0),
+    "lsf": ("lsf", "8812", "hostA", derive_port("8812"), ("hostA", "hostB"), None, 0),
+    "grid_engine": ("grid engine", "93017", DOMAIN_NAMES[0], derive_port("93017"), DOMAIN_NAMES, None, 0),
+    "mpich": ("mpi", "", "n1", derive_port(""), TWO, None, 0),
+    "flux": ("mpi", "f2Z9nVbq", "n1", derive_port("f2Z9nVbq"), TWO, None, 0),
     "openmpi": ("openmpi", "923992065", "node-a", derive_port("923992065"), TWO, None, 0),
     "skypilot": (
         "skypilot",
@@ -61,6 +80,61 @@ MISTAKES = [
     ("slurm_interactive", {}, "SLURM_NNODES=2 (slurm) outside srun"),
     ("slurm_salloc", {}, "SLURM_NNODES=2 (slurm) outside srun"),
     ("slurm_salloc", {"SLURM_NNODES": None}, "SLURM_NNODES (slurm) is not set"),
+    (
+        "slurm_het_batch_script",
+        {},
+        "SLURM_HET_SIZE=2 (slurm) outside srun: start it with srun --het-group=0-1 --ntasks-p",
+    ),
+    (
+        "pbs",
+        {"HOSTNAME": "n3", "PBS_NODENUM": None},
+        "PBS_NODEFILE (pbs) lists the hosts n1.example.org, n2.example.org, a",
+    ),
+    (
+        "pbs",
+        {"PBS_TASKNUM": "1"},
+        "this is the job's script on the first: start it on each with pbsdsh or mpiexec, or set",
+    ),
+    (
+        "pbs",
+        {"PBS_NODEFILE": "/absent"},
+        "PBS_NODEFILE (pbs) names /absent, which cannot be read here (No such file or d",
+    ),
+    (
+        "pbs",
+        {"PBS_NODEFILE": "/empty"},
+        "PBS_NODEFILE (pbs) names /empty, which lists no host: set PTUNE_NUM_NODES, PTUNE_",
+    ),
+    ("pbs", {"PBS_NODEFILE": None}, "PBS_NODEFILE (pbs) is not set"),
+    ("pbs", {"PBS_NODENUM": "x"}, "PBS_NODENUM (pbs): must be a whole number"),
+    (
+        "pbs_mpiexec",
+        {"MPI_LOCALNRANKS": "2"},
+        "MPI_LOCALNRANKS=2 (pbs): start one process on each host, as with -ppn 1",
+    ),
+    (
+        "lsf",
+        {"HOSTNAME": "login"},
+        "LSB_MCPU_HOSTS (lsf) lists the hosts hostA, hostB, and none of them is this one, login",
+    ),
+    ("lsf", {"LSB_MCPU_HOSTS": None, "LSB_HOSTS": None, "LSB_DJOB_HOSTFILE": None}, "LSB_MCPU_HOSTS (lsf) is not set"),
+    ("grid_engine", {"PE_HOSTFILE": "/absent"}, "PE_HOSTFILE (grid engine) names /absent, which cannot be read here"),
+    ("grid_engine", {"PE_HOSTFILE": None}, "PE_HOSTFILE (grid engine) is not set"),
+    ("grid_engine", {"NHOSTS": "two"}, "NHOSTS (grid engine): must be a whole number of at least 1"),
+    (
+        "grid_engine",
+        {"HOSTNAME": "n9"},
+        "none of them is this one, n9: set PTUNE_NUM_NODES, PTUNE_NODE_RANK and PTUNE_HEAD",
+    ),
+    ("mpich", {"MASTER_ADDR": None}, "PTUNE_HEAD_ADDRESS or MASTER_ADDR (mpi) is not set, which 2 nodes need"),
+    ("mpich", {"MPI_LOCALNRANKS": "8"}, "MPI_LOCALNRANKS=8 (mpi): start one process on each host"),
+    ("mpich", {"PMI_RANK": "2"}, "PMI_RANK (mpi): the nodes are 0 to 1, not 2"),
+    (
+        "mpich",
+        {"PMI_RANK": None},
+        "PMI_SIZE=2 (environment), but no variable tells which node this is: set PTUNE_NUM_NODES",
+    ),
+    ("flux", {"FLUX_TASK_RANK": None}, "FLUX_JOB_NNODES=2 (environment), but no variable tells which node this is"),
     ("slurm", {"SLURM_NODEID": None}, "SLURM_NODEID (slurm) is not set"),
     ("slurm", {"SLURM_NODEID": "3"}, "SLURM_NODEID (slurm): the nodes are 0 to 2, not 3"),
     ("slurm", {"SLURM_STEP_NUM_NODES": None, "SLURM_NNODES": None}, "SLURM_STEP_NUM_NODES (slurm) is not set"),
@@ -142,13 +216,14 @@ def load_environment(name: str, rank: int = 0, **changes: str | None) -> dict[st
 
 
 def read_hostfile(path: str) -> str:
-    if path != "/etc/mpi/hostfile":
-        raise FileNotFoundError(path)
-    return HOSTFILE
+    if path not in FILES:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    return FILES[path]
 
 
 def find(name: str, rank: int = 0, **changes: str | None) -> Topology:
-    return find_topology(load_environment(name, rank, **changes), read_hostfile)
+    variables = load_environment(name, rank, **changes)
+    return find_topology(variables, read_hostfile, variables.get("HOSTNAME", "localhost"))
 
 
 @pytest.mark.parametrize("name, rank", NODES)
@@ -276,6 +351,45 @@ def test_a_number_of_processes_that_is_a_word_or_zero_is_ignored():
     assert [find("kubeflow", PET_NPROC_PER_NODE=value).num_procs for value in ("gpu", "cpu", "4")] == [None, None, 4]
     assert find("skypilot", SKYPILOT_NUM_GPUS_PER_NODE="0").num_procs is None
     assert find("slurm", SLURM_GPUS_ON_NODE=None).num_procs is None
+
+
+def test_a_node_finds_itself_by_name_before_a_number_that_may_be_the_scripts():
+    assert [find("pbs", 1, PBS_NODENUM=number).node_rank for number in (None, "0", "1")] == [1, 1, 1]
+    assert find("pbs", HOSTNAME="unknown", PBS_NODENUM="1").node_rank == 1  # the list has names of another network
+    assert find("pbs", 1, HOSTNAME="N2.example.org.").node_rank == 1
+    with pytest.raises(UserError, match="none of them is this one"):
+        find("grid_engine", HOSTNAME="n2.elsewhere.net")
+
+
+def test_one_host_of_a_list_is_one_node_whatever_it_is_called():
+    one = {"LSB_MCPU_HOSTS": "hostA 4", "HOSTNAME": "container"}
+    assert (find("lsf", **one).num_nodes, find("lsf", **one).head) == (1, "127.0.0.1")
+    assert find("grid_engine", NHOSTS="1", PE_HOSTFILE=None).num_nodes == 1
+
+
+def test_lists_of_slots_and_files_say_the_same():
+    found = [find("lsf", LSB_MCPU_HOSTS=None), find("lsf", LSB_MCPU_HOSTS=None, LSB_HOSTS=None), find("lsf")]
+    assert found[0] == found[1] == found[2]
+
+
+def test_tasks_of_an_array_are_jobs_of_their_own():
+    assert find("lsf", LSB_JOBINDEX="3").job_id == "8812[3]"
+    assert find("grid_engine", SGE_TASK_ID="3").job_id == "93017.3"
+
+
+@pytest.mark.parametrize("name", ["pbs", "lsf", "grid_engine", "mpich"])
+def test_a_node_rank_given_by_the_user_wins_over_lists_of_hosts(name: str):
+    given = {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "a"}
+    found = find(name, **given)
+    assert (found.source, found.num_nodes, found.node_rank, found.head) == ("variables", 3, 2, "a")
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "VC_WORKER_NUM", "HOROVOD_SIZE"])
+def test_several_nodes_that_nothing_numbers_are_refused(name: str):
+    with pytest.raises(UserError, match=f"{name}=2 .* set PTUNE_NUM_NODES, PTUNE_NODE_RANK and PTUNE_HEAD_ADDRESS"):
+        find_topology({name: "2", "RANK": "0"})
+    assert find_topology({name: "1"}).num_nodes == 1
+    assert find_topology({name: "2", "PTUNE_NUM_NODES": "1", "PTUNE_NODE_RANK": "0"}).num_nodes == 1
 
 
 def test_ports_are_below_the_ephemeral_ones_and_rarely_collide():

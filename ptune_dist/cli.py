@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("the following arguments are required: CONFIG"):
-            message = f"a config is needed, a YAML file: {self.prog} my.yaml"
+            message = f"CONFIG is missing, a YAML file: {self.prog} my.yaml"
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 

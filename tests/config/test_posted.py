@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON files that people copy from other projects, rebuilt from their published keys: all load or say why.
+"""The DeepSpeed JSON files that people copy, rebuilt from their published keys: all load or say why not.
 
 Each is tried as its project uses it: in the precision that it names and with a schedule of its kind.
 """

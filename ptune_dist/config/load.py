@@ -15,6 +15,7 @@ from ptune_dist.config.sweep import map_paths, render_members, sweep_keys
 from ptune_dist.config.yaml_file import apply_override, read_yaml
 from ptune_dist.errors import UserError
 
+MAX_MESSAGE = 1000
 Resolve = Callable[[Config], Config]
 
 
@@ -46,7 +47,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Res
     try:
         resolved = resolve_outside_sweep(config, resolve) if resolve else config
     except ValueError as error:
-        raise UserError(f"{name_place(find_key(str(error)), path, overrides)}: {error}") from None
+        what = str(error)[:MAX_MESSAGE]  # which may hold a value of any length
+        raise UserError(f"{name_place(find_key(what), path, overrides)}: {what}") from None
     check_members(resolved, name_place("sweep", path, overrides), resolve)
     return resolved
 

@@ -36,11 +36,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Res
     raw = read_yaml(path, texts)
     for override in overrides:
         apply_override(raw, override, texts)
+    for name in ("model", "prompt", "data", "train", "evaluate", "checkpoint"):  # all keys of it may be comments
+        if name in raw and raw[name] is None:
+            del raw[name]
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise UserError(describe_validation_error(error, path, overrides)) from None
     config = resolve_paths(config, Path(path).resolve().parent)
+    for key, value in (("model.path", config.model.path), ("data.train", config.data.train)):
+        if not value.strip():
+            raise UserError(f"{name_place(key, path, overrides)}: {key}: a path or a name is needed, and it is empty")
     wrong = describe_wrong_folder(config)
     if wrong:
         raise UserError(f"{name_place('output_dir', path, overrides)}: output_dir: {wrong}")
@@ -85,7 +91,7 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
     """Make the paths of files and folders that exist absolute; other names (a hub's, say) stay as they are."""
 
     def resolve(value: Any) -> Any:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value.strip():
             return value
         value = os.path.expanduser(value)
         name, colon, split = value.rpartition(":") if ":" in value else (value, "", "")  # a saved folder's FOLDER:SPLIT

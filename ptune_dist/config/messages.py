@@ -12,6 +12,14 @@ from ptune_dist.config.foreign_names import FOREIGN_NAMES, name_trainer
 from ptune_dist.config.schema import Config
 
 SECTIONS = tuple(Config.model_fields)
+# What pydantic says in terms of Python.
+PLAIN_WORDS = {
+    "list_type": "a list is needed, such as [a, b]",
+    "tuple_type": "a list is needed, such as [a, b]",
+    "model_type": "a section with keys of its own is needed",
+    "dict_type": "a mapping is needed, such as {key: value}",
+    "string_type": "a text is needed; put it in quotes where it looks like something else",
+}
 MAX_SHOWN = 100  # characters of a wrong value
 
 
@@ -53,7 +61,9 @@ def describe_first_error(
         return key, describe_unknown_key(key, known_keys(section, prefix))
     if first["type"] == "missing":
         return key, f"{key} is missing"
-    message = first["msg"].removeprefix("Value error, ")
+    message = PLAIN_WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    if first["type"] == "string_type" and first["input"] is None:
+        message = "a text is needed; put null or ~ in quotes where that is the text"
     if message.startswith(key):  # a check of several keys, or of a sweep's, names them itself
         return key, message
     return key, f"{key}: {message}{show_input(first['input'])}"
@@ -101,6 +111,8 @@ def describe_unknown_key(key: str, known: Iterable[str]) -> str:
     answer = FOREIGN_NAMES.get(key) or ("" if is_ours or not section and key in SECTIONS else FOREIGN_NAMES.get(leaf))
     if answer:
         return f"unknown key {key}: {answer}"
+    if re.fullmatch(r"[-+.\d]+", leaf):
+        return f"unknown key {key}: a comma begins a new key: write 1.5, and a list in brackets"
     near = nearest_key(key, known)
     hint = f", did you mean {near}?" if near else ""
     return f"unknown key {key}{hint}"

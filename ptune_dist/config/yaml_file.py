@@ -22,6 +22,8 @@ STR_TAG = "tag:yaml.org,2002:str"
 NULL_TAG = "tag:yaml.org,2002:null"
 MERGE_TAG = "tag:yaml.org,2002:merge"
 MISREAD = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")  # octal, or in base 60
+NULLS = ("", "~", "null", "Null", "NULL")
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")  # YAML 1.1 wants 1.0e-3
 MAX_BYTES = 2**20
 MAX_NODES = 200_000  # with what aliases repeat
 # What PyYAML raises, beside its own errors, for values that their tags do not fit.
@@ -29,13 +31,14 @@ MISFITS = (ValueError, TypeError, KeyError, IndexError, AttributeError, Overflow
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """YAML without dates, which stay text."""
+    """YAML without dates, which stay text, and with 1e-3 as a number."""
 
 
 ConfigLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":value"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
 def read_yaml(path: str | Path, text_keys: Collection[str] = ()) -> dict[str, Any]:
@@ -123,11 +126,14 @@ def take_as_written(node: yaml.Node, key: str, text_keys: Collection[str], done:
     if (id(node), key) in done:
         return
     done.add((id(node), key))
+    if node.tag == MERGE_TAG and key in text_keys:
+        node.tag = STR_TAG
     if node.tag not in PLAIN_TAGS:
         raise wrong(f"tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not for a config", node)
     if isinstance(node, yaml.ScalarNode):
         check_characters(node)
         if key in text_keys and node.style is None and node.tag != NULL_TAG:
+            refuse_cut_template(node)
             node.tag = STR_TAG
         elif PLAIN_TAGS[node.tag] in ("int", "float") and MISREAD.fullmatch(node.value):
             raise wrong(f"{key}: {node.value} is not a decimal number: write one, or put a text in quotes", node)
@@ -157,6 +163,14 @@ def take_mapping_as_written(node: Any, key: str, text_keys: Collection[str], don
         take_as_written(child, below, text_keys, done)
 
 
+def refuse_cut_template(node: yaml.ScalarNode) -> None:
+    """Raise ConstructorError for a template without quotes whose end is a comment: `Question #1: {{ text }}`."""
+    end = node.end_mark
+    rest = end.buffer[end.pointer :].splitlines()[:1] if end.buffer else []
+    if any("#" in line and ("{{" in line or "{%" in line) for line in rest):
+        raise wrong("what follows # is a comment: put the template in quotes", node)
+
+
 def check_characters(node: yaml.ScalarNode) -> None:
     """Raise ConstructorError for a text that no file name, terminal or tokenizer takes."""
     if "\0" in node.value or any("\ud800" <= letter <= "\udfff" for letter in node.value):
@@ -179,7 +193,7 @@ def describe_yaml_error(error: yaml.YAMLError, path: str | Path, text: str) -> s
     if "found another document" in problem:
         problem = "a second document begins here (---), and a config is one"
     hint = ""
-    if mark and has_bare_template(text, mark.line):
+    if mark and "in quotes" not in problem and has_bare_template(text, mark.line):
         hint = '; put a template in quotes: "{{ column }}"'
     elif "'\\t'" in problem:
         hint = "; indent with spaces, not tabs"
@@ -195,7 +209,7 @@ def has_bare_template(text: str, line: int) -> bool:
 def apply_override(raw: dict[str, Any], override: str, text_keys: Collection[str] = ()) -> None:
     """Set `key.path=value` in place; the value is YAML, so numbers, lists and null work."""
     key, equals, value = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise UserError(f"command line: {override!r} is not key.path=value")
     max_split = 1 if key.startswith("sweep.") else -1  # the keys of a sweep are dotted themselves
     *parents, leaf = key.split(".", max_split)
@@ -211,20 +225,37 @@ def apply_override(raw: dict[str, Any], override: str, text_keys: Collection[str
 
 
 def parse_value(text: str, key: str, text_keys: Collection[str]) -> Any:
-    """YAML, except that 1e-3 is a number (YAML wants 1.0e-3) and what is not YAML, such as `{{ word }} =`, is text."""
+    """The value in a word of the command line. Raises UserError.
+
+    Under a key of free text it is the word itself, with its spaces, line breaks and `#`, unless it is null, quoted, or
+    a list or a mapping of YAML. Under any other key, and for the members of a sweep, it is YAML.
+    """
+    is_text = key in text_keys  # a sweep's values are lists
     key = key.removeprefix("sweep.")
-    if key not in text_keys and "e" in text.lower() and text[:1] in tuple("0123456789.-+"):
-        with contextlib.suppress(ValueError):
-            return float(text)
+    if is_text and text not in NULLS and text.lstrip()[:1] not in tuple("\"'[{"):
+        return check_text(text, key)
     try:
-        return load_text(text, text_keys, key)
+        value = load_text(text, text_keys, key)
     except yaml.constructor.ConstructorError as error:
-        if text[:1] in ("{", "[") and BARE_TEMPLATE.match(text):
-            return text
-        raise UserError(f"command line: {key}: {one_line(error.problem)}") from None
+        if text.lstrip()[:1] in ("{", "[") and BARE_TEMPLATE.match(text.lstrip()):
+            return check_text(text, key)
+        raise UserError(f"command line: {key}: {drop_key(one_line(error.problem), key)}") from None
     except yaml.YAMLError:
-        return text
+        return check_text(text, key)
     except RecursionError:
         raise UserError(f"command line: {key}: nested too deeply") from None
     except MISFITS as error:
         raise UserError(f"command line: {key}: {one_line(error)}") from None
+    is_quoted = text.strip()[:1] in tuple("\"'") and text.strip()[-1:] == text.strip()[:1]
+    return check_text(text, key) if is_text and isinstance(value, str) and not is_quoted else value
+
+
+def check_text(text: str, key: str) -> str:
+    """A word of the command line as it is. Raises UserError for bytes that are not UTF-8."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"command line: {key}: not UTF-8 text")
+    return text
+
+
+def drop_key(message: str, key: str) -> str:
+    return message.removeprefix(f"{key}: ")

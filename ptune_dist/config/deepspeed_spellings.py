@@ -52,7 +52,7 @@ def use_one_spelling(content: dict[str, Any]) -> None:
         move(content, "bfloat16", "bf16", content.pop("bfloat16"))
     zero = content.get("zero_optimization")
     if isinstance(zero, bool):  # the oldest form
-        zero = content["zero_optimization"] = {"stage": int(zero)}
+        content["zero_optimization"] = {"stage": int(zero)}
     if isinstance(zero, dict):
         for old, new in RENAMED.items():
             if old in zero:

@@ -20,6 +20,7 @@ from ptune_dist import __version__
 from ptune_dist.cluster.processes import leave
 from ptune_dist.cluster.rank_files import node_folder
 from ptune_dist.common.imports import without_garbage_collection
+from ptune_dist.config.arguments import drop_dashes, explain_command, explain_words, overrides_last
 from ptune_dist.config.load import load_config
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import RunFault, UserError
@@ -32,7 +33,9 @@ INTERRUPTED = 130
 SECONDS_FOR_RANK_0 = 2.0
 
 COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "bench", "env")
-SECTIONS = tuple(Config.model_fields)
+TAKE_CONFIG = ("train", "validate", "check")
+FLAGS = ("-h", "--help", "--version")
+MISSING = {"CONFIG": "a YAML file", "RUN": "the folder of a run", "MATRIX": "a YAML file of benchmarks"}
 
 Command = Callable[[argparse.Namespace], int | None]  # runs a parsed command and returns the exit status, None for 0
 
@@ -41,8 +44,10 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong argument in one line, like every other mistake."""
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("the following arguments are required: CONFIG"):
-            message = f"CONFIG is missing, a YAML file: {self.prog} my.yaml"
+        missing = message.removeprefix("the following arguments are required: ")
+        if missing.partition(",")[0] in MISSING and missing != message:
+            name = missing.partition(",")[0]
+            message = f"{name} is missing, {MISSING[name]}"
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
@@ -87,24 +92,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     words = [drop_dashes(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if not words:
         parser.error(f"a command is needed: {', '.join(COMMANDS)}")
-    if not words[0].startswith("-") and words[0] not in COMMANDS:
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"it is none of {', '.join(COMMANDS)}"
-        parser.error(f"unknown command {words[0]}: {hint}")
+    first = words[0]
+    if first not in COMMANDS and first not in FLAGS:
+        near = difflib.get_close_matches(first, FLAGS if first.startswith("-") else COMMANDS, n=1, cutoff=0.5)
+        kind = "option" if first.startswith("-") else "command"
+        parser.error(f"unknown {kind} {first}: {explain_command(first, COMMANDS, near)}")
+    if first in TAKE_CONFIG:
+        words[1:] = overrides_last(words[1:])
     parsed, rest = parser.parse_known_args(words)
-    wrong = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
-    if wrong:
+    given = [*rest, *getattr(parsed, "overrides", [])]
+    wrong = [word for word in given if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
+    if wrong and first in ("env", "bench"):
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if wrong:
+        raise UserError(f"command line: {explain_words(wrong, f'ptune-dist {first}')}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     return parsed
-
-
-def drop_dashes(word: str) -> str:
-    """`--train.max_steps=5`, as other programs want it, as `train.max_steps=5`; other words as they are."""
-    key = word.partition("=")[0].removeprefix("--")
-    is_key = word.startswith("--") and "=" in word and key.partition(".")[0] in SECTIONS
-    return word.removeprefix("--") if is_key else word
 
 
 def leave_process_group() -> None:

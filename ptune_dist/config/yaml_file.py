@@ -24,6 +24,7 @@ MERGE_TAG = "tag:yaml.org,2002:merge"
 MISREAD = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")  # octal, or in base 60
 NULLS = ("", "~", "null", "Null", "NULL")
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")  # YAML 1.1 wants 1.0e-3
+ROWS = (".jsonl", ".csv", ".tsv", ".parquet")
 MAX_BYTES = 2**20
 MAX_NODES = 200_000  # with what aliases repeat
 # What PyYAML raises, beside its own errors, for values that their tags do not fit.
@@ -75,6 +76,10 @@ def read_text(path: str | Path) -> str:
                 f"{path}: the folder of a run, and a config is needed: {path}/config.yaml. evaluate, generate and "
                 "export take the folder"
             )
+        if path.is_dir():
+            raise UserError(f"{path}: a folder, and a config is a YAML file")
+        if path.suffix in ROWS:
+            raise UserError(f"{path}: rows, and no config: a YAML file names them in data.train")
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None

@@ -356,7 +356,7 @@ def test_a_key_that_is_a_list_or_a_mapping_is_refused(write, content):
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     assert error_of(tmp_path / "no.yaml") == f"{tmp_path}/no.yaml: No such file or directory"
-    assert error_of(tmp_path) == f"{tmp_path}: Is a directory"
+    assert error_of(tmp_path) == f"{tmp_path}: a folder, and a config is a YAML file"
 
 
 @pytest.mark.parametrize("override", ["train.max_steps", "=5", "output_dir.x=1", "train.max_steps=[1"])

@@ -22,6 +22,10 @@ if [ -n "${PTUNE_PYTHON:-}" ] && ! [ -x "$PTUNE_PYTHON" ]; then
 fi
 if ! [ -x "$python" ]; then
   python=$(command -v python3) || { echo "error: no Python: run launch/setup.sh, or set PTUNE_PYTHON" >&2; exit 2; }
+  if ! "$python" -c 'import pydantic, yaml' 2>/dev/null; then
+    echo "error: ptune_dist is not installed: run launch/setup.sh, or set PTUNE_PYTHON" >&2
+    exit 2
+  fi
 fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # this copy of the code, in any working directory
 exec "$python" -m ptune_dist.cluster "$@"

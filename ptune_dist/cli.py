@@ -7,6 +7,7 @@ torch is imported only by the commands that compute, after the config has been r
 """
 
 import argparse
+import difflib
 import math
 import os
 import sys
@@ -15,9 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ptune_dist import __version__
 from ptune_dist.cluster.processes import leave
 from ptune_dist.cluster.rank_files import node_folder
 from ptune_dist.common.imports import without_garbage_collection
+from ptune_dist.config.arguments import drop_dashes, explain_command, explain_words, overrides_last
 from ptune_dist.config.load import load_config
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import RunFault, UserError
@@ -29,6 +32,11 @@ FAULT = 1
 INTERRUPTED = 130
 SECONDS_FOR_RANK_0 = 2.0
 
+COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "bench", "env")
+TAKE_CONFIG = ("train", "validate", "check")
+FLAGS = ("-h", "--help", "--version")
+MISSING = {"CONFIG": "a YAML file", "RUN": "the folder of a run", "MATRIX": "a YAML file of benchmarks"}
+
 Command = Callable[[argparse.Namespace], int | None]  # runs a parsed command and returns the exit status, None for 0
 
 
@@ -36,6 +44,10 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong argument in one line, like every other mistake."""
 
     def error(self, message: str) -> NoReturn:
+        missing = message.removeprefix("the following arguments are required: ")
+        if missing.partition(",")[0] in MISSING and missing != message:
+            name = missing.partition(",")[0]
+            message = f"{name} is missing, {MISSING[name]}"
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
@@ -77,10 +89,23 @@ def say_error(error: Exception) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The parsed command line; overrides may stand anywhere after the command. Raises UserError."""
     parser = build_parser()
-    parsed, rest = parser.parse_known_args(arguments)
-    wrong = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
-    if wrong:
+    words = [drop_dashes(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    if not words:
+        parser.error(f"a command is needed: {', '.join(COMMANDS)}")
+    first = words[0]
+    if first not in COMMANDS and first not in FLAGS:
+        near = difflib.get_close_matches(first, FLAGS if first.startswith("-") else COMMANDS, n=1, cutoff=0.5)
+        kind = "option" if first.startswith("-") else "command"
+        parser.error(f"unknown {kind} {first}: {explain_command(first, COMMANDS, near)}")
+    if first in TAKE_CONFIG:
+        words[1:] = overrides_last(words[1:])
+    parsed, rest = parser.parse_known_args(words)
+    given = [*rest, *getattr(parsed, "overrides", [])]
+    wrong = [word for word in given if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
+    if wrong and first in ("env", "bench"):
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if wrong:
+        raise UserError(f"command line: {explain_words(wrong, f'ptune-dist {first}')}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     return parsed
@@ -97,6 +122,7 @@ def leave_process_group() -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="ptune-dist", description="Train soft prompts against large frozen language models.")
+    parser.add_argument("--version", action="version", version=f"ptune-dist {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     def add(name: str, run: Command, text: str, *positional: str) -> argparse.ArgumentParser:
@@ -266,8 +292,6 @@ def describe_environment() -> Iterator[str]:
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
-
-    from ptune_dist import __version__
 
     yield f"ptune_dist {__version__}"
     yield f"python {platform.python_version()} on {platform.platform()}"

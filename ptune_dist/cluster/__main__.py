@@ -19,6 +19,7 @@ from ptune_dist.cluster.secret import create_secret, find_secret, random_text, r
 from ptune_dist.cluster.stop_requests import StopRequests
 from ptune_dist.cluster.topology import Topology, find_topology
 from ptune_dist.config.load import load_config
+from ptune_dist.config.messages import text_keys
 from ptune_dist.config.schema import Config
 from ptune_dist.config.yaml_file import apply_override, read_yaml
 from ptune_dist.errors import UserError
@@ -96,10 +97,10 @@ def launch(parsed: argparse.Namespace) -> int:
 def find_run_dir(parsed: argparse.Namespace) -> Path | None:
     """The folder of a run whose config has a mistake; None if it cannot be read at all."""
     try:
-        raw = read_yaml(parsed.config)
+        raw = read_yaml(parsed.config, text_keys())
         for override in parsed.overrides:
             if override.startswith("output_dir="):
-                apply_override(raw, override)
+                apply_override(raw, override, text_keys())
     except UserError:
         return None
     found = raw.get("output_dir")

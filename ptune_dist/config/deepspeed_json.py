@@ -7,27 +7,34 @@ content is what the `zero` package hands to DeepSpeed.
 import copy
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from ptune_dist.config.deepspeed_optimizer import settle_optimizer, settle_scheduler
+from ptune_dist.config.deepspeed_sections import refuse_sections
+from ptune_dist.config.deepspeed_spellings import use_one_spelling
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
 
-# DeepSpeed's names for the values of train.optimizer and train.schedule, and the sections that it documents.
-OPTIMIZER_TYPES = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd", "adafactor": "adafactor"}
+PRESETS = Path(__file__).parent / "presets"
+COMMENT = re.compile(r"(^|\s)(//|#|/\*)")
+TRAILING_COMMA = re.compile(r",\s*[}\]]")
+
+# The sections that DeepSpeed documents.
 SECTIONS = """
 train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler fp16 bf16 amp
 torch_autocast data_types gradient_clipping prescale_gradients gradient_predivide_factor sparse_gradients
 communication_data_type zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
 activation_checkpointing aio steps_per_print wall_clock_breakdown dump_state memory_breakdown flops_profiler
-comms_logger tensorboard wandb csv_monitor checkpoint compile seed timers nebula
+comms_logger tensorboard wandb comet csv_monitor checkpoint compile seed timers nebula bfloat16 tensor_parallel
+autotuning compression_training curriculum_learning data_efficiency elasticity hybrid_engine pipeline sparse_attention
 """.split()
 # The keys that must be objects where they are given.
 OBJECTS = """
 bf16 fp16 zero_optimization optimizer scheduler optimizer.params scheduler.params torch_autocast amp data_types timers
 timers.throughput activation_checkpointing zero_optimization.offload_param zero_optimization.offload_optimizer
 """.split()
-SCHEDULER_TYPES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 # `auto` values that DeepSpeed itself takes, and those that follow from the base's tensors (zero/).
 FILLED_LATER = (
@@ -42,24 +49,69 @@ FILLED_LATER = (
 )
 
 
+def preset_names() -> list[str]:
+    return sorted(file.stem for file in PRESETS.glob("*.json"))
+
+
+def find_preset(source: Any) -> Any:
+    """The file of a JSON that comes with the package, where `source` is its name; any other source as it is."""
+    is_name = isinstance(source, str) and source.removesuffix(".json") in preset_names()
+    return str(PRESETS / f"{source.removesuffix('.json')}.json") if is_name else source
+
+
 def load_deepspeed_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
     """The content of config key `deepspeed`: a file's, given in place, or that of ZeRO stage 0. Raises UserError."""
     if source is None:
         return {"zero_optimization": {"stage": 0}}
     if isinstance(source, dict):
-        check_sections(source, "deepspeed")
-        return copy.deepcopy(source)
-    try:
-        content = json.loads(Path(source).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"deepspeed: {source}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"deepspeed: {source}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"deepspeed: {source} line {error.lineno}: not valid JSON: {error.msg}") from None
+        content = copy.deepcopy(source)
+        check_sections(content, "deepspeed")
+        return content
+    content = read_json(find_preset(source))
     if not isinstance(content, dict):
         raise UserError(f"deepspeed: {source}: DeepSpeed's JSON is an object, found {type(content).__name__}")
     check_sections(content, source)
+    return content
+
+
+def read_json(source: str) -> Any:
+    """The content of a JSON file. Raises UserError naming file and line."""
+    text = ""
+    try:
+        text = Path(source).read_text(encoding="utf-8-sig")
+        return json.loads(text, object_pairs_hook=refuse_repeated)
+    except FileNotFoundError as error:
+        is_name = not source.endswith(".json") and "/" not in source
+        names = f", and the JSON files that come with the package are {', '.join(preset_names())}" if is_name else ""
+        raise UserError(f"deepspeed: {source}: {error.strerror}{names}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"deepspeed: {source}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        lines = text.splitlines() or [""]
+        near = "\n".join(lines[max(error.lineno - 2, 0) : error.lineno])
+        hint = ""
+        if COMMENT.search(near):
+            hint = "; DeepSpeed's JSON has no comments: remove them"
+        elif TRAILING_COMMA.search("\n".join(lines[max(error.lineno - 2, 0) : error.lineno + 1])):
+            hint = "; remove the comma after the last item"
+        elif not text.strip():
+            hint = "; the file is empty"
+        raise UserError(f"deepspeed: {source} line {error.lineno}: not valid JSON: {error.msg}{hint}") from None
+    except RecursionError:
+        raise UserError(f"deepspeed: {source}: not valid JSON: nested too deeply") from None
+    except ValueError as error:  # a key given twice, a name that no file has, an integer of thousands of digits
+        raise UserError(f"deepspeed: {source}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"deepspeed: {source}: {error.strerror}") from None
+
+
+def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a key given twice, which DeepSpeed refuses too."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice} is given twice")
     return content
 
 
@@ -69,21 +121,23 @@ def check_sections(content: dict[str, Any], file: str) -> None:
         near = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.85)
         if key not in SECTIONS and near:
             raise UserError(f"{file}: unknown key {key}, did you mean {near[0]}?")
+    try:
+        use_one_spelling(content)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
     for path in OBJECTS:
         node: Any = content
         for part in path.split("."):
             node = node.get(part, {}) if isinstance(node, dict) else node
         if not isinstance(node, dict):
-            raise UserError(f"{file}: {path} must be an object, found {json.dumps(node)}")
+            raise UserError(f"{file}: {path} must be an object, found {json.dumps(node, default=str)}")
 
 
 def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON with every `auto` filled in and nothing left that contradicts the config. Raises UserError."""
     content = load_deepspeed_json(config.deepspeed)
     file = config.deepspeed if isinstance(config.deepspeed, str) else "deepspeed"
-    for key in ("torch_autocast", "amp"):
-        if content.get(key, {}).get("enabled"):
-            raise UserError(f"{file}: {key} would change the precision that model.dtype names: remove the section")
+    refuse_sections(content, str(file))
     settle = Settler(content, str(file))
     train = config.train
     dtype = config.model.dtype
@@ -96,18 +150,14 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
             raise UserError(
                 f'{file}: {key} follows from train.batch_size and train.micro_batch_tokens: set it to "auto"'
             )
-    settle_optimizer(settle, config)
-    settle_scheduler(settle, config)
+    settle_optimizer(settle, content, str(file), config)
+    settle_scheduler(settle, content, str(file), config)
     zero = content.setdefault("zero_optimization", {})
     if zero.get("reduce_bucket_size") == "auto":
         zero["reduce_bucket_size"] = hidden_size * hidden_size  # as Hugging Face fills it
     if str(zero.get("stage", 0)) not in ("0", "1", "2", "3"):
         raise UserError(f"{file}: zero_optimization.stage is {zero['stage']!r}, not 0, 1, 2 or 3")
     zero["stage"] = zero_stage(content)
-    if zero.get("round_robin_gradients"):
-        raise UserError(
-            f"{file}: zero_optimization.round_robin_gradients has no use for a prompt's gradients: remove it"
-        )
     refuse_unfilled(content, str(file))
 
     # DeepSpeed gets the frozen base alone: gradients, clipping, optimizer and schedule are ours (optim/). How many
@@ -139,7 +189,7 @@ class Settler:
             node[leaf] = value
         elif as_json(found) != as_json(value):
             raise UserError(
-                f"{self.file}: {path} is {json.dumps(found)} but {key} is {json.dumps(shown or value)}: "
+                f"{self.file}: {path} is {json.dumps(found, default=str)} but {key} is {json.dumps(shown or value)}: "
                 f'make them equal or set {path} to "auto"'
             )
 
@@ -147,46 +197,6 @@ class Settler:
 def as_json(value: Any) -> Any:
     """The value as JSON holds it: a tuple is a list."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def settle_optimizer(settle: Settler, config: Config) -> None:
-    """An `optimizer` section must name what train.optimizer names, with the same numbers."""
-    section = settle.content.get("optimizer")
-    train = config.train
-    if section is None:
-        return
-    kind = str(section.get("type", ""))
-    if OPTIMIZER_TYPES.get(kind.lower()) != train.optimizer:
-        raise UserError(f"{settle.file}: optimizer.type is {kind!r} but train.optimizer is {train.optimizer!r}")
-    params = {"lr": ("learning_rate", train.learning_rate), "weight_decay": ("weight_decay", train.weight_decay)}
-    if train.optimizer == "adamw":
-        params |= {"betas": ("betas", train.betas), "eps": ("eps", train.eps)}
-    if train.optimizer == "sgd":
-        params |= {"momentum": ("momentum", train.momentum)}
-    for name, (key, value) in params.items():
-        if name in section.get("params", {}):
-            settle(f"optimizer.params.{name}", value, f"train.{key}")
-
-
-def settle_scheduler(settle: Settler, config: Config) -> None:
-    """A `scheduler` section must name what train.schedule names, with the same steps."""
-    section = settle.content.get("scheduler")
-    train = config.train
-    if section is None:
-        return
-    kind = str(section.get("type", ""))
-    if SCHEDULER_TYPES.get(kind) != train.schedule:
-        raise UserError(f"{settle.file}: scheduler.type is {kind!r} but train.schedule is {train.schedule!r}")
-    params = {
-        "warmup_num_steps": ("warmup_steps", train.warmup_steps),
-        "total_num_steps": ("max_steps", train.max_steps),
-        "warmup_max_lr": ("learning_rate", train.learning_rate),
-    }
-    for name, (key, value) in params.items():
-        if name in section.get("params", {}):
-            settle(f"scheduler.params.{name}", value, f"train.{key}")
-    if "warmup_min_lr" in section.get("params", {}):
-        settle("scheduler.params.warmup_min_lr", 0, "the learning rate before train.warmup_steps")
 
 
 def refuse_unfilled(node: Any, file: str, path: str = "") -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ptune_dist.config.messages import describe_first_error, describe_validation_error, find_key, name_place
+from ptune_dist.config.deepspeed_json import find_preset
+from ptune_dist.config.messages import describe_first_error, describe_validation_error, find_key, name_place, text_keys
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import map_paths, render_members, sweep_keys
 from ptune_dist.config.yaml_file import apply_override, read_yaml
 from ptune_dist.errors import UserError
 
+MAX_MESSAGE = 1000
 Resolve = Callable[[Config], Config]
 
 
@@ -30,18 +32,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Res
 
     Raises UserError naming the file and the key.
     """
-    raw = read_yaml(path)
+    texts = text_keys()
+    raw = read_yaml(path, texts)
     for override in overrides:
-        apply_override(raw, override)
+        apply_override(raw, override, texts)
+    for name in ("model", "prompt", "data", "train", "evaluate", "checkpoint"):  # all keys of it may be comments
+        if name in raw and raw[name] is None:
+            del raw[name]
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise UserError(describe_validation_error(error, path, overrides)) from None
     config = resolve_paths(config, Path(path).resolve().parent)
+    for key, value in (("model.path", config.model.path), ("data.train", config.data.train)):
+        if not value.strip():
+            raise UserError(f"{name_place(key, path, overrides)}: {key}: a path or a name is needed, and it is empty")
+    wrong = describe_wrong_folder(config)
+    if wrong:
+        raise UserError(f"{name_place('output_dir', path, overrides)}: output_dir: {wrong}")
     try:
         resolved = resolve_outside_sweep(config, resolve) if resolve else config
     except ValueError as error:
-        raise UserError(f"{name_place(find_key(str(error)), path, overrides)}: {error}") from None
+        what = str(error)[:MAX_MESSAGE]  # which may hold a value of any length
+        raise UserError(f"{name_place(find_key(what), path, overrides)}: {what}") from None
     check_members(resolved, name_place("sweep", path, overrides), resolve)
     return resolved
 
@@ -78,14 +91,14 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
     """Make the paths of files and folders that exist absolute; other names (a hub's, say) stay as they are."""
 
     def resolve(value: Any) -> Any:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value.strip():
             return value
         value = os.path.expanduser(value)
         name, colon, split = value.rpartition(":") if ":" in value else (value, "", "")  # a saved folder's FOLDER:SPLIT
         for folder in (Path.cwd(), config_dir):
-            if (folder / value).exists():
+            if os.path.exists(folder / value):
                 return os.path.abspath(folder / value)
-            if colon and (folder / name).is_dir():
+            if colon and os.path.isdir(folder / name):
                 return os.path.abspath(folder / name) + colon + split
         return value
 
@@ -101,10 +114,29 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
                 update={"train": resolve(config.data.train), "validation": resolve(config.data.validation)}
             ),
             "train": config.train.model_copy(update={"context_cache_dir": cache_dir}),
-            "deepspeed": resolve(config.deepspeed),
+            "deepspeed": find_preset(resolve(config.deepspeed)),
             "sweep": map_paths(config.sweep, resolve),
         }
     )
+
+
+def describe_wrong_folder(config: Config) -> str:
+    """Why `output_dir`, with its paths resolved, is no folder for a run; empty where it is one."""
+    given = config.output_dir
+    if not given.strip():
+        return "a folder is needed, such as runs/first"
+    folder = os.path.abspath(given)
+    if os.path.normpath(given) in (".", "..") or folder == "/" or folder == os.path.expanduser("~"):
+        return f"{given} is no folder of a run's own: choose one, such as runs/first"
+    if os.path.isfile(folder):
+        return f"{given} is a file, and a folder is needed"
+    model = os.path.abspath(config.model.path)
+    if os.path.isdir(model) and os.path.commonpath([folder, model]) == model:
+        return f"{given} is model.path or inside it, and a run would write among the base's files: choose another"
+    for key, data in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        if data and os.path.isdir(data) and os.path.commonpath([folder, os.path.abspath(data)]) == data:
+            return f"{given} is {key} or inside it, and a run would write among the rows: choose another"
+    return ""
 
 
 def render_config(config: Config) -> str:

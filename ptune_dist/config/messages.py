@@ -2,18 +2,34 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from ptune_dist.config.foreign_names import FOREIGN_NAMES, name_trainer
 from ptune_dist.config.schema import Config
+
+SECTIONS = tuple(Config.model_fields)
+# What pydantic says in terms of Python.
+PLAIN_WORDS = {
+    "list_type": "a list is needed, such as [a, b]",
+    "tuple_type": "a list is needed, such as [a, b]",
+    "model_type": "a section with keys of its own is needed",
+    "dict_type": "a mapping is needed, such as {key: value}",
+    "string_type": "a text is needed; put it in quotes where it looks like something else",
+}
+MAX_SHOWN = 100  # characters of a wrong value
 
 
 def describe_validation_error(error: ValidationError, path: str | Path, overrides: Sequence[str]) -> str:
     """The first thing wrong, in one line: file (or command line), key, what, and the nearest known key."""
     key, what = describe_first_error(error)
+    unknown = {str(found["loc"][0]) for found in error.errors() if found["type"] == "extra_forbidden"}
+    trainer = name_trainer(unknown)
+    if trainer:
+        return f"{path}: this is a file for {trainer}, not a config of ptune-dist (see README.md): {what}"
     return f"{name_place(key, path, overrides)}: {what}"
 
 
@@ -45,15 +61,58 @@ def describe_first_error(
         return key, describe_unknown_key(key, known_keys(section, prefix))
     if first["type"] == "missing":
         return key, f"{key} is missing"
-    message = first["msg"].removeprefix("Value error, ")
+    message = PLAIN_WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    if first["type"] == "string_type" and first["input"] is None:
+        message = "a text is needed; put null or ~ in quotes where that is the text"
     if message.startswith(key):  # a check of several keys, or of a sweep's, names them itself
         return key, message
-    shown = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
-    return key, f"{key}: {message}{shown}"
+    return key, f"{key}: {message}{show_input(first['input'])}"
+
+
+def show_input(value: Any) -> str:
+    """What was given, shortened; nothing of a section."""
+    if isinstance(value, dict):
+        return ""
+    shown = repr(value)
+    return f", got {shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + '...'}"
+
+
+def text_keys(section: type[BaseModel] = Config, prefix: str = "") -> set[str]:
+    """The dotted keys whose values, or items, are free text, such as paths, templates and labels."""
+    keys = set()
+    for name, field in section.model_fields.items():
+        kinds = {part for part in walk_types(field.annotation) if isinstance(part, type)}
+        for kind in kinds:
+            if issubclass(kind, BaseModel):
+                keys |= text_keys(kind, f"{prefix}{name}.")
+        if str in kinds and not kinds & {int, float, bool}:
+            keys.add(prefix + name)
+    return keys
+
+
+def walk_types(annotation: Any) -> Iterator[Any]:
+    """A type and those in it, without the keys and values of a mapping: `list[str] | None` has list, str and None."""
+    yield get_origin(annotation) or annotation
+    if get_origin(annotation) in (dict, Literal):
+        return
+    for part in get_args(annotation):
+        yield from walk_types(part)
 
 
 def describe_unknown_key(key: str, known: Iterable[str]) -> str:
-    """`unknown key KEY, did you mean OTHER?`, without a guess where no known key is like it."""
+    """`unknown key KEY, did you mean OTHER?`, without a guess where no known key is like it.
+
+    A name that another trainer has for something is answered with ours, or with what to do instead.
+    """
+    known = list(known)
+    leaf = key.rpartition(".")[2]
+    section = key.rpartition(".")[0]
+    is_ours = any(name.rpartition(".")[2] == leaf for name in known)  # in another section
+    answer = FOREIGN_NAMES.get(key) or ("" if is_ours or not section and key in SECTIONS else FOREIGN_NAMES.get(leaf))
+    if answer:
+        return f"unknown key {key}: {answer}"
+    if re.fullmatch(r"[-+.\d]+", leaf):
+        return f"unknown key {key}: a comma begins a new key: write 1.5, and a list in brackets"
     near = nearest_key(key, known)
     hint = f", did you mean {near}?" if near else ""
     return f"unknown key {key}{hint}"

@@ -375,8 +375,8 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     deepspeed: str | dict[str, Any] | None = None
-    """A DeepSpeed JSON file, or its content. Its `auto` values are filled from this config. ZeRO stage 0 where left
-    out."""
+    """A DeepSpeed JSON file, its content, or the name of one that comes with the package, such as `zero3_bf16`. Its
+    `auto` values are filled from this config. ZeRO stage 0 where left out."""
 
     sweep: Sweep | None = None
     """Prompts that are trained together. `{key: [values]}`: each combination is a member; `[{key: value}, ...]`: each

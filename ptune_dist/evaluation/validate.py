@@ -96,12 +96,12 @@ def describe_epochs(config: Config, split: Split) -> str:
 
 
 def render_example(split: Split, index: int, encoding: Encoding) -> Text:
-    """One example as the base reads it: context, virtual tokens, rest, [target]; line breaks shown as \\n."""
+    """One example as the base reads it: context, virtual tokens, rest, [target]; escaped as in a YAML text."""
     examples = split.examples
     parts = [
         encoding.tokenizer.decode(examples.context_ids(index)),
         encoding.tokenizer.decode(examples.rest_ids(index)),
         encoding.targets.render(examples.target_ids(index), examples.number(index)),
     ]
-    before, after, target = (text.replace("\n", "\\n") for text in parts)
+    before, after, target = (text.replace("\\", "\\\\").replace("\n", "\\n") for text in parts)
     return Text.assemble(before, ("<virtual tokens>", "dim"), after, ("[" + target + "]", "bold green"))

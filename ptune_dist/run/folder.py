@@ -40,6 +40,10 @@ def read_run_config(run_dir: Path, overrides: Sequence[str] = (), *, resolve: Re
     """The config of a run, with overrides; `resolve` as for `load_config`. Raises UserError."""
     file = run_dir / "config.yaml"
     if not file.is_file():
+        if not run_dir.exists():
+            raise UserError(f"{run_dir}: there is no such folder: give the output_dir of a run")
+        if run_dir.is_file():
+            raise UserError(f"{run_dir}: a file: give the folder of a run, the output_dir of its config")
         raise UserError(f"{run_dir}: not a run: it has no config.yaml")
     return load_config(file, list(overrides), resolve=resolve)
 

@@ -5,7 +5,10 @@ from typing import Any
 from ptune_dist.config.deepspeed_json import zero_stage
 
 # They report or profile the steps of DeepSpeed's engine, which takes none.
-ABOUT_STEPS = ("flops_profiler", "wall_clock_breakdown", "tensorboard", "wandb", "csv_monitor")
+ABOUT_STEPS = ("flops_profiler", "wall_clock_breakdown", "tensorboard", "wandb", "comet", "csv_monitor")
+# They are about gradients of a base, and a frozen one has none.
+ABOUT_GRADIENTS = ("prescale_gradients", "sparse_gradients")
+ABOUT_GRADIENTS_IN_ZERO = ("round_robin_gradients",)
 # They describe what DeepSpeed does with a base that it has, which it has at stage 3.
 ABOUT_THE_BASE = ("comms_logger", "memory_breakdown", "dump_state")
 
@@ -16,6 +19,11 @@ def describe_unused(content: dict[str, Any]) -> str | None:
     found = [name for name in about if is_on(content.get(name))]
     if zero_stage(content) != 3 and content.get("data_types", {}).get("buffer_dtype") is not None:
         found.append("data_types.buffer_dtype")
+    zero = content.get("zero_optimization", {})
+    found += [f"zero_optimization.{name}" for name in ABOUT_GRADIENTS_IN_ZERO if is_on(zero.get(name))]
+    found += [name for name in ABOUT_GRADIENTS if is_on(content.get(name))]
+    if content.get("gradient_predivide_factor", 1) != 1:
+        found.append("gradient_predivide_factor")
     if not found:
         return None
     return (

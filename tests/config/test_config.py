@@ -330,7 +330,8 @@ def test_a_contradiction_names_both_keys(write, overrides, keys):
         (b"output_dir: x\n\tmodel: y\n", "line 2: not valid YAML"),
         (b"- a\n- b\n", "found list"),
         (b"just text", "found str"),
-        (b"", "found NoneType"),
+        (b"", "the config is empty"),
+        (b"# nothing\n---\n", "the config is empty"),
         (b"output_dir: \xff\xfe\n", "not UTF-8"),
     ],
 )
@@ -356,7 +357,7 @@ def test_a_key_that_is_a_list_or_a_mapping_is_refused(write, content):
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     assert error_of(tmp_path / "no.yaml") == f"{tmp_path}/no.yaml: No such file or directory"
-    assert error_of(tmp_path) == f"{tmp_path}: Is a directory"
+    assert error_of(tmp_path) == f"{tmp_path}: a folder, and a config is a YAML file"
 
 
 @pytest.mark.parametrize("override", ["train.max_steps", "=5", "output_dir.x=1", "train.max_steps=[1"])
@@ -367,7 +368,7 @@ def test_an_override_that_cannot_be_applied_is_named(write, override):
 
 def test_keys_that_are_no_text_are_refused(write):
     path = write(SMALL + "1: 2\n")
-    assert error_of(path).startswith(f"{path}: 1")
+    assert error_of(path).startswith(f"{path}: unknown key 1")
 
 
 def test_known_keys_are_those_of_the_config():

@@ -244,9 +244,144 @@ def test_a_section_of_the_wrong_shape_is_the_users_mistake(own, key):
     assert key in error_of(own)
 
 
-def test_gradients_in_another_order_than_the_optimizers_are_refused():
-    assert "round_robin_gradients" in error_of({"zero_optimization": {"stage": 2, "round_robin_gradients": True}})
-    assert fill({"zero_optimization": {"stage": 2, "round_robin_gradients": False}})
+@pytest.mark.parametrize(
+    "zero, same",
+    [
+        ({"max_live_parameters": 5}, {"stage3_max_live_parameters": 5}),
+        ({"prefetch_bucket_size": "auto"}, {"stage3_prefetch_bucket_size": "auto"}),
+        ({"param_persistence_threshold": "auto"}, {"stage3_param_persistence_threshold": "auto"}),
+        ({"gather_16bit_weights_on_model_save": True}, {"stage3_gather_16bit_weights_on_model_save": True}),
+        ({"stage3_gather_fp16_weights_on_model_save": True}, {"stage3_gather_16bit_weights_on_model_save": True}),
+        ({"stage3_gather_16bit_weights_on_model_save": "auto"}, {}),
+        ({"cpu_offload": True}, {"offload_optimizer": {"device": "cpu"}}),
+        ({"cpu_offload": False}, {}),
+        (
+            {"cpu_offload_params": True, "cpu_offload_use_pin_memory": True},
+            {"offload_param": {"device": "cpu", "pin_memory": True}},
+        ),
+        ({"offload_param": None}, {}),
+        ({"offload_optimizer": {"device": "auto"}}, {"offload_optimizer": {}}),
+    ],
+    ids=str,
+)
+def test_all_spellings_of_deepspeed_mean_the_same(zero, same):
+    stage = {"stage": 3}
+    assert fill({"zero_optimization": stage | zero}) == fill({"zero_optimization": stage | same})
+
+
+def test_older_forms_of_whole_sections_are_read():
+    assert zero_stage(fill({"zero_optimization": True})) == 1
+    assert fill({"bfloat16": {"enabled": True}}, dtype="bfloat16")["bf16"] == {"enabled": True}
+
+
+def test_two_spellings_of_one_key_that_differ_are_refused():
+    message = error_of({"zero_optimization": {"max_live_parameters": 1, "stage3_max_live_parameters": 2}})
+    assert "max_live_parameters and stage3_max_live_parameters are the same key" in message
+
+
+def test_a_base_without_gradients_takes_their_order_and_a_note_says_that_it_changes_nothing():
+    from ptune_dist.zero.unused_sections import describe_unused
+
+    content = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}, "prescale_gradients": True}
+    note = describe_unused(fill(content)) or ""
+    assert "zero_optimization.round_robin_gradients, prescale_gradients" in note
+
+
+def sgd(**params) -> dict:
+    return {"optimizer": {"type": "SGD", "params": params}}
+
+
+def cosine(**params) -> dict:
+    return {"scheduler": {"type": "WarmupCosineLR", "params": params}}
+
+
+COSINE = {"schedule": "cosine", "warmup_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "own, train, key",
+    [
+        (adamw(adam_w_mode=False), {"weight_decay": 0.1}, "optimizer.params.adam_w_mode"),
+        (adamw(amsgrad=True), {}, "optimizer.params.amsgrad"),
+        (adamw(bias_correction=False), {}, "optimizer.params.bias_correction"),
+        (adamw(max_grad_norm=7), {}, "optimizer.params.max_grad_norm"),
+        (adamw(freeze_step=7), {}, "optimizer.params.freeze_step"),
+        (sgd(nesterov=True), {"optimizer": "sgd"}, "optimizer.params.nesterov"),
+        (cosine(cos_min_ratio=0.5), COSINE, "scheduler.params.cos_min_ratio"),
+        (cosine(warmup_min_ratio=0.5), COSINE, "scheduler.params.warmup_min_ratio"),
+        (cosine(warmup_type="log"), COSINE, "scheduler.params.warmup_type"),
+        (cosine(cycle_min_lr=1), COSINE, "scheduler.params.cycle_min_lr"),
+        (linear(warmup_min_lr=0.1), {}, "scheduler.params.warmup_min_lr"),
+    ],
+)
+def test_an_option_that_would_train_differently_is_refused_by_name(own, train, key):
+    assert key in error_of(own, **train)
+
+
+@pytest.mark.parametrize(
+    "own, train",
+    [
+        (adamw(adam_w_mode=False, torch_adam=True, fused=True), {}),
+        (adamw(lr="auto", betas="auto", eps="auto", weight_decay="auto", adam_w_mode="auto"), {}),
+        (sgd(nesterov=False, dampening=0), {"optimizer": "sgd"}),
+        (cosine(cos_min_ratio=0, warmup_type="linear", warmup_min_ratio="auto"), COSINE),
+        (cosine(warmup_type="log"), {"schedule": "cosine"}),
+    ],
+)
+def test_an_option_that_changes_nothing_is_taken(own, train):
+    assert fill(own, **train)
+
+
+@pytest.mark.parametrize(
+    "own, says",
+    [
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel is not for prompts"),
+        ({"compile": {"disable": False, "backend": "inductor"}}, "compile is not for prompts"),
+        ({"communication_data_type": "bf16"}, "communication_data_type"),
+        ({"elasticity": {"enabled": True}}, "elasticity"),
+        ({"amp": {"enabled": True}}, "amp"),
+        ({"curriculum_learning": {"enabled": True}}, "curriculum_learning"),
+        ({"sparse_attention": {"mode": "fixed"}}, "sparse_attention"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            "zero_optimization.offload_optimizer.super_offload",
+        ),
+    ],
+)
+def test_a_section_that_contradicts_is_refused_by_name(own, says):
+    assert says in error_of(own)
+
+
+def test_a_section_that_is_off_is_taken():
+    off = {"enabled": False}
+    assert fill({"tensor_parallel": {"autotp_size": 1}, "compile": {"disable": True}, "elasticity": off, "wandb": off})
+
+
+def test_a_logger_without_its_package_names_the_package(monkeypatch):
+    monkeypatch.setattr("ptune_dist.config.deepspeed_sections.find_spec", lambda name: None)
+    assert "wandb needs the package wandb" in error_of({"wandb": {"enabled": True}})
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ('{\n  // off\n  "bf16": {}}', "line 2: not valid JSON: Expecting property name"),
+        ('{\n  // off\n  "bf16": {}}', "has no comments: remove them"),
+        ('{"bf16": {},\n}', "remove the comma after the last item"),
+        ('{"bf16": {}, "bf16": {}}', "key bf16 is given twice"),
+    ],
+)
+def test_a_file_with_comments_or_one_comma_too_many_is_explained(tmp_path, content, says):
+    path = tmp_path / "zero.json"
+    path.write_text(content)
+    assert says in error_of(str(path))
+
+
+def test_a_json_that_comes_with_the_package_is_found_by_its_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert load_deepspeed_json("zero3_bf16") == load_deepspeed_json(str(ROOT / "configs/deepspeed/zero3_bf16.json"))
+    assert "zero2_bf16, zero2_fp16" in error_of("zero4_bf16")
 
 
 @pytest.mark.parametrize("stage", [4, -1, "three", 2.5])

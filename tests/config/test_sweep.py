@@ -242,7 +242,7 @@ def test_a_key_of_a_sweep_on_the_command_line_is_the_command_lines_mistake(error
     [
         ("{train.learning_rate: [0.1, -1]}", "sweep: learning_rate=-1: train.learning_rate: Input should be greater"),
         ("{seed: [0, true]}", "sweep: seed=true: seed: a number is needed, got True"),
-        ("{data.labels: [yes, no]}", "sweep: labels=true: data.labels: Input should be a valid list"),
+        ("{data.labels: [yes, no]}", "sweep: labels=yes: data.labels: a list is needed"),
         ("[{seed: 1}, {train.warmup_steps: 1000}]", "sweep: warmup_steps=1000: train.warmup_steps must be less than"),
         ("{prompt.init: [vocab, text]}", "sweep: init=text: prompt.init: text needs prompt.init_text"),
         ("{data.template: [null]}", "sweep: template=null: data.template and data.target are needed"),

@@ -104,7 +104,6 @@ TABLE: Table = {
     ],
     "zero/engine.py": [
         attribute("deepspeed.runtime.config:DeepSpeedConfig", "have DeepSpeed check its JSON"),
-        attribute("deepspeed.runtime.config:DeepSpeedConfigError", "turn its complaints into one line"),
         attribute(f"{ZERO}.config:DeepSpeedZeroConfig", "name the section of a refused key"),
         attribute("deepspeed.runtime.precision_config:DeepSpeedFP16Config", "name the section of a refused key"),
         attribute("deepspeed.runtime.precision_config:DeepSpeedBF16Config", "name the section of a refused key"),

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from ptune_dist import __version__
 from ptune_dist.cluster.processes import leave
@@ -76,10 +76,10 @@ def say_error(error: Exception) -> None:
         time.sleep(SECONDS_FOR_RANK_0)  # torchrun ends all ranks when the first has ended
 
 
-def say_start(command: str, what: str | Path) -> None:
-    """One line within the first second, on rank 0's stderr: importing torch takes several."""
+def say_start(command: str, what: str | Path, stream: TextIO | None = None) -> None:
+    """One line within the first second, from rank 0: importing torch takes several. On stdout where left out."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"ptune-dist {__version__}: {command} {what}, importing torch ...", file=sys.stderr, flush=True)
+        print(f"ptune-dist {__version__}: {command} {what}, importing torch ...", file=stream, flush=True)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -225,7 +225,7 @@ def read_trained_run(parsed: argparse.Namespace) -> "tuple[Path, Config]":
 
     run_dir = find_member_dir(Path(parsed.run_dir), parsed.member)
     read_run_config(run_dir, parsed.overrides)  # most mistakes show before torch is imported
-    say_start(parsed.run.__name__.removeprefix("run_"), run_dir)
+    say_start(parsed.run.__name__.removeprefix("run_"), run_dir, sys.stderr)  # stdout is for results
     with without_garbage_collection():
         from ptune_dist.run.resolve import resolve
 

@@ -101,7 +101,14 @@ class Evaluator:
         ]
 
     def _input(self, index: int) -> str:
-        return decode(self.tokenizer, self.split.examples.input_ids(index), skip_special_tokens=True)
+        """The text of a row's input; special tokens that its template has are shown, those around it are not."""
+        text = decode(self.tokenizer, self.split.examples.input_ids(index), skip_special_tokens=False)
+        tokenizer = self.tokenizer
+        for token in (tokenizer.bos_token, tokenizer.cls_token):
+            text = text.removeprefix(token or "")
+        for token in (tokenizer.eos_token, tokenizer.sep_token):
+            text = text.removesuffix(token or "")
+        return text
 
     def _answers(self, engine: Engine, member: int, between_batches: Callable[[], None]) -> list[str]:
         """Generated answers of the first rows: of all where a metric needs them, else of those that are shown."""

@@ -16,7 +16,7 @@ class ProgressLine:
     total: int
     is_shown: bool = True  # False on all ranks but the first
     done: int = 0
-    _began: float = field(default_factory=time.monotonic)
+    _began: float = field(default_factory=lambda: time.monotonic())
     _next: float = field(init=False)
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ class Eta:
     num_steps: int = 0
     evaluations_s: float = 0.0
     num_evaluations: int = 0
-    _mark: float = field(default_factory=time.monotonic)
+    _mark: float = field(default_factory=lambda: time.monotonic())
 
     def _lap(self) -> float:
         now = time.monotonic()

@@ -29,8 +29,12 @@ def test_evaluations_and_the_first_step_do_not_count_as_steps(clock: list[float]
 def test_what_takes_long_is_shown_now_and_then(clock: list[float], capsys: pytest.CaptureFixture):
     line = ProgressLine("evaluating rows", 100)
     for _ in range(99):
-        clock[0] += 0.2
+        clock[0] += 0.25  # exact in floating point
         line.count()
     shown = capsys.readouterr().err.splitlines()
-    assert shown == ["evaluating rows: 15/100, ETA 0:00:17", "evaluating rows: 65/100, ETA 0:00:07"]
+    assert shown == [
+        "evaluating rows: 12/100, ETA 0:00:22",
+        "evaluating rows: 52/100, ETA 0:00:12",
+        "evaluating rows: 92/100, ETA 0:00:02",
+    ]
     assert render_duration(3700.4) == "1:01:40"

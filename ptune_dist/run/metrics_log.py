@@ -134,6 +134,14 @@ class MetricsWriter:
                 board.add_text("validation/samples", render_samples(samples), step)
             board.flush()
 
+    def without_prompt(self, metrics: dict[str, float]) -> None:
+        """Write the validation metrics of the base alone."""
+        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.say(f"base without prompt  validation  {values}")
+        with self._remember_failure():
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(f"base_without_prompt/{name}", value, 0)
+
     def ranks(self, step: int, ranks: list[dict[str, Any]]) -> None:
         """Write what each rank held and gathered to TensorBoard."""
         with self._remember_failure():

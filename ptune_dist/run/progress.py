@@ -26,7 +26,8 @@ class Standing:
 
     train_loss: float = math.nan  # of the last step
     recent_losses: list[float] = field(default_factory=list)  # of the last NUM_RECENT steps
-    before: dict[str, float] = field(default_factory=dict)
+    without_prompt: dict[str, float] = field(default_factory=dict)  # metrics of the base alone, with the template
+    before: dict[str, float] = field(default_factory=dict)  # of the untrained prompt
     last: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
     best: dict[str, float] = field(default_factory=dict)  # metrics of the best prompt
     best_step: int = 0

@@ -83,6 +83,7 @@ def describe_member(job: Job, progress: Progress, member: str, signatures: dict[
         "train_loss": finite(standing.train_loss),  # of the last step
         "train_loss_mean": finite(standing.recent_loss),  # of the last steps
         "validation": standing.best,
+        "base_without_prompt": standing.without_prompt,
         "before": standing.before,
         "last": standing.last,
         "best_step": standing.best_step,
@@ -167,6 +168,9 @@ def describe_gain(summary: dict[str, Any], name: str) -> str:
         parts.append(f"{best[name]:.4f} after")
     else:
         parts.append(f"best at step {summary['best_step']}: {best[name]:.4f}, {last[name]:.4f} at the end")
+    bare = summary.get("base_without_prompt", {})
+    if shown in bare:
+        parts.append(f"{bare[shown]:.4f} of the base without prompt")
     return ", ".join(parts)
 
 

@@ -105,9 +105,9 @@ class Evaluator:
         text = decode(self.tokenizer, self.split.examples.input_ids(index), skip_special_tokens=False)
         tokenizer = self.tokenizer
         for token in (tokenizer.bos_token, tokenizer.cls_token):
-            text = text.removeprefix(token or "")
+            text = text.removeprefix(str(token or ""))
         for token in (tokenizer.eos_token, tokenizer.sep_token):
-            text = text.removesuffix(token or "")
+            text = text.removesuffix(str(token or ""))
         return text
 
     def _answers(self, engine: Engine, member: int, between_batches: Callable[[], None]) -> list[str]:

@@ -14,22 +14,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from ptune_dist import __version__
 from ptune_dist.cluster.processes import leave
 from ptune_dist.cluster.rank_files import node_folder
 from ptune_dist.common.imports import without_garbage_collection
-from ptune_dist.config.arguments import drop_dashes, explain_command, explain_words, overrides_last
-from ptune_dist.config.load import load_config
-from ptune_dist.config.schema import Config
+from ptune_dist.common.interrupts import INTERRUPTED, end_interrupted, listen
 from ptune_dist.errors import RunFault, UserError
-from ptune_dist.run.folder import find_member_dir, read_run_config
-from ptune_dist.run.watch import report_outcome
+
+if TYPE_CHECKING:
+    from ptune_dist.config.schema import Config
 
 USER_MISTAKE = 2
 FAULT = 1
-INTERRUPTED = 130
 SECONDS_FOR_RANK_0 = 2.0
 
 COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "bench", "env")
@@ -53,6 +51,7 @@ class Parser(argparse.ArgumentParser):
 
 def run() -> NoReturn:
     """The command `ptune-dist`."""
+    listen()
     leave(main())
 
 
@@ -68,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         say_error(error)
         return FAULT if node_folder() is None else 0
     except KeyboardInterrupt:
+        end_interrupted()
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,10 +86,21 @@ def say_error(error: Exception) -> None:
         time.sleep(SECONDS_FOR_RANK_0)  # torchrun ends all ranks when the first has ended
 
 
+def say_start(command: str, what: str | Path, stream: TextIO | None = None) -> None:
+    """One line within the first second, from rank 0: importing torch takes several. On stdout where left out."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"ptune-dist {__version__}: {command} {what}, importing torch ...", file=stream, flush=True)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The parsed command line; overrides may stand anywhere after the command. Raises UserError."""
     parser = build_parser()
-    words = [drop_dashes(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if set(words) & set(FLAGS):
+        parser.parse_args(words)  # ends here, before the config's package is imported
+    from ptune_dist.config.arguments import drop_dashes, explain_command, explain_words, overrides_last
+
+    words = [drop_dashes(word) for word in words]
     if not words:
         parser.error(f"a command is needed: {', '.join(COMMANDS)}")
     first = words[0]
@@ -193,8 +204,12 @@ def bounded(kind: type, *, low: float = -math.inf, above: float = -math.inf, hig
 
 
 def run_train(parsed: argparse.Namespace) -> int:
+    from ptune_dist.config.load import load_config
+    from ptune_dist.run.watch import report_outcome
+
     def run() -> int:
         load_config(parsed.config, parsed.overrides)  # most mistakes show before torch is imported
+        say_start("train", parsed.config)
         with without_garbage_collection():
             from ptune_dist.run.resolve import resolve
             from ptune_dist.train import train
@@ -205,8 +220,12 @@ def run_train(parsed: argparse.Namespace) -> int:
 
 
 def run_check(parsed: argparse.Namespace) -> int:
+    from ptune_dist.config.load import load_config
+    from ptune_dist.run.watch import report_outcome
+
     def run() -> int:
         load_config(parsed.config, parsed.overrides)
+        say_start("check", parsed.config)
         with without_garbage_collection():
             from ptune_dist.cluster.node_check import check_and_show
 
@@ -216,7 +235,10 @@ def run_check(parsed: argparse.Namespace) -> int:
 
 
 def run_validate(parsed: argparse.Namespace) -> None:
+    from ptune_dist.config.load import load_config
+
     load_config(parsed.config, parsed.overrides)
+    say_start("validate", parsed.config)
     with without_garbage_collection():
         from ptune_dist.evaluation.validate import validate
         from ptune_dist.run.resolve import resolve
@@ -232,10 +254,13 @@ def run_evaluate(parsed: argparse.Namespace) -> None:
     evaluate_run(config, run_dir)
 
 
-def read_trained_run(parsed: argparse.Namespace) -> tuple[Path, Config]:
+def read_trained_run(parsed: argparse.Namespace) -> "tuple[Path, Config]":
     """The folder of the prompt that is meant, a run's own or a member's, and its config. Raises UserError."""
+    from ptune_dist.run.folder import find_member_dir, read_run_config
+
     run_dir = find_member_dir(Path(parsed.run_dir), parsed.member)
     read_run_config(run_dir, parsed.overrides)  # most mistakes show before torch is imported
+    say_start(parsed.run.__name__.removeprefix("run_"), run_dir, sys.stderr)  # stdout is for results
     with without_garbage_collection():
         from ptune_dist.run.resolve import resolve
 

@@ -224,6 +224,8 @@ def evaluate(training: Training) -> None:
             training.watch,
             training.world,
         )
+        if training.metrics:
+            training.metrics.eta.count_evaluation()
 
 
 def finish(training: Training) -> dict[str, Any]:
@@ -276,8 +278,23 @@ def open_metrics(job: Job, progress: Progress) -> MetricsWriter:
         members = {name: Path(member.output_dir) for name, member in job.members.items()}
     with fault_on_failed_write(folder):
         return MetricsWriter(
-            folder, max_steps=job.config.train.max_steps, first_step=progress.step + 1, members=members
+            folder,
+            max_steps=job.config.train.max_steps,
+            first_step=progress.step + 1,
+            members=members,
+            evaluate_every=job.config.evaluate.every,
+            settings={name if members else "": describe_settings(own) for name, own in job.members.items()},
         )
+
+
+def describe_settings(config: Config) -> dict[str, Any]:
+    """TensorBoard's hyperparameters of one prompt."""
+    found = {
+        **{key: getattr(config.train, key) for key in ("learning_rate", "batch_size", "max_steps", "schedule")},
+        **{key: getattr(config.prompt, key, None) for key in ("method", "placement", "num_virtual_tokens")},
+        "seed": config.seed,
+    }
+    return {key: value for key, value in found.items() if isinstance(value, (bool, int, float, str))}
 
 
 def learning_rate_of(config: Config, step: int) -> float:

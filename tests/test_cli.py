@@ -45,9 +45,15 @@ def refuse(commands, config, tmp_path):
 
 
 def only_error(finished) -> str:
-    """The message of a command that ended as a user's mistake ends."""
+    """The message of a command that ended as a user's mistake ends.
+
+    Before it there may be the one line that says what the command is about to do.
+    """
     assert finished.code == 2, finished.err
-    assert len(finished.err.splitlines()) == 1 and len(finished.errors) == 1, finished.err
+    lines = finished.err.splitlines()
+    if lines[0].startswith("ptune-dist ") and lines[0].endswith("importing torch ..."):
+        lines = lines[1:]
+    assert len(lines) == 1 and len(finished.errors) == 1, finished.err
     return finished.errors[0]
 
 

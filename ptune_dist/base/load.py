@@ -4,6 +4,7 @@ Memory for all tensors is allocated before anything is read, so that temporary b
 """
 
 import functools
+import os
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from ptune_dist.base.open import OpenedBase
 from ptune_dist.base.quantized import QuantizedExperts, QuantizedRows, QuantizedWeight
 from ptune_dist.base.random_weights import RandomWeights
+from ptune_dist.common.progress_line import ProgressLine
 
 CPU = torch.device("cpu")
 
@@ -44,7 +46,10 @@ def place_parameters(
     """
     model = opened.model
     placed: dict[int, nn.Parameter] = {}
-    for name, parameter, fill in list(parameter_fills(opened)):
+    fills = list(parameter_fills(opened))
+    line = ProgressLine("loading tensors", len(fills), is_shown=os.environ.get("RANK", "0") == "0")
+    for name, parameter, fill in fills:
+        line.count()
         if name in opened.trained:
             whole = torch.empty(parameter.shape)  # float32, and whole: DeepSpeed partitions what is trained
             fill(0, whole.view(-1))

@@ -1,5 +1,7 @@
 """What the kernel knows about other processes: their state, and the death of a parent. Linux's /proc and prctl."""
 
+import atexit
+import contextlib
 import ctypes
 import os
 import sys
@@ -38,13 +40,17 @@ def send_signal(pid: int, number: int) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process. A rank ends without Python's own cleanup, once all it writes is written.
+    """End this process: with torch, without Python's own cleanup, once all it writes is written.
 
     torch keeps process groups that others still hold, such as DeepSpeed. Their threads abort a process now and then
-    while Python cleans up, and a run that has finished would count as failed.
+    while Python cleans up, and a run that has finished would count as failed. In a process that is no rank, exit
+    functions still run, to remove temporary files and end workers.
     """
-    if "RANK" in os.environ and "torch.distributed" in sys.modules:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if "torch.distributed" in sys.modules:
+        if "RANK" not in os.environ:
+            atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # its reader is gone
+                stream.flush()
         os._exit(status)
     sys.exit(status)

@@ -5,6 +5,7 @@ import math
 from ptune_dist.config.schema import Config
 from ptune_dist.distributed.world import World, sum_over_ranks
 from ptune_dist.errors import RunFault
+from ptune_dist.evaluation.bare_base import evaluate_without_prompt
 from ptune_dist.evaluation.evaluator import Evaluation, Evaluator
 from ptune_dist.run.job import Job
 from ptune_dist.run.metrics_log import MetricsWriter
@@ -78,6 +79,12 @@ def run_evaluators(
     distinct = {id(evaluator): evaluator for evaluator in evaluators.values()}
     for evaluator in distinct.values():
         members = [name for name in progress.live if evaluators.get(name) is evaluator]
+        if members and progress.step == 0 and not progress.members[members[0]].without_prompt:
+            bare = evaluate_without_prompt(job.engine, evaluator, members[0], between_batches)
+            for name in members:
+                progress.members[name].without_prompt = bare
+            if metrics and bare:
+                metrics.without_prompt(bare)
         if members:
             found |= evaluator(job.engine, members, between_batches)
     return found

@@ -102,8 +102,7 @@ class Evaluator:
                 before, wanted = self._halves(i)
                 shown = [decode(self.tokenizer, ids).strip() for ids in (before, wanted)]
             else:
-                text = decode(self.tokenizer, self.split.examples.input_ids(i), skip_special_tokens=True)
-                shown = [text.strip(), self.references["answers"][i][0]]
+                shown = [self._input(i).strip(), self.references["answers"][i][0]]
             samples.append({"input": shown[0], "wanted": shown[1], "answer": answer})
         return samples
 
@@ -112,6 +111,16 @@ class Evaluator:
         block = self.split.examples.target_ids(index)
         count = min(len(block) // 2, self.decoding.max_new_tokens)
         return block[:count], block[count : count + self.decoding.max_new_tokens]
+
+    def _input(self, index: int) -> str:
+        """The text of a row's input; special tokens that its template has are shown, those around it are not."""
+        text = decode(self.tokenizer, self.split.examples.input_ids(index), skip_special_tokens=False)
+        tokenizer = self.tokenizer
+        for token in (tokenizer.bos_token, tokenizer.cls_token):
+            text = text.removeprefix(str(token or ""))
+        for token in (tokenizer.eos_token, tokenizer.sep_token):
+            text = text.removesuffix(str(token or ""))
+        return text
 
     def _answers(self, engine: Engine, member: int, between_batches: Callable[[], None]) -> list[str]:
         """Generated answers of the first rows: of all where a metric needs them, else of those that are shown."""

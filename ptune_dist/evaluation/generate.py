@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
+from ptune_dist.common.progress_line import ProgressLine
 from ptune_dist.data.batches import Batch
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.distributed.world import gather_from_ranks
@@ -58,8 +59,10 @@ def generate_texts(
         found = answer_in_batches(engine, tokenizer, inputs, decoding, member=member, first=first)
     else:
         found = decode_rows(engine, tokenizer, inputs, decoding, decoder, member=member, first=first)
+    line = ProgressLine("generating answers", len(inputs), is_shown=engine.world.is_main)
     for answers in found:
         yield from ((number, text.strip()) for number, text in answers)
+        line.count(len(answers))
         between_batches()
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ptune_dist.common.progress_line import ProgressLine
 from ptune_dist.data.batches import Unit, collate
 from ptune_dist.data.candidates import Candidates
 from ptune_dist.data.encode import Examples
@@ -81,10 +82,12 @@ class Scorer:
         world = self.engine.world
         units = [(i, tuple(self.members)) for i in range(len(examples))]
         mine: list[tuple[tuple[int, int], T]] = []
+        line = ProgressLine("evaluating rows", len(units), is_shown=world.is_main)
         for shares in self.engine.plan(units, examples, self.micro_batch_tokens):
             readers = [(example, member) for example, some in shares[world.rank] for member in some]
             found = function(shares)
             mine += zip(readers, found[: len(readers)], strict=True)  # a rank that idles has a reader that is no row
+            line.count(sum(map(len, shares)))
             self.between_batches()
         everyone = dict(pair for pairs in gather_from_ranks(mine, world) for pair in pairs)
         return [[everyone[i, member] for i in range(len(examples))] for member in self.members]

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ptune_dist.common.files import fault_on_failed_write, replace_file
+from ptune_dist.common.progress_line import render_duration
 from ptune_dist.errors import RunFault
+from ptune_dist.run.eta import Eta
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -26,9 +26,19 @@ SECONDS_BETWEEN_LINES = 5.0
 class MetricsWriter:
     """Writes the progress of one run. Use as a context manager."""
 
-    def __init__(self, run_dir: Path, *, max_steps: int, first_step: int, members: dict[str, Path] | None = None):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        max_steps: int,
+        first_step: int,
+        members: dict[str, Path] | None = None,
+        evaluate_every: int = 0,
+        settings: dict[str, dict[str, Any]] | None = None,
+    ):
         """`first_step` is the first step of this process; lines that an earlier process wrote for it and later steps
-        are dropped. `members` are the folders of a sweep's members.
+        are dropped. `members` are the folders of a sweep's members, each of which is a run of its own in TensorBoard.
+        `settings` are TensorBoard's hyperparameters of each member, or of the only prompt, which is named "".
         """
         from torch.utils.tensorboard import SummaryWriter  # takes 1 s to import, and only rank 0 needs it
 
@@ -38,11 +48,15 @@ class MetricsWriter:
         self._jsonl = open_metrics(run_dir, first_step)
         self._members = {name: open_metrics(folder, first_step) for name, folder in (members or {}).items()}
         self._log: TextIO = open(run_dir / "train.log", "a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        boards = {name: run_dir / "tensorboard" / name for name in ("", *self._members)}
+        self._boards = {name: SummaryWriter(str(path), purge_step=first_step) for name, path in boards.items()}
+        self._tensorboard = self._boards[""]
+        for name, values in (settings or {}).items():
+            write_settings(self._boards[name], values)
         self._max_steps = max_steps
         self._first_step = first_step
         self._done = first_step - 1
-        self._began = time.monotonic()
+        self.eta = Eta(max_steps, evaluate_every)
         self._last_line = 0.0  # when a line of a step was last written
         self._bar = StepBar(max_steps, done=self._done) if sys.stdout.isatty() else None
 
@@ -58,7 +72,7 @@ class MetricsWriter:
             self._bar.stop()
         if error is not None:
             self._line(f"error: {error!r}", console=False)
-        for stream in (self._jsonl, *self._members.values(), self._log, self._tensorboard):
+        for stream in (self._jsonl, *self._members.values(), self._log, *self._boards.values()):
             with self._remember_failure():
                 stream.close()
         threading.excepthook = self._excepthook
@@ -84,26 +98,27 @@ class MetricsWriter:
                 self._members[name].write(json.dumps(own) + "\n")
                 self._members[name].flush()
                 for key in ("loss", "learning_rate", "grad_norm"):
-                    self._tensorboard.add_scalar(f"members/{name}/{key}", own[key], own["step"])
+                    self._boards[name].add_scalar(f"train/{key}", own[key], own["step"])
             self._step(line)
 
     def _step(self, line: dict[str, float]) -> None:
         self._jsonl.write(json.dumps(line) + "\n")
         self._jsonl.flush()
         self._done = int(line["step"])
+        self.eta.count_step()
         for key, value in line.items():
-            if key != "step":
+            if key != "step" and not is_idle(key, value):
                 self._tensorboard.add_scalar(f"train/{key}", value, self._done)
-        facts = f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
+        mean = "mean " if self._members else ""
+        facts = f"{mean}loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
         if self._bar:
-            self._bar.update(self._done, facts)
+            self._bar.update(self._done, facts, self._eta())
         now = time.monotonic()
         if self._done in (self._first_step, self._max_steps) or now - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._line(
-                f"step {self._done}/{self._max_steps}  {facts}  lr {line['learning_rate']:.3g}  ETA {self._eta()}",
-                console=self._bar is None,
-            )
+            rate = f"{mean}lr {line['learning_rate']:.3g}"
+            text = f"step {self._done}/{self._max_steps}  {facts}  {rate}  ETA {self._eta()}"
+            self._line(text, console=self._bar is None)
 
     def evaluation(
         self, step: int, metrics: dict[str, float], samples: list[dict[str, str]], member: str | None = None
@@ -111,23 +126,34 @@ class MetricsWriter:
         """Write validation metrics and generated answers, of `member` if the run is a sweep."""
         values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.say(f"step {step}  validation  {values}" + (f"  {member}" if member else ""))
-        tag = f"members/{member}/validation" if member else "validation"
+        board = self._boards[member or ""]
         with self._remember_failure():
             for name, value in metrics.items():
-                self._tensorboard.add_scalar(f"{tag}/{name}", value, step)
+                board.add_scalar(f"validation/{name}", value, step)
             if samples:
-                self._tensorboard.add_text(f"{tag}/samples", render_samples(samples), step)
-            self._tensorboard.flush()
+                board.add_text("validation/samples", render_samples(samples), step)
+            board.flush()
+
+    def without_prompt(self, metrics: dict[str, float]) -> None:
+        """Write the validation metrics of the base alone."""
+        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.say(f"base without prompt  validation  {values}")
+        with self._remember_failure():
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(f"base_without_prompt/{name}", value, 0)
 
     def ranks(self, step: int, ranks: list[dict[str, Any]]) -> None:
         """Write what each rank held and gathered to TensorBoard."""
         with self._remember_failure():
             for rank in ranks:
                 for name, value in rank.items():
+                    if name == "rank":
+                        continue
                     values = value if isinstance(value, dict) else {"": value}
                     for kind, number in values.items():
                         tag = f"rank_{rank['rank']}/{name}" + (f"_{kind}" if kind else "")
-                        self._tensorboard.add_scalar(tag, number, step)
+                        if not is_idle(name, number):
+                            self._tensorboard.add_scalar(tag, number, step)
             self._tensorboard.flush()
 
     def say(self, text: str) -> None:
@@ -147,10 +173,7 @@ class MetricsWriter:
                 print(text)
 
     def _eta(self) -> str:
-        done = self._done - self._first_step + 1
-        left = (time.monotonic() - self._began) / done * (self._max_steps - self._done)
-        minutes, seconds = divmod(round(left), 60)
-        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        return render_duration(self.eta.left_s(self._done))
 
 
 class StepBar:
@@ -162,11 +185,10 @@ class StepBar:
             BarColumn(),
             TextColumn("{task.fields[facts]}"),
             TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[eta]}"),
             console=Console(),
         )
-        self._task = self._progress.add_task("train", total=max_steps, completed=done, facts="")
+        self._task = self._progress.add_task("train", total=max_steps, completed=done, facts="", eta="")
 
     def start(self) -> None:
         self._progress.start()
@@ -174,8 +196,8 @@ class StepBar:
     def stop(self) -> None:
         self._progress.stop()
 
-    def update(self, done: int, facts: str) -> None:
-        self._progress.update(self._task, completed=done, facts=facts)
+    def update(self, done: int, facts: str, eta: str) -> None:
+        self._progress.update(self._task, completed=done, facts=facts, eta=f"ETA {eta}")
 
     def print(self, text: str) -> None:
         """Print a line above the bar."""
@@ -216,11 +238,17 @@ def render_samples(samples: list[dict[str, str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
-def show_samples(samples: list[dict[str, str]]) -> None:
-    """Print a table of answers; line breaks are shown as \\n, long cells are folded."""
-    if not samples:
-        return
-    table = Table(*samples[0])
-    for sample in samples:
-        table.add_row(*(Text(cell.replace("\n", "\\n")) for cell in sample.values()))
-    Console().print(table)
+def is_idle(key: str, value: float) -> bool:
+    """Whether a chart would be empty: nothing is gathered, on one rank for instance."""
+    return not value and key.startswith(("num_gathers", "gathered_bytes", "gathers_per_step"))
+
+
+def write_settings(board: Any, settings: dict[str, Any]) -> None:
+    """TensorBoard's hyperparameters of one of its runs; `board` is a SummaryWriter.
+
+    `SummaryWriter.add_hparams` would put them into a run of their own.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    for summary in hparams(settings, {"validation/loss": None}):
+        board.file_writer.add_summary(summary)

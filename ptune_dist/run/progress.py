@@ -17,13 +17,17 @@ from ptune_dist.run.job import Job
 from ptune_dist.run.stored_prompt import prompt_facts, prompt_tensors
 from ptune_dist.run.throughput import StepCount, Throughput
 
+NUM_RECENT = 20  # steps of a mean training loss
+
 
 @dataclass
 class Standing:
     """Where one member stands."""
 
-    train_loss: float = math.nan
-    before: dict[str, float] = field(default_factory=dict)
+    train_loss: float = math.nan  # of the last step
+    recent_losses: list[float] = field(default_factory=list)  # of the last NUM_RECENT steps
+    without_prompt: dict[str, float] = field(default_factory=dict)  # metrics of the base alone, with the template
+    before: dict[str, float] = field(default_factory=dict)  # of the untrained prompt
     last: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
     best: dict[str, float] = field(default_factory=dict)  # metrics of the best prompt
     best_step: int = 0
@@ -32,6 +36,11 @@ class Standing:
     ended: str = ""  # why it was stopped while others continue; empty while it trains
     ended_step: int = 0
     is_faulty: bool = False  # ended by what was not a number
+
+    @property
+    def recent_loss(self) -> float:
+        """The mean training loss of the last steps; NaN before the first one."""
+        return sum(self.recent_losses) / len(self.recent_losses) if self.recent_losses else math.nan
 
     def end(self, reason: str, step: int, *, is_faulty: bool = False) -> None:
         self.ended = reason
@@ -86,7 +95,9 @@ class Progress:
         self.step += 1
         for name, loss in losses.items():
             if math.isfinite(loss):
-                self.members[name].train_loss = loss
+                standing = self.members[name]
+                standing.train_loss = loss
+                standing.recent_losses = [*standing.recent_losses, loss][-NUM_RECENT:]
         self.elapsed_s += count.seconds
         self.throughput.count(count)
         self.wall_s += self.throughput.lap()

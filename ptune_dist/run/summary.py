@@ -16,8 +16,8 @@ from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, gather_from_ranks, max_over_ranks
 from ptune_dist.run.job import Job
 from ptune_dist.run.memory import peak_memory_by_kind, peak_memory_bytes
-from ptune_dist.run.metrics_log import show_samples
 from ptune_dist.run.progress import Progress, Standing, rank_members
+from ptune_dist.run.sample_table import show_samples
 
 MIB = 1 << 20
 
@@ -80,9 +80,12 @@ def describe_member(job: Job, progress: Progress, member: str, signatures: dict[
     found = {
         "steps": step,
         "stopped_early": step < job.config.train.max_steps,
-        "train_loss": finite(standing.train_loss),
+        "train_loss": finite(standing.train_loss),  # of the last step
+        "train_loss_mean": finite(standing.recent_loss),  # of the last steps
         "validation": standing.best,
+        "base_without_prompt": standing.without_prompt,
         "before": standing.before,
+        "last": standing.last,
         "best_step": standing.best_step,
         "evaluations_since_best": standing.num_worse,
         "samples": standing.samples,
@@ -135,17 +138,40 @@ def say_finished(config: Config, summary: dict[str, Any], world: World) -> None:
     if not world.is_main:
         return
     name = config.evaluate.best
-    before = summary["before"]
-    after = summary["validation"]
     show_samples(summary["samples"])
     if "ranking" in summary:
         Console().print(render_ranking(summary["ranking"], name))
     line = f"finished: {config.output_dir}, {summary['steps']} steps"
-    if name in before and name in after:
-        line += f", {name} {before[name]:.4f} before training, {after[name]:.4f} after"
+    found = describe_gain(summary, name)
+    if found:
+        line += f", {found}"
         if "ranking" in summary:
             line += f" of the best member, {summary['ranking'][0]['member']}"
     print(line, flush=True)
+
+
+def describe_gain(summary: dict[str, Any], name: str) -> str:
+    """Metric `name` before training and of the best prompt, with its step where later prompts were worse.
+
+    A metric that was added on resume has no value before training; the loss always has one.
+    """
+    before = summary["before"]
+    best = summary["validation"]
+    last = summary.get("last", best)
+    shown = name if name in before else "loss"
+    if not {shown, name} <= best.keys() or not before:
+        return ""
+    parts = [f"{shown} {before[shown]:.4f} before training"]
+    if shown != name:
+        parts.append(f"{best[shown]:.4f} after, {name} {best[name]:.4f}")
+    elif last.get(name, best[name]) == best[name]:
+        parts.append(f"{best[name]:.4f} after")
+    else:
+        parts.append(f"best at step {summary['best_step']}: {best[name]:.4f}, {last[name]:.4f} at the end")
+    bare = summary.get("base_without_prompt", {})
+    if shown in bare:
+        parts.append(f"{bare[shown]:.4f} of the base without prompt")
+    return ", ".join(parts)
 
 
 def render_ranking(ranking: list[dict[str, Any]], name: str) -> Table:

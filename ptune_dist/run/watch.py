@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome
 from ptune_dist.cluster.processes import signal_on_parent_death
@@ -27,6 +27,7 @@ from ptune_dist.cluster.rank_files import (
     stack_file,
     write_outcome,
 )
+from ptune_dist.common.interrupts import before_end, end_interrupted, forget
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run.status import end_status
 
@@ -34,6 +35,7 @@ SECONDS_BETWEEN_INTERRUPTS = 3.0
 SECONDS_TO_SAVE_ALONE = 20.0  # after the launcher, and perhaps other ranks, have died
 SECONDS_BETWEEN_TIMERS = 1.0
 STOPPED_REASON = "stopped on request, after saving"
+INTERRUPT = Outcome("ended", "interrupted")
 NEVER_S = 10 * 365 * 86400.0
 # Fragments of what gloo, NCCL and torch's store say when another rank has gone away.
 LOST_PEER_MESSAGES = (
@@ -140,14 +142,20 @@ class Watch:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and not self._is_stepping:
-            raise KeyboardInterrupt
+            interrupt()
         if os.getppid() != self._parent and self._stacks:  # an orphan: other ranks may be gone, and saving may hang
             faulthandler.dump_traceback_later(SECONDS_TO_SAVE_ALONE, exit=True, file=self._stacks)
         if not self._is_asked:
             self._is_asked = True
             self._asked_at = time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._asked_at > SECONDS_BETWEEN_INTERRUPTS:
-            raise KeyboardInterrupt
+            interrupt()
+
+
+def interrupt() -> NoReturn:
+    """End with what is saved; an exception would not survive everywhere (see `common.interrupts`)."""
+    end_interrupted()
+    raise KeyboardInterrupt
 
 
 def report_outcome(function: Callable[[], int]) -> int:
@@ -160,6 +168,11 @@ def report_outcome(function: Callable[[], int]) -> int:
         signal_on_parent_death(signal.SIGKILL)
         if is_launcher_dead():  # it died before the line above took effect
             os._exit(1)
+
+    def record_interrupt() -> None:
+        record_outcome(INTERRUPT)
+
+    before_end(record_interrupt)
     try:
         status = function()
     except BaseException as error:
@@ -169,6 +182,8 @@ def report_outcome(function: Callable[[], int]) -> int:
         if outcome.kind == "fault" and is_reported and not isinstance(error, RunFault):
             raise RunFault(outcome.reason) from error
         raise
+    finally:
+        forget(record_interrupt)
     record_outcome(Outcome(STOPPED, STOPPED_REASON) if status == 75 else Outcome(DONE))
     return status if node_folder() is None else 0
 
@@ -190,6 +205,11 @@ def failure_in_status(run_dir: Path) -> Iterator[None]:
 
     A user's mistake leaves the run as it was. A rank that has lost another does not know why; its launcher does.
     """
+
+    def record_interrupt() -> None:
+        end_status(run_dir, INTERRUPT)
+
+    before_end(record_interrupt)
     try:
         yield
     except UserError:
@@ -200,6 +220,8 @@ def failure_in_status(run_dir: Path) -> Iterator[None]:
         if outcome.kind != "lost" or not has_launcher:
             end_status(run_dir, outcome)
         raise
+    finally:
+        forget(record_interrupt)
 
 
 def describe_error(error: BaseException) -> Outcome:
@@ -210,7 +232,7 @@ def describe_error(error: BaseException) -> Outcome:
     if isinstance(error, RunFault):
         return Outcome("fault", text, node=getattr(error, "node", ""))
     if isinstance(error, KeyboardInterrupt):
-        return Outcome("ended", "interrupted")
+        return INTERRUPT
     if isinstance(error, MemoryError) or names_any(text, CPU_MEMORY_MESSAGES):
         return describe_lack_of_memory("memory", text)
     if names_any(text, GPU_MEMORY_MESSAGES):

@@ -1,4 +1,4 @@
-"""Names of torch, datasets, huggingface_hub, accelerate, bitsandbytes and PEFT."""
+"""Names of Python, torch, datasets, huggingface_hub, accelerate, bitsandbytes and PEFT."""
 
 from tests.private_names.rows import Table, attribute, binary, file, instance, parameter, source
 
@@ -44,6 +44,9 @@ TABLE: Table = {
     ],
     "base/fused_kernels.py": [
         attribute("torch._dynamo:mark_dynamic", "compile once for all numbers of rows", "_dynamo"),
+    ],
+    "cluster/processes.py": [
+        attribute("atexit:_run_exitfuncs", "run exit functions without the rest of Python's cleanup"),
     ],
     "base/trained_head.py": [
         instance(MODULE, "_parameters", "take a trained head out of the parameters"),

@@ -34,8 +34,8 @@ def line(step: int, loss: float | None = None) -> dict:
     }
 
 
-def scalars(run_dir, tag: str) -> dict[int, float]:
-    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+def scalars(run_dir, tag: str, member: str = "") -> dict[int, float]:
+    events = EventAccumulator(str(run_dir / "tensorboard" / member)).Reload()
     return {event.step: event.value for event in events.Scalars(tag)}
 
 
@@ -85,8 +85,8 @@ def test_each_member_has_its_own_lines_and_resuming_drops_those_beyond_the_check
     assert read_metrics(tmp_path) == [line(1), line(2), line(3)]
     assert read_metrics(members["lr=0.1"]) == [line(1, loss=7.0), line(2, loss=7.0), line(3)]
     assert read_metrics(members["lr=0.2"]) == [line(1, loss=7.0), line(2, loss=7.0)]
-    assert scalars(tmp_path, "members/lr=0.1/loss") == pytest.approx({1: 7.0, 2: 7.0, 3: 1 / 3})
-    assert scalars(tmp_path, "members/lr=0.1/validation/loss") == {3: 0.5}
+    assert scalars(tmp_path, "train/loss", "lr=0.1") == pytest.approx({1: 7.0, 2: 7.0, 3: 1 / 3})
+    assert scalars(tmp_path, "validation/loss", "lr=0.1") == {3: 0.5}
 
 
 def test_resuming_with_a_full_disk_loses_no_step(tmp_path):
@@ -151,3 +151,17 @@ def test_every_line_is_json_by_itself(tmp_path):
     with MetricsWriter(tmp_path, max_steps=1, first_step=1) as metrics:
         metrics.step(line(1), {})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == line(1)
+
+
+def test_tensorboard_has_no_empty_charts_and_each_member_s_settings(tmp_path):
+    members = {name: tmp_path / "members" / name for name in ("lr=0.1", "lr=0.2")}
+    settings = {name: {"learning_rate": 0.1} for name in members}
+    with MetricsWriter(tmp_path, max_steps=1, first_step=1, members=members, settings=settings) as metrics:
+        metrics.step(line(1) | {"num_gathers": 0}, {name: line(1) for name in members})
+        metrics.ranks(1, [{"rank": 0, "base_bytes": 7, "gathered_bytes": 0}])
+    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
+    assert "rank_0/base_bytes" in tags
+    assert not {"rank_0/rank", "rank_0/gathered_bytes", "train/num_gathers"} & set(tags)
+    own = EventAccumulator(str(tmp_path / "tensorboard" / "lr=0.1")).Reload()
+    assert own.Tags()["scalars"] == ["train/loss", "train/learning_rate", "train/grad_norm"]
+    assert "_hparams_/session_start_info" in own.summary_metadata

@@ -1,0 +1,40 @@
+"""The base without a prompt, which stands beside the gain of a run."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.commands import run_command
+from tests.conftest import write_config
+from tests.processes import ROOT
+
+
+def test_the_base_alone_is_evaluated_as_transformers_would(tmp_path):
+    rows = [{"word": "cat", "answer": "CAT"}, {"word": "house", "answer": "HOUSE"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = write_config(
+        tmp_path / "config.json",
+        data={"train": str(file), "validation": str(file), "template": "{{ word }} =", "target": " {{ answer }}"},
+        train={"max_steps": 1, "batch_size": 2},
+        evaluate={"metrics": ["loss"], "num_samples": 0},
+    )
+    done = run_command("train", str(config))
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    model_path = json.loads(config.read_text())["model"]["path"]
+    path = model_path if model_path.startswith("/") else ROOT / model_path
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    loss, count = 0.0, 0
+    for row in rows:
+        inputs = tokenizer(f"{row['word']} =")["input_ids"]
+        target = tokenizer(f" {row['answer']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            scores = model(torch.tensor([inputs + target])).logits[0, len(inputs) - 1 : -1].log_softmax(-1)
+        loss -= scores[range(len(target)), target].sum().item()
+        count += len(target)
+    assert summary["base_without_prompt"]["loss"] == pytest.approx(loss / count, rel=1e-4)
+    assert summary["before"]["loss"] != summary["base_without_prompt"]["loss"]

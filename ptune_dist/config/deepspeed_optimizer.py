@@ -73,7 +73,10 @@ def settle_scheduler(settle: Settle, content: dict[str, Any], file: str, config:
         return
     kind = str(section.get("type", ""))
     if SCHEDULER_TYPES.get(kind) != train.schedule:
-        raise UserError(f"{file}: scheduler.type is {kind!r} but train.schedule is {train.schedule!r}")
+        name = next(theirs for theirs, ours in SCHEDULER_TYPES.items() if ours == train.schedule)
+        raise UserError(
+            f"{file}: scheduler.type is {kind!r} but train.schedule is {train.schedule!r}, which DeepSpeed calls {name}"
+        )
     refuse_others(section, ("type", "params"), f"{file}: scheduler")
     params = section.get("params", {})
     ours = {

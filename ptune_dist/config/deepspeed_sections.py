@@ -43,6 +43,9 @@ def refuse_sections(content: dict[str, Any], file: str) -> None:
             node = node.get(part) if isinstance(node, dict) else None
         if is_on(path, node):
             raise UserError(f"{file}: {path} is not for prompts: {reason}: remove it")
+    for section in ("elasticity", "nebula"):  # DeepSpeed refuses them even where they are off
+        if section in content and not is_on(section, content[section]):
+            del content[section]
     for section, package in PACKAGES.items():
         node = content.get(section)
         if isinstance(node, dict) and node.get("enabled") and not find_spec(package):

@@ -19,6 +19,8 @@ def describe_unused(content: dict[str, Any]) -> str | None:
     found = [name for name in about if is_on(content.get(name))]
     if zero_stage(content) != 3 and content.get("data_types", {}).get("buffer_dtype") is not None:
         found.append("data_types.buffer_dtype")
+    if content.get("data_types", {}).get("grad_accum_dtype") not in (None, "fp32"):  # a prompt's are summed in float32
+        found.append("data_types.grad_accum_dtype")
     zero = content.get("zero_optimization", {})
     found += [f"zero_optimization.{name}" for name in ABOUT_GRADIENTS_IN_ZERO if is_on(zero.get(name))]
     found += [name for name in ABOUT_GRADIENTS if is_on(content.get(name))]

@@ -65,7 +65,7 @@ def only_error(finished) -> str:
     [
         ("train.learning_rat=1", "command line: unknown key train.learning_rat, did you mean train.learning_rate?"),
         ("train.optimizer=adamx", "train.optimizer"),
-        ("train.max_steps", "key.path=value"),
+        ("train.max_steps", "command line: train.max_steps: write train.max_steps=VALUE"),
         ("train.betas=[0.9, 1.0]", "betas"),
         ("model.dtype=float16", "model.dtype: float16 needs a GPU"),
     ],

@@ -23,6 +23,7 @@ FOLDERS = {
     "torch": ("model/", "base/", "cluster/stacks.py"),
 }
 PUBLIC = {
+    "common/interrupts.py": {"_exit"},
     "run/watch.py": {"_exit"},
     "cluster/processes.py": {"_exit"},
 }  # documented names that begin with an underscore

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ptune_dist.cli import drop_dashes
+from ptune_dist.config.arguments import drop_dashes
 from ptune_dist.config.foreign_names import FOREIGN_NAMES
 from ptune_dist.config.load import load_config
 from ptune_dist.config.messages import known_keys, text_keys

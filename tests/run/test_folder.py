@@ -210,6 +210,7 @@ def test_an_unreadable_summary_is_none(tmp_path: Path):
 
 def test_an_output_dir_that_cannot_be_created_is_named(tmp_path: Path, load: Load):
     (tmp_path / "file").write_text("")
-    for name in ("file", "file/below"):
-        with pytest.raises(UserError, match=f"output_dir: {tmp_path}/{name}: "):
-            claim(load(f"output_dir={tmp_path}/{name}"))
+    with pytest.raises(UserError, match=f"output_dir: {tmp_path}/file is a file, and a folder is needed"):
+        load(f"output_dir={tmp_path}/file")
+    with pytest.raises(UserError, match=f"output_dir: {tmp_path}/file/below"):
+        claim(load(f"output_dir={tmp_path}/file/below"))

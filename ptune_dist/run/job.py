@@ -27,6 +27,7 @@ from ptune_dist.base.memory_check import GIB, check_memory, find_room
 from ptune_dist.base.open import OpenedBase, open_base
 from ptune_dist.base.quantized_ops import describe_fallback
 from ptune_dist.base.recompute import read_settings
+from ptune_dist.base.rotary import fixed_positions
 from ptune_dist.base.source import fingerprint_base
 from ptune_dist.config.deepspeed_json import fill_deepspeed_json, zero_stage
 from ptune_dist.config.schema import Config
@@ -170,8 +171,9 @@ def build_deepspeed_json(config: Config, base: PreTrainedModel, world: World | N
 
 
 def check_positions(config: Config, base: PreTrainedModel) -> None:
-    """Raise UserError where a base with learned positions has too few of them."""
+    """Raise UserError where rows could be longer than a base's learned positions or fixed rotary frequencies."""
     most = max_positions(base)
+    fixed = fixed_positions(base.config)
     num_virtual = config.prompt.num_virtual_tokens
     length = config.data.max_length
     assert length is not None, "the reading has settled it"
@@ -180,6 +182,12 @@ def check_positions(config: Config, base: PreTrainedModel) -> None:
         raise UserError(
             f"data.max_length: {length} with {num_virtual} virtual tokens needs "
             f"{needed} positions, the base has {most}: set data.max_length={most - num_virtual}"
+        )
+    if fixed is not None and needed > fixed:
+        raise UserError(
+            f"data.max_length: {length} with {num_virtual} virtual tokens needs {needed} positions, and the base's "
+            f"rotary frequencies are fixed for the first {fixed} only: beyond, the longest row would change the "
+            f"others: set data.max_length={fixed - num_virtual}"
         )
 
 

@@ -55,8 +55,11 @@ class PromptedCausal(PaddedCausal):
     def __init__(self, base: PreTrainedModel, *args: Any, **options: Any):
         super().__init__(base, *args, **options)
         self.uses_segments = use_segments(base)
-        self._windows = windows_of(base)
+        self.read_base()
         self.scores_trees = self.uses_segments
+
+    def read_base(self) -> None:
+        self._windows = windows_of(self.base)
 
     def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
         if not units:

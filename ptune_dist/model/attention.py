@@ -8,7 +8,10 @@ Shapes: N live positions, E entries of a padded call, Q queries and J keys of an
 D width of a head, L layers, C positions of a context.
 """
 
+import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from ptune_dist.model.attention_products import attend_by_products, most_keys_by_products
 
 NAME = "ptune_segments"
+WINDOW = "sliding_window"  # of configs and of attention layers
 # A padded call costs as much as so many scores (queries x keys): what needs more padding gets a call of its own.
 CALL_SCORES = 2000
 
@@ -94,6 +98,24 @@ def windows_of(model: nn.Module) -> set[int | None]:
     """The windows of a model's layers; None: a layer reads everything."""
     attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
     return {window_of(module) for module in attentions}
+
+
+@contextmanager
+def narrow_windows(model: nn.Module, width: int) -> Iterator[None]:
+    """All sliding windows that are wider have a width of so many positions: short rows tell where they are."""
+    configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
+    owners = [*model.modules(), *configs.values()]
+    wide = [owner for owner in owners if isinstance(getattr(owner, WINDOW, None), int) and owner.sliding_window > width]
+    if any(isinstance(inspect.getattr_static(type(owner), WINDOW, None), property) for owner in wide):
+        wide = []  # it follows from other settings
+    before = [getattr(owner, WINDOW) for owner in wide]
+    for owner in wide:
+        setattr(owner, WINDOW, width)
+    try:
+        yield
+    finally:
+        for owner, window in zip(wide, before, strict=True):
+            setattr(owner, WINDOW, window)
 
 
 def use_segments(model: PreTrainedModel) -> bool:

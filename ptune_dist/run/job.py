@@ -39,6 +39,7 @@ from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.value_head import TargetScale
 from ptune_dist.prompts.build import build_prompt
 from ptune_dist.prompts.method import BaseFacts, Method
+from ptune_dist.run.base_check import check_base, draw_probe
 from ptune_dist.run.memory_need import Workload, fit_micro_batch, prompt_bytes
 from ptune_dist.run.micro_batch import MicroBatchSize, read_stored
 from ptune_dist.run.reading import Reading
@@ -256,6 +257,7 @@ def build_job(
         print(slower, flush=True)
     if config.model.compile == "auto":
         fuse(parts.opened.model, parts.opened.trained, lambda line: print(line, flush=True) if world.is_main else None)
+    probe = together(world, lambda: draw_probe(reading, parts.opened)) if config.model.check else None
     began = time.perf_counter()
     base = fill_base(parts, config, world)
     loading = {"load_s": time.perf_counter() - began, "bytes_read": parts.opened.weights.bytes_read}
@@ -269,6 +271,8 @@ def build_job(
         [scales[name] for name in parts.prompts] if scales else None,
     )
     engine = build_engine(model, reading.members, parts.deepspeed_json, world, cache=cache)
+    if probe is not None:
+        check_base(engine, probe, config, world)
     longest = longest_answer(rows.examples) if rows is not None else None
     return Job(reading, engine, fingerprint, loading, size, longest)
 
@@ -289,7 +293,7 @@ def build_context_cache(config: Config, fingerprint: str, device: torch.device) 
     folder = config.train.context_cache_dir
     if not (gib or on_gpu_gib or folder):
         return None
-    numbers = config.model.model_dump(exclude={"path", "family", "random_init"})  # precision and quantization
+    numbers = config.model.model_dump(exclude={"path", "family", "random_init", "check"})  # precision and quantization
     identity = json.dumps({"base": fingerprint, "cuda": torch.cuda.is_available(), **numbers}, sort_keys=True)
     return ContextCache(
         max_bytes=int(gib * 2**30),

@@ -87,11 +87,12 @@ def attend(
 
 def window_of(module: Any) -> int | None:
     """The window of a layer whose attention leaves it to the mask; a pass with a layout has no mask."""
-    own = getattr(module, "sliding_window", None)
     settings = getattr(module, "config", None)
-    if own is None and not getattr(settings, "layer_types", None):
-        return getattr(settings, "sliding_window", None)
-    return own
+    kinds = getattr(settings, "layer_types", None)
+    if kinds and kinds[module.layer_idx] != "sliding_attention":
+        return None  # EXAONE 4's layers name the window whether they have it or not
+    own = getattr(module, WINDOW, None)
+    return own if own is not None else getattr(settings, WINDOW, None)
 
 
 def windows_of(model: nn.Module) -> set[int | None]:

@@ -5,7 +5,8 @@ prompt would be trained on silently different numbers. So two short rows go thro
 are real tokens' embeddings, and through the base's own forward, one by one.
 """
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +32,10 @@ NUM_VIRTUAL = 4
 LENGTHS = [(3, 3, 4), (5, 6, 6)]  # of each row: context, rest, target; without contexts they belong to the rest
 WINDOW = 5  # a sliding window of so many positions, so that short rows tell where it is
 SEED = 0
-# Of outputs as large as 1 or larger ones.
-TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
-INT8_TOLERANCE = 0.1
+# Of the largest output. Tiny bases of many architectures and SmolLM2's shape differ by up to 2e-7 in float32, 1.3e-3 in
+# bfloat16 and 2.7e-3 in fp8; deep bases round more often, and wrong inputs differ by more.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.005}
+TOLERANCE_OF_8_BITS = 0.05  # what is rounded may depend on the rows beside
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def compare(engine: Engine, probe: Probe, config: Config) -> None:
     """Collective where the base is sharded. Raises UserError."""
     kind = engine.model.base.config.model_type
     try:
-        with narrow_windows(engine.model.base, WINDOW):
+        with restored(engine.model), narrow_windows(engine.model.base, WINDOW):
             found = engine.without_gradient(lambda: run_both(engine.model, probe))
     except (UserError, torch.OutOfMemoryError):
         raise
@@ -101,12 +103,12 @@ def compare(engine: Engine, probe: Probe, config: Config) -> None:
             f"model.path: {config.model.path}: {kind} models do not compute what training asks of them: {why[:300]}"
         ) from error
     for what, ours, plain in found:
-        difference = (ours - plain).abs().nan_to_num(nan=torch.inf).flatten()
+        difference = (ours - plain).abs().nan_to_num(nan=torch.inf)
         difference[ours.isnan() & plain.isnan()] = 0  # training itself says what is not a number
-        allowed = find_tolerance(config) * max(1.0, plain.abs().nan_to_num().max().item())
+        allowed = find_tolerance(config) * plain.abs().nan_to_num().max().item()
         worst = int(difference.argmax())
         if difference[worst] > allowed:
-            numbers = f"{ours.flatten()[worst]:.6g} in ptune-dist's pass and {plain.flatten()[worst]:.6g} in its own"
+            numbers = f"{ours[worst]:.6g} in ptune-dist's pass and {plain[worst]:.6g} in its own"
             raise UserError(
                 f"model.path: {config.model.path}: {kind} models need something that they are not given here: {what} "
                 f"is {numbers} (they may differ by {allowed:.2g}): model.check=false trains on them as they are"
@@ -114,34 +116,42 @@ def compare(engine: Engine, probe: Probe, config: Config) -> None:
 
 
 def run_both(model: PromptedModel, probe: Probe) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Of the virtual tokens and of what follows from them: a name, our numbers and the base's own, on the host."""
+    """Of what follows from the virtual tokens, and of themselves: a name, our numbers and the base's own, on the host.
+
+    Leaves the model with a prompt of its own: see `restored`.
+    """
     embeddings = model.base.get_decoder().get_input_embeddings() if probe.placement == "decoder" else None
     vectors = model.embed_tokens(probe.virtual, embeddings)
-    ours = with_prompt(model, vectors, probe.placement)
+    model.prompts = nn.ModuleList([PromptTuning(vectors)])
+    model.num_vectors = [len(vectors)]
+    model.num_prefix = [0]
+    model.placement = probe.placement
+    model.objective = CrossEntropy()
+    model.read_base()
     batch = probe.batch
     if any(map(len, batch.contexts)):
-        held = ours.read_contexts(Contexts(batch.contexts, batch.pad_id))
+        held = model.read_contexts(Contexts(batch.contexts, batch.pad_id))
         batch = batch.with_held([(KeysValues(*some) if len(some) == 2 else some[0],) for some in held])
-    found = [("an output", ours.outputs(batch), ours.plain_outputs(probe.batch, probe.virtual))]
+    found = [("an output", model.outputs(batch), model.plain_outputs(probe.batch, probe.virtual))]
     if probe.placement != "decoder":
         found.append(("an embedding", probe.vectors, vectors))
-    return [(what, one.float().cpu(), other.float().cpu()) for what, one, other in found]
+    return [(what, one.float().cpu().flatten(), other.float().cpu().flatten()) for what, one, other in found]
 
 
-def with_prompt(model: PromptedModel, vectors: torch.Tensor, placement: str) -> PromptedModel:
-    """A model over the same base, through the same head, with fixed vectors for its only prompt."""
-    other = copy.copy(model)
-    other._modules = dict(model._modules)
-    other.prompts = nn.ModuleList([PromptTuning(vectors)])
-    other.num_vectors = [len(vectors)]
-    other.num_prefix = [0]
-    other.placement = placement
-    other.objective = CrossEntropy()
-    other.read_base()
-    return other
+@contextmanager
+def restored(model: PromptedModel) -> Iterator[None]:
+    """The model gets back its prompts and what belongs to them."""
+    before = {name: getattr(model, name) for name in ("prompts", "num_vectors", "num_prefix", "placement", "objective")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(model, name, value)
+        model.read_base()
+        model.train(model.training)
 
 
 def find_tolerance(config: Config) -> float:
     """How far outputs may be apart for rounding alone."""
     tolerance = TOLERANCES[config.model.dtype]
-    return tolerance if config.model.quantization == "none" else max(tolerance, INT8_TOLERANCE)
+    return tolerance if config.model.quantization == "none" else max(tolerance, TOLERANCE_OF_8_BITS)

@@ -23,7 +23,8 @@ def state_of(model: Any) -> dict[str, Any]:
     """What a check must leave as it was."""
     return {
         "random numbers": torch.get_rng_state().sum().item(),
-        "mode": model.training,
+        "mode": [model.training, *(prompt.training for prompt in model.prompts)],
+        "passes": [model.placement, id(model.objective), getattr(model, "_windows", None)],
         "prompts": [id(prompt) for prompt in model.prompts],
         "windows": [getattr(m, "sliding_window", None) for m in model.modules()] + [str(model.base.config)],
         "vectors": list(model.num_vectors),

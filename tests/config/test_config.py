@@ -273,7 +273,7 @@ def test_a_misspelt_key_that_is_needed_is_said_to_be_misspelt_and_not_only_missi
         ("train.momentum=1", "less than 1"),
         ("prompt.init=vocabulary", "'vocabulary'"),
         ("model.dtype=float64", "'float64'"),
-        ("model.check=maybe", "true or false"),
+        ("model.check=maybe", "'maybe'"),
         ("seed=-1", "-1"),
         ("data.labels=positive", "'positive'"),
         ("evaluate.metrics=[f3]", "'f3'"),

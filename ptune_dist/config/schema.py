@@ -86,6 +86,10 @@ class ModelConfig(Section):
     """`auto` compiles norms, rotary embeddings and gated activations to fused kernels on a GPU; what cannot be compiled
     runs one operation at a time, after a line that says why. `off` compiles none."""
 
+    check: bool = True
+    """Before training, compare two short rows in our pass with the base's own forward: a base whose architecture needs
+    more than it is given is refused. `false` trains on it as it is."""
+
     random_init: bool = False
     """Build the base from its shape with random weights, for benchmarks without a download."""
 

@@ -124,6 +124,15 @@ class PaddedCausal(PromptedModel):
         self.inner(input_ids=self.to_tensor(padded), attention_mask=self.to_tensor(present), past_key_values=cache)
         return [cache.cut(row, len(tokens)) for row, tokens in enumerate(work.tokens)]
 
+    def plain_outputs(self, batch: Batch, virtual: np.ndarray) -> torch.Tensor:
+        losses = []
+        for context, rest, target in zip(batch.contexts, batch.rests, batch.targets, strict=True):
+            ids = self.to_tensor(np.concatenate([context, virtual, rest, target]))[None]
+            logits = self.base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+            wanted = ids[0, -len(target) :]
+            losses.append(self.objective.validation_losses(logits[-len(target) - 1 : -1], wanted))
+        return torch.cat(losses)
+
     @property
     def inner(self) -> nn.Module:
         """The base without its head."""

@@ -45,6 +45,17 @@ class PromptedEncoder(PromptedModel):
         vectors, mask = self.embed(texts, members)
         return self.base(inputs_embeds=vectors, attention_mask=mask).logits
 
+    def outputs(self, batch: Batch) -> torch.Tensor:
+        """The logits, flat."""
+        return self.label_logits(batch.rests, [0] * len(batch.rests)).flatten()
+
+    def plain_outputs(self, batch: Batch, virtual: np.ndarray) -> torch.Tensor:
+        found = []
+        for rest in batch.rests:
+            ids = self.to_tensor(np.concatenate([virtual, rest]))[None]
+            found.append(self.base(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.flatten())
+        return torch.cat(found)
+
     def name_labels(self, texts: list[np.ndarray]) -> list[str]:
         logits = self.label_logits(texts, [0] * len(texts))
         names = self.base.config.id2label

@@ -86,6 +86,21 @@ class PromptedSeq2Seq(PromptedModel):
         vectors, mask = self.embed([batch.rests[row] for row in rows], members)
         return {"inputs_embeds": vectors, "attention_mask": mask}
 
+    def plain_outputs(self, batch: Batch, virtual: np.ndarray) -> torch.Tensor:
+        start = [self.base.config.decoder_start_token_id]
+        losses = []
+        for context, rest, target in zip(batch.contexts, batch.rests, batch.targets, strict=True):
+            read, written = np.concatenate([virtual, rest]), np.concatenate([start, target[:-1]])
+            if self.placement == "decoder":
+                read, written = context, np.concatenate([virtual, written])
+            ids = self.to_tensor(read)[None]
+            written_ids = self.to_tensor(written)[None]
+            logits = self.base(
+                input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=written_ids, use_cache=False
+            ).logits[0, -len(target) :]
+            losses.append(self.objective.validation_losses(logits, self.to_tensor(target)))
+        return torch.cat(losses)
+
     def encode(self, batch: Batch, members: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """What the encoder leaves of every reader [S, T, D], and its mask [S, T]."""
         source = self.source(batch, members)

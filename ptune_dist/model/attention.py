@@ -8,7 +8,10 @@ Shapes: N live positions, E entries of a padded call, Q queries and J keys of an
 D width of a head, L layers, C positions of a context.
 """
 
+import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from ptune_dist.model.attention_products import attend_by_products, most_keys_by_products
 
 NAME = "ptune_segments"
+WINDOW = "sliding_window"  # of configs and of attention layers
 # A padded call costs as much as so many scores (queries x keys): what needs more padding gets a call of its own.
 CALL_SCORES = 2000
 
@@ -83,17 +87,36 @@ def attend(
 
 def window_of(module: Any) -> int | None:
     """The window of a layer whose attention leaves it to the mask; a pass with a layout has no mask."""
-    own = getattr(module, "sliding_window", None)
     settings = getattr(module, "config", None)
-    if own is None and not getattr(settings, "layer_types", None):
-        return getattr(settings, "sliding_window", None)
-    return own
+    kinds = getattr(settings, "layer_types", None)
+    if kinds and kinds[module.layer_idx] != "sliding_attention":
+        return None  # EXAONE 4's layers name the window whether they have it or not
+    own = getattr(module, WINDOW, None)
+    return own if own is not None else getattr(settings, WINDOW, None)
 
 
 def windows_of(model: nn.Module) -> set[int | None]:
     """The windows of a model's layers; None: a layer reads everything."""
     attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
     return {window_of(module) for module in attentions}
+
+
+@contextmanager
+def narrow_windows(model: nn.Module, width: int) -> Iterator[None]:
+    """All sliding windows that are wider have a width of so many positions: short rows tell where they are."""
+    configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
+    owners = [*model.modules(), *configs.values()]
+    wide = [owner for owner in owners if isinstance(getattr(owner, WINDOW, None), int) and owner.sliding_window > width]
+    if any(isinstance(inspect.getattr_static(type(owner), WINDOW, None), property) for owner in wide):
+        wide = []  # it follows from other settings
+    before = [getattr(owner, WINDOW) for owner in wide]
+    for owner in wide:
+        setattr(owner, WINDOW, width)
+    try:
+        yield
+    finally:
+        for owner, window in zip(wide, before, strict=True):
+            setattr(owner, WINDOW, window)
 
 
 def use_segments(model: PreTrainedModel) -> bool:

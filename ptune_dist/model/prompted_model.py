@@ -122,6 +122,9 @@ class PromptedModel(nn.Module):
         """The prompts of all members, in order."""
         return map(self.prompt, range(len(self.prompts)))
 
+    def read_base(self) -> None:
+        """Note what passes need to know of the base's settings; called again where they have changed."""
+
     def begin_step(self, step: int) -> None:
         """Called before the passes of optimizer step `step`."""
         for prompt in self.members():
@@ -187,6 +190,17 @@ class PromptedModel(nn.Module):
         asked = self.supervise(batch)
         assert self.head is not None, "families without a language head compute their own losses"
         return self.head.losses(asked, loss_of), asked.reader
+
+    def outputs(self, batch: Batch) -> torch.Tensor:
+        """What the base check compares of a pass, [U]: the validation losses of single targets, or logits."""
+        return self._losses(batch, self.objective.validation_losses)[0]
+
+    def plain_outputs(self, batch: Batch, virtual: np.ndarray) -> torch.Tensor:
+        """`outputs` as the base's own forward gives them of token ids, each row alone.
+
+        The tokens `virtual` [P] stand where the virtual tokens stand in our pass.
+        """
+        raise NotImplementedError
 
     def label_losses(self, batch: Batch) -> list[np.ndarray]:
         """Each reader's summed losses of the labels of its row's tree, in one pass without gradient."""

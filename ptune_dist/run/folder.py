@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "output_dir",
     "evaluate",
     "checkpoint",
+    "model.check",
     "deepspeed",
     "train.max_steps",
     "train.micro_batch_tokens",

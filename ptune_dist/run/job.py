@@ -27,6 +27,7 @@ from ptune_dist.base.memory_check import GIB, check_memory, find_room
 from ptune_dist.base.open import OpenedBase, open_base
 from ptune_dist.base.quantized_ops import describe_fallback
 from ptune_dist.base.recompute import read_settings
+from ptune_dist.base.rotary import fixed_positions
 from ptune_dist.base.source import fingerprint_base
 from ptune_dist.config.deepspeed_json import fill_deepspeed_json, zero_stage
 from ptune_dist.config.schema import Config
@@ -38,6 +39,7 @@ from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.value_head import TargetScale
 from ptune_dist.prompts.build import build_prompt
 from ptune_dist.prompts.method import BaseFacts, Method
+from ptune_dist.run.base_check import check_base, draw_probe
 from ptune_dist.run.memory_need import Workload, fit_micro_batch, prompt_bytes
 from ptune_dist.run.micro_batch import MicroBatchSize, read_stored
 from ptune_dist.run.reading import Reading
@@ -170,8 +172,9 @@ def build_deepspeed_json(config: Config, base: PreTrainedModel, world: World | N
 
 
 def check_positions(config: Config, base: PreTrainedModel) -> None:
-    """Raise UserError where a base with learned positions has too few of them."""
+    """Raise UserError where rows could be longer than a base's learned positions or fixed rotary frequencies."""
     most = max_positions(base)
+    fixed = fixed_positions(base.config)
     num_virtual = config.prompt.num_virtual_tokens
     length = config.data.max_length
     assert length is not None, "the reading has settled it"
@@ -180,6 +183,12 @@ def check_positions(config: Config, base: PreTrainedModel) -> None:
         raise UserError(
             f"data.max_length: {length} with {num_virtual} virtual tokens needs "
             f"{needed} positions, the base has {most}: set data.max_length={most - num_virtual}"
+        )
+    if fixed is not None and needed > fixed:
+        raise UserError(
+            f"data.max_length: {length} with {num_virtual} virtual tokens needs {needed} positions, and the base's "
+            f"rotary frequencies are fixed for the first {fixed} only: beyond, the longest row would change the "
+            f"others: set data.max_length={fixed - num_virtual}"
         )
 
 
@@ -248,6 +257,7 @@ def build_job(
         print(slower, flush=True)
     if config.model.compile == "auto":
         fuse(parts.opened.model, parts.opened.trained, lambda line: print(line, flush=True) if world.is_main else None)
+    probe = together(world, lambda: draw_probe(reading, parts.opened)) if config.model.check else None
     began = time.perf_counter()
     base = fill_base(parts, config, world)
     loading = {"load_s": time.perf_counter() - began, "bytes_read": parts.opened.weights.bytes_read}
@@ -261,6 +271,8 @@ def build_job(
         [scales[name] for name in parts.prompts] if scales else None,
     )
     engine = build_engine(model, reading.members, parts.deepspeed_json, world, cache=cache)
+    if probe is not None:
+        check_base(engine, probe, config, world)
     longest = longest_answer(rows.examples) if rows is not None else None
     return Job(reading, engine, fingerprint, loading, size, longest)
 
@@ -281,7 +293,7 @@ def build_context_cache(config: Config, fingerprint: str, device: torch.device) 
     folder = config.train.context_cache_dir
     if not (gib or on_gpu_gib or folder):
         return None
-    numbers = config.model.model_dump(exclude={"path", "family", "random_init"})  # precision and quantization
+    numbers = config.model.model_dump(exclude={"path", "family", "random_init", "check"})  # precision and quantization
     identity = json.dumps({"base": fingerprint, "cuda": torch.cuda.is_available(), **numbers}, sort_keys=True)
     return ContextCache(
         max_bytes=int(gib * 2**30),

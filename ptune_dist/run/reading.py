@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ptune_dist.base.layers import max_positions
 from ptune_dist.base.open import make_without_memory
+from ptune_dist.base.rotary import fixed_positions
 from ptune_dist.base.source import largest_id, load_shape, load_tokenizer
 from ptune_dist.config.schema import Config
 from ptune_dist.data.encode import Encoding
@@ -92,17 +93,22 @@ def fill_max_length(config: Config, members: dict[str, Config], family: Family) 
     def settle(member: Config) -> Config:
         if member.data.max_length is not None:
             return member
-        left = DEFAULT_MAX_LENGTH if most is None else most - member.prompt.num_virtual_tokens
+        left = limit_default(shape, most, member.prompt.num_virtual_tokens)
         if left < 1:
             raise UserError(
                 f"prompt.num_virtual_tokens: {member.prompt.num_virtual_tokens} leave no position for the rows: the "
-                f"base has {most}"
+                f"base has {left + member.prompt.num_virtual_tokens}"
             )
-        length = min(DEFAULT_MAX_LENGTH, left)
-        return member.model_copy(update={"data": member.data.model_copy(update={"max_length": length})})
+        return member.model_copy(update={"data": member.data.model_copy(update={"max_length": left})})
 
     settled = {name: settle(member) for name, member in members.items()}
     return config if config.sweep else settle(config), settled
+
+
+def limit_default(shape: PretrainedConfig, most: int | None, num_virtual: int) -> int:
+    """The default of `data.max_length`, or what `most` learned positions or fixed rotary frequencies leave of it."""
+    limits = [limit for limit in (most, fixed_positions(shape)) if limit is not None]
+    return min([DEFAULT_MAX_LENGTH, *(limit - num_virtual for limit in limits)])
 
 
 def read_tokenizer(config: Config, family: Family, shape: PretrainedConfig) -> PreTrainedTokenizerBase:

@@ -72,6 +72,7 @@ def test_the_command_line_wins_over_the_file_and_the_last_word_over_the_first(wr
         ("evaluate.metrics=[exact_match, loss]", lambda c: c.evaluate.metrics, ["exact_match", "loss"]),
         ("data.validation=null", lambda c: c.data.validation, None),
         ("model.random_init=true", lambda c: c.model.random_init, True),
+        ("model.check=false", lambda c: c.model.check, False),
         ("model.compile=off", lambda c: c.model.compile, "off"),  # to YAML a boolean
         ("model.compile=auto", lambda c: c.model.compile, "auto"),
         ("output_dir=runs/a=b", lambda c: c.output_dir, "runs/a=b"),
@@ -272,6 +273,7 @@ def test_a_misspelt_key_that_is_needed_is_said_to_be_misspelt_and_not_only_missi
         ("train.momentum=1", "less than 1"),
         ("prompt.init=vocabulary", "'vocabulary'"),
         ("model.dtype=float64", "'float64'"),
+        ("model.check=maybe", "'maybe'"),
         ("seed=-1", "-1"),
         ("data.labels=positive", "'positive'"),
         ("data.labels=[a, b, a]", "data.labels: 'a' is listed twice"),

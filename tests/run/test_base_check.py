@@ -1,0 +1,85 @@
+"""A base whose own numbers are not those of our passes is refused before training, at every ZeRO stage."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.architectures.bases import build_base
+from tests.architectures.runs import write_run
+from tests.commands import run_module
+from tests.processes import ROOT
+from tests.run.strange_bases import STRANGE, build_strange
+
+INFIX = "prompt.placement=infix"
+KEYS = "prompt.method=prefix_tuning"
+UNCHECKED = "model.check=false"
+NUM_RANKS = 2
+RIGHT = {
+    "gpt2": [[], [INFIX]],
+    "gemma2": [[], [INFIX]],
+    "gemma3_text": [[INFIX]],
+    "mistral": [[], [KEYS]],  # a sliding window, and heads that share keys
+    "exaone4": [[INFIX]],  # layers with and without a window
+    "bloom": [[], [INFIX]],
+    "t5": [[], ["prompt.placement=decoder"]],
+    "bart": [[]],
+    "bert": [[]],
+    "llama": [
+        [INFIX],
+        ["model.quantization=int8"],
+        ["model.dtype=bfloat16"],
+        ["train.objective=mse", "data.target={{ text | length }}"],
+    ],
+}
+FAMILIES = dict.fromkeys(RIGHT, "causal") | {"t5": "seq2seq", "bart": "seq2seq", "bert": "encoder"}
+WRONG = {
+    "by_ids": r"by_ids models need .* an output is [\d.]+ in ptune-dist.s pass and [\d.]+ in its own .*check=false",
+    "leaky": r"leaky models need .* an output is ",
+    "failing": r"failing models do not compute .*: AssertionError: a mask of two dimensions$",
+}
+CASES = {f"{kind} {' '.join(given)}".strip(): (kind, given) for kind, many in RIGHT.items() for given in many}
+CASES |= {kind: (kind, []) for kind in WRONG}
+CASES |= {f"{kind} unchecked": (kind, [UNCHECKED]) for kind in WRONG}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[str]]]:
+    """For each ZeRO stage what each rank found of each of CASES."""
+    out = tmp_path_factory.mktemp("check")
+    specs = []
+    for stage in (0, 3):
+        for number, (kind, given) in enumerate(CASES.values()):
+            folder = out / kind
+            if not folder.exists():
+                build_strange(kind, folder) if kind in STRANGE else build_base(kind, FAMILIES[kind], folder)
+            zero = {"zero_optimization": {"stage": stage}}
+            file = write_run(folder, FAMILIES.get(kind, "causal"), f"{stage}-{number}", deepspeed=zero)
+            specs.append([str(file), given])
+    (out / "specs.json").write_text(json.dumps(specs))
+    script = str(ROOT / "tests" / "run" / "check_many.py")
+    done = run_module(script, str(out / "specs.json"), str(out), num_ranks=NUM_RANKS)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    ranks = [json.loads(Path(out, f"{rank}.json").read_text()) for rank in range(NUM_RANKS)]
+    by_case = [list(lines) for lines in zip(*ranks, strict=True)]
+    return {0: dict(zip(CASES, by_case, strict=False)), 3: dict(zip(CASES, by_case[len(CASES) :], strict=True))}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_bases_that_compute_the_same_are_taken_and_left_as_they_are(found, stage: int) -> None:
+    right = [name for name, (kind, _) in CASES.items() if kind in RIGHT]
+    assert {name: found[stage][name] for name in right} == dict.fromkeys(right, ["nothing changed"] * NUM_RANKS)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("kind", WRONG)
+def test_others_are_refused_in_one_line(found, stage: int, kind: str) -> None:
+    for line in found[stage][kind]:
+        assert re.search(WRONG[kind], line) and "\n" not in line, line
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("kind", WRONG)
+def test_unless_the_check_is_off(found, stage: int, kind: str) -> None:
+    assert found[stage][f"{kind} unchecked"] == ["not checked"] * NUM_RANKS

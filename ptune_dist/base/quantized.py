@@ -188,6 +188,8 @@ def quantize_layers(
         )
     if "head" in include and head is None:
         raise UserError("model.int8_include: this base has no language-model head")
+    if "head" in include and any(module is head for name, module in model.named_modules() if name in skip):
+        raise UserError(f"model.int8_include: {model.config.model_type} models compute with the head's own weight")
     chosen: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()

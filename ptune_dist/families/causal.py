@@ -153,6 +153,16 @@ class PromptedCausal(PaddedCausal):
         return list(recorded.cut())
 
 
+def check_inputs(shape: PretrainedConfig, path: str) -> None:
+    """Raise UserError where the base's layers look token ids up again: virtual tokens have none."""
+    text = shape.get_text_config(decoder=True)
+    if getattr(text, "hidden_size_per_layer_input", None):
+        raise UserError(
+            f"model.path: {path} is a {shape.model_type} model with per-layer embeddings of token ids "
+            "(hidden_size_per_layer_input), which virtual tokens do not have: choose another base"
+        )
+
+
 class Causal(Family):
     """Reads on from input to target; may read a context before the virtual tokens."""
 
@@ -171,6 +181,7 @@ class Causal(Family):
         return Framing(ends_input=False, reads_plain_text=True)
 
     def check_model(self, model: PreTrainedModel, path: str) -> None:
+        check_inputs(model.config, path)
         inner = getattr(model, model.base_model_prefix, model)  # a user's own class may hand all inputs on to it
         takes_vectors = "inputs_embeds" in inspect.signature(inner.forward).parameters
         if not takes_vectors or not generates_from_vectors(type(model)):

@@ -15,7 +15,7 @@ MASK = "attention_mask"
 
 
 def hands_on(model: nn.Module) -> bool:
-    """Whether every attention of a model, and every module above it, hands its other inputs on, and the mask as it is."""
+    """Whether every attention of a model, and every module above it, hands its inputs on, and the mask as it is."""
     for path, module in model.named_modules():
         if not is_attention(module):
             continue

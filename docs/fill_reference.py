@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from render_bases import render_bases
 
 from ptune_dist.config.schema import Config
 from ptune_dist.metrics import METRICS
@@ -164,6 +165,7 @@ RENDER: dict[str, Callable[[], str]] = {
     "every key": render_reference,
     "options of methods": render_options,
     "metrics": render_metrics,
+    "bases": render_bases,
 }
 
 

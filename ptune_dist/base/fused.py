@@ -116,7 +116,12 @@ def agree(found: Callable[[], Any], wanted: list[torch.Tensor]) -> bool:
     )
 
 
-def run_norm(module: nn.Module, plain: Callable, eps: float, offset: float, x: torch.Tensor) -> torch.Tensor:
+def run_norm(
+    module: nn.Module, plain: Callable, eps: float, offset: float, x: torch.Tensor, *more: Any, **options: Any
+) -> torch.Tensor:
+    """`more` and `options`: what some norms are given too, such as a gate (Mamba 2); they compute it as ever."""
+    if more or options:
+        return plain(module, x, *more, **options)
     if x.dtype != module.weight.dtype or not is_worth_it(x):
         return plain(module, x)
     if has_heads_first(x):

@@ -170,7 +170,8 @@ def read_directly(model: nn.Module) -> set[str]:
 def weights_read_by(kind: type[nn.Module]) -> set[str]:
     """Names of children whose `weight` the code of a class computes with: `self.dt_proj.weight @ x`.
 
-    Asking for its type (T5), or taking slices of it where BLOOM imitates parallel training, is no such use.
+    Casting an input to its type counts too, where the class does not ask first whether that is int8 (T5 does). Taking
+    slices of it where BLOOM imitates parallel training is no such use.
     """
     if not kind.__module__.startswith("transformers.models."):
         return set()
@@ -182,9 +183,19 @@ def weights_read_by(kind: type[nn.Module]) -> set[str]:
     asked = {id(node.value) for node in nodes if isinstance(node, (ast.Attribute, ast.Subscript))}
     calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance"]
     asked |= {id(call.args[0]) for call in calls}
+    asked -= {id(kind_of.value) for kind_of in casts_in(nodes)}
     weights = [n for n in nodes if isinstance(n, ast.Attribute) and n.attr == "weight" and id(n) not in asked]
     children = [weight.value for weight in weights]
     return {child.attr for child in children if isinstance(child, ast.Attribute) and is_self(child.value)}
+
+
+def casts_in(nodes: list[ast.AST]) -> list[ast.Attribute]:
+    """Each `a.dtype` that something is cast to, in a class that knows nothing of int8."""
+    if any(isinstance(node, ast.Attribute) and node.attr == "int8" for node in nodes):
+        return []
+    calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "to"]
+    given = [value for call in calls for value in (*call.args, *(keyword.value for keyword in call.keywords))]
+    return [value for value in given if isinstance(value, ast.Attribute) and value.attr == "dtype"]
 
 
 def is_self(node: ast.expr) -> bool:

@@ -188,6 +188,8 @@ def quantize_layers(
         )
     if "head" in include and head is None:
         raise UserError("model.int8_include: this base has no language-model head")
+    if "head" in include and any(module is head for name, module in model.named_modules() if name in skip):
+        raise UserError(f"model.int8_include: {model.config.model_type} models compute with the head's own weight")
     chosen: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
@@ -206,10 +208,13 @@ def quantize_layers(
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose forward is called: torch's attention reads its projection's weight."""
+    """Whether a module is a linear layer whose forward is called: torch's attention reads its projection's weight.
+
+    A class that derives from one and computes something else, such as DeepSeek-V4's products by groups, is none.
+    """
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def refuse_other_layers(model: PreTrainedModel, chosen: dict[str, nn.Module], name: str) -> None:

@@ -10,6 +10,7 @@ D width of a head, L layers, C positions of a context.
 
 import inspect
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ptune_dist.model.attention_calls import hands_on
 from ptune_dist.model.attention_products import attend_by_products, most_keys_by_products
 
 NAME = "ptune_segments"
@@ -92,7 +94,15 @@ def window_of(module: Any) -> int | None:
     if kinds and kinds[module.layer_idx] != "sliding_attention":
         return None  # EXAONE 4's layers name the window whether they have it or not
     own = getattr(module, WINDOW, None)
-    return own if own is not None else getattr(settings, WINDOW, None)
+    if own is None and masks_windows(type(module)):
+        return getattr(settings, WINDOW, None)
+    return own
+
+
+def masks_windows(kind: type[nn.Module]) -> bool:
+    """Whether an architecture has masks with windows: Moshi's has the number, which nothing reads."""
+    others = not kind.__module__.startswith("transformers.models.")
+    return others or hasattr(sys.modules[kind.__module__], "create_sliding_window_causal_mask")
 
 
 def windows_of(model: nn.Module) -> set[int | None]:
@@ -126,7 +136,7 @@ def use_segments(model: PreTrainedModel) -> bool:
     sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
     # Convolutions, states and chunks run over what stands beside a text too.
     others = set(getattr(settings, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if not model._supports_attention_backend or capped or sinks or others:
+    if not model._supports_attention_backend or capped or sinks or others or not hands_on(model):
         return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)

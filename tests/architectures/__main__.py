@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def survey_row(kind: str, family: str, folder: Path) -> dict[str, Any]:
     if made["result"] != "works":
         return row | {"base": made}
     row["loss"] = outcome_of(compare_loss, folder, family)
+    if row["loss"]["result"] == "not tried":
+        return row | {"base": row.pop("loss")}
     if row["loss"]["result"] == "works":
         own = find_family(load_shape(str(folder)), "auto", str(folder)).name
         row |= {name: outcome_of(check, folder, own) for name, check in CHECKS.items()}
@@ -82,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kinds", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("architectures.jsonl"))
+    parser.add_argument("--json", type=Path, help="write all rows of --out there, for docs/bases.md")
     parser.add_argument("--worker", action="store_true")
     args = parser.parse_args()
     if args.worker:
@@ -95,6 +99,18 @@ def main() -> None:
                 if kind not in done and (not args.kinds or kind in args.kinds):
                     row = worker.ask(kind, family)
                     print(json.dumps(row), file=out, flush=True)
+    if args.json:
+        save_rows(args.out, args.json)
+
+
+def save_rows(found: Path, out: Path) -> None:
+    """The rows of a survey with what they depend on, without times, so that a second survey gives the same file."""
+    rows = [json.loads(line) for line in found.open()]
+    order = {kind: number for number, kind in enumerate(kind for names in kinds().values() for kind in names)}
+    rows = sorted(({k: v for k, v in row.items() if k != "seconds"} for row in rows), key=lambda r: order[r["kind"]])
+    versions = {name: version(name) for name in ("transformers", "torch", "deepspeed", "peft")}
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    out.write_text(f'{{"versions": {json.dumps(versions)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "flaubert": {"emb_dim": 32, "n_words": VOCAB},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
     "ctrl": {"dff": 64},
+    "bert-generation": {"is_decoder": True},
+    "t5gemma": {"decoder_start_token_id": 2},
+    "ernie4_5_moe": {"moe_k": 2},
+    "zamba2": {"layer_types": ["mamba", "hybrid"], "num_mem_blocks": 1, "hybrid_layer_ids": [1]},
+    "longcat_flash": {"num_key_value_heads": 4},
     "deepseek_v3": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
 }
@@ -91,6 +96,11 @@ def kinds() -> dict[str, list[str]]:
     ]
     causal = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in encoder and kind not in seq2seq]
     return {"causal": causal, "seq2seq": seq2seq, "encoder": encoder}
+
+
+# Every head has keys and values of its own, made of one latent.
+for latent in ("axk2", "bailing_hybrid", "deepseek_v32", "glm_moe_dsa", "kimi_linear", "axk1", "dots3_note"):
+    SPECIAL.setdefault(latent, {})["num_key_value_heads"] = 4
 
 
 def build_shape(kind: str) -> Any:

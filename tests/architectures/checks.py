@@ -27,6 +27,10 @@ class Differs(Exception):
     """A number is not the plain model's."""
 
 
+class BadBase(Exception):
+    """The plain model itself does not work: the small configuration is wrong."""
+
+
 def draw_batch(family: str) -> tuple[Batch, np.ndarray]:
     """Three rows of different length, and the tokens whose embeddings are the virtual tokens."""
     draw = np.random.default_rng(0)
@@ -46,8 +50,11 @@ def compare_loss(folder: Path, family: str) -> str:
     opened = open_any(str(folder), dtype=torch.float32, labels=labels)
     plain = AUTO[family].from_pretrained(folder, dtype=torch.float32).eval()
     base = fill_whole(opened)
-    with torch.no_grad():
-        wanted = plain_losses(plain, found.name, batch, prompt)
+    try:
+        with torch.no_grad():
+            wanted = plain_losses(plain, found.name, batch, prompt)
+    except Exception as error:
+        raise BadBase(describe(error)) from None
     prompts = [PromptTuning(opened.embed(prompt.tolist()))]
     model = found.model_class(base, prompts, CrossEntropy(), found.placements[0]).train()
     losses = model.losses(batch)
@@ -89,8 +96,13 @@ def outcome_of(check: Any, folder: Path, *args: Any) -> dict[str, str]:
         return {"result": "works", "line": check(folder, *args) or ""}
     except UserError as error:
         return {"result": "refused", "line": str(error).replace(str(folder), "BASE")}
+    except BadBase as error:
+        return {"result": "not tried", "line": str(error)}
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), "")
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f" ({Path(last.filename).name}:{last.lineno})"
-        return {"result": "fails", "line": f"{type(error).__name__}: {first}{where}"}
+        return {"result": "fails", "line": describe(error)}
+
+
+def describe(error: Exception) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first} ({Path(last.filename).name}:{last.lineno})"

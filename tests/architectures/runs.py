@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ptune_dist.commands import export_run, generate_for_run
+from ptune_dist.commands import GenerateRequest, export_run, generate_for_run
 from ptune_dist.config.load import load_config
-from ptune_dist.evaluation.answer_plan import Decoding
 from ptune_dist.run.metrics_log import read_metrics
 from ptune_dist.train import train
 from tests.architectures.bases import LABELS
@@ -89,14 +88,12 @@ def check_export(folder: Path, family: str) -> str:
 
 def check_generate(folder: Path, family: str) -> str:
     """Every row is answered, and the answers are the same in one batch and one by one."""
-    config = load_config(str(folder / "float32" / "config.yaml"), [])
     answers = {}
     for name, tokens in (("together", 4096), ("alone", 1)):
+        config = load_config(str(folder / "float32" / "config.yaml"), [f"train.micro_batch_tokens={tokens}"])
         out = folder / f"{name}.jsonl"
-        decoding = Decoding(max_new_tokens=4, micro_batch_tokens=tokens)
-        generate_for_run(
-            config, folder / "float32", text=None, file=str(folder / "rows.jsonl"), output=out, decoding=decoding
-        )
+        request = GenerateRequest(None, str(folder / "rows.jsonl"), out, most_tokens=4)
+        generate_for_run(config, folder / "float32", request)
         answers[name] = [json.loads(line)["generated"] for line in out.read_text().splitlines()]
     if answers["together"] != answers["alone"] or len(answers["alone"]) != len(ROWS):
         raise Differs(f"answers {answers}")

@@ -8,6 +8,7 @@ are real tokens' embeddings, and through the base's own forward, one by one.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ class Probe:
 def draw_probe(reading: Reading, opened: OpenedBase) -> Probe:
     """Ordinary tokens of the base's tokenizer, the same in every job. Reads a few embeddings, so before the base."""
     draw = np.random.default_rng(SEED)
-    ids = ordinary_ids(reading, opened.model.config, opened.model.get_input_embeddings().num_embeddings)
+    num_embeddings = len(cast(torch.Tensor, opened.model.get_input_embeddings().weight))
+    ids = ordinary_ids(reading, opened.model.config, num_embeddings)
     most = max_positions(opened.model)
     longest = max(1, (most - NUM_VIRTUAL) // 3) if most is not None else max(map(max, LENGTHS))
     rows = [[draw.choice(ids, min(length, longest)).astype(np.int32) for length in lengths] for lengths in LENGTHS]

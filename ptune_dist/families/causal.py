@@ -158,7 +158,11 @@ class PromptedCausal(PaddedCausal):
 
 
 def check_inputs(shape: PretrainedConfig, path: str) -> None:
-    """Raise UserError where the base's layers look token ids up again: virtual tokens have none."""
+    """Raise UserError where the base's layers look token ids up again, or each position reads the later ones."""
+    if shape.model_type == "bert-generation" and not shape.is_decoder:
+        raise UserError(
+            f"model.path: {path}/config.json has is_decoder false, so a position would read its own target: set it true"
+        )
     text = shape.get_text_config(decoder=True)
     if getattr(text, "hidden_size_per_layer_input", None):
         raise UserError(
@@ -180,6 +184,10 @@ class Causal(Family):
 
     def is_own(self, shape: PretrainedConfig) -> bool:
         return not shape.is_encoder_decoder and self.knows(shape)
+
+    def prepare_shape(self, shape: PretrainedConfig, labels: list[str] | None) -> None:
+        if getattr(shape, "rescale_every", 0):  # RWKV divides weights in place in eval mode, for float16's range
+            shape.rescale_every = 0
 
     def frame_text(self) -> Framing:
         return Framing(ends_input=False, reads_plain_text=True)

@@ -28,6 +28,7 @@ REFUSED = {  # model type -> why
     "nystromformer": BESIDE,
     "yoso": BESIDE,
     "esm": "scale token embeddings by what is masked in a row, which input vectors do not tell",
+    "reformer": "draw random numbers in training mode, without which they have no gradient",
     "longformer": "choose global attention by token ids, which input vectors do not tell",
 }
 
@@ -132,6 +133,8 @@ class Encoder(Family):
         why = REFUSED.get(model.config.model_type)
         if why is not None:
             raise UserError(f"model.path: {path}: {model.config.model_type} models {why}")
+        if getattr(model.config, "default_language", "any") is None:  # X-MOD has adapters for each language
+            raise UserError(f"model.path: {path}/config.json names no default_language: set it there")
 
     def trained_names(self, model: PreTrainedModel, new: list[str]) -> set[str]:
         return {name for name, _ in model.named_parameters() if is_outside(model, name) or name in new}

@@ -46,7 +46,14 @@ SMALL: dict[str, Any] = (
     | {"state_size": 8, "conv_kernel": 4, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_dt_rank": 4, "chunk_size": 8}
     | {"mamba_chunk_size": 8, "time_step_rank": 4, "lru_width": 32, "attention_window_size": 16}
     | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    | {"type_vocab_size": 2, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 1}
+    | {
+        "hidden_size_global": 32,
+        "type_vocab_size": 2,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "decoder_start_token_id": 1,
+    }
     | {"forced_bos_token_id": None, "forced_eos_token_id": None, "image_size": 28, "patch_size": 14}
 )
 
@@ -78,6 +85,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
     "ctrl": {"dff": 64},
     "bert-generation": {"is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
+    "gemma4_text": {"hidden_size_per_layer_input": 0},  # those with such inputs are refused, as Gemma 3n
+    "gemma4_unified_text": {"hidden_size_per_layer_input": 0},
     "t5gemma": {"decoder_start_token_id": 2},
     "ernie4_5_moe": {"moe_k": 2},
     "zamba2": {"layer_types": ["mamba", "hybrid"], "num_mem_blocks": 1, "hybrid_layer_ids": [1]},
@@ -126,10 +136,13 @@ def small_config(config_class: Any, special: dict[str, Any]) -> Any:
         values |= layer_lists(default)
     for name, part in getattr(config_class, "sub_configs", {}).items():
         if isinstance(part, type) and part is not AutoConfig:
-            values[name] = small_config(part, {}).to_dict()
+            values[name] = small_config(part, SPECIAL.get(part.model_type, {})).to_dict()
         elif getattr(default, name, None) is not None:
-            values[name] = small_config(type(getattr(default, name)), {}).to_dict()
+            kind = type(getattr(default, name))
+            values[name] = small_config(kind, SPECIAL.get(kind.model_type, {})).to_dict()
     found = {name: value for name, value in (values | special).items() if name not in fixed}
+    if config_class.model_type == "xlnet":  # it has no limit, and refuses one
+        del found["max_position_embeddings"]
     return config_class(**found)
 
 

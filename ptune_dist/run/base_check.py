@@ -8,6 +8,7 @@ are real tokens' embeddings, and through the base's own forward, one by one.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ class Probe:
 def draw_probe(reading: Reading, opened: OpenedBase) -> Probe:
     """Ordinary tokens of the base's tokenizer, the same in every job. Reads a few embeddings, so before the base."""
     draw = np.random.default_rng(SEED)
-    ids = ordinary_ids(reading, opened.model.config, opened.model.get_input_embeddings().num_embeddings)
+    embeddings = cast(nn.Embedding, opened.model.get_input_embeddings())
+    ids = ordinary_ids(reading, opened.model.config, embeddings.num_embeddings)
     most = max_positions(opened.model)
     longest = max(1, (most - NUM_VIRTUAL) // 3) if most is not None else max(map(max, LENGTHS))
     rows = [[draw.choice(ids, min(length, longest)).astype(np.int32) for length in lengths] for lengths in LENGTHS]
@@ -79,7 +81,9 @@ def find_placement(reading: Reading) -> str:
 def ordinary_ids(reading: Reading, shape: PretrainedConfig, num_embeddings: int) -> np.ndarray:
     """Ids below `num_embeddings` that stand for text, as far as tokenizer and config tell."""
     special = set(reading.tokenizer.all_special_ids)
-    special |= {found for key, found in shape.get_text_config().to_dict().items() if key.endswith("_token_id")}
+    for key, found in shape.get_text_config().to_dict().items():
+        if key.endswith("_token_id"):
+            special |= set(found if isinstance(found, list) else [found])
     all_ids = range(min(len(reading.tokenizer), num_embeddings))
     return np.array([number for number in all_ids if number not in special] or [0])
 

@@ -3,9 +3,14 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
+from ptune_dist.run.base_check import ordinary_ids
+from ptune_dist.tiny.make import build_tokenizer
 from tests.architectures.bases import build_base
 from tests.architectures.runs import write_run
 from tests.commands import run_module
@@ -64,6 +69,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[
     ranks = [json.loads(Path(out, f"{rank}.json").read_text()) for rank in range(NUM_RANKS)]
     by_case = [list(lines) for lines in zip(*ranks, strict=True)]
     return {0: dict(zip(CASES, by_case, strict=False)), 3: dict(zip(CASES, by_case[len(CASES) :], strict=True))}
+
+
+def test_ids_stand_for_text_also_where_a_base_has_several_ends() -> None:
+    tokenizer: Any = SimpleNamespace(tokenizer=build_tokenizer())
+    ids = ordinary_ids(tokenizer, LlamaConfig(eos_token_id=[0, 5], pad_token_id=1), 8)
+    assert ids.tolist() == [2, 3, 4, 6, 7]  # 0 and 1 are the tokenizer's
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -200,7 +200,12 @@ def test_an_interrupt_leaves_a_valid_folder_and_no_process(plan, tmp_path):
         "--out",
         out,
     ]
-    process = subprocess.Popen([*command, "--scratch", tmp_path / "scratch"], env=process_env(), cwd=ROOT)
+    process = subprocess.Popen(
+        [*command, "--scratch", tmp_path / "scratch"],
+        env=process_env(),
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     journal = tmp_path / "journal"
     give_up_at = time.monotonic() + 60
     while not (journal.exists() and "slow" in journal.read_text()):

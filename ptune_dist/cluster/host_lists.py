@@ -38,12 +38,14 @@ def expand_ranges(ranges: str, variable: str) -> list[str]:
 
 
 def first_host(hostfile: str) -> str | None:
-    """The first host of an Open MPI hostfile: lines of `HOST slots=N`, with comments after #."""
-    for line in hostfile.splitlines():
-        words = line.partition("#")[0].split()
-        if words:
-            return words[0]
-    return None
+    """The first host of an Open MPI hostfile."""
+    return next(iter(list_hosts(hostfile)), None)
+
+
+def list_hosts(hostfile: str) -> list[str]:
+    """The hosts that begin the lines of a file, each once, as in `HOST slots=N`; comments begin with #."""
+    lines = [line.partition("#")[0].split() for line in hostfile.splitlines()]
+    return unique_hosts([words[0] for words in lines if words])
 
 
 def unique_hosts(names: list[str]) -> list[str]:

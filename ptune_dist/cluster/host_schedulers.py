@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ptune_dist.cluster.environment import Environment
-from ptune_dist.cluster.host_lists import is_same_host, unique_hosts
+from ptune_dist.cluster.host_lists import is_same_host, list_hosts, unique_hosts
 from ptune_dist.cluster.schedulers import Placement, Variables
 from ptune_dist.errors import UserError
 
@@ -113,7 +113,7 @@ def read_host_file(env: Environment, variable: str, read_text: ReadText) -> list
     """The hosts that begin the lines of a file, each once. Raises UserError."""
     path = env.text(variable)
     try:
-        hosts = unique_hosts([line.split()[0] for line in read_text(path).splitlines() if line.strip()])
+        hosts = list_hosts(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise UserError(

@@ -8,7 +8,7 @@ Environments are tried from the most deliberate to the least:
 2. SkyPilot, AWS Batch, Azure ML: they rent machines on which variables of another scheduler may be set as well.
 3. Kubeflow's PET_ variables, then a plain JobSet: pods have no Slurm, but Kubeflow Trainer's pods belong to a JobSet.
 4. Open MPI, then Slurm: mpirun inside an allocation leaves both, and only mpirun's ranks belong to this job.
-5. NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: late, because batch scripts export them for all nodes alike.
+5. NODE_RANK, with NNODES, MASTER_ADDR and MASTER_PORT: late, because batch scripts export them for all nodes alike.
 6. PBS, LSF, Grid Engine, which list hosts; then the ranks of other kinds of mpiexec.
 7. NNODES without NODE_RANK, which is a mistake unless it is 1.
 8. Nothing: one node, unless a variable that is not read here counts several.

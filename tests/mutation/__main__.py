@@ -2,8 +2,8 @@
 
     python -m tests.mutation [--areas files,head] [--sample 20] [--seed 0] [--jobs 2] [--out FILE.json]
 
-A mutant is killed when a test fails on it. Survivors are printed with their difference; why each may survive is in
-`survivors.md`. Takes minutes to hours: it runs on request only.
+A mutant is killed when a test fails on it. Survivors are printed with their difference. Needs `pip install cosmic-ray`.
+Takes minutes to hours: it runs on request only.
 """
 
 import argparse

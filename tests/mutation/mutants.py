@@ -70,11 +70,11 @@ def build_operators() -> dict[str, Operator]:
     return {name.partition("/")[2]: get_operator(name)() for name in names} | {"OmitStatement": OmitStatement()}
 
 
-def find_mutants(path: str, code: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
+def find_mutants(code: str, operators: dict[str, Operator]) -> dict[tuple[int, int], list[tuple[str, int]]]:
     """By place (line, column): the operators that change something there, each with the number of its occurrence."""
     found: dict[tuple[int, int], list[tuple[str, int]]] = {}
     nodes = list(ast_nodes(get_ast(code)))
-    for name, operator in build_operators().items():
+    for name, operator in operators.items():
         places = [place for node in nodes for place in operator.mutation_positions(node)]
         for number, (start, _) in enumerate(places):
             found.setdefault(start, []).append((name, number))
@@ -84,12 +84,13 @@ def find_mutants(path: str, code: str) -> dict[tuple[int, int], list[tuple[str, 
 def sample_mutants(path: str, code: str, count: int, seed: int) -> list[Mutant]:
     """At most `count` mutants at different places of a file, the same for the same seed."""
     chooser = random.Random(f"{seed} {path}")
-    places = find_mutants(path, code)
+    operators = build_operators()
+    places = find_mutants(code, operators)
     chosen = chooser.sample(sorted(places), min(count, len(places)))
     mutants = []
     for place in sorted(chosen):
         name, number = chooser.choice(places[place])
-        mutated = MutationVisitor.mutate_code(code, build_operators()[name], number)
+        mutated = MutationVisitor.mutate_code(code, operators[name], number)
         if mutated is None or mutated == code:
             continue
         lines = difflib.unified_diff(code.splitlines(), mutated.splitlines(), lineterm="", n=0)

@@ -18,9 +18,13 @@ def command_line(module: str, *arguments: str, num_ranks: int = 1) -> list[str]:
 
 
 def process_env(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment of a process: one thread per rank, no network, and no GPU unless `extra` asks for one."""
+    """The environment of a process: one thread per rank, no network, and no GPU unless `extra` asks for one.
+
+    Packages may lie in a folder of PYTHONPATH, so it is kept after our own.
+    """
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     return kept | ours | (extra or {})
 
 

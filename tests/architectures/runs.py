@@ -17,6 +17,11 @@ from tests.architectures.checks import Differs
 ROWS = [{"text": text, "label": LABELS[number % 3]} for number, text in enumerate(["abc", "a film", "words and", "no"])]
 
 
+def run_of(base: Path, name: str) -> Path:
+    """The folder of a run, beside its base's."""
+    return base.with_name(f"{base.name}_{name}")
+
+
 def write_run(folder: Path, family: str, name: str, **sections: Any) -> Path:
     """The config of a run of two steps under ZeRO-3."""
     rows = folder / "rows.jsonl"
@@ -25,7 +30,7 @@ def write_run(folder: Path, family: str, name: str, **sections: Any) -> Path:
     if family == "encoder":
         data |= {"labels": LABELS, "target": "{{ label }}"}
     content: dict[str, Any] = {
-        "output_dir": str(folder / name),
+        "output_dir": str(run_of(folder, name)),
         "model": {"path": str(folder)},
         "prompt": {"num_virtual_tokens": 4},
         "data": data,
@@ -44,7 +49,7 @@ def train_in(folder: Path, family: str, name: str, overrides: list[str], **secti
     status = train(load_config(str(write_run(folder, family, name, **sections)), overrides))
     if status != 0:
         raise Differs(f"training ended with status {status}")
-    return folder / name
+    return run_of(folder, name)
 
 
 def check_float32(folder: Path, family: str) -> str:
@@ -57,7 +62,7 @@ def check_float32(folder: Path, family: str) -> str:
 
 def check_int8(folder: Path, family: str) -> str:
     """Two steps over int8 weights, whose first loss is close to that of float32."""
-    plain = [line["loss"] for line in read_metrics(folder / "float32")]
+    plain = [line["loss"] for line in read_metrics(run_of(folder, "float32"))]
     losses = [
         line["loss"] for line in read_metrics(train_in(folder, family, "int8", [], model={"quantization": "int8"}))
     ]
@@ -70,7 +75,7 @@ def check_resume(folder: Path, family: str) -> str:
     """A run that is stopped after one step and resumed stores the prompt of one that is not."""
     train_in(folder, family, "resumed", ["train.max_steps=1"])
     train_in(folder, family, "resumed", [])
-    whole, resumed = [next((folder / name / "prompt").glob("*.safetensors")) for name in ("float32", "resumed")]
+    whole, resumed = [next((run_of(folder, name) / "prompt").glob("*.safetensors")) for name in ("float32", "resumed")]
     theirs = load_file(resumed)
     if any(not torch.equal(tensor, theirs[name]) for name, tensor in load_file(whole).items()):
         raise Differs("the prompt of a resumed run is another")
@@ -79,8 +84,8 @@ def check_resume(folder: Path, family: str) -> str:
 
 def check_export(folder: Path, family: str) -> str:
     """A PEFT adapter is written."""
-    config = load_config(str(folder / "float32" / "config.yaml"), [])
-    export_run(config, folder / "float32", to="peft", out=folder / "adapter", text=None, file=None)
+    config = load_config(str(run_of(folder, "float32") / "config.yaml"), [])
+    export_run(config, run_of(folder, "float32"), to="peft", out=folder / "adapter", text=None, file=None)
     if not (folder / "adapter" / "adapter_config.json").exists():
         raise Differs("no adapter")
     return ""
@@ -90,10 +95,10 @@ def check_generate(folder: Path, family: str) -> str:
     """Every row is answered, and the answers are the same in one batch and one by one."""
     answers = {}
     for name, tokens in (("together", 4096), ("alone", 1)):
-        config = load_config(str(folder / "float32" / "config.yaml"), [f"train.micro_batch_tokens={tokens}"])
+        config = load_config(str(run_of(folder, "float32") / "config.yaml"), [f"train.micro_batch_tokens={tokens}"])
         out = folder / f"{name}.jsonl"
         request = GenerateRequest(None, str(folder / "rows.jsonl"), out, most_tokens=4)
-        generate_for_run(config, folder / "float32", request)
+        generate_for_run(config, run_of(folder, "float32"), request)
         answers[name] = [json.loads(line)["generated"] for line in out.read_text().splitlines()]
     if answers["together"] != answers["alone"] or len(answers["alone"]) != len(ROWS):
         raise Differs(f"answers {answers}")

@@ -27,6 +27,7 @@ PROGRAM = """
 import sys
 from ptune_dist.data.sources import load_rows
 from ptune_dist.errors import UserError
+from tests.processes import python_path
 for source in sys.argv[1:]:
     try:
         rows = load_rows(source, key="data.train", default_split="train")
@@ -85,7 +86,7 @@ def answers(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name} | {
         "HF_HOME": str(folder / "hf"),
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(ROOT),
         "NO_PROXY": "127.0.0.1",
     }
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import python_path
+
 ROOT = Path(__file__).parents[2]
 COMMIT = "a" * 40
 CARD = """---
@@ -27,7 +29,6 @@ PROGRAM = """
 import sys
 from ptune_dist.data.sources import load_rows
 from ptune_dist.errors import UserError
-from tests.processes import python_path
 for source in sys.argv[1:]:
     try:
         rows = load_rows(source, key="data.train", default_split="train")

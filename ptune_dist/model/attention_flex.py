@@ -221,7 +221,7 @@ def attend_blocks(
     mask = BlockMask(sizes, *rows, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=build_reads(lows, highs))
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=kernel)
-    return cast(torch.Tensor, out)[0].transpose(0, 1)
+    return cast(torch.Tensor, out).squeeze(0).transpose(0, 1)
 
 
 def build_reads(lows: torch.Tensor, highs: torch.Tensor) -> Callable[..., torch.Tensor]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.mutation.areas import AREAS, Area
 from tests.mutation.mutants import sample_mutants
-from tests.processes import ROOT, process_env
+from tests.processes import ROOT, process_env, python_path
 
 COPIED = ("ptune_dist", "tests", "configs", "launch", "slurm", "docs", "pyproject.toml", "README.md")
 TIMEOUT_S = 300.0
@@ -109,7 +109,7 @@ def run_worker(queue: Queue, outcomes: list[dict[str, Any]], copy: Path) -> None
             kind = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             kind(ROOT / name, copy / name)
         (copy / ".venv").symlink_to(sys.prefix)
-    env = process_env({"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"})
+    env = process_env({"PYTHONPATH": python_path(copy), "PYTHONDONTWRITEBYTECODE": "1"})
     command = [sys.executable, "-m", "tests.mutation.worker"]
     with subprocess.Popen(
         command, cwd=copy, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ptune_dist.base.layers import layers_of
 from ptune_dist.base.recompute import Recomputer, read_settings
 from ptune_dist.base.trained_head import set_apart
-from ptune_dist.config.deepspeed_json import zero_stage
+from ptune_dist.config.deepspeed_json import show_source, zero_stage
 from ptune_dist.config.schema import Config, TrainConfig
 from ptune_dist.data.batches import Batch, Plan, Unit, plan_micro_batches
 from ptune_dist.data.encode import Examples
@@ -192,7 +192,7 @@ def check_with_deepspeed(content: dict[str, Any], source: Any) -> None:
     An error that DeepSpeed raises without any section of the user's is ours, and is raised as it is.
     """
     quiet_deepspeed()
-    file = source if isinstance(source, str) else "deepspeed"
+    file = show_source(source)
     try:
         DeepSpeedConfig(copy.deepcopy(content))
     except Exception as error:  # of any kind: DeepSpeed takes the types of many values for granted

@@ -5,7 +5,7 @@ from inspect import signature
 
 import pytest
 
-from ptune_dist.config.deepspeed_json import fill_deepspeed_json, load_deepspeed_json, zero_stage
+from ptune_dist.config.deepspeed_json import fill_deepspeed_json, find_preset, load_deepspeed_json, zero_stage
 from ptune_dist.config.deepspeed_optimizer import LEFT_OUT, WEIGHT_DECAY_OF_TORCH
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
@@ -440,3 +440,11 @@ def test_the_defaults_of_options_that_are_left_out_are_those_of_deepspeeds_optim
     for kind, name in ((torch.optim.SGD, "sgd"), (torch.optim.Adafactor, "adafactor")):
         assert (default(kind, "lr"), default(kind, "weight_decay")) == LEFT_OUT[name]
     assert default(torch.optim.SGD, "momentum") == 0
+
+
+def test_a_json_of_the_package_for_another_precision_is_told_by_its_name_and_the_key_to_set():
+    source = find_preset("zero3_bf16")
+    assert error_of(source) == (
+        "deepspeed: zero3_bf16 is for bfloat16 and model.dtype is float32: set model.dtype=bfloat16"
+    )
+    assert fill(source, dtype="bfloat16") and fill(find_preset("zero3_fp32"), dtype="bfloat16")

@@ -92,7 +92,7 @@ def window_of(module: Any) -> int | None:
     """The window of a layer whose attention leaves it to the mask; a pass with a layout has no mask."""
     settings = getattr(module, "config", None)
     kinds = getattr(settings, "layer_types", None)
-    if kinds and kinds[module.layer_idx] != "sliding_attention":
+    if kinds and module.layer_idx is not None and kinds[module.layer_idx] != "sliding_attention":
         return None  # EXAONE 4's layers name the window whether they have it or not
     own = getattr(module, WINDOW, None)
     if own is None and masks_windows(type(module)):

@@ -36,6 +36,7 @@ from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, max_over_ranks, together
 from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache
+from ptune_dist.model.given_cache import keeps_more
 from ptune_dist.model.value_head import TargetScale
 from ptune_dist.prompts.build import build_prompt
 from ptune_dist.prompts.method import BaseFacts, Method
@@ -140,7 +141,7 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
     return BaseFacts(
         width=embedding_width(base),
         num_layers=getattr(text, "num_hidden_layers", None),
-        num_key_value_heads=num_key_value_heads(base.config),
+        num_key_value_heads=None if keeps_more(base) else num_key_value_heads(base.config),
         head_width=head_width(base.config),
     )
 

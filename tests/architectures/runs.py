@@ -1,20 +1,26 @@
 """What is tried on a base through the commands themselves: training, resuming, exporting and answering."""
 
+import contextlib
+import io
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from ptune_dist.commands import GenerateRequest, export_run, generate_for_run
+from ptune_dist.commands import GenerateRequest, evaluate_run, export_run, generate_for_run
 from ptune_dist.config.load import load_config
+from ptune_dist.evaluation.validate import validate
 from ptune_dist.run.metrics_log import read_metrics
 from ptune_dist.train import train
 from tests.architectures.bases import LABELS
 from tests.architectures.checks import Differs
 
-ROWS = [{"text": text, "label": LABELS[number % 3]} for number, text in enumerate(["abc", "a film", "words and", "no"])]
+TEXTS = ["abc", "a film", "words and", "no", "a text of many more words"]
+ROWS = [{"text": text, "label": LABELS[number % 3]} for number, text in enumerate(TEXTS)]
 
 
 def run_of(base: Path, name: str) -> Path:
@@ -71,6 +77,47 @@ def check_int8(folder: Path, family: str) -> str:
     return ""
 
 
+def check_validate(folder: Path, family: str) -> str:
+    """The report on the config is printed."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        validate(load_config(str(write_run(folder, family, "validated")), []))
+    if "examples" not in output.getvalue():
+        raise Differs("no examples")
+    return ""
+
+
+def check_evaluate(folder: Path, family: str) -> str:
+    """The prompt has a finite loss on rows that are scored one by one and together."""
+    losses = []
+    for tokens in (4096, 1):
+        overrides = [f"data.validation={folder / 'rows.jsonl'}", f"train.micro_batch_tokens={tokens}"]
+        config = load_config(str(run_of(folder, "float32") / "config.yaml"), overrides)
+        evaluate_run(config, run_of(folder, "float32"))
+        losses.append(json.loads((run_of(folder, "float32") / "evaluation.json").read_text())["loss"])
+    if not math.isclose(*losses, rel_tol=1e-4):
+        raise Differs(f"loss {losses[0]} together, {losses[1]} alone")
+    return ""
+
+
+def check_contexts(folder: Path, family: str) -> str:
+    """A step with virtual tokens after the input, over what the base keeps of it."""
+    return train_one_step(folder, family, "contexts", placement="infix" if family == "causal" else "decoder")
+
+
+def check_prefix_tuning(folder: Path, family: str) -> str:
+    """A step of a prompt of keys and values."""
+    return train_one_step(folder, family, "keys", method="prefix_tuning")
+
+
+def train_one_step(folder: Path, family: str, name: str, **prompt: Any) -> str:
+    run = train_in(folder, family, name, ["train.max_steps=1"], prompt=prompt)
+    losses = [line["loss"] for line in read_metrics(run)]
+    if not all(0 < loss < 1e4 for loss in losses):
+        raise Differs(f"losses {losses}")
+    return ""
+
+
 def check_resume(folder: Path, family: str) -> str:
     """A run that is stopped after one step and resumed stores the prompt of one that is not."""
     train_in(folder, family, "resumed", ["train.max_steps=1"])
@@ -97,7 +144,7 @@ def check_generate(folder: Path, family: str) -> str:
     for name, tokens in (("together", 4096), ("alone", 1)):
         config = load_config(str(run_of(folder, "float32") / "config.yaml"), [f"train.micro_batch_tokens={tokens}"])
         out = folder / f"{name}.jsonl"
-        request = GenerateRequest(None, str(folder / "rows.jsonl"), out, most_tokens=4)
+        request = GenerateRequest(None, str(folder / "rows.jsonl"), out, most_tokens=8)
         generate_for_run(config, run_of(folder, "float32"), request)
         answers[name] = [json.loads(line)["generated"] for line in out.read_text().splitlines()]
     if answers["together"] != answers["alone"] or len(answers["alone"]) != len(ROWS):
@@ -106,9 +153,19 @@ def check_generate(folder: Path, family: str) -> str:
 
 
 CHECKS = {
+    "validate": check_validate,
     "float32": check_float32,
     "int8": check_int8,
     "resume": check_resume,
     "export": check_export,
+    "evaluate": check_evaluate,
     "generate": check_generate,
+    "contexts": check_contexts,
+    "prefix_tuning": check_prefix_tuning,
 }
+NOT_OF = {"encoder": ("contexts", "prefix_tuning"), "seq2seq": ("prefix_tuning",)}  # checks that a family is without
+
+
+def checks_of(family: str) -> dict[str, Callable[[Path, str], str]]:
+    """The checks that a family has, in their order: most use the run of `float32`."""
+    return {name: check for name, check in CHECKS.items() if name not in NOT_OF.get(family, ())}

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from ptune_dist.common.files import write_durably
+from ptune_dist.common.files import flush, write_durably
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EPERM)
 TOUCH_S = 5.0
@@ -144,7 +144,7 @@ def _take(owner_file: Path) -> bool:
         with open(owner_file, "xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
         return True
     except FileExistsError:
         if _is_alive(owner_file):

@@ -251,10 +251,12 @@ def rotate_rows(
     return tuple(tensor.unflatten(0, (batch, length)).transpose(1, 2) for tensor in turned)
 
 
-def run_rotary(
-    plain: Callable, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def run_rotary(plain: Callable, *tensors: torch.Tensor, **options: Any) -> Any:
+    """As `plain`, which some architectures also call for queries alone or with other axes."""
+    if options or len(tensors) != 4:
+        return plain(*tensors, **options)
+    q, k, cos, sin = tensors
     same = q.dtype == k.dtype == cos.dtype == sin.dtype
-    if not same or not is_worth_it(q) or options or q.dim() != 4 or cos.dim() != 3 or cos.requires_grad:
-        return plain(q, k, cos, sin, **options)
+    if not same or not is_worth_it(q) or q.dim() != 4 or cos.dim() != 3 or cos.requires_grad:
+        return plain(q, k, cos, sin)
     return rotate_rows(Rotary.apply, q, k, cos, sin)

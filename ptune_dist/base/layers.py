@@ -78,17 +78,46 @@ def keys_values_width(shape: PretrainedConfig) -> int:
 
 
 def num_key_value_heads(shape: PretrainedConfig) -> int | None:
-    """G; None where a base has no attention heads."""
-    text = shape.get_text_config(decoder=True)
-    return getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    """G; None where a base has no attention heads, or differing ones."""
+    return the_one({num_heads for num_heads, _ in heads_of_layers(shape)})
 
 
 def head_width(shape: PretrainedConfig) -> int | None:
-    """The width of an attention head; None where a base has none."""
+    """The width of an attention head; None where a base has none, or differing ones."""
+    return the_one({width for _, width in heads_of_layers(shape)})
+
+
+def layers_differ(shape: PretrainedConfig) -> bool:
+    """Whether keys and values of one position have another shape in some layers than in others, as in Gemma 4."""
+    return len(heads_of_layers(shape)) > 1
+
+
+def heads_of_layers(shape: PretrainedConfig) -> set[tuple[int | None, int | None]]:
+    """The numbers of key/value heads and the widths of a head that a base's layers have."""
     text = shape.get_text_config(decoder=True)
+    if getattr(text, "is_heterogeneous", False):
+        return {heads_of(layer) for layer in text.per_layer_config}
+    found = {heads_of(text)}
+    if getattr(text, "swa_head_dim", None):  # Inkling's layers with a window
+        found.add((text.swa_num_key_value_heads, text.swa_head_dim))
+    return found
+
+
+def heads_of(text: PretrainedConfig) -> tuple[int | None, int | None]:
     num_heads = getattr(text, "num_attention_heads", None)
     own = getattr(text, "head_dim", None)
-    return own or (text.hidden_size // num_heads if num_heads else None)
+    width = own or (text.hidden_size // num_heads if num_heads else None)
+    if getattr(text, "multi_query", False) and not getattr(
+        text, "new_decoder_architecture", False
+    ):  # GPT BigCode, Falcon
+        return 1, width
+    shared = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
+    return shared or num_heads, width
+
+
+def the_one(found: set[int | None]) -> int | None:
+    """The only element; None where there are several."""
+    return found.pop() if len(found) == 1 else None
 
 
 def max_positions(base: PreTrainedModel) -> int | None:

@@ -7,6 +7,7 @@ int8 in every format, because not every collective moves 8-bit floats.
 Shapes: O outputs and I inputs of a layer.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -214,7 +215,24 @@ def is_linear(module: nn.Module) -> bool:
     """
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    return isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    if isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    return isinstance(module, nn.Linear) and computes_linear(type(module))
+
+
+@functools.cache
+def computes_linear(kind: type[nn.Linear]) -> bool:
+    """Whether a class with a forward of its own and no settings of its own gives what `nn.Linear` gives (Falcon's)."""
+    if kind.__init__ is not nn.Linear.__init__:
+        return False
+    with torch.random.fork_rng(devices=[]):
+        layer = kind(3, 2)
+        inputs = torch.randn(4, 3)
+    try:
+        with torch.no_grad():
+            return torch.allclose(layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias))
+    except Exception:  # it wants other inputs
+        return False
 
 
 def refuse_other_layers(model: PreTrainedModel, chosen: dict[str, nn.Module], name: str) -> None:

@@ -84,7 +84,8 @@ class Examples:
     facts: "Facts | None" = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "is_truncated", np.broadcast_to(self.is_truncated, len(self)))
+        is_truncated = np.asarray(self.is_truncated).astype(bool, copy=False)  # ~ of integers is no mask
+        object.__setattr__(self, "is_truncated", np.broadcast_to(is_truncated, len(self)))
         if not len(self.num_context):
             object.__setattr__(self, "num_context", np.broadcast_to(np.int32(0), len(self)))
 
@@ -233,7 +234,7 @@ def encode_rows(
         np.concatenate(pieces),
         offsets,
         num_targets,
-        is_truncated,
+        is_truncated.astype(bool),
         rows.where,
         num_context,
         np.array(numbers, np.float64) if has_numbers else None,

@@ -2,10 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 
+from ptune_dist.data.encode import Examples
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.prompts.method import Contribution, Method
@@ -30,25 +33,44 @@ class NoPrompt(Method):
 def without_prompt(model: PromptedModel, member: int) -> Iterator[None]:
     """Within the body, the member's rows are read by the base alone."""
     kept = model.prompts[member]
+    placement = model.placement
     num_vectors = model.num_vectors[member]
     num_prefix = model.num_prefix[member]
     model.prompts[member] = NoPrompt(model.device).eval()
+    model.placement = "prefix"
     model.num_vectors[member] = 0
     model.num_prefix[member] = 0
     try:
         yield
     finally:
         model.prompts[member] = kept
+        model.placement = placement
         model.num_vectors[member] = num_vectors
         model.num_prefix[member] = num_prefix
 
 
 def can_read_without_prompt(model: PromptedModel, evaluator: Evaluator) -> bool:
     """Whether the base alone answers: not with a new head, nor where a row has no input to predict from."""
-    examples = evaluator.split.examples
     if not model.writes_text or evaluator.split.rows.kind == "text":
         return False
-    return all(len(examples.input_ids(i)) for i in range(len(examples)))
+    return evaluator.split.examples.known.first_empty is None
+
+
+def join_contexts(examples: Examples) -> Examples:
+    """The same inputs without contexts: nothing stands between a context and what follows it."""
+    if not examples.known.has_contexts:
+        return examples
+    facts = replace(examples.known, lead=[], is_lead_whole=False, has_contexts=False)
+    return replace(examples, num_context=np.zeros(0, np.int32), facts=facts)
+
+
+def join_contexts_of(evaluator: Evaluator) -> Evaluator:
+    """An evaluator of the same rows, read whole."""
+    split = replace(evaluator.split, examples=join_contexts(evaluator.split.examples))
+    candidates = evaluator.candidates
+    if candidates is not None:
+        candidates = replace(candidates, examples=join_contexts(candidates.examples))
+    return replace(evaluator, split=split, candidates=candidates)
 
 
 def evaluate_without_prompt(
@@ -58,4 +80,4 @@ def evaluate_without_prompt(
     if not can_read_without_prompt(engine.model, evaluator):
         return {}
     with without_prompt(engine.model, engine.members.index(member)):
-        return evaluator(engine, [member], between_batches)[member][0]
+        return join_contexts_of(evaluator)(engine, [member], between_batches)[member][0]

@@ -17,6 +17,7 @@ from ptune_dist.config.load import render_config
 from ptune_dist.config.schema import Config
 from ptune_dist.data.build import Split
 from ptune_dist.data.encode import Encoding, token_statistics
+from ptune_dist.errors import UserError
 from ptune_dist.evaluation.placement_costs import describe_cache, describe_choice, render_costs
 from ptune_dist.evaluation.row_warnings import find_warnings
 from ptune_dist.evaluation.splits import build_splits
@@ -49,13 +50,22 @@ def validate(config: Config) -> None:
         console.print(f"warning: {line}", markup=False)
     if config.sweep:
         console.print(f"members: {len(reading.members)}: {', '.join(reading.members)}", markup=False)
-    if reading.family.has_contexts and train.rows.kind != "text":
+    if train.rows.kind != "text" and takes_contexts(reading, parts.opened):
         console.rule("placement")
         print_placements(console, reading, parts.opened, train)
     console.rule(Text("examples, the supervised part in [brackets]"))
     encoding = reading.encoding(next(iter(reading.members.values())))
     for index in spread(len(train.examples), NUM_EXAMPLES):
         console.print(render_example(train, index, encoding))
+
+
+def takes_contexts(reading: Reading, opened: OpenedBase) -> bool:
+    """Whether there is a choice of placements: some bases keep nothing of a context that could be given back."""
+    try:
+        reading.family.check_contexts(opened.model, "infix")
+    except UserError:
+        return False
+    return reading.family.has_contexts
 
 
 def print_placements(console: Console, reading: Reading, opened: OpenedBase, train: Split) -> None:

@@ -13,13 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ptune_dist.base.layers import head_width, keys_values_width
+from ptune_dist.base.layers import head_width, keys_values_width, layers_differ
 from ptune_dist.data.batches import Batch, Unit
 from ptune_dist.data.encode import Examples
 from ptune_dist.data.framing import Framing
 from ptune_dist.errors import UserError
 from ptune_dist.families.causal_padded import PaddedCausal, keeps_keys
 from ptune_dist.families.family import Family
+from ptune_dist.families.generation import generates_from_vectors
 from ptune_dist.families.segment_decoder import SegmentDecoder
 from ptune_dist.families.segment_inputs import arrays_of, embed_laid, no_mask, supervise_laid, to_index
 from ptune_dist.model.attention import Segment, use_segments, windows_of
@@ -27,6 +28,7 @@ from ptune_dist.model.attention_flex import FlexTables
 from ptune_dist.model.attention_layouts import RecordedSegments, build_attention, takes_flex
 from ptune_dist.model.attention_trees import build_tree_attention
 from ptune_dist.model.flex_plan import plan_attention
+from ptune_dist.model.given_cache import keeps_more
 from ptune_dist.model.layout import Layout, Outside, lay_out, lay_out_labels, plan_outside
 from ptune_dist.model.packing import Packed, pack
 from ptune_dist.model.prompted_model import Contexts, Supervised, keys_values_of
@@ -131,7 +133,9 @@ class PromptedCausal(PaddedCausal):
         return [tree.sum_paths(part) for tree, part in zip(trees, np.split(losses, ends[:-1]), strict=True)]
 
     def open_decoder(self, member: int) -> SegmentDecoder | None:
-        return SegmentDecoder(self, member) if self.uses_segments and self.writes_text else None
+        if not self.uses_segments or not self.writes_text or layers_differ(self.base.config):
+            return None
+        return SegmentDecoder(self, member)
 
     @torch.no_grad()
     def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
@@ -162,6 +166,11 @@ def check_inputs(shape: PretrainedConfig, path: str) -> None:
     if shape.model_type == "bert-generation" and not shape.is_decoder:
         raise UserError(
             f"model.path: {path}/config.json has is_decoder false, so a position would read its own target: set it true"
+        )
+    if shape.model_type == "blt":
+        raise UserError(
+            f"model.path: {path}: blt models group bytes by their ids and look up embeddings of such groups, which "
+            "virtual tokens do not have: choose another base"
         )
     text = shape.get_text_config(decoder=True)
     if getattr(text, "hidden_size_per_layer_input", None):
@@ -200,26 +209,18 @@ class Causal(Family):
             raise UserError(self.describe_no_vectors(model, path))
 
     def check_contexts(self, model: PreTrainedModel, placement: str) -> None:
+        kind = model.config.model_type
         if placement != "prefix" and not keeps_keys(model):
-            kind = model.config.model_type
             raise UserError(f"prompt.placement: {kind} models keep no keys and values: use prefix")
+        if placement != "prefix" and keeps_more(model):
+            raise UserError(f"prompt.placement: {kind} models keep states beside keys and values: use prefix")
+        if placement != "prefix" and layers_differ(model.config):
+            raise UserError(
+                f"prompt.placement: keys and values of {kind} models differ in width from layer to layer, and contexts "
+                "need one width: use prefix"
+            )
 
     def context_bytes_per_token(self, shape: PretrainedConfig, dtype: torch.dtype) -> int:
         """Keys and values of every layer."""
         text = shape.get_text_config(decoder=True)
         return text.num_hidden_layers * keys_values_width(shape) * dtype.itemsize
-
-
-def generates_from_vectors(kind: type[PreTrainedModel]) -> bool:
-    """Whether `generate` takes input vectors; Falcon-H1 and others hand all inputs on to the class above."""
-    for owner in kind.__mro__:
-        prepare = vars(owner).get("prepare_inputs_for_generation")
-        if prepare is None:
-            continue
-        parameters = inspect.signature(prepare).parameters
-        if "inputs_embeds" in parameters:
-            return True
-        hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        if not hands_on or "super()." not in inspect.getsource(prepare):
-            return False
-    return False

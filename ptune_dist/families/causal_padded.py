@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ptune_dist.base.layers import layers_of
 from ptune_dist.data.batches import Batch, pad_rows
 from ptune_dist.data.encode import TokenPair
+from ptune_dist.families.generation import name_vectors
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.given_cache import GivenCache, keeps_more, pad_contexts
 from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised, keys_values_of
@@ -36,6 +37,7 @@ class PaddedCausal(PromptedModel):
 
     def __init__(self, base: PreTrainedModel, *args: Any, **options: Any):
         super().__init__(base, *args, **options)
+        name_vectors(base)
         self._keeps_keys = keeps_keys(base) and not keeps_more(base)
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
 

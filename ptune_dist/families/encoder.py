@@ -24,6 +24,7 @@ from ptune_dist.model.prompted_model import LossOf, PromptedModel
 POOLER = ".pooler."
 BESIDE = "mix a row with the padding beside it, so an answer would depend on the other rows of its batch"
 REFUSED = {  # model type -> why
+    "convbert": BESIDE,
     "fnet": BESIDE,
     "nystromformer": BESIDE,
     "yoso": BESIDE,

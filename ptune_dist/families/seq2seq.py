@@ -18,7 +18,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from ptune_dist.base.source import is_local_only
@@ -28,6 +27,7 @@ from ptune_dist.data.framing import Framing
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.families.seq2seq_decoder import Seq2SeqDecoder
+from ptune_dist.model.encoder_output import EncoderOutput
 from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised
 
 REFUSED = {  # model type -> why
@@ -37,7 +37,6 @@ REFUSED = {  # model type -> why
     "xlm-prophetnet": "predict several tokens at each position",
     "seamless_m4t": "choose an encoder by the kind of their input",
     "seamless_m4t_v2": "choose an encoder by the kind of their input",
-    "switch_transformers": "need the encoder's routing in the decoder",
 }
 
 
@@ -51,7 +50,7 @@ class ReadInputs(NamedTuple):
     def inputs(self) -> dict[str, Any]:
         """Inputs of a pass over the decoder."""
         cache = EncoderDecoderCache(DynamicCache(), self.crossed)
-        return {"encoder_outputs": BaseModelOutput(self.hidden), "attention_mask": self.mask, "past_key_values": cache}
+        return {"encoder_outputs": EncoderOutput(self.hidden), "attention_mask": self.mask, "past_key_values": cache}
 
 
 class PromptedSeq2Seq(PromptedModel):
@@ -82,7 +81,7 @@ class PromptedSeq2Seq(PromptedModel):
             assert batch.held is not None, "placement decoder has a context for every row"
             hidden = [batch.held[row][0] for row in rows]
             read = self.to_tensor(pad_rows([np.ones(len(part)) for part in hidden], 0)[0])
-            return {"encoder_outputs": BaseModelOutput(pad_sequence(hidden, batch_first=True)), "attention_mask": read}
+            return {"encoder_outputs": EncoderOutput(pad_sequence(hidden, batch_first=True)), "attention_mask": read}
         vectors, mask = self.embed([batch.rests[row] for row in rows], members)
         return {"inputs_embeds": vectors, "attention_mask": mask}
 
@@ -117,7 +116,7 @@ class PromptedSeq2Seq(PromptedModel):
         crossed = DynamicCache()
         start = torch.full((len(batch.readers), 1), self.base.config.decoder_start_token_id, device=mask.device)
         self.base(
-            encoder_outputs=BaseModelOutput(hidden),
+            encoder_outputs=EncoderOutput(hidden),
             attention_mask=mask,
             decoder_input_ids=start,
             past_key_values=EncoderDecoderCache(DynamicCache(), crossed),

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import BaseModelOutput
 
 from ptune_dist.data.batches import Batch
+from ptune_dist.model.encoder_output import EncoderOutput
 from ptune_dist.model.prompted_model import PromptedModel, Supervised, vectors_of
 
 KEPT_SHARE = 0.75  # the batch shrinks where so few of its rows or fewer are in progress
@@ -109,7 +109,7 @@ class Seq2SeqDecoder:
         assert self._model.head is not None
         rows = torch.arange(len(vectors), device=vectors.device)
         inputs = {
-            "encoder_outputs": BaseModelOutput(state.hidden),
+            "encoder_outputs": EncoderOutput(state.hidden),
             "attention_mask": state.mask,
             "decoder_inputs_embeds": vectors,
             "past_key_values": state.cache,

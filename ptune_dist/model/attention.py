@@ -82,7 +82,8 @@ def attend(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **others
         )
     window = sliding_window if sliding_window is not None else window_of(module)
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # Not tensor[0]: its backward fills and copies a whole tensor, in another layout.
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     scale = scaling if scaling is not None else 1 / math.sqrt(q.shape[-1])
     return segments.attend(q, k, v, layer=module.layer_idx, scale=scale, window=window)[None], None
 
@@ -91,7 +92,7 @@ def window_of(module: Any) -> int | None:
     """The window of a layer whose attention leaves it to the mask; a pass with a layout has no mask."""
     settings = getattr(module, "config", None)
     kinds = getattr(settings, "layer_types", None)
-    if kinds and kinds[module.layer_idx] != "sliding_attention":
+    if kinds and module.layer_idx is not None and kinds[module.layer_idx] != "sliding_attention":
         return None  # EXAONE 4's layers name the window whether they have it or not
     own = getattr(module, WINDOW, None)
     if own is None and masks_windows(type(module)):

@@ -46,7 +46,8 @@ def hands_mask_on(kind: type[nn.Module]) -> bool:
     tree = forward_of(kind)
     if tree is None:
         return True
-    used = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == MASK]
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == MASK]
+    used = [name for name in names if isinstance(name.ctx, ast.Load)]
     attending = [call for call in calls_in(tree) if "att" in ast.unparse(call.func)]
     given = [argument for call in attending for argument in (*call.args, *(k.value for k in call.keywords))]
     return all(any(node is argument for argument in given) for node in used)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+
+from ptune_dist.model.encoder_output import EncoderOutput
 
 
 class Bypass(nn.Module):
@@ -78,7 +79,7 @@ class FromHead:
         given = hidden.detach()[None]
         inputs: dict[str, Any] = {"inputs_embeds": given}
         if self._base.config.is_encoder_decoder:
-            inputs = {"encoder_outputs": BaseModelOutput(given), "decoder_inputs_embeds": given}
+            inputs = {"encoder_outputs": EncoderOutput(given), "decoder_inputs_embeds": given}
         self._hidden = hidden
         with self._bare(given):
             return self._base.forward(**inputs, use_cache=False).logits[0]

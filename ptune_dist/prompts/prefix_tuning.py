@@ -29,7 +29,7 @@ class PrefixTuning(Method):
     @classmethod
     def build(cls, options: Options, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "PrefixTuning":
         if base.num_layers is None or base.num_key_value_heads is None or base.head_width is None:
-            raise ValueError("prompt.method: prefix_tuning needs a base with attention in every layer")
+            raise ValueError("prompt.method: prefix_tuning needs a base with attention of one width in every layer")
         shape = (base.num_layers, num_virtual_tokens, base.num_key_value_heads, base.head_width)
         if start.kind == "file":
             found = start.tensors({"prefix_keys": shape, "prefix_values": shape})

@@ -92,6 +92,25 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_k": 2},
     "zamba2": {"layer_types": ["mamba", "hybrid"], "num_mem_blocks": 1, "hybrid_layer_ids": [1]},
     "longcat_flash": {"num_key_value_heads": 4},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    "recurrent_gemma": {"num_hidden_layers": 3},  # the third has attention
+    "xlstm": {"hidden_size": 128},  # widths are rounded up to 64
+    "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "esmc": {"num_key_value_heads": 4},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
     "deepseek_v3": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
 }
@@ -109,7 +128,7 @@ def kinds() -> dict[str, list[str]]:
 
 
 # Every head has keys and values of its own, made of one latent.
-for latent in ("axk2", "bailing_hybrid", "deepseek_v32", "glm_moe_dsa", "kimi_linear", "axk1", "dots3_note"):
+for latent in ("axk2", "bailing_hybrid", "deepseek_v32", "glm_moe_dsa", "kimi_linear", "axk1", "dots3_note_text"):
     SPECIAL.setdefault(latent, {})["num_key_value_heads"] = 4
 
 

@@ -10,7 +10,7 @@ from ptune_dist.base.source import load_shape
 from ptune_dist.families.find import find_family
 from tests.architectures.bases import build_base, kinds
 from tests.architectures.checks import compare_loss
-from tests.architectures.runs import CHECKS
+from tests.architectures.runs import checks_of
 from tests.processes import ROOT
 
 COMMONEST = {
@@ -32,7 +32,7 @@ def test_losses_are_the_plain_models(family: str, kind: str, tmp_path: Path) -> 
 def test_all_commands_work(family: str, kind: str, tmp_path: Path) -> None:
     build_base(kind, family, tmp_path)
     own = find_family(load_shape(str(tmp_path)), "auto", str(tmp_path)).name
-    for check in CHECKS.values():
+    for check in checks_of(own).values():
         check(tmp_path, own)
 
 

@@ -54,7 +54,6 @@ TABLE: Table = {
         parameter("transformers:PreTrainedConfig.get_text_config", "decoder", "know the size of the vocabulary"),
     ],
     "model/from_head.py": [
-        attribute("transformers.modeling_outputs:BaseModelOutput", "give a decoder what its encoder left"),
         attribute(f"{MODEL}.base_model_prefix", "find the module below the head"),
         source(f"{MODELS}.opt.modeling_opt:OPTForCausalLM", "self.model.decoder(", "be OPT's decoder", "decoder"),
         source(
@@ -94,8 +93,20 @@ TABLE: Table = {
     ],
     "families/causal.py": [
         attribute(f"{AUTO}:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
+    ],
+    "families/generation.py": [
         parameter(
             f"{GENERATION}.prepare_inputs_for_generation", "inputs_embeds", "know whether a base continues from vectors"
+        ),
+        source(f"{GENERATION}._validate_model_kwargs", '"kwargs" in model_args', "take what forward takes", "kwargs"),
+    ],
+    "model/encoder_output.py": [
+        attribute("transformers.modeling_outputs:BaseModelOutput", "give a decoder what its encoder left"),
+        source(
+            f"{MODELS}.nllb_moe.modeling_nllb_moe:NllbMoeModel.forward",
+            "encoder_outputs.router_logits",
+            "run NLLB-MoE's decoder",
+            "router_logits",
         ),
     ],
     "families/causal_padded.py": [
@@ -115,7 +126,6 @@ TABLE: Table = {
         ),
     ],
     "families/seq2seq.py": [
-        attribute("transformers.modeling_outputs:BaseModelOutput", "give a decoder what its encoder left"),
         attribute(f"{AUTO}:MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "know the family of an architecture"),
         attribute(f"{MODEL}.get_encoder", "read the contexts of a seq2seq base"),
         attribute(f"{MODEL}.get_decoder", "embed what a decoder reads"),
@@ -132,7 +142,6 @@ TABLE: Table = {
         ),
     ],
     "families/seq2seq_decoder.py": [
-        attribute("transformers.modeling_outputs:BaseModelOutput", "give a decoder what its encoder left"),
         attribute("transformers.cache_utils:DynamicLayer", "drop the padding of rows that have left"),
         attribute("transformers:EncoderDecoderCache.batch_select_indices", "let rows leave a batch"),
         instance(

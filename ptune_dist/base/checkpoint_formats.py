@@ -189,9 +189,7 @@ def open_scaled(files: WeightFiles, name: str, config: dict[str, Any]) -> Found 
     elif dtype == torch.uint8 or (dtype == torch.int8 and config.get("quant_method") == "fp8"):
         made.is_fp4 = True
         width *= 2
-        made.factor = factor_of(files, beside)
-    elif scales.endswith(".SCB"):
-        made.factor = 1 / 127
+    made.factor = 1 / 127 if scales.endswith(".SCB") else factor_of(files, beside)
     made.shape = (*shapes[name][:-1], width)
     made.is_single = torch.Size(shapes[scales]).numel() == 1
     made.block = find_block(made.shape, shapes[scales], config, name)
@@ -208,7 +206,7 @@ def scales_of(name: str, stem: str, shapes: dict[str, tuple[int, ...]]) -> str |
 
 
 def factor_of(files: WeightFiles, beside: dict[str, str]) -> float:
-    """What multiplies all scales of FP4: ModelOpt stores it, compressed-tensors its inverse. Raises UserError."""
+    """What multiplies all scales: ModelOpt stores it, compressed-tensors its inverse. Raises UserError."""
     for end in beside.keys() & {"_scale_2", "_global_scale"}:
         found = read_whole(files, beside[end]).float()
         if found.numel() != 1:

@@ -124,3 +124,12 @@ def test_8_bits_of_bitsandbytes_are_what_it_dequantizes(tmp_path):
     files = dequantize(open_weight_files(str(tmp_path), local_only=True), config, "base")
     wanted = bnb.int8_vectorwise_dequant(codes, largest)
     assert torch.allclose(files.read_rows(NAME, 0, 24), wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("end, factor", [("_scale_2", 0.5), ("_global_scale", 2.0)])
+def test_a_second_scale_multiplies_or_divides_all_others(tmp_path, end, factor):
+    codes = torch.arange(-32, 32, dtype=torch.int8).view(4, 16)
+    stored = {NAME: codes, f"{NAME}_scale": torch.full((4, 1), 0.25), NAME + end: torch.tensor(factor)}
+    save_file(stored, tmp_path / "model.safetensors")
+    files = dequantize(open_weight_files(str(tmp_path), local_only=True), {"quant_method": "modelopt"}, "base")
+    assert torch.equal(files.read_rows(NAME, 0, 4), codes * 0.125)

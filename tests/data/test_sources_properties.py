@@ -249,6 +249,7 @@ def test_fields_without_quoting_lose_no_row_many_times(tmp_path, rows, name):
 
 # Parquet
 
+COLUMN_NAMES = TEXTS.map(lambda text: text.replace("\0", "")).filter(bool)  # Arrow ends a name at a NUL
 SCALARS: dict[pa.DataType, st.SearchStrategy] = {
     pa.string(): TEXTS,
     pa.large_string(): TEXTS,
@@ -292,7 +293,7 @@ def values_of(kind: pa.DataType) -> st.SearchStrategy:
 @st.composite
 def tables(draw) -> pa.Table:
     count = draw(st.integers(1, 4))
-    kinds = draw(st.dictionaries(TEXTS.filter(bool), COLUMN_TYPES, min_size=1, max_size=4))
+    kinds = draw(st.dictionaries(COLUMN_NAMES, COLUMN_TYPES, min_size=1, max_size=4))
     columns = {
         name: pa.array(draw(st.lists(values_of(kind), min_size=count, max_size=count)), kind)
         for name, kind in kinds.items()

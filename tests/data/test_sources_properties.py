@@ -5,6 +5,7 @@ numbers in the form in which they were written, dates, nulls and missing keys.
 """
 
 import csv
+import encodings.aliases
 import io
 import json
 from datetime import date, datetime, timedelta
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from ptune_dist.config.schema import CsvConfig
 from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.sources import Rows
 from ptune_dist.errors import UserError
@@ -210,6 +212,37 @@ def test_every_dialect_and_encoding_is_read_back(tmp_path, rows, suffix, dialect
 def test_every_dialect_and_encoding_is_read_back_many_times(tmp_path, rows, suffix, dialect, encoding, packed):
     assume(encodable(dialect["delimiter"], encoding))
     check_dialect(tmp_path, rows, suffix, dialect, encoding, packed)
+
+
+@pytest.mark.parametrize(
+    "encoding, written, wrong",
+    [
+        ("utf-16", "utf-16-be", b"\xd8\x00"),  # big-endian, which only the first bytes of the file tell
+        ("utf-16", "utf-16-le", b"\x00\xd8"),
+        ("utf-16-be", "utf-16-be", b"\xd8\x00"),
+        ("utf-32", "utf-32-be", b"\xff\xff\xff\xff"),
+        ("utf-8-sig", "utf-8", b"\x81"),
+        ("cp1252", "cp1252", b"\x81"),
+        ("shift_jis", "shift_jis", b"\x81\n"),
+    ],
+)
+def test_a_byte_that_is_no_text_far_into_the_file_is_named_with_its_line(tmp_path, encoding, written, wrong):
+    num_lines = (1 << 20) // 8
+    content = ("\ufeff" if encoding.startswith(("utf-16", "utf-32")) else "") + "a,é\n" * num_lines
+    damaged = content.encode(written, "ignore") + wrong + "\n".encode(written)
+    found = read_or_refuse(tmp_path, "a.csv", damaged, encoding=encoding)
+    assert f"a.csv line {num_lines + 1}: these bytes are not {encoding} text" in found
+
+
+def test_every_text_encoding_of_python_is_read_or_refused_in_one_line(tmp_path):
+    for encoding in sorted(set(encodings.aliases.aliases.values())):
+        try:
+            CsvConfig(encoding=encoding)
+        except ValueError as error:
+            assert "data.csv.encoding" in str(error), encoding
+            continue
+        for content in (b"a,b\n1,2\n", b"a,\xff\x00\xd8", b"\xfe\xff", b"\\x,\\N{1}", b"+-,2\n"):
+            read_or_refuse(tmp_path, "a.csv", content, encoding=encoding)
 
 
 def check_plain_fields(folder, rows: list[list[str]], name: str):

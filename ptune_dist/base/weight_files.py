@@ -6,7 +6,6 @@ for. The format is https://github.com/huggingface/safetensors#format; the librar
 
 import json
 import os
-import shlex
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
+from ptune_dist.base.other_folders import INDEX, WHOLE, describe_conversion, describe_other_weights
 from ptune_dist.common.files import explain_unreadable
 from ptune_dist.errors import UserError
 
@@ -36,8 +36,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+MLX = ("scales", "biases")  # beside a weight that MLX quantized
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -179,12 +178,15 @@ def find_weight_files(path: str, local_only: bool) -> list[Path]:
         return Path(found) if found else None
 
     whole = find(WHOLE)
-    if whole:
+    if whole and whole.is_file():
         return [whole]
     index = find(INDEX)
     if index is None:
-        if any(find(name) for name in PICKLED):
-            raise UserError(f"model.path: {path} has pickled weights, which are not read: {describe_conversion(path)}")
+        what = describe_other_weights(Path(path)) if Path(path).is_dir() else None
+        if not what and any(find(name) for name in PICKLED):
+            what = f"has pickled weights, which are not read: {describe_conversion(path)}"
+        if what:
+            raise UserError(f"model.path: {path} {what}")
         raise UserError(f"model.path: cannot read the weights of {path}: it has neither {WHOLE} nor {INDEX}")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -197,18 +199,6 @@ def find_weight_files(path: str, local_only: bool) -> list[Path]:
     if missing:
         raise UserError(f"model.path: cannot read the weights of {path}: {', '.join(missing[:5])} is missing")
     return [file for file in files if file is not None]
-
-
-def describe_conversion(path: str) -> str:
-    """The command that converts pickled weights to a folder of safetensors."""
-    out = Path(path).name + "-safetensors"
-    code = (
-        f"import transformers as t; p, out = {path!r}, {out!r}; "
-        "kind = getattr(t, t.AutoConfig.from_pretrained(p).architectures[0]); "
-        "kind.from_pretrained(p, dtype='auto').save_pretrained(out); "
-        "t.AutoTokenizer.from_pretrained(p).save_pretrained(out)"
-    )
-    return f"convert them with: python -c {shlex.quote(code)}"
 
 
 def read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
@@ -225,9 +215,11 @@ def read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
         unreadable = explain_unreadable(file)
         if unreadable:
             raise UserError(f"model.path: the weights in {file} cannot be read: {unreadable}") from None
-        raise UserError(f"model.path: the weights in {file} are damaged: {error}") from None
+        raise UserError(f"model.path: the weights in {file} are damaged, copy them again: {error}") from None
     header.pop("__metadata__", None)
     for name, facts in header.items():
+        if facts["dtype"] == "U32" and header.keys() & {f"{name.removesuffix('weight')}{end}" for end in MLX}:
+            raise UserError(f"model.path: {file}: {name} is quantized by MLX, which is not read: give the float base")
         if facts["dtype"] not in DTYPES:
             raise UserError(f"model.path: {file}: {name} is stored as {facts['dtype']}, which is not supported")
         place = 8 + size + facts["data_offsets"][0]

@@ -14,6 +14,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from ptune_dist.base.checkpoint_formats import dequantize
 from ptune_dist.base.weight_files import open_weight_files
 from tests.base.bases import QUERY, error_of, load, logits_of, rewrite_shape
+from tests.base.mixtures import save_mixture
 from tests.base.quantized_checkpoints import (
     awq,
     fp8_blocks,
@@ -137,3 +138,16 @@ def test_mxfp4_experts_are_what_transformers_dequantizes(tmp_path):
     save_file({"experts.down_proj_blocks": blocks, "experts.down_proj_scales": scales}, tmp_path / "model.safetensors")
     wanted = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     parts_of(tmp_path, {"quant_method": "mxfp4"}, "experts.down_proj", wanted)
+
+
+@pytest.mark.parametrize("kind", ["fp8 blocks", "gptq", "awq", "int4"])
+def test_experts_that_are_packed_one_by_one_become_one_tensor(kind, tmp_path):
+    quantize, config, most = FORMATS[kind]
+    plain = save_mixture("qwen3_moe", tmp_path / "plain")
+    packed = Path(shutil.copytree(plain, tmp_path / "packed"))
+    quantize_folder(packed, quantize, config)
+    before = load(plain).state_dict()
+    found = load(packed).state_dict()
+    for name in ("gate_up_proj", "down_proj"):
+        wanted = before[f"model.layers.1.mlp.experts.{name}"]
+        assert 0 < (found[f"model.layers.1.mlp.experts.{name}"] - wanted).abs().max() <= most * wanted.abs().max()

@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ptune_dist.base.checkpoint_formats import check_method, dequantize
 from ptune_dist.base.packed_layout import find_block
-from ptune_dist.base.weight_files import WeightFiles, read_header
+from ptune_dist.base.weight_files import WeightFiles, open_weight_files, read_header
 from tests.base.bases import error_of
 
 FILES = sorted((Path(__file__).parent / "packed").glob("*.safetensors"))
@@ -99,3 +101,26 @@ def test_gptq_that_does_not_fit_its_bits_is_refused():
     stored = WeightFiles({name: tensor for name, tensor in read_header(file) if name != "x.g_idx"})
     config = {"quant_method": "gptq", "bits": 8}
     assert "x.qweight is gptq with 8 bits in a layout of its own" in error_of(dequantize, stored, config, "base")
+
+
+def test_parts_of_a_packed_weight_may_lie_in_different_files(tmp_path):
+    file = next(file for file in FILES if file.stem == "gptq_4_ordered")
+    tensors = load_file(file)
+    places = {name: f"model-0000{number % 2 + 1}-of-00002.safetensors" for number, name in enumerate(sorted(tensors))}
+    for place in set(places.values()):
+        save_file({name: tensors[name] for name in tensors if places[name] == place}, tmp_path / place)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    stored = open_weight_files(str(tmp_path), local_only=True)
+    whole, expected = open_packed(file)
+    found = dequantize(stored, {"quant_method": "gptq", "bits": 4}, "base").read_rows(NAME, 0, len(expected))
+    assert torch.equal(found, whole.read_rows(NAME, 0, len(expected)))
+
+
+def test_8_bits_of_bitsandbytes_are_what_it_dequantizes(tmp_path):
+    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)) * 0.05
+    codes, largest, _ = bnb.int8_vectorwise_quant(weight.half())
+    save_file({NAME: codes, "x.SCB": largest, "x.weight_format": torch.tensor(0)}, tmp_path / "model.safetensors")
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    files = dequantize(open_weight_files(str(tmp_path), local_only=True), config, "base")
+    wanted = bnb.int8_vectorwise_dequant(codes, largest)
+    assert torch.allclose(files.read_rows(NAME, 0, 24), wanted, rtol=1e-6, atol=1e-9)

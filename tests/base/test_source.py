@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from ptune_dist.base.source import fingerprint_base, largest_id, load_shape, load_tokenizer
-from tests.base.bases import QUERY, error_of, rewrite_shape, rewrite_weights
+from tests.base.bases import QUERY, error_of, open_only, rewrite_shape, rewrite_weights
 
 
 def fingerprint(path, **options) -> str:
@@ -119,6 +120,10 @@ def test_a_missing_or_damaged_tokenizer_is_refused(base, content):
         ({"base.zip": ""}, "archive"),
         ({"tokenizer.json": "{}"}, "a tokenizer only"),
         ({"notes.txt": ""}, "has no config.json"),
+        ({"modules.json": "[]"}, "layout of sentence-transformers"),
+        ({"inner/config.json": "{}"}, "give the folder that contains it, such as "),
+        ({"config.json/of/a": ""}, "a config.json that is not a file"),
+        ({"config.json": "version https://git-lfs.github.com/spec/v1"}, "git-lfs pointer instead of config.json"),
         ({"config.json": "{}", "model.safetensors": "version https://git-lfs.github.com/spec/v1"}, "git lfs pull"),
     ],
 )
@@ -126,7 +131,7 @@ def test_a_folder_that_is_something_else_is_told_what_it_is(tmp_path, files, exp
     place = tmp_path / "given"
     place.mkdir()
     for name, content in files.items():
-        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).parent.mkdir(exist_ok=True, parents=True)
         (place / name).write_text(content)
     message = error_of(load_shape, str(place))
     assert message.startswith(f"model.path: {place} ") and expected in message
@@ -135,3 +140,106 @@ def test_a_folder_that_is_something_else_is_told_what_it_is(tmp_path, files, exp
 def test_a_gguf_file_is_told_how_to_convert_it(tmp_path):
     (tmp_path / "a.gguf").write_text("GGUF")
     assert "gguf_file" in error_of(load_shape, str(tmp_path / "a.gguf"))
+
+
+# Bases without weights that are read
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"adapter_config.json": '{"base_model_name_or_path": "org/base"}'}, "is a PEFT adapter of org/base"),
+        ({"base-Q4.gguf": "GGUF"}, "holds GGUF files: convert one with"),
+        ({"pytorch_model.bin": "x"}, "has pickled weights, which are not read: convert them with"),
+        ({"pytorch_model-00001-of-00002.bin": "x"}, "has pickled weights"),
+        (
+            {"pytorch_model.bin": "version https://git-lfs.github.com/spec/v1"},
+            "git-lfs pointer instead of pytorch_model.bin",
+        ),
+        ({"consolidated.00.pth": "x"}, "layout of its publisher"),
+        ({"base.pt": "x"}, "pickled weights (.pt)"),
+        ({"tf_model.h5": "x"}, "TensorFlow weights"),
+        ({"flax_model.msgpack": "x"}, "Flax weights"),
+        ({"weights.npz": "x"}, "MLX or NumPy weights"),
+        ({"onnx/model.onnx": "x"}, "ONNX weights"),
+        ({"openvino_model.xml": "x"}, "OpenVINO weights"),
+        ({"model-00001-of-00002.safetensors": "x"}, "without model.safetensors.index.json"),
+        ({"model.fp16.safetensors": "x"}, "name the file model.safetensors"),
+        ({"model.safetensors.incomplete": "x"}, "a download that was interrupted"),
+        ({}, "it has neither model.safetensors nor model.safetensors.index.json"),
+    ],
+)
+def test_a_base_without_weights_in_safetensors_is_told_what_it_has(base, files, expected):
+    (base / "model.safetensors").unlink()
+    for name, content in files.items():
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(content)
+    message = error_of(open_only, base)
+    assert str(base) in message and expected in message
+
+
+def test_a_link_to_no_file_is_named(base):
+    for name, read in (("model.safetensors", open_only), ("config.json", load_shape)):
+        (base / name).unlink()
+        (base / name).symlink_to(base / "nothing")
+        assert name in error_of(read, str(base))
+
+
+def test_weights_that_mlx_quantized_are_named(base):
+    def quantize(tensors):
+        shape = tensors[QUERY].shape
+        tensors[QUERY] = torch.zeros(shape[0], shape[1] // 8, dtype=torch.uint32)
+        tensors[QUERY.replace("weight", "scales")] = torch.ones(shape[0], 1)
+
+    rewrite_weights(base, quantize)
+    assert f"{QUERY} is quantized by MLX" in error_of(open_only, base)
+
+
+# Code and tokenizers that are not read
+
+
+def test_code_of_a_bases_own_is_not_run_and_nobody_is_asked(base, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the terminal was asked"))
+    for name in ("configuration_own.py", "tokenization_own.py"):
+        (base / name).write_text("raise AssertionError('it was run')")
+    rewrite_shape(base, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    assert load_shape(str(base)).model_type == "llama"  # transformers has a class: its own is not needed
+    rewrite_shape(base, model_type="own", auto_map={"AutoConfig": "configuration_own.Own"})
+    assert "the architecture of" in error_of(load_shape, str(base))
+
+
+def test_a_tokenizer_in_code_of_its_own_is_not_run(base, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the terminal was asked"))
+    shape = load_shape(str(base))
+    (base / "tokenization_own.py").write_text("raise AssertionError('it was run')")
+    (base / "tokenizer.json").unlink()
+    content = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(content))
+    assert "is code of its own (auto_map), which is not run" in error_of(load_tokenizer, str(base), shape)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
+def test_a_sentencepiece_model_alone_names_the_package_that_reads_it(base, name, monkeypatch):
+    (base / "tokenizer.json").rename(base / name)
+    monkeypatch.setattr("ptune_dist.base.other_folders.is_installed", lambda module: False)
+    assert f"its {name} needs a package" in error_of(load_tokenizer, str(base), load_shape(str(base)))
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "tiktoken.model"])
+def test_other_tokenizers_ask_for_a_tokenizer_json(base, name):
+    (base / "tokenizer.json").rename(base / name)
+    assert f"only {name}" in error_of(load_tokenizer, str(base), load_shape(str(base)))
+
+
+def test_no_tokenizer_is_named_with_the_file_to_put_there(base):
+    (base / "tokenizer.json").unlink()
+    assert f"no tokenizer.json in {base}" in error_of(load_tokenizer, str(base), load_shape(str(base)))
+
+
+def test_a_message_that_continues_after_a_colon_is_whole(base):
+    rewrite_shape(base, num_attention_heads=5)
+    assert "multiple of the number of attention heads" in error_of(load_shape, str(base))
+
+
+def test_an_empty_path_is_named():
+    assert error_of(load_shape, "").startswith("model.path: is empty")

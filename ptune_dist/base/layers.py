@@ -95,12 +95,21 @@ def layers_differ(shape: PretrainedConfig) -> bool:
 def heads_of_layers(shape: PretrainedConfig) -> set[tuple[int | None, int | None]]:
     """The numbers of key/value heads and the widths of a head that a base's layers have."""
     text = shape.get_text_config(decoder=True)
-    if getattr(text, "is_heterogeneous", False):
-        return {heads_of(layer) for layer in text.per_layer_config}
-    found = {heads_of(text)}
+    found = {heads_of(layer) for layer in shapes_of_layers(text)}
     if getattr(text, "swa_head_dim", None):  # Inkling's layers with a window
         found.add((text.swa_num_key_value_heads, text.swa_head_dim))
     return found
+
+
+def shapes_of_layers(text: PretrainedConfig) -> list[PretrainedConfig]:
+    """The shape of each layer, where they differ by transformers' `per_layer_config`; else the one of all layers."""
+    return list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+
+
+def setting_of(shape: PretrainedConfig, name: str) -> Any:
+    """A setting of all layers; None where there is none, or differing ones."""
+    values = [getattr(layer, name, None) for layer in shapes_of_layers(shape)]
+    return values[0] if all(value == values[0] for value in values) else None
 
 
 def heads_of(text: PretrainedConfig) -> tuple[int | None, int | None]:

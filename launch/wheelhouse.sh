@@ -68,7 +68,7 @@ needed+=("${torch[0]}")
 # Downloaded exactly as training would, so that training finds it.
 if [ ${#from_hub[@]} -gt 0 ]; then
   mkdir -p "$dir/hub"
-  env --unset HF_HUB_CACHE --unset HF_DATASETS_CACHE HF_HOME="$dir/hub" PYTHONPATH="$root" \
+  env --unset HF_HUB_CACHE --unset HF_DATASETS_CACHE HF_HOME="$dir/hub" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" \
     "$python" - "${from_hub[@]}" <<'PYTHON'
 import sys
 

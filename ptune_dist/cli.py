@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from ptune_dist import __version__
 from ptune_dist.cluster.processes import leave
 from ptune_dist.cluster.rank_files import node_folder
+from ptune_dist.common.files import describe_os_error
 from ptune_dist.common.imports import without_garbage_collection
 from ptune_dist.common.interrupts import INTERRUPTED, end_interrupted, listen
 from ptune_dist.errors import RunFault, UserError
@@ -72,6 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        line = describe_os_error(error)
+        if line is None:
+            raise
+        say_error(RunFault(line))
+        return FAULT if node_folder() is None else 0
     finally:
         leave_process_group()
 

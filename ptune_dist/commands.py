@@ -21,7 +21,7 @@ from ptune_dist.data.candidates import Candidates
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.sources import Rows, load_rows
-from ptune_dist.distributed.world import World, init_distributed, together
+from ptune_dist.distributed.world import World, from_main, init_distributed, together
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import DEFAULT_NEW_TOKENS, Decoding
 from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator
@@ -53,9 +53,9 @@ def evaluate_run(config: Config, run_dir: Path) -> None:
     if evaluator.signatures:
         content["signatures"] = evaluator.signatures
     file = run_dir / "evaluation.json"
+    if world.is_main:  # first, since a disk that is full or read-only must not cost the result
+        print(json.dumps(content, indent=2), flush=True)
     together(world, lambda: write_json(file, content | {"samples": samples}) if world.is_main else None)
-    if world.is_main:
-        print(json.dumps(content, indent=2))
 
 
 def build_run_evaluator(reading: Reading, run_dir: Path) -> Evaluator:
@@ -96,7 +96,7 @@ def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) ->
     answer = together(world, lambda: prepare(reading, rows))
     stream = together(world, lambda: open_output(request.output, world))
     job = build_trained_job(reading, run_dir, world)
-    decoding = together(world, lambda: build_decoding(job, run_dir, request))
+    decoding = from_main(world, lambda: build_decoding(job, run_dir, request))
     with fault_on_failed_write(request.output) if request.output else contextlib.nullcontext(), stream as out:
         for first, answers in answer(job, decoding):
             if out:

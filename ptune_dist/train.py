@@ -166,7 +166,7 @@ def take_step(training: Training) -> None:
     step = progress.step + 1
     engine.contexts.take_counts()  # those of an evaluation belong to no step
     plan, totals = training.accumulate(step, progress.live)
-    learning_rates = {name: learning_rate_of(training.job.members[name], step) for name in plan.examples}
+    learning_rates = {name: learning_rate_at(step, training.job.members[name].train) for name in plan.examples}
     losses = update_members(training, plan, totals, learning_rates)
     read = [i for chosen in plan.examples.values() for i in chosen]
     num_tokens = int(training.rows.examples.lengths_of(read).sum())
@@ -295,17 +295,6 @@ def describe_settings(config: Config) -> dict[str, Any]:
         "seed": config.seed,
     }
     return {key: value for key, value in found.items() if isinstance(value, (bool, int, float, str))}
-
-
-def learning_rate_of(config: Config, step: int) -> float:
-    """A member's learning rate at an optimizer step."""
-    return learning_rate_at(
-        step,
-        peak=config.train.learning_rate,
-        schedule=config.train.schedule,
-        warmup_steps=config.train.warmup_steps,
-        max_steps=config.train.max_steps,
-    )
 
 
 def is_over(config: Config, progress: Progress) -> bool:

@@ -54,7 +54,7 @@ echo "torch==$(installed torch)" >"$folder/torch.txt"
 read_dependencies >"$folder/dependencies.txt"
 "${pip[@]}" --constraint "$folder/torch.txt" --requirement "$folder/dependencies.txt"
 
-export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 status=0
 "$python" -m tests.private_names || status=1
 if "$python" -m pytest --quiet -p no:cacheprovider --numprocesses 2 --dist loadfile "${core[@]}"; then

@@ -17,10 +17,16 @@ def command_line(module: str, *arguments: str, num_ranks: int = 1) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *rendezvous, *target, *map(str, arguments)]
 
 
+def python_path(*folders: Path | str) -> str:
+    """PYTHONPATH: `folders`, then our own except this repository: a machine may have its packages there."""
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([*map(str, folders), *(path for path in inherited if path not in ("", str(ROOT)))])
+
+
 def process_env(extra: dict[str, str] | None = None) -> dict[str, str]:
     """The environment of a process: one thread per rank, no network, and no GPU unless `extra` asks for one."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return kept | ours | (extra or {})
 
 

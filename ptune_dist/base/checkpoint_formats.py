@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 from transformers import PretrainedConfig
 
-from ptune_dist.base.packed import Grouped, Mxfp4Experts, Scaled, open_4bit
+from ptune_dist.base.packed import Mxfp4Experts, Scaled, open_4bit, read_whole
+from ptune_dist.base.packed_layout import find_bits, find_block, open_grouped
 from ptune_dist.base.weight_files import WeightFiles
 from ptune_dist.errors import UserError
 
@@ -21,7 +22,24 @@ HELPERS = re.compile(
     r"(\.|_)(input_scale|input_scale_ub|input_global_scale|activation_scale|output_scale|k_scale|v_scale|q_scale|"
     r"weight_shape|weight_format|qzeros|g_idx|workspace)$"
 )
-SCALES = ("_scale_inv", "_scale", ".qscale_weight")
+SCALES = ("_scale_inv", "_scale")
+# Values, in lower case, of the options that change what is stored.
+READ_OPTIONS = {
+    "awq": {"version": {"gemm"}, "format": {"gemm"}, "checkpoint_format": {"gemm"}},
+    "gptq": {"checkpoint_format": {"gptq", "gptq_v2"}, "format": {"gptq", "gptq_v2"}, "pack_dtype": {"int32"}},
+    "compressed-tensors": {
+        "format": {
+            *("dense", "int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "mixed-precision"),
+            *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+        }
+    },
+    "modelopt": {
+        "quant_algo": {
+            *("fp8", "fp8_pb_wo", "fp8_per_channel_per_token", "nvfp4", "nvfp4_awq", "w4a16_nvfp4", "w8a16"),
+            *("w4a8_nvfp4_fp8", "w4a8_mxfp4_fp8", "mxfp8", "w8a8_sq_per_channel", "mixed_precision"),
+        }
+    },
+}
 
 
 class Packed(Protocol):
@@ -106,20 +124,25 @@ def quantization_of(shape: PretrainedConfig, path: str) -> dict[str, Any]:
 def check_method(config: dict[str, Any], path: str) -> None:
     """Raise UserError for a format, or an option of one, that is not read."""
     method = config["quant_method"]
-    what = None
+    what = f"{method} with transforms" if config.get("transform_config") else None
     if method not in METHODS:
         what = method
-    elif method == "awq" and (config.get("version") or config.get("format") or "gemm").lower() != "gemm":
-        what = f"awq {config.get('version') or config.get('format')}"
-    elif method == "gptq" and str(config.get("checkpoint_format") or "gptq") not in ("gptq", "gptq_v2"):
-        what = f"gptq {config['checkpoint_format']}"
-    elif config.get("transform_config") or (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        what = f"{method} with transforms or sparsity"
+    for key, is_read in READ_OPTIONS.get(method, {}).items():
+        for value in values_of(config, key):
+            what = what if str(value).lower() in is_read else f"{method} with {key} {value}"
     if what:
         raise UserError(
             f"model.path: {path} is stored quantized as {what}, which is not read ({READ} are): give the float base "
             "that it was made from, and set model.quantization=int8 to save memory"
         )
+
+
+def values_of(config: Any, key: str) -> list[Any]:
+    """All values of a key, at any depth; without those that are absent or not set."""
+    if not isinstance(config, dict):
+        return []
+    found = [config[key]] if config.get(key) is not None and not isinstance(config[key], dict) else []
+    return found + [value for inner in config.values() for value in values_of(inner, key)]
 
 
 def dequantize(files: WeightFiles, config: dict[str, Any], path: str) -> StoredWeights:
@@ -150,73 +173,50 @@ Found = tuple[str, Packed, set[str]]  # logical name, its tensor, and the stored
 
 
 def open_scaled(files: WeightFiles, name: str, config: dict[str, Any]) -> Found | None:
-    """A weight of 8-bit floats, integers or FP4 with its scales beside it; None if this is none."""
+    """A weight of 8-bit floats, integers or FP4 with its scales beside it; None if this is none. Raises UserError."""
     shapes = files.shapes
     dtype = files.dtype_of(name)
-    shape = shapes[name]
     stem = name.removesuffix("_packed")
-    scales = next((s for s in (stem + end for end in SCALES[:2]) if s in shapes), None)
-    if scales is None and name.endswith(".weight"):
-        other = [name.removesuffix(".weight") + end for end in (".scale", ".qscale_weight", ".SCB")]
-        scales = next((s for s in other if s in shapes), None)
+    scales = scales_of(name, stem, shapes)
     is_8bit = dtype in (*FLOATS_OF_8_BITS, torch.int8)
-    if scales is None or len(shape) < 2 or not (is_8bit or dtype in (torch.uint8, torch.int32)):
+    if scales is None or len(shapes[name]) < 2 or not (is_8bit or dtype in (torch.uint8, torch.int32)):
         return None
-    kind = "plain"
-    factor = 1.0
-    used = {name, scales}
-    width = shape[-1]
+    beside = {end: stem + end for end in ("_scale_2", "_global_scale", "_zero_point", "_g_idx") if stem + end in shapes}
+    width = shapes[name][-1]
+    made = Scaled(shapes[name], name, scales, (1, width), zeros=beside.get("_zero_point"))
     if dtype == torch.int32:
-        bits = weight_bits(config)
-        kind = f"int{bits}"
-        width = packed_width(files, stem, width * 32 // bits)
+        made.bits, width, made.is_dense = find_bits(files, name, stem, config)
     elif dtype == torch.uint8 or (dtype == torch.int8 and config.get("quant_method") == "fp8"):
-        kind = "fp4"
+        made.is_fp4 = True
         width *= 2
-        for end, invert in (("_scale_2", False), ("_global_scale", True)):
-            if stem + end in shapes:
-                out = torch.empty(1)
-                files.read_flat(stem + end, 0, out)
-                factor = 1 / float(out) if invert else float(out)
-                used.add(stem + end)
+        made.factor = factor_of(files, beside)
     elif scales.endswith(".SCB"):
-        factor = 1 / 127
-    zeros = f"{stem}_zero_point" if f"{stem}_zero_point" in shapes else None
-    logical = (*shape[:-1], width)
-    block = block_of(logical, shapes[scales], config)
-    if zeros is not None:
-        used.add(zeros)
-        if files.dtype_of(zeros) == torch.int32:
-            return None
-    return stem, Scaled(logical, name, scales, block, kind, factor, zeros), used
+        made.factor = 1 / 127
+    made.shape = (*shapes[name][:-1], width)
+    made.is_single = torch.Size(shapes[scales]).numel() == 1
+    made.block = find_block(made.shape, shapes[scales], config, name)
+    if "_g_idx" in beside and int(read_whole(files, beside["_g_idx"]).min()) >= 0:
+        made.order = beside["_g_idx"]
+    return stem, made, {name, scales, *beside.values()}
 
 
-def block_of(shape: tuple[int, ...], scales: tuple[int, ...], config: dict[str, Any]) -> tuple[int, int]:
-    """Rows and columns that share a scale, from the shape of the scales."""
-    given = config.get("weight_block_size")
-    num_rows, width = shape[-2:]
-    if len(scales) < 2:
-        return (1, width) if torch.Size(scales).numel() == num_rows and num_rows > 1 else (num_rows, width)
-    rows, columns = scales[-2:]
-    if given and (rows, columns) == (-(-num_rows // given[0]), -(-width // given[1])):
-        return given[0], given[1]
-    return -(-num_rows // rows), -(-width // columns)
+def scales_of(name: str, stem: str, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    names = [stem + end for end in SCALES]
+    if name.endswith(".weight"):
+        names += [name.removesuffix(".weight") + end for end in (".scale", ".qscale_weight", ".SCB")]
+    return next((found for found in names if found in shapes), None)
 
 
-def weight_bits(config: dict[str, Any]) -> int:
-    groups = list((config.get("config_groups") or {}).values())
-    found: set[Any] = {(group.get("weights") or {}).get("num_bits") for group in groups}
-    if len(found) != 1 or not found <= {4, 8}:
-        raise UserError(f"model.path: integers of {sorted(map(str, found))} bits are not read: give the float base")
-    return found.pop()
-
-
-def packed_width(files: WeightFiles, stem: str, width: int) -> int:
-    if f"{stem}_shape" not in files.shapes:
-        return width
-    out = torch.empty(2, dtype=torch.int64)
-    files.read_flat(f"{stem}_shape", 0, out)
-    return int(out[1])
+def factor_of(files: WeightFiles, beside: dict[str, str]) -> float:
+    """What multiplies all scales of FP4: ModelOpt stores it, compressed-tensors its inverse. Raises UserError."""
+    for end in beside.keys() & {"_scale_2", "_global_scale"}:
+        found = read_whole(files, beside[end]).float()
+        if found.numel() != 1:
+            raise UserError(
+                f"model.path: {beside[end]} has a scale for each expert, which is not read: give the float base"
+            )
+        return float(found) if end == "_scale_2" else 1 / float(found)
+    return 1.0
 
 
 def open_other(files: WeightFiles, name: str, config: dict[str, Any]) -> Found | None:
@@ -232,13 +232,6 @@ def open_other(files: WeightFiles, name: str, config: dict[str, Any]) -> Found |
         return name, open_4bit(files, name, state), {other for other in shapes if other.startswith(f"{name}.")} | {name}
     if name.endswith(".qweight") and config.get("quant_method") in ("gptq", "awq"):
         prefix = name.removesuffix("qweight")
-        bits = int(config.get("bits") or config.get("w_bit") or 4)
-        if bits not in (2, 4, 8) or (config["quant_method"] == "awq" and bits != 4):
-            raise UserError(f"model.path: {config['quant_method']} with {bits} bits is not read: give the float base")
-        is_awq = config["quant_method"] == "awq"
-        num_outputs = shapes[f"{prefix}scales"][1]
-        num_inputs = shapes[name][0] * (1 if is_awq else 32 // bits)
-        offset = 0 if is_awq or config.get("checkpoint_format") == "gptq_v2" else 1
-        tensor = Grouped((num_outputs, num_inputs), prefix, bits, is_awq, offset)
-        return f"{prefix}weight", tensor, {prefix + leaf for leaf in ("qweight", "qzeros", "scales", "g_idx")}
+        used = {prefix + leaf for leaf in ("qweight", "qzeros", "scales", "g_idx")}
+        return f"{prefix}weight", open_grouped(files, prefix, config), used
     return None

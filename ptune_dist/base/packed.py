@@ -36,10 +36,21 @@ def unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
     return FP4_VALUES[torch.stack([packed & 15, packed >> 4], dim=-1).int()].flatten(-2)
 
 
-def unpack_integers(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unsigned integers in each int32, the lowest bits first: [N, W] to [N, W * 32 / bits]."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
+def unpack_integers(packed: torch.Tensor, bits: int, *, is_dense: bool = True) -> torch.Tensor:
+    """Unsigned integers in int32 words, the lowest bits first: [N, W] to [N, W * 32 / bits].
+
+    Where `bits` does not divide 32, integers cross words; if not `is_dense`, each word has its own and unused bits.
+    """
+    mask = (1 << bits) - 1
+    if 32 % bits == 0 or not is_dense:
+        shifts = torch.arange(0, 33 - bits, bits, dtype=torch.int32)
+        return ((packed[..., None] >> shifts) & mask).flatten(-2)
+    words = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
+    words = words.long() & 0xFFFFFFFF
+    begins = torch.arange(0, 32 * bits, bits)
+    low = words[..., begins // 32] >> begins % 32
+    high = words[..., (begins // 32 + 1).clamp(max=bits - 1)] << 32 - begins % 32
+    return ((low | high) & mask).int().flatten(-2)
 
 
 def as_numbers(scales: torch.Tensor) -> torch.Tensor:
@@ -55,48 +66,50 @@ class Scaled:
     weight: str
     scales: str
     block: tuple[int, int]  # rows and columns with the same scale
-    kind: str = "plain"  # or "fp4", "int4", "int8": packed
+    is_single: bool = False  # one scale for everything, several matrices too
+    is_fp4: bool = False
+    bits: int = 0  # of packed integers
+    is_dense: bool = True  # see `unpack_integers`
     factor: float = 1.0  # of all scales
     zeros: str | None = None
+    order: str | None = None  # the group of each column, where they are not in order
 
     def read(self, files: WeightFiles, first: int, last: int) -> torch.Tensor:
         codes = self._unpack(read_matrix(files, self.weight, first, last))[:, : self.shape[-1]]
         if self.zeros is not None:
-            codes = codes - self._spread(read_whole(files, self.zeros).float(), first, last)
-        scales = as_numbers(read_whole(files, self.scales)) if self._is_small(files) else None
-        return codes * (self._spread(scales, first, last) if scales is not None else self._part(files, first, last))
+            codes = codes - self._columns(files, self._zeros(files, self.zeros, first, last))
+        return codes * self._columns(files, self._grid(files, self.scales, first, last) * self.factor)
 
-    def _is_small(self, files: WeightFiles) -> bool:
-        return len(files.shapes[self.scales]) != 2 or self.shape[:-2] != ()
+    def _grid(self, files: WeightFiles, name: str, first: int, last: int) -> torch.Tensor:
+        """The row of the grid of blocks for each of the rows [first, last); only these are read."""
+        rows = torch.arange(first, last)
+        num_rows, width = self.shape[-2:]
+        index = rows // num_rows * -(-num_rows // self.block[0]) + rows % num_rows // self.block[0]
+        if self.is_single:
+            index.zero_()
+        num_columns = -(-width // self.block[1])
+        begin = int(index[0])
+        part = torch.empty((int(index[-1]) + 1 - begin) * num_columns, dtype=files.dtype_of(name))
+        files.read_flat(name, begin * num_columns, part)
+        return as_numbers(part).view(-1, num_columns)[index - begin]
 
-    def _part(self, files: WeightFiles, first: int, last: int) -> torch.Tensor:
-        """The scales of rows [first, last) of a matrix, without reading the others."""
-        rows = self.block[0]
-        begin = first // rows
-        stored = as_numbers(read_matrix(files, self.scales, begin, -(-last // rows)))
-        return self._columns(stored[torch.arange(first, last) // rows - begin]) * self.factor
+    def _zeros(self, files: WeightFiles, name: str, first: int, last: int) -> torch.Tensor:
+        """Zero points as `_grid` gives scales; those in int32 are packed along the rows of a matrix."""
+        if files.dtype_of(name) != torch.int32:
+            return self._grid(files, name, first, last)
+        found = unpack_integers(read_whole(files, name).T, self.bits, is_dense=self.is_dense).T
+        return found[first:last].float() - (1 << self.bits - 1)
 
-    def _spread(self, scales: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """The scales of rows [first, last) of a matrix, or of several, one below the other."""
-        if scales.numel() == 1:
-            return scales.reshape(1, 1) * self.factor
-        num_rows = self.shape[-2]
-        grid = -(-num_rows // self.block[0])
-        number = torch.arange(first, last)
-        found = scales.reshape(prod(self.shape[:-2]) * grid, -1)[
-            number // num_rows * grid + number % num_rows // self.block[0]
-        ]
-        return self._columns(found) * self.factor
-
-    def _columns(self, scales: torch.Tensor) -> torch.Tensor:
-        return scales if scales.shape[1] == 1 else scales.repeat_interleave(self.block[1], 1)[:, : self.shape[-1]]
+    def _columns(self, files: WeightFiles, grid: torch.Tensor) -> torch.Tensor:
+        if self.order is not None:
+            return grid[:, read_whole(files, self.order).long()]
+        return grid if grid.shape[1] == 1 else grid.repeat_interleave(self.block[1], 1)[:, : self.shape[-1]]
 
     def _unpack(self, stored: torch.Tensor) -> torch.Tensor:
-        if self.kind == "fp4":
+        if self.is_fp4:
             return unpack_fp4(stored.view(torch.uint8))
-        if self.kind in ("int4", "int8"):
-            bits = int(self.kind[3:])
-            return unpack_integers(stored, bits).float() - (1 << bits - 1)
+        if self.bits:
+            return unpack_integers(stored, self.bits, is_dense=self.is_dense).float() - (1 << self.bits - 1)
         return stored.float()
 
 
@@ -167,33 +180,47 @@ class Grouped:
     shape: tuple[int, ...]
     prefix: str
     bits: int
+    group_size: int
     is_awq: bool
-    zero_offset: int  # added to stored zero points: 1 in GPTQ's first format
+    has_low_zeros: bool  # GPTQ's first format stores zero points less one
 
     def read(self, files: WeightFiles, first: int, last: int) -> torch.Tensor:
-        step = 32 // self.bits  # integers in an int32
-        begin = first // step
-        end = -(-last // step)
-        zeros = self._outputs(files.read_columns(f"{self.prefix}qzeros", begin, end))[first - begin * step :]
+        begin, end = self._words(first, last)
+        start = begin * 32 // self.bits
+        outputs = slice(first - start, last - start)
+        zeros = self._outputs(self._raise(files.read_columns(f"{self.prefix}qzeros", begin, end)))[outputs]
         scales = files.read_columns(f"{self.prefix}scales", first, last).float()  # [O, G]
         if self.is_awq:
-            codes = self._outputs(files.read_columns(f"{self.prefix}qweight", begin, end))[first - begin * step :]
+            codes = self._outputs(files.read_columns(f"{self.prefix}qweight", begin, end))[outputs]
         else:
             codes = unpack_integers(files.read_columns(f"{self.prefix}qweight", first, last), self.bits)
-        codes = codes[: last - first]
-        groups = self._groups(files, scales.shape[1])
-        zeros = (zeros[: last - first] + self.zero_offset) & ((1 << self.bits) - 1 if self.is_awq else 0x7FFF)
-        return (codes - zeros[:, groups]) * scales[:, groups]
+        if self.has_low_zeros and 32 % self.bits:
+            zeros = (zeros + 1) & ((1 << self.bits) - 1)
+        groups = self._groups(files)
+        return ((codes[:, : self.shape[1]] - zeros[:, groups]) * scales[:, groups]).contiguous()
+
+    def _words(self, first: int, last: int) -> tuple[int, int]:
+        """The words that hold outputs [first, last): a whole number of cycles, after which integers begin a word."""
+        cycle = 1 if 32 % self.bits == 0 else self.bits
+        per_cycle = cycle * 32 // self.bits
+        return first // per_cycle * cycle, -(-last // per_cycle) * cycle
+
+    def _raise(self, packed: torch.Tensor) -> torch.Tensor:
+        """Adds the one that was subtracted, in whole words as GPTQModel does: a zero borrows from its neighbor."""
+        if not self.has_low_zeros or 32 % self.bits:
+            return packed
+        ones = sum(1 << shift for shift in range(0, 32, self.bits))
+        return packed + torch.tensor(ones, dtype=torch.int32)
 
     def _outputs(self, packed: torch.Tensor) -> torch.Tensor:
-        """int32 [O / step, N], packed along outputs, to [O, N]."""
-        parts = unpack_integers(packed[..., None], self.bits)  # [O / step, N, step]
+        """int32 [W, N], packed along outputs, to [O, N]."""
+        parts = unpack_integers(packed.T, self.bits)  # [N, O]
         if self.is_awq:
-            parts = parts[..., AWQ_ORDER]
-        return parts.transpose(1, 2).flatten(0, 1)
+            parts = parts.unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1)
+        return parts.T
 
-    def _groups(self, files: WeightFiles, num_groups: int) -> torch.Tensor:
+    def _groups(self, files: WeightFiles) -> torch.Tensor:
         index = f"{self.prefix}g_idx"
-        if index in files.shapes:
+        if files.shapes.get(index, (0,)) != (0,):
             return read_whole(files, index).long()
-        return torch.arange(self.shape[1]) // -(-self.shape[1] // num_groups)
+        return torch.arange(self.shape[1]) // self.group_size

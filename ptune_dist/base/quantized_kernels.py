@@ -163,6 +163,7 @@ def quantize_rows(
         HAS_FACTORS=factors is not None,
         BLOCK=min(2 * COLUMNS, triton.next_power_of_2(width)),
         num_warps=8,
+        enable_fp_fusion=False,  # ROUNDER must be added to a rounded product, as by torch: ties would fall otherwise
     )
 
 

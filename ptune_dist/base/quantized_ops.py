@@ -103,9 +103,10 @@ def quantize_eagerly(
     rows = rows.float() if factors is None else rows.float() * factors
     largest = rows.abs().amax(dim=1)
     # A tensor, because torch divides a Python number by multiplying it with the reciprocal, which rounds twice.
-    factor = torch.where(largest > SMALLEST, largest.new_full((), LARGEST[dtype]) / largest, 0.0)
+    most = largest.new_full((), LARGEST[dtype])
+    factor = torch.where(largest > SMALLEST, most / largest, 0.0)
     scaled = rows * factor[:, None]
-    return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), largest / LARGEST[dtype]
+    return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), largest / most
 
 
 @torch.library.custom_op("ptune_dist::scale_sums", mutates_args=())

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
+from ptune_dist.common.files import explain_unreadable
 from ptune_dist.errors import UserError
 
 CHUNK_BYTES = 32 << 20  # of a tensor that is cast, or moved to a GPU
@@ -221,6 +222,9 @@ def read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             (size,) = struct.unpack("<Q", opened.read(8))
             header = json.loads(opened.read(size))
     except (OSError, SafetensorError, ValueError, struct.error) as error:
+        unreadable = explain_unreadable(file)
+        if unreadable:
+            raise UserError(f"model.path: the weights in {file} cannot be read: {unreadable}") from None
         raise UserError(f"model.path: the weights in {file} are damaged: {error}") from None
     header.pop("__metadata__", None)
     for name, facts in header.items():

@@ -84,6 +84,9 @@ def build_arguments(config: Config, *, micro_batch_size: int, log_steps: int, wo
         )
     if train.optimizer != "adamw":
         raise UserError(f"train.optimizer: the peer supports adamw, not {train.optimizer}")
+    for key in ("warmup_type", "min_lr_ratio"):
+        if getattr(train, key) != type(train).model_fields[key].default:
+            raise UserError(f"train.{key}: the peer supports only the default")
     return TrainingArguments(
         output_dir=config.output_dir,
         max_steps=train.max_steps,

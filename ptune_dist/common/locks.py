@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from ptune_dist.common.files import write_durably
+from ptune_dist.common.files import flush, write_durably
 
-WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EPERM)
 TOUCH_S = 5.0
 STALE_S = 60.0
 SETTLE_S = 0.5  # two that take over one dead lock see each other within this time
@@ -71,7 +71,7 @@ def try_lock(path: Path, warn: Callable[[str], None] = lambda _: None) -> Lock |
 
     `warn` gets one line where the disk has no locks. Raises OSError for a file that cannot be opened or written.
     """
-    file = open(path, "ab")
+    file = open_lock(path)
     owner_file = path.with_name(f"{path.name}.owner")
     try:
         try:
@@ -95,6 +95,16 @@ def try_lock(path: Path, warn: Callable[[str], None] = lambda _: None) -> Lock |
     except BaseException:
         file.close()
         raise
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """The file that is locked. Another user's can be locked all the same on most disks, where it can be read."""
+    try:
+        return open(path, "ab")
+    except PermissionError as error:
+        with contextlib.suppress(OSError):
+            return open(path, "rb")
+        raise error
 
 
 def share_lock(path: Path) -> IO[bytes] | None:
@@ -134,7 +144,7 @@ def _take(owner_file: Path) -> bool:
         with open(owner_file, "xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
         return True
     except FileExistsError:
         if _is_alive(owner_file):
@@ -162,14 +172,15 @@ def _is_alive(owner_file: Path) -> bool:
     """Whether the lock's owner lives, as far as can be seen from here."""
     try:
         touched = owner_file.stat().st_mtime
-        content = owner_file.read_bytes()
     except OSError:
         return False
     try:
-        owner = json.loads(content)
+        owner = json.loads(owner_file.read_bytes())
         if owner["machine"] == _machine() and sys.platform == "linux":
             return _start_of(owner["pid"]) == owner["started"]
-    except (ValueError, KeyError, TypeError):  # being written, or damaged
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):  # another user's, being written, or damaged
         pass
     return _disk_time(owner_file.parent) - touched < STALE_S
 

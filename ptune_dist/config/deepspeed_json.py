@@ -59,6 +59,18 @@ def find_preset(source: Any) -> Any:
     return str(PRESETS / f"{source.removesuffix('.json')}.json") if is_name else source
 
 
+def show_source(source: Any) -> str:
+    """The `deepspeed` of a config in a message: a file's name, or that of one that comes with the package."""
+    if not isinstance(source, str):
+        return "deepspeed"
+    return f"deepspeed: {Path(source).stem}" if is_preset(source) else source
+
+
+def is_preset(source: Any) -> bool:
+    """Whether a config's `deepspeed`, with its paths resolved, comes with the package."""
+    return isinstance(source, str) and Path(source).parent == PRESETS
+
+
 def load_deepspeed_json(source: str | dict[str, Any] | None) -> dict[str, Any]:
     """The content of config key `deepspeed`: a file's, given in place, or that of ZeRO stage 0. Raises UserError."""
     if source is None:
@@ -136,11 +148,13 @@ def check_sections(content: dict[str, Any], file: str) -> None:
 def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON with every `auto` filled in and nothing left that contradicts the config. Raises UserError."""
     content = load_deepspeed_json(config.deepspeed)
-    file = config.deepspeed if isinstance(config.deepspeed, str) else "deepspeed"
-    refuse_sections(content, str(file))
-    settle = Settler(content, str(file))
+    file = show_source(config.deepspeed)
+    refuse_sections(content, file)
+    settle = Settler(content, file)
     train = config.train
     dtype = config.model.dtype
+    if is_preset(config.deepspeed):
+        refuse_other_dtype(content, file, dtype)
     settle("bf16.enabled", dtype == "bfloat16", "model.dtype", dtype)
     settle("fp16.enabled", dtype == "float16", "model.dtype", dtype)
     settle("gradient_clipping", train.max_grad_norm, "train.max_grad_norm")
@@ -150,15 +164,15 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
             raise UserError(
                 f'{file}: {key} follows from train.batch_size and train.micro_batch_tokens: set it to "auto"'
             )
-    settle_optimizer(settle, content, str(file), config)
-    settle_scheduler(settle, content, str(file), config)
+    settle_optimizer(settle, content, file, config)
+    settle_scheduler(settle, content, file, config)
     zero = content.setdefault("zero_optimization", {})
     if zero.get("reduce_bucket_size") == "auto":
         zero["reduce_bucket_size"] = hidden_size * hidden_size  # as Hugging Face fills it
     if str(zero.get("stage", 0)) not in ("0", "1", "2", "3"):
         raise UserError(f"{file}: zero_optimization.stage is {zero['stage']!r}, not 0, 1, 2 or 3")
     zero["stage"] = zero_stage(content)
-    refuse_unfilled(content, str(file))
+    refuse_unfilled(content, file)
 
     # DeepSpeed gets the frozen base alone: gradients, clipping, optimizer and schedule are ours (optim/). How many
     # micro-batches make a step varies with the lengths of its rows, and DeepSpeed counts none.
@@ -169,6 +183,13 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
     # Our own log has the throughput; DeepSpeed's timer waits for the GPU.
     content.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     return content
+
+
+def refuse_other_dtype(content: dict[str, Any], file: str, dtype: str) -> None:
+    """Raise UserError where a JSON that comes with the package, which nobody should edit, is for another precision."""
+    for section, needed in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if content.get(section, {}).get("enabled") is True and dtype != needed:
+            raise UserError(f"{file} is for {needed} and model.dtype is {dtype}: set model.dtype={needed}")
 
 
 class Settler:

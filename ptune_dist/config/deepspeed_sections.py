@@ -7,6 +7,10 @@ from ptune_dist.errors import UserError
 
 # Sections that change the training, and what to do instead. One that is empty or off is taken.
 REFUSED = {
+    **dict.fromkeys(
+        ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states", "fp16.fp16_master_weights_and_grads"),
+        "a prompt, its gradients and its optimizer state are float32",
+    ),
     "amp": "it would change the precision that model.dtype names",
     "autotuning": "the size of micro-batches is tuned by train.micro_batch_tokens=auto",
     "communication_data_type": "a prompt's gradients are summed in float32",

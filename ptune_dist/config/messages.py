@@ -63,7 +63,9 @@ def describe_first_error(
         return key, f"{key} is missing"
     message = PLAIN_WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     if first["type"] == "string_type" and first["input"] is None:
-        message = "a text is needed; put null or ~ in quotes where that is the text"
+        message = "a text is needed, and none is given; put null or ~ in quotes where that is the text"
+    if first["type"] == "string_type" and isinstance(first["input"], dict):
+        message = "a text is needed, and this is a mapping; a column of a template stands in two braces: {{ column }}"
     if message.startswith(key):  # a check of several keys, or of a sweep's, names them itself
         return key, message
     return key, f"{key}: {message}{show_input(first['input'])}"
@@ -73,7 +75,7 @@ def show_input(value: Any) -> str:
     """What was given, shortened; nothing of a section."""
     if isinstance(value, dict):
         return ""
-    shown = repr(value)
+    shown = "null" if value is None else repr(value)
     return f", got {shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + '...'}"
 
 

@@ -1,4 +1,4 @@
-"""The sections of the config: every key with its type, default and meaning, and the checks that span several keys.
+"""The config: every key with its type, default and meaning, and the checks that span several keys.
 
 The string under a key is its description: `docs/configuration.md` is generated from these. No torch is imported here,
 so that a login node reads a config in a fraction of a second.
@@ -7,29 +7,21 @@ so that a login node reads a config in a fraction of a second.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from ptune_dist.config.fields import (
+    Label,
+    NotNegative,
+    Positive,
+    Real,
+    Section,
+    Share,
+    refuse_text_but_auto,
+    refuse_twice,
+)
+from ptune_dist.config.sections import CsvConfig, ModelConfig, PromptConfig
 from ptune_dist.config.sweep import check_sweep, fill_from_members
 from ptune_dist.metrics import METRICS
-
-
-def refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):  # YAML's yes and true are 1 to pydantic
-        raise ValueError("a number is needed")
-    return value
-
-
-def refuse_text_but_auto(value: Any) -> Any:
-    if isinstance(value, str) and value != "auto" and not value.isdecimal():
-        raise ValueError("a number or auto is needed")
-    return value
-
-
-def refuse_twice(labels: list[str]) -> list[str]:
-    for number, label in enumerate(labels):
-        if label in labels[:number]:
-            raise ValueError(f"{label!r} is listed twice")
-    return labels
 
 
 def check_metric(name: str) -> str:
@@ -38,156 +30,10 @@ def check_metric(name: str) -> str:
     return name
 
 
-Positive = Annotated[int, BeforeValidator(refuse_bool), Field(gt=0)]
-NotNegative = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0)]
-Real = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)]
-Share = Annotated[Real, Field(ge=0, lt=1)]
-# YAML reads a bare `off` as false.
-AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
-Label = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, (int, float)) else value)]
 Metric = Annotated[str, AfterValidator(check_metric)]
 Sweep = Annotated[dict[str, list[Any]] | list[dict[str, Any]], BeforeValidator(check_sweep)]
 PLACEMENTS_WITH_CONTEXTS = ("infix", "template", "decoder")  # tokens stand before the prompt, and depend on none
 PROMPT_MARKER = re.compile(r"\{\{-?\s*prompt\s*-?\}\}")  # in data.template, for placement template
-
-
-class Section(BaseModel):
-    """Part of the config: unknown keys are refused, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ModelConfig(Section):
-    """The frozen base model."""
-
-    path: str
-    """A local folder or a name on the Hugging Face hub: a transformers model in safetensors files."""
-
-    family: str = "auto"
-    """How the base reads an example; `auto` takes it from the base's own config."""
-
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The precision of the computation. DeepSpeed's `bf16` and `fp16` sections follow it; `float16` needs a GPU."""
-
-    quantization: Literal["none", "int8", "fp8"] = "none"
-    """`int8` and `fp8` store the weights of the frozen linear layers in 8 bits. `fp8` multiplies in 8 bits too, forward
-    and back, which is faster and coarser: on GPUs of compute capability 8.9 or newer, emulated on a CPU."""
-
-    int8_include: list[Literal["head", "embeddings"]] = []
-    """Also stored in int8: the output head, the token embeddings."""
-
-    int8_activations: bool = False
-    """Multiply in int8 too, as LLM.int8() does: faster on some devices, coarser on all of them."""
-
-    int8_threshold: Annotated[Real, Field(ge=0)] = 6.0
-    """With `int8_activations`: input columns with an entry beyond it stay in floating point."""
-
-    compile: AutoOrOff = "auto"
-    """`auto` compiles norms, rotary embeddings and gated activations to fused kernels on a GPU; what cannot be compiled
-    runs one operation at a time, after a line that says why. `off` compiles none."""
-
-    check: bool = True
-    """Before training, compare two short rows in our pass with the base's own forward: a base whose architecture needs
-    more than it is given is refused. `false` trains on it as it is."""
-
-    random_init: bool = False
-    """Build the base from its shape with random weights, for benchmarks without a download."""
-
-    @model_validator(mode="after")
-    def check_int8(self) -> "ModelConfig":
-        for key, formats in {"int8_include": ["int8", "fp8"], "int8_activations": ["int8"]}.items():
-            if getattr(self, key) and self.quantization not in formats:
-                found = f"model.{key} is given but model.quantization is {self.quantization}"
-                raise ValueError(f"{found}: set it to {' or '.join(formats)}")
-        return self
-
-
-class PromptConfig(Section):
-    """The soft prompt: how it is parameterized, where it is placed and how it starts.
-
-    The options of a method are keys of this section too. They are kept as they are given: which of them a method has
-    is checked by the `resolve` of `load_config`.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-    method: str = "prompt_tuning"
-    """How the prompt is parameterized. Some methods have options of their own, which are listed with the method."""
-
-    num_virtual_tokens: Positive = 20
-    """The length of the prompt in positions."""
-
-    placement: Literal["prefix", "infix", "template", "encoder", "decoder"] = "prefix"
-    """Where the virtual tokens stand. `prefix`: before the input. `infix`: between input and target. `template`: where
-    `{{ prompt }}` stands in `data.template`. `encoder`, `decoder`: before what that half of a seq2seq base reads."""
-
-    init: Literal["random", "vocab", "text", "labels", "file"] | None = None
-    """What the prompt starts from; where left out, what suits the method. `random`: random numbers. `vocab`: embeddings
-    of random tokens. `text`, `labels`: embeddings of a text or of the labels. `file`: an earlier prompt."""
-
-    init_text: str | None = None
-    """The text to start from, with `init: text`."""
-
-    init_labels: list[Label] | None = None
-    """The labels to start from, with `init: labels`; `data.labels` where left out."""
-
-    init_file: str | None = None
-    """The run, prompt folder or PEFT adapter to start from, with `init: file`."""
-
-    @model_validator(mode="after")
-    def check_init(self) -> "PromptConfig":
-        for kind in ("text", "file"):
-            given = getattr(self, f"init_{kind}")
-            if self.init == kind and not given:
-                raise ValueError(f"prompt.init: {kind} needs prompt.init_{kind}")
-            if given and self.init != kind:
-                raise ValueError(f"prompt.init_{kind} is given but prompt.init is {self.init}: set prompt.init={kind}")
-        if self.init_labels and self.init != "labels":
-            raise ValueError(f"prompt.init_labels is given but prompt.init is {self.init}: set prompt.init=labels")
-        return self
-
-
-class CsvConfig(Section):
-    """How .csv and .tsv files are written, where it is not as usual for their extension."""
-
-    delimiter: str | None = None
-    """The character between fields: `,` in .csv and a tab in .tsv where left out."""
-
-    quoting: Literal["minimal", "all", "none"] | None = None
-    """`minimal`, `all`: a field may stand in quotes, which are removed. `none`: quotes are plain characters. Where left
-    out, `minimal` in .csv and `none` in .tsv, and quotes that look otherwise are an error."""
-
-    quotechar: str = '"'
-    """The quote."""
-
-    escapechar: str | None = None
-    """A character that makes the next one plain, such as a backslash."""
-
-    doublequote: bool = True
-    """Whether two quotes inside a quoted field are one."""
-
-    encoding: str | None = None
-    """The encoding, such as `latin-1`, `cp1252` or `utf-16`: UTF-8 where left out."""
-
-    header: bool | list[str] | None = None
-    """The columns' names, where the first line is a row already. `true`: the first line is the header even if it looks
-    like a row."""
-
-    @model_validator(mode="after")
-    def check_characters(self) -> "CsvConfig":
-        for name in ("delimiter", "quotechar", "escapechar"):
-            value = getattr(self, name)
-            if value is not None and (len(value) != 1 or value in "\r\n"):
-                raise ValueError(f"data.csv.{name}: one character is needed, not {value!r}")
-        if self.delimiter == self.quotechar and self.quoting != "none":
-            raise ValueError(f"data.csv.delimiter and data.csv.quotechar are both {self.delimiter!r}")
-        if self.header is False or self.header == []:
-            raise ValueError("data.csv.header: name the columns in a list, or leave it out")
-        try:
-            b"".decode(self.encoding or "utf-8")
-        except LookupError:
-            raise ValueError(f"data.csv.encoding: Python knows no text encoding {self.encoding!r}") from None
-        return self
 
 
 class DataConfig(Section):
@@ -286,7 +132,13 @@ class TrainConfig(Section):
     """The learning rate after warm-up: constant, or falling to zero at `max_steps`."""
 
     warmup_steps: NotNegative = 0
-    """Steps over which the learning rate rises linearly from zero."""
+    """Steps over which the learning rate rises from zero."""
+
+    warmup_type: Literal["linear", "log"] = "linear"
+    """How it rises: `linear`, or `log`, which is DeepSpeed's default: fast at first."""
+
+    min_lr_ratio: Share = 0.0
+    """Where the cosine ends, as a share of `learning_rate`."""
 
     max_grad_norm: Annotated[Real, Field(ge=0)] = 1.0
     """The gradient is scaled down to this norm; 0: no clipping."""
@@ -412,6 +264,8 @@ class Config(Section):
             raise ValueError("evaluate.patience needs data.validation and evaluate.every above 0")
         if self.train.warmup_steps >= self.train.max_steps:
             raise ValueError("train.warmup_steps must be less than train.max_steps")
+        if self.train.min_lr_ratio and self.train.schedule != "cosine":
+            raise ValueError(f"train.min_lr_ratio is for schedule cosine, and train.schedule is {self.train.schedule}")
         if self.sweep_halving and not self.sweep:
             raise ValueError("sweep_halving needs sweep, the members of which it keeps some")
         return self

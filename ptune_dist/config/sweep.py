@@ -25,6 +25,8 @@ SWEEPABLE = (
     "train.weight_decay",
     "train.schedule",
     "train.warmup_steps",
+    "train.warmup_type",
+    "train.min_lr_ratio",
     "train.max_grad_norm",
     "train.betas",
     "train.eps",

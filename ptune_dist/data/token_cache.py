@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ptune_dist.common.files import replace_file, sync_folder
+from ptune_dist.common.files import flush, replace_file, see_anew, sync_folder
 from ptune_dist.common.locks import Lock, share_lock, try_lock
 from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.encode import Encoding, Examples, Facts
@@ -69,11 +69,15 @@ class TokenCache:
             if found:
                 return found
         entry = hash_text(self.options, *map(hash_file, self.files))
-        found = self._open(entry, load)
+        try:
+            found = self._open(entry, load)
+        except PermissionError as error:
+            return self._without(error, load, encode)
         if found is None:
             try:
-                with self._claim(entry) as claim:
-                    found = None if claim is None else self._open(entry, load)
+                with self._claim(entry):
+                    see_anew(self.folder)
+                    found = self._open(entry, load)
                     if found is None:
                         rows, examples = self._encode(entry, load, encode)
                         if self._stamp() != stamp:
@@ -83,9 +87,9 @@ class TokenCache:
                         except OSError as error:
                             self._say(error)
                             return rows, examples
-                        del examples
                         found = self._open(entry, load)
-                        assert found is not None, "it has just been written"
+                        if found is None:  # a disk that does not show what has just been written
+                            return rows, examples
             except OSError as error:
                 return self._without(error, load, encode)
         with contextlib.suppress(OSError):
@@ -178,7 +182,7 @@ class TokenCache:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _open(self, entry: str, load: Callable[[], Rows]) -> tuple[Rows, Examples] | None:
-        """What an entry holds; None where there is none, or a damaged one."""
+        """What an entry holds; None where there is none, or a damaged one. Raises PermissionError of another user's."""
         folder = self.folder / entry
         try:
             held = share_lock(folder / "in_use")
@@ -195,6 +199,8 @@ class TokenCache:
             if folder.exists():
                 print(f"warning: data.cache_dir: {folder} is incomplete: built again", file=sys.stderr, flush=True)
             return None
+        except PermissionError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"warning: data.cache_dir: {folder}: {error}: built again", file=sys.stderr, flush=True)
             return None
@@ -350,7 +356,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
             if not written:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             data = data[written:]
-        os.fsync(file.fileno())
+        flush(file.fileno())
 
 
 def map_array(path: Path, dtype: str, count: int) -> np.ndarray:

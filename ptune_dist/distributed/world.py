@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ptune_dist.cluster.devices import count_promised_gpus, describe_missing_gpus
 from ptune_dist.cluster.processes import signal_on_parent_death
 from ptune_dist.cluster.rank_files import NODE_NAME, node_folder
+from ptune_dist.common.files import describe_os_error
 from ptune_dist.errors import NodeFault, RunFault, UserError
 
 T = TypeVar("T")
@@ -135,6 +136,8 @@ def raise_together(error: Exception | None, world: World) -> None:
 
     A rank that has an error of its own raises that, with its traceback; of an unexpected one the others get the text.
     """
+    line = describe_os_error(error) if isinstance(error, OSError) else None
+    error = RunFault(line) if line else error
     is_ours = isinstance(error, (UserError, RunFault))
     sent = error if is_ours or error is None else RuntimeError("".join(traceback.format_exception(error)))
     for found in gather_from_ranks(sent, world):

@@ -83,7 +83,8 @@ def attend(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **others
         )
     window = sliding_window if sliding_window is not None else window_of(module)
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # Not tensor[0]: its backward fills and copies a whole tensor, in another layout.
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     scale = scaling if scaling is not None else 1 / math.sqrt(q.shape[-1])
     return segments.attend(q, k, v, layer=module.layer_idx, scale=scale, window=window)[None], None
 

@@ -36,6 +36,7 @@ SMALL_KERNEL = (
 class FlexTables:
     """A plan on the device; the names and shapes are those of `FlexPlan`."""
 
+    take_copies: torch.Tensor
     take_queries: torch.Tensor
     take_keys: torch.Tensor
     put_queries: torch.Tensor
@@ -73,7 +74,7 @@ class FlexTables:
 
     def of_kernel(self) -> list[torch.Tensor]:
         """Those that `attend_blocks` takes, in its order."""
-        return [getattr(self, field.name) for field in fields(self)[4:]]
+        return [getattr(self, field.name) for field in fields(self)[5:]]
 
 
 class FlexSegments:
@@ -103,6 +104,9 @@ class FlexSegments:
         if self._outside:
             k = torch.cat([*(part.keys[layer] for part in self._outside), k])
             v = torch.cat([*(part.values[layer] for part in self._outside), v])
+        if len(tables.take_copies):
+            k = WithCopies.run(k, tables.take_copies)
+            v = WithCopies.run(v, tables.take_copies)
         if not tables.is_rearranged:
             return run_flex(q, k, v, tables, scale)
         q = Moved.run(q, tables.take_queries, tables.put_queries)
@@ -131,6 +135,29 @@ class Cleaned(torch.autograd.Function):
     @classmethod
     def run(cls, x: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, cls.apply(x))
+
+
+class WithCopies(torch.autograd.Function):
+    """Rows [take, x] for take [C, P]. In backward the gradients of the copies are added up in float32.
+
+    Places that pad a copy repeat its last row; nothing reads them, so their gradient is zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, take: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(take)
+        return torch.cat([x.index_select(0, take.flatten()), x])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (take,) = ctx.saved_tensors
+        copies, own = gradient.tensor_split([take.numel()])
+        added = copies.unflatten(0, take.shape).sum(0, dtype=torch.float32).to(own.dtype)
+        return own.index_add(0, take[0], added), None
+
+    @classmethod
+    def run(cls, x: torch.Tensor, take: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, cls.apply(x, take))
 
 
 class Moved(torch.autograd.Function):
@@ -194,7 +221,7 @@ def attend_blocks(
     mask = BlockMask(sizes, *rows, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=build_reads(lows, highs))
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=kernel)
-    return cast(torch.Tensor, out)[0].transpose(0, 1)
+    return cast(torch.Tensor, out).squeeze(0).transpose(0, 1)
 
 
 def build_reads(lows: torch.Tensor, highs: torch.Tensor) -> Callable[..., torch.Tensor]:

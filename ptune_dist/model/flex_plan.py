@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ptune_dist.model.attention import Segment
+from ptune_dist.model.flex_copies import copy_shared
 
 BLOCK = 128  # positions; the size that flex attention's kernels are tuned for
 FEWEST_BLOCKS = 2  # see FlexPlan
@@ -38,6 +39,8 @@ SHARED = -1  # the owner of keys that several members read
 class FlexPlan:
     """Where everything stands, and what is read. All arrays are int32.
 
+    take_copies [C, P]: the keys that `flex_copies` puts in front, of [outside, live]; empty where there are none. Where
+    there are, they count as positions from outside below.
     take_queries [Q], take_keys [J]: which live position, and which of [outside, live], stands at a place; padding
     repeats one of the same member. put_queries [N], put_keys [X + N]: the inverse. All four are empty where nothing is
     rearranged. lows, highs [K, Q]: the query at a place reads the keys at places low <= place < high of each interval.
@@ -46,6 +49,7 @@ class FlexPlan:
     keys. R and C are at least 2: a size of one would be compiled as a constant.
     """
 
+    take_copies: np.ndarray
     take_queries: np.ndarray
     take_keys: np.ndarray
     put_queries: np.ndarray
@@ -97,6 +101,7 @@ def plan_attention(
 
     `segments` cover the live positions 0 to N. `outside_lengths`: positions of each of the keys/values from outside.
     """
+    segments, outside_lengths, take_copies = copy_shared(segments, outside_lengths, block)
     num_live = sum(segment.length for segment in segments)
     num_keys = sum(outside_lengths) + num_live
     # Fewer queries than a block are padded to one: Inductor compiles them apart.
@@ -112,7 +117,9 @@ def plan_attention(
     shape = [max(FEWEST_BLOCKS, -(-len(arrangement.take) // block)) for arrangement in (queries, keys)]
     partial, full = find_blocks(rows, shape, block)
     tables = [array for blocks in (partial, full, partial.T, full.T) for array in list_blocks(blocks)]
-    return FlexPlan(*(np.ascontiguousarray(array, np.int32) for array in (*moves, rows.lows, rows.highs, *tables)))
+    return FlexPlan(
+        *(np.ascontiguousarray(array, np.int32) for array in (take_copies, *moves, rows.lows, rows.highs, *tables))
+    )
 
 
 class Arrangement(NamedTuple):

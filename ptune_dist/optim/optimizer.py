@@ -19,16 +19,25 @@ def build_torch_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) ->
     return torch.optim.SGD(parameters, lr=train.learning_rate, momentum=train.momentum, weight_decay=train.weight_decay)
 
 
-def learning_rate_at(step: int, *, peak: float, schedule: str, warmup_steps: int, max_steps: int) -> float:
+def learning_rate_at(step: int, train: TrainConfig) -> float:
     """The learning rate of optimizer step `step` (the first is 1).
 
-    Linear and cosine reach zero one step after the last; warm-up rises linearly and reaches `peak` at its last step.
+    Linear ends at zero and cosine at `min_lr_ratio`, one step after the last. Warm-up ends at the peak. The curves are
+    those of DeepSpeed's WarmupLR, WarmupDecayLR and WarmupCosineLR without its first steps, which have a rate of zero.
     """
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - 1 - warmup_steps) / (max_steps - warmup_steps)
-    if schedule == "linear":
+    peak = train.learning_rate
+    if step <= train.warmup_steps:
+        return peak * warmup_share(step, train)
+    progress = (step - 1 - train.warmup_steps) / (train.max_steps - train.warmup_steps)
+    if train.schedule == "linear":
         return peak * (1 - progress)
-    if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    if train.schedule == "cosine":
+        return peak * (train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
     return peak
+
+
+def warmup_share(step: int, train: TrainConfig) -> float:
+    """The share of the peak at a step of the warm-up."""
+    if train.warmup_type == "log":
+        return math.log(step) / math.log(max(2, train.warmup_steps))
+    return step / train.warmup_steps

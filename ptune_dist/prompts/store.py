@@ -1,6 +1,7 @@
 """The trained prompt as files: `prompt.safetensors`, whole by itself, and `prompt.json`, the same facts for people."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ptune_dist.common.files import make_folder, replace_file
+from ptune_dist.common.files import explain_unreadable, make_folder, replace_file
 from ptune_dist.errors import UserError
 
 
@@ -28,6 +29,7 @@ def load_prompt(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             facts = json.loads((opened.metadata() or {})["facts"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        reason = "no such file: has the run trained?" if isinstance(error, FileNotFoundError) else error
+        is_absent = isinstance(error, FileNotFoundError) and not os.path.lexists(file)
+        reason = "no such file: has the run trained?" if is_absent else explain_unreadable(file) or error
         raise UserError(f"{file}: cannot read the prompt: {reason}") from None
     return tensors, facts

@@ -5,6 +5,7 @@ its own. It is written under a temporary name, flushed and renamed, so a kill at
 intact.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from ptune_dist.common.files import make_folder, sync_folder, write_durably
-from ptune_dist.errors import RunFault
+from ptune_dist.common.files import explain, make_folder, sync_folder, try_again, write_durably
+from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run.folder import list_checkpoints
 
 TENSOR_FILES = ("prompt", "optimizer")
@@ -40,32 +41,47 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     """
     final = folder / f"step-{snapshot.step:08d}"
     temporary = folder / f".writing-{final.name}"
-    try:
+
+    def write() -> None:
         remove_leftovers(folder)
-        make_folder(folder)
         temporary.mkdir()
         write_snapshot(temporary, snapshot)
         if final.exists():  # a damaged one, whose step this run has repeated
             final.rename(folder / f".old-{final.name}")
         temporary.rename(final)
+
+    try:
+        make_folder(folder)
+        try_again(write)
         sync_folder(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        kept = list_checkpoints(folder)
-        rest = f"{kept[-1]} is kept" if kept else "there is no earlier checkpoint"
         raise RunFault(
-            f"cannot save the checkpoint of step {snapshot.step}: {error.strerror}: {final}; {rest}"
+            f"cannot save the checkpoint of step {snapshot.step}: {final}: {explain(error, folder)}; "
+            f"{describe_kept(folder, final)}"
         ) from None
     drop_old_checkpoints(folder, final, keep)
     return final
 
 
+def describe_kept(folder: Path, failed: Path) -> str:
+    """Which checkpoint a run continues from, now that one could not be saved."""
+    with contextlib.suppress(UserError):  # the folder can no longer be read
+        kept = [path for path in list_checkpoints(folder) if path != failed]
+        return f"{kept[-1]} is kept" if kept else "there is no earlier checkpoint"
+    return "earlier checkpoints have not been touched"
+
+
 def drop_old_checkpoints(folder: Path, newest: Path, keep: int) -> None:
-    """Delete all but the `keep` checkpoints up to `newest`; later ones are damaged, or the run would have used them."""
+    """Delete all but the `keep` checkpoints up to `newest`; later ones are damaged, or the run would have used them.
+
+    What cannot be deleted now, another user's say, stays.
+    """
     found = list_checkpoints(folder)
     sound = [path for path in found if path <= newest]
     for old in set(found) - set(sound[-keep:]):
-        old.rename(folder / f".old-{old.name}")
+        with contextlib.suppress(OSError):
+            old.rename(folder / f".old-{old.name}")
     remove_leftovers(folder)
 
 
@@ -91,9 +107,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> Snapshot:
-    """Read and verify one checkpoint. Raises ValueError that names the damaged file."""
+    """Read and verify one checkpoint. Raises ValueError that names the damaged file, UserError for another user's."""
     try:
-        state = json.loads((path / "state.json").read_bytes())
+        state = json.loads(read_part(path / "state.json"))
         digest = state.pop("digest")
         if digest != digest_state(state):
             raise ValueError("its content does not match its digest")
@@ -104,13 +120,21 @@ def load_checkpoint(path: Path) -> Snapshot:
     for name in TENSOR_FILES:
         file = path / f"{name}.safetensors"
         try:
-            data = file.read_bytes()
+            data = read_part(file)
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from None
         if hashlib.sha256(data).hexdigest() != digests.get(name):
             raise ValueError(f"{file} is damaged: its bytes do not match the digest in state.json")
         tensors[name] = load(data)
     return Snapshot(step=state.pop("step"), prompt=tensors["prompt"], optimizer=tensors["optimizer"], state=state)
+
+
+def read_part(file: Path) -> bytes:
+    """The bytes of a checkpoint's file. What this user may not read is not taken for damage. Raises OSError too."""
+    try:
+        return try_again(file.read_bytes)
+    except PermissionError as error:
+        raise UserError(f"{file}: {explain(error, file)}: the run cannot be resumed without it") from None
 
 
 def load_newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:

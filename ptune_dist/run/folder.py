@@ -1,19 +1,29 @@
 """A run is one output directory: what is in it, whether it is finished, whether a config may resume it."""
 
+import errno
 import json
 import os
 import re
+import secrets
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ptune_dist.common import locks
-from ptune_dist.common.files import fault_on_failed_write, make_folder, replace_file
+from ptune_dist.common.files import (
+    OTHERS,
+    explain,
+    fault_on_failed_write,
+    make_folder,
+    replace_file,
+    try_again,
+)
 from ptune_dist.config.load import Resolve, load_config, render_config
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import member_config
-from ptune_dist.errors import UserError
+from ptune_dist.errors import RunFault, UserError
 
 # What may change when a run is resumed: its length, how it is watched and distributed, but not what is learned.
 MAY_CHANGE = (
@@ -35,18 +45,37 @@ MAY_CHANGE = (
 # None until the method or the base has decided, in the ranks: the launcher compares configs before that.
 LEFT_OPEN = ("prompt.init", "data.max_length")
 CHECKPOINT = re.compile(r"step-\d{8}")
+LATE_S = 60.0  # in which a client of a network disk asks the server again: NFS keeps what it knows for so long
+WAIT_S = 0.2
+ALWAYS_THERE = ("config.yaml", "metrics.jsonl")
+PARTS = ("", "checkpoints", "prompt", "tensorboard")  # folders of a run that are written into as it trains
+# Errors that are the user's to repair; others, of a full disk say, are faults.
+MISTAKES = {
+    *OTHERS,
+    *(errno.EROFS, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+}
 
 
 def read_run_config(run_dir: Path, overrides: Sequence[str] = (), *, resolve: Resolve | None = None) -> Config:
     """The config of a run, with overrides; `resolve` as for `load_config`. Raises UserError."""
     file = run_dir / "config.yaml"
-    if not file.is_file():
+    if not wait_to_see(file):
         if not run_dir.exists():
             raise UserError(f"{run_dir}: there is no such folder: give the output_dir of a run")
         if run_dir.is_file():
             raise UserError(f"{run_dir}: a file: give the folder of a run, the output_dir of its config")
         raise UserError(f"{run_dir}: not a run: it has no config.yaml")
     return load_config(file, list(overrides), resolve=resolve)
+
+
+def wait_to_see(file: Path) -> bool:
+    """Whether a file is there. Ranks other than the first wait for it: another node may see it later than the first."""
+    give_up_at = time.monotonic() + LATE_S
+    while not file.is_file():
+        if os.environ.get("RANK", "0") == "0" or time.monotonic() > give_up_at:
+            return False
+        time.sleep(WAIT_S)
+    return True
 
 
 def find_member_dir(run_dir: Path, member: str | None) -> Path:
@@ -74,11 +103,18 @@ def check_run_dir(config: Config) -> None:
     """Raise UserError if the directory cannot be written, or holds a run that this config may not resume."""
     run_dir = Path(config.output_dir)
     file = run_dir / "config.yaml"
-    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"output_dir: {run_dir}: cannot write in {existing}")
-    if not file.exists() or not has_begun(run_dir):
-        return
+    try:
+        existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if os.path.lexists(folder))
+        if not existing.is_dir():
+            raise FileExistsError(errno.EEXIST, "a folder is needed", str(existing))
+        if not os.access(existing, os.W_OK | os.X_OK) and not is_finished(config):
+            number = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
+            reason = explain(OSError(number, os.strerror(number)), existing)
+            raise UserError(f"output_dir: {run_dir}: cannot write in {existing}: {reason}")
+        if not file.exists() or not has_begun(run_dir):
+            return
+    except OSError as error:
+        raise UserError(f"output_dir: {run_dir}: {explain(error)}") from None
     if config.train.resume == "never":
         raise UserError(f"output_dir: {run_dir} holds a run and train.resume is never: choose another output_dir")
     before = load_config(file)
@@ -97,14 +133,45 @@ def has_begun(run_dir: Path) -> bool:
 def lock_run_dir(config: Config) -> locks.Lock:
     """Create the run's directory, and lock it until the returned lock is closed. For one rank. Raises UserError."""
     run_dir = Path(config.output_dir)
+    lock = None
     try:
         make_folder(run_dir)
         lock = locks.try_lock(run_dir / ".lock", lambda line: print(f"warning: output_dir: {line}", flush=True))
+        if lock is not None:
+            probe_parts(run_dir)
     except OSError as error:
-        raise UserError(f"output_dir: {run_dir}: {error.strerror}") from None
+        if lock is not None:
+            lock.close()
+        kind = UserError if error.errno in MISTAKES else RunFault
+        place = error.filename or run_dir
+        raise kind(f"output_dir: {run_dir}: cannot write {place}: {explain(error, place)}") from None
     if lock is None:
         raise UserError(f"output_dir: {run_dir}: another process is training here: wait for it or end it")
     return lock
+
+
+def probe_parts(run_dir: Path) -> None:
+    """Make and remove a file in each folder of a run, so that hours later no checkpoint fails. Raises OSError."""
+    for name in PARTS:
+        folder = run_dir / name
+        if not os.path.lexists(folder):
+            continue
+        probe = folder / f".probe-{secrets.token_hex(8)}"
+        try:
+            probe.touch(exist_ok=False)
+            probe.unlink()
+        except OSError as error:
+            error.filename = str(folder)
+            raise
+
+
+def check_in_place(run_dir: Path) -> None:
+    """Raise RunFault where the folder of a run has been removed or renamed while it trains, lest a new one is begun."""
+    with fault_on_failed_write(run_dir):
+        if not any((run_dir / name).exists() for name in ALWAYS_THERE):
+            raise RunFault(
+                f"{run_dir} was removed or renamed while a run was writing to it: put it back, or start again"
+            )
 
 
 def is_locked(run_dir: Path) -> bool:
@@ -171,8 +238,14 @@ def is_finished(config: Config) -> dict[str, Any] | None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if CHECKPOINT.fullmatch(path.name))
+    """Complete checkpoints, oldest first. Raises UserError where they cannot be seen, lest the run starts over."""
+    try:
+        names = try_again(lambda: os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: {explain(error, folder)}: its checkpoints cannot be seen") from None
+    return sorted(folder / name for name in names if CHECKPOINT.fullmatch(name))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

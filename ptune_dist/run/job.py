@@ -29,7 +29,7 @@ from ptune_dist.base.quantized_ops import describe_fallback
 from ptune_dist.base.recompute import read_settings
 from ptune_dist.base.rotary import fixed_positions
 from ptune_dist.base.source import fingerprint_base
-from ptune_dist.config.deepspeed_json import fill_deepspeed_json, zero_stage
+from ptune_dist.config.deepspeed_json import fill_deepspeed_json, show_source, zero_stage
 from ptune_dist.config.schema import Config
 from ptune_dist.data.encode import longest_answer
 from ptune_dist.data.training_rows import TrainingRows
@@ -162,7 +162,7 @@ def check_precision(config: Config) -> None:
 
 def build_deepspeed_json(config: Config, base: PreTrainedModel, world: World | None) -> dict[str, Any]:
     """DeepSpeed's JSON filled in and accepted by DeepSpeed. Raises UserError."""
-    file = config.deepspeed if isinstance(config.deepspeed, str) else "deepspeed"
+    file = show_source(config.deepspeed)
     content = fill_deepspeed_json(config, hidden_size=hidden_size(base))
     check_with_deepspeed(without_autos(content), config.deepspeed)
     settle_offload(content, base, world.size if world else None, file)

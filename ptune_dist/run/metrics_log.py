@@ -19,6 +19,7 @@ from ptune_dist.common.files import fault_on_failed_write, replace_file
 from ptune_dist.common.progress_line import render_duration
 from ptune_dist.errors import RunFault
 from ptune_dist.run.eta import Eta
+from ptune_dist.run.folder import check_in_place
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -45,6 +46,8 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
         self.failure: RunFault | None = None
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._on_thread_error
         self._jsonl = open_metrics(run_dir, first_step)
         self._members = {name: open_metrics(folder, first_step) for name, folder in (members or {}).items()}
         self._log: TextIO = open(run_dir / "train.log", "a", encoding="utf-8")
@@ -61,8 +64,6 @@ class MetricsWriter:
         self._bar = StepBar(max_steps, done=self._done) if sys.stdout.isatty() else None
 
     def __enter__(self) -> "MetricsWriter":
-        self._excepthook = threading.excepthook
-        threading.excepthook = self._on_thread_error
         if self._bar:
             self._bar.start()
         return self
@@ -89,7 +90,14 @@ class MetricsWriter:
             with fault_on_failed_write(self._run_dir):
                 yield
         except RunFault as fault:
-            self.failure = self.failure or fault
+            self.failure = self.failure or self._find_cause(fault)
+
+    def _find_cause(self, fault: RunFault) -> RunFault:
+        try:
+            check_in_place(self._run_dir)
+        except RunFault as cause:
+            return cause
+        return fault
 
     def step(self, line: dict[str, float], members: dict[str, dict[str, float]]) -> None:
         """Write one optimizer step: a line of metrics.jsonl and of each member's, TensorBoard scalars, progress."""
@@ -116,6 +124,7 @@ class MetricsWriter:
         now = time.monotonic()
         if self._done in (self._first_step, self._max_steps) or now - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = now
+            check_in_place(self._run_dir)
             rate = f"{mean}lr {line['learning_rate']:.3g}"
             text = f"step {self._done}/{self._max_steps}  {facts}  {rate}  ETA {self._eta()}"
             self._line(text, console=self._bar is None)

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from ptune_dist.common.files import explain
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, together
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.metrics import METRICS
 from ptune_dist.prompts.store import save_prompt
 from ptune_dist.run.checkpoint import Snapshot, load_newest_checkpoint, save_checkpoint
+from ptune_dist.run.folder import check_in_place
 from ptune_dist.run.job import Job
 from ptune_dist.run.stored_prompt import prompt_facts, prompt_tensors
 from ptune_dist.run.throughput import StepCount, Throughput
@@ -170,9 +172,13 @@ def checkpoint(job: Job, progress: Progress, world: World) -> None:
             "loss_scale": engine.loss_scale_state(),
         },
     )
-    folder = Path(job.config.output_dir) / "checkpoints"
-    keep = job.config.checkpoint.keep
-    together(world, lambda: save_checkpoint(folder, snapshot, keep=keep) if world.is_main else None)
+    run_dir = Path(job.config.output_dir)
+
+    def save() -> None:
+        check_in_place(run_dir)
+        save_checkpoint(run_dir / "checkpoints", snapshot, keep=job.config.checkpoint.keep)
+
+    together(world, lambda: save() if world.is_main else None)
     progress.saved_step = progress.step
 
 
@@ -183,9 +189,12 @@ def store_prompt(job: Job, member: str, progress: Progress, world: World) -> Non
     tensors = prompt_tensors(job, member)
 
     def save() -> None:
+        check_in_place(Path(job.config.output_dir))
         try:
             save_prompt(folder, tensors, facts)
         except OSError as error:
-            raise RunFault(f"cannot save the prompt: {error.strerror}: {folder}; the one before it is kept") from None
+            raise RunFault(
+                f"cannot save the prompt: {folder}: {explain(error, folder)}; the one before it is kept"
+            ) from None
 
     together(world, lambda: save() if world.is_main else None)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome
 from ptune_dist.common.files import fault_on_failed_write, make_folder, replace_file
-from ptune_dist.errors import RunFault
+from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run.folder import list_checkpoints
 
 BLAMELESS = {"reason": "", "kind": "", "node": "", "rank": None}
@@ -65,7 +65,9 @@ def mark_running(run_dir: Path) -> None:
 def end_status(run_dir: Path, outcome: Outcome) -> None:
     """Record how the job ended. On a full disk the old file is overwritten in place; that is not a fault of its own."""
     state = {DONE: "done", STOPPED: "stopped"}.get(outcome.kind, "failed")
-    changes = {"state": state, "step": last_step(run_dir), "kind": outcome.kind, "reason": outcome.reason}
+    changes: dict[str, Any] = {"state": state, "kind": outcome.kind, "reason": outcome.reason}
+    with contextlib.suppress(UserError):  # the checkpoints cannot be seen
+        changes["step"] = last_step(run_dir)
     changes["node"] = outcome.node if state == "failed" else ""
     changes["rank"] = outcome.rank if state == "failed" else None
     try:
@@ -83,6 +85,6 @@ def overwrite_status(run_dir: Path, status: dict[str, Any]) -> None:
 
 
 def last_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint, 0 if there is none."""
+    """The step of the newest checkpoint, 0 if there is none. Raises UserError where they cannot be seen."""
     found = list_checkpoints(run_dir / "checkpoints")
     return int(found[-1].name.removeprefix("step-")) if found else 0

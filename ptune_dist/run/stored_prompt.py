@@ -8,7 +8,7 @@ import torch
 from ptune_dist.base.layers import setting_of
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import ONLY_MEMBER
-from ptune_dist.distributed.world import World, together
+from ptune_dist.distributed.world import World, from_main
 from ptune_dist.errors import UserError
 from ptune_dist.model.value_head import TargetScale
 from ptune_dist.prompts.build import check_options
@@ -19,7 +19,7 @@ from ptune_dist.run.reading import Reading
 
 def build_trained_job(reading: Reading, run_dir: Path, world: World) -> Job:
     """The job of a run with its trained prompt. Collective: every rank must call. Raises UserError."""
-    tensors, facts = together(world, lambda: load_prompt(run_dir / "prompt"))
+    tensors, facts = from_main(world, lambda: load_prompt(run_dir / "prompt"))
     check_prompt(reading, facts, run_dir)
     scales = {ONLY_MEMBER: TargetScale(**facts["target_scale"])} if facts.get("target_scale") else None
     job = build_job(reading, world, with_start=False, scales=scales)

@@ -27,6 +27,7 @@ from ptune_dist.cluster.rank_files import (
     stack_file,
     write_outcome,
 )
+from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.common.interrupts import before_end, end_interrupted, forget
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run.status import end_status
@@ -112,8 +113,8 @@ class Watch:
         if self._stacks and not self.folder:  # there was no hang: remove the empty file
             self._stacks.close()
             path = Path(self._stacks.name)
-            path.unlink()
-            with contextlib.suppress(OSError):  # if files of other ranks are left
+            with contextlib.suppress(OSError):  # if files of other ranks are left, or the run was removed
+                path.unlink()
                 path.parent.rmdir()
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
@@ -123,8 +124,9 @@ class Watch:
         self._is_stepping = True
         if not self.folder and self._hang_timeout_s < NEVER_S:
             path = stack_file(run_dir / "stacks", self._rank)
-            path.parent.mkdir(exist_ok=True)
-            self._stacks = open(path, "w")
+            with fault_on_failed_write(path):
+                path.parent.mkdir(exist_ok=True)
+                self._stacks = open(path, "w")
         self.beat()
 
     def beat(self, step: int | None = None) -> None:
@@ -217,7 +219,7 @@ def failure_in_status(run_dir: Path) -> Iterator[None]:
     except BaseException as error:
         outcome = describe_error(error)
         has_launcher = node_folder() is not None and not is_launcher_dead()
-        if outcome.kind != "lost" or not has_launcher:
+        if (outcome.kind != "lost" or not has_launcher) and run_dir.is_dir():  # it may have been removed
             end_status(run_dir, outcome)
         raise
     finally:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ptune_dist.base.layers import layers_of
 from ptune_dist.base.recompute import Recomputer, read_settings
 from ptune_dist.base.trained_head import set_apart
-from ptune_dist.config.deepspeed_json import zero_stage
+from ptune_dist.config.deepspeed_json import show_source, zero_stage
 from ptune_dist.config.schema import Config, TrainConfig
 from ptune_dist.data.batches import Batch, Plan, Unit, plan_micro_batches
 from ptune_dist.data.encode import Examples
@@ -177,6 +177,7 @@ class Engine:
         return self.prompts.skipped_steps
 
 
+ALWAYS_SET = {"gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 # Where DeepSpeed's own checks look, by the name of the check.
 SECTION_OF = {
     "DeepSpeedZeroConfig": ["zero_optimization"],
@@ -186,18 +187,38 @@ SECTION_OF = {
 
 
 def check_with_deepspeed(content: dict[str, Any], source: Any) -> None:
-    """Raise UserError for what DeepSpeed itself refuses in its JSON; `source` is the config's `deepspeed`."""
+    """Raise UserError for what DeepSpeed itself refuses in its JSON; `source` is the config's `deepspeed`.
+
+    An error that DeepSpeed raises without any section of the user's is ours, and is raised as it is.
+    """
     quiet_deepspeed()
-    file = source if isinstance(source, str) else "deepspeed"
+    file = show_source(source)
     try:
         DeepSpeedConfig(copy.deepcopy(content))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join([*SECTION_OF.get(error.title, []), *map(str, first["loc"])])
-        raise UserError(f"{file}: DeepSpeed refuses {where}: {first['msg']}, got {first['input']!r}") from None
     except Exception as error:  # of any kind: DeepSpeed takes the types of many values for granted
+        section = find_refused(content)
+        if section is None:
+            raise
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            where = ".".join([*SECTION_OF.get(error.title, []), *map(str, first["loc"])])
+            raise UserError(f"{file}: DeepSpeed refuses {where}: {first['msg']}, got {first['input']!r}") from None
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file}: DeepSpeed refuses it: {reason}") from None
+        raise UserError(f"{file}: DeepSpeed refuses {section}: {reason}") from None
+
+
+def find_refused(content: dict[str, Any]) -> str | None:
+    """The first section that DeepSpeed refuses; None where it refuses even what this package always sets."""
+    taken: dict[str, Any] = {}
+    for key in sorted(content, key=lambda name: name not in ALWAYS_SET):
+        taken[key] = content[key]
+        if not ALWAYS_SET <= taken.keys():
+            continue
+        try:
+            DeepSpeedConfig(copy.deepcopy(taken))
+        except Exception:  # of any kind, as above
+            return None if key in ALWAYS_SET else key
+    return None
 
 
 def build_engine(

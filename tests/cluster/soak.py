@@ -26,6 +26,7 @@ from ptune_dist.run.checkpoint import load_newest_checkpoint
 from ptune_dist.run.folder import list_checkpoints
 from tests.cluster.runs import HANG_TIMEOUT_S, MOMENTS, PATIENCE_S, SABOTEUR, Run, damage, wait_until_gone
 from tests.cluster.slurm import ROOT, Cluster
+from tests.processes import python_path
 
 KINDS = (
     "USR2",
@@ -68,7 +69,7 @@ class Soak:
             PTUNE_MAX_RESTARTS=1000,
             PTUNE_MAX_IDLE_STARTS=1000,
             PTUNE_MAX_REQUEUES=1000,
-            PYTHONPATH=f"{SABOTEUR}:{ROOT}",
+            PYTHONPATH=python_path(SABOTEUR, ROOT),
             PTUNE_TEST_KILL=self.plan,
         )
         began = time.monotonic()

@@ -15,7 +15,7 @@ from ptune_dist.run.metrics_log import read_metrics
 from ptune_dist.run.status import read_status
 from tests.cluster.runs import AFTER_THE_RENAME, ENV, MOMENTS, PATIENCE_S, SABOTEUR, write_run
 from tests.commands import Commands, Finished, Forker
-from tests.processes import ROOT, process_env
+from tests.processes import ROOT, process_env, python_path
 
 NUM_STEPS = 14
 TENSORS = ("prompt.safetensors", "optimizer.safetensors")
@@ -26,7 +26,7 @@ class SabotagedCommands(Commands):
 
     def __init__(self, folder: Path):
         self.plan = folder / "kill"
-        env = {"PYTHONPATH": f"{SABOTEUR}:{ROOT}", "PTUNE_TEST_KILL": str(self.plan)}
+        env = {"PYTHONPATH": python_path(SABOTEUR, ROOT), "PTUNE_TEST_KILL": str(self.plan)}
         super().__init__(folder, Forker("torch.utils.tensorboard", env=env))  # every run imports it
 
     def run_until(self, moment: str, *argv: object) -> tuple[Finished, list[str]]:

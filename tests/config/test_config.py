@@ -283,7 +283,7 @@ def test_a_misspelt_key_that_is_needed_is_said_to_be_misspelt_and_not_only_missi
         ("train.context_cache_gib=-1", "greater than or equal to 0"),
         ("train.context_cache_gpu_gib=-1", "greater than or equal to 0"),
         ("train.context_cache_gib=yes", "a number is needed"),
-        ("output_dir=null", "None"),
+        ("output_dir=null", "got null"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(write, override, says):

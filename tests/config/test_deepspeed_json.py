@@ -1,10 +1,12 @@
 """DeepSpeed's JSON stays its own: `auto` values are filled from the config and contradictions are refused."""
 
 import json
+from inspect import signature
 
 import pytest
 
-from ptune_dist.config.deepspeed_json import fill_deepspeed_json, load_deepspeed_json, zero_stage
+from ptune_dist.config.deepspeed_json import fill_deepspeed_json, find_preset, load_deepspeed_json, zero_stage
+from ptune_dist.config.deepspeed_optimizer import LEFT_OUT, WEIGHT_DECAY_OF_TORCH
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
 from tests.processes import ROOT
@@ -110,7 +112,8 @@ def test_what_the_config_does_not_set_passes_unchanged():
 def test_clipping_schedule_and_accumulation_are_left_to_us():
     own = {"gradient_clipping": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
            "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
-           "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}}  # fmt: skip
+           "scheduler": {"type": "WarmupDecayLR", "params": dict.fromkeys(
+               ("total_num_steps", "warmup_num_steps", "warmup_max_lr"), "auto")}}  # fmt: skip
     filled = fill(own, max_grad_norm=0.5)
     assert filled["gradient_clipping"] == 0.0 and "optimizer" not in filled and "scheduler" not in filled
     assert (filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]) == (1, 1)
@@ -143,8 +146,10 @@ SAME = {
     "fp16": ({"enabled": True}, {"dtype": "float16"}, "model.dtype"),
     "optimizer": ({"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}},
                   {"optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.5}, "train.optimizer"),
-    "scheduler": ({"type": "WarmupCosineLR", "params": {"warmup_num_steps": 5, "total_num_steps": 50}},
-                  {"schedule": "cosine", "warmup_steps": 5, "max_steps": 50}, "train.schedule"),
+    "scheduler": ({"type": "WarmupCosineLR", "params": {
+                      "warmup_num_steps": 5, "warmup_type": "log", "total_num_steps": 50, "cos_min_ratio": 0.5}},
+                  {"schedule": "cosine", "warmup_steps": 5, "warmup_type": "log", "max_steps": 50,
+                   "min_lr_ratio": 0.5}, "train.schedule"),
 }  # fmt: skip
 
 
@@ -157,11 +162,16 @@ def test_a_value_that_both_files_set_may_be_equal_and_may_not_differ(key):
 
 
 def adamw(**params) -> dict:
-    return {"optimizer": {"type": "AdamW", "params": params}}
+    return {"optimizer": {"type": "AdamW", "params": {"lr": "auto"} | params}}
+
+
+def adam(**params) -> dict:
+    return {"optimizer": {"type": "Adam", "params": {"lr": "auto"} | params}}
 
 
 def linear(**params) -> dict:
-    return {"scheduler": {"type": "WarmupDecayLR", "params": params}}
+    filled = dict.fromkeys(("total_num_steps", "warmup_num_steps", "warmup_max_lr"), "auto")
+    return {"scheduler": {"type": "WarmupDecayLR", "params": filled | params}}
 
 
 @pytest.mark.parametrize(
@@ -288,11 +298,12 @@ def test_a_base_without_gradients_takes_their_order_and_a_note_says_that_it_chan
 
 
 def sgd(**params) -> dict:
-    return {"optimizer": {"type": "SGD", "params": params}}
+    return {"optimizer": {"type": "SGD", "params": {"lr": "auto"} | params}}
 
 
 def cosine(**params) -> dict:
-    return {"scheduler": {"type": "WarmupCosineLR", "params": params}}
+    filled = dict.fromkeys(("total_num_steps", "warmup_num_steps", "warmup_type", "cos_min_ratio"), "auto")
+    return {"scheduler": {"type": "WarmupCosineLR", "params": filled | params}}
 
 
 COSINE = {"schedule": "cosine", "warmup_steps": 1}
@@ -301,11 +312,12 @@ COSINE = {"schedule": "cosine", "warmup_steps": 1}
 @pytest.mark.parametrize(
     "own, train, key",
     [
-        (adamw(adam_w_mode=False), {"weight_decay": 0.1}, "optimizer.params.adam_w_mode"),
+        (adam(adam_w_mode=False, weight_decay="auto"), {"weight_decay": 0.1}, "optimizer.params.adam_w_mode"),
         (adamw(amsgrad=True), {}, "optimizer.params.amsgrad"),
         (adamw(bias_correction=False), {}, "optimizer.params.bias_correction"),
         (adamw(max_grad_norm=7), {}, "optimizer.params.max_grad_norm"),
         (adamw(freeze_step=7), {}, "optimizer.params.freeze_step"),
+        (adamw(fp32_optimizer_states=False), {}, "optimizer.params.fp32_optimizer_states"),
         (sgd(nesterov=True), {"optimizer": "sgd"}, "optimizer.params.nesterov"),
         (cosine(cos_min_ratio=0.5), COSINE, "scheduler.params.cos_min_ratio"),
         (cosine(warmup_min_ratio=0.5), COSINE, "scheduler.params.warmup_min_ratio"),
@@ -321,11 +333,13 @@ def test_an_option_that_would_train_differently_is_refused_by_name(own, train, k
 @pytest.mark.parametrize(
     "own, train",
     [
-        (adamw(adam_w_mode=False, torch_adam=True, fused=True), {}),
+        (adamw(adam_w_mode=False, torch_adam=True, fused=True, weight_decay="auto"), {}),
         (adamw(lr="auto", betas="auto", eps="auto", weight_decay="auto", adam_w_mode="auto"), {}),
+        (adamw(adam_w_mode=False, weight_decay="auto"), {"weight_decay": 0.1}),  # which DeepSpeed reads for Adam only
+        (adam(weight_decay="auto"), {"weight_decay": 0.1}),
         (sgd(nesterov=False, dampening=0), {"optimizer": "sgd"}),
         (cosine(cos_min_ratio=0, warmup_type="linear", warmup_min_ratio="auto"), COSINE),
-        (cosine(warmup_type="log"), {"schedule": "cosine"}),
+        (cosine(warmup_type="log", warmup_num_steps=0), {"schedule": "cosine"}),
     ],
 )
 def test_an_option_that_changes_nothing_is_taken(own, train):
@@ -340,6 +354,9 @@ def test_an_option_that_changes_nothing_is_taken(own, train):
         ({"communication_data_type": "bf16"}, "communication_data_type"),
         ({"elasticity": {"enabled": True}}, "elasticity"),
         ({"amp": {"enabled": True}}, "amp"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "bf16.bf16_optimizer_states"),
+        ({"fp16": {"fp16_master_weights_and_grads": True}}, "fp16.fp16_master_weights_and_grads"),
         ({"curriculum_learning": {"enabled": True}}, "curriculum_learning"),
         ({"sparse_attention": {"mode": "fixed"}}, "sparse_attention"),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
@@ -387,3 +404,47 @@ def test_a_json_that_comes_with_the_package_is_found_by_its_name(monkeypatch, tm
 @pytest.mark.parametrize("stage", [4, -1, "three", 2.5])
 def test_a_stage_that_is_none_is_named(stage):
     assert "zero_optimization.stage" in error_of({"zero_optimization": {"stage": stage}})
+
+
+@pytest.mark.parametrize(
+    "own, train, name, default",
+    [
+        ({"optimizer": {"type": "AdamW"}}, {}, "lr", 0.001),
+        (adamw(), {"betas": (0.9, 0.95)}, "betas", "[0.9, 0.999]"),
+        (adam(), {"eps": 1e-6}, "eps", 1e-8),
+        (adamw(), {"weight_decay": 0.01}, "weight_decay", 0.0),
+        (adamw(torch_adam=True), {}, "weight_decay", 0.01),
+        (sgd(), {"optimizer": "sgd", "momentum": 0.9}, "momentum", 0.0),
+        ({"optimizer": {"type": "Adafactor"}}, {"optimizer": "adafactor"}, "lr", 0.01),
+    ],
+)
+def test_an_option_that_is_left_out_has_deepspeeds_default_or_is_named(own, train, name, default):
+    message = error_of(own, **train)
+    assert f"optimizer.params.{name} is left out, which is {default} to DeepSpeed" in message
+
+
+def test_the_defaults_of_options_that_are_left_out_are_those_of_deepspeeds_optimizers():
+    import torch
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    def default(kind, name):
+        return signature(kind).parameters[name].default
+
+    for kind in (DeepSpeedCPUAdam, FusedAdam):
+        assert [default(kind, name) for name in ("lr", "weight_decay", "eps")] == [*LEFT_OUT["adamw"], 1e-8]
+        assert default(kind, "betas") == (0.9, 0.999)
+        assert default(kind, "bias_correction") is True and default(kind, "amsgrad") is False
+    assert default(DeepSpeedCPUAdam, "fp32_optimizer_states") is True
+    assert default(torch.optim.AdamW, "weight_decay") == WEIGHT_DECAY_OF_TORCH
+    assert default(torch.optim.Adam, "weight_decay") == 0
+    for kind, name in ((torch.optim.SGD, "sgd"), (torch.optim.Adafactor, "adafactor")):
+        assert (default(kind, "lr"), default(kind, "weight_decay")) == LEFT_OUT[name]
+    assert default(torch.optim.SGD, "momentum") == 0
+
+
+def test_a_json_of_the_package_for_another_precision_is_told_by_its_name_and_the_key_to_set():
+    source = find_preset("zero3_bf16")
+    assert error_of(source) == (
+        "deepspeed: zero3_bf16 is for bfloat16 and model.dtype is float32: set model.dtype=bfloat16"
+    )
+    assert fill(source, dtype="bfloat16") and fill(find_preset("zero3_fp32"), dtype="bfloat16")

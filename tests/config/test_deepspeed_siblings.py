@@ -2,6 +2,7 @@
 
 import pytest
 
+from ptune_dist.errors import UserError
 from ptune_dist.zero.engine import check_with_deepspeed
 from ptune_dist.zero.offload import without_autos
 from ptune_dist.zero.unused_sections import describe_unused
@@ -22,3 +23,25 @@ def test_a_schedule_by_our_name_is_told_deepspeeds():
 def test_the_precision_of_a_sum_that_deepspeed_does_not_make_is_noted():
     assert "data_types.grad_accum_dtype" in (describe_unused(fill({"data_types": {"grad_accum_dtype": "bf16"}})) or "")
     assert describe_unused(fill({"data_types": {"grad_accum_dtype": "fp32"}})) is None
+
+
+def test_the_section_that_deepspeed_refuses_is_named_among_several():
+    content = without_autos(fill({"zero_optimization": {"stage": 3}}))
+    for key, value in {"activation_checkpointing": {"profile": True}, "aio": 7, "flops_profiler": 3}.items():
+        content[key] = value
+    with pytest.raises(UserError, match="^d.json: DeepSpeed refuses aio: "):
+        check_with_deepspeed(content, "d.json")
+
+
+def test_a_fault_of_ours_is_no_mistake_of_the_users(monkeypatch):
+    content = without_autos(fill({"zero_optimization": {"stage": 3}, "aio": {}}))
+    with pytest.raises(Exception) as caught:
+        check_with_deepspeed(content | {"train_micro_batch_size_per_gpu": "a fault"}, "d.json")
+    assert not isinstance(caught.value, UserError)
+
+    def broken(content):
+        raise TypeError("a new argument")
+
+    monkeypatch.setattr("ptune_dist.zero.engine.DeepSpeedConfig", broken)
+    with pytest.raises(TypeError, match="a new argument"):
+        check_with_deepspeed(content, "d.json")

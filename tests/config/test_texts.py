@@ -63,7 +63,9 @@ def test_numbers_with_an_exponent_are_numbers_in_a_file_too(write, number, value
 @pytest.mark.parametrize(
     "override, says",
     [
-        ("data.labels=[~, a]", "data.labels.0: a text is needed; put null or ~ in quotes"),
+        ("data.labels=[~, a]", "data.labels.0: a text is needed, and none is given; put null or ~ in quotes"),
+        ("output_dir=", "output_dir: a text is needed, and none is given"),
+        ("data.template={text}", "a column of a template stands in two braces: {{ column }}"),
         ("data.labels=yes,no", "data.labels: a list is needed, such as [a, b], got 'yes,no'"),
         ("train=5", "train: a section with keys of its own is needed, got 5"),
         ("train={betas: 0.9, 0.95}", "unknown key train.0.95: a comma begins a new key"),

@@ -16,6 +16,7 @@ import pytest
 from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.sources import load_rows, split_hub_name
 from ptune_dist.errors import UserError
+from tests.processes import python_path
 
 ROOT = Path(__file__).parents[2]
 
@@ -192,7 +193,7 @@ def test_several_processes_load_the_same_parquet_file_at_once(tmp_path):
         "rows = load_rows(sys.argv[1], key='data.train', default_split='train'); "
         "print(len(rows), *rows.read(19999, 20000))"
     )
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": python_path(ROOT)}
     command = [sys.executable, "-c", program, str(path), str(start)]
     children = [subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True) for _ in range(3)]
     start.touch()

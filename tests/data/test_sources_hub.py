@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import python_path
+
 ROOT = Path(__file__).parents[2]
 COMMIT = "a" * 40
 CARD = """---
@@ -85,7 +87,7 @@ def answers(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name} | {
         "HF_HOME": str(folder / "hf"),
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(ROOT),
         "NO_PROXY": "127.0.0.1",
     }
 

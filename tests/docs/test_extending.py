@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.processes import ROOT, process_env
+from tests.processes import ROOT, process_env, python_path
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r'```python title="([^"]+)"\n(.*?)```', PAGE, re.DOTALL))
@@ -44,7 +44,7 @@ def run_in(copy: Path, *arguments: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=copy,
-        env=process_env({"PYTHONPATH": str(copy)}),
+        env=process_env({"PYTHONPATH": python_path(copy)}),
         capture_output=True,
         text=True,
         timeout=120,
@@ -81,7 +81,7 @@ def test_the_method_and_the_metric_of_the_page_train_and_export(copy):
 
 
 def test_the_docs_of_the_addition_follow_from_the_code(copy):
-    env = process_env({"PYTHONPATH": str(copy)})
+    env = process_env({"PYTHONPATH": python_path(copy)})
     subprocess.run([sys.executable, "docs/fill_reference.py"], cwd=copy, env=env, check=True)
     options = (copy / "docs" / "configuration.md").read_text()
     assert "| `low_rank` | `prompt.rank` | whole number, above 0 | `4` | The rank of the virtual tokens. |" in options

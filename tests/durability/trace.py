@@ -9,13 +9,13 @@ from typing import NamedTuple
 import pytest
 
 
-def build_preloaded(name: str, work: Path) -> Path:
-    """Compile a C file of this folder into a library. Skips the test where there is no C compiler."""
+def build_preloaded(name: str, work: Path, folder: Path = Path(__file__).parent) -> Path:
+    """Compile a C file of a folder, this one's, into a library. Skips the test where there is no C compiler."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("there is no C compiler")
     library = work / f"{name}.so"
-    source = Path(__file__).with_name(f"{name}.c")
+    source = folder / f"{name}.c"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
     return library
 

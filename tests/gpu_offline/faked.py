@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import ROOT
+from tests.processes import ROOT, python_path
 
 HERE = Path(__file__).parent
 LIBRARIES = ("accelerator", "guard")
@@ -33,7 +33,7 @@ def run_faked(work: str, calls: list[dict[str, Any]], gpu: str = "sm_90", timeou
             "PTUNE_FAKE_CUDA_LIBRARIES": str(build_libraries()),
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
             "TRITON_CACHE_DIR": f"{folder}/triton",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": python_path(ROOT),
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             # Inductor's workers know nothing of the fake GPU; its settings do not reach the thread of a backward pass.

@@ -1,6 +1,6 @@
-"""One layer of a Llama on a fake GPU, forward and backward, its attention left out: launches and bytes."""
+"""One layer of a Llama on a fake GPU, forward and backward, its kernel of attention left out: launches and bytes."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 from ptune_dist.base.fused import fuse
 from ptune_dist.base.fused_kernels import Fallback
 from ptune_dist.base.merge import merge_projections
+from ptune_dist.model.attention import attend
 from tests.gpu_offline.counting import fake_tensors, report
 
 SHAPE_8B: dict[str, Any] = {
@@ -24,28 +25,28 @@ NAME = "counts_nothing"
 
 
 class NoAttention(torch.autograd.Function):
-    """Tensors of the shapes and strides that attention gives, without any work."""
+    """Tensors [N, H, D] such as flex attention gives, without any work."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        ctx.likes = [like(tensor) for tensor in (q, k, v)]
-        return like(q).transpose(1, 2)
+        ctx.likes = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(ctx.likes)
 
 
-def like(heads: torch.Tensor) -> torch.Tensor:
-    """[B, H, N, D] whose positions stand before its heads."""
-    batch, num_heads, length, width = heads.shape
-    return torch.empty(batch, length, num_heads, width, dtype=heads.dtype, device=heads.device).transpose(1, 2)
+class NoSegments:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_how: Any) -> torch.Tensor:
+        return cast(torch.Tensor, NoAttention.apply(q, k, v))
 
 
 def no_attention(
-    _module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **_others: Any
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **_others: Any
 ) -> tuple[torch.Tensor, None]:
-    return NoAttention.apply(query, key, value), None
+    """All that `attend` does around the attention itself."""
+    return attend(module, query, key, value, mask, segments=NoSegments())
 
 
 def make_model(is_merged: bool, is_fused: bool, shape: dict[str, Any]) -> PreTrainedModel:

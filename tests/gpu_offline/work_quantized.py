@@ -33,6 +33,7 @@ def compiling_only() -> Iterator[list[dict[str, Any]]]:
         described = [MockTensor(arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]
         kernel = launch(self, *described, grid=grid, warmup=True, **options)
         needs = {"shared": kernel.metadata.shared, "arch": kernel.metadata.target.arch}
+        needs["num_fused"] = kernel.asm["ptx"].count("fma.rn")
         compiled.append({"name": self.__name__, "has_machine_code": "cubin" in kernel.asm} | needs)
 
     function.run = compile_for

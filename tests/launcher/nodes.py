@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from ptune_dist.run.status import read_status
-from tests.processes import ROOT, free_port, process_env
+from tests.processes import ROOT, free_port, process_env, python_path
 
 RUN = str(ROOT / "launch" / "run.sh")
 
@@ -18,7 +18,7 @@ def build_env(settings: dict[str, object]) -> dict[str, str]:
     """The environment of a launcher. A setting that is None is left out."""
     foreign = ("PTUNE_", "SLURM_", "PET_", "OMPI_", "NNODES", "NODE_RANK", "MASTER_ADDR")
     kept = {name: value for name, value in process_env().items() if not name.startswith(foreign)}
-    ours = {"PTUNE_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "PYTHONPATH": ""}
+    ours = {"PTUNE_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "PYTHONPATH": python_path()}
     env = kept | ours | settings
     return {name: str(value) for name, value in env.items() if value is not None}
 

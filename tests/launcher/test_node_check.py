@@ -12,7 +12,7 @@ import pytest
 
 from ptune_dist.cluster.node_check import GIB, RankFacts, judge_links, judge_ranks
 from tests.cluster.network import Network
-from tests.processes import ROOT, process_env
+from tests.processes import process_env
 
 HEALTHY = RankFacts(0, "n0", "H100", 80 * GIB, 79 * GIB, True, 0.01)
 
@@ -115,7 +115,6 @@ def test_a_slow_network_card_is_found(tmp_path: Path):
                 "MASTER_ADDR": network.addresses["n0"],
                 "MASTER_PORT": "29511",
                 "GLOO_SOCKET_IFNAME": "eth0",
-                "PYTHONPATH": str(ROOT),
             }
         )
         for rank, host in enumerate(network.hosts):

@@ -12,6 +12,7 @@ from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_command
 from tests.conftest import write_config
 from tests.launcher.nodes import Nodes, only_line, wait_until
+from tests.processes import python_path
 
 SABOTEUR = Path(__file__).parent / "saboteur"
 
@@ -61,7 +62,7 @@ def test_each_fault_of_a_rank_is_named_and_the_ranks_are_restarted_up_to_the_lim
         tmp_path / "c.yaml", train={"max_steps": 100_000, "hang_timeout_s": 8}, checkpoint={"every": 1}
     )
     plan = tmp_path / "plan"
-    env = {"PYTHONPATH": SABOTEUR, "PTUNE_TEST_FAULT": plan}
+    env = {"PYTHONPATH": python_path(SABOTEUR), "PTUNE_TEST_FAULT": plan}
     nodes = Nodes(tmp_path, "--max-restarts", 2, config, **env)
     faults = {
         "by hand": "ZeroDivisionError: by hand",
@@ -99,7 +100,7 @@ def test_a_lack_of_gpu_memory_ends_the_job_in_one_line_and_is_not_restarted(tmp_
     config = write_config(tmp_path / "c.yaml", train={"max_steps": 100_000})
     plan = tmp_path / "plan"
     plan.write_text("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB")
-    nodes = Nodes(tmp_path, config, names="a", PYTHONPATH=SABOTEUR, PTUNE_TEST_FAULT=plan)
+    nodes = Nodes(tmp_path, config, names="a", PYTHONPATH=python_path(SABOTEUR), PTUNE_TEST_FAULT=plan)
     nodes.wait_for_steps()
     nodes.ranks()[1].send_signal(signal.SIGUSR1)
     assert nodes.wait(30) == [1], nodes.output

@@ -409,4 +409,4 @@ def test_it_loads_no_torch_sockets_or_processes():
 import sys, ptune_dist.cluster.topology
 assert not {"torch", "socket", "subprocess"} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-S", "-c", script], env=process_env({"PYTHONPATH": str(ROOT)}), check=True)
+    subprocess.run([sys.executable, "-S", "-c", script], env=process_env(), check=True)

@@ -4,35 +4,89 @@ from typing import NamedTuple
 
 
 class Area(NamedTuple):
-    """Paths from the repository's root; a path that ends in / stands for the files in the folder."""
+    """What is made faulty, and what finds it.
+
+    code: paths from the repository's root; one that ends in / stands for the files in the folder. tests: arguments of
+    pytest. given: faults beside the drawn ones, (path, text, what replaces it).
+    """
 
     code: tuple[str, ...]
     tests: tuple[str, ...]
+    given: tuple[tuple[str, str, str], ...] = ()
 
+
+FILES = "ptune_dist/common/files.py"
+CHECKPOINT = "ptune_dist/run/checkpoint.py"
+DURABILITY = "tests/durability/test_durability.py"
+WITHOUT_TRAINING = f"--deselect={DURABILITY}::test_a_whole_training_keeps_what_it_has_announced"
+MODEL = "ptune_dist/model"
+SEGMENTS = "tests/numerics/test_segments.py"
+LABELS = "tests/numerics/test_labels.py"
+QUICK = ("-k", "not compiled and not runs_of_a_tree and not bloom and not gemma2")
 
 AREAS = {
-    "files": Area(("ptune_dist/common/files.py",), ("tests/common", "tests/durability")),
-    "checkpoint": Area(
-        ("ptune_dist/run/checkpoint.py",), ("tests/run/test_checkpoint.py", "tests/durability/test_durability.py")
+    "files": Area(
+        (FILES,),
+        ("tests/common/test_files.py", DURABILITY, WITHOUT_TRAINING),
+        (
+            (FILES, "os.fsync(file.fileno())", "pass"),
+            (FILES, "        os.fsync(handle)", "        pass"),
+            (FILES, 'path.with_name(f".writing-{path.name}")', "path"),
+        ),
     ),
-    "metrics": Area(("ptune_dist/metrics/",), ("tests/metrics",)),
-    "optimizer": Area(("ptune_dist/optim/",), ("tests/optim", "tests/numerics/test_curves.py")),
-    "head": Area(("ptune_dist/model/head.py", "ptune_dist/model/from_head.py"), ("tests/numerics/test_head.py",)),
+    "checkpoint": Area(
+        (CHECKPOINT,),
+        ("tests/run/test_checkpoint.py", DURABILITY, WITHOUT_TRAINING),
+        (
+            (
+                CHECKPOINT,
+                "        temporary.rename(final)\n        sync_folder(folder)",
+                "        temporary.rename(final)",
+            ),
+            (CHECKPOINT, "if path <= newest", "if True"),
+        ),
+    ),
+    "metrics": Area(
+        ("ptune_dist/metrics/",),
+        ("tests/metrics",),
+        (
+            ("ptune_dist/metrics/text.py", "answer in accepted", "answer.lower() in [a.lower() for a in accepted]"),
+            ("ptune_dist/metrics/text.py", "Counter(words) & Counter(wanted)", "Counter(words) | Counter(wanted)"),
+            ("ptune_dist/metrics/likelihood.py", "sum(row.num_tokens for row in rows)", "len(rows)"),
+        ),
+    ),
+    "optimizer": Area(
+        ("ptune_dist/optim/",),
+        tuple(f"tests/optim/test_{name}.py" for name in ("loss_scale", "optimizer", "prompt_state", "gradients")),
+        (
+            ("ptune_dist/optim/prompt_state.py", "norm[None] for norm in norms", "norms[0][None] for _ in norms"),
+            ("ptune_dist/optim/optimizer.py", "step <= warmup_steps", "step < warmup_steps"),
+        ),
+    ),
+    "head": Area(
+        (f"{MODEL}/head.py", f"{MODEL}/from_head.py"),
+        ("tests/numerics/test_head.py", "-m", "not long"),
+    ),
     "layout": Area(
-        ("ptune_dist/model/layout.py", "ptune_dist/model/packing.py"),
-        ("tests/numerics/test_segments.py", "tests/numerics/test_labels.py", "tests/numerics/test_placements.py"),
+        (f"{MODEL}/layout.py", f"{MODEL}/packing.py"),
+        (
+            "tests/numerics/test_segments.py",
+            "tests/numerics/test_labels.py",
+            "-k",
+            "not flex and not bloom and not gemma2",
+        ),
     ),
     "attention": Area(
         (
-            "ptune_dist/model/attention.py",
-            "ptune_dist/model/attention_contexts.py",
-            "ptune_dist/model/attention_products.py",
-            "ptune_dist/model/attention_trees.py",
+            f"{MODEL}/attention.py",
+            f"{MODEL}/attention_contexts.py",
+            f"{MODEL}/attention_products.py",
+            f"{MODEL}/attention_trees.py",
         ),
-        ("tests/numerics/test_attention.py", "tests/numerics/test_segments.py", "tests/numerics/test_labels.py"),
+        ("tests/numerics/test_attention.py", SEGMENTS, LABELS, *QUICK),
     ),
     "resume": Area(
         ("ptune_dist/run/folder.py", "ptune_dist/run/progress.py"),
-        ("tests/run/test_folder.py", "tests/test_train.py", "tests/numerics/test_resume.py"),
+        ("tests/run/test_folder.py",),
     ),
 }

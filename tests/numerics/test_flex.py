@@ -14,13 +14,14 @@ import torch
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import create_block_mask
 
+from ptune_dist.model import flex_copies
 from ptune_dist.model.attention import KeysValues, Segment
 from ptune_dist.model.attention_flex import FlexSegments, FlexTables, build_reads
 from ptune_dist.model.attention_layouts import build_attention
 from ptune_dist.model.flex_plan import BLOCK, FlexPlan, plan_attention, unpack
 from ptune_dist.model.layout import Before, Outside, lay_out
 from tests.numerics.passes import NUM_VIRTUAL, draw_batch
-from tests.numerics.test_attention import CASES, CPU, LAYER, SCALE, draw_case, draw_live
+from tests.numerics.test_attention import CASES, CPU, LAYER, SCALE, draw_case, draw_live, draw_outside
 
 SMALL = 8  # positions of a block
 
@@ -156,6 +157,36 @@ def test_flex_and_padded_attention_agree_forward_and_backward(case, num_members,
     wanted = run(build_attention(segments, outside, CPU), leaves, window)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("backward_on_cpu")
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("from_outside", [(), (9,), (9, 140)])
+def test_copies_of_keys_that_many_read_change_nothing(from_outside, window, monkeypatch):
+    torch.manual_seed(0)
+    named = tuple(range(len(from_outside)))
+    segments = [Segment(0, 9, named, (), sum(from_outside))]
+    for size in (40, 120, 300, 5, 60):
+        start = segments[-1].start + segments[-1].length
+        segments.append(Segment(start, size, named, ((0, 9),), sum(from_outside) + 9))
+    outside = draw_outside(list(from_outside), 2)
+    leaves = [t.requires_grad_() for t in (*draw_live(segments, 4, 2), *(t for part in outside for t in part))]
+    wanted = run(build_attention(segments, outside, CPU), leaves, window)
+    for readers, num_copies in ((0, 0), (100, 3)):
+        monkeypatch.setattr(flex_copies, "READERS_OF_COPY", readers)
+        assert len(plan_attention(segments, from_outside, window).take_copies) == num_copies
+        found = run(FlexSegments(segments, outside, CPU), leaves, window)
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_no_block_of_keys_is_read_by_very_many_blocks_of_queries():
+    segments = [Segment(0, 100), *(Segment(100 + 224 * row, 224, (), ((0, 100),), 100) for row in range(36))]
+    plan = plan_attention(segments, [])
+    assert (plan.q_num + plan.full_q_num).max() <= 8
+    assert plan.lows.shape[1] == 100 + 36 * 224  # queries stay where they are
+    apart = plan_attention([s._replace(member=s.start % 3) for s in segments], [])
+    assert not len(apart.take_copies)
 
 
 @pytest.mark.usefixtures("backward_on_cpu")

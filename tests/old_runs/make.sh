@@ -9,7 +9,7 @@ python=${PYTHON:-$here/../../.venv/bin/python}
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export PYTHONPATH=$tree HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
+export PYTHONPATH=$tree${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 cd "$tree"
 
 ptune() { "$python" -m ptune_dist "$@"; }

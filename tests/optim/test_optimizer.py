@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from ptune_dist.config.schema import TrainConfig
 from ptune_dist.optim.optimizer import build_torch_optimizer, learning_rate_at
 
 
 def rates(schedule: str, warmup_steps: int, max_steps: int) -> list[float]:
-    return [
-        learning_rate_at(step, peak=2.0, schedule=schedule, warmup_steps=warmup_steps, max_steps=max_steps)
-        for step in range(1, max_steps + 1)
-    ]
+    train = TrainConfig.model_validate(
+        {"learning_rate": 2.0, "schedule": schedule, "warmup_steps": warmup_steps, "max_steps": max_steps}
+    )
+    return [learning_rate_at(step, train) for step in range(1, max_steps + 1)]
 
 
 def test_constant_stays_at_the_peak():

@@ -91,6 +91,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "t5gemma": {"decoder_start_token_id": 2},
     "ernie4_5_moe": {"moe_k": 2},
     "zamba2": {"layer_types": ["mamba", "hybrid"], "num_mem_blocks": 1, "hybrid_layer_ids": [1]},
+    "m2m_100": {"decoder_start_token_id": 2},  # it counts positions by what is not padding
+    "nllb-moe": {"decoder_start_token_id": 2},
     "longcat_flash": {"num_key_value_heads": 4, "head_dim": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},

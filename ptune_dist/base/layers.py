@@ -98,6 +98,8 @@ def heads_of_layers(shape: PretrainedConfig) -> set[tuple[int | None, int | None
     found = {heads_of(layer) for layer in shapes_of_layers(text)}
     if getattr(text, "swa_head_dim", None):  # Inkling's layers with a window
         found.add((text.swa_num_key_value_heads, text.swa_head_dim))
+    if text.model_type == "mimo_v2_flash":  # its layers with a window have twice as many
+        found |= {(2 * (num_heads or 0), width) for num_heads, width in found}
     return found
 
 

@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache
 
 from ptune_dist.model.attention import KeysValues
 
-STATES = {"conv", "linear_attention", "mamba", "recurrent"}  # kinds of layers that keep no keys and values
+# Kinds of layers that keep something else than keys and values, or something beside them.
+STATES = {"conv", "indexed_attention", "linear_attention", "mamba", "recurrent"}
 
 
 class GivenCache(Cache):

@@ -98,7 +98,8 @@ def test_heads_that_differ_by_layer_are_told() -> None:
     assert heads_of_layers(shape) == {(2, 256), (2, 512)} and layers_differ(shape)
     assert (num_key_value_heads(shape), head_width(shape), setting_of(shape, "head_dim")) == (2, None, None)
     assert (num_key_value_heads(build_shape("falcon")), num_key_value_heads(build_shape("gpt_bigcode"))) == (1, 1)
-    assert layers_differ(build_shape("inkling_text")) and not layers_differ(build_shape("gemma3_text"))
+    assert all(layers_differ(build_shape(kind)) for kind in ("inkling_text", "mimo_v2_flash"))
+    assert not layers_differ(build_shape("gemma3_text"))
 
 
 def test_falcons_layers_are_linear_and_those_that_compute_something_else_are_not() -> None:
@@ -129,7 +130,7 @@ def test_rows_of_one_length_are_answered_together_where_padding_moves_positions(
 
 
 def test_states_beside_keys_and_values_are_told() -> None:
-    assert keeps_more(make("lfm2_moe")) and not keeps_more(make("exaone4"))
+    assert keeps_more(make("lfm2_moe")) and keeps_more(make("glm_moe_dsa")) and not keeps_more(make("exaone4"))
 
 
 def test_an_embedding_with_a_norm_of_its_own_gives_a_prompt_what_the_base_reads(tmp_path: Path) -> None:
@@ -138,6 +139,11 @@ def test_an_embedding_with_a_norm_of_its_own_gives_a_prompt_what_the_base_reads(
     with torch.no_grad():
         wanted = fill_whole(opened).get_input_embeddings()(IDS[0])
     assert torch.allclose(open_any(str(tmp_path), dtype=torch.float32).embed(IDS[0].tolist()), wanted, atol=1e-6)
+
+
+def test_the_model_below_the_head_is_found_where_its_prefix_is_another_models() -> None:
+    model = PromptedCausal(make("llama4_text"), [PromptTuning(torch.zeros(2, 32))], CrossEntropy())
+    assert model.inner is model.base.model
 
 
 @pytest.mark.parametrize(("kind", "why"), [("blt", "group bytes"), ("gemma3n_text", "per-layer embeddings")])

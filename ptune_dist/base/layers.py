@@ -115,15 +115,13 @@ def setting_of(shape: PretrainedConfig, name: str) -> Any:
 
 
 def heads_of(text: PretrainedConfig) -> tuple[int | None, int | None]:
+    """The number of key/value heads that are kept of a position, and the width of a head."""
     num_heads = getattr(text, "num_attention_heads", None)
     own = getattr(text, "head_dim", None)
     width = own or (text.hidden_size // num_heads if num_heads else None)
-    if getattr(text, "multi_query", False) and not getattr(
-        text, "new_decoder_architecture", False
-    ):  # GPT BigCode, Falcon
-        return 1, width
-    shared = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
-    return shared or num_heads, width
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        return 1, width  # GPT BigCode and the first Falcon
+    return getattr(text, "num_key_value_heads", None) or num_heads, width
 
 
 def the_one(found: set[int | None]) -> int | None:

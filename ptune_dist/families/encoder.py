@@ -28,6 +28,7 @@ REFUSED = {  # model type -> why
     "fnet": BESIDE,
     "nystromformer": BESIDE,
     "yoso": BESIDE,
+    "esmc": "cannot continue from input vectors",
     "esm": "scale token embeddings by what is masked in a row, which input vectors do not tell",
     "reformer": "draw random numbers in training mode, without which they have no gradient",
     "longformer": "choose global attention by token ids, which input vectors do not tell",

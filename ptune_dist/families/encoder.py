@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ptune_dist.base.architecture import model_types
 from ptune_dist.data.batches import Batch, Unit
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 from ptune_dist.data.framing import Framing, LabelTargets, NumberTargets, Targets
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family

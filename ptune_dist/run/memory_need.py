@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -63,8 +62,8 @@ class Workload:
 
     def longest_units(self) -> list[Unit]:
         """As many of the longest examples as a step has, each read by all members."""
-        longest = np.argsort(-self.rows.examples.lengths)[: self.batch_size]
-        return [(int(example), tuple(range(len(self.members)))) for example in longest]
+        longest = self.rows.examples.longest_rows(self.batch_size)
+        return [(example, tuple(range(len(self.members)))) for example in longest]
 
 
 def fit_micro_batch(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 FIRST_LINE_S = 3.0
 BETWEEN_LINES_S = 10.0
 BETWEEN_WAITS_S = 5.0
+BYTES_PER_GIB = 1 << 30
 
 
 @dataclass
@@ -17,6 +18,7 @@ class ProgressLine:
     what: str
     total: int
     is_shown: bool = True  # False on all ranks but the first
+    unit: str = ""  # "GiB": of `total` bytes
     done: int = 0
     between_s: float = BETWEEN_LINES_S
     _began: float = field(default_factory=lambda: time.monotonic())
@@ -35,7 +37,10 @@ class ProgressLine:
 
     def render(self, seconds: float) -> str:
         left_s = seconds * (self.total - self.done) / max(1, self.done)
-        return f"{self.what}: {self.done:,}/{self.total:,}, ETA {render_duration(left_s)}"
+        counts = f"{self.done:,}/{self.total:,}"
+        if self.unit == "GiB":
+            counts = f"{self.done / BYTES_PER_GIB:,.2f}/{self.total / BYTES_PER_GIB:,.2f} GiB"
+        return f"{self.what}: {counts}, ETA {render_duration(left_s)}"
 
 
 class WaitingLine:

@@ -7,12 +7,17 @@ from typing import Any
 FILE = Path(__file__).parent / "bases.json"
 CHECKS = {
     "loss": "loss",
+    "validate": "validates",
     "float32": "trains",
     "int8": "int8",
     "resume": "resumes",
     "export": "exports",
+    "evaluate": "evaluates",
     "generate": "answers",
+    "contexts": "contexts",
+    "prefix_tuning": "prefix tuning",
 }
+NEEDED = ("loss", "float32")  # without these an architecture is refused
 RESULTS = ("works", "works in part", "refused", "fails", "not tried")
 
 
@@ -23,7 +28,7 @@ def result_of(row: dict[str, Any]) -> str:
     found = [row[check]["result"] for check in CHECKS if check in row]
     if "fails" in found:
         return "fails"
-    if row["loss"]["result"] == "refused":
+    if any(row[check]["result"] == "refused" for check in NEEDED if check in row):
         return "refused"
     return "works in part" if "refused" in found else "works"
 

@@ -12,7 +12,7 @@ from tests.processes import ROOT, process_env
 PACKAGE = ROOT / "ptune_dist"
 # From the top. A module belongs to the longest entry that its name begins with; a layer imports itself and those below.
 LAYERS = [
-    ["cli", "cluster.__main__", "bench"],
+    ["cli", "cluster.__main__", "cluster.launch", "bench"],
     ["commands", "train"],
     ["evaluation", "cluster"],
     ["run", "cluster.node_check"],

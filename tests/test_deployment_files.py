@@ -20,7 +20,7 @@ import yaml
 from kubeflow_trainer_api import models
 
 from ptune_dist import __version__
-from ptune_dist.cluster.__main__ import parse
+from ptune_dist.cluster.launch import parse
 from ptune_dist.cluster.topology import find_topology
 from ptune_dist.cluster.torch_builds import BUILDS
 from ptune_dist.config.load import load_config

@@ -95,24 +95,33 @@ def layers_differ(shape: PretrainedConfig) -> bool:
 def heads_of_layers(shape: PretrainedConfig) -> set[tuple[int | None, int | None]]:
     """The numbers of key/value heads and the widths of a head that a base's layers have."""
     text = shape.get_text_config(decoder=True)
-    if getattr(text, "is_heterogeneous", False):
-        return {heads_of(layer) for layer in text.per_layer_config}
-    found = {heads_of(text)}
+    found = {heads_of(layer) for layer in shapes_of_layers(text)}
     if getattr(text, "swa_head_dim", None):  # Inkling's layers with a window
         found.add((text.swa_num_key_value_heads, text.swa_head_dim))
+    if text.model_type == "mimo_v2_flash":  # its layers with a window have twice as many
+        found |= {(2 * (num_heads or 0), width) for num_heads, width in found}
     return found
 
 
+def shapes_of_layers(text: PretrainedConfig) -> list[PretrainedConfig]:
+    """The shape of each layer, where they differ by transformers' `per_layer_config`; else the one of all layers."""
+    return list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+
+
+def setting_of(shape: PretrainedConfig, name: str) -> Any:
+    """A setting of all layers; None where there is none, or differing ones."""
+    values = [getattr(layer, name, None) for layer in shapes_of_layers(shape)]
+    return values[0] if all(value == values[0] for value in values) else None
+
+
 def heads_of(text: PretrainedConfig) -> tuple[int | None, int | None]:
+    """The number of key/value heads that are kept of a position, and the width of a head."""
     num_heads = getattr(text, "num_attention_heads", None)
     own = getattr(text, "head_dim", None)
     width = own or (text.hidden_size // num_heads if num_heads else None)
-    if getattr(text, "multi_query", False) and not getattr(
-        text, "new_decoder_architecture", False
-    ):  # GPT BigCode, Falcon
-        return 1, width
-    shared = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
-    return shared or num_heads, width
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        return 1, width  # GPT BigCode and the first Falcon
+    return getattr(text, "num_key_value_heads", None) or num_heads, width
 
 
 def the_one(found: set[int | None]) -> int | None:

@@ -6,7 +6,7 @@ Memory for all tensors is allocated before anything is read, so that temporary b
 import functools
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -32,9 +32,17 @@ def fill_whole(opened: OpenedBase, device: torch.device = CPU) -> PreTrainedMode
         return nn.Parameter(whole, requires_grad=False)
 
     model = place_parameters(opened, place, device)
+    line = loading_line(whole for whole, _ in unfilled)
     for whole, fill in unfilled:
         fill(0, whole.view(-1))
+        line.count(whole.nbytes)
     return model
+
+
+def loading_line(parts: Iterable[torch.Tensor]) -> ProgressLine:
+    """Progress of rank 0 in filling its parts of the base; counts bytes."""
+    is_shown = os.environ.get("RANK", "0") == "0"
+    return ProgressLine("loading weights", sum(part.nbytes for part in parts), is_shown, unit="GiB")
 
 
 def place_parameters(

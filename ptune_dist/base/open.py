@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -62,19 +63,19 @@ class OpenedBase:
         rows = torch.cat([self.weights.read_rows(stored, i, i + 1) for i in ids]).to(self.dtype)
         if isinstance(tokens, Int8Embedding):
             return rows.float()
-        few = cast(Any, copy.copy(tokens))  # its forward may do more than look up: Gemma scales
-        others = [leaf for leaf, parameter in tokens.named_parameters(recurse=False) if leaf != "weight"]
-        few._parameters = {leaf: self._read_whole(f"{name}.{leaf}") for leaf in others}
-        few._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+        few = cast(Any, copy.copy(tokens))  # its forward may do more than look up: Gemma scales, Inkling normalizes
         few.num_embeddings = len(ids)
         few.padding_idx = None
-        return few(torch.arange(len(ids))).float()
+        others = [leaf for leaf, _ in tokens.named_parameters() if leaf != "weight"]
+        values = {leaf: self._read_whole(f"{name}.{leaf}") for leaf in others} | {"weight": rows}
+        with torch.no_grad():
+            return functional_call(few, values, (torch.arange(len(ids)),)).float()
 
-    def _read_whole(self, name: str) -> nn.Parameter:
+    def _read_whole(self, name: str) -> torch.Tensor:
         """A small parameter beside the embeddings: T5Gemma 2 has one for the end of an image."""
         whole = torch.empty(self.model.get_parameter(name).shape, dtype=self.dtype)
         self.weights.read_flat(self.names[name], 0, whole.view(-1))
-        return nn.Parameter(whole, requires_grad=False)
+        return whole
 
 
 def open_base(

@@ -39,7 +39,7 @@ from ptune_dist.cluster.processes import leave  # noqa: E402
 from ptune_dist.config.load import load_config  # noqa: E402
 from ptune_dist.config.schema import Config  # noqa: E402
 from ptune_dist.data.build import build_split  # noqa: E402
-from ptune_dist.data.encode import Examples  # noqa: E402
+from ptune_dist.data.examples import Examples  # noqa: E402
 from ptune_dist.errors import UserError  # noqa: E402
 from ptune_dist.families.find import open_any  # noqa: E402
 from ptune_dist.prompts.build import build_prompt  # noqa: E402

@@ -58,6 +58,10 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "cpu_seconds": ("CPU seconds", "{:.1f}".format),
     "median_input_tokens": ("tokens of the median input", "{:.0f}".format),
     "median_answer_tokens": ("of the median answer", "{:.0f}".format),
+    "rows_per_s": ("rows/s", "{:,.0f}".format),
+    "rows_per_cpu_s": ("rows/s of a core", "{:,.0f}".format),
+    "of_tokenizer": ("of the tokenizer's", "{:.2f}".format),
+    "private_bytes_per_row": ("private bytes a row", "{:.2f}".format),
     "found_s": ("seconds until found", "{:.1f}".format),
     "steps_to_repeat": ("steps done again", "{:.0f}".format),
 }

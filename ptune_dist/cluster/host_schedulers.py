@@ -19,11 +19,12 @@ OWN_SETTINGS = "PTUNE_NUM_NODES, PTUNE_NODE_RANK and PTUNE_HEAD_ADDRESS"
 
 
 class Ranks(NamedTuple):
-    """The variables of one kind of mpiexec; `local_size` counts its processes on this host."""
+    """The variables of one kind of mpiexec; `local_size` counts its processes on this host, `num_hosts` its hosts."""
 
     rank: str
     size: str
     local_size: str
+    num_hosts: str = ""
 
 
 MPI_RANKS = (
@@ -31,7 +32,7 @@ MPI_RANKS = (
     Ranks("PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_SIZE"),  # HPE Cray
     Ranks("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),  # MVAPICH2
     Ranks("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_SIZE"),  # LSF's jsrun
-    Ranks("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_SIZE"),  # Flux sets no local size
+    Ranks("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_SIZE", "FLUX_JOB_NNODES"),  # Flux sets no local size
 )
 
 
@@ -107,6 +108,13 @@ def refuse_several_per_host(env: Environment, ranks: Ranks) -> None:
     count = env.find_number(ranks.local_size) or 1
     if count > 1:
         raise UserError(f"{ranks.local_size}={count} ({env.source}): start one process on each host, as with -ppn 1")
+    size = env.number(ranks.size, minimum=1)
+    num_hosts = env.find_number(ranks.num_hosts, minimum=1) if ranks.num_hosts else None
+    if num_hosts is not None and size > num_hosts:
+        raise UserError(
+            f"{ranks.size}={size} ({env.source}) on {num_hosts} hosts: start one process on each, as with "
+            f"-N{num_hosts} -n{num_hosts}"
+        )
 
 
 def read_host_file(env: Environment, variable: str, read_text: ReadText) -> list[str]:
@@ -130,13 +138,15 @@ def place_host(
 ) -> Placement:
     """The node that this host is. `number`: what the scheduler takes it for. Raises UserError."""
     ranks = find_ranks(env.variables)
-    if ranks is not None:
-        refuse_several_per_host(env, ranks)
-    found = [index for index, host in enumerate(hosts) if is_same_host(host_name, host)]
-    if len(found) == 1:
-        number = found[0]
+    found = find_host(host_name, hosts)
+    if found is not None:
+        number = found
     if len(hosts) == 1:
         number = 0
+    if ranks is not None:
+        refuse_several_per_host(env, ranks)
+        hosts = find_hosts_of_ranks(env, ranks, variable, hosts, number)
+        number = find_host(host_name, hosts) if found is not None else number
     if number is None or number >= len(hosts):
         shown = ", ".join(hosts[:5]) + (", ..." if len(hosts) > 5 else "")
         raise UserError(
@@ -152,3 +162,28 @@ def place_host(
         port=env.find_port("MASTER_PORT"),
         node_names=tuple(hosts),
     )
+
+
+def find_host(host_name: str, hosts: list[str]) -> int | None:
+    """Where a host stands in a list; None where it does not, or more than once."""
+    found = [index for index, host in enumerate(hosts) if is_same_host(host_name, host)]
+    return found[0] if len(found) == 1 else None
+
+
+def find_hosts_of_ranks(
+    env: Environment, ranks: Ranks, variable: str, hosts: list[str], number: int | None
+) -> list[str]:
+    """Those of a job's hosts that mpiexec uses. Raises UserError where that cannot be told.
+
+    They may be the first ones, or all after the first, on which LSF runs only the script that calls jsrun.
+    """
+    size = env.number(ranks.size, minimum=1)
+    if size == len(hosts):
+        return hosts
+    first = -1 if number is None else number - env.node_rank(ranks.rank, size)
+    if size > len(hosts) or first < 0 or first + size > len(hosts):
+        raise UserError(
+            f"{ranks.size}={size} ({env.source}), but {variable} lists {len(hosts)} hosts: start one process on each, "
+            f"or set {OWN_SETTINGS} on each node"
+        )
+    return hosts[first : first + size]

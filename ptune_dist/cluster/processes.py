@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from ptune_dist.common.interrupts import ignore_signals
+
 PR_SET_PDEATHSIG = 1  # prctl(2)
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: not safe between fork and exec
 
@@ -46,6 +48,7 @@ def leave(status: int) -> NoReturn:
     while Python cleans up, and a run that has finished would count as failed. In a process that is no rank, exit
     functions still run, to remove temporary files and end workers.
     """
+    ignore_signals()
     if "torch.distributed" in sys.modules:
         if "RANK" not in os.environ:
             atexit._run_exitfuncs()

@@ -7,7 +7,8 @@ Environments are tried from the most deliberate to the least:
 1. PTUNE_NODE_RANK: set for this launcher, by a person or by ssh.sh.
 2. SkyPilot, AWS Batch, Azure ML: they rent machines on which variables of another scheduler may be set as well.
 3. Kubeflow's PET_ variables, then a plain JobSet: pods have no Slurm, but Kubeflow Trainer's pods belong to a JobSet.
-4. Open MPI, then Slurm: mpirun inside an allocation leaves both, and only mpirun's ranks belong to this job.
+4. Open MPI, then Flux, then Slurm: mpirun or Flux inside an allocation leaves both, and Slurm's variables are then
+   those of the allocation's first node, on every node.
 5. NODE_RANK, with NNODES, MASTER_ADDR and MASTER_PORT: late, because batch scripts export them for all nodes alike.
 6. PBS, LSF, Grid Engine, which list hosts; then the ranks of other kinds of mpiexec.
 7. NNODES without NODE_RANK, which is a mistake unless it is 1.
@@ -44,8 +45,11 @@ from ptune_dist.cluster.schedulers import (
 )
 from ptune_dist.errors import UserError
 
-# What launchers that are not read here count: PyTorchJob without PET_ variables, Volcano, Cobalt, Horovod, PMI.
-COUNTS = ("WORLD_SIZE", "VC_WORKER_NUM", "COBALT_JOBSIZE", "HOROVOD_SIZE", "PMI_SIZE", "FLUX_JOB_NNODES", "NHOSTS")
+# What launchers that are not read here count: PyTorchJob without PET_ variables, Volcano, Cobalt, Horovod, SageMaker.
+COUNTS = (
+    *("WORLD_SIZE", "VC_WORKER_NUM", "COBALT_JOBSIZE", "HOROVOD_SIZE", "PMI_SIZE", "FLUX_JOB_NNODES", "NHOSTS"),
+    *("SM_HOSTS", "PALS_LOCAL_SIZE", "JSM_NAMESPACE_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"),
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,9 @@ def find_placement(variables: Variables, read_text: ReadText, host_name: str) ->
         return read_jobset(variables)
     if has_any("OMPI_COMM_WORLD_SIZE"):
         return read_openmpi(variables, read_text)
+    ranks = find_ranks(variables)
+    if ranks is not None and ranks.rank.startswith("FLUX_"):
+        return read_mpi(variables, ranks)
     if has_any("SLURM_JOB_ID"):
         return read_slurm(variables)
     if has_any("NODE_RANK"):
@@ -113,7 +120,6 @@ def find_placement(variables: Variables, read_text: ReadText, host_name: str) ->
         return read_lsf(variables, read_text, host_name)
     if has_any("PE_HOSTFILE") or ("JOB_ID" in variables and "NHOSTS" in variables):
         return read_grid_engine(variables, read_text, host_name)
-    ranks = find_ranks(variables)
     if ranks is not None:
         return read_mpi(variables, ranks)
     if has_any("PTUNE_NUM_NODES", "NNODES", "NUM_NODES"):
@@ -130,6 +136,8 @@ def refuse_uncounted_nodes(variables: Variables) -> None:
     env = Environment(variables, "environment")
     for name in COUNTS:
         value = env.find_text(name) or ""
+        if value.startswith("["):  # SageMaker's list of hosts
+            value = str(value.count(",") + 1)
         if value.isdecimal() and int(value) > 1:
             raise UserError(
                 f"{name}={value} ({env.source}), but no variable tells which node this is: set {OWN_SETTINGS} on each "

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from types import FrameType
 
 INTERRUPTED = 130
-LINES = {signal.SIGINT: b"interrupted: nothing was left to save\n", signal.SIGTERM: b"terminated: nothing to save\n"}
+LINES = {signal.SIGINT: "interrupted: nothing to save", signal.SIGTERM: "terminated: nothing to save"}
+SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
 _listening_pid = 0
 _last_acts: list[Callable[[], None]] = []
@@ -49,25 +50,32 @@ def end_by(number: int, _frame: FrameType | None) -> None:
     os.kill(os.getpid(), number)
 
 
-def end_interrupted() -> None:
+def ignore_signals() -> None:
+    """All is done and the status is known: a signal while Python cleans up must not change it."""
+    if os.getpid() == _listening_pid:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def end_interrupted(line: str = LINES[signal.SIGINT]) -> None:
     """End with status 130 and a line; returns only where `listen` was not called, as in a test."""
     if os.getpid() != _listening_pid:
         return
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not cut off the record of the first
+    ignore_signals()  # a second Ctrl-C must not cut off the record of the first
     try:
         for act in reversed(_last_acts):
             act()
     finally:
-        write_line(LINES[signal.SIGINT])
+        write_line(line)
         os._exit(INTERRUPTED)
 
 
-def write_line(line: bytes) -> None:
+def write_line(line: str) -> None:
     """A line on stderr, from rank 0 only, whatever state Python's own streams are in."""
     if os.environ.get("RANK", "0") != "0":
         return
+    begin = f"{SHOW_CURSOR}\n" if os.isatty(2) else ""  # after a bar, or the terminal's own ^C
     try:
-        os.write(2, line)
+        os.write(2, f"{begin}{line}\n".encode())
     except OSError:
         pass

@@ -1,11 +1,14 @@
 """Progress of what takes long: a line on stderr now and then, so that nothing is silent and stdout stays clean."""
 
+import os
 import sys
 import time
 from dataclasses import dataclass, field
 
 FIRST_LINE_S = 3.0
 BETWEEN_LINES_S = 10.0
+BETWEEN_WAITS_S = 5.0
+BYTES_PER_GIB = 1 << 30
 
 
 @dataclass
@@ -15,7 +18,9 @@ class ProgressLine:
     what: str
     total: int
     is_shown: bool = True  # False on all ranks but the first
+    unit: str = ""  # "GiB": of `total` bytes
     done: int = 0
+    between_s: float = BETWEEN_LINES_S
     _began: float = field(default_factory=lambda: time.monotonic())
     _next: float = field(init=False)
 
@@ -27,12 +32,37 @@ class ProgressLine:
         self.done = min(self.total, self.done + number)
         now = time.monotonic()
         if self.is_shown and now >= self._next and self.done < self.total:
-            self._next = now + BETWEEN_LINES_S
+            self._next = now + self.between_s
             print(self.render(now - self._began), file=sys.stderr, flush=True)
 
     def render(self, seconds: float) -> str:
         left_s = seconds * (self.total - self.done) / max(1, self.done)
-        return f"{self.what}: {self.done:,}/{self.total:,}, ETA {render_duration(left_s)}"
+        counts = f"{self.done:,}/{self.total:,}"
+        if self.unit == "GiB":
+            counts = f"{self.done / BYTES_PER_GIB:,.2f}/{self.total / BYTES_PER_GIB:,.2f} GiB"
+        return f"{self.what}: {counts}, ETA {render_duration(left_s)}"
+
+
+class WaitingLine:
+    """Prints `waiting for ...` and for how long, now and then, on the first rank of each node."""
+
+    def __init__(self, what: str):
+        self._what = what
+        self._began = time.monotonic()
+        self._next = self._began + FIRST_LINE_S
+
+    def show(self) -> None:
+        """To be called while the wait lasts."""
+        now = time.monotonic()
+        if is_first_here() and now >= self._next:
+            self._next = now + BETWEEN_WAITS_S
+            waited = render_duration(now - self._began)
+            print(f"waiting for {self._what}: {waited} so far", file=sys.stderr, flush=True)
+
+
+def is_first_here() -> bool:
+    """Whether this is the first rank of its node (by torchrun's variable), or no rank."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def render_duration(seconds: float) -> str:

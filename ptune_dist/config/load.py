@@ -9,13 +9,19 @@ import yaml
 from pydantic import ValidationError
 
 from ptune_dist.config.deepspeed_json import find_preset
-from ptune_dist.config.messages import describe_first_error, describe_validation_error, find_key, name_place, text_keys
+from ptune_dist.config.messages import (
+    MAX_MESSAGE,
+    describe_first_error,
+    describe_validation_error,
+    find_key,
+    name_place,
+    text_keys,
+)
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import map_paths, render_members, sweep_keys
 from ptune_dist.config.yaml_file import apply_override, read_yaml
 from ptune_dist.errors import UserError
 
-MAX_MESSAGE = 1000
 Resolve = Callable[[Config], Config]
 
 
@@ -53,7 +59,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Res
     try:
         resolved = resolve_outside_sweep(config, resolve) if resolve else config
     except ValueError as error:
-        what = str(error)[:MAX_MESSAGE]  # which may hold a value of any length
+        what = str(error)[:MAX_MESSAGE]
         raise UserError(f"{name_place(find_key(what), path, overrides)}: {what}") from None
     check_members(resolved, name_place("sweep", path, overrides), resolve)
     return resolved

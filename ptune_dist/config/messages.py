@@ -21,6 +21,7 @@ PLAIN_WORDS = {
     "string_type": "a text is needed; put it in quotes where it looks like something else",
 }
 MAX_SHOWN = 100  # characters of a wrong value
+MAX_MESSAGE = 1000  # which may hold a value of any length
 
 
 def describe_validation_error(error: ValidationError, path: str | Path, overrides: Sequence[str]) -> str:
@@ -61,7 +62,7 @@ def describe_first_error(
         return key, describe_unknown_key(key, known_keys(section, prefix))
     if first["type"] == "missing":
         return key, f"{key} is missing"
-    message = PLAIN_WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    message = PLAIN_WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")[:MAX_MESSAGE]
     if first["type"] == "string_type" and first["input"] is None:
         message = "a text is needed, and none is given; put null or ~ in quotes where that is the text"
     if first["type"] == "string_type" and isinstance(first["input"], dict):

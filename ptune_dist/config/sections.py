@@ -134,7 +134,11 @@ class CsvConfig(Section):
         if self.header is False or self.header == []:
             raise ValueError("data.csv.header: name the columns in a list, or leave it out")
         try:
-            b"".decode(self.encoding or "utf-8")
+            b"a".decode(self.encoding or "utf-8")  # nothing is looked up for an empty text
         except LookupError:
             raise ValueError(f"data.csv.encoding: Python knows no text encoding {self.encoding!r}") from None
+        except UnicodeDecodeError:  # one letter is half a character in UTF-16
+            pass
+        except ValueError as error:
+            raise ValueError(f"data.csv.encoding: {error}") from None
         return self

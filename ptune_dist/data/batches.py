@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 from ptune_dist.data.label_tree import LabelTree
 
 # an example and the members of the sweep that read it

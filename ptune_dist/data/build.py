@@ -2,15 +2,26 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ptune_dist.common.progress_line import ProgressLine
 from ptune_dist.config.schema import DataConfig
+from ptune_dist.data.cache_entry import where_of
 from ptune_dist.data.candidates import CandidateInput, Candidates, build_candidates
 from ptune_dist.data.delimited import CsvDialect
-from ptune_dist.data.encode import Encoding, Examples, TokenPair, encode_inputs, encode_rows, encode_text_blocks
+from ptune_dist.data.encode import (
+    Encoding,
+    TokenPair,
+    cut_blocks,
+    encode_chunk,
+    encode_inputs,
+    encode_rows,
+    join_lines,
+)
+from ptune_dist.data.examples import Examples, Part, join_parts
 from ptune_dist.data.label_names import describe_unlisted
 from ptune_dist.data.sources import Rows, load_rows
 from ptune_dist.data.template import (
@@ -23,7 +34,7 @@ from ptune_dist.data.template import (
     name_nearest,
 )
 from ptune_dist.data.token_cache import open_cache
-from ptune_dist.data.workers import encode_by_all_cores
+from ptune_dist.data.workers import REPORT_S, encode_by_all_cores, map_by_all_cores
 from ptune_dist.errors import UserError
 
 PLAIN_TEXT = compile_template("{{ text[:-1] if text[-1:] == '\\n' else text }}", key=TEMPLATE_KEY)
@@ -51,28 +62,35 @@ def build_split(data: DataConfig, encoding: Encoding, *, which: str, max_example
         rows = load_rows(source, key=f"data.{which}", default_split=which, csv=csv_dialect(data))
         return rows.first(max_examples) if max_examples else rows
 
+    def encode(rows: Rows) -> Generator[Part, None, None]:
+        return encode_split(data, rows, encoding, which)
+
     cache = open_cache(data, encoding, source, which, max_examples)
-    if cache is None:
-        return encode_split(data, load(), encoding, which)
-    rows, examples = cache.get(load, lambda rows: encode_split(data, rows, encoding, which).examples)
-    return Split(rows, examples)
+    if cache is not None:
+        return Split(*cache.get(load, encode))
+    rows = load()
+    return Split(rows, join_parts(encode(rows), where_of(rows)))
 
 
-def encode_split(data: DataConfig, rows: Rows, encoding: Encoding, which: str) -> Split:
-    """The token ids of rows. Raises UserError."""
+def encode_split(data: DataConfig, rows: Rows, encoding: Encoding, which: str) -> Generator[Part, None, None]:
+    """The token ids of rows, in parts. Raises UserError."""
     if rows.kind != "text":
-        return Split(rows, encode_with_templates(data, rows, encoding))
+        yield from encode_with_templates(data, rows, encoding)
+        return
     if not encoding.framing.reads_plain_text:
         raise UserError(f"data.{which}: {rows.name} is plain text, which only a causal base can be trained on")
     if encoding.placement == "template":
         raise UserError(f"data.{which}: {rows.name} is plain text, which has no template for {{{{ prompt }}}}")
-    most = encoding.num_embeddings
-    return Split(
-        rows, encode_text_blocks(rows, encoding.tokenizer, max_length=encoding.max_length, num_embeddings=most)
+    encode = functools.partial(
+        encode_chunk, name=rows.name, tokenizer=encoding.tokenizer, num_embeddings=encoding.num_embeddings
     )
+    progress = ProgressLine(f"tokenizing lines of {rows.name}", len(rows), between_s=REPORT_S)
+    chunks = join_lines(rows, progress.count)
+    pieces = map_by_all_cores(encode, chunks, num_rows=len(rows))
+    yield from cut_blocks(pieces, encoding.max_length, rows.name)
 
 
-def encode_with_templates(data: DataConfig, rows: Rows, encoding: Encoding) -> Examples:
+def encode_with_templates(data: DataConfig, rows: Rows, encoding: Encoding) -> Iterator[Part]:
     template, target = build_templates(data, encoding.placement)
     check_template_columns(template, rows)
     check_columns(target, list(rows.columns()), key=TARGET_KEY, source_name=rows.name)

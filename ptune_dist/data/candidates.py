@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ptune_dist.data.batches import Batch, Unit, collate
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 from ptune_dist.data.label_tree import LabelTree, build_label_tree
 
 

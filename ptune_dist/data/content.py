@@ -161,11 +161,13 @@ def recode(plain: IO[bytes], encoding: str, name: str) -> IO[bytes]:
     plain.seek(0)
     while True:
         chunk = plain.read(_CHUNK)
+        _, state = decoder.getstate()  # the order of bytes, say
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeError as error:
-            good = error.object[: error.start].decode(encoding) if isinstance(error, UnicodeDecodeError) else ""
-            line += good.count("\n")
+            if isinstance(error, UnicodeDecodeError):
+                decoder.setstate((b"", state))
+                line += decoder.decode(error.object[: error.start]).count("\n")
             raise UserError(f"{name} line {line}: these bytes are not {encoding} text (data.csv.encoding)") from None
         line += text.count("\n")
         target.write(text.encode("utf-8", "surrogatepass"))

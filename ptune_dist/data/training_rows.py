@@ -6,7 +6,7 @@ import numpy as np
 
 from ptune_dist.data.batches import Unit, join_readers, step_examples
 from ptune_dist.data.build import Split
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 
 
 class TrainingRows:

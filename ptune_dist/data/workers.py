@@ -1,23 +1,23 @@
-"""Encode rows by all cores: processes that are forked, each with a range of rows at a time.
+"""Encode rows by all cores: processes that are forked, each with a part of the rows at a time.
 
 A forked process has the rows, the tokenizer and the compiled templates without reading or importing anything again, and
 returns arrays. Elsewhere than on Linux, and where there are few rows, this process does it alone.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-
-import numpy as np
+from typing import Any, TypeVar
 
 from ptune_dist.cluster.processes import signal_on_parent_death
-from ptune_dist.data.encode import Examples
+from ptune_dist.common.progress_line import ProgressLine
+from ptune_dist.data.examples import Examples, Part, part_of
 from ptune_dist.data.sources import Rows
 from ptune_dist.errors import RunFault
 
@@ -25,30 +25,54 @@ CHUNK_ROWS = 5_000
 FEWEST_ROWS = 20_000  # fewer take less time than starting processes
 REPORT_S = 5.0
 
+T = TypeVar("T")
 Encode = Callable[..., Examples]  # takes first_row and end_row
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 
-_encode: list[Encode] = []  # of the forked processes, which inherit it
+_function: list[Callable[[Any], Any]] = []  # of the forked processes, which inherit it
 
 
-def encode_by_all_cores(rows: Rows, encode: Encode) -> Examples:
-    """All rows' examples, as `encode` makes them of a range. Raises UserError of the first row that has a mistake."""
+def encode_by_all_cores(rows: Rows, encode: Encode) -> Iterator[Part]:
+    """All rows' examples in parts, as `encode` makes them of a range, in order.
+
+    Raises UserError of the first row that has a mistake.
+    """
+    ranges = [(first, min(len(rows), first + CHUNK_ROWS)) for first in range(0, len(rows), CHUNK_ROWS)]
+    progress = ProgressLine(f"tokenizing rows of {rows.name}", len(rows), between_s=REPORT_S)
+
+    def encode_range(bounds: tuple[int, int]) -> Part:
+        return part_of(encode(first_row=bounds[0], end_row=bounds[1]))
+
+    for part in map_by_all_cores(encode_range, ranges, num_rows=len(rows)):
+        progress.count(len(part.lengths))
+        yield part
+
+
+def map_by_all_cores(function: Callable[[Any], T], items: Iterable[Any], *, num_rows: int) -> Iterator[T]:
+    """`function` of each item, in order, computed by all cores where there are many rows; items go to them by pipes.
+
+    Few items are computed ahead, so that memory does not grow with their number. Raises what `function` raises first.
+    """
     num_workers = count_cores()
-    if len(rows) < FEWEST_ROWS or num_workers < 2 or sys.platform != "linux" or _encode:
-        return encode()
-    parts = list(encode_ranges(len(rows), encode, num_workers))
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(np.concatenate([part[1] for part in parts]), out=offsets[1:])
-    numbers = [part[5] for part in parts if part[5] is not None]
-    return Examples(
-        ids=np.concatenate([part[0] for part in parts]),
-        offsets=offsets,
-        num_targets=np.concatenate([part[2] for part in parts]),
-        is_truncated=np.concatenate([part[3] for part in parts]),
-        where=rows.where,
-        num_context=np.concatenate([part[4] for part in parts]),
-        numbers=np.concatenate(numbers) if numbers else None,
-    )
+    if num_rows < FEWEST_ROWS or num_workers < 2 or sys.platform != "linux" or _function:
+        yield from map(function, items)
+        return
+    _function.append(function)
+    pending: deque[Future[T]] = deque()
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("fork"), initializer=begin_worker)
+    try:
+        for item in items:
+            pending.append(pool.submit(call, item))
+            if len(pending) >= 2 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise RunFault(
+            "a process that tokenizes rows was killed: is there enough memory for one on each core?"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        _function.clear()
 
 
 def count_cores() -> int:
@@ -56,61 +80,14 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def encode_ranges(num_rows: int, encode: Encode, num_workers: int) -> Iterator[Arrays]:
-    """The arrays of each range of rows, in order."""
-    _encode.append(encode)
-    pending: deque[tuple[int, Future[Arrays]]] = deque()
-    ranges = iter(range(0, num_rows, CHUNK_ROWS))
-    report = Report(num_rows)
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("fork"), initializer=begin_worker)
-    try:
-        while True:
-            while len(pending) < 2 * num_workers:
-                first = next(ranges, None)
-                if first is None:
-                    break
-                end = min(num_rows, first + CHUNK_ROWS)
-                pending.append((end, pool.submit(encode_range, first, end)))
-            if not pending:
-                return
-            end, future = pending.popleft()
-            yield future.result()
-            report(end)
-    except BrokenProcessPool:
-        raise RunFault(
-            "a process that tokenizes rows was killed: is there enough memory for one on each core?"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        _encode.clear()
-
-
 def begin_worker() -> None:
-    """Leave signals to the parent, and end with it."""
+    """Leave signals to the parent, end with it, and touch as little of what is shared with it as possible."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal_on_parent_death(signal.SIGKILL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()
 
 
-def encode_range(first: int, end: int) -> Arrays:
-    found = _encode[0](first_row=first, end_row=end)
-    lengths = found.lengths.astype(np.int32)
-    return found.ids, lengths, found.num_targets, found.is_truncated, found.num_context, found.numbers
-
-
-class Report:
-    """A line every few seconds: how many rows are done, and how long the rest will take."""
-
-    def __init__(self, num_rows: int):
-        self._num_rows = num_rows
-        self._began = time.monotonic()
-        self._last = self._began
-
-    def __call__(self, num_done: int) -> None:
-        now = time.monotonic()
-        if now - self._last < REPORT_S:
-            return
-        self._last = now
-        left_s = (now - self._began) * (self._num_rows - num_done) / num_done
-        print(f"tokenizing: {num_done:,} of {self._num_rows:,} rows, {left_s:.0f} s left", file=sys.stderr, flush=True)
+def call(item: Any) -> Any:
+    return _function[0](item)

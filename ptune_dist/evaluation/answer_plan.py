@@ -22,7 +22,8 @@ WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")  # names tha
 SCALED_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that depend on the longest row of a batch
 # Architectures of transformers that read padding as any token; RWKV also mixes up the states of the rows of a batch.
 ANSWER_ALONE = ("rwkv", "trocr", "xlstm")
-COMPRESSES_BLOCKS = ("deepseek_v4",)
+# Architectures that count positions with the padding: for their embeddings, or to compress blocks of them.
+COUNTS_PADDING = ("deepseek_v4", "git")
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,13 @@ def room_for_answer(model: PromptedModel, length: int, num_virtual: int) -> int:
 def sees_padding(model: PromptedModel, member: int) -> bool:
     """Whether padding would change a row's answer, so that only rows of one length may share a batch.
 
-    It changes rotary embeddings that are scaled to the longest row, and where blocks of positions begin that are
-    compressed to one. It also stands between keys and values that are
+    It changes rotary embeddings that are scaled to the longest row. It also stands between keys and values that are
     read first and the row's text, which matters where distances are counted with padding: local attention, MPT's ALiBi.
     """
     if rope_types(model.base) & set(SCALED_BY_LENGTH):
         return True
     shape = model.base.config.get_text_config(decoder=True)
-    if shape.model_type in COMPRESSES_BLOCKS:
+    if shape.model_type in COUNTS_PADDING:
         return True
     counts_padding = shape.model_type == "mpt" or any(getattr(shape, name, None) for name in WINDOWS)
     return counts_padding and not model.prompt(member).stands_in_sequence

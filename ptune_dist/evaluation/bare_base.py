@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.prompts.method import Contribution, Method

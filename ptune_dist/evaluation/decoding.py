@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ptune_dist.data.batches import Batch, idle_batch
-from ptune_dist.data.encode import TokenPair, count_equal
+from ptune_dist.data.encode import TokenPair
+from ptune_dist.data.examples import count_equal
 from ptune_dist.distributed.world import World, gather_from_ranks, max_over_ranks
 from ptune_dist.evaluation.sampling import Chooser
 from ptune_dist.model.decode import Decoder

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ptune_dist.config.schema import Config
 from ptune_dist.data.build import Split, build_label_candidates
 from ptune_dist.data.candidates import Candidates
-from ptune_dist.data.encode import longest_answer
+from ptune_dist.data.examples import longest_answer
 from ptune_dist.data.framing import decode
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import DEFAULT_NEW_TOKENS, Decoding

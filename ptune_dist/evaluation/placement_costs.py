@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config
 from ptune_dist.config.sweep import expand_sweep
-from ptune_dist.data.encode import Examples, count_equal
+from ptune_dist.data.examples import Examples, count_equal
 from ptune_dist.families.family import Family
 
 GIB = 1 << 30

@@ -10,7 +10,8 @@ import numpy as np
 
 from ptune_dist.config.schema import Config
 from ptune_dist.data.build import Split, build_templates
-from ptune_dist.data.encode import Encoding, Examples
+from ptune_dist.data.encode import Encoding
+from ptune_dist.data.examples import Examples
 from ptune_dist.data.framing import tokenize
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.template import MARKER, Template, find_absent, name_nearest, render_batches

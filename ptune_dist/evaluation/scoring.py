@@ -13,7 +13,7 @@ import numpy as np
 from ptune_dist.common.progress_line import ProgressLine
 from ptune_dist.data.batches import Unit, collate
 from ptune_dist.data.candidates import Candidates
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 from ptune_dist.distributed.world import gather_from_ranks
 from ptune_dist.zero.engine import Engine
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ptune_dist.config.schema import PromptConfig
 from ptune_dist.data.build import Split, build_split
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator

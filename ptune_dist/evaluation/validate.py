@@ -16,7 +16,8 @@ from ptune_dist.base.open import OpenedBase
 from ptune_dist.config.load import render_config
 from ptune_dist.config.schema import Config
 from ptune_dist.data.build import Split
-from ptune_dist.data.encode import Encoding, token_statistics
+from ptune_dist.data.encode import Encoding
+from ptune_dist.data.examples import token_statistics
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.placement_costs import describe_cache, describe_choice, render_costs
 from ptune_dist.evaluation.row_warnings import find_warnings

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ptune_dist.base.layers import head_width, keys_values_width, layers_differ
 from ptune_dist.data.batches import Batch, Unit
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 from ptune_dist.data.framing import Framing
 from ptune_dist.errors import UserError
 from ptune_dist.families.causal_padded import PaddedCausal, keeps_keys

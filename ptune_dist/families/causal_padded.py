@@ -138,7 +138,8 @@ class PaddedCausal(PromptedModel):
     @property
     def inner(self) -> nn.Module:
         """The base without its head."""
-        return getattr(self.base, self.base.base_model_prefix)
+        found = getattr(self.base, self.base.base_model_prefix, None)
+        return found if found is not None else self.base.get_decoder()  # Llama 4's prefix is that of the whole model's
 
     # ------------------------------------------------------------- answers
 

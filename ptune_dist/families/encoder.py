@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ptune_dist.base.architecture import model_types
 from ptune_dist.data.batches import Batch, Unit
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 from ptune_dist.data.framing import Framing, LabelTargets, NumberTargets, Targets
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
@@ -28,6 +28,7 @@ REFUSED = {  # model type -> why
     "fnet": BESIDE,
     "nystromformer": BESIDE,
     "yoso": BESIDE,
+    "esmc": "cannot continue from input vectors",
     "esm": "scale token embeddings by what is masked in a row, which input vectors do not tell",
     "reformer": "draw random numbers in training mode, without which they have no gradient",
     "longformer": "choose global attention by token ids, which input vectors do not tell",

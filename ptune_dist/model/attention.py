@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ptune_dist.base.layers import setting_of
 from ptune_dist.model.attention_calls import hands_on
 from ptune_dist.model.attention_products import attend_by_products, most_keys_by_products
 
@@ -96,7 +97,7 @@ def window_of(module: Any) -> int | None:
         return None  # EXAONE 4's layers name the window whether they have it or not
     own = getattr(module, WINDOW, None)
     if own is None and masks_windows(type(module)):
-        return getattr(settings, WINDOW, None)
+        return setting_of(settings, WINDOW) if settings is not None else None
     return own
 
 
@@ -115,8 +116,11 @@ def windows_of(model: nn.Module) -> set[int | None]:
 @contextmanager
 def narrow_windows(model: nn.Module, width: int) -> Iterator[None]:
     """All sliding windows that are wider have a width of so many positions: short rows tell where they are."""
-    configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
-    owners = [*model.modules(), *configs.values()]
+    configs = {
+        id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PretrainedConfig)
+    }
+    uniform = [config for config in configs.values() if setting_of(config, WINDOW) is not None]
+    owners = [*model.modules(), *uniform]
     wide = [owner for owner in owners if isinstance(getattr(owner, WINDOW, None), int) and owner.sliding_window > width]
     if any(isinstance(inspect.getattr_static(type(owner), WINDOW, None), property) for owner in wide):
         wide = []  # it follows from other settings

@@ -8,6 +8,7 @@ is done side by side; the gradients of the copies are added up.
 Shapes: X positions given from outside, N live positions, C copies, P places of one copy of all copied runs.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -40,51 +41,43 @@ def copy_shared(segments: Sequence[Segment], outside_lengths: Sequence[int], blo
     unchanged = Copied(list(segments), list(outside_lengths), np.zeros((0, 0)))
     if not READERS_OF_COPY or len({segment.member for segment in segments}) > 1:
         return unchanged
-    copy_of = {run: split_readers(segments, numbers, run[1], block) for run, numbers in find_readers(*unchanged[:2])}
-    copy_of = {run: copies for run, copies in copy_of.items() if max(copies.values(), default=0) > 0}
-    if not copy_of:
+    starts = [0, *itertools.accumulate(outside_lengths)]
+    runs = [find_runs(segment, starts) for segment in segments]
+    readers: dict[Run, list[int]] = defaultdict(list)
+    for number, some in enumerate(runs):
+        for run in some:
+            readers[run].append(number)
+    copies = {run: split_readers(segments, some, run[1], block) for run, some in readers.items() if run[1]}
+    copied = {run: copy_of for run, copy_of in copies.items() if max(copy_of.values()) > 0}
+    if not copied:
         return unchanged
-    num_copies = 1 + max(max(copies.values()) for copies in copy_of.values())
-    width = block * max(-(-length // block) for _, length in copy_of)
-    take = np.concatenate([first + np.minimum(np.arange(width), length - 1) for first, length in copy_of])
-    lengths = [part for _, length in copy_of for part in (length, width - length)] * num_copies
-    starts = np.concatenate([[0], np.cumsum(outside_lengths, dtype=np.int64)])
-
-    def read_copies(number: int, segment: Segment) -> Segment:
-        def part_of(place: int, run: Run) -> int | None:
-            copy = copy_of.get(run, {}).get(number)
-            return None if copy is None else 2 * (copy * len(copy_of) + place)
-
-        places = {run: place for place, run in enumerate(copy_of)}
-        contexts: list[int] = []
-        for context in segment.contexts:
-            run = (int(starts[context]), outside_lengths[context])
-            part = part_of(places.get(run, 0), run)
-            contexts.append(len(lengths) + context if part is None else part)
-        parents = segment.parents
-        if parents:
-            run = (int(starts[-1]) + parents[0][0], parents[0][1])
-            part = part_of(places.get(run, 0), run)
-            if part is not None:
-                contexts.append(part)
-                parents = parents[1:]
-        return segment._replace(contexts=tuple(contexts), parents=parents)
-
-    changed = [read_copies(number, segment) for number, segment in enumerate(segments)]
+    num_copies = 1 + max(max(copy_of.values()) for copy_of in copied.values())
+    width = block * max(-(-length // block) for _, length in copied)
+    take = np.concatenate([first + np.minimum(np.arange(width), length - 1) for first, length in copied])
+    # Each copy of a run is a part from outside, and so is its padding, which nothing reads.
+    lengths = [part for _, length in copied for part in (length, width - length)] * num_copies
+    changed = []
+    for number, segment in enumerate(segments):
+        places = [(place, run) for place, run in enumerate(copied) if number in copied[run]]
+        parts = {run: 2 * (copied[run][number] * len(copied) + place) for place, run in places}
+        changed.append(read_copies(segment, runs[number], parts, len(lengths)))
     return Copied(changed, [*lengths, *outside_lengths], np.tile(take, (num_copies, 1)))
 
 
-def find_readers(segments: Sequence[Segment], outside_lengths: Sequence[int]) -> list[tuple[Run, list[int]]]:
-    """Runs that may be copied, with the numbers of the segments that read them: contexts, and a first parent."""
-    starts = np.concatenate([[0], np.cumsum(outside_lengths, dtype=np.int64)])
-    readers: dict[Run, list[int]] = defaultdict(list)
-    for number, segment in enumerate(segments):
-        runs = [(int(starts[context]), outside_lengths[context]) for context in segment.contexts]
-        runs += [(int(starts[-1]) + start, length) for start, length in segment.parents[:1]]
-        for run in runs:
-            if run[1]:
-                readers[run].append(number)
-    return list(readers.items())
+def find_runs(segment: Segment, starts: Sequence[int]) -> list[Run]:
+    """What may be copied of all that a segment reads: its contexts and its first parent. `starts`: of the contexts."""
+    runs = [(starts[context], starts[context + 1] - starts[context]) for context in segment.contexts]
+    return runs + [(starts[-1] + first, length) for first, length in segment.parents[:1]]
+
+
+def read_copies(segment: Segment, runs: list[Run], parts: dict[Run, int], num_parts: int) -> Segment:
+    """The segment with copies in place of `runs`. `parts`: the numbers of those; other contexts follow `num_parts`."""
+    contexts = [parts.get(run, num_parts + context) for run, context in zip(runs, segment.contexts, strict=False)]
+    parents = segment.parents
+    if parents and runs[-1] in parts:
+        contexts.append(parts[runs[-1]])
+        parents = parents[1:]
+    return Segment(segment.start, segment.length, tuple(contexts), parents, segment.offset, segment.member)
 
 
 def split_readers(segments: Sequence[Segment], numbers: list[int], length: int, block: int) -> dict[int, int]:

@@ -15,6 +15,9 @@ from transformers.cache_utils import Cache
 
 from ptune_dist.model.attention import KeysValues
 
+# Kinds of layers that keep something else than keys and values, or something beside them.
+STATES = {"conv", "indexed_attention", "linear_attention", "mamba", "recurrent"}
+
 
 class GivenCache(Cache):
     """Prepends given keys/values [B, G, C, D] to those of every layer; `record` collects the computed ones instead."""
@@ -64,7 +67,8 @@ class GivenCache(Cache):
 
 def keeps_more(base: PreTrainedModel) -> bool:
     """Whether a base keeps states beside keys and values, which cannot be given back."""
-    return base._is_stateful
+    kinds = getattr(base.config.get_text_config(decoder=True), "layer_types", None) or ()
+    return base._is_stateful or bool(STATES & set(kinds))
 
 
 def pad_contexts(held: list[KeysValues]) -> list[tuple[torch.Tensor, torch.Tensor]]:

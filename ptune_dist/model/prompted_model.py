@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ptune_dist.base.trained_head import trained_parameters
 from ptune_dist.data.batches import Batch, Unit, pad_rows
-from ptune_dist.data.encode import Examples, TokenPair
+from ptune_dist.data.encode import TokenPair
+from ptune_dist.data.examples import Examples
 from ptune_dist.distributed.world import to_device
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.decode import Decoder

@@ -5,6 +5,7 @@ prompt would be trained on silently different numbers. So two short rows go thro
 are real tokens' embeddings, and through the base's own forward, one by one.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,14 +16,14 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from ptune_dist.base.layers import max_positions
+from ptune_dist.base.layers import layers_of, max_positions
 from ptune_dist.base.open import OpenedBase
 from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config
 from ptune_dist.data.batches import Batch
 from ptune_dist.distributed.world import World, together
 from ptune_dist.errors import UserError
 from ptune_dist.model.attention import KeysValues, narrow_windows
-from ptune_dist.model.prompted_model import Contexts, PromptedModel
+from ptune_dist.model.prompted_model import Contexts, PromptedModel, contributions_in_eval, keys_values_of
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.build import find_method
 from ptune_dist.prompts.prompt_tuning import PromptTuning
@@ -33,9 +34,9 @@ NUM_VIRTUAL = 4
 LENGTHS = [(3, 3, 4), (5, 6, 6)]  # of each row: context, rest, target; without contexts they belong to the rest
 WINDOW = 5  # a sliding window of so many positions, so that short rows tell where it is
 SEED = 0
-# Of the largest output. Tiny bases of many architectures and SmolLM2's shape differ by up to 2e-7 in float32, 1.3e-3 in
-# bfloat16 and 2.7e-3 in fp8; deep bases round more often, and wrong inputs differ by more.
-TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.005}
+# Of the largest output. Each layer rounds what it adds, so errors grow with the square root of their number. Tiny bases
+# of many architectures and SmolLM2's shape differ by up to 2e-7 in float32, 1.3e-3 in bfloat16 and 2.7e-3 in fp8.
+LEAST_TOLERANCE = 1e-4  # products in float32 may be computed in TF32
 TOLERANCE_OF_8_BITS = 0.03  # of inputs too: what is rounded may depend on the rows beside
 
 
@@ -109,7 +110,7 @@ def compare(engine: Engine, probe: Probe, config: Config) -> None:
     for what, ours, plain in found:
         difference = (ours - plain).abs().nan_to_num(nan=torch.inf)
         difference[ours.isnan() & plain.isnan()] = 0  # training itself says what is not a number
-        allowed = find_tolerance(config) * plain.abs().nan_to_num().max().item()
+        allowed = find_tolerance(config, len(layers_of(engine.model.base))) * plain.abs().nan_to_num().max().item()
         worst = int(difference.argmax())
         if difference[worst] > allowed:
             numbers = f"{ours[worst]:.6g} in ptune-dist's pass and {plain[worst]:.6g} in its own"
@@ -124,6 +125,7 @@ def run_both(model: PromptedModel, probe: Probe) -> list[tuple[str, torch.Tensor
 
     Leaves the model with a prompt of its own: see `restored`.
     """
+    prefixes = [keys_values_of(contribution) for contribution in contributions_in_eval(list(model.members()))]
     embeddings = model.base.get_decoder().get_input_embeddings() if probe.placement == "decoder" else None
     vectors = model.embed_tokens(probe.virtual, embeddings)
     model.prompts = nn.ModuleList([PromptTuning(vectors)])
@@ -135,11 +137,29 @@ def run_both(model: PromptedModel, probe: Probe) -> list[tuple[str, torch.Tensor
     batch = probe.batch
     if any(map(len, batch.contexts)):
         held = model.read_contexts(Contexts(batch.contexts, batch.pad_id))
+        for prefix in filter(None, prefixes):
+            check_prefix(prefix, held[0], model.base.config.model_type)
         batch = batch.with_held([(KeysValues(*some) if len(some) == 2 else some[0],) for some in held])
     found = [("an output", model.outputs(batch), model.plain_outputs(probe.batch, probe.virtual))]
     if probe.placement != "decoder":
         found.append(("an embedding", probe.vectors, vectors))
     return [(what, one.float().cpu().flatten(), other.float().cpu().flatten()) for what, one, other in found]
+
+
+def check_prefix(prefix: KeysValues, held: tuple[torch.Tensor, ...], kind: str) -> None:
+    """Raise UserError where a base's layers keep keys and values [L, C, G, D] of other sizes than a prompt's."""
+    sizes = [(part.shape[0], *part.shape[2:]) for part in held]
+    own = [(part.shape[0], *part.shape[2:]) for part in prefix]
+    if sizes != own:
+        raise UserError(
+            f"prompt.method: prefix_tuning has keys and values of {describe_sizes(own)}, and {kind} models keep "
+            f"{describe_sizes(sizes)}: choose another method"
+        )
+
+
+def describe_sizes(sizes: list[tuple[int, ...]]) -> str:
+    (num_layers, num_heads, width), (_, _, value_width) = sizes
+    return f"{num_layers} layers x {num_heads} heads x {width} and {value_width} numbers"
 
 
 @contextmanager
@@ -155,8 +175,8 @@ def restored(model: PromptedModel) -> Iterator[None]:
         model.train(model.training)
 
 
-def find_tolerance(config: Config) -> float:
+def find_tolerance(config: Config, num_layers: int) -> float:
     """How far outputs may be apart for rounding alone."""
-    tolerance = TOLERANCES[config.model.dtype]
+    rounding = torch.finfo(getattr(torch, config.model.dtype)).eps * math.sqrt(num_layers)
     rounds_inputs = config.model.quantization == "fp8" or config.model.int8_activations
-    return max(tolerance, TOLERANCE_OF_8_BITS) if rounds_inputs else tolerance
+    return max(rounding, TOLERANCE_OF_8_BITS if rounds_inputs else LEAST_TOLERANCE)

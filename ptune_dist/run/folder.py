@@ -59,7 +59,11 @@ MISTAKES = {
 def read_run_config(run_dir: Path, overrides: Sequence[str] = (), *, resolve: Resolve | None = None) -> Config:
     """The config of a run, with overrides; `resolve` as for `load_config`. Raises UserError."""
     file = run_dir / "config.yaml"
-    if not wait_to_see(file):
+    try:
+        is_run = wait_to_see(file)
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{run_dir}: {error.strerror}") from None
+    if not is_run:
         if not run_dir.exists():
             raise UserError(f"{run_dir}: there is no such folder: give the output_dir of a run")
         if run_dir.is_file():

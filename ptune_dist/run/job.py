@@ -31,7 +31,7 @@ from ptune_dist.base.rotary import fixed_positions
 from ptune_dist.base.source import fingerprint_base
 from ptune_dist.config.deepspeed_json import fill_deepspeed_json, show_source, zero_stage
 from ptune_dist.config.schema import Config
-from ptune_dist.data.encode import longest_answer
+from ptune_dist.data.examples import longest_answer
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, max_over_ranks, together
 from ptune_dist.errors import UserError

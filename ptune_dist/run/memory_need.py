@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptune_dist.base.layers import hidden_size, layers_of
+from ptune_dist.base.layers import hidden_size, layers_of, shapes_of_layers
 from ptune_dist.base.memory_check import GIB, Room
 from ptune_dist.base.recompute import SECTION, read_settings
 from ptune_dist.data.batches import Unit, collate, plan_micro_batches
@@ -63,8 +62,8 @@ class Workload:
 
     def longest_units(self) -> list[Unit]:
         """As many of the longest examples as a step has, each read by all members."""
-        longest = np.argsort(-self.rows.examples.lengths)[: self.batch_size]
-        return [(int(example), tuple(range(len(self.members)))) for example in longest]
+        longest = self.rows.examples.longest_rows(self.batch_size)
+        return [(example, tuple(range(len(self.members)))) for example in longest]
 
 
 def fit_micro_batch(
@@ -139,10 +138,10 @@ def bytes_per_position(work: Workload, model: PromptedModel, content: dict[str, 
 
 def guess_per_position(base: PreTrainedModel, longest: int) -> int:
     """More bytes than a position takes in any architecture, for texts of `longest` tokens."""
-    text = base.config.get_text_config()
     width = hidden_size(base)
-    inner = getattr(text, "intermediate_size", None) or 4 * width
-    heads = getattr(text, "num_attention_heads", None) or 1
+    shapes = shapes_of_layers(base.config.get_text_config())
+    inner = max(getattr(shape, "intermediate_size", None) or 4 * width for shape in shapes)
+    heads = max(getattr(shape, "num_attention_heads", None) or 1 for shape in shapes)
     return 4 * len(layers_of(base)) * (60 * width + 12 * inner + 12 * heads * longest)
 
 

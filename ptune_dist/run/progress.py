@@ -193,8 +193,7 @@ def store_prompt(job: Job, member: str, progress: Progress, world: World) -> Non
         try:
             save_prompt(folder, tensors, facts)
         except OSError as error:
-            raise RunFault(
-                f"cannot save the prompt: {folder}: {explain(error, folder)}; the one before it is kept"
-            ) from None
+            kept = "; the one before it is kept" if (folder / "prompt.safetensors").exists() else ""
+            raise RunFault(f"cannot save the prompt: {folder}: {explain(error, folder)}{kept}") from None
 
     together(world, lambda: save() if world.is_main else None)

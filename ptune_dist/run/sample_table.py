@@ -1,5 +1,6 @@
 """The table of answers to some held-out rows that a run prints at its end."""
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,7 +24,7 @@ def show_samples(samples: list[dict[str, str]]) -> None:
 def build_table(samples: list[dict[str, str]], width: int) -> Table:
     """A table of at most `width` characters."""
     names = list(samples[0])
-    widest = [max(len(name), *(len(sample[name]) for sample in samples)) for name in names]
+    widest = [max(len(name), *(cell_len(sample[name]) for sample in samples)) for name in names]
     if sum(widest) + BORDERS * len(names) + 1 <= width:
         table = Table(*names)
         for sample in samples:
@@ -40,8 +41,10 @@ def build_table(samples: list[dict[str, str]], width: int) -> Table:
 
 
 def shorten(text: str, most: int) -> str:
-    """At most `most` characters: the head and the tail of a long text."""
-    if len(text) <= most:
+    """The head and the tail of a long text, `most` wide on a terminal, where a Chinese character is 2 wide."""
+    if cell_len(text) <= most:
         return text
-    half = max(1, (most - 5) // 2 - most // 10)  # lines break between words, so some room is left
-    return f"{text[:half]} ... {text[-half:]}"
+    half = max(2, (most - 5) // 2 - most // 10)  # lines break between words, so some room is left
+    head = set_cell_size(text[: half + 1], half).rstrip()
+    tail = set_cell_size(text[-half - 1 :][::-1], half).rstrip()[::-1]
+    return f"{head} ... {tail}"

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ptune_dist.base.layers import setting_of
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import ONLY_MEMBER
 from ptune_dist.distributed.world import World, from_main
@@ -77,7 +78,7 @@ def prompt_facts(job: Job, member: str, *, step: int, metrics: dict[str, float])
             "fingerprint": job.fingerprint,
             # for PEFT's adapter_config.json; a state-space model has no heads
             "num_layers": getattr(text, "num_hidden_layers", None),
-            "num_attention_heads": getattr(text, "num_attention_heads", None),
+            "num_attention_heads": setting_of(text, "num_attention_heads"),
         },
     }
     if job.longest_target is not None:

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from ptune_dist import __version__
 from ptune_dist.base.layers import disk_bytes, held_bytes
 from ptune_dist.config.schema import Config
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, gather_from_ranks, max_over_ranks
 from ptune_dist.run.job import Job

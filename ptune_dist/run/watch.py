@@ -28,8 +28,9 @@ from ptune_dist.cluster.rank_files import (
     write_outcome,
 )
 from ptune_dist.common.files import fault_on_failed_write
-from ptune_dist.common.interrupts import before_end, end_interrupted, forget
+from ptune_dist.common.interrupts import LINES, before_end, end_interrupted, forget
 from ptune_dist.errors import RunFault, UserError
+from ptune_dist.run.folder import list_checkpoints
 from ptune_dist.run.status import end_status
 
 SECONDS_BETWEEN_INTERRUPTS = 3.0
@@ -87,6 +88,7 @@ class Watch:
         self._timer_set_at = 0.0
         self._step = 0
         self._is_stepping = False
+        self._run_dir = Path()
         self._is_asked = False
         self._asked_at = 0.0
         self._parent = os.getppid()
@@ -122,6 +124,7 @@ class Watch:
     def begin_steps(self, run_dir: Path) -> None:
         """Everything is loaded: from the first step on, heartbeats are due within the hang timeout."""
         self._is_stepping = True
+        self._run_dir = run_dir
         if not self.folder and self._hang_timeout_s < NEVER_S:
             path = stack_file(run_dir / "stacks", self._rank)
             with fault_on_failed_write(path):
@@ -151,13 +154,23 @@ class Watch:
             self._is_asked = True
             self._asked_at = time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._asked_at > SECONDS_BETWEEN_INTERRUPTS:
-            interrupt()
+            interrupt(describe_kept(self._run_dir))
 
 
-def interrupt() -> NoReturn:
+def interrupt(line: str = LINES[signal.SIGINT]) -> NoReturn:
     """End with what is saved; an exception would not survive everywhere (see `common.interrupts`)."""
-    end_interrupted()
+    end_interrupted(line)
     raise KeyboardInterrupt
+
+
+def describe_kept(run_dir: Path) -> str:
+    """The line after a second Ctrl-C: steps since the last checkpoint are lost."""
+    try:
+        found = list_checkpoints(run_dir / "checkpoints")
+    except UserError:  # the disk does not answer, and this is a signal handler
+        return "interrupted a second time"
+    where = f"continues from {found[-1]}" if found else "starts again: there is no checkpoint yet"
+    return f"interrupted a second time; the same command {where}"
 
 
 def report_outcome(function: Callable[[], int]) -> int:

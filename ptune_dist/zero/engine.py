@@ -21,7 +21,7 @@ from ptune_dist.base.trained_head import set_apart
 from ptune_dist.config.deepspeed_json import show_source, zero_stage
 from ptune_dist.config.schema import Config, TrainConfig
 from ptune_dist.data.batches import Batch, Plan, Unit, plan_micro_batches
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 from ptune_dist.distributed.world import World
 from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache

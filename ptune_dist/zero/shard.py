@@ -19,7 +19,7 @@ from deepspeed.utils import groups
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptune_dist.base.load import Fill, place_parameters
+from ptune_dist.base.load import Fill, loading_line, place_parameters
 from ptune_dist.base.open import OpenedBase
 from ptune_dist.zero.layout_check import check_layout
 from ptune_dist.zero.setup import join_deepspeed
@@ -105,8 +105,10 @@ class Sharder:
         """Fill what `shard` has made."""
         pin_together(self._unpinned)
         self._unpinned.clear()
+        line = loading_line(part[0] for part in self._unfilled)
         for part in self._unfilled:
             fill_part(*part)
+            line.count(part[0].nbytes)
         self._unfilled.clear()
 
     def _is_swapped(self, parameter: nn.Parameter, size: int) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from tests.architectures.bases import build_base, kinds
 from tests.processes import ROOT
 
-MAX_S = 40  # of one row
+MAX_S = 90  # of one row
 
 
 def survey_row(kind: str, family: str, folder: Path) -> dict[str, Any]:

@@ -91,7 +91,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "t5gemma": {"decoder_start_token_id": 2},
     "ernie4_5_moe": {"moe_k": 2},
     "zamba2": {"layer_types": ["mamba", "hybrid"], "num_mem_blocks": 1, "hybrid_layer_ids": [1]},
-    "longcat_flash": {"num_key_value_heads": 4},
+    "m2m_100": {"decoder_start_token_id": 2},  # it counts positions by what is not padding
+    "nllb-moe": {"decoder_start_token_id": 2},
+    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
     "recurrent_gemma": {"num_hidden_layers": 3},  # the third has attention
     "xlstm": {"hidden_size": 128},  # widths are rounded up to 64
@@ -104,6 +107,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
             for kind in ("full_attention", "sliding_attention")
         }
     },
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,

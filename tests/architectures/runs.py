@@ -130,11 +130,15 @@ def check_resume(folder: Path, family: str) -> str:
 
 
 def check_export(folder: Path, family: str) -> str:
-    """A PEFT adapter is written."""
+    """A PEFT adapter is written, with the names of the labels that an encoder tells apart."""
     config = load_config(str(run_of(folder, "float32") / "config.yaml"), [])
     export_run(config, run_of(folder, "float32"), to="peft", out=folder / "adapter", text=None, file=None)
     if not (folder / "adapter" / "adapter_config.json").exists():
         raise Differs("no adapter")
+    if family == "encoder":
+        names = json.loads((folder / "adapter" / "config.json").read_text())["id2label"]
+        if list(names.values()) != LABELS:
+            raise Differs(f"labels {names}")
     return ""
 
 

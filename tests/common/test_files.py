@@ -1,15 +1,18 @@
 """A file is complete or absent, whatever happens to its writer."""
 
+import errno
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from ptune_dist.common.files import replace_file, write_durably
+from ptune_dist.common.files import fault_on_failed_write, make_folder, replace_file, write_durably
+from ptune_dist.errors import RunFault
 from tests.processes import process_env
 
 NEW = b"new" * 5000
@@ -76,3 +79,40 @@ while True:
 def test_a_durable_write_fails_where_the_folder_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_durably(tmp_path / "missing" / "a", NEW)
+
+
+def test_a_fault_says_which_file_could_not_be_written_and_why():
+    for error, reason in (
+        (OSError(errno.ENOSPC, "No space left on device", "/r/.writing-a"), "No space left on device"),
+        (OSError("the disk is gone"), "the disk is gone"),
+    ):
+        with pytest.raises(RunFault) as caught, fault_on_failed_write(Path("/r/a")):
+            raise error
+        assert str(caught.value) == f"cannot write /r/a: {reason}"
+
+
+def test_the_reason_why_a_file_could_not_even_be_made_is_not_lost(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            replace_file(tmp_path / "a", NEW)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert caught.value.errno == errno.EMFILE
+
+
+class LateFolder(type(Path())):
+    """A folder that another process makes just after this one has looked."""
+
+    def is_dir(self, **options) -> bool:
+        found = super().is_dir(**options)
+        if not found:
+            os.mkdir(self)
+        return found
+
+
+def test_a_folder_that_another_process_makes_at_the_same_time_is_taken(tmp_path):
+    make_folder(LateFolder(tmp_path / "a"))
+    make_folder(tmp_path / "b" / "c")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "c"]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ptune_dist.bench.matrix import load_matrix
 from ptune_dist.config.deepspeed_json import fill_deepspeed_json
 from ptune_dist.config.load import load_config, render_config
 from ptune_dist.errors import UserError
@@ -13,6 +14,7 @@ from tests.config.test_deepspeed_json import DTYPES, SHIPPED, build
 from tests.processes import ROOT
 
 YAMLS = [path.read_text() for path in sorted(ROOT.glob("configs/*.yaml"))]
+MATRICES = [path.read_text() for path in sorted(ROOT.glob("configs/bench/*.yaml"))]
 SWEEP = """\
 output_dir: runs/x
 model: {path: some/base}
@@ -39,6 +41,16 @@ def check_yaml(path, seed: int) -> None:
         return
     path.write_text(render_config(config))
     assert load_config(path, resolve=resolve) == config, f"seed {seed}"
+
+
+def check_matrix(path, seed: int) -> None:
+    """Every shipped YAML of configs/bench: a matrix of benchmarks, or a config that one of them runs."""
+    path.write_bytes(mutate_yaml(MATRICES[seed % len(MATRICES)], seed))
+    for read in (load_matrix, load_config):
+        try:
+            read(path)
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 2000, f"seed {seed}"
 
 
 def check_json(path, seed: int) -> None:
@@ -68,12 +80,15 @@ def run_all(check, path, seeds) -> None:
     assert not faults, f"{len(faults)} faults\n" + "\n".join(faults[:40])
 
 
-@pytest.mark.parametrize("check, name", [(check_yaml, "c.yaml"), (check_json, "d.json")])
+CHECKS = [(check_yaml, "c.yaml"), (check_matrix, "m.yaml"), (check_json, "d.json")]
+
+
+@pytest.mark.parametrize("check, name", CHECKS)
 def test_some_hundred_mutated_files_are_valid_or_end_in_one_line(tmp_path, check, name):
     run_all(check, tmp_path / name, range(300))
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("check, name", [(check_yaml, "c.yaml"), (check_json, "d.json")])
+@pytest.mark.parametrize("check, name", CHECKS)
 def test_thousands_of_mutated_files_are_valid_or_end_in_one_line(tmp_path, check, name):
     run_all(check, tmp_path / name, range(1000, 11000))

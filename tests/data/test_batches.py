@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ptune_dist.data.batches import Unit, collate, join_readers, pad_rows, plan_micro_batches, step_examples
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 
 LENGTHS = np.random.default_rng(0).integers(1, 60, 64)
 WIDTHS = np.random.default_rng(1).integers(1, 60, (64, 2))  # of inputs and targets

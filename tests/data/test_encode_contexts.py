@@ -8,11 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from ptune_dist.data.encode import (
-    Examples,
-    common_context,
-    token_statistics,
-)
+from ptune_dist.data.examples import Examples, common_context, token_statistics
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.template import compile_template
 from tests.data.texts import encode_inputs, encode_split, error_of, parts_of, tokenizer_with

@@ -3,10 +3,8 @@
 import pytest
 
 from ptune_dist.data import encode
-from ptune_dist.data.encode import (
-    encode_text_blocks,
-    token_statistics,
-)
+from ptune_dist.data.encode import encode_text_blocks
+from ptune_dist.data.examples import token_statistics
 from ptune_dist.data.sources import Rows, load_rows
 from tests.data.texts import compile_pair, encode_rows, texts_of, tokenizer_with
 

@@ -15,7 +15,7 @@ from ptune_dist.config.schema import DataConfig
 from ptune_dist.data import build, token_cache, workers
 from ptune_dist.data.batches import epoch_order, part_of_order, step_examples
 from ptune_dist.data.build import build_split
-from ptune_dist.data.encode import find_facts
+from ptune_dist.data.examples import find_facts
 from ptune_dist.errors import UserError
 from tests.data.texts import encoding_of, tokenizer_with
 

@@ -5,7 +5,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from ptune_dist.data import encode
-from ptune_dist.data.encode import Encoding, Examples, TokenPair
+from ptune_dist.data.encode import Encoding, TokenPair
+from ptune_dist.data.examples import Examples
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.template import compile_template
 from ptune_dist.errors import UserError

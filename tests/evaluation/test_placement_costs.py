@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from ptune_dist.config.load import load_config
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 from ptune_dist.evaluation.placement_costs import (
     count_context_tokens,
     describe_cache,

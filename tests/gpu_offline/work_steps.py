@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptune_dist.data.batches import collate
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 from ptune_dist.distributed.world import World
 from ptune_dist.evaluation.during_training import agree_on_stop
 from ptune_dist.families import FAMILIES

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ptune_dist.cluster.__main__ import main
+from ptune_dist.cluster.launch import main
 from ptune_dist.cluster.outcome import KINDS, Outcome
 from ptune_dist.cluster.requeue import RequeueLimits, decide_requeue, may_requeue
 from ptune_dist.run.status import begin_status, end_status

@@ -35,6 +35,8 @@ JOBS = {
     "slurm_het": ("slurm", "1.0", "n0", derive_port("1.0"), ("n0", "n1", "n2"), None, 0),
     "pbs": ("pbs", "4711.pbs01", DOMAIN_NAMES[0], derive_port("4711.pbs01"), DOMAIN_NAMES, None, 0),
     "pbs_mpiexec": ("pbs", "4711.pbs01", DOMAIN_NAMES[0], derive_port("4711.pbs01"), DOMAIN_NAMES, None, 0),
+    "lsf_jsrun": ("lsf", "8813", "h36n01", derive_port("8813"), ("h36n01", "h36n02"), None, 0),
+    "flux_in_slurm": ("mpi", "f3Ab", "n1", derive_port("f3Ab"), TWO, None, 0),
     "lsf": ("lsf", "8812", "hostA", derive_port("8812"), ("hostA", "hostB"), None, 0),
     "grid_engine": ("grid engine", "93017", DOMAIN_NAMES[0], derive_port("93017"), DOMAIN_NAMES, None, 0),
     "mpich": ("mpi", "", "n1", derive_port(""), TWO, None, 0),
@@ -134,6 +136,8 @@ MISTAKES = [
         {"PMI_RANK": None},
         "PMI_SIZE=2 (environment), but no variable tells which node this is: set PTUNE_NUM_NODES",
     ),
+    ("flux", {"FLUX_JOB_SIZE": "8"}, "FLUX_JOB_SIZE=8 (mpi) on 2 hosts: start one process on each, as with -N2 -n2"),
+    ("pbs_mpiexec", {"PMI_SIZE": "4"}, "PMI_SIZE=4 (pbs), but PBS_NODEFILE lists 2 hosts: start one process on each"),
     ("flux", {"FLUX_TASK_RANK": None}, "FLUX_JOB_NNODES=2 (environment), but no variable tells which node this is"),
     ("slurm", {"SLURM_NODEID": None}, "SLURM_NODEID (slurm) is not set"),
     ("slurm", {"SLURM_NODEID": "3"}, "SLURM_NODEID (slurm): the nodes are 0 to 2, not 3"),
@@ -287,6 +291,7 @@ def test_one_node_takes_the_users_settings_too():
         ("kubeflow", "jobset", "variables"),
         ("jobset", "slurm", "variables"),
         ("openmpi", "slurm"),
+        ("flux", "slurm"),
         ("slurm", "variables"),
         ("skypilot", "slurm_salloc"),
         ("openmpi", "slurm_salloc"),
@@ -410,3 +415,50 @@ import sys, ptune_dist.cluster.topology
 assert not {"torch", "socket", "subprocess"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-S", "-c", script], env=process_env(), check=True)
+
+
+def find_pbs(hosts: str, host_name: str, **changes: str) -> Topology:
+    """A node of PBS that finds itself in a list."""
+    variables = {"PBS_JOBID": "1.pbs", "PBS_NODEFILE": "/hosts"} | changes
+    return find_topology(variables, lambda _: hosts, host_name)
+
+
+@pytest.mark.parametrize(
+    "hosts, host_name, rank",
+    [
+        ("n1\nn1\nn2\nn2\n", "n2", 1),
+        ("n1\nn2\nn1\nn2\n", "n2.example.org", 1),  # round robin
+        ("n1.example.org\nn2.example.org\n", "N2", 1),
+        ("  n1  \r\n n2 \r\n\r\n", "n2", 1),
+        ("10.0.0.1\n10.0.0.2\n", "10.0.0.2", 1),
+        ("fe80::1\nfe80::2\n", "fe80::2", 1),
+        ("n1\nn11\nn111\n", "n11", 1),
+        ("gpu-1.a\ngpu-1.b\n", "gpu-1.b", 1),
+    ],
+)
+def test_a_host_finds_itself_by_any_of_its_names(hosts: str, host_name: str, rank: int):
+    assert find_pbs(hosts, host_name).node_rank == rank
+
+
+@pytest.mark.parametrize(
+    "hosts, host_name", [("10.0.0.1\n10.0.0.2\n", "10.0.0.3"), ("a.x\na.y\n", "a.z"), ("a.x\na.y\n", "a")]
+)
+def test_a_host_that_may_be_none_or_several_is_refused(hosts: str, host_name: str):
+    with pytest.raises(UserError, match="none of them is this one"):
+        find_pbs(hosts, host_name)
+
+
+def test_mpiexec_on_a_part_of_the_hosts_makes_a_job_of_these():
+    hosts = "n1\nn2\nn3\nn4\n"
+    for rank in range(2):
+        found = find_pbs(hosts, f"n{rank + 2}", PMI_RANK=str(rank), PMI_SIZE="2", MPI_LOCALNRANKS="1")
+        assert (found.num_nodes, found.node_rank, found.head, found.node_names) == (2, rank, "n2", ("n2", "n3"))
+    with pytest.raises(UserError, match="PMI_SIZE=3 .pbs., but PBS_NODEFILE lists 4 hosts: start one process on each"):
+        find_pbs(hosts, "n1", PMI_RANK="2", PMI_SIZE="3")
+
+
+@pytest.mark.parametrize("name, value", [("SM_HOSTS", '["algo-1", "algo-2"]'), ("JSM_NAMESPACE_SIZE", "2")])
+def test_what_counts_several_hosts_is_refused_where_no_rank_is_known(name: str, value: str):
+    with pytest.raises(UserError, match=f"{name}=2 .environment., but no variable tells which node this is"):
+        find_topology({name: value})
+    assert find_topology({"SM_HOSTS": '["algo-1"]'}).num_nodes == 1

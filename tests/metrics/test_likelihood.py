@@ -17,6 +17,7 @@ def test_the_loss_is_per_token_and_not_per_row():
 
 def test_a_perplexity_too_large_for_a_float_is_infinite():
     assert METRICS["perplexity"].compute([RowLoss(1000.0, 1)], ()) == math.inf
+    assert METRICS["perplexity"].compute([RowLoss(699.5, 1)], ()) == math.exp(699.5)
 
 
 def test_accuracy_is_the_share_of_likeliest_labels_that_are_right():

@@ -30,3 +30,8 @@ def test_a_library_that_is_missing_is_named_with_the_extra_that_installs_it():
         metric.check_available()
     assert str(caught.value) == "evaluate.metrics: bleu needs sacrebleu: pip install 'ptune_dist[metrics]'"
     dataclasses.replace(metric, module="json").check_available()
+
+
+def test_a_metric_that_all_runs_share_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        METRICS["loss"].higher_is_better = True

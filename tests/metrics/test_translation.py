@@ -36,3 +36,9 @@ def test_rows_may_have_different_numbers_of_references():
     padded = [[row[number] if number < len(row) else None for row in uneven] for number in range(2)]
     expected = sacrebleu.corpus_bleu(ANSWERS, padded).score
     assert METRICS["bleu"].compute(ANSWERS, uneven) == expected != METRICS["bleu"].compute(ANSWERS, REFERENCES)
+
+
+def test_texts_that_look_tokenized_are_no_reason_for_a_warning(caplog):
+    answers = ["This is how it works ."] * 200  # sacrebleu warns where 100 lines end like this
+    assert METRICS["bleu"].compute(answers, [[answer] for answer in answers]) == pytest.approx(100)
+    assert not caplog.records

@@ -87,6 +87,6 @@ AREAS = {
     ),
     "resume": Area(
         ("ptune_dist/run/folder.py", "ptune_dist/run/progress.py"),
-        ("tests/run/test_folder.py",),
+        ("tests/run/test_progress.py", "tests/run/test_folder.py"),
     ),
 }

@@ -12,7 +12,7 @@ from typing import Any
 from tests.mutation.areas import Area
 from tests.mutation.mutants import Mutant, replace_text, sample_mutants
 from tests.mutation.survivors import load_survivors
-from tests.processes import ROOT, process_env
+from tests.processes import ROOT, process_env, python_path
 
 COPIED = ("ptune_dist", "tests", "configs", "launch", "slurm", "docs", "pyproject.toml", "README.md")
 UNCHANGED_TIMEOUT_S = 300.0
@@ -96,7 +96,7 @@ class Workers:
     def _work(self, copy: Path, queue: Queue, tests: tuple[str, ...], outcomes: list[dict[str, Any]]) -> None:
         """Send jobs to one worker process until none is left."""
         copy_repository(copy)
-        env = process_env({"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"})
+        env = process_env({"PYTHONPATH": python_path(copy), "PYTHONDONTWRITEBYTECODE": "1"})
         command = [sys.executable, "-m", "tests.mutation.worker"]
         with subprocess.Popen(
             command, cwd=copy, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

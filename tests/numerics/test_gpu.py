@@ -11,6 +11,7 @@ import torch
 
 from ptune_dist.model.attention import KeysValues, Segment
 from ptune_dist.model.attention_layouts import build_attention
+from ptune_dist.model.flex_plan import plan_attention
 from tests.conftest import TINY, build_tiny_base
 from tests.numerics.test_curves import curve, train_all, write_spec, zero_json
 from tests.numerics.test_flex import draw_segments, look_up_reads
@@ -129,6 +130,24 @@ def test_attention_over_segments_is_that_of_all_pairs(seed, dtype, tolerance, wi
     for ours, theirs in zip([out.detach(), *(leaf.grad for leaf in leaves)], wanted, strict=True):
         found = torch.zeros_like(theirs) if ours is None else ours.double().cpu()
         torch.testing.assert_close(found, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
+def test_copies_of_keys_that_many_read_change_nothing_on_the_gpu(dtype, tolerance):
+    torch.manual_seed(0)
+    rows = [Segment(start, 224, (0,), ((0, 50),), 80) for start in range(50, 50 + 6 * 224, 224)]
+    segments = [Segment(0, 50, (0,), (), 30), *rows]
+    assert len(plan_attention(segments, [30]).take_copies) == 3
+    num_live = rows[-1].start + 224
+    shapes = [(num_live, 4, 16), *[(num_live, 2, 16)] * 2, *[(1, 30, 2, 16)] * 2]
+    leaves = [torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True) for shape in shapes]
+    attention = build_attention(segments, [KeysValues(*leaves[3:])], torch.device("cuda"))
+    out = attention.attend(*leaves[:3], layer=0, scale=0.3, window=None)
+    out.float().sin().sum().backward()
+    wanted = attend_densely(leaves, segments, [30], None)
+    for ours, theirs in zip([out.detach(), *(leaf.grad for leaf in leaves)], wanted, strict=True):
+        scale = theirs.abs().max()
+        torch.testing.assert_close(ours.double().cpu() / scale, theirs / scale, rtol=tolerance, atol=tolerance)
 
 
 def test_what_is_not_a_number_in_one_member_reaches_no_gradient_of_another_on_the_gpu():

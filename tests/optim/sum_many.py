@@ -10,6 +10,8 @@ from torch import nn
 
 from ptune_dist.distributed.world import init_distributed
 from ptune_dist.optim.gradients import sum_gradients
+from ptune_dist.optim.prompt_state import PromptState
+from tests.optim.states import build_member, give_gradients
 
 
 def main() -> None:
@@ -26,10 +28,15 @@ def main() -> None:
     precise = nn.Parameter(torch.zeros(4))
     precise.grad = torch.full((4,), 1.0 if world.rank == 0 else 2.0**-20)
     sum_gradients([precise], world)
+    member = build_member()
+    give_gradients(PromptState({"one": member}, world), one=1.0)
+    measured = PromptState({"one": member}, world).measure(["one"], torch.tensor([world.rank + 1.0, 0.5]))
     found = {
         "sums": [parameter.grad.tolist() for parameter in parameters],
         "precise": precise.grad.tolist(),
         "num_calls": len(calls),
+        "losses": measured.losses,
+        "norm": measured.norms["one"],
     }
     Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(found))
     dist.barrier()

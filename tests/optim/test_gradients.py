@@ -13,30 +13,38 @@ from tests.numerics.passes import build_base, build_model, draw_batch
 from tests.optim.states import ALONE
 from tests.processes import ROOT
 
-NUM_RANKS = 3
 
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
-    """What each of three ranks found: `sum_many.py`."""
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, tmp_path_factory) -> list[dict]:
+    """What each of two or three ranks found: `sum_many.py`."""
     out = tmp_path_factory.mktemp("sums")
-    done = run_module(str(ROOT / "tests" / "optim" / "sum_many.py"), str(out), num_ranks=NUM_RANKS)
+    done = run_module(str(ROOT / "tests" / "optim" / "sum_many.py"), str(out), num_ranks=request.param)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(NUM_RANKS)]
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 
 def test_every_rank_has_the_sum_of_all(ranks):
-    assert ranks[0]["sums"] == ranks[1]["sums"] == ranks[2]["sums"]
+    num_ranks = len(ranks)
+    total = float(sum(range(1, num_ranks + 1)))
     # rank r gives r + 1 everywhere, and nothing for the second tensor unless it is the last rank
-    assert ranks[0]["sums"] == [[[6.0, 6.0], [6.0, 6.0]], [3.0] * 3, [0.0]]
+    for rank in ranks:
+        assert rank["sums"] == [[[total, total], [total, total]], [float(num_ranks)] * 3, [0.0]]
+
+
+def test_every_rank_measures_the_losses_and_the_gradients_of_all(ranks):
+    num_ranks = len(ranks)
+    for rank in ranks:
+        assert rank["losses"] == [sum(range(1, num_ranks + 1)), 0.5 * num_ranks]
+        assert rank["norm"] == pytest.approx(num_ranks * 12**0.5, rel=1e-6)  # 12 elements, each 1 on every rank
 
 
 def test_small_gradients_are_not_lost_beside_large_ones(ranks):
-    assert ranks[0]["precise"] == [1.0 + 2 * 2**-20] * 4  # 1 + 2**-20 + 2**-20: bfloat16 would give 1
+    # 1 + 2**-20 + ...: bfloat16 would give 1
+    assert ranks[0]["precise"] == [1.0 + (len(ranks) - 1) * 2**-20] * 4
 
 
 def test_all_tensors_travel_in_one_all_reduce(ranks):
-    assert [rank["num_calls"] for rank in ranks] == [1] * NUM_RANKS
+    assert [rank["num_calls"] for rank in ranks] == [1] * len(ranks)
 
 
 def test_alone_gradients_stay_what_they_are():

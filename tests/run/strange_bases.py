@@ -26,7 +26,8 @@ class ByIds(LlamaForCausalLM):
     def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **others: Any) -> Any:
         if input_ids is not None:
             even = (input_ids % 2 == 0)[..., None]
-            inputs_embeds = self.get_input_embeddings()(input_ids) + 0.05 * even
+            vectors = self.get_input_embeddings()(input_ids)
+            inputs_embeds = vectors + (0.05 * even).to(vectors.dtype)
         return super().forward(inputs_embeds=inputs_embeds, **others)
 
 

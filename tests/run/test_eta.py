@@ -38,3 +38,10 @@ def test_what_takes_long_is_shown_now_and_then(clock: list[float], capsys: pytes
         "evaluating rows: 92/100, ETA 0:00:02",
     ]
     assert render_duration(3700.4) == "1:01:40"
+
+
+def test_weights_are_counted_in_gib(clock: list[float], capsys: pytest.CaptureFixture):
+    line = ProgressLine("loading weights", 4 << 30, unit="GiB")
+    clock[0] += 10.0
+    line.count(1 << 30)
+    assert capsys.readouterr().err == "loading weights: 1.00/4.00 GiB, ETA 0:00:30\n"

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ptune_dist.base.memory_check import GIB, Room
 from ptune_dist.base.recompute import DEFAULTS, SECTION
 from ptune_dist.data.batches import Batch
-from ptune_dist.data.encode import Examples
+from ptune_dist.data.examples import Examples
 from ptune_dist.errors import UserError
 from ptune_dist.families import FAMILIES
 from ptune_dist.model.peak_bytes import measure_pass

@@ -1,5 +1,6 @@
 """What a run prints at its end."""
 
+from rich.cells import cell_len
 from rich.console import Console
 
 from ptune_dist.run.sample_table import build_table, shorten
@@ -26,6 +27,13 @@ def test_a_long_text_takes_at_most_two_lines():
     assert sum("<|user|>" in line for line in lines) == sum("Who? <|end|>" in line for line in lines) == 3
     assert all(len(line) <= 100 for line in lines)
     assert shorten("x" * 400, 60).count("x") < 60
+
+
+def test_wide_characters_count_twice():
+    assert cell_len(shorten("文" * 400, 61)) <= 61
+    assert shorten("文" * 30, 60) == "文" * 30
+    lines = render([SHORT | {"input": "文字 " * 300}] * 2)
+    assert len(lines) <= 2 * 6 + 2
 
 
 def test_the_last_line_names_the_best_step_where_later_prompts_were_worse():

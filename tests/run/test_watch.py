@@ -15,8 +15,8 @@ from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.cluster.rank_files import read_heartbeats, read_outcomes, request_stop
 from ptune_dist.errors import NodeFault, RunFault, UserError
 from ptune_dist.run.status import read_status
-from ptune_dist.run.watch import Watch, describe_error, failure_in_status, report_outcome
-from tests.processes import ROOT
+from ptune_dist.run.watch import Watch, describe_error, describe_kept, failure_in_status, report_outcome
+from tests.processes import ROOT, process_env
 
 REQUESTS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
@@ -68,6 +68,30 @@ def test_a_second_ctrl_c_ends_after_a_while(alone: None, tmp_path: Path, monkeyp
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)  # which never ends, however often it comes
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_after_a_second_ctrl_c_the_line_names_what_is_left(tmp_path: Path):
+    assert describe_kept(tmp_path).endswith("the same command starts again: there is no checkpoint yet")
+    code = f"""
+        import os, signal, time
+        from pathlib import Path
+        from ptune_dist.common.interrupts import listen
+        from ptune_dist.run import watch
+        listen()
+        watch.SECONDS_BETWEEN_INTERRUPTS = 0.05
+        with watch.Watch(0, 600) as watched:
+            watched.begin_steps(Path({str(tmp_path)!r}))
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+    """
+    newest = tmp_path / "checkpoints" / "step-00000007"
+    newest.mkdir(parents=True)
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=ROOT, env=process_env(), capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == f"interrupted a second time; the same command continues from {newest}\n"
 
 
 def test_the_launchers_file_is_a_request(folder: Path, tmp_path: Path):

@@ -74,7 +74,7 @@ def open_split(folder: Path, encoding: Encoding) -> Split:
 def measure_alone(folder: Path, tokenizer: str, num_rows: int) -> dict[str, float]:
     """The tokenizer without anything else, in one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    backend = load_encoding(tokenizer).tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    backend: Any = load_encoding(tokenizer).tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
     with open(folder / "rows.jsonl", encoding="utf-8") as file:
         texts = [f"{json.loads(next(file))['text']}\nSentiment:" for _ in range(min(num_rows, NUM_ALONE))]
     began = time.process_time()

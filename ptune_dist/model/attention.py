@@ -116,10 +116,9 @@ def windows_of(model: nn.Module) -> set[int | None]:
 @contextmanager
 def narrow_windows(model: nn.Module, width: int) -> Iterator[None]:
     """All sliding windows that are wider have a width of so many positions: short rows tell where they are."""
-    configs = {
-        id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PretrainedConfig)
-    }
-    uniform = [config for config in configs.values() if setting_of(config, WINDOW) is not None]
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    distinct = {id(config): config for config in configs if isinstance(config, PretrainedConfig)}
+    uniform = [config for config in distinct.values() if setting_of(config, WINDOW) is not None]
     owners = [*model.modules(), *uniform]
     wide = [owner for owner in owners if isinstance(getattr(owner, WINDOW, None), int) and owner.sliding_window > width]
     if any(isinstance(inspect.getattr_static(type(owner), WINDOW, None), property) for owner in wide):

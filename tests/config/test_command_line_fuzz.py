@@ -111,6 +111,11 @@ def test_some_hundred_command_lines_are_valid_or_end_in_one_line(tmp_path, monke
     run_all(check_words, tmp_path, range(300))
 
 
+def test_command_lines_that_once_failed_end_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_all(check_words, tmp_path, [3295, 4657, 8058, 8220])  # the name of a run that no file system takes
+
+
 @pytest.mark.extended
 def test_thousands_of_command_lines_are_valid_or_end_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

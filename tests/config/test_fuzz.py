@@ -88,6 +88,10 @@ def test_some_hundred_mutated_files_are_valid_or_end_in_one_line(tmp_path, check
     run_all(check, tmp_path / name, range(300))
 
 
+def test_files_that_once_failed_end_in_one_line(tmp_path):
+    run_all(check_yaml, tmp_path / "c.yaml", [11845, 25693])  # the message held a value of 5,000 characters
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("check, name", CHECKS)
 def test_thousands_of_mutated_files_are_valid_or_end_in_one_line(tmp_path, check, name):

@@ -100,7 +100,7 @@ def describe_start(parsed: argparse.Namespace, topology: Topology) -> str:
     """The first line: the ranks' own come after torchrun and they have imported torch."""
     what = "check" if parsed.check else "train"
     nodes = "1 node" if topology.num_nodes == 1 else f"{topology.num_nodes} nodes"
-    return f"{what} {parsed.config} on {nodes}, starting the ranks ..."
+    return f"{what} {parsed.config} on {nodes}, importing torch ..."
 
 
 def find_run_dir(parsed: argparse.Namespace) -> Path | None:

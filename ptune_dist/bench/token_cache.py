@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ptune_dist.bench.data import SHAPE
 from ptune_dist.bench.machine import OtherLoad, describe_commit, describe_hardware, describe_versions, own_cpu_s
@@ -74,7 +74,7 @@ def open_split(folder: Path, encoding: Encoding) -> Split:
 def measure_alone(folder: Path, tokenizer: str, num_rows: int) -> dict[str, float]:
     """The tokenizer without anything else, in one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    backend = load_encoding(tokenizer).tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    backend = cast(PreTrainedTokenizerFast, load_encoding(tokenizer).tokenizer).backend_tokenizer
     with open(folder / "rows.jsonl", encoding="utf-8") as file:
         texts = [f"{json.loads(next(file))['text']}\nSentiment:" for _ in range(min(num_rows, NUM_ALONE))]
     began = time.process_time()

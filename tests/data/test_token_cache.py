@@ -241,7 +241,7 @@ def test_the_order_of_rows_is_that_of_a_permutation(monkeypatch):
 
 def test_who_waits_says_so_on_the_first_rank_of_a_node(section, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress_line, "FIRST_LINE_S", 0.05)
-    monkeypatch.setattr(progress_line, "BETWEEN_WAITS_S", 0.05)
+    monkeypatch.setattr(progress_line, "REPORT_S", 0.05)
     context = multiprocessing.get_context("fork")
     for rank, other in (("0", "one {{ text }}"), ("1", "two {{ text }}")):
         monkeypatch.setenv("LOCAL_RANK", rank)

@@ -185,6 +185,32 @@ def summarize(results: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     }
 
 
+def describe(num_rows: int, sides: dict[str, dict[str, dict[str, float]]], others: float | None) -> dict[str, Any]:
+    """The content of a result JSON. `others`: the share of the machine that other work took."""
+    num_tokens = sides["build"]["tokens"]["median"] / num_rows
+    about = (
+        f"{num_rows:,} rows of {num_tokens:.0f} tokens on average; rows per second of one core's time; memory that "
+        "processes have for themselves beyond what they had before, without the pages of mapped files"
+    )
+    case = {
+        "name": "token_cache",
+        "about": about,
+        "sides": sides,
+        "ratios": {},
+        "agreement": None,
+        "runs": [{"others_cpu_share": others}],
+    }
+    return {
+        "name": "token_cache",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": describe_commit(),
+        "versions": describe_versions(),
+        "hardware": describe_hardware(),
+        "matrix": {"baseline": None},
+        "cases": [case],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
@@ -205,30 +231,9 @@ def main() -> None:
         shutil.rmtree(folder)
     shares = {"tokenizer alone": alone, "build": build, f"restart, each of {NUM_RANKS} ranks": ranks}
     build[0]["of_tokenizer"] = build[0]["rows_per_cpu_s"] / alone[0]["rows_per_cpu_s"]
-    num_tokens = build[0]["tokens"] / args.rows
-    about = (
-        f"{args.rows:,} rows of {num_tokens:.0f} tokens on average; rows per second of one core's time; memory that "
-        "processes have for themselves beyond what they had before, without the pages of mapped files"
-    )
-    case = {
-        "name": "token_cache",
-        "about": about,
-        "sides": {side: summarize(results) for side, results in shares.items()},
-        "ratios": {},
-        "agreement": None,
-        "runs": [{"others_cpu_share": other_load.share()}],
-    }
-    content = {
-        "name": "token_cache",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code": describe_commit(),
-        "versions": describe_versions(),
-        "hardware": describe_hardware(),
-        "matrix": {"baseline": None},
-        "cases": [case],
-    }
+    content = describe(args.rows, {side: summarize(results) for side, results in shares.items()}, other_load.share())
     write_result(str(args.out), content)
-    print(json.dumps(case["sides"], indent=1))
+    print(json.dumps(content["cases"][0]["sides"], indent=1))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "save_bytes": ("KiB saved", show_kib),
     "prompt_bytes": ("KiB of the prompt", show_kib),
     "of_allowed_bytes": ("of 4 prompts + 64 KiB", "{:.2f}".format),
-    "seconds": ("seconds", "{:.1f}".format),
+    "seconds": ("seconds", lambda value: f"{value:.1f}" if value >= 1 else f"{value:.2f}"),
     "cpu_seconds": ("CPU seconds", "{:.1f}".format),
     "median_input_tokens": ("tokens of the median input", "{:.0f}".format),
     "median_answer_tokens": ("of the median answer", "{:.0f}".format),

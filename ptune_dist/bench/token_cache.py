@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ptune_dist.bench.data import SHAPE
 from ptune_dist.bench.machine import OtherLoad, describe_commit, describe_hardware, describe_versions, own_cpu_s
@@ -74,7 +74,7 @@ def open_split(folder: Path, encoding: Encoding) -> Split:
 def measure_alone(folder: Path, tokenizer: str, num_rows: int) -> dict[str, float]:
     """The tokenizer without anything else, in one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    backend: Any = load_encoding(tokenizer).tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    backend = cast(PreTrainedTokenizerFast, load_encoding(tokenizer).tokenizer).backend_tokenizer
     with open(folder / "rows.jsonl", encoding="utf-8") as file:
         texts = [f"{json.loads(next(file))['text']}\nSentiment:" for _ in range(min(num_rows, NUM_ALONE))]
     began = time.process_time()
@@ -185,6 +185,32 @@ def summarize(results: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     }
 
 
+def describe(num_rows: int, sides: dict[str, dict[str, dict[str, float]]], others: float | None) -> dict[str, Any]:
+    """The content of a result JSON. `others`: the share of the machine that other work took."""
+    num_tokens = sides["build"]["tokens"]["median"] / num_rows
+    about = (
+        f"{num_rows:,} rows of {num_tokens:.0f} tokens on average; rows per second of one core's time; memory that "
+        "processes have for themselves beyond what they had before, without the pages of mapped files"
+    )
+    case = {
+        "name": "token_cache",
+        "about": about,
+        "sides": sides,
+        "ratios": {},
+        "agreement": None,
+        "runs": [{"others_cpu_share": others}],
+    }
+    return {
+        "name": "token_cache",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": describe_commit(),
+        "versions": describe_versions(),
+        "hardware": describe_hardware(),
+        "matrix": {"baseline": None},
+        "cases": [case],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
@@ -205,30 +231,9 @@ def main() -> None:
         shutil.rmtree(folder)
     shares = {"tokenizer alone": alone, "build": build, f"restart, each of {NUM_RANKS} ranks": ranks}
     build[0]["of_tokenizer"] = build[0]["rows_per_cpu_s"] / alone[0]["rows_per_cpu_s"]
-    num_tokens = build[0]["tokens"] / args.rows
-    about = (
-        f"{args.rows:,} rows of {num_tokens:.0f} tokens on average; rows per second of one core's time; memory that "
-        "processes have for themselves beyond what they had before, without the pages of mapped files"
-    )
-    case = {
-        "name": "token_cache",
-        "about": about,
-        "sides": {side: summarize(results) for side, results in shares.items()},
-        "ratios": {},
-        "agreement": None,
-        "runs": [{"others_cpu_share": other_load.share()}],
-    }
-    content = {
-        "name": "token_cache",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code": describe_commit(),
-        "versions": describe_versions(),
-        "hardware": describe_hardware(),
-        "matrix": {"baseline": None},
-        "cases": [case],
-    }
+    content = describe(args.rows, {side: summarize(results) for side, results in shares.items()}, other_load.share())
     write_result(str(args.out), content)
-    print(json.dumps(case["sides"], indent=1))
+    print(json.dumps(content["cases"][0]["sides"], indent=1))
 
 
 if __name__ == "__main__":

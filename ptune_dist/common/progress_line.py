@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 FIRST_LINE_S = 3.0
 BETWEEN_LINES_S = 10.0
-BETWEEN_WAITS_S = 5.0
+REPORT_S = 5.0  # where nothing else is printed
 BYTES_PER_GIB = 1 << 30
 
 
@@ -55,7 +55,7 @@ class WaitingLine:
         """To be called while the wait lasts."""
         now = time.monotonic()
         if is_first_here() and now >= self._next:
-            self._next = now + BETWEEN_WAITS_S
+            self._next = now + REPORT_S
             waited = render_duration(now - self._began)
             print(f"waiting for {self._what}: {waited} so far", file=sys.stderr, flush=True)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptune_dist.common.progress_line import ProgressLine
+from ptune_dist.common.progress_line import REPORT_S, ProgressLine
 from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.cache_entry import where_of
 from ptune_dist.data.candidates import CandidateInput, Candidates, build_candidates
@@ -34,7 +34,7 @@ from ptune_dist.data.template import (
     name_nearest,
 )
 from ptune_dist.data.token_cache import open_cache
-from ptune_dist.data.workers import REPORT_S, encode_by_all_cores, map_by_all_cores
+from ptune_dist.data.workers import encode_by_all_cores, map_by_all_cores
 from ptune_dist.errors import UserError
 
 PLAIN_TEXT = compile_template("{{ text[:-1] if text[-1:] == '\\n' else text }}", key=TEMPLATE_KEY)

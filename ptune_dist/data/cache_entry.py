@@ -50,9 +50,8 @@ def write_entry(
         aside.mkdir(mode=0o700)
         arrays = write_arrays(aside, parts)
         check()
-        mapped: dict[str, Any] = map_arrays(aside, arrays)
-        examples = Examples(**mapped, where=rows.where)
-        examples = dataclasses.replace(examples, facts=examples.known)
+        mapped = Examples(**map_arrays(aside, arrays), where=rows.where, facts=None)
+        examples = dataclasses.replace(mapped, facts=mapped.known)
         header = {
             "format": FORMAT,
             "arrays": arrays,

@@ -7,11 +7,10 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-from ptune_dist.common.progress_line import ProgressLine, is_first_here
+from ptune_dist.common.progress_line import REPORT_S, ProgressLine, is_first_here
 from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.cache_entry import FORMAT, hash_text
 from ptune_dist.data.encode import Encoding
-from ptune_dist.data.workers import REPORT_S
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".parquet")
 GIB = 1 << 30

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from ptune_dist.common.progress_line import REPORT_S, ProgressLine, is_first_here
 from ptune_dist.errors import UserError
 
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -61,9 +62,14 @@ class Content:
         with open(os.dup(self._open().fileno()), "rb", buffering=_CHUNK) as file:
             file.seek(self.start())
             offset = self.start()
+            progress = ProgressLine(f"reading {self.name} (bytes)", self.size(), is_first_here(), between_s=REPORT_S)
+            counted = 0
             for line in file:
                 yield offset, line
                 offset += len(line)
+                if offset - counted >= _CHUNK:
+                    progress.count(offset - counted)
+                    counted = offset
 
     def start(self) -> int:
         """The offset of the text: after the byte order mark, if there is one."""

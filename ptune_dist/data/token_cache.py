@@ -21,7 +21,7 @@ from typing import IO
 
 from ptune_dist.common.files import replace_file, see_anew
 from ptune_dist.common.locks import Lock, share_lock, try_lock
-from ptune_dist.common.progress_line import WaitingLine
+from ptune_dist.common.progress_line import WaitingLine, is_first_here
 from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.cache_entry import hash_text, read_entry, where_of, write_entry
 from ptune_dist.data.cache_key import GIB, describe_options, find_files, hash_file, size_of
@@ -54,12 +54,13 @@ class TokenCache:
         try:
             return self._find(load) or self._build(load, encode)
         except OSError as error:
-            print(
-                f"warning: data.cache_dir: {self.folder}: {error.strerror or error}: the token ids of {self.name} are "
-                "kept in the memory of every rank, and built at every start",
-                file=sys.stderr,
-                flush=True,
-            )
+            if is_first_here():  # the others of this node fail alike
+                print(
+                    f"warning: data.cache_dir: {self.folder}: {error.strerror or error}: the token ids of {self.name} "
+                    "are kept in the memory of every rank, and built at every start",
+                    file=sys.stderr,
+                    flush=True,
+                )
         rows = load()
         return rows, join_parts(encode(rows), where_of(rows))
 

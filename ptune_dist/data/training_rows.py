@@ -6,7 +6,7 @@ import numpy as np
 
 from ptune_dist.data.batches import Unit, join_readers, step_examples
 from ptune_dist.data.build import Split
-from ptune_dist.data.examples import Examples
+from ptune_dist.data.examples import Examples, Facts, count_equal
 
 
 class TrainingRows:
@@ -50,25 +50,82 @@ class TrainingRows:
 
 def join_examples(parts: list[Examples]) -> Examples:
     """The examples of several sources, concatenated."""
-    if len(parts) == 1:
-        return parts[0]
-    starts = np.cumsum([0, *(len(part) for part in parts)])
-    shifts = np.cumsum([0, *(part.offsets[-1] for part in parts[:-1])])
-    shifted = [part.offsets[1:] + shift for part, shift in zip(parts, shifts, strict=True)]
+    return parts[0] if len(parts) == 1 else JoinedExamples(parts)
 
-    def where(index: int) -> str:
-        part = int(np.searchsorted(starts, index, side="right")) - 1
-        return parts[part].where(index - int(starts[part]))
 
-    return Examples(
-        ids=np.concatenate([part.ids for part in parts]),
-        offsets=np.concatenate([[0], *shifted]).astype(np.int64),
-        num_targets=np.concatenate([part.num_targets for part in parts]),
-        is_truncated=np.concatenate([part.is_truncated for part in parts]),
-        where=where,
-        num_context=np.concatenate([part.num_context for part in parts]),
-        numbers=join_numbers(parts),
-    )
+class JoinedExamples(Examples):
+    """Examples of several sources whose token ids stay where they are; the numbers of tokens are copied."""
+
+    _parts: list[Examples]
+    _starts: np.ndarray  # where each part's examples begin, and the end of the last
+
+    def __init__(self, parts: list[Examples]):
+        object.__setattr__(self, "_parts", parts)
+        object.__setattr__(self, "_starts", np.cumsum([0, *(len(part) for part in parts)]))
+        has_contexts = any(part.known.has_contexts for part in parts)
+        super().__init__(
+            ids=np.zeros(0, np.int32),
+            offsets=np.zeros(1, np.int64),
+            num_targets=np.concatenate([part.num_targets for part in parts]),
+            is_truncated=np.concatenate([part.is_truncated for part in parts]),
+            where=self._name,
+            num_context=np.concatenate([part.num_context for part in parts]) if has_contexts else np.zeros(0, np.int32),
+            numbers=join_numbers(parts),
+        )
+        object.__setattr__(self, "facts", self._join_facts())
+
+    def _place(self, index: int) -> tuple[Examples, int]:
+        """An example's part, and its number there."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._parts[number], index - int(self._starts[number])
+
+    def _name(self, index: int) -> str:
+        part, own = self._place(index)
+        return part.where(own)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.concatenate([part.lengths for part in self._parts])
+
+    def lengths_in(self, rows: slice) -> np.ndarray:
+        return self.lengths_of(np.arange(rows.start, rows.stop))
+
+    def lengths_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        some = np.asarray(rows, np.int64)
+        numbers = np.searchsorted(self._starts, some, side="right") - 1
+        found = np.zeros(len(some), np.int64)
+        for number in np.unique(numbers).tolist():
+            is_own = numbers == number
+            found[is_own] = self._parts[number].lengths_of(some[is_own] - self._starts[number])
+        return found
+
+    def input_ids(self, index: int) -> np.ndarray:
+        part, own = self._place(index)
+        return part.input_ids(own)
+
+    def target_ids(self, index: int) -> np.ndarray:
+        part, own = self._place(index)
+        return part.target_ids(own)
+
+    def _join_facts(self) -> Facts:
+        facts = [part.known for part in self._parts]
+        lead = np.array(facts[0].lead, np.int32)
+        for other in facts[1:]:
+            lead = lead[: count_equal(lead, np.array(other.lead, np.int32))]
+        empty = [
+            int(start) + found.first_empty
+            for start, found in zip(self._starts, facts, strict=False)
+            if found.first_empty is not None
+        ]
+        return Facts(
+            num_truncated=sum(found.num_truncated for found in facts),
+            lead=lead.tolist(),
+            is_lead_whole=bool((self.num_context == len(lead)).all()),
+            has_contexts=any(found.has_contexts for found in facts),
+            first_empty=empty[0] if empty else None,
+            longest=max(found.longest for found in facts),
+            digest="+".join(found.digest for found in facts),
+        )
 
 
 def join_numbers(parts: list[Examples]) -> np.ndarray | None:

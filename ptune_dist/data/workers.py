@@ -16,14 +16,13 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from ptune_dist.cluster.processes import signal_on_parent_death
-from ptune_dist.common.progress_line import ProgressLine
+from ptune_dist.common.progress_line import REPORT_S, ProgressLine
 from ptune_dist.data.examples import Examples, Part, part_of
 from ptune_dist.data.sources import Rows
 from ptune_dist.errors import RunFault
 
 CHUNK_ROWS = 5_000
 FEWEST_ROWS = 20_000  # fewer take less time than starting processes
-REPORT_S = 5.0
 
 T = TypeVar("T")
 Encode = Callable[..., Examples]  # takes first_row and end_row

@@ -4,14 +4,14 @@ Everything is computed from the token ids, a chunk at a time, so that it takes a
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from ptune_dist.config.schema import Config
 from ptune_dist.data.build import Split, build_templates
 from ptune_dist.data.encode import Encoding
-from ptune_dist.data.examples import Examples
+from ptune_dist.data.examples import Examples, chunks_of
 from ptune_dist.data.framing import tokenize
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.template import MARKER, Template, find_absent, name_nearest, render_batches
@@ -20,7 +20,6 @@ from ptune_dist.evaluation.splits import RunRows
 from ptune_dist.run.reading import Reading
 
 MANY_EPOCHS = 100
-CHUNK_ROWS = 100_000
 BRACED = re.compile(r"(?<!\{)\{\s*(\w+)\s*\}(?!\})")
 
 
@@ -120,23 +119,30 @@ def warn_of_sameness(templates: tuple[Template, Template], examples: Examples) -
     template, target = templates
     if len(examples) < 2:
         return
-    if template.columns and are_equal(examples, examples.lengths - examples.num_targets, examples.input_ids):
+    if template.columns and are_equal(examples, is_target=False):
         yield f"all {len(examples):,} training rows have the same input"
     numbers = examples.numbers
     if numbers is not None:
         is_same = bool((numbers == numbers[0]).all())
     else:
-        is_same = are_equal(examples, examples.num_targets, examples.target_ids)
+        is_same = are_equal(examples, is_target=True)
     if target.columns and is_same:
         yield f"all {len(examples):,} training rows have the same target: there is nothing to learn but that one"
 
 
-def are_equal(examples: Examples, counts: np.ndarray, part: Callable[[int], np.ndarray]) -> bool:
-    """Whether a part, of `counts` tokens, is the same in all examples; ends at the first that differs."""
-    if not (counts == counts[0]).all():
-        return False
-    first = part(0)
-    return all(np.array_equal(part(index), first) for index in range(1, len(examples)))
+def are_equal(examples: Examples, *, is_target: bool) -> bool:
+    """Whether the input, or the target, is the same in all examples; ends at the first chunk where one differs."""
+    first = examples.target_ids(0) if is_target else examples.input_ids(0)
+    for chunk in chunks_of(len(examples)):
+        lengths = examples.lengths_in(chunk)
+        num_targets = examples.num_targets[chunk]
+        counts = num_targets if is_target else lengths - num_targets
+        if not (counts == len(first)).all():
+            return False
+        begins = examples.offsets[chunk] + (lengths - num_targets if is_target else 0)
+        if not all((examples.ids[begins + place] == token).all() for place, token in enumerate(first)):
+            return False
+    return True
 
 
 def warn_of_validation(split: Split, evaluator: Evaluator) -> Iterator[str]:
@@ -152,18 +158,24 @@ def warn_of_validation(split: Split, evaluator: Evaluator) -> Iterator[str]:
 
 def count_same(train: Examples, held_out: Examples) -> int:
     """How many validation rows have the input and the target of a training row."""
+    own = np.concatenate([sketch(held_out, chunk.start, chunk.stop) for chunk in chunks_of(len(held_out))])
+    sketches = np.unique(own)
+    candidates = []
+    for chunk in chunks_of(len(train)):
+        found = sketch(train, chunk.start, chunk.stop)
+        is_known = np.isin(found, sketches)
+        candidates.append((chunk.start + np.flatnonzero(is_known), np.unique(found[is_known])))
+    likely = np.isin(own, np.concatenate([found for _, found in candidates]))
     wanted: dict[bytes, int] = {}
-    for index in range(len(held_out)):
+    for index in np.flatnonzero(likely).tolist():
         key = row_key(held_out, index)
         wanted[key] = wanted.get(key, 0) + 1
-    sketches = np.unique(sketch(held_out, 0, len(held_out)))
     num_same = 0
-    for first in range(0, len(train), CHUNK_ROWS):
-        end = min(len(train), first + CHUNK_ROWS)
-        for index in (first + np.flatnonzero(np.isin(sketch(train, first, end), sketches))).tolist():
-            num_same += wanted.pop(row_key(train, index), 0)
+    for rows, _ in candidates:
         if not wanted:
             break
+        for index in rows.tolist():
+            num_same += wanted.pop(row_key(train, index), 0)
     return num_same
 
 
@@ -176,7 +188,7 @@ def row_key(examples: Examples, index: int) -> bytes:
 
 def sketch(examples: Examples, first: int, end: int) -> np.ndarray:
     """A number for each example of a range, the same for equal ones: of its length and of some tokens."""
-    lengths = examples.lengths[first:end].astype(np.int64)
+    lengths = examples.lengths_in(slice(first, end))
     starts = examples.offsets[first:end]
     mixed = lengths.copy()
     for part in (1, 2, 3, 4, 5, 6, 7):

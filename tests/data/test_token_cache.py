@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ptune_dist.common import progress_line
 from ptune_dist.config.schema import DataConfig
-from ptune_dist.data import build, token_cache, workers
+from ptune_dist.data import build, encode, token_cache, workers
 from ptune_dist.data.batches import epoch_order, part_of_order, step_examples
 from ptune_dist.data.build import build_split
 from ptune_dist.data.examples import find_facts
@@ -236,3 +237,40 @@ def test_the_order_of_rows_is_that_of_a_permutation(monkeypatch):
     for step in (1, 655, 656, 1499, 1500, 1501):
         chosen = step_examples(step, batch_size=100, num_examples=num, seed=5)
         assert chosen == whole[(step - 1) * 100 : step * 100].tolist()
+
+
+def test_who_waits_says_so_on_the_first_rank_of_a_node(section, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress_line, "FIRST_LINE_S", 0.05)
+    monkeypatch.setattr(progress_line, "REPORT_S", 0.05)
+    context = multiprocessing.get_context("fork")
+    for rank, other in (("0", "one {{ text }}"), ("1", "two {{ text }}")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        log = tmp_path / f"log{rank}"
+        builder = context.Process(target=build_slowly, args=[section(template=other), log, 0.5])
+        builder.start()
+        while not log.exists():
+            time.sleep(0.01)
+        train(section(template=other))
+        builder.join(30)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "waiting for another process" in line]
+        assert bool(lines) == (rank == "0")
+
+
+def test_plain_text_is_encoded_alike_by_one_and_by_several_processes(section, tmp_path, monkeypatch):
+    text = tmp_path / "t.txt"
+    text.write_text("".join(f"line {i}\n" for i in range(2 * NUM_ROWS)))
+    monkeypatch.setattr(encode, "CHUNK_CHARACTERS", 100)
+    data = section(template=None, target=None).model_copy(update={"train": str(text)})
+    several = train(data)
+    monkeypatch.setattr(workers, "count_cores", lambda: 1)
+    alone = train(data.model_copy(update={"cache_dir": None}))
+    assert arrays_of(several.examples) == arrays_of(alone.examples)
+    assert len(alone.examples) > 5
+
+
+def test_few_parts_are_computed_ahead_of_their_use(monkeypatch):
+    asked = []
+    found = workers.map_by_all_cores(str, (asked.append(i) or i for i in range(100)), num_rows=NUM_ROWS)
+    assert next(found) == "0" and len(asked) <= 4
+    assert [next(found) for _ in range(3)] == ["1", "2", "3"] and len(asked) <= 7
+    found.close()

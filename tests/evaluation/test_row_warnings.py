@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ptune_dist.data.examples import Examples
-from ptune_dist.evaluation.row_warnings import CHUNK_ROWS, count_same, warn_of_length
+from ptune_dist.data.examples import CHUNK_ROWS, Examples
+from ptune_dist.evaluation.row_warnings import count_same, warn_of_length
 from ptune_dist.evaluation.validate import spread
 from tests.conftest import write_config
 

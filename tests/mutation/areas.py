@@ -22,7 +22,6 @@ WITHOUT_TRAINING = f"--deselect={DURABILITY}::test_a_whole_training_keeps_what_i
 MODEL = "ptune_dist/model"
 SEGMENTS = "tests/numerics/test_segments.py"
 LABELS = "tests/numerics/test_labels.py"
-QUICK = ("-k", "not compiled and not runs_of_a_tree and not bloom and not gemma2")
 
 AREAS = {
     "files": Area(
@@ -36,7 +35,11 @@ AREAS = {
     ),
     "checkpoint": Area(
         (CHECKPOINT,),
-        ("tests/run/test_checkpoint.py", DURABILITY, WITHOUT_TRAINING),
+        (
+            "tests/run/test_checkpoint.py",
+            f"{DURABILITY}::test_a_checkpoint_is_flushed_as_a_whole_before_it_gets_its_name_and_before_an_older_one_goes",
+            "--deselect=tests/run/test_checkpoint.py::test_a_writer_killed_at_any_moment_leaves_a_sound_newest_checkpoint",
+        ),
         (
             (
                 CHECKPOINT,
@@ -69,12 +72,7 @@ AREAS = {
     ),
     "layout": Area(
         (f"{MODEL}/layout.py", f"{MODEL}/packing.py"),
-        (
-            "tests/numerics/test_segments.py",
-            "tests/numerics/test_labels.py",
-            "-k",
-            "not flex and not bloom and not gemma2",
-        ),
+        ("tests/model/test_layout.py", SEGMENTS, "-k", "layout or (llama and not template)"),
     ),
     "attention": Area(
         (
@@ -83,7 +81,13 @@ AREAS = {
             f"{MODEL}/attention_products.py",
             f"{MODEL}/attention_trees.py",
         ),
-        ("tests/numerics/test_attention.py", SEGMENTS, LABELS, *QUICK),
+        (
+            "tests/numerics/test_attention.py",
+            SEGMENTS,
+            LABELS,
+            "-k",
+            "not runs_of_a_tree and (attention or window or bart)",
+        ),
     ),
     "resume": Area(
         ("ptune_dist/run/folder.py", "ptune_dist/run/progress.py"),

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ptune_dist.model.head
-from ptune_dist.model.from_head import FromHead
-from ptune_dist.model.head import Chunks, LossesWithGradient
+from ptune_dist.model.from_head import Bypass, FromHead
+from ptune_dist.model.head import FP16_SCALE, Chunks, LossesWithGradient
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.run.metrics_log import read_metrics
 from tests.conftest import SEQ2SEQ
@@ -163,6 +163,7 @@ def test_float16_keeps_gradients_that_are_smaller_than_its_smallest_number():
     exact = hidden.detach().double().requires_grad_()
     (functional.cross_entropy(exact, targets, reduction="sum") * loss_scale).backward()
     assert hidden.grad[:, 1:].min() > 0
+    assert math.frexp(FP16_SCALE)[0] == 0.5  # a power of two, so that scaling rounds nothing
     torch.testing.assert_close(hidden.grad[:, 1:].double(), exact.grad[:, 1:], rtol=5e-3, atol=0)
 
 
@@ -178,6 +179,15 @@ def test_tokens_are_scored_at_any_positions_and_logits_are_the_bases(monkeypatch
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     own = model.head.losses(asked, CrossEntropy().losses)
     torch.testing.assert_close(functional.cross_entropy(logits, asked.targets, reduction="none"), own)
+
+
+def test_numbers_that_a_base_reads_below_its_head_are_found_there():
+    inner = torch.nn.Linear(2, 3)
+    bypass = Bypass(torch.ones(1, 5, 2), inner)
+    assert bypass.out_features == 3 and bypass.weight is inner.weight
+    assert list(bypass.parameters()) == [] and bypass().last_hidden_state.shape == (1, 5, 2)
+    with pytest.raises(AttributeError):
+        _ = bypass.no_such_name
 
 
 BELOW_THE_HEAD = {"bert": {"is_decoder": True}, "electra": {"is_decoder": True}, "falcon": {}, "mamba": {}}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -133,6 +134,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(fold
     assert same(load_newest_checkpoint(folder, warnings.append), make(10))
     (warning,) = warnings
     assert str(folder / "step-00000020" / name) in warning and "\n" not in warning
+    assert warning.endswith("; using the previous checkpoint")
 
 
 def test_a_state_that_was_edited_is_damage(folder):
@@ -155,7 +157,10 @@ def test_if_all_are_damaged_the_run_does_not_start_over(folder):
     warnings = []
     with pytest.raises(RunFault, match="all checkpoints are damaged"):
         load_newest_checkpoint(folder, warnings.append)
-    assert len(warnings) == 2
+    assert [warning.rpartition("; ")[2] for warning in warnings] == [
+        "using the previous checkpoint",
+        "there is no previous checkpoint",
+    ]
     assert names(folder) == ["step-00000010", "step-00000020"]
 
 
@@ -163,6 +168,25 @@ def test_a_newer_damaged_checkpoint_does_not_push_out_the_sound_one_just_saved(f
     truncate(folder / "step-00000020" / "prompt.safetensors")  # the run resumed from step 10 and is stopped at 15
     assert save_checkpoint(folder, make(15), keep=1).is_dir()
     assert load_newest_checkpoint(folder, lambda _: None).step == 15
+
+
+@pytest.mark.parametrize("num_saved", [0, 1, 3])
+def test_a_save_that_fails_names_the_newest_checkpoint_that_is_kept(tmp_path, num_saved):
+    for step in range(1, num_saved + 1):
+        save_checkpoint(tmp_path, make(step), keep=5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(RunFault) as caught:
+            save_checkpoint(tmp_path, make(9), keep=5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    newest = tmp_path / f"step-{num_saved:08d}"
+    assert str(caught.value) == (
+        f"cannot save the checkpoint of step 9: File too large: {tmp_path}/step-00000009; "
+        + (f"{newest} is kept" if num_saved else "there is no earlier checkpoint")
+    )
+    assert len(names(tmp_path)) == num_saved
 
 
 SAVE_ONE = """

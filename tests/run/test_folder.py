@@ -13,6 +13,7 @@ from ptune_dist.run.folder import (
     check_run_dir,
     find_member_dir,
     is_finished,
+    is_locked,
     lock_run_dir,
     read_run_config,
     read_summary,
@@ -198,6 +199,7 @@ def test_a_run_is_finished_when_its_summary_says_so(started: Config, load: Load)
     write_json(folder / "summary.json", {"steps": 7, "evaluations_since_best": 2})
     patient = ["data.validation=x.jsonl", "evaluate.patience=2"]
     assert is_finished(load(*patient))["steps"] == 7
+    assert is_finished(load(patient[0], "evaluate.patience=1"))["steps"] == 7
     assert is_finished(load(patient[0], "evaluate.patience=3")) is None
     assert is_finished(started) is None
 
@@ -214,3 +216,14 @@ def test_an_output_dir_that_cannot_be_created_is_named(tmp_path: Path, load: Loa
         load(f"output_dir={tmp_path}/file")
     with pytest.raises(UserError, match=f"output_dir: {tmp_path}/file/below"):
         claim(load(f"output_dir={tmp_path}/file/below"))
+
+
+def test_a_directory_is_locked_while_a_run_trains_there(load: Load):
+    config = load()
+    run_dir = Path(config.output_dir)
+    assert not is_locked(run_dir)
+    with lock_run_dir(config):
+        assert is_locked(run_dir)
+        with pytest.raises(UserError, match=f"output_dir: {run_dir}: another process is training here"):
+            lock_run_dir(config)
+    assert not is_locked(run_dir)

@@ -104,6 +104,7 @@ def test_each_step_is_counted_with_its_time_and_the_last_losses_that_are_finite(
     assert 0 < progress.wall_s < 5 and progress.throughput.samples_per_s == 16
     member = progress.members["a"]
     assert member.recent_losses == [float(step) for step in range(3, NUM_RECENT + 3)]
+    assert NUM_RECENT == 20  # as docs/runs.md says of train_loss_mean
     assert (member.train_loss, member.recent_loss) == (NUM_RECENT + 2, sum(member.recent_losses) / NUM_RECENT)
     assert math.isnan(progress.members["b"].train_loss) and progress.members["b"].recent_losses == []
 

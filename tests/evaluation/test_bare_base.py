@@ -1,13 +1,14 @@
 """The base without a prompt, which stands beside the gain of a run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.commands import run_command
-from tests.conftest import write_config
+from tests.conftest import TINY, build_tiny_base, write_config
 from tests.processes import ROOT
 
 
@@ -38,3 +39,27 @@ def test_the_base_alone_is_evaluated_as_transformers_would(tmp_path):
         count += len(target)
     assert summary["base_without_prompt"]["loss"] == pytest.approx(loss / count, rel=1e-4)
     assert summary["before"]["loss"] != summary["base_without_prompt"]["loss"]
+
+
+def train_and_read(folder: Path, num_ranks: int, **sections: dict) -> dict:
+    """The summary of a run of one step."""
+    folder.mkdir()
+    rows = str(TINY / "data" / "validation.jsonl")
+    given: dict = {
+        "data": {"train": rows, "validation": rows},
+        "train": {"max_steps": 1, "batch_size": 2},
+        "evaluate": {"metrics": ["loss"], "num_samples": 0, "max_examples": 5},
+    }
+    config = write_config(folder / "config.json", **given | sections)
+    done = run_command("train", str(config), num_ranks=num_ranks)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((folder / "run" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_the_base_alone_does_not_depend_on_the_ranks(tmp_path, kind):
+    model = {"path": str(build_tiny_base(kind, tmp_path / "base"))}
+    one = train_and_read(tmp_path / "1", 1, model=model)
+    two = train_and_read(tmp_path / "2", 2, model=model, deepspeed={"zero_optimization": {"stage": 3}})
+    assert two["base_without_prompt"] == pytest.approx(one["base_without_prompt"], rel=1e-5)
+    assert one["base_without_prompt"]["loss"] != one["before"]["loss"]

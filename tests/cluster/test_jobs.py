@@ -113,3 +113,19 @@ def test_a_job_saves_and_is_requeued_at_its_time_limit(cluster: Cluster, tmp_pat
     assert run.checkpoint_steps() == [run.status["step"]]
     run.wait_for(lambda: len(run.starts) == 2, PATIENCE_S, "a second start")
     assert run.starts == [0, run.status["step"]]
+
+
+@pytest.mark.long
+@pytest.mark.extended  # launcher/test_topology.py reads what such a job's steps get
+def test_a_heterogeneous_job_trains_on_the_nodes_of_all_its_components(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path
+):
+    run = Run(cluster, tmp_path / "heterogeneous", **SECTIONS)
+    first = ["--nodes=1", "--nodelist=n0", "--cpus-per-task=1"]
+    second = ["--nodes=1", "--nodelist=n1", "--cpus-per-task=2", "--ntasks-per-node=1"]
+    run.submit(nodes="", options=[*first, ":", *second])
+    run.wait_for_end("COMPLETED")
+    logs = {path.name: path.read_text() for path in (run.dir / "logs").iterdir()}
+    assert set(logs) == {"n0.log", "n1.log"} and "2 ranks on cpu" in logs["n0.log"]
+    assert run.status["state"] == "done"
+    run.assert_bitwise(undisturbed)

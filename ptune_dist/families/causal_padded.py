@@ -139,7 +139,7 @@ class PaddedCausal(PromptedModel):
     def inner(self) -> nn.Module:
         """The base without its head."""
         found = getattr(self.base, self.base.base_model_prefix, None)
-        return found if found is not None else self.base.get_decoder()  # Llama 4's prefix is that of the whole model's
+        return found if found is not None else self.base.model  # Llama 4 has the prefix of its whole model
 
     # ------------------------------------------------------------- answers
 

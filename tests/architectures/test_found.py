@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ptune_dist.base.fused import fuse
 from ptune_dist.base.layers import head_width, heads_of_layers, layers_differ, num_key_value_heads, setting_of
 from ptune_dist.base.load import fill_whole
+from ptune_dist.base.merge import read_directly
 from ptune_dist.base.quantized import is_linear
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import Decoding, plan_answers
@@ -64,9 +65,14 @@ def test_int8_weights_that_a_layer_asks_for_their_type_are_multiplied_all_the_sa
     build_base(kind, "seq2seq", tmp_path)
     found = fill_whole(open_any(str(tmp_path), dtype=torch.float32, int8=INT8))
     wanted = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert any(parameter.dtype == torch.int8 for parameter in found.parameters())
+    weights = [parameter.dtype for name, parameter in found.named_parameters() if name.endswith("wo.weight")]
+    assert weights and set(weights) == {torch.int8}
     ours, plain = (logits_of(model, decoder_input_ids=IDS) for model in (found, wanted))
     assert (ours - plain).abs().max() < 0.05 * plain.abs().max()
+
+
+def test_a_layer_whose_type_inputs_are_cast_to_is_left_as_it_is() -> None:
+    assert "model.layers.0.self_attn.indexer.weights_proj" in read_directly(make("deepseek_v32"))
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "mistral3", "gemma3"])

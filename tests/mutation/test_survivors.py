@@ -1,7 +1,9 @@
-"""The list of mutants that no test kills is current."""
+"""The list of mutants that no test kills is current, and the table is that of the stored results."""
 
 import pytest
 
+from tests.mutation.areas import AREAS
+from tests.mutation.results import README, count_outcomes, fill_table, load_results
 from tests.mutation.survivors import FILE, Survivor, load_survivors, read_survivors
 from tests.processes import ROOT
 
@@ -26,3 +28,19 @@ def test_every_entry_has_a_reason_and_changes_code_that_is_there(entry):
 
 def test_no_entry_is_listed_twice():
     assert len(load_survivors()) == len(LISTED)
+
+
+def test_stored_survivors_are_explained_and_nine_of_ten_mutants_are_killed():
+    known = load_survivors()
+    results = load_results()
+    assert set(results) <= set(AREAS)
+    for area, result in results.items():
+        assert count_outcomes(result["mutants"])["share"] >= 0.9, area
+        for mutant in result["mutants"]:
+            if mutant["outcome"] == "survived":
+                assert (mutant["path"], mutant["difference"]) in known, f"{area}: {mutant['name']}"
+
+
+def test_the_table_is_that_of_the_stored_results():
+    text = README.read_text(encoding="utf-8")
+    assert fill_table(text, load_results()) == text

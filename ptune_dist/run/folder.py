@@ -61,7 +61,9 @@ def read_run_config(run_dir: Path, overrides: Sequence[str] = (), *, resolve: Re
     file = run_dir / "config.yaml"
     try:
         is_run = wait_to_see(file)
-    except OSError as error:  # a name that is too long
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
         raise UserError(f"{run_dir}: {error.strerror}") from None
     if not is_run:
         if not run_dir.exists():

@@ -83,7 +83,10 @@ def test_a_durable_write_fails_where_the_folder_is_missing(tmp_path):
 
 def test_a_fault_says_which_file_could_not_be_written_and_why():
     for error, reason in (
-        (OSError(errno.ENOSPC, "No space left on device", "/r/.writing-a"), "No space left on device"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/r/.writing-a"),
+            "No space left on device: free some space, then run the same command again",
+        ),
         (OSError("the disk is gone"), "the disk is gone"),
     ):
         with pytest.raises(RunFault) as caught, fault_on_failed_write(Path("/r/a")):

@@ -183,7 +183,7 @@ def test_a_save_that_fails_names_the_newest_checkpoint_that_is_kept(tmp_path, nu
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     newest = tmp_path / f"step-{num_saved:08d}"
     assert str(caught.value) == (
-        f"cannot save the checkpoint of step 9: File too large: {tmp_path}/step-00000009; "
+        f"cannot save the checkpoint of step 9: {tmp_path}/step-00000009: File too large; "
         + (f"{newest} is kept" if num_saved else "there is no earlier checkpoint")
     )
     assert len(names(tmp_path)) == num_saved

@@ -139,6 +139,7 @@ class Rows:
 
 def build_job(folder: Path, fingerprint: str = "base", keep: int = 3) -> SimpleNamespace:
     """A job of two members whose engine has the prompts' state but no base."""
+    (folder / "config.yaml").touch()  # a folder without one is no run's any more
     engine = Engine.__new__(Engine)
     engine.prompts = build_state("one", "two", loss_scale=LossScale({"initial_scale_power": 4}))
     members = {name: SimpleNamespace(output_dir=str(folder / name)) for name in ("one", "two")}
@@ -247,5 +248,5 @@ def test_a_prompt_that_cannot_be_written_is_a_fault_that_names_the_folder(tmp_pa
     (tmp_path / "one").write_text("a file")
     monkeypatch.setattr("ptune_dist.run.progress.prompt_facts", lambda *_args, **_options: {})
     monkeypatch.setattr("ptune_dist.run.progress.prompt_tensors", lambda *_args: {})
-    with pytest.raises(RunFault, match="cannot save the prompt: File exists: .*/one/prompt; the one before it"):
+    with pytest.raises(RunFault, match="cannot save the prompt: .*/one/prompt: File exists: a folder is needed"):
         store_prompt(job, "one", Progress({"one": Standing()}), ALONE)

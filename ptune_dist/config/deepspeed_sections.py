@@ -21,6 +21,7 @@ REFUSED = {
     "eigenvalue": "weights are stored in 8 bits by model.quantization",
     "elasticity": "launch/run.sh restarts a job on any number of ranks",
     "expert_parallel": "the base is sharded by zero_optimization only",
+    "gradient_allreduce_op": "a prompt's gradients are averaged over the batch",
     "hybrid_engine": "ptune-dist generate answers with a prompt",
     "pipeline": "the base is sharded by zero_optimization only",
     "progressive_layer_drop": "no layer of the base is left out",
@@ -35,7 +36,7 @@ REFUSED = {
 }
 # One number in a section says whether it is on: no more than one part means off.
 PARTS = {"tensor_parallel": "autotp_size", "sequence_parallel_size": ""}
-SAME_AS_OURS = {"communication_data_type": ("fp32", None)}
+SAME_AS_OURS = {"communication_data_type": ("fp32", None), "gradient_allreduce_op": ("mean", None)}
 PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 
 
@@ -63,6 +64,8 @@ def is_on(path: str, node: Any) -> bool:
     """Whether a section asks for something. Without `enabled` or `disable`, any section that is not empty does."""
     if path in SAME_AS_OURS and (node is None or node in SAME_AS_OURS[path]):
         return False
+    if path == "expert_parallel" and node == {}:
+        return True
     if path in PARTS:
         size = node.get(PARTS[path]) if isinstance(node, dict) else node
         return bool(node) and size not in (0, 1)

@@ -23,7 +23,7 @@ TRAILING_COMMA = re.compile(r",\s*[}\]]")
 
 # The keys that must be objects where they are given, beside the sections in deepspeed_names.
 OBJECTS = """
-zero_optimization optimizer scheduler optimizer.params scheduler.params amp zero_optimization.offload_param
+zero_optimization optimizer scheduler optimizer.params scheduler.params zero_optimization.offload_param
 zero_optimization.offload_optimizer
 """.split()
 

@@ -65,7 +65,7 @@ OPTIONS = {
     "wandb": ("enabled", "", "group team project"),
 }
 SECTIONS = sorted({*SWITCHES, *NUMBERS, *OTHERS, "bfloat16", *(name for name in OPTIONS if "." not in name)})
-# DeepSpeed itself refuses what this section and the two below it do not have.
+# The options of zero_optimization, whose types DeepSpeed checks, as it does all of the two sections below it.
 ZERO = """
 stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce allgather_partitions
 allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights elastic_checkpoint offload_param
@@ -74,6 +74,7 @@ round_robin_gradients parameter_alignment zero_hpz_partition_size zero_quantized
 zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear pipeline_loading_checkpoint
 override_module_apply log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory leaf_module
 """.split()
+REMOVED_FROM_ZERO = ("mics_", "zeropp_loco")  # DeepSpeed says why
 # What else people give, and where it belongs.
 MEANT = {
     **dict.fromkeys(("zero", "zero_stage", "zero3"), 'it is "zero_optimization": {"stage": 3} in DeepSpeed\'s JSON'),
@@ -102,6 +103,10 @@ def check_names(content: dict[str, Any]) -> None:
         if not isinstance(node, dict):
             raise ValueError(f"{path} must be an object, found {json.dumps(node, default=str)}")
         check_options(path, node, *(kind.split() for kind in kinds))
+    zero = content.get("zero_optimization")
+    if isinstance(zero, dict):
+        theirs = [name for name in zero if name.startswith(REMOVED_FROM_ZERO)]
+        check_options("zero_optimization", zero, [], [], [*ZERO, *RENAMED.values(), *theirs])
 
 
 def check_options(path: str, section: dict[str, Any], switches: list[str], numbers: list[str], rest: list[str]) -> None:

@@ -37,6 +37,8 @@ REFUSED = {
 # One number in a section says whether it is on: no more than one part means off.
 PARTS = {"tensor_parallel": "autotp_size", "sequence_parallel_size": ""}
 SAME_AS_OURS = {"communication_data_type": ("fp32", None), "gradient_allreduce_op": ("mean", None)}
+# Sections that DeepSpeed itself refuses, even where they are off.
+REMOVED = ("graph_harvesting", "nebula", "sparse_gradients")
 PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 
 
@@ -48,8 +50,8 @@ def refuse_sections(content: dict[str, Any], file: str) -> None:
             node = node.get(part) if isinstance(node, dict) else None
         if is_on(path, node):
             raise UserError(f"{file}: {path} is not for prompts: {reason}: remove it")
-    for section in ("elasticity", "nebula"):  # DeepSpeed refuses them even where they are off
-        if section in content and not is_on(section, content[section]):
+    for section in [name for name in content if name in REFUSED or name in REMOVED]:
+        if not is_on(section, content[section]):
             del content[section]
     for section, package in PACKAGES.items():
         node = content.get(section)

@@ -6,6 +6,9 @@ from ptune_dist.config.deepspeed_json import load_deepspeed_json
 from ptune_dist.config.deepspeed_names import OPTIONS, SECTIONS, ZERO
 from ptune_dist.config.deepspeed_spellings import OFFLOADS, RENAMED
 from ptune_dist.errors import UserError
+from ptune_dist.zero.engine import check_with_deepspeed
+from ptune_dist.zero.offload import without_autos
+from ptune_dist.zero.unused_sections import describe_unused
 from tests.config.test_deepspeed_json import error_of, fill
 
 
@@ -37,6 +40,8 @@ from tests.config.test_deepspeed_json import error_of, fill
         ({"timers": {"throughput": {"off": True}}}, "unknown key timers.throughput.off"),
         ({"checkpoint": {"nothing": 1}}, "unknown key checkpoint.nothing, it may be"),
         ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage is 'auto', not 0, 1, 2 or 3"),
+        ({"zero_optimization": {"overlap_comms": True}}, "zero_optimization.overlap_comms, did you mean overlap_comm?"),
+        ({"amp": True}, "amp is not for prompts"),
         ({"flops_profiler": True}, "flops_profiler must be an object, found true"),
         ({"aio": 3}, "aio must be an object, found 3"),
         ({"aio": {"block_size": "big"}}, 'aio.block_size must be a number, found "big"'),
@@ -62,6 +67,19 @@ def test_a_key_that_deepspeed_would_ignore_is_refused_and_told_what_it_means(own
 def test_a_seed_is_the_configs_own_or_refused():
     assert "seed is 5 but the config's seed is 0" in error_of({"seed": 5})
     assert "seed" not in fill({"seed": 0}) and "seed" not in fill({"seed": "auto"})
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"compile": None}, {"hybrid_engine": False}, {"sparse_gradients": False}, {"amp": {"enabled": False}}],
+    ids=str,
+)
+def test_a_section_that_is_off_is_taken_also_where_deepspeed_has_none_or_needs_an_object(own):
+    check_with_deepspeed(without_autos(fill(own)), "d.json")
+
+
+def test_a_key_of_a_part_of_deepspeed_that_is_not_used_is_noted():
+    assert "dataloader_drop_last" in (describe_unused(fill({"dataloader_drop_last": True})) or "")
 
 
 def test_a_preset_given_by_a_path_that_does_not_exist_is_named():

@@ -5,12 +5,12 @@ content is what the `zero` package hands to DeepSpeed.
 """
 
 import copy
-import difflib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from ptune_dist.config.deepspeed_names import check_names
 from ptune_dist.config.deepspeed_optimizer import settle_optimizer, settle_scheduler
 from ptune_dist.config.deepspeed_sections import refuse_sections
 from ptune_dist.config.deepspeed_spellings import use_one_spelling
@@ -21,19 +21,10 @@ PRESETS = Path(__file__).parent / "presets"
 COMMENT = re.compile(r"(^|\s)(//|#|/\*)")
 TRAILING_COMMA = re.compile(r",\s*[}\]]")
 
-# The sections that DeepSpeed documents.
-SECTIONS = """
-train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler fp16 bf16 amp
-torch_autocast data_types gradient_clipping prescale_gradients gradient_predivide_factor sparse_gradients
-communication_data_type zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-activation_checkpointing aio steps_per_print wall_clock_breakdown dump_state memory_breakdown flops_profiler
-comms_logger tensorboard wandb comet csv_monitor checkpoint compile seed timers nebula bfloat16 tensor_parallel
-autotuning compression_training curriculum_learning data_efficiency elasticity hybrid_engine pipeline sparse_attention
-""".split()
-# The keys that must be objects where they are given.
+# The keys that must be objects where they are given, beside the sections in deepspeed_names.
 OBJECTS = """
-bf16 fp16 zero_optimization optimizer scheduler optimizer.params scheduler.params torch_autocast amp data_types timers
-timers.throughput activation_checkpointing zero_optimization.offload_param zero_optimization.offload_optimizer
+zero_optimization optimizer scheduler optimizer.params scheduler.params zero_optimization.offload_param
+zero_optimization.offload_optimizer
 """.split()
 
 # `auto` values that DeepSpeed itself takes, and those that follow from the base's tensors (zero/).
@@ -95,6 +86,9 @@ def read_json(source: str) -> Any:
     except FileNotFoundError as error:
         is_name = not source.endswith(".json") and "/" not in source
         names = f", and the JSON files that come with the package are {', '.join(preset_names())}" if is_name else ""
+        name = Path(source).stem
+        if not is_name and name in preset_names():
+            names = f"; a JSON file of that name comes with the package: set deepspeed={name}"
         raise UserError(f"deepspeed: {source}: {error.strerror}{names}") from None
     except UnicodeDecodeError:
         raise UserError(f"deepspeed: {source}: not UTF-8 text") from None
@@ -128,13 +122,10 @@ def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_sections(content: dict[str, Any], file: str) -> None:
-    """Raise UserError for a section of the wrong type or a misspelled one: DeepSpeed ignores what it does not know."""
-    for key in content:
-        near = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.85)
-        if key not in SECTIONS and near:
-            raise UserError(f"{file}: unknown key {key}, did you mean {near[0]}?")
+    """Raise UserError for a section of the wrong type or an unknown key: DeepSpeed ignores what it does not know."""
     try:
         use_one_spelling(content)
+        check_names(content)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
     for path in OBJECTS:
@@ -157,6 +148,9 @@ def fill_deepspeed_json(config: Config, *, hidden_size: int) -> dict[str, Any]:
         refuse_other_dtype(content, file, dtype)
     settle("bf16.enabled", dtype == "bfloat16", "model.dtype", dtype)
     settle("fp16.enabled", dtype == "float16", "model.dtype", dtype)
+    if "seed" in content:
+        settle("seed", config.seed, "the config's seed")
+        del content["seed"]  # DeepSpeed reads none
     settle("gradient_clipping", train.max_grad_norm, "train.max_grad_norm")
     settle("train_batch_size", train.batch_size, "train.batch_size")
     for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu"):

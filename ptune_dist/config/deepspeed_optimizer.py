@@ -52,7 +52,12 @@ def settle_optimizer(settle: Settle, content: dict[str, Any], file: str, config:
     train = config.train
     if section is None:
         return
-    kind = str(section.get("type", ""))
+    kind = name_type(section, "optimizer", file)
+    if kind.lower() not in OPTIMIZER_TYPES:
+        raise UserError(
+            f"{file}: optimizer.type is {kind!r}, which is no value of train.optimizer: "
+            f"it may be {', '.join(FIXED_IN_OPTIMIZER)}, and here it is {train.optimizer}"
+        )
     if OPTIMIZER_TYPES.get(kind.lower()) != train.optimizer:
         raise UserError(f"{file}: optimizer.type is {kind!r} but train.optimizer is {train.optimizer!r}")
     refuse_others(section, ("type", "params", "legacy_fusion"), f"{file}: optimizer")
@@ -71,6 +76,15 @@ def settle_optimizer(settle: Settle, content: dict[str, Any], file: str, config:
             "remove it, or set train.weight_decay=0"
         )
     drop_autos(params)
+
+
+def name_type(section: dict[str, Any], name: str, file: str) -> str:
+    """The type of an optimizer or a scheduler. Raises UserError where the section has none."""
+    kind = section.get("type")
+    if not isinstance(kind, str) or not kind:
+        key = {"optimizer": "train.optimizer", "scheduler": "train.schedule"}[name]
+        raise UserError(f"{file}: {name} has no type: give {name}.type, or remove the section: {key} names it already")
+    return kind
 
 
 def optimizer_values(train: TrainConfig, *, is_torch_adamw: bool) -> dict[str, Ours]:
@@ -94,7 +108,12 @@ def settle_scheduler(settle: Settle, content: dict[str, Any], file: str, config:
     train = config.train
     if section is None:
         return
-    kind = str(section.get("type", ""))
+    kind = name_type(section, "scheduler", file)
+    if kind not in SCHEDULER_TYPES and kind.lower() not in SCHEDULER_TYPES.values():
+        raise UserError(
+            f"{file}: scheduler.type is {kind!r}, which is no value of train.schedule: "
+            f"it may be {', '.join(SCHEDULER_TYPES)}, and train.schedule is {train.schedule}"
+        )
     if SCHEDULER_TYPES.get(kind) != train.schedule:
         name = next(theirs for theirs, ours in SCHEDULER_TYPES.items() if ours == train.schedule)
         raise UserError(

@@ -21,6 +21,7 @@ REFUSED = {
     "eigenvalue": "weights are stored in 8 bits by model.quantization",
     "elasticity": "launch/run.sh restarts a job on any number of ranks",
     "expert_parallel": "the base is sharded by zero_optimization only",
+    "gradient_allreduce_op": "a prompt's gradients are averaged over the batch",
     "hybrid_engine": "ptune-dist generate answers with a prompt",
     "pipeline": "the base is sharded by zero_optimization only",
     "progressive_layer_drop": "no layer of the base is left out",
@@ -35,7 +36,9 @@ REFUSED = {
 }
 # One number in a section says whether it is on: no more than one part means off.
 PARTS = {"tensor_parallel": "autotp_size", "sequence_parallel_size": ""}
-SAME_AS_OURS = {"communication_data_type": ("fp32", None)}
+SAME_AS_OURS = {"communication_data_type": ("fp32", None), "gradient_allreduce_op": ("mean", None)}
+# Sections that DeepSpeed itself refuses, even where they are off.
+REMOVED = ("graph_harvesting", "nebula", "sparse_gradients")
 PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 
 
@@ -47,8 +50,8 @@ def refuse_sections(content: dict[str, Any], file: str) -> None:
             node = node.get(part) if isinstance(node, dict) else None
         if is_on(path, node):
             raise UserError(f"{file}: {path} is not for prompts: {reason}: remove it")
-    for section in ("elasticity", "nebula"):  # DeepSpeed refuses them even where they are off
-        if section in content and not is_on(section, content[section]):
+    for section in [name for name in content if name in REFUSED or name in REMOVED]:
+        if not is_on(section, content[section]):
             del content[section]
     for section, package in PACKAGES.items():
         node = content.get(section)
@@ -63,6 +66,8 @@ def is_on(path: str, node: Any) -> bool:
     """Whether a section asks for something. Without `enabled` or `disable`, any section that is not empty does."""
     if path in SAME_AS_OURS and (node is None or node in SAME_AS_OURS[path]):
         return False
+    if path == "expert_parallel" and node == {}:
+        return True
     if path in PARTS:
         size = node.get(PARTS[path]) if isinstance(node, dict) else node
         return bool(node) and size not in (0, 1)

@@ -29,7 +29,6 @@ AUTO_IS_DEFAULT = (
     "fp16.initial_scale_power",
     "fp16.hysteresis",
     "fp16.min_loss_scale",
-    "zero_optimization.stage",
     "zero_optimization.overlap_comm",
     "zero_optimization.reduce_scatter",
     "zero_optimization.contiguous_gradients",

@@ -6,6 +6,14 @@ from ptune_dist.config.deepspeed_json import zero_stage
 
 # They report or profile the steps of DeepSpeed's engine, which takes none.
 ABOUT_STEPS = ("flops_profiler", "wall_clock_breakdown", "tensorboard", "wandb", "comet", "csv_monitor")
+# They are about parts of DeepSpeed that are not used: its accumulation, its checkpoints, its experts and sequences.
+ABOUT_OTHERS = (
+    "managed_gradient_accumulation",
+    "datastates_ckpt",
+    "use_data_before_expert_parallelism",
+    "seq_parallel_communication_data_type",
+    "dataloader_drop_last",
+)
 # They are about gradients of a base, and a frozen one has none.
 ABOUT_GRADIENTS = ("prescale_gradients", "sparse_gradients")
 ABOUT_GRADIENTS_IN_ZERO = ("round_robin_gradients",)
@@ -23,7 +31,7 @@ def describe_unused(content: dict[str, Any]) -> str | None:
         found.append("data_types.grad_accum_dtype")
     zero = content.get("zero_optimization", {})
     found += [f"zero_optimization.{name}" for name in ABOUT_GRADIENTS_IN_ZERO if is_on(zero.get(name))]
-    found += [name for name in ABOUT_GRADIENTS if is_on(content.get(name))]
+    found += [name for name in (*ABOUT_GRADIENTS, *ABOUT_OTHERS) if is_on(content.get(name))]
     if content.get("gradient_predivide_factor", 1) != 1:
         found.append("gradient_predivide_factor")
     if not found:

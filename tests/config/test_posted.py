@@ -19,10 +19,10 @@ SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear"}
 REFUSED = {
     "accelerate_zero3_offload": "gradient_accumulation_steps follows from train.batch_size",
     "axolotl_zero1_torch_compile": "compile is not for prompts: model.compile compiles the base",
-    "deepspeed_docs_lion": "optimizer.type is 'Lion' but train.optimizer is 'adamw'",
-    "deepspeed_docs_onecycle": "scheduler.type is 'OneCycle' but train.schedule is",
+    "deepspeed_docs_lion": "optimizer.type is 'Lion', which is no value of train.optimizer",
+    "deepspeed_docs_onecycle": "scheduler.type is 'OneCycle', which is no value of train.schedule",
     "deepspeed_getting_started": "train_batch_size is 8 but train.batch_size is 32",
-    "lightning_zero2": "optimizer.type is 'OneBitAdam' but train.optimizer is 'adamw'",
+    "lightning_zero2": "optimizer.type is 'OneBitAdam', which is no value of train.optimizer",
     "openchat_zero2": "gradient_accumulation_steps follows from train.batch_size",
 }
 

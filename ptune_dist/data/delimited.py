@@ -11,6 +11,7 @@ from typing import Any
 from ptune_dist.data.content import Content
 from ptune_dist.errors import UserError
 
+DELIMITED_SUFFIXES = (".csv", ".tsv")
 SEPARATORS = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
 INDEX_COLUMN = "Unnamed: 0"  # the name that pandas gives to its own index when it reads it back
 
@@ -73,7 +74,14 @@ class DelimitedIndex:
             self.header = self._check_names(self.header, "data.csv.header")
 
     def offsets(self) -> Iterator[int]:
+        is_first = True
         for line, offset, fields, lines in self._records():
+            if is_first and self.header == [field.strip() for field in fields]:  # names that data.csv.header gives
+                raise UserError(
+                    f"{self._name} line {line}: the first line is the names in data.csv.header: leave the key out, or "
+                    "set data.csv.header=true"
+                )
+            is_first = False
             if not self.header:
                 self.header = self._check_header(fields, line)
                 continue
@@ -89,7 +97,11 @@ class DelimitedIndex:
         """
         if len(self.header) == 1:
             return
-        parts = [part for field in fields if "\n" in field for part in field.split("\n")]
+        parts: list[str] = []
+        for index, field in enumerate(fields):
+            pieces = field.split("\n")  # the first and the last share their lines with other fields
+            if len(pieces) > 1:
+                parts += pieces[0 if index == 0 else 1 : None if index == len(fields) - 1 else -1]
         if (
             all(self._count(text) == len(self.header) for text in lines)
             or any(self._count(part) == len(self.header) for part in parts)

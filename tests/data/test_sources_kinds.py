@@ -13,6 +13,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ptune_dist.config.schema import CsvConfig, DataConfig
+from ptune_dist.data.build import check_csv_keys
 from ptune_dist.data.delimited import CsvDialect
 from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.sources import Rows, load_rows
@@ -87,7 +89,14 @@ def test_a_row_with_an_escaped_separator_that_is_swallowed_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "row",
-    [["two\nlines", "1"], ["a, b, c\n\nd, e, f", "1"], ["one", "two\nlines"], ["\nx\n", "y\n"], ["a\nb", "c\nd"]],
+    [
+        ["two\nlines", "1"],
+        ["a, b, c\n\nd, e, f", "1"],
+        ["one", "two\nlines"],
+        ["\nx\n", "y\n"],
+        ["a\nb", "c\nd"],
+        ["a\nb, c", "d"],
+    ],
 )
 def test_fields_over_lines_that_are_not_rows_are_taken(tmp_path, row):
     content = "text,label\n" + ",".join(f'"{field}"' for field in row) + "\n"
@@ -130,6 +139,23 @@ def test_headers_as_people_write_them(tmp_path):
     assert read(tmp_path, "b.csv", "text, label\nHi, 1\n") == [{"text": "Hi", "label": " 1"}]
     assert read(tmp_path, "c.csv", "film,1\n", header=["text", "label"]) == [{"text": "film", "label": "1"}]
     assert read(tmp_path, "d.csv", "text,2019\na,b\n", header=True) == [{"text": "a", "2019": "b"}]
+
+
+def test_names_that_the_first_line_has_already_are_refused(tmp_path):
+    content = "\ntext, label\nfilm,1\n"
+    message = error_of(tmp_path, "a.csv", content, header=["text", "label"])
+    assert "a.csv line 2: the first line is the names in data.csv.header" in message
+    assert len(read(tmp_path, "b.csv", "film,1\ntext,label\n", header=["text", "label"])) == 2
+    assert read(tmp_path, "c.csv", content, header=True) == [{"text": "film", "label": "1"}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt", "a.json.gz", "user/name"])
+def test_csv_keys_that_no_source_follows_are_refused(name):
+    data = DataConfig(train=name, csv=CsvConfig(delimiter=";"), template="{{ a }}", target="{{ b }}")
+    with pytest.raises(UserError, match=f"data.csv.delimiter is given, but {name} is no .csv or .tsv file"):
+        check_csv_keys(data)
+    check_csv_keys(data.model_copy(update={"validation": "v.TSV.gz"}))
+    check_csv_keys(data.model_copy(update={"csv": CsvConfig()}))
 
 
 def test_encoding_is_recoded_and_lines_still_count(tmp_path):

@@ -4,14 +4,16 @@ import dataclasses
 import functools
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from ptune_dist.common.progress_line import REPORT_S, ProgressLine
-from ptune_dist.config.schema import DataConfig
+from ptune_dist.config.schema import CsvConfig, DataConfig
 from ptune_dist.data.cache_entry import where_of
 from ptune_dist.data.candidates import CandidateInput, Candidates, build_candidates
-from ptune_dist.data.delimited import CsvDialect
+from ptune_dist.data.content import text_suffix
+from ptune_dist.data.delimited import DELIMITED_SUFFIXES, CsvDialect
 from ptune_dist.data.encode import (
     Encoding,
     TokenPair,
@@ -57,6 +59,7 @@ def build_split(data: DataConfig, encoding: Encoding, *, which: str, max_example
     source = getattr(data, which)
     if source is None:
         return None
+    check_csv_keys(data)
 
     def load() -> Rows:
         rows = load_rows(source, key=f"data.{which}", default_split=which, csv=csv_dialect(data))
@@ -93,6 +96,7 @@ def encode_split(data: DataConfig, rows: Rows, encoding: Encoding, which: str) -
 def encode_with_templates(data: DataConfig, rows: Rows, encoding: Encoding) -> Iterator[Part]:
     template, target = build_templates(data, encoding.placement)
     check_template_columns(template, rows)
+    check_readable(target, rows, TARGET_KEY)
     check_columns(target, list(rows.columns()), key=TARGET_KEY, source_name=rows.name)
     if data.labels and len(target.columns) == 1 and encoding.targets.takes_room:  # classes are checked as such
         target = dataclasses.replace(target, labels=tuple(data.labels))
@@ -107,7 +111,18 @@ def check_template_columns(template: Template, rows: Rows) -> None:
             f"data.template: {rows.name} has a column 'prompt', and with prompt.placement=template {{{{ prompt }}}} "
             "marks where the virtual tokens stand: rename the column, or choose another placement"
         )
+    check_readable(template, rows, TEMPLATE_KEY)
     check_columns(template, available, key=TEMPLATE_KEY, source_name=rows.name)
+
+
+def check_readable(template: Template, rows: Rows, key: str) -> None:
+    """Raise UserError where a template names a column whose type cannot be read."""
+    for column in template.row_columns:
+        if column in rows.unreadable:
+            raise UserError(
+                f"{key} uses column {column!r} of {rows.name}, whose type {rows.unreadable[column]} cannot be read; "
+                "save it as a struct, a list or text"
+            )
 
 
 def build_templates(data: DataConfig, placement: str = "prefix") -> tuple[Template, Template]:
@@ -231,6 +246,17 @@ def encode_candidates(
     encoded = [longest, *(encode(kind[0], rows) for kind in kinds[1:])]
     inputs = [found for row in range(len(rows)) for found in distinct_inputs(row, kinds, encoded)]
     return build_candidates(inputs, label_ids, longest, most_tokens)
+
+
+def check_csv_keys(data: DataConfig) -> None:
+    """Raise UserError where keys of data.csv are given that no source of the config follows."""
+    given = [name for name, value in data.csv if value != getattr(CsvConfig(), name)]
+    sources = [source for source in (data.train, data.validation) if source is not None]
+    if given and not any(text_suffix(Path(source)) in DELIMITED_SUFFIXES for source in sources):
+        raise UserError(
+            f"data.csv.{given[0]} is given, but {' and '.join(dict.fromkeys(sources))} is no .csv or .tsv file: leave "
+            "data.csv out"
+        )
 
 
 def csv_dialect(data: DataConfig) -> CsvDialect:

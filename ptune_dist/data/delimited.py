@@ -11,6 +11,7 @@ from typing import Any
 from ptune_dist.data.content import Content
 from ptune_dist.errors import UserError
 
+DELIMITED_SUFFIXES = (".csv", ".tsv")
 SEPARATORS = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
 INDEX_COLUMN = "Unnamed: 0"  # the name that pandas gives to its own index when it reads it back
 
@@ -73,21 +74,41 @@ class DelimitedIndex:
             self.header = self._check_names(self.header, "data.csv.header")
 
     def offsets(self) -> Iterator[int]:
-        suspect = None  # the line of the first row whose lines could be rows
-        spans_lines = False  # whether a field certainly contains a line break
+        is_first = True
         for line, offset, fields, lines in self._records():
+            if is_first and self.header == [field.strip() for field in fields]:  # names that data.csv.header gives
+                raise UserError(
+                    f"{self._name} line {line}: the first line is the names in data.csv.header: leave the key out, or "
+                    "set data.csv.header=true"
+                )
+            is_first = False
             if not self.header:
                 self.header = self._check_header(fields, line)
                 continue
             self._check_fields(fields, line)
             if len(lines) > 1 and self._dialect.quoting is None:
-                could_be_rows = all(self._count(text) == len(self.header) for text in lines)
-                spans_lines = spans_lines or not could_be_rows
-                suspect = line if could_be_rows and suspect is None else suspect
+                self._check_line_breaks(fields, lines, line)
             yield offset
-        if suspect is not None and not spans_lines and len(self.header) > 1:
+
+    def _check_line_breaks(self, fields: list[str], lines: list[str], line: int) -> None:
+        """Refuse a record in which a quote has probably swallowed rows: a line inside a field would be a row itself.
+
+        A file with one column is left alone, because every line would be a row of it.
+        """
+        if len(self.header) == 1:
+            return
+        parts: list[str] = []
+        for index, field in enumerate(fields):
+            pieces = field.split("\n")  # the first and the last share their lines with other fields
+            if len(pieces) > 1:
+                parts += pieces[0 if index == 0 else 1 : None if index == len(fields) - 1 else -1]
+        if (
+            all(self._count(text) == len(self.header) for text in lines)
+            or any(self._count(part) == len(self.header) for part in parts)
+            or any(self._is_row(text) for text in lines[1:-1])
+        ):
             raise UserError(
-                f"{self._name} line {suspect}: a quote opens a field that runs over lines which look like rows; set "
+                f"{self._name} line {line}: a quote opens a field that runs over lines which look like rows; set "
                 "data.csv.quoting=none if quotes are plain characters, data.csv.quoting=minimal if the field is right"
             )
 
@@ -127,6 +148,12 @@ class DelimitedIndex:
     def _count(self, line: str) -> int:
         """The fields of a line where quotes are plain characters."""
         return line.count(self.options["delimiter"]) + 1
+
+    def _is_row(self, line: str) -> bool:
+        """Whether a line is a row by itself, with its quotes."""
+        with contextlib.suppress(csv.Error):
+            return any(len(fields) == len(self.header) for fields in csv.reader([line], **self.options))
+        return False
 
     def _check_fields(self, fields: list[str], line: int) -> None:
         if len(fields) != len(self.header):

@@ -131,9 +131,16 @@ def _are_lines(head: bytes, content: Content) -> bool:
     except (ValueError, RecursionError):
         more = (line.strip() for _, line in content.lines() if line.strip())
         return sum(1 for line, _ in zip(more, range(2), strict=False) if line.startswith(b"{")) == 2
-    lists = [value for value in row.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
     is_alone = sum(1 for _, line in content.lines() if line.strip()) == 1
-    return not (is_alone and len(lists) == 1 and (len(row) == 1 or lists[0] is row.get("data")))
+    return not (is_alone and _holds_rows(row))
+
+
+def _holds_rows(row: dict[str, Any]) -> bool:
+    """Whether the only object of a file is no row: it has a list of objects, or its values are columns."""
+    values = list(row.values())
+    if any(isinstance(value, list) and value and all(isinstance(item, dict) for item in value) for value in values):
+        return True
+    return bool(values) and all(isinstance(value, (list, dict)) for value in values)
 
 
 def _index_array(content: Content, names: dict[str, None]) -> Iterator[int]:

@@ -24,6 +24,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ptune_dist.common.hub import hub_answers
+from ptune_dist.data.arrow_values import has_narrow_floats, shorten_floats, split_columns
 from ptune_dist.data.content import COMPRESSED_SUFFIXES, text_suffix
 from ptune_dist.data.delimited import CsvDialect
 from ptune_dist.data.readers import TEXT_SUFFIXES, TextTable, open_table
@@ -41,12 +42,14 @@ class Rows:
     """The rows of one source.
 
     name: the source as the user wrote it. kind: "text" for a .txt file, whose rows are its lines, with line breaks, in
-    a column `text`; otherwise "rows". Rows can be pickled and read in other processes.
+    a column `text`; otherwise "rows". unreadable: columns that are left out, with their types. Rows can be pickled and
+    read in other processes.
     """
 
     name: str
     source: TextTable | datasets.Dataset
     kind: str
+    unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -62,7 +65,10 @@ class Rows:
             return []
         if isinstance(self.source, TextTable):
             return self.source.read(first, last)
-        columns = self.source[first:last]
+        columns: dict[str, list[Any]] = self.source[first:last]
+        for name, feature in self.source.features.items():
+            if has_narrow_floats(feature):
+                columns[name] = [shorten_floats(value, feature) for value in columns[name]]
         return [{name: values[i] for name, values in columns.items()} for i in range(last - first)]
 
     def first(self, count: int) -> "Rows":
@@ -106,7 +112,7 @@ def load_rows(source: str, *, key: str, default_split: str, csv: CsvDialect | No
 def _load_file(path: Path, name: str, key: str, csv: CsvDialect | None) -> Rows:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return Rows(name, _load_parquet(path, name, key), "rows")
+        return _load_parquet(path, name, key)
     suffix = text_suffix(path)
     if suffix not in TEXT_SUFFIXES:
         raise UserError(f"{key}: {name} has an unknown type ({path.suffix or 'no extension'}); {_FORMATS}")
@@ -120,15 +126,22 @@ def _stamp(path: Path) -> str:
     return hashlib.sha256(version.encode()).hexdigest()[:16]
 
 
-def _load_parquet(path: Path, name: str, key: str) -> datasets.Dataset:
+def _load_parquet(path: Path, name: str, key: str) -> Rows:
     try:
         if pyarrow.parquet.read_metadata(path).num_rows == 0:
             raise UserError(f"{key}: {name} has no rows")
+        schema, unreadable = split_columns(pyarrow.parquet.read_schema(path))
+        if not schema.names:
+            raise UserError(f"{key}: {name}: no column has a type that can be read: {unreadable}")
+        options: dict[str, Any] = {}
+        if unreadable:
+            options = {"columns": schema.names, "features": datasets.Features.from_arrow_schema(schema)}
         with _quiet():
             # The stamp is passed as the dataset's config name, which is part of the key of its cache.
             files = glob.escape(str(path.resolve()))
-            return datasets.load_dataset("parquet", _stamp(path), data_files=files, split="train")
-    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError) as error:
+            loaded = datasets.load_dataset("parquet", _stamp(path), data_files=files, split="train", **options)
+        return Rows(name, loaded, "rows", unreadable)
+    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = _one_line(error.__cause__ or error)
         raise UserError(f"{key}: {name} cannot be read as parquet: {reason}") from None
 

@@ -13,8 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from ptune_dist.data.build import check_template_columns
 from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.sources import load_rows, split_hub_name
+from ptune_dist.data.template import compile_template
 from ptune_dist.errors import UserError
 from tests.processes import python_path
 
@@ -138,6 +140,30 @@ def test_parquet_rows_in_a_folder_with_glob_characters(tmp_path):
     rows = load(path)
     assert column_of(rows.name) == ["a", "b"]
     assert rows.where(1) == f"{path} row 2 (the first is row 1)"
+
+
+def test_parquet_numbers_print_in_the_precision_of_their_column(tmp_path):
+    kinds = {"half": pyarrow.float16(), "single": pyarrow.float32(), "double": pyarrow.float64()}
+    columns = {name: pyarrow.array([0.1, None, 1e20 if name != "half" else 2.5], kind) for name, kind in kinds.items()}
+    columns["inside"] = pyarrow.array([{"x": [0.3, None]}] * 3, pyarrow.struct([("x", pyarrow.list_(kinds["single"]))]))
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    rows = rows_of(tmp_path / "a.parquet")
+    assert str(rows[0]) == "{'half': 0.1, 'single': 0.1, 'double': 0.1, 'inside': {'x': [0.3, None]}}"
+    assert rows[1]["single"] is None
+    assert [str(value) for value in rows[2].values()][:3] == ["2.5", "1e+20", "1e+20"]
+
+
+def test_parquet_column_of_maps_is_left_out_and_named_where_it_is_used(tmp_path):
+    maps = pyarrow.array([[("k", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "m": maps}), path)
+    rows = load(path)
+    assert rows.read(0, 1) == [{"text": "a"}]
+    check_template_columns(compile_template("{{ text }}", key="data.template"), rows)
+    with pytest.raises(UserError, match="data.template uses column 'm' of .*a.parquet, whose type map<"):
+        check_template_columns(compile_template("{{ m.k }}", key="data.template"), rows)
+    pyarrow.parquet.write_table(pyarrow.table({"m": maps}), tmp_path / "b.parquet")
+    assert "no column has a type that can be read" in error_of(tmp_path / "b.parquet")
 
 
 def test_saved_folder_of_one_dataset_and_of_splits(tmp_path):

@@ -13,6 +13,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ptune_dist.config.schema import CsvConfig, DataConfig
+from ptune_dist.data.build import check_csv_keys
 from ptune_dist.data.delimited import CsvDialect
 from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.sources import Rows, load_rows
@@ -60,7 +62,46 @@ def test_csv_quote_that_swallows_rows_is_refused(tmp_path):
     assert "line 3: a quote opens a field that runs over lines" in error_of(tmp_path, "a.csv", content)
     assert len(read(tmp_path, "a.csv", content, quoting="none")) == 5
     assert len(read(tmp_path, "a.csv", content, quoting="minimal")) == 3
-    assert len(read(tmp_path, "b.csv", content + '"two\nlines",6\n')) == 4  # other fields do contain line breaks
+
+
+@pytest.mark.parametrize(
+    "swallowed",
+    [
+        '"Great fun,1\nso so,0\nit ended",0\nfine,1\n"two\nlines",1\n',  # another field does span lines
+        '"Great, fun,1\nso so,0\nit ended",0\nfine,1\n',
+        '"Great fun,1\nso, so,0\nit ended",0\n',
+        '"Great fun,1\nit ended",0\n',
+        '"Great, fun,1\n"",0\nit ended",0\n',
+        '"Great, fun,1\r\nso so,0\r\nit ended",0\r\n',
+        '"two\nlines",1\nbad,"0\nfine,1"\n',
+    ],
+)
+def test_each_field_that_swallows_a_row_is_refused(tmp_path, swallowed):
+    line = 4 if swallowed.startswith('"two') else 2
+    assert f"a.csv line {line}: a quote opens" in error_of(tmp_path, "a.csv", "text,label\n" + swallowed)
+    read(tmp_path, "a.csv", "text,label\n" + swallowed, quoting="minimal")
+
+
+def test_a_row_with_an_escaped_separator_that_is_swallowed_is_refused(tmp_path):
+    content = 'text,label\n"Great, fun,1\nso\\, so,0\n it ended",0\n'
+    assert "line 2: a quote opens" in error_of(tmp_path, "a.csv", content, escapechar="\\")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ["two\nlines", "1"],
+        ["a, b, c\n\nd, e, f", "1"],
+        ["one", "two\nlines"],
+        ["\nx\n", "y\n"],
+        ["a\nb", "c\nd"],
+        ["a\nb, c", "d"],
+    ],
+)
+def test_fields_over_lines_that_are_not_rows_are_taken(tmp_path, row):
+    content = "text,label\n" + ",".join(f'"{field}"' for field in row) + "\n"
+    assert read(tmp_path, "a.csv", content) == [dict(zip(("text", "label"), row, strict=True))]
+    assert read(tmp_path, "b.csv", 'text\n"a\nb\nc"\n') == [{"text": "a\nb\nc"}]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +141,23 @@ def test_headers_as_people_write_them(tmp_path):
     assert read(tmp_path, "d.csv", "text,2019\na,b\n", header=True) == [{"text": "a", "2019": "b"}]
 
 
+def test_names_that_the_first_line_has_already_are_refused(tmp_path):
+    content = "\ntext, label\nfilm,1\n"
+    message = error_of(tmp_path, "a.csv", content, header=["text", "label"])
+    assert "a.csv line 2: the first line is the names in data.csv.header" in message
+    assert len(read(tmp_path, "b.csv", "film,1\ntext,label\n", header=["text", "label"])) == 2
+    assert read(tmp_path, "c.csv", content, header=True) == [{"text": "film", "label": "1"}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt", "a.json.gz", "user/name"])
+def test_csv_keys_that_no_source_follows_are_refused(name):
+    data = DataConfig(train=name, csv=CsvConfig(delimiter=";"), template="{{ a }}", target="{{ b }}")
+    with pytest.raises(UserError, match=f"data.csv.delimiter is given, but {name} is no .csv or .tsv file"):
+        check_csv_keys(data)
+    check_csv_keys(data.model_copy(update={"validation": "v.TSV.gz"}))
+    check_csv_keys(data.model_copy(update={"csv": CsvConfig()}))
+
+
 def test_encoding_is_recoded_and_lines_still_count(tmp_path):
     rows = load(tmp_path, "a.csv", "text;n\ncafé;1\nthé;2\n".encode("cp1252"), delimiter=";", encoding="cp1252")
     assert [row["text"] for row in rows.read(0, 2)] == ["café", "thé"]
@@ -124,6 +182,26 @@ def test_rows_inside_an_object(tmp_path):
             assert read(tmp_path, f"{name}{indent}.json", json.dumps(whole, indent=indent)) == [row, row]
     lines = '{"messages": [{"role": "user"}]}\n' * 2
     assert read(tmp_path, "c.json", lines) == [{"messages": [{"role": "user"}]}] * 2
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_by_columns_is_refused_and_rows_under_any_name_are_found(tmp_path, indent):
+    by_columns = [
+        {"a": ["x", "y"], "b": [1, 2]},
+        {"a": {"0": "x", "1": "y"}, "b": {"0": 1, "1": 2}},
+        {"columns": ["a"], "index": [0], "data": [["x"]]},
+    ]
+    for whole in by_columns:
+        assert "one object with no list of objects" in error_of(tmp_path, "a.json", json.dumps(whole, indent=indent))
+    rows = [{"a": "x"}, {"a": "y"}]
+    assert read(tmp_path, "b.json", json.dumps({"version": "1.0", "rows": rows}, indent=indent)) == rows
+    several = json.dumps({"a": rows, "b": rows, "n": 1}, indent=indent)
+    assert "several lists (a, b)" in error_of(tmp_path, "c.json", several)
+
+
+def test_one_object_on_one_line_is_a_row_where_it_has_a_plain_value(tmp_path):
+    row = {"text": "a", "tags": ["x", "y"], "meta": {"n": 1}}
+    assert read(tmp_path, "a.json", json.dumps(row)) == [row]
 
 
 TEXTS = st.text(

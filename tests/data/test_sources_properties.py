@@ -338,7 +338,12 @@ def check_parquet(folder, table: pa.Table):
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer)
     found = read_all(folder, "a.parquet", buffer.getvalue())
-    assert [list(row.items()) for row in found] == [list(row.items()) for row in table.to_pylist()]
+    kinds = [field.type for field in table.schema]
+    for row, expected in zip(found, table.to_pylist(), strict=True):
+        assert list(row) == list(expected)
+        for kind, value, written in zip(kinds, row.values(), expected.values(), strict=True):
+            assert pa.array([value], kind).to_pylist() == [written]
+            assert "float" in str(kind) or value == written
 
 
 @settings(FEW, max_examples=8)

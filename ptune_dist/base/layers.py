@@ -71,6 +71,10 @@ def hidden_size(base: PreTrainedModel) -> int:
 
 def keys_values_width(shape: PretrainedConfig) -> int:
     """The numbers that a layer of a base with attention holds of one position: its keys and its values."""
+    text = shape.get_text_config(decoder=True)
+    if getattr(text, "qk_nope_head_dim", None) is not None:  # made of one latent, for every head
+        of_values = getattr(text, "v_head_dim", None) or text.hidden_size // text.num_attention_heads
+        return text.num_attention_heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + of_values)
     num_heads = num_key_value_heads(shape)
     width = head_width(shape)
     assert num_heads is not None and width is not None, "asked of bases with attention heads only"

@@ -5,7 +5,8 @@ attention. With one, all texts of a pass are one row of N live positions, each t
 keys a position reads; linear layers, norms and rotations need not know.
 
 Shapes: N live positions, E entries of a padded call, Q queries and J keys of an entry, H heads, G key/value heads,
-D width of a head, L layers, C positions of a context.
+D width of a head (of its values, where an architecture gives them another than queries and keys: MLA), L layers,
+C positions of a context.
 """
 
 import inspect

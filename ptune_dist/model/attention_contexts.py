@@ -92,7 +92,7 @@ class ContextBucket:
         of_context, of_own = shares.split([context_v.shape[2], longest], dim=-1)
         out = (of_context.flatten(2, 4) @ context_v).unflatten(2, q.shape[2:5])
         out = out + (of_own.flatten(3, 4) @ v).unflatten(3, q.shape[3:5])
-        return out.permute(0, 2, 4, 1, 3, 5).reshape(-1, q.shape[1] * repeats, q.shape[-1])
+        return out.permute(0, 2, 4, 1, 3, 5).reshape(-1, q.shape[1] * repeats, out.shape[-1])
 
     def _pad(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's keys and values of all contexts, [E, G, C, D] each, padded with zeros."""

@@ -191,7 +191,8 @@ def run_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: FlexTabl
         q, k, v = (t if t.requires_grad else t.detach().requires_grad_() for t in (q, k, v))
     for tensor in (q, k, v):
         mark_dynamic(tensor, 0)
-    padded_width = 1 << (q.shape[-1] - 1).bit_length()  # of a head, in the kernel
+    width = max(q.shape[-1], v.shape[-1])
+    padded_width = 1 << (width - 1).bit_length()  # of a head, in the kernel
     is_wide = padded_width * q.element_size() >= WIDE_ROW_BYTES
     options = {"is_small": True} if is_wide and torch.cuda.get_device_capability() in SMALL_GPUS else {}
     with torch.set_grad_enabled(needs_gradient):

@@ -64,7 +64,8 @@ class CudaSegments:
     ) -> torch.Tensor:
         """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
         if self._chosen is None:  # how wide the heads are is known from the first layer on
-            self._chosen = self._build_flex() if takes_flex(q.shape[-1]) else self._build_padded()
+            narrower = min(q.shape[-1], v.shape[-1])
+            self._chosen = self._build_flex() if takes_flex(narrower) else self._build_padded()
         return self._chosen.attend(q, k, v, layer=layer, scale=scale, window=window)
 
 

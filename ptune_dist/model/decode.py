@@ -72,8 +72,8 @@ class KeysValuesPool:
         self.lead = lead
         self._starts: list[int] = []  # each row's first column
         self._end = 0  # the column after the last
-        self._held: torch.Tensor | None = None  # [2, L, slots, G, C, D]
-        self._like: torch.Tensor | None = None  # no positions: [L, 0, G, D]
+        self._held: list[torch.Tensor] = []  # keys and values, [L, slots, G, C, D] each
+        self._like: list[torch.Tensor] = []  # the same without positions: [L, 0, G, D] each
 
     @property
     def num_rows(self) -> int:
@@ -94,22 +94,21 @@ class KeysValuesPool:
         if not self._starts:
             self._end = longest
         shift = max(0, longest - self._end)  # of the rows that are there
-        self._like = rows[0].keys[:, :0]
+        self._like = [tensor[:, :0] for tensor in rows[0]]
         self._reserve(self.num_rows + len(rows), shift, num_columns)
-        assert self._held is not None
         for row in rows:
             slot = self.num_rows
             self._starts.append(self._end - row.length)
-            self._held[:, :, slot] = 0  # nothing of a former row, which may not have been a number
-            for kind, tensor in enumerate(row):
-                self._held[kind, :, slot, :, self._starts[slot] : self._end] = tensor.transpose(1, 2)
+            for held, tensor in zip(self._held, row, strict=True):
+                held[:, slot] = 0  # nothing of a former row, which may not have been a number
+                held[:, slot, :, self._starts[slot] : self._end] = tensor.transpose(1, 2)
 
     def remove(self, slot: int) -> None:
         """The row leaves; the last row takes its place."""
         last = self.num_rows - 1
         if slot != last:
-            assert self._held is not None
-            self._held[:, :, slot] = self._held[:, :, last]
+            for held in self._held:
+                held[:, slot] = held[:, last]
             self._starts[slot] = self._starts[last]
         self._starts.pop()
 
@@ -124,33 +123,32 @@ class KeysValuesPool:
 
     def _reserve(self, num_rows: int, shift: int, num_columns: int) -> None:
         """Have room for so many rows and a free column; where that takes a new tensor, drop columns that none reads."""
-        held = self._held
-        if held is not None and num_rows <= held.shape[2] and shift == 0 and self._end < held.shape[4]:
-            return
-        assert self._like is not None
-        num_layers, _, num_groups, width = self._like.shape
+        if self._held and shift == 0:
+            _, num_slots, _, num_columns_held, _ = self._held[0].shape
+            if num_rows <= num_slots and self._end < num_columns_held:
+                return
         first = min(self._starts, default=0)
         used = self._end - first
         end = used + shift
         num_columns = max(num_columns, end + SPARE_COLUMNS)
         num_slots = num_rows + num_rows // 4  # rows enter a few at a time
-        new = self._like.new_zeros(2, num_layers, num_slots, num_groups, num_columns, width)
-        if self._starts and held is not None:
-            new[:, :, : self.num_rows, :, shift:end] = held[:, :, : self.num_rows, :, first : self._end]
+        room = [like.new_zeros(len(like), num_slots, like.shape[2], num_columns, like.shape[3]) for like in self._like]
+        if self._starts:
+            for new, held in zip(room, self._held, strict=True):
+                new[:, : self.num_rows, :, shift:end] = held[:, : self.num_rows, :, first : self._end]
         self._starts = [start - first + shift for start in self._starts]
         self._end = end
-        self._held = new
+        self._held = room
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float, mask: torch.Tensor
     ) -> torch.Tensor:
         """[n, H, D] of every row's next position: q [n, H, D], k and v [n, G, D], what is not read [n, P + C]."""
-        assert self._held is not None
         count = self.num_rows
         first = min(self._starts)
-        self._held[0, layer, :count, :, self._end] = k
-        self._held[1, layer, :count, :, self._end] = v
-        keys, values = self._held[:, layer, :count, :, first : self._end + 1]  # [n, G, C, D]
+        for held, own in zip(self._held, (k, v), strict=True):
+            held[layer, :count, :, self._end] = own
+        keys, values = (held[layer, :count, :, first : self._end + 1] for held in self._held)  # [n, G, C, D] each
         q = (q * scale).unflatten(1, (k.shape[1], -1))  # [n, G, R, D]
         scores = q @ keys.transpose(2, 3)  # [n, G, R, C]
         if self.lead is not None:

@@ -35,12 +35,12 @@ SMALL: dict[str, Any] = (
     | dict.fromkeys(["decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"], 4)
     | dict.fromkeys(["num_key_value_heads", "num_local_experts", "num_experts_per_tok", "moe_topk", "top_k"], 2)
     | dict.fromkeys(["num_experts", "n_routed_experts", "moe_num_experts", "n_experts"], 4)
-    | dict.fromkeys(["head_dim", "d_kv", "global_head_dim", "v_head_dim", "attention_head_dim"], 8)
+    | dict.fromkeys(["head_dim", "d_kv", "global_head_dim", "attention_head_dim", "qk_nope_head_dim"], 8)
     | dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"], 16)
     | dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "laurel_rank"], 16)
-    | dict.fromkeys(["qk_rope_head_dim", "qk_nope_head_dim"], 4)
+    | {"qk_rope_head_dim": 4, "v_head_dim": 6}  # values are narrower than keys, as in DeepSeek-V3
     | dict.fromkeys(["max_position_embeddings", "n_positions", "max_seq_len", "max_encoder_position_embeddings"], 160)
-    | {"qk_head_dim": 8, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    | {"qk_head_dim": 12, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
     | {"sliding_window": 16, "attention_window": 16, "local_attention": 16, "local_radius": 7, "block_size": 8}
     | {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "query_pre_attn_scalar": 8, "rotary_dim": 4}
     | {"state_size": 8, "conv_kernel": 4, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_dt_rank": 4, "chunk_size": 8}
@@ -132,7 +132,18 @@ def kinds() -> dict[str, list[str]]:
 
 
 # Every head has keys and values of its own, made of one latent.
-for latent in ("axk2", "bailing_hybrid", "deepseek_v32", "glm_moe_dsa", "kimi_linear", "axk1", "dots3_note_text"):
+for latent in (
+    "axk2",
+    "bailing_hybrid",
+    "deepseek_v32",
+    "glm4_moe_lite",
+    "minicpm3",
+    "youtu",
+    "glm_moe_dsa",
+    "kimi_linear",
+    "axk1",
+    "dots3_note_text",
+):
     SPECIAL.setdefault(latent, {})["num_key_value_heads"] = 4
 
 

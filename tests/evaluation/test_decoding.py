@@ -1,6 +1,7 @@
 """Rows that come and go are answered as a plain loop answers each alone, whatever shares their passes."""
 
 import collections
+import itertools
 from functools import partial
 
 import numpy as np
@@ -82,8 +83,13 @@ def plain_answers(model: PromptedModel, inputs: list[TokenPair]) -> tuple[list[l
     return [answer[: answer.index(end) + 1] if end in answer else answer for answer in whole], end
 
 
-@pytest.mark.parametrize("method", [PromptTuning, PrefixTuning])
-@pytest.mark.parametrize("kind", ["shipped", "mistral_window", "granite", *KINDS])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *itertools.product(["shipped", "mistral_window", "granite", *KINDS], [PromptTuning, PrefixTuning]),
+        *((kind, PromptTuning) for kind in ("deepseek_v2", "deepseek_v3")),  # no prefix: transformers keeps latents
+    ],
+)
 def test_rows_that_come_and_go_are_answered_as_by_a_plain_loop(kind: str, method: type[Method]):
     model = build_model(kind, method)
     inputs = draw_inputs(LENGTHS)
@@ -105,7 +111,7 @@ def test_rows_of_a_seq2seq_base_begin_together_and_leave_one_by_one(kind: str, p
 
 
 @pytest.mark.parametrize("case", ["infix", "template", "same context", "no rest"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral_window"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral_window", "deepseek_v3"])
 def test_contexts_are_read_from_the_cache_and_stand_before_the_prompt(kind: str, case: str):
     model = build_model(kind, PromptTuning, "infix" if case == "infix" else "template")
     inputs = draw_inputs(LENGTHS, "infix" if case == "infix" else "template")

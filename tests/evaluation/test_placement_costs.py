@@ -18,6 +18,7 @@ from ptune_dist.evaluation.placement_costs import (
 )
 from ptune_dist.families import FAMILIES
 from tests.conftest import tiny_shape, write_config
+from tests.numerics.passes import LATENT, WIDE
 
 
 def examples_of(*rows: tuple[list[int], list[int]], all_context: bool = True) -> Examples:
@@ -77,6 +78,11 @@ def test_members_share_a_context_and_a_shared_instruction_shares_virtual_tokens(
 def test_a_context_token_takes_the_bytes_of_its_keys_and_values(kind, family, dtype, expected):
     shape = AutoConfig.for_model(kind, **tiny_shape(kind))
     assert FAMILIES[family].context_bytes_per_token(shape, dtype) == expected
+
+
+def test_keys_and_values_made_of_one_latent_have_widths_of_their_own():
+    shape = AutoConfig.for_model("deepseek_v3", **(WIDE | LATENT))
+    assert FAMILIES["causal"].context_bytes_per_token(shape, torch.float32) == 2 * 6 * (12 + 10) * 4
 
 
 def test_the_cache_is_described_by_what_fits(tmp_path):

@@ -23,6 +23,11 @@ WIDE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
     "num_key_value_heads": 2, "vocab_size": 272, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 1,
 }  # fmt: skip
+LATENT = {
+    "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 6, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+    "v_head_dim": 10, "q_lora_rank": 16, "kv_lora_rank": 16, "first_k_dense_replace": 1, "moe_intermediate_size": 16,
+    "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 # Bases beside those of conftest: the name here, transformers' name, what differs.
 MORE = {
     "qwen2_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
@@ -31,6 +36,9 @@ MORE = {
     "gemma2": (
         "gemma2", {"final_logit_softcapping": 3.0, "sliding_window": 8, "head_dim": 8, "query_pre_attn_scalar": 8},
     ),
+    # keys of width 12 and values of width 10, made of one latent
+    "deepseek_v2": ("deepseek_v2", LATENT | {"topk_method": "greedy"}),
+    "deepseek_v3": ("deepseek_v3", LATENT),
     "cohere": ("cohere", {"logit_scale": 0.25}),
     "granite": ("granite", {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.3}),
 }  # fmt: skip

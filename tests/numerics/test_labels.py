@@ -24,6 +24,8 @@ from tests.numerics.passes import (
 # Labels that begin alike, one that begins another, one of a single token, one that no other resembles.
 LABELS = [[7, 8, 9, 0], [7, 8, 9, 4, 0], [7, 8], [7, 11, 0], [5], [20, 21, 22, 23, 24, 0], [7, 8, 9, 5, 6, 0]]
 CASES = ["prefix", "infix", "shared", "template"]
+MORE = ["mistral_window", "granite", "deepseek_v2", "deepseek_v3"]
+KINDS = [kind for kind in ARCHITECTURES if kind != "bloom"] + MORE
 
 
 def label_batch(case: str, labels: list[list[int]] = LABELS) -> Batch:
@@ -61,7 +63,7 @@ def assert_losses(found: list[np.ndarray], wanted: list[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind != "bloom"] + ["mistral_window", "granite"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_tree_of_labels_gives_the_losses_of_plain_forwards(kind, case):
     base = build_base(kind)
     model = build_model(base, "causal", placement_of(case))
@@ -101,7 +103,7 @@ def test_labels_one_by_one_after_their_inputs_give_the_losses_of_plain_forwards(
                 assert losses[reader] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral_window"])
+@pytest.mark.parametrize("kind", ["llama", "mistral_window", "deepseek_v3"])
 def test_runs_of_a_tree_are_segments_that_flex_attention_reads(kind, monkeypatch):
     def build_flex(segments, trees, outside, device):
         return FlexSegments([*segments, *(run for tree in trees for run in tree.segments())], outside, device)

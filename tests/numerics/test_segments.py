@@ -24,7 +24,7 @@ from tests.numerics.passes import (
 )
 
 CASES = ["prefix", "infix", "shared", "template"]
-KINDS = [*ARCHITECTURES, "qwen2_window", "mistral_window", "gemma2"]
+KINDS = [*ARCHITECTURES, "qwen2_window", "mistral_window", "gemma2", "deepseek_v2", "deepseek_v3"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_seq2seq_base_is_its_plain_forward_in_both_placements(bases, kind, pla
 
 @pytest.mark.parametrize("with_lead", [False, True])
 @pytest.mark.parametrize("case", ["infix", "shared", "template"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "bloom", "qwen2_window", "gemma2"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "bloom", "qwen2_window", "gemma2", "deepseek_v3"])
 def test_contexts_cold_warm_and_after_a_lead_give_the_plain_forward(bases, kind, case, with_lead):
     batch, lead = draw_batch(case)
     model = build_model(bases[kind], "causal", placement_of(case))

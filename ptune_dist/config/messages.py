@@ -20,6 +20,8 @@ PLAIN_WORDS = {
     "dict_type": "a mapping is needed, such as {key: value}",
     "string_type": "a text is needed; put it in quotes where it looks like something else",
 }
+# What pydantic puts between the keys of a place: which function, or which type of several, refused.
+MARKER = re.compile(r"(function-\w+|dict|list|tuple|literal)\[.*\]|str|bool|int|float", re.DOTALL)
 MAX_SHOWN = 100  # characters of a wrong value
 MAX_MESSAGE = 1000  # which may hold a value of any length
 
@@ -56,7 +58,10 @@ def describe_first_error(
     """
     # An unknown key first: where a key is misspelled, the right one is missing too.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    parts = [str(part) for part in first["loc"] if not str(part).startswith(("function", "dict", "str"))]
+    *before, last = [str(part) for part in first["loc"]] or [""]
+    parts = [part for part in before if not MARKER.fullmatch(part)]
+    if first["type"] == "extra_forbidden" or not MARKER.fullmatch(last):  # an unknown key may be called `str`
+        parts.append(last)
     key = prefix + ".".join(parts)
     if first["type"] == "extra_forbidden":
         return key, describe_unknown_key(key, known_keys(section, prefix))

@@ -93,7 +93,7 @@ def text_keys(section: type[BaseModel] = Config, prefix: str = "") -> set[str]:
         for kind in kinds:
             if issubclass(kind, BaseModel):
                 keys |= text_keys(kind, f"{prefix}{name}.")
-        if str in kinds and not kinds & {int, float, bool}:
+        if str in kinds and (list in kinds or not kinds & {int, float, bool}):
             keys.add(prefix + name)
     return keys
 

@@ -151,7 +151,7 @@ def test_a_whole_file_of_another_trainer_is_recognized(write, content, trainer):
 
 def test_text_keys_are_those_of_free_text():
     keys = text_keys()
-    assert {"output_dir", "data.labels", "prompt.init_labels", "data.template", "model.path", "deepspeed"} <= keys
+    assert {"output_dir", "data.labels", "prompt.init_labels", "data.template", "model.path", "data.csv.header"} <= keys
     assert not keys & {"train.micro_batch_tokens", "model.compile", "train.optimizer", "seed", "sweep", "train.betas"}
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from ptune_dist.config.foreign_names import FOREIGN_NAMES, name_trainer
+from ptune_dist.config.foreign_values import name_value
 from ptune_dist.config.schema import Config
 
 SECTIONS = tuple(Config.model_fields)
@@ -74,7 +75,7 @@ def describe_first_error(
         message = "a text is needed, and this is a mapping; a column of a template stands in two braces: {{ column }}"
     if message.startswith(key):  # a check of several keys, or of a sweep's, names them itself
         return key, message
-    return key, f"{key}: {message}{show_input(first['input'])}"
+    return key, f"{key}: {message}{show_input(first['input'])}{name_value(key, first['input'])}"
 
 
 def show_input(value: Any) -> str:

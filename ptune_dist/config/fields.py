@@ -24,6 +24,19 @@ def refuse_twice(labels: list[str]) -> list[str]:
     return labels
 
 
+def read_header(value: Any) -> Any:
+    """`data.csv.header`: a list of names, or what YAML takes for true or false; the values are texts as written."""
+    if isinstance(value, list) and value:
+        names = [str(name) if isinstance(name, (int, float)) and not isinstance(name, bool) else name for name in value]
+        if all(isinstance(name, str) for name in names):
+            return names
+    if isinstance(value, str) and value.lower() in ("true", "yes", "on"):
+        return True
+    if value is None or value is True:
+        return value
+    raise ValueError("name the columns in a list, such as [id, text], or leave it out")
+
+
 Positive = Annotated[int, BeforeValidator(refuse_bool), Field(gt=0)]
 NotNegative = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0)]
 Real = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)]

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from ptune_dist.config.foreign_names import FOREIGN_NAMES, name_trainer
+from ptune_dist.config.foreign_values import name_value
 from ptune_dist.config.schema import Config
 
 SECTIONS = tuple(Config.model_fields)
@@ -20,6 +21,8 @@ PLAIN_WORDS = {
     "dict_type": "a mapping is needed, such as {key: value}",
     "string_type": "a text is needed; put it in quotes where it looks like something else",
 }
+# What pydantic puts between the keys of a place: which function, or which type of several, refused.
+MARKER = re.compile(r"(function-\w+|dict|list|tuple|literal)\[.*\]|str|bool|int|float", re.DOTALL)
 MAX_SHOWN = 100  # characters of a wrong value
 MAX_MESSAGE = 1000  # which may hold a value of any length
 
@@ -56,7 +59,10 @@ def describe_first_error(
     """
     # An unknown key first: where a key is misspelled, the right one is missing too.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    parts = [str(part) for part in first["loc"] if not str(part).startswith(("function", "dict", "str"))]
+    *before, last = [str(part) for part in first["loc"]] or [""]
+    parts = [part for part in before if not MARKER.fullmatch(part)]
+    if first["type"] == "extra_forbidden" or not MARKER.fullmatch(last):  # an unknown key may be called `str`
+        parts.append(last)
     key = prefix + ".".join(parts)
     if first["type"] == "extra_forbidden":
         return key, describe_unknown_key(key, known_keys(section, prefix))
@@ -69,7 +75,7 @@ def describe_first_error(
         message = "a text is needed, and this is a mapping; a column of a template stands in two braces: {{ column }}"
     if message.startswith(key):  # a check of several keys, or of a sweep's, names them itself
         return key, message
-    return key, f"{key}: {message}{show_input(first['input'])}"
+    return key, f"{key}: {message}{show_input(first['input'])}{name_value(key, first['input'])}"
 
 
 def show_input(value: Any) -> str:
@@ -88,7 +94,7 @@ def text_keys(section: type[BaseModel] = Config, prefix: str = "") -> set[str]:
         for kind in kinds:
             if issubclass(kind, BaseModel):
                 keys |= text_keys(kind, f"{prefix}{name}.")
-        if str in kinds and not kinds & {int, float, bool}:
+        if str in kinds and (list in kinds or not kinds & {int, float, bool}):
             keys.add(prefix + name)
     return keys
 

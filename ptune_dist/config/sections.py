@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from ptune_dist.config.fields import AutoOrOff, Label, Positive, Real, Section
+from ptune_dist.config.fields import AutoOrOff, Label, Positive, Real, Section, read_header
 
 
 class ModelConfig(Section):
@@ -119,7 +119,7 @@ class CsvConfig(Section):
     encoding: str | None = None
     """The encoding, such as `latin-1`, `cp1252` or `utf-16`: UTF-8 where left out."""
 
-    header: bool | list[str] | None = None
+    header: Annotated[bool | list[str] | None, BeforeValidator(read_header)] = None
     """The columns' names, where the first line is a row already. `true`: the first line is the header even if it looks
     like a row."""
 
@@ -131,8 +131,6 @@ class CsvConfig(Section):
                 raise ValueError(f"data.csv.{name}: one character is needed, not {value!r}")
         if self.delimiter == self.quotechar and self.quoting != "none":
             raise ValueError(f"data.csv.delimiter and data.csv.quotechar are both {self.delimiter!r}")
-        if self.header is False or self.header == []:
-            raise ValueError("data.csv.header: name the columns in a list, or leave it out")
         try:
             b"a".decode(self.encoding or "utf-8")  # nothing is looked up for an empty text
         except LookupError:

@@ -1,7 +1,7 @@
 """An entry of the token cache: a folder with one file for each array of the examples, and a header.
 
-The header holds the arrays' sizes, the facts about all examples, what is asked of the rows at every start, and a
-checksum of itself. An entry is written aside, as the rows are encoded, and renamed once it is on disk.
+The header holds the arrays' sizes and checksums, the facts about all examples, what is asked of the rows at every
+start, and a checksum of itself. An entry is written aside, as the rows are encoded, and renamed once it is on disk.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +25,9 @@ from ptune_dist.data.encode import name_block
 from ptune_dist.data.examples import Examples, Facts, Part
 from ptune_dist.data.sources import Rows
 
-FORMAT = 2
+FORMAT = 3
+BLOCK_BYTES = 1 << 22  # which one checksum is of
+MOST_BYTES = 1 << 28  # of `ids` that a start reads to compare checksums: about 0.3 s
 DTYPES = {
     "ids": "int32",
     "offsets": "int64",
@@ -48,13 +51,14 @@ def write_entry(
     aside = place.with_name(f".{place.name}-{secrets.token_hex(8)}")
     try:
         aside.mkdir(mode=0o700)
-        arrays = write_arrays(aside, parts)
+        arrays, checksums = write_arrays(aside, parts)
         check()
         mapped = Examples(**map_arrays(aside, arrays), where=rows.where, facts=None)
         examples = dataclasses.replace(mapped, facts=mapped.known)
         header = {
             "format": FORMAT,
             "arrays": arrays,
+            "checksums": checksums,
             "facts": dataclasses.asdict(examples.known),
             "kind": rows.kind,
             "columns": rows.columns(),
@@ -84,6 +88,8 @@ def read_entry(place: Path, name: str, load: Callable[[], Rows]) -> tuple[Rows, 
     if header.get("format") != FORMAT:
         raise ValueError("its header is damaged")
     arrays = map_arrays(place, header["arrays"])
+    for array in arrays:
+        compare_checksums(place / array, header["checksums"][array], MOST_BYTES if array == "ids" else None)
     facts = Facts(**header["facts"])
     return describe(header, Examples(**arrays, where=str, facts=facts), name, load)
 
@@ -99,9 +105,13 @@ def where_of(rows: Rows) -> Callable[[int], str]:
     return functools.partial(name_block, rows.name) if rows.kind == "text" else rows.where
 
 
-def write_arrays(folder: Path, parts: Iterable[Part]) -> dict[str, int]:
-    """Write each array to its own file, and flush it; returns the number of elements of each. Raises OSError."""
+def write_arrays(folder: Path, parts: Iterable[Part]) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """Write each array to its own file, and flush it. Raises OSError.
+
+    Returns the number of elements of each, and the checksums of its blocks.
+    """
     counts: dict[str, int] = {}
+    sums: dict[str, BlockSums] = {}
     has_contexts = False
     with contextlib.ExitStack() as stack:
         files: dict[str, IO[bytes]] = {}
@@ -110,7 +120,10 @@ def write_arrays(folder: Path, parts: Iterable[Part]) -> dict[str, int]:
             if name not in files:
                 files[name] = stack.enter_context(open(folder / name, "wb", buffering=0))
                 counts[name] = 0
-            write_bytes(files[name], array.astype(DTYPES[name], copy=False))
+                sums[name] = BlockSums()
+            data = np.ascontiguousarray(array, DTYPES[name]).data.cast("B")
+            write_bytes(files[name], data)
+            sums[name].add(data)
             counts[name] += len(array)
 
         end = 0
@@ -129,12 +142,50 @@ def write_arrays(folder: Path, parts: Iterable[Part]) -> dict[str, int]:
     if not has_contexts:
         (folder / "num_context").unlink()
         del counts["num_context"]
-    return counts
+    return counts, {name: sums[name].all() for name in counts}
 
 
-def write_bytes(file: IO[bytes], array: np.ndarray) -> None:
+class BlockSums:
+    """The CRC-32 of each `BLOCK_BYTES` of a file, computed as it is written."""
+
+    def __init__(self) -> None:
+        self._whole: list[int] = []
+        self._last = 0
+        self._size = 0  # of the last block, which is being filled
+
+    def add(self, data: memoryview) -> None:
+        """These bytes come next."""
+        while len(data):
+            piece = data[: BLOCK_BYTES - self._size]
+            self._last = zlib.crc32(piece, self._last)
+            self._size += len(piece)
+            data = data[len(piece) :]
+            if self._size == BLOCK_BYTES:
+                self._whole.append(self._last)
+                self._last = 0
+                self._size = 0
+
+    def all(self) -> list[int]:
+        return [*self._whole, self._last] if self._size else self._whole
+
+
+def compare_checksums(path: Path, checksums: list[int], most_bytes: int | None) -> None:
+    """Raise ValueError where a block of the file has another checksum.
+
+    Of a file larger than `most_bytes`, so many bytes are read: blocks at equal distances, the first and the last too.
+    Every rank reads the same ones, so that all of them find an entry damaged, or none does.
+    """
+    chosen = np.arange(len(checksums))
+    if most_bytes is not None and len(checksums) * BLOCK_BYTES > most_bytes:
+        chosen = np.linspace(0, len(checksums) - 1, most_bytes // BLOCK_BYTES).astype(int)
+    with open(path, "rb", buffering=0) as file:
+        for block in chosen.tolist():
+            if zlib.crc32(os.pread(file.fileno(), BLOCK_BYTES, block * BLOCK_BYTES)) != checksums[block]:
+                raise ValueError(f"{path.name} does not hold what was written")
+
+
+def write_bytes(file: IO[bytes], data: memoryview) -> None:
     """Raises OSError where not all of it can be written."""
-    data = np.ascontiguousarray(array).data.cast("B")
     while len(data):
         written = file.write(data[: 1 << 26])
         if not written:

@@ -1,7 +1,7 @@
 """Token ids of large data on disk: built once, memory-mapped by all ranks, found again by restarts.
 
-An entry is a folder with one file for each array and a header, which holds their sizes, the facts about all examples
-and a checksum. Its name is a hash of the content of the data and of everything else that tokens depend on: the
+An entry is a folder with one file for each array and a header, which holds their sizes and checksums and the facts
+about all examples. Its name is a hash of the content of the data and of everything else that tokens depend on: the
 tokenizer, the templates and other options, and this package's own code for data. A second file leads from the path,
 size and times of the data to the entry, so that a restart need not read the data. An entry is written aside and renamed
 once it is on disk; whoever builds holds a lock, which others wait for, and who maps an entry holds it against removal.
@@ -67,7 +67,7 @@ class TokenCache:
     def _find(self, load: Callable[[], Rows]) -> tuple[Rows, Examples] | None:
         """What an earlier start has left of files that have not been touched since."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return self._open(json.loads(self._alias.read_text())["entry"], load)
         return None
 
@@ -117,6 +117,9 @@ class TokenCache:
 
     def _write(self, entry: str, stamp: str, load: Callable[[], Rows], encode: Encode) -> tuple[Rows, Examples]:
         """As builder; a mistake in the rows is left for those that wait. Raises OSError where the disk is full."""
+        folder = self.folder / entry
+        if folder.exists():  # only a builder says so: others may look before it has replaced the entry
+            print(f"warning: data.cache_dir: {folder} is damaged: it is built again", file=sys.stderr, flush=True)
 
         def check() -> None:
             if self._stamp != stamp:
@@ -125,7 +128,7 @@ class TokenCache:
         try:
             rows = load()
             with contextlib.closing(encode(rows)) as parts:
-                written = write_entry(self.folder / entry, rows, parts, check)
+                written = write_entry(folder, rows, parts, check)
         except UserError as error:
             found = {"error": str(error), "token": secrets.token_hex(8)}
             with contextlib.suppress(OSError):
@@ -143,14 +146,10 @@ class TokenCache:
             with contextlib.suppress(OSError):
                 os.utime(folder / "in_use")
             return read_entry(folder, self.name, load)
-        except (FileNotFoundError, BlockingIOError):
-            if folder.exists():
-                print(f"warning: data.cache_dir: {folder} is incomplete: built again", file=sys.stderr, flush=True)
         except PermissionError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"warning: data.cache_dir: {folder}: {error}: built again", file=sys.stderr, flush=True)
-        return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
 
 def open_cache(data: DataConfig, encoding: Encoding, source: str, which: str, max_examples: int) -> TokenCache | None:

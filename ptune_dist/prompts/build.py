@@ -3,6 +3,7 @@
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from ptune_dist.config.foreign_values import name_value
 from ptune_dist.config.messages import describe_first_error, describe_unknown_key, known_keys
 from ptune_dist.config.schema import Config, PromptConfig
 from ptune_dist.errors import UserError
@@ -14,7 +15,8 @@ from ptune_dist.prompts.start import NOTHING, Lookup, Start
 def find_method(prompt: PromptConfig) -> type[Method]:
     """Raises ValueError that begins with the key."""
     if prompt.method not in METHODS:
-        raise ValueError(f"prompt.method: {prompt.method} is none of {', '.join(METHODS)}")
+        hint = name_value("prompt.method", prompt.method)
+        raise ValueError(f"prompt.method: {prompt.method} is none of {', '.join(METHODS)}{hint}")
     return METHODS[prompt.method]
 
 

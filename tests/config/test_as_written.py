@@ -2,11 +2,13 @@
 
 import itertools
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from ptune_dist.config.arguments import drop_dashes
 from ptune_dist.config.foreign_names import FOREIGN_NAMES
+from ptune_dist.config.foreign_values import FOREIGN_VALUES, name_value
 from ptune_dist.config.load import load_config
 from ptune_dist.config.messages import known_keys, text_keys
 from ptune_dist.config.schema import Config
@@ -128,6 +130,57 @@ def test_a_name_of_another_trainer_is_answered(write, key, says):  # noqa: F811
     assert says in error_of(write(SMALL), f"{key}=1")
 
 
+@pytest.mark.parametrize(
+    "key, says",
+    [
+        ("use_peft", "only prompts are trained"),
+        ("completion_only_loss", "the loss is on data.target"),
+        ("model.pretrained_model_name_or_path", "it is model.path here"),
+        ("enable_liger_kernel", "model.compile"),
+        ("log_every_n_steps", "metrics.jsonl"),
+        ("zero_stage", "deepspeed=zero3_bf16"),
+        ("num_gpus", "the launcher decides"),
+        ("nodes", "the launcher decides"),
+        ("data.num_proc", "remove it"),
+        ("data.csv.sep", "it is data.csv.delimiter here"),
+        ("data.csv.names", "it is data.csv.header here"),
+        ("train.steps", "it is train.max_steps here"),
+        ("train.save_every", "it is checkpoint.every here"),
+    ],
+)
+def test_more_names_of_other_trainers_are_answered(write, key, says):  # noqa: F811
+    said = error_of(write(SMALL), f"{key}=1")
+    assert said.startswith(f"command line: unknown key {key}: ") and says in said
+
+
+@pytest.mark.parametrize(
+    "override, ours",
+    [
+        ("model.dtype=bf16", "bfloat16"),
+        ("model.dtype=torch.bfloat16", "bfloat16"),
+        ("model.dtype=torch.float32", "float32"),
+        ("train.optimizer=AdamW", "adamw"),
+        ("train.optimizer=adamw_torch", "adamw"),
+        ("prompt.init=TEXT", "text"),
+    ],
+)
+def test_a_value_of_another_trainer_is_told_ours(write, override, ours):  # noqa: F811
+    said = error_of(write(SMALL), override)
+    assert said.startswith(f"command line: {override.partition('=')[0]}: ") and said.endswith(f": write {ours}")
+
+
+def test_values_of_other_trainers_lead_to_values_that_exist():
+    assert name_value("prompt.method", "PROMPT_TUNING") == ": write prompt_tuning"
+    assert name_value("model.dtype", "int3") == name_value("model.dtype", 3) == name_value("seed", "x") == ""
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    for key, values in FOREIGN_VALUES.items():
+        section, _, leaf = key.partition(".")
+        kinds = [sections[section].model_fields[leaf].annotation]
+        while any(get_args(kind) for kind in kinds):
+            kinds = [part for kind in kinds for part in get_args(kind) or [kind]]
+        assert key == "prompt.method" or set(values.values()) <= set(kinds)
+
+
 def test_the_table_of_names_is_sorted_and_leads_to_keys_that_exist():
     assert list(FOREIGN_NAMES) == sorted(FOREIGN_NAMES)
     known = known_keys(Config)
@@ -151,7 +204,7 @@ def test_a_whole_file_of_another_trainer_is_recognized(write, content, trainer):
 
 def test_text_keys_are_those_of_free_text():
     keys = text_keys()
-    assert {"output_dir", "data.labels", "prompt.init_labels", "data.template", "model.path", "deepspeed"} <= keys
+    assert {"output_dir", "data.labels", "prompt.init_labels", "data.template", "model.path", "data.csv.header"} <= keys
     assert not keys & {"train.micro_batch_tokens", "model.compile", "train.optimizer", "seed", "sweep", "train.betas"}
 
 

@@ -242,6 +242,19 @@ def test_an_unknown_key_is_named_with_its_place_and_the_nearest_known_key(write,
     assert error_of(write(SMALL), f"{key}=1") == f"command line: unknown key {key}, did you mean {near}?"
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["streaming", "strategy", "dictionary", "data.stride", "train.strict", "model.structure", "model.str", "data.bool"],
+)
+def test_an_unknown_key_keeps_a_name_like_those_of_types(write, key):
+    section, _, leaf = key.rpartition(".")
+    said = error_of(write(SMALL), f"{key}=1")
+    assert said.startswith(f"command line: unknown key {key}") and said[-1] != " "
+    if not section:
+        in_file = write(SMALL + f"{leaf}: 1\n")
+        assert error_of(in_file).startswith(f"{in_file}: unknown key {key}")
+
+
 def test_an_unknown_key_like_nothing_known_is_named_without_a_guess(write):
     assert error_of(write(SMALL), "zzzzqqqq=1") == "command line: unknown key zzzzqqqq"
 

@@ -11,6 +11,7 @@ output_dir: runs/x
 model: {path: some/base}
 data: {train: rows.csv, template: "{{ text }}", target: "{{ label }}"}
 """
+HEADER = "data.csv.header: name the columns in a list, such as [id, text], or leave it out"
 
 
 @pytest.fixture
@@ -38,10 +39,13 @@ def load(tmp_path):
         ("data.csv.encoding=base64", "data.csv.encoding: Python knows no text encoding 'base64'"),
         ("data.csv.encoding=undefined", "undefined encoding"),
         ("data.csv.encoding=[a]", "data.csv.encoding: a text is needed"),
-        ("data.csv.header=false", "data.csv.header: name the columns in a list, or leave it out"),
-        ("data.csv.header=[]", "data.csv.header: name the columns in a list, or leave it out"),
-        ("data.csv.header=5", "data.csv.header"),
-        ("data.csv.header=[a, null]", "data.csv.header"),
+        ("data.csv.header=false", f"{HEADER}, got 'false'"),
+        ("data.csv.header=[]", f"{HEADER}, got []"),
+        ("data.csv.header=5", f"{HEADER}, got '5'"),
+        ("data.csv.header=none", f"{HEADER}, got 'none'"),
+        ("data.csv.header={a: b}", HEADER),
+        ("data.csv.header=[a, null]", f"{HEADER}, got ['a', None]"),
+        ("data.csv.header=[a, [b]]", HEADER),
         ("data.csv.seperator=;", "unknown key data.csv.seperator"),
         ("data.csv.quote=none", "unknown key data.csv.quote, did you mean data.csv.quotechar?"),
         ("data.csv=tab", "data.csv: a section with keys of its own is needed, got 'tab'"),
@@ -67,3 +71,21 @@ def test_what_is_given_reaches_the_reader(load):
     assert csv_dialect(load("data.csv.delimiter=\t").data).delimiter == "\t"
     assert csv_dialect(load("data.csv.delimiter=' '").data).delimiter == " "
     assert csv_dialect(load("data.csv.header=true").data).header is True
+
+
+@pytest.mark.parametrize(
+    "written, names",
+    [
+        ("[1, 2]", ["1", "2"]),
+        ("[2020, 2021]", ["2020", "2021"]),
+        ("[y, n]", ["y", "n"]),
+        ("[id, no]", ["id", "no"]),
+        ("[id, 010, on, 1.50]", ["id", "010", "on", "1.50"]),
+        ("yes", True),
+    ],
+)
+def test_the_names_of_columns_are_taken_as_written(load, tmp_path, written, names):
+    assert load(f"data.csv.header={written}").data.csv.header == names
+    path = tmp_path / "in_file.yaml"
+    path.write_text(SMALL.replace("train: rows.csv,", f"train: rows.csv, csv: {{header: {written}}},"))
+    assert load_config(path).data.csv.header == names

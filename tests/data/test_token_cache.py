@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from ptune_dist.common import progress_line
 from ptune_dist.config.schema import DataConfig
-from ptune_dist.data import build, encode, token_cache, workers
+from ptune_dist.data import build, cache_entry, encode, token_cache, workers
 from ptune_dist.data.batches import epoch_order, part_of_order, step_examples
 from ptune_dist.data.build import build_split
 from ptune_dist.data.examples import find_facts
@@ -143,9 +144,41 @@ def test_a_damaged_entry_is_built_again(section, tmp_path, capsys, name):
     else:
         (entry / name).write_bytes((entry / name).read_bytes()[:-1])
     assert arrays_of(train(section()).examples) == before
-    assert "built again" in capsys.readouterr().err
+    assert "it is built again" in capsys.readouterr().err
     train(section())
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["ids", "offsets", "num_targets", "is_truncated", "header.json"])
+def test_damaged_bytes_are_found_and_cost_one_line(section, tmp_path, capsys, name):
+    before = arrays_of(train(section()).examples)
+    (entry,) = [path.parent for path in (tmp_path / "cache").glob("*/header.json")]
+    content = bytearray((entry / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (entry / name).write_bytes(content if name != "header.json" else b"")
+    capsys.readouterr()
+    assert arrays_of(train(section()).examples) == before
+    assert capsys.readouterr().err == f"warning: data.cache_dir: {entry} is damaged: it is built again\n"
+
+
+def test_of_a_large_file_blocks_at_equal_distances_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_entry, "BLOCK_BYTES", 4)
+    content = bytearray(range(30))
+    sums = cache_entry.BlockSums()
+    for start, end in ((0, 3), (3, 12), (12, 30)):
+        sums.add(memoryview(content)[start:end])
+    assert sums.all() == [zlib.crc32(content[at : at + 4]) for at in range(0, 30, 4)]
+    found = {None: [], 12: []}
+    for most_bytes, damaged in found.items():
+        for at in range(30):
+            changed = bytearray(content)
+            changed[at] ^= 1
+            (tmp_path / "ids").write_bytes(changed)
+            try:
+                cache_entry.compare_checksums(tmp_path / "ids", sums.all(), most_bytes)
+            except ValueError:
+                damaged.append(at)
+    assert found == {None: list(range(30)), 12: [*range(4), *range(12, 16), *range(28, 30)]}
 
 
 def test_a_mistake_in_a_row_is_named_as_without_the_cache(section, tmp_path):

@@ -108,6 +108,6 @@ def test_a_small_difference_is_found_in_half_precision_too(found) -> None:
 
 
 def test_a_prefix_of_other_sizes_than_a_bases_keys_and_values_is_refused(found) -> None:
-    wanted = r"2 layers x 4 heads x 4 and 4 numbers, and deepseek_v3 models keep 2 layers x 4 heads x 8 and 8 numbers:"
+    wanted = r"2 layers x 4 heads x 4 and 4 numbers, and deepseek_v3 models keep 2 layers x 4 heads x 12 and 6 numbers:"
     for line in found[3]["deepseek_v3 keys"]:
         assert re.search(wanted, line), line

@@ -76,6 +76,7 @@ def test_a_disk_that_fails_to_flush_ends_the_run_in_one_line(disk: Disk, sound, 
     check_fault(disk, sound, tmp_path, 1, parts, FSYNC_ERRNO=errno.EIO)
 
 
+@pytest.mark.extended
 def test_a_node_that_sees_files_late_trains_and_evaluates_right(disk: Disk, tmp_path: Path):
     """Its ranks share the token ids, and evaluate a run of which they cannot yet see the config."""
     rows = tmp_path / "rows.jsonl"

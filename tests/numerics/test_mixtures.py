@@ -61,6 +61,6 @@ def test_int8_experts_train_as_the_dequantized_base_does_whole_and_sharded(kind,
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["qwen3_moe", "mxfp4"])
+@pytest.mark.parametrize("kind", [pytest.param("qwen3_moe", marks=pytest.mark.extended), "mxfp4"])
 def test_int8_experts_train_as_the_dequantized_base_does(kind, tmp_path):
     check(kind, tmp_path, 2, ["float32"])

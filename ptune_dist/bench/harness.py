@@ -15,13 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ptune_dist.bench.machine import (
-    OtherLoad,
-    describe_commit,
-    describe_hardware,
-    describe_versions,
-    wait_until_quiet,
-)
+from ptune_dist.bench.machine import OtherLoad, describe_machine, wait_until_quiet
 from ptune_dist.bench.matrix import Case, Matrix, built_in_values, fill_command, load_matrix
 from ptune_dist.bench.report import render_tables
 from ptune_dist.common.files import replace_file
@@ -43,9 +37,7 @@ def run_matrix(path: str, out: str | None) -> int:
         "name": matrix.name,
         "about": matrix.about,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code": describe_commit(),
-        "versions": describe_versions(),
-        "hardware": describe_hardware(),
+        **describe_machine(),
         "matrix": matrix.model_dump(mode="json"),
         "cases": [],
     }

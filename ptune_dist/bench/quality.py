@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ptune_dist.bench.machine import describe_commit, describe_hardware, describe_versions
+from ptune_dist.bench.machine import describe_machine
 from ptune_dist.bench.probe import write_result
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
@@ -125,7 +125,7 @@ def main() -> int:
     if not args.again:
         with tempfile.TemporaryDirectory() as folder:
             tasks = {task: compare(Path(folder), task, args.steps, range(args.seeds)) for task in TASKS}
-        where = {"code": describe_commit(), "versions": describe_versions(), "hardware": describe_hardware()}
+        where = describe_machine()
         write_result(str(args.out), {"name": "placement_quality", "steps": args.steps, "tasks": tasks} | where)
     if args.document:
         fill_document(args.document, json.loads(args.out.read_text()))

@@ -18,7 +18,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ptune_dist.bench.machine import describe_commit, describe_hardware, describe_versions
+from ptune_dist.bench.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {"--help": ["--help"], "validate of the quickstart": ["validate", "configs/quickstart.yaml"]}
@@ -37,10 +37,8 @@ def main() -> None:
     result = {
         "name": "start_up_cpu",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code": describe_commit(),
+        **describe_machine(),
         "before": commit_of(parsed.before) if parsed.before else None,
-        "versions": describe_versions(),
-        "hardware": describe_hardware(),
         "cases": cases,
     }
     parsed.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -25,7 +25,7 @@ from typing import Any, cast
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ptune_dist.bench.data import SHAPE
-from ptune_dist.bench.machine import OtherLoad, describe_commit, describe_hardware, describe_versions, own_cpu_s
+from ptune_dist.bench.machine import OtherLoad, describe_machine, own_cpu_s
 from ptune_dist.bench.probe import write_result
 from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.batches import step_examples
@@ -203,9 +203,7 @@ def describe(num_rows: int, sides: dict[str, dict[str, dict[str, float]]], other
     return {
         "name": "token_cache",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code": describe_commit(),
-        "versions": describe_versions(),
-        "hardware": describe_hardware(),
+        **describe_machine(),
         "matrix": {"baseline": None},
         "cases": [case],
     }

@@ -1,16 +1,16 @@
 """Decode JSON so that a value prints as it stands in the file: 7.50 stays 7.50, 1e3 stays 1e3, -0 stays -0."""
 
 import json
-from typing import Any
+from typing import Any, Self
 
 
-class WrittenFloat(float):
-    """A float whose text is the literal that it was read from; it computes and compares as a float."""
+class Written:
+    """A number whose text is the literal that it was read from; it computes and compares as a number."""
 
     literal: str
 
-    def __new__(cls, literal: str) -> "WrittenFloat":
-        number = super().__new__(cls, literal)
+    def __new__(cls, literal: str) -> Self:
+        number = super().__new__(cls, literal)  # pyright: ignore[reportCallIssue]  # of float or int
         number.literal = literal
         return number
 
@@ -19,27 +19,16 @@ class WrittenFloat(float):
 
     __repr__ = __str__
 
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return WrittenFloat, (self.literal,)
+    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+        return type(self), (self.literal,)
 
 
-class WrittenInt(int):
-    """An int whose text is the literal that it was read from, which is only -0."""
+class WrittenFloat(Written, float):
+    """A float such as 7.50 or 1e3."""
 
-    literal: str
 
-    def __new__(cls, literal: str) -> "WrittenInt":
-        number = super().__new__(cls, literal)
-        number.literal = literal
-        return number
-
-    def __str__(self) -> str:
-        return self.literal
-
-    __repr__ = __str__
-
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return WrittenInt, (self.literal,)
+class WrittenInt(Written, int):
+    """The integer -0."""
 
 
 def read_float(literal: str) -> float:
@@ -89,7 +78,7 @@ def _mark_of(number: int) -> str:
 
 def _mark(value: object, literals: list[str]) -> object:
     """The value with a mark for each number that has a literal of its own."""
-    if isinstance(value, (WrittenFloat, WrittenInt)):
+    if isinstance(value, Written):
         literals.append(value.literal)
         return _mark_of(len(literals) - 1)
     if isinstance(value, dict):

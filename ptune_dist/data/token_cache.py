@@ -118,7 +118,7 @@ class TokenCache:
     def _write(self, entry: str, stamp: str, load: Callable[[], Rows], encode: Encode) -> tuple[Rows, Examples]:
         """As builder; a mistake in the rows is left for those that wait. Raises OSError where the disk is full."""
         folder = self.folder / entry
-        if folder.exists():  # only a builder says so: others may look before it has replaced the entry
+        if folder.exists():  # only the builder warns: other ranks may look before it has replaced the entry
             print(f"warning: data.cache_dir: {folder} is damaged: it is built again", file=sys.stderr, flush=True)
 
         def check() -> None:

@@ -148,7 +148,7 @@ for latent in (
 
 
 def build_shape(kind: str) -> Any:
-    """A small configuration of a model type. Raises whatever the architecture's class raises."""
+    """A small configuration of a model type. Raises what the class of the architecture raises."""
     return small_config(CONFIG_MAPPING[kind], SPECIAL.get(kind, {}))
 
 
@@ -216,7 +216,7 @@ AUTO = {
 
 
 def build_base(kind: str, family: str, folder: Path) -> Path:
-    """Make and save one with its tokenizer. Raises whatever the architecture's class raises."""
+    """Make and save one with its tokenizer. Raises what the class of the architecture raises."""
     torch.manual_seed(0)
     shape = build_shape(kind)
     if family == "seq2seq" and value_of(shape, "decoder_start_token_id") is None:

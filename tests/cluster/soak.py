@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ptune_dist.bench.machine import describe_commit, describe_hardware, describe_versions
+from ptune_dist.bench.machine import describe_machine
 from ptune_dist.run.checkpoint import load_newest_checkpoint
 from ptune_dist.run.folder import list_checkpoints
 from tests.cluster.runs import HANG_TIMEOUT_S, MOMENTS, PATIENCE_S, SABOTEUR, Run, damage, wait_until_gone
@@ -186,9 +186,7 @@ def describe(soak: Soak, *, seed: int, wall_s: float) -> dict[str, Any]:
     return {
         "name": "soak",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code": describe_commit(),
-        "versions": describe_versions(),
-        "hardware": describe_hardware(),
+        **describe_machine(),
         "matrix": {"baseline": None},
         "seed": seed,
         "num_steps": soak.num_steps,

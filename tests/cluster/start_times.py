@@ -16,7 +16,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ptune_dist.bench.machine import describe_commit, describe_hardware, describe_versions
+from ptune_dist.bench.machine import describe_machine
 from tests.cluster.slurm import Cluster
 from tests.conftest import write_config
 from tests.processes import process_env
@@ -108,9 +108,7 @@ def main() -> None:
     content = {
         "name": "start_times",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code": describe_commit(),
-        "versions": describe_versions(),
-        "hardware": describe_hardware(),
+        **describe_machine(),
         "matrix": {"baseline": None},
         "cases": [case],
         "runs": runs,

@@ -67,7 +67,7 @@ def expect(batch: Batch, row: int, member: int, num_vectors, num_prefix) -> list
     """The whole input of a reader."""
     prefix = [("prefix", member, i) for i in range(num_prefix[member])]
     virtual = [("virtual", member, i) for i in range(num_vectors[member])]
-    return [*prefix, *batch.contexts[row].tolist(), *virtual, *batch.rests[row].tolist()]
+    return [*batch.contexts[row].tolist(), *prefix, *virtual, *batch.rests[row].tolist()]
 
 
 @pytest.mark.parametrize("num_prefix", PREFIXES)

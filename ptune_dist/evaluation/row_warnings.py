@@ -37,6 +37,7 @@ def find_warnings(reading: Reading, read: RunRows) -> list[str]:
 
 def warn_of_member(reading: Reading, member: Config, split: Split, evaluator: Evaluator | None) -> Iterator[str]:
     yield from warn_of_start(reading, member)
+    yield from warn_of_start_rows(member, split.examples)
     yield from warn_of_length(member, len(split.examples))
     if split.rows.kind != "text":
         templates = build_templates(member.data, member.prompt.placement)
@@ -61,6 +62,20 @@ def warn_of_start(reading: Reading, member: Config) -> Iterator[str]:
         yield (
             f"prompt.init_text has {num_tokens} tokens and the prompt {num_virtual} virtual tokens: the last "
             f"{num_tokens - num_virtual} tokens are left out"
+        )
+
+
+def warn_of_start_rows(member: Config, examples: Examples) -> Iterator[str]:
+    """Rows to start from of which only a part has room."""
+    count = getattr(member.prompt, "init_rows", None)
+    if count is None or count > len(examples):
+        return
+    num_tokens = int(examples.lengths_in(slice(0, count)).sum())
+    num_virtual = member.prompt.num_virtual_tokens
+    if num_tokens > num_virtual:
+        yield (
+            f"prompt.init_rows: the first {count} rows have {num_tokens} tokens and the prompt {num_virtual} positions: "
+            f"the last {num_tokens - num_virtual} tokens are left out"
         )
 
 

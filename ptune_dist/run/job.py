@@ -90,9 +90,7 @@ class Parts:
     deepspeed_json: dict[str, Any]  # filled
 
 
-def build_parts(
-    reading: Reading, world: World | None, *, with_start: bool, rows: TrainingRows | None = None
-) -> Parts:
+def build_parts(reading: Reading, world: World | None, *, with_start: bool, rows: TrainingRows | None = None) -> Parts:
     """Raises UserError for everything that can be wrong with base, prompts and DeepSpeed's JSON.
 
     Without `with_start` the prompts' numbers are not read: those of a trained prompt follow, and what it started from

@@ -274,8 +274,6 @@ def build_engine(
     return Engine(model, passes, state, world, stage, recomputer, cache)
 
 
-def build_member(
-    train: TrainConfig, named: dict[str, torch.nn.Parameter], fixed: dict[str, torch.Tensor]
-) -> Member:
+def build_member(train: TrainConfig, named: dict[str, torch.nn.Parameter], fixed: dict[str, torch.Tensor]) -> Member:
     """A member with the optimizer that config section `train` asks for; `fixed` as in `Member`."""
     return Member(named, build_torch_optimizer(train, list(named.values())), train.max_grad_norm, fixed)

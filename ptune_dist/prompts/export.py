@@ -47,7 +47,7 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
     if to == CARTRIDGE and "prefix_keys" not in tensors:
         raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {facts['method']}: use --to peft")
     if facts["placement"] not in ("prefix", "encoder"):
-        has_vectors = facts["placement"] != "decoder" and "virtual_tokens" in tensors
+        has_vectors = facts["placement"] != "decoder" and "prefix_keys" not in tensors
         other = ": use --to prompt-embeds" if has_vectors else ""
         raise UserError(f"--to {to}: PEFT has no placement {facts['placement']}{other}")
     if any(name.startswith(VALUE_HEAD) for name in tensors):

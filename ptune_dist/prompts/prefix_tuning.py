@@ -113,9 +113,9 @@ class PrefixTuning(Method):
             found = start.tensors(dict.fromkeys(PLAIN, shape))
             keys, values = (found[name] for name in PLAIN)
         prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp)
-        if mlp is not None and start.holds("transform.0.weight"):
-            named = dict(prompt.named_parameters()) | dict(prompt.named_buffers())
-            prompt.load_state_dict(start.tensors({name: tuple(t.shape) for name, t in named.items()}))
+        wanted = {name: tuple(tensor.shape) for name, tensor in prompt.state_dict().items()}
+        if mlp is not None and start.holds(wanted):
+            prompt.load_state_dict(start.tensors(wanted))
         return prompt
 
     @torch.no_grad()

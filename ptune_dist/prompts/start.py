@@ -85,9 +85,10 @@ class Start:
                 )
         return {name: stored[name].float() for name in wanted}
 
-    def holds(self, name: str) -> bool:
-        """Whether `prompt.init_file` has a tensor of this name. Raises UserError."""
-        return name in read_tensors(find_prompt_file(self.file or ""))
+    def holds(self, wanted: dict[str, tuple[int, ...]]) -> bool:
+        """Whether `prompt.init_file` has tensors of these names and shapes. Raises UserError."""
+        stored = read_tensors(find_prompt_file(self.file or ""))
+        return all(name in stored and tuple(stored[name].shape) == shape for name, shape in wanted.items())
 
     def tokens(self, num: int, num_rows: int | None = None) -> list[int]:
         """Token ids [num] of the text or the rows to start from, repeated or cut; a text begins as the base reads one.

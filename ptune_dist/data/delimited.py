@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptune_dist.data.content import Content
+from ptune_dist.data.numbers import read_number
 from ptune_dist.errors import UserError
 
 DELIMITED_SUFFIXES = (".csv", ".tsv")
@@ -183,8 +184,8 @@ class DelimitedIndex:
                         f"set data.csv.delimiter={separator!r} if this is the separator"
                     )
         if self._dialect.header is None:
-            if any(is_number(field) for field in fields) and not are_counted(fields):
-                number = next(field for field in fields if is_number(field))
+            if any(read_number(field) is not None for field in fields) and not are_counted(fields):
+                number = next(field for field in fields if read_number(field) is not None)
                 raise UserError(
                     f"{place}: the header contains the number {number!r} and looks like a row; name the columns in "
                     "data.csv.header=[...] if there is no header, set data.csv.header=true if there is"
@@ -228,13 +229,6 @@ def looks_quoted(field: str) -> bool:
         return False
     inside = field[1:-1]
     return '""' in inside and '"' not in inside.replace('""', "")
-
-
-def is_number(field: str) -> bool:
-    with contextlib.suppress(ValueError):
-        float(field)
-        return field.strip().lower() not in ("nan", "inf", "infinity")
-    return False
 
 
 def are_counted(fields: list[str]) -> bool:

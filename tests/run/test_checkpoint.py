@@ -1,12 +1,11 @@
 """A checkpoint is complete, verified and small; whatever fails, earlier ones are unchanged."""
 
+import itertools
 import json
+import multiprocessing
 import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from ptune_dist.run.checkpoint import (
     load_newest_checkpoint,
     save_checkpoint,
 )
-from tests.processes import process_env
 
 
 def make(step: int) -> Snapshot:
@@ -230,29 +228,27 @@ def test_a_save_that_fails_in_whichever_file_says_so_and_leaves_what_was(folder,
     assert same(load_newest_checkpoint(folder, warn=pytest.fail), make(20))
 
 
+def write_checkpoints(folder: Path, first: int, said: int) -> None:
+    """Save one after another, and write the number of each that is saved, until killed."""
+    for step in itertools.count(first):
+        save_checkpoint(folder, make(step), keep=2)
+        os.write(said, f"{step}\n".encode())
+
+
 def test_a_writer_killed_at_any_moment_leaves_a_sound_newest_checkpoint(tmp_path):
-    script = """
-import sys
-from pathlib import Path
-from tests.run.test_checkpoint import *
-for step in range(int(sys.argv[2]), 10**8):
-    save_checkpoint(Path(sys.argv[1]), make(step), keep=2)
-    print(step, flush=True)
-"""
     step = 1
     for number in range(3):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path), str(step)],
-            env=process_env(),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        said = int(writer.stdout.readline())
-        time.sleep(0.05 + 0.017 * number)
-        os.kill(writer.pid, signal.SIGKILL)
-        said = max([said, *map(int, writer.stdout.read().split())])
-        writer.wait()
+        reader, said = os.pipe()
+        writer = multiprocessing.get_context("fork").Process(target=write_checkpoints, args=(tmp_path, step, said))
+        writer.start()
+        os.close(said)
+        with open(reader) as lines:
+            saved = [int(lines.readline())]
+            time.sleep(0.05 + 0.017 * number)
+            writer.kill()
+            saved += map(int, lines.read().split())
+        writer.join()
         found = load_newest_checkpoint(tmp_path, warn=pytest.fail)
-        assert found.step >= said and same(found, make(found.step))
+        assert found.step >= max(saved) and same(found, make(found.step))
         assert len(list_checkpoints(tmp_path)) in (1, 2, 3)
         step = found.step + 1

@@ -225,12 +225,15 @@ def collate(examples: Examples, shares: list[list[Unit]], rank: int, pad_id: int
 
 
 def idle_batch(pad_id: int, *, has_contexts: bool) -> Batch:
-    """One padding token and no targets; the token is a context if the rows of other ranks have contexts."""
+    """Padding and no targets, with a context if the rows of other ranks have contexts.
+
+    A text's last token is not read, so it takes two to read one.
+    """
     nothing = np.zeros(0, np.int32)
     padding = np.array([pad_id], np.int32)
     return Batch(
         contexts=[padding if has_contexts else nothing],
-        rests=[nothing if has_contexts else padding],
+        rests=[np.array([pad_id, pad_id], np.int32)],
         targets=[nothing],
         readers=[(0, 0)],
         pad_id=pad_id,

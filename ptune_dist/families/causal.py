@@ -73,10 +73,12 @@ class PromptedCausal(PaddedCausal):
         if self.uses_segments:
             own = [row for row, _ in readers]
             live = int((examples.lengths_of(own) - examples.num_context[own]).sum()) - len(own)
-            if num_context:
-                return max(contexts, live + sum(count for _, count in readers))
             members = {member for _, some in units for member in some}
-            return live + sum(self.num_virtual(member) for member in members)
+            shared = sum(self.num_virtual(member) for member in members)
+            if num_context:
+                shared = sum(self.num_prefix[member] for member in members)
+                shared += sum(self.num_vectors[member] for _, some in units for member in some)
+            return max(contexts, live + shared)
         read, written = examples.widths_of([row for row, _ in readers]).T
         widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
         return max(contexts, len(readers) * (widest + max(count for _, count in readers)))

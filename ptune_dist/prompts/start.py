@@ -81,6 +81,12 @@ class Start:
                 )
         return {name: stored[name].float() for name in wanted}
 
+    def holds(self, prefix: str) -> bool:
+        """Whether `prompt.init_file` is given and has tensors whose names begin so. Raises UserError."""
+        if self.kind != "file":
+            return False
+        return any(name.startswith(prefix) for name in read_tensors(find_prompt_file(self.file or "")))
+
     def _text_vectors(self, num: int) -> torch.Tensor:
         """[P, D]: embeddings of the text's tokens, repeated or cut to P."""
         ids = self._encode(self.text or "", "prompt.init_text")

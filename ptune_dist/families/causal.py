@@ -67,7 +67,8 @@ class PromptedCausal(PaddedCausal):
         if not units:
             return 0
         rows = [example for example, _ in units]
-        readers = [(example, self.num_virtual(member)) for example, members in units for member in members]
+        lengths = [prompt.num_virtual_tokens for prompt in self.members()]
+        readers = [(example, lengths[member]) for example, members in units for member in members]
         num_context = int(examples.num_context[rows].sum())
         contexts = num_context if with_contexts else 0
         if self.uses_segments:
@@ -76,7 +77,8 @@ class PromptedCausal(PaddedCausal):
             if num_context:
                 return max(contexts, live + sum(count for _, count in readers))
             members = {member for _, some in units for member in some}
-            return live + sum(self.num_virtual(member) for member in members)
+            num_tasks = self.count_tasks(units, examples)
+            return live + sum(lengths[member] * num_tasks.get(member, 1) for member in members)
         read, written = examples.widths_of([row for row, _ in readers]).T
         widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
         return max(contexts, len(readers) * (widest + max(count for _, count in readers)))
@@ -86,6 +88,7 @@ class PromptedCausal(PaddedCausal):
 
     def _prepare_segments(self, batch: Batch) -> PreparedSegments:
         """The layout of a pass, and what attention needs of it on a GPU."""
+        batch = self.by_contribution(batch)
         outside = plan_outside(batch, self.num_prefix)
         laid = lay_out(batch, self.num_vectors, outside)
         arrays = arrays_of(laid)
@@ -112,6 +115,7 @@ class PromptedCausal(PaddedCausal):
 
     def label_losses(self, batch: Batch) -> list[np.ndarray]:
         assert batch.trees is not None and self.head is not None
+        batch = self.by_contribution(batch)
         contributions = self.contributions()
         outside = plan_outside(batch, self.num_prefix)
         laid = lay_out_labels(batch, self.num_vectors, outside)
@@ -132,10 +136,10 @@ class PromptedCausal(PaddedCausal):
         ends = np.cumsum([len(tree.targets) for tree in trees])
         return [tree.sum_paths(part) for tree, part in zip(trees, np.split(losses, ends[:-1]), strict=True)]
 
-    def open_decoder(self, member: int) -> SegmentDecoder | None:
+    def open_decoder(self, number: int) -> SegmentDecoder | None:
         if not self.uses_segments or not self.writes_text or layers_differ(self.base.config):
             return None
-        return SegmentDecoder(self, member)
+        return SegmentDecoder(self, number)
 
     @torch.no_grad()
     def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:

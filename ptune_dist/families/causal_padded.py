@@ -45,6 +45,7 @@ class PaddedCausal(PromptedModel):
         """A padded row [virtual tokens, rest, target] for each reader, after its context or its member's prefix."""
         if batch.read is not None:
             return self._supervise_after_inputs(batch, batch.read)
+        batch = self.by_contribution(batch)
         contributions = self.contributions()
         texts = [np.concatenate([batch.rests[row], batch.targets[row]])[:-1] for row, _ in batch.readers]
         members = [member for _, member in batch.readers]
@@ -73,9 +74,10 @@ class PaddedCausal(PromptedModel):
         if not self._keeps_keys:
             return batch
         contributions = self.contributions()
-        texts = [batch.rests[row] for row, _ in batch.readers]
-        vectors, mask = self.embed(texts, [member for _, member in batch.readers], contributions)
-        before = self._before(batch, contributions, vectors.dtype)
+        asked = self.by_contribution(batch)
+        texts = [asked.rests[row] for row, _ in asked.readers]
+        vectors, mask = self.embed(texts, [member for _, member in asked.readers], contributions)
+        before = self._before(asked, contributions, vectors.dtype)
         inputs = {"attention_mask": mask} | (self._after(before, mask) if before else {})
         cache = GivenCache(pad_contexts(before) if before else [], record=True)
         self.inner(inputs_embeds=vectors, **inputs | {"past_key_values": cache})
@@ -146,21 +148,21 @@ class PaddedCausal(PromptedModel):
     def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:
         return num_virtual + num_tokens
 
-    def generate(self, inputs: list[TokenPair], member: int, options: dict[str, Any]) -> torch.Tensor:
+    def generate(self, inputs: list[TokenPair], number: int, options: dict[str, Any]) -> torch.Tensor:
         """Rows are padded on the left, so that each row's next token stands at the end.
 
         They are [padding, context, virtual tokens, rest], after the prompt's keys and values if it has some.
         """
         contributions = self.contributions()
         texts = [np.array([*context, *rest], np.int64) for context, rest in inputs]
-        embedded, mask = self.embed(texts, [member] * len(texts), contributions)
-        num_virtual = contributions[member].num_vectors
+        embedded, mask = self.embed(texts, [number] * len(texts), contributions)
+        num_virtual = contributions[number].num_vectors
         rows = []
         for row, length, (context, _) in zip(embedded, mask.sum(dim=1).tolist(), inputs, strict=True):
             virtual, before, after = row[:length].tensor_split([num_virtual, num_virtual + len(context)])
             rows.append(torch.cat([before, virtual, after]))
         vectors = pad_sequence(rows, batch_first=True, padding_side="left")
-        prefix = keys_values_of(contributions[member])
+        prefix = keys_values_of(contributions[number])
         if prefix is None:
             return self.generate_with_base(inputs_embeds=vectors, attention_mask=mask.flip(1), **options)
         return self._generate_after_prefix(vectors, mask.flip(1), prefix.to(vectors.dtype), options)

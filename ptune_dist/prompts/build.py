@@ -76,6 +76,7 @@ def build_prompt(
         labels=prompt.init_labels or config.data.labels,
         file=prompt.init_file,
         num_embeddings=num_embeddings,
+        tasks=list(config.data.tasks or []),
     )
     try:
         return find_method(prompt).build(check_options(prompt), prompt.num_virtual_tokens, base, start)

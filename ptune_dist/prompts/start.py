@@ -5,12 +5,12 @@ Shapes: P virtual tokens, D width.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -28,12 +28,21 @@ NOTHING = "nothing"
 Lookup = Callable[[list[int]], torch.Tensor]  # token ids -> embeddings [len(ids), D]
 
 
+class Source(NamedTuple):
+    """A stored prompt: its tensors, the facts of ours, and PEFT's settings of an adapter; either may be empty."""
+
+    file: Path
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+    settings: dict[str, Any]
+
+
 @dataclass
 class Start:
     """The start that config section `prompt` asks for; a function of `seed` alone.
 
     `lookup` reads rows of the base's embeddings. Kind NOTHING gives zeros: a trained prompt will be loaded.
-    num_embeddings: the base's, where the tokenizer has ids beyond them.
+    num_embeddings: the base's, where the tokenizer has ids beyond them. tasks: the names of the rows' tasks.
     """
 
     kind: str  # prompt.init, or NOTHING
@@ -44,6 +53,7 @@ class Start:
     labels: list[str] | None = None
     file: str | None = None
     num_embeddings: int | None = None
+    tasks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -81,11 +91,14 @@ class Start:
                 )
         return {name: stored[name].float() for name in wanted}
 
-    def holds(self, prefix: str) -> bool:
+    def holds(self, *prefixes: str) -> bool:
         """Whether `prompt.init_file` is given and has tensors whose names begin so. Raises UserError."""
-        if self.kind != "file":
-            return False
-        return any(name.startswith(prefix) for name in read_tensors(find_prompt_file(self.file or "")))
+        return self.kind == "file" and any(name.startswith(prefixes) for name in self.read().tensors)
+
+    def read(self) -> "Source":
+        """What `prompt.init_file` holds. Raises UserError."""
+        file = find_prompt_file(self.file or "")
+        return Source(file, read_tensors(file), read_facts(file), read_adapter_settings(file.parent))
 
     def _text_vectors(self, num: int) -> torch.Tensor:
         """[P, D]: embeddings of the text's tokens, repeated or cut to P."""
@@ -154,6 +167,10 @@ def read_vectors(source: str, num: int, width: int) -> torch.Tensor:
     found = next((tensors[name] for name in VECTOR_NAMES if name in tensors), None)
     if found is None:
         raise UserError(f"prompt.init_file: {file} holds no virtual_tokens, only {', '.join(sorted(tensors)[:5])}")
+    if found.dim() == 3:
+        raise UserError(
+            f"prompt.init_file: {file} is a prompt of {len(found)} tasks: export one with ptune-dist export --task"
+        )
     settings = read_adapter_settings(file.parent)
     kind = settings.get("peft_type", "PROMPT_TUNING")
     if kind not in VECTOR_ADAPTERS:
@@ -166,6 +183,15 @@ def read_vectors(source: str, num: int, width: int) -> torch.Tensor:
             f"this prompt is (num_virtual_tokens, width) = {(num, width)}"
         )
     return found.float()
+
+
+def read_facts(file: Path) -> dict[str, Any]:
+    """What a run stored about its prompt, in the header of the tensors; empty where a file is of another kind."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return json.loads((opened.metadata() or {}).get("facts", "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
 
 
 def read_adapter_settings(folder: Path) -> dict[str, Any]:

@@ -98,6 +98,16 @@ class PromptConfig(Section):
         return self
 
 
+class TaskFiles(Section):
+    """The rows of one task, in the forms of `data.train`."""
+
+    train: str
+    """The training rows."""
+
+    validation: str | None = None
+    """The validation rows."""
+
+
 class CsvConfig(Section):
     """How .csv and .tsv files are written, where it is not as usual for their extension."""
 

@@ -4,6 +4,7 @@ To add a method, write its class in a file of its own (`method.py` is the interf
 """
 
 from ptune_dist.prompts.method import Method
+from ptune_dist.prompts.multitask import MultitaskPromptTuning
 from ptune_dist.prompts.p_tuning import PTuning
 from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.prompt_tuning import PromptTuning
@@ -12,4 +13,5 @@ METHODS: dict[str, type[Method]] = {
     "prompt_tuning": PromptTuning,
     "p_tuning": PTuning,
     "prefix_tuning": PrefixTuning,
+    "multitask_prompt_tuning": MultitaskPromptTuning,
 }

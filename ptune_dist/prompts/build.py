@@ -80,6 +80,7 @@ def build_prompt(
         num_embeddings=num_embeddings,
         asked=asked,
         rows=rows,
+        tasks=list(config.data.tasks or []),
     )
     try:
         return find_method(prompt).build(check_options(prompt), prompt.num_virtual_tokens, base, start)

@@ -15,7 +15,8 @@ from ptune_dist.prompts import METHODS
 from ptune_dist.prompts.peft_prefix import as_cartridge
 from ptune_dist.prompts.start import read_adapter_settings
 
-OWN_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")  # PEFT's types that exports are of
+# PEFT's types that exports are of.
+OWN_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "MULTITASK_PROMPT_TUNING")
 CARTRIDGE = "cartridge"
 POOLER = ".pooler."
 VALUE_HEAD = "value_head."
@@ -75,6 +76,7 @@ def export_peft(
         settings = as_cartridge(settings, num_frozen)
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
     stored = {"prompt_embeddings": adapter.prompt_embeddings.contiguous()}
+    stored |= {name: tensor.contiguous() for name, tensor in adapter.more.items()}
     stored |= {f"base_model.{name}": tensor for name, tensor in head.items()}
     config = {
         "task_type": task_type,
@@ -119,6 +121,8 @@ def export_prompt_embeds(
     if "virtual_tokens" not in tensors:
         raise UserError("--to prompt-embeds: this prompt has keys and values of every layer and no input embeddings")
     virtual = tensors["virtual_tokens"].to(dtype)
+    if virtual.dim() == 3:
+        raise UserError(f"--to prompt-embeds: this prompt is of {len(virtual)} tasks: choose one with --task")
     found = {"virtual_tokens": virtual}
     for i, parts in enumerate(inputs):
         context, rest = (embed(list(ids)).to(dtype) if len(ids) else virtual[:0] for ids in parts)

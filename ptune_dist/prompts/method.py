@@ -4,7 +4,7 @@ Shapes: P positions, D width, L layers, G key/value heads, Dh width of a head.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -53,10 +53,11 @@ class Contribution:
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """What PEFT stores of a prompt: the tensor `prompt_embeddings`, and entries of adapter_config.json."""
+    """What PEFT stores of a prompt: `prompt_embeddings`, entries of adapter_config.json, and more tensors by name."""
 
     prompt_embeddings: torch.Tensor
     settings: dict[str, Any]
+    more: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Method(nn.Module):
@@ -70,11 +71,13 @@ class Method(nn.Module):
     placements: ClassVar[tuple[str, ...] | None] = None  # None: all that the family has
     starts: ClassVar[tuple[str, ...]] = ("vocab", "random", "text", "labels", "file")  # values of prompt.init
     default_start: ClassVar[str] = "vocab"
+    has_tasks: ClassVar[bool] = False  # it may have something of its own for each task of the rows
     stands_in_sequence: ClassVar[bool] = True  # False: keys and values only, so nothing can be predicted from it alone
 
     num_virtual_tokens: int  # positions that the prompt takes
     # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
     start_tokens: Sequence[int] = ()
+    num_tasks: int = 1  # that it has vectors of its own for
 
     @classmethod
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "Method":
@@ -83,6 +86,10 @@ class Method(nn.Module):
 
     def forward(self) -> Contribution:
         raise NotImplementedError
+
+    def contributions(self) -> list[Contribution]:
+        """What it contributes to rows of each task."""
+        return [self()]
 
     def begin_from(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Start from keys and values [L, P, G, Dh] of `start_tokens`. Raises ValueError that begins with the key."""

@@ -120,7 +120,7 @@ class PrefixTuning(Method):
 
     @torch.no_grad()
     def begin_from(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        wanted = (self.num_virtual_tokens, *self.frozen_keys.shape[2:])
+        wanted = (self.num_virtual_tokens, *self.get_buffer("frozen_keys").shape[2:])
         found = [tuple(part.shape[1:]) for part in (keys, values)]
         if found != [wanted, wanted]:
             raise ValueError(f"prompt.method: prefix_tuning has keys and values {wanted}, the base computes {found}")
@@ -144,8 +144,8 @@ class PrefixTuning(Method):
             keys = keys + parts[0] if self._train_keys else keys
             values = values + parts[-1]
         if self.num_frozen:
-            keys = torch.cat([self.frozen_keys, keys], dim=1)
-            values = torch.cat([self.frozen_values, values], dim=1)
+            keys = torch.cat([self.get_buffer("frozen_keys"), keys], dim=1)
+            values = torch.cat([self.get_buffer("frozen_values"), values], dim=1)
         return Contribution(keys=keys, values=values)
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ptune_dist.base.trained_head import trained_parameters
+from ptune_dist.base.trained import trained_parameters
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.examples import Examples
@@ -78,6 +78,7 @@ class PromptedModel(nn.Module):
         """`target_scales`: of each member, where the objective's targets are numbers."""
         super().__init__()
         self.base = base
+        self._device = torch.device("cpu")  # of what has no prompt; see `place`
         self.prompts = nn.ModuleList(prompts)
         self.objective = objective
         self.placement = placement
@@ -101,10 +102,12 @@ class PromptedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.prompts.parameters()).device
+        own = next(self.prompts.parameters(), None)
+        return self._device if own is None else own.device
 
     def place(self, device: torch.device) -> None:
         """Move what is trained to the device; the base is there already, or sharded."""
+        self._device = device
         self.prompts.to(device)
         if self.value_heads is not None:
             self.value_heads.to(device)
@@ -134,7 +137,8 @@ class PromptedModel(nn.Module):
     def trainable(self, member: int = 0) -> dict[str, nn.Parameter]:
         """What is trained and stored of a member, by name: its prompt's parameters and those of a trained head."""
         found = dict(self.prompt(member).named_parameters())
-        found |= {f"head.{name}": p for name, p in trained_parameters(self.base).items()}
+        kind = "base" if self.prompt(member).trains_base else "head"
+        found |= {f"{kind}.{name}": p for name, p in trained_parameters(self.base).items()}
         if self.value_heads is not None:
             found |= {f"value_head.{name}": p for name, p in self.value_heads[member].named_parameters()}
         return found

@@ -17,6 +17,7 @@ from ptune_dist.prompts.start import read_adapter_settings
 OWN_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's types that exports are of
 POOLER = ".pooler."
 VALUE_HEAD = "value_head."
+BASE = "base."  # tensors of the base that a method has trained
 
 
 EXPORTED = {
@@ -40,6 +41,8 @@ def check_export_folder(out: Path, to: str) -> None:
 
 def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Raise UserError for a prompt that PEFT cannot place: it puts virtual tokens before everything."""
+    if METHODS[facts["method"]].trains_base:
+        raise UserError(f"--to peft: PEFT has no {facts['method']}: use --to model")
     if facts["placement"] not in ("prefix", "encoder"):
         other = "" if facts["placement"] == "decoder" else ": use --to prompt-embeds"
         raise UserError(f"--to peft: PEFT has no placement {facts['placement']}{other}")
@@ -100,6 +103,8 @@ def export_prompt_embeds(
         raise UserError("--to prompt-embeds: this prompt was trained with a classification head: use --to peft")
     if any(name.startswith(VALUE_HEAD) for name in tensors):
         raise UserError("--to prompt-embeds: this prompt was trained with a head that answers numbers")
+    if any(name.startswith(BASE) for name in tensors):
+        raise UserError("--to prompt-embeds: this run trained tensors of the base and no prompt: use --to model")
     if "virtual_tokens" not in tensors:
         raise UserError("--to prompt-embeds: this prompt has keys and values of every layer and no input embeddings")
     virtual = tensors["virtual_tokens"].to(dtype)

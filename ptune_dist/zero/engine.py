@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from ptune_dist.base.layers import layers_of
 from ptune_dist.base.recompute import Recomputer, read_settings
-from ptune_dist.base.trained_head import set_apart
+from ptune_dist.base.trained import set_apart
 from ptune_dist.config.deepspeed_json import show_source, zero_stage
 from ptune_dist.config.schema import Config, TrainConfig
 from ptune_dist.data.batches import Batch, Plan, Unit, plan_micro_batches

@@ -35,6 +35,7 @@ from ptune_dist.run.folder import write_json
 from ptune_dist.run.job import Job, open_base_of
 from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.run.stored_prompt import build_trained_job, check_base
+from ptune_dist.run.whole_model import export_model
 
 CHUNK_ROWS = 256  # rows of one rank that are answered before they are written
 
@@ -202,7 +203,7 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
 
 
 def export_run(config: Config, run_dir: Path, *, to: str, out: Path, text: str | None, file: str | None) -> None:
-    """Write a PEFT adapter, or prompt embeddings of the given inputs, to folder `out`. Raises UserError."""
+    """Write a PEFT adapter, embeddings of a prompt and inputs, or a model to folder `out`. Raises UserError."""
     tensors, facts = load_prompt(run_dir / "prompt")
     check_export_folder(out, to)
     if to == "peft":
@@ -219,6 +220,9 @@ def export_run(config: Config, run_dir: Path, *, to: str, out: Path, text: str |
     fingerprint = fingerprint_base(model.path, random_init=model.random_init, seed=config.seed)
     check_base(config, facts, fingerprint, run_dir)
     reading = build_reading(config)
+    if to == "model":
+        export_model(reading, tensors, out)
+        return
     inputs = []
     if text is not None or file is not None:
         rows = read_input_rows(config.data, config.prompt.placement, text, file)

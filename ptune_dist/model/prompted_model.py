@@ -21,12 +21,14 @@ from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.examples import Examples
 from ptune_dist.distributed.world import to_device
+from ptune_dist.errors import UserError
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.decode import Decoder
 from ptune_dist.model.head import HeadAtTargets
 from ptune_dist.model.value_head import TargetScale, ValueHeads
 from ptune_dist.objectives.objective import Objective
 from ptune_dist.prompts.method import Contribution, Method
+from ptune_dist.prompts.start import BASE
 
 LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # an objective's losses or validation_losses
 
@@ -137,11 +139,26 @@ class PromptedModel(nn.Module):
     def trainable(self, member: int = 0) -> dict[str, nn.Parameter]:
         """What is trained and stored of a member, by name: its prompt's parameters and those of a trained head."""
         found = dict(self.prompt(member).named_parameters())
-        kind = "base" if self.prompt(member).trains_base else "head"
-        found |= {f"{kind}.{name}": p for name, p in trained_parameters(self.base).items()}
+        kind = BASE if self.prompt(member).trains_base else "head."
+        found |= {f"{kind}{name}": p for name, p in trained_parameters(self.base).items()}
         if self.value_heads is not None:
             found |= {f"value_head.{name}": p for name, p in self.value_heads[member].named_parameters()}
         return found
+
+    @torch.no_grad()
+    def start_base(self) -> None:
+        """Set the trained tensors of the base to what `prompt.init_file` held. Raises UserError."""
+        for member, prompt in enumerate(self.members()):
+            if prompt.base_start is None:
+                continue
+            own = self.trainable(member)
+            for name in own.keys() | prompt.base_start.keys():
+                pair = [found.get(name) for found in (own, prompt.base_start)]
+                shapes = [None if tensor is None else tuple(tensor.shape) for tensor in pair]
+                if shapes[0] != shapes[1]:
+                    raise UserError(f"prompt.init_file: {name} has shape {shapes[0]} in this run and {shapes[1]} there")
+            for name, parameter in own.items():
+                parameter.copy_(prompt.base_start[name])
 
     # ------------------------------------------------------------- what a family provides
 

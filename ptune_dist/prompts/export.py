@@ -12,17 +12,17 @@ from ptune_dist.common.files import replace_file
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
-from ptune_dist.prompts.start import read_adapter_settings
+from ptune_dist.prompts.start import BASE, read_adapter_settings
 
 OWN_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's types that exports are of
 POOLER = ".pooler."
 VALUE_HEAD = "value_head."
-BASE = "base."  # tensors of the base that a method has trained
 
 
 EXPORTED = {
     "peft": ("adapter_model.safetensors", "adapter_config.json"),
     "prompt-embeds": ("prompt_embeds.safetensors",),
+    "model": (),  # an earlier one could be anybody's model
 }
 
 
@@ -33,7 +33,8 @@ def check_export_folder(out: Path, to: str) -> None:
     names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     other = [name for name in names if name not in EXPORTED[to]]
     if other:
-        raise UserError(f"--out: {out} holds {other[0]}, which is no export to {to}: choose an empty or a new folder")
+        what = "another model or other files" if to == "model" else f"{other[0]}, which is no export to {to}"
+        raise UserError(f"--out: {out} holds {what}: choose an empty or a new folder")
     kind = read_adapter_settings(out).get("peft_type", "PROMPT_TUNING")
     if kind not in OWN_ADAPTERS:
         raise UserError(f"--out: {out} holds a PEFT adapter of type {kind}: choose an empty or a new folder")

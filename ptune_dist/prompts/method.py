@@ -76,6 +76,7 @@ class Method(nn.Module):
     trains_base: ClassVar[bool] = False  # copies of the base's own tensors, of which there is one set: no sweeps
 
     num_virtual_tokens: int  # positions that the prompt takes
+    base_start: dict[str, torch.Tensor] | None = None  # what the trained tensors of the base start from; None: its own
 
     @classmethod
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "Method":

@@ -34,7 +34,10 @@ class PartialTuning(Method):
 
     @classmethod
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "PartialTuning":
-        return cls()
+        prompt = cls()
+        if start.kind == "file":
+            prompt.base_start = start.base_tensors()
+        return prompt
 
     def forward(self) -> Contribution:
         return Contribution()

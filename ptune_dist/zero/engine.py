@@ -236,6 +236,7 @@ def build_engine(
     first = next(iter(configs.values()))
     set_apart(model.base, world.device, getattr(torch, first.model.dtype))
     model.place(world.device)
+    model.start_base()
     members = {name: build_member(configs[name].train, model.trainable(number)) for number, name in enumerate(configs)}
     layers = layers_of(model.base)
     settings = read_settings(content, len(layers), "deepspeed")

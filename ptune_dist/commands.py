@@ -43,6 +43,7 @@ from ptune_dist.run.folder import write_json
 from ptune_dist.run.job import Job, open_base_of
 from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.run.stored_prompt import build_trained_job, check_base
+from ptune_dist.run.whole_model import export_model
 
 CHUNK_ROWS = 256  # rows of one rank that are answered before they are written
 
@@ -238,7 +239,7 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
 def export_run(
     config: Config, run_dir: Path, *, to: str, out: Path, text: str | None, file: str | None, task: str | None = None
 ) -> None:
-    """Write a PEFT adapter (`peft`, `cartridge`), or prompt embeddings of the given inputs, to folder `out`.
+    """Write a PEFT adapter (`peft`, `cartridge`), embeddings of a prompt and inputs, or a model to folder `out`.
 
     Of one task or all. Raises UserError.
     """
@@ -258,6 +259,9 @@ def export_run(
     fingerprint = fingerprint_base(model.path, random_init=model.random_init, seed=config.seed)
     check_base(config, facts, fingerprint, run_dir)
     reading = build_reading(config)
+    if to == "model":
+        export_model(reading, tensors, out)
+        return
     inputs = []
     if text is not None or file is not None:
         rows = read_input_rows(config.data, config.prompt.placement, text, file)

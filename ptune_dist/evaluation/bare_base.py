@@ -56,7 +56,12 @@ def without_prompt(model: PromptedModel, member: int) -> Iterator[None]:
 
 
 def can_read_without_prompt(model: PromptedModel, evaluator: Evaluator) -> bool:
-    """Whether the base alone answers: not with a new head, nor where a row has no input to predict from."""
+    """Whether the base alone answers: not with a new head, nor where a row has no input to predict from.
+
+    Where the base's own tensors are trained, it is what the evaluation before training shows.
+    """
+    if any(prompt.trains_base for prompt in model.members()):
+        return False
     if not model.writes_text or evaluator.split.rows.kind == "text":
         return False
     return evaluator.split.examples.known.first_empty is None

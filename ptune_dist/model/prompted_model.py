@@ -16,17 +16,19 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ptune_dist.base.trained_head import trained_parameters
+from ptune_dist.base.trained import trained_parameters
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.examples import Examples
 from ptune_dist.distributed.world import to_device
+from ptune_dist.errors import UserError
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.decode import Decoder
 from ptune_dist.model.head import HeadAtTargets
 from ptune_dist.model.value_head import TargetScale, ValueHeads
 from ptune_dist.objectives.objective import Objective
 from ptune_dist.prompts.method import Contribution, Method
+from ptune_dist.prompts.start import BASE
 
 LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # an objective's losses or validation_losses
 
@@ -78,6 +80,7 @@ class PromptedModel(nn.Module):
         """`target_scales`: of each member, where the objective's targets are numbers."""
         super().__init__()
         self.base = base
+        self._device = torch.device("cpu")  # of what has no prompt; see `place`
         self.prompts = nn.ModuleList(prompts)
         self.objective = objective
         self.placement = placement
@@ -101,10 +104,12 @@ class PromptedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.prompts.parameters()).device
+        own = next(self.prompts.parameters(), None)
+        return self._device if own is None else own.device
 
     def place(self, device: torch.device) -> None:
         """Move what is trained to the device; the base is there already, or sharded."""
+        self._device = device
         self.prompts.to(device)
         if self.value_heads is not None:
             self.value_heads.to(device)
@@ -165,10 +170,26 @@ class PromptedModel(nn.Module):
     def trainable(self, member: int = 0) -> dict[str, nn.Parameter]:
         """What is trained and stored of a member, by name: its prompt's parameters and those of a trained head."""
         found = dict(self.prompt(member).named_parameters())
-        found |= {f"head.{name}": p for name, p in trained_parameters(self.base).items()}
+        kind = BASE if self.prompt(member).trains_base else "head."
+        found |= {f"{kind}{name}": p for name, p in trained_parameters(self.base).items()}
         if self.value_heads is not None:
             found |= {f"value_head.{name}": p for name, p in self.value_heads[member].named_parameters()}
         return found
+
+    @torch.no_grad()
+    def start_base(self) -> None:
+        """Set the trained tensors of the base to what `prompt.init_file` held. Raises UserError."""
+        for member, prompt in enumerate(self.members()):
+            if prompt.base_start is None:
+                continue
+            own = self.trainable(member)
+            for name in own.keys() | prompt.base_start.keys():
+                pair = [found.get(name) for found in (own, prompt.base_start)]
+                shapes = [None if tensor is None else tuple(tensor.shape) for tensor in pair]
+                if shapes[0] != shapes[1]:
+                    raise UserError(f"prompt.init_file: {name} has shape {shapes[0]} in this run and {shapes[1]} there")
+            for name, parameter in own.items():
+                parameter.copy_(prompt.base_start[name])
 
     # ------------------------------------------------------------- what a family provides
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
+from transformers import PreTrainedModel
 
 from ptune_dist.prompts.start import Start
 
@@ -74,15 +75,27 @@ class Method(nn.Module):
     has_tasks: ClassVar[bool] = False  # it may have something of its own for each task of the rows
     stands_in_sequence: ClassVar[bool] = True  # False: keys and values only, so nothing can be predicted from it alone
 
+    takes_positions: ClassVar[bool] = True  # False: num_virtual_tokens is 0
+    trains_base: ClassVar[bool] = False  # copies of the base's own tensors, of which there is one set: no sweeps
+
     num_virtual_tokens: int  # positions that the prompt takes
     # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
     start_tokens: Sequence[int] = ()
     num_tasks: int = 1  # that it has vectors of its own for
+    base_start: dict[str, torch.Tensor] | None = None  # what the trained tensors of the base start from; None: its own
 
     @classmethod
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "Method":
         """A prompt at its start. Reading the start may raise UserError."""
         raise NotImplementedError
+
+    @classmethod
+    def choose_trained(cls, options: Any, base: PreTrainedModel) -> set[str]:
+        """Names of the base's parameters that are trained, as float32 copies in their place.
+
+        `base` has no memory yet. Raises ValueError that begins with the key.
+        """
+        return set()
 
     def forward(self) -> Contribution:
         raise NotImplementedError

@@ -22,6 +22,7 @@ NUM_COMMON_TOKENS = 5000
 PROMPT_FILES = ("prompt/prompt.safetensors", "prompt.safetensors", "adapter_model.safetensors")
 VECTOR_ADAPTERS = ("PROMPT_TUNING", "P_TUNING")  # PEFT's types whose prompt_embeddings are virtual tokens
 VECTOR_NAMES = ("virtual_tokens", "prompt_embeddings")  # ours and PEFT's
+BASE = "base."  # tensors of the base that a method has trained
 
 NOTHING = "nothing"
 
@@ -124,6 +125,15 @@ class Start:
         if num_rows is not None and count < num_rows:
             raise UserError(f"prompt.init_rows is {num_rows} but there are {count} training rows")
         return repeat(found, num)[:num]
+
+    def base_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the base that `prompt.init_file` holds, by their names there, in float32. Raises UserError."""
+        file = find_prompt_file(self.file or "")
+        stored = read_tensors(file)
+        found = {name: tensor.float() for name, tensor in stored.items() if name.startswith(BASE)}
+        if not found:
+            raise UserError(f"prompt.init_file: {file} has no tensors of a base, only {', '.join(sorted(stored)[:5])}")
+        return found
 
     def _text_vectors(self, num: int) -> torch.Tensor:
         """[P, D]: embeddings of the text's tokens, repeated or cut to P."""

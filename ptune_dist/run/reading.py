@@ -132,6 +132,10 @@ def check_family_fits(config: Config, members: dict[str, Config], family: Family
             raise UserError(
                 f"prompt.method: {member.prompt.method} is for {bases} bases; {config.model.path} is {family.name}"
             )
+        if config.sweep and method.trains_base:
+            raise UserError(
+                f"sweep: {member.prompt.method} trains tensors of the base, which all members share: use a run for each"
+            )
     if config.sweep and family.trains_head:
         path = config.model.path
         raise UserError(f"sweep: a prompt over an encoder trains the base's head too, of which {path} has one")

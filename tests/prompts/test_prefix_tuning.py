@@ -1,4 +1,4 @@
-"""Prompts of keys and values by themselves: what they start from, what is trained, PEFT's files, and what is refused."""
+"""Prompts of keys and values alone: what they start from, what is trained, PEFT's files, and what is refused."""
 
 import json
 

@@ -114,13 +114,14 @@ class PrefixTuning(Method):
             keys, values = (found[name] for name in PLAIN)
         prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp)
         wanted = {name: tuple(tensor.shape) for name, tensor in prompt.state_dict().items()}
-        if mlp is not None and start.holds(wanted):
+        stored = start.read().tensors
+        if mlp is not None and all(name in stored and stored[name].shape == wanted[name] for name in wanted):
             prompt.load_state_dict(start.tensors(wanted))
         return prompt
 
     @torch.no_grad()
     def begin_from(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        wanted = (self.num_virtual_tokens, *self.frozen_keys.shape[2:])
+        wanted = (self.num_virtual_tokens, *self.get_buffer("frozen_keys").shape[2:])
         found = [tuple(part.shape[1:]) for part in (keys, values)]
         if found != [wanted, wanted]:
             raise ValueError(f"prompt.method: prefix_tuning has keys and values {wanted}, the base computes {found}")
@@ -144,8 +145,8 @@ class PrefixTuning(Method):
             keys = keys + parts[0] if self._train_keys else keys
             values = values + parts[-1]
         if self.num_frozen:
-            keys = torch.cat([self.frozen_keys, keys], dim=1)
-            values = torch.cat([self.frozen_values, values], dim=1)
+            keys = torch.cat([self.get_buffer("frozen_keys"), keys], dim=1)
+            values = torch.cat([self.get_buffer("frozen_values"), values], dim=1)
         return Contribution(keys=keys, values=values)
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ import pyarrow.parquet
 
 from ptune_dist.common.hub import hub_answers
 from ptune_dist.data.arrow_values import has_narrow_floats, shorten_floats, split_columns
+from ptune_dist.data.content import HEAD_BYTES, find_kind, looks_like_text
 from ptune_dist.errors import UserError
 
 
@@ -46,7 +47,15 @@ def load_parquet(path: Path, name: str, key: str) -> tuple[datasets.Dataset, dic
         return loaded, unreadable
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = _one_line(error.__cause__ or error)
-        raise UserError(f"{key}: {name} cannot be read as parquet: {reason}") from None
+        raise UserError(f"{key}: {name} cannot be read as parquet: {describe_other_kind(path) or reason}") from None
+
+
+def describe_other_kind(path: Path) -> str:
+    """What a file that is named .parquet is instead; empty where it is not known."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    kind = "text, perhaps .jsonl or .csv" if looks_like_text(head) else find_kind(head)
+    return "" if kind in (None, ".parquet") else f"the content is {kind}: name it by what it is"
 
 
 def _stamp(path: Path) -> str:

@@ -23,8 +23,9 @@ from ptune_dist.evaluation.placement_costs import describe_cache, describe_choic
 from ptune_dist.evaluation.row_warnings import find_warnings
 from ptune_dist.evaluation.splits import build_splits
 from ptune_dist.run.folder import check_run_dir, list_checkpoints
-from ptune_dist.run.job import build_parts
+from ptune_dist.run.job import Parts, build_parts
 from ptune_dist.run.reading import Reading, build_reading
+from ptune_dist.zero.unused_sections import describe_unused
 
 NUM_EXAMPLES = 5
 
@@ -49,6 +50,8 @@ def validate(config: Config) -> None:
     console.print(f"base: {describe_base(parts.opened, reading)}; {describe_epochs(config, train)}")
     for line in find_warnings(reading, read):
         console.print(f"warning: {line}", markup=False)
+    for line in notes_of(parts, config):
+        console.print(line, markup=False)
     if config.sweep:
         console.print(f"members: {len(reading.members)}: {', '.join(reading.members)}", markup=False)
     if train.rows.kind != "text" and takes_contexts(reading, parts.opened):
@@ -58,6 +61,14 @@ def validate(config: Config) -> None:
     encoding = reading.encoding(next(iter(reading.members.values())))
     for index in spread(len(train.examples), NUM_EXAMPLES):
         console.print(render_example(train, index, encoding))
+
+
+def notes_of(parts: Parts, config: Config) -> list[str]:
+    """What `train` prints about the base's format and about DeepSpeed's JSON."""
+    found = [describe_unused(parts.deepspeed_json)]
+    if parts.opened.note:
+        found.append(f"model.path: {config.model.path}: {parts.opened.note}")
+    return [line for line in found if line]
 
 
 def takes_contexts(reading: Reading, opened: OpenedBase) -> bool:

@@ -100,7 +100,7 @@ AREAS = {
             SEGMENTS,
             LABELS,
             "-k",
-            "not runs_of_a_tree and (attention or window or bart)",
+            "attention or window or bart",
         ),
     ),
     "resume": Area(

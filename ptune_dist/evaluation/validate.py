@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptune_dist.base.open import OpenedBase
+from ptune_dist.common.progress_line import BusyLine
 from ptune_dist.config.load import render_config
 from ptune_dist.config.schema import Config
 from ptune_dist.data.build import Split
@@ -37,7 +38,8 @@ def validate(config: Config) -> None:
     reading = build_reading(config)
     # as `train`: the rows first, and a run that is resumed needs no longer what its prompt started from
     read = build_splits(reading)
-    parts = build_parts(reading, None, with_start=not list_checkpoints(Path(config.output_dir) / "checkpoints"))
+    with BusyLine(f"opening the base {config.model.path}"):
+        parts = build_parts(reading, None, with_start=not list_checkpoints(Path(config.output_dir) / "checkpoints"))
     splits = read.distinct()
     train = next(iter(splits.values()))
 

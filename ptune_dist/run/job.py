@@ -17,11 +17,10 @@ from ptune_dist.base.fp8 import check_device
 from ptune_dist.base.fused import fuse
 from ptune_dist.base.layers import (
     embedding_width,
-    head_width,
     hidden_size,
+    key_value_heads,
     layers_of,
     max_positions,
-    num_key_value_heads,
 )
 from ptune_dist.base.load import fill_whole
 from ptune_dist.base.memory_check import GIB, check_memory, find_room
@@ -154,11 +153,13 @@ def choose_trained_of(reading: Reading, base: PreTrainedModel) -> set[str]:
 def base_facts(base: PreTrainedModel) -> BaseFacts:
     """What methods may need to know of a base."""
     text = base.config.get_text_config(decoder=True)
+    num_heads, of_keys, of_values = key_value_heads(base.config)
     return BaseFacts(
         width=embedding_width(base),
         num_layers=getattr(text, "num_hidden_layers", None),
-        num_key_value_heads=None if keeps_more(base) else num_key_value_heads(base.config),
-        head_width=head_width(base.config),
+        num_key_value_heads=None if keeps_more(base) else num_heads,
+        head_width=of_keys,
+        value_width=of_values,
     )
 
 

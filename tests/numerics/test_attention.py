@@ -10,7 +10,7 @@ from ptune_dist.model import attention
 from ptune_dist.model.attention import CausalSegments, KeysValues, Segment, attend
 from ptune_dist.model.attention_contexts import ContextSegments
 from ptune_dist.model.attention_flex import FlexSegments
-from ptune_dist.model.attention_layouts import RecordedSegments, build_attention, join_parts
+from ptune_dist.model.attention_layouts import RecordedSegments, build_attention
 from ptune_dist.model.attention_products import most_keys_by_products
 from ptune_dist.model.layout import Before, Outside, lay_out
 from tests.numerics.passes import NUM_VIRTUAL, draw_batch
@@ -94,7 +94,7 @@ def test_products_and_the_fused_kernel_give_the_same_outputs_and_gradients(num_h
     def attend(most_keys: int, dtype: torch.dtype) -> list[torch.Tensor]:
         monkeypatch.setattr(attention, "most_keys_by_products", lambda *_args, **_facts: most_keys)
         tensors = [tensor.to(dtype).requires_grad_() for tensor in drawn]
-        kind = CausalSegments(segments, outside[0].to(dtype), CPU)
+        kind = CausalSegments(segments, [part.to(dtype) for part in outside], CPU)
         out = kind.attend(*tensors, layer=LAYER, scale=SCALE, window=window)
         return [out, *torch.autograd.grad(out.float().square().sum(), tensors)]
 
@@ -165,7 +165,7 @@ def test_contexts_with_and_without_a_lead_are_computed_and_recorded_alike(length
         q, k, v = draw_live(segments, 4, 2)
         wanted = look_up(segments, outside, q, k, v, window)
         recorded = RecordedSegments(segments, outside, CPU)
-        flex, causal = FlexSegments(segments, outside, CPU), CausalSegments(segments, join_parts(outside), CPU)
+        flex, causal = FlexSegments(segments, outside, CPU), CausalSegments(segments, outside, CPU)
         for kind in (recorded, flex, causal):
             with torch.no_grad():
                 found = kind.attend(q, k, v, layer=LAYER, scale=SCALE, window=window)

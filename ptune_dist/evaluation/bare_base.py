@@ -36,10 +36,12 @@ def without_prompt(model: PromptedModel, member: int) -> Iterator[None]:
     placement = model.placement
     num_vectors = model.num_vectors[member]
     num_prefix = model.num_prefix[member]
+    start_layer = model.start_layers[member]
     model.prompts[member] = NoPrompt(model.device).eval()
     model.placement = "prefix"
     model.num_vectors[member] = 0
     model.num_prefix[member] = 0
+    model.start_layers[member] = 0
     try:
         yield
     finally:
@@ -47,6 +49,7 @@ def without_prompt(model: PromptedModel, member: int) -> Iterator[None]:
         model.placement = placement
         model.num_vectors[member] = num_vectors
         model.num_prefix[member] = num_prefix
+        model.start_layers[member] = start_layer
 
 
 def can_read_without_prompt(model: PromptedModel, evaluator: Evaluator) -> bool:

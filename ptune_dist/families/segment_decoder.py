@@ -39,6 +39,7 @@ class SegmentDecoder:
     enters_any_time = True
     shares_beginnings = True
     needs_contexts = False
+    takes_contexts = True
 
     def __init__(self, model: PromptedModel, member: int):
         self._model = model

@@ -27,6 +27,8 @@ class BaseFacts:
     num_layers: int | None = None
     num_key_value_heads: int | None = None
     head_width: int | None = None
+    hidden_size: int | None = None  # of what a layer reads
+    num_first_layers: int | None = None  # of the first stack, an encoder's; None where they cannot be run in parts
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,15 @@ class Contribution:
 
     vectors [P, D]: virtual tokens that stand in the sequence. keys, values [L, P, G, Dh]: of every layer, attended to
     by all positions and read before the sequence; rotary bases take them as already rotated.
+
+    start_layer: the first layer that any of these are for; the layers below read a row without them, and L counts from
+    that layer on.
     """
 
     vectors: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    start_layer: int = 0
 
     @property
     def num_vectors(self) -> int:
@@ -56,6 +62,18 @@ class PeftAdapter:
 
     prompt_embeddings: torch.Tensor
     settings: dict[str, Any]
+
+
+def check_start_layer(layer: int, base: BaseFacts, key: str) -> int:
+    """The layer, if a prompt can enter there. Raises ValueError that begins with the key."""
+    if base.num_first_layers is None:
+        raise ValueError(f"{key}: the layers of this base are no plain stack, which a prompt could enter in the middle")
+    if not 0 < layer < base.num_first_layers:
+        last = base.num_first_layers - 1
+        raise ValueError(
+            f"{key}: {layer} is no layer above the first one of {base.num_first_layers}: choose one from 1 to {last}"
+        )
+    return layer
 
 
 class Method(nn.Module):
@@ -77,6 +95,11 @@ class Method(nn.Module):
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "Method":
         """A prompt at its start. Reading the start may raise UserError."""
         raise NotImplementedError
+
+    @classmethod
+    def enters_late(cls, options: Any) -> bool:
+        """Whether the lowest layers read rows without the prompt, so that what they leave can be kept."""
+        return False
 
     def forward(self) -> Contribution:
         raise NotImplementedError

@@ -20,6 +20,7 @@ from ptune_dist.base.layers import (
     hidden_size,
     layers_of,
     max_positions,
+    num_first_layers,
     num_key_value_heads,
 )
 from ptune_dist.base.load import fill_whole
@@ -143,6 +144,8 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
         num_layers=getattr(text, "num_hidden_layers", None),
         num_key_value_heads=None if keeps_more(base) else num_key_value_heads(base.config),
         head_width=head_width(base.config),
+        hidden_size=hidden_size(base),
+        num_first_layers=num_first_layers(base),
     )
 
 

@@ -116,6 +116,10 @@ class CsvConfig(Section):
     doublequote: bool = True
     """Whether two quotes inside a quoted field are one."""
 
+    skipinitialspace: bool | None = None
+    """Whether spaces after a separator are skipped, so that a quote may follow them. Where left out they are kept, and
+    a quote after one is an error."""
+
     encoding: str | None = None
     """The encoding, such as `latin-1`, `cp1252` or `utf-16`: UTF-8 where left out."""
 

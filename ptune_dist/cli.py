@@ -163,7 +163,7 @@ def build_parser() -> Parser:
     for command in (evaluate, generate, export):
         command.add_argument("--member", metavar="NAME", help="of a sweep; the best-ranked one where left out")
     add_generate_arguments(generate)
-    export.add_argument("--to", choices=["peft", "prompt-embeds"], required=True)
+    export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds"], required=True)
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
     add_input_arguments(export, "for prompt-embeds: ", required=False)
     bench = add("bench", run_bench, "run a matrix of benchmarks", "MATRIX")

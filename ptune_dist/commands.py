@@ -28,7 +28,13 @@ from ptune_dist.evaluation.generate import generate_texts, pad_id
 from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.evaluation.splits import check_inputs, check_lengths
 from ptune_dist.families import FAMILIES
-from ptune_dist.prompts.export import check_export_folder, check_for_peft, export_peft, export_prompt_embeds
+from ptune_dist.prompts.export import (
+    CARTRIDGE,
+    check_export_folder,
+    check_for_peft,
+    export_peft,
+    export_prompt_embeds,
+)
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.folder import write_json
 from ptune_dist.run.job import Job, open_base_of
@@ -203,18 +209,21 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
 
 
 def export_run(config: Config, run_dir: Path, *, to: str, out: Path, text: str | None, file: str | None) -> None:
-    """Write a PEFT adapter, or prompt embeddings of the given inputs, to folder `out`. Raises UserError."""
+    """Write a PEFT adapter (`peft`, `cartridge`), or prompt embeddings of the given inputs, to folder `out`.
+
+    Raises UserError.
+    """
     tensors, facts = load_prompt(run_dir / "prompt")
     check_export_folder(out, to)
-    if to == "peft":
-        check_for_peft(tensors, facts)
+    if to in ("peft", CARTRIDGE):
+        check_for_peft(tensors, facts, to)
         family = FAMILIES[facts["base"]["family"]]
         shape = None
         if family.trains_head:  # the base's own config.json does not know the labels
             with_labels = load_shape(config.model.path)
             family.prepare_shape(with_labels, config.data.labels)
             shape = with_labels.to_json_string()
-        export_peft(tensors, facts, family.peft_task, out, shape)
+        export_peft(tensors, facts, family.peft_task, out, shape, to)
         return
     model = config.model
     fingerprint = fingerprint_base(model.path, random_init=model.random_init, seed=config.seed)

@@ -1,6 +1,6 @@
 """The training rows of a sweep: each member's own rows in its own order; rows of several members are stored once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -42,6 +42,13 @@ class TrainingRows:
         """Where a member's examples are among all."""
         start, count = self._ranges[member]
         return slice(start, start + count)
+
+    def tokens_of(self, member: str) -> Iterator[list[int]]:
+        """The token ids of a member's examples in the order of its file, the target after the input if it is a text."""
+        own = self.slice_of(member)
+        for index in range(own.start, own.stop):
+            ids = self.examples.input_ids(index).tolist()
+            yield ids if self.examples.numbers is not None else ids + self.examples.target_ids(index).tolist()
 
     def units(self, examples: dict[str, list[int]], members: Sequence[str]) -> list[Unit]:
         """Each example once, with all members that read it; members are numbered as in `members`."""

@@ -30,7 +30,7 @@ from ptune_dist.model.attention_flex import FlexTables
 from ptune_dist.model.attention_layouts import RecordedSegments, SegmentAttention, build_attention, takes_flex
 from ptune_dist.model.attention_trees import build_tree_attention
 from ptune_dist.model.decode import Decoder
-from ptune_dist.model.entry import FromLayer, below_of
+from ptune_dist.model.entry import FromLayer, Lower
 from ptune_dist.model.flex_plan import plan_attention
 from ptune_dist.model.given_cache import keeps_more
 from ptune_dist.model.layout import Layout, Outside, lay_out, lay_out_labels, plan_outside
@@ -78,10 +78,12 @@ class PromptedCausal(PaddedCausal):
         if self.uses_segments:
             own = [row for row, _ in readers]
             live = int((examples.lengths_of(own) - examples.num_context[own]).sum()) - len(own)
-            if num_context:
-                return max(contexts, live + sum(count for _, count in readers))
             members = {member for _, some in units for member in some}
-            return live + sum(self.num_virtual(member) for member in members)
+            shared = sum(self.num_virtual(member) for member in members)
+            if num_context:
+                shared = sum(self.num_prefix[member] for member in members)
+                shared += sum(self.num_vectors[member] for _, some in units for member in some)
+            return max(contexts, live + shared)
         read, written = examples.widths_of([row for row, _ in readers]).T
         widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
         return max(contexts, len(readers) * (widest + max(count for _, count in readers)))
@@ -113,8 +115,8 @@ class PromptedCausal(PaddedCausal):
         contributions = self.contributions(start)
         outside = prepared.outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         index = prepared.packed.unpack(self.device)
-        below = torch.cat(below_of(batch, start)) if start else None
-        vectors = embed_laid(self, index, contributions, below)
+        below = self.below_of(batch)
+        vectors = embed_laid(self, index, contributions, None if below is None else torch.cat(below))
         parts = [part.to(vectors.dtype) for part in outside]
         attention = build_attention(prepared.layout.segments, parts, vectors.device, prepared.tables(index))
         late = Late(self, start) if start else None
@@ -176,9 +178,11 @@ class PromptedCausal(PaddedCausal):
         texts = [tokens if len(tokens) else np.array([work.pad_id]) for tokens in work.tokens]
         lengths = list(map(len, texts))
         vectors = self.embed_tokens(np.concatenate(texts))
-        attention = build_attention(segments_of(lengths), [], vectors.device)
+        before = [work.lead] if work.lead else []
+        num_before = work.lead.length if work.lead else 0
+        attention = build_attention(segments_of(lengths, num_before), before, vectors.device)
         with self.layer_parts.below(start) as captured:
-            self._run_segments(vectors, places_of(lengths), attention)
+            self._run_segments(vectors, num_before + places_of(lengths), attention)
         assert captured.hidden is not None
         rows = captured.hidden[0].split(lengths)
         rows = [hidden[: len(tokens)] for hidden, tokens in zip(rows, work.tokens, strict=True)]
@@ -196,22 +200,36 @@ class PromptedCausal(PaddedCausal):
 
     def _labels_below(self, batch: Batch, start: int) -> torch.Tensor:
         """What the layers below leave of the tokens of all readers' inputs, then of those of their labels."""
+        found: dict[tuple[tuple[int, str], int], tuple[torch.Tensor, torch.Tensor]] = {}
+        for lower in self.distinct_lowers:
+            if lower.start == start:
+                rows = {row for row, member in batch.readers if self.lowers[member].key == lower.key}
+                # Every rank makes this pass, also where it has no reader for it.
+                for row, parts in self._rows_with_labels_below(batch, sorted(rows) or [0], lower).items():
+                    found[lower.key, row] = parts
+        parts = [found[self.lowers[member].key, row] for row, member in batch.readers]
+        return torch.cat([of_input for of_input, _ in parts] + [of_labels for _, of_labels in parts])
+
+    def _rows_with_labels_below(
+        self, batch: Batch, rows: list[int], lower: Lower
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """By row, what the layers below leave of its input and of its tree of labels."""
         assert batch.trees is not None
-        rows = list(dict.fromkeys(row for row, _ in batch.readers))
         once = dataclasses.replace(batch, readers=[(row, 0) for row in rows])
-        laid = lay_out_labels(once, [0], plan_outside(once, [0]))
+        outside = plan_outside(once, [lower.before.length if lower.before else 0])
+        laid = lay_out_labels(once, [0], outside)
         index = to_index(laid.layout, self.device)
         vectors = self.embed_tokens(index["tokens"])[index["source"]]
-        attention = build_tree_attention(laid.layout.segments, laid.trees, [], vectors.device)
-        with self.layer_parts.below(start) as captured:
+        before = outside.collect(once, [lower.before])
+        attention = build_tree_attention(laid.layout.segments, laid.trees, before, vectors.device)
+        with self.layer_parts.below(lower.start) as captured:
             self._run_segments(vectors, laid.layout.position_ids, attention)
         assert captured.hidden is not None
         hidden = torch.empty_like(captured.hidden[0])
         hidden[index["source"]] = captured.hidden[0]  # in the order of the tokens
         lengths = [len(batch.rests[row]) for row in rows] + [len(batch.trees[row].tokens) for row in rows]
         parts = hidden.split(lengths)
-        places = [rows.index(row) for row, _ in batch.readers]
-        return torch.cat([parts[place] for place in places] + [parts[len(rows) + place] for place in places])
+        return {row: (parts[place], parts[len(rows) + place]) for place, row in enumerate(rows)}
 
     def _run_segments(self, vectors: torch.Tensor, places: np.ndarray, attention: SegmentAttention) -> None:
         """The layers over vectors [N, D] of live positions, whose places in their texts are `places` [N]."""
@@ -224,9 +242,11 @@ class PromptedCausal(PaddedCausal):
         )
 
 
-def segments_of(lengths: list[int]) -> list[Segment]:
-    """Texts one after another, each of which reads itself alone."""
-    return [Segment(end - length, length) for length, end in zip(lengths, np.cumsum(lengths).tolist(), strict=True)]
+def segments_of(lengths: list[int], num_before: int = 0) -> list[Segment]:
+    """Texts one after another, each of which reads itself, after so many positions from outside."""
+    contexts = (0,) if num_before else ()
+    ends = np.cumsum(lengths).tolist()
+    return [Segment(end - length, length, contexts, (), num_before) for length, end in zip(lengths, ends, strict=True)]
 
 
 def places_of(lengths: list[int]) -> np.ndarray:

@@ -19,7 +19,6 @@ from ptune_dist.data.framing import Framing, LabelTargets, NumberTargets, Target
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.families.seq2seq import count_padded
-from ptune_dist.model.entry import below_of
 from ptune_dist.model.prompted_model import Contexts, LossOf, PromptedModel
 
 POOLER = ".pooler."
@@ -69,13 +68,9 @@ class PromptedEncoder(PromptedModel):
     def row_below(self, batch: Batch, row: int) -> tuple[np.ndarray, int]:
         return batch.rests[row], 0
 
-    def _below_of(self, batch: Batch) -> list[torch.Tensor] | None:
-        start = self.start_of(batch)
-        return below_of(batch, start) if start else None
-
     def outputs(self, batch: Batch) -> torch.Tensor:
         """The logits, flat."""
-        return self.label_logits(batch.rests, [0] * len(batch.rests), self._below_of(batch)).flatten()
+        return self.label_logits(batch.rests, [0] * len(batch.rests), self.below_of(batch)).flatten()
 
     def plain_outputs(self, batch: Batch, virtual: np.ndarray) -> torch.Tensor:
         found = []
@@ -85,11 +80,9 @@ class PromptedEncoder(PromptedModel):
         return torch.cat(found)
 
     def name_labels(self, texts: list[np.ndarray]) -> list[str]:
-        below = None
-        if self.start_layers[0]:
-            read = self.read_below(Contexts(texts, pad_id=0, start_layer=self.start_layers[0]))
-            below = [row.hidden for row in read]
-        logits = self.label_logits(texts, [0] * len(texts), below)
+        nothing = [np.zeros(0, np.int64)] * len(texts)
+        batch = self.read_below(Batch(nothing, texts, nothing, [(row, 0) for row in range(len(texts))], pad_id=0))
+        logits = self.label_logits(texts, [0] * len(texts), self.below_of(batch))
         names = self.base.config.id2label
         assert names is not None, "transformers names the labels of every classifier"
         return [names[index] for index in logits.argmax(dim=1).tolist()]
@@ -123,7 +116,7 @@ class PromptedEncoder(PromptedModel):
         has_target = np.array([len(batch.targets[row]) > 0 for row, _ in readers])
         reader = np.flatnonzero(has_target)
         texts = [batch.rests[row] for row, _ in readers]
-        logits = self.label_logits(texts, [member for _, member in readers], self._below_of(batch))
+        logits = self.label_logits(texts, [member for _, member in readers], self.below_of(batch))
         return logits[self.to_tensor(reader)], reader
 
 

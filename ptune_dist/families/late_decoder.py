@@ -16,7 +16,7 @@ from ptune_dist.families.segment_decoder import SegmentDecoder
 from ptune_dist.families.segment_inputs import Late, embed_laid, no_mask, supervise_laid, to_index
 from ptune_dist.model.attention_layouts import SegmentAttention
 from ptune_dist.model.layout import Layout
-from ptune_dist.model.prompted_model import Contexts, PromptedModel
+from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.prompts.method import Contribution
 
 
@@ -27,7 +27,12 @@ class LowerHalf(SegmentDecoder):
 
     @property
     def _contribution(self) -> Contribution:
-        return Contribution()
+        """The keys and values that these layers read before every row, if any."""
+        if self._found is None:
+            before = self._model.lowers[self._member].before
+            self._pools.lead = before
+            self._found = Contribution() if before is None else Contribution(keys=before.keys, values=before.values)
+        return self._found
 
     def start(self, batch: Batch) -> None:
         self.hidden = self._model.no_hidden(0)
@@ -142,11 +147,7 @@ class RereadingDecoder:
         """Logits [n + m, V] after each row."""
         model = self._model
         assert model.head is not None
-        start = model.start_layers[self._member]
         contexts, rests = (list(parts) for parts in zip(*rows, strict=True))
         wanted = [np.zeros(1, np.int64)] * len(rows)  # a placeholder: what stands after the row
         batch = Batch(contexts, rests, wanted, [(row, self._member) for row in range(len(rows))], pad_id)
-        texts = [np.concatenate(row) for row in rows]
-        lengths = [len(context) for context in contexts]
-        below = model.read_below(Contexts(texts, pad_id, start_layer=start, lengths=lengths))
-        return model.head.logits(model.supervise(model.with_below(batch, start, below)))
+        return model.head.logits(model.supervise(model.read_below(batch)))

@@ -28,7 +28,6 @@ from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.families.seq2seq_decoder import Seq2SeqDecoder
 from ptune_dist.model.encoder_output import EncoderOutput
-from ptune_dist.model.entry import below_of
 from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised
 
 REFUSED = {  # model type -> why
@@ -84,9 +83,8 @@ class PromptedSeq2Seq(PromptedModel):
             read = self.to_tensor(pad_rows([np.ones(len(part)) for part in hidden], 0)[0])
             return {"encoder_outputs": EncoderOutput(pad_sequence(hidden, batch_first=True)), "attention_mask": read}
         start = self.start_layers[members[0]]
-        below = below_of(batch, start) if start else None
         texts = [batch.rests[row] for row in rows]
-        vectors, mask = self.embed(texts, members, self.contributions(start), below=below)
+        vectors, mask = self.embed(texts, members, self.contributions(start), below=self.below_of(batch))
         if not start:
             return {"inputs_embeds": vectors, "attention_mask": mask}
         no_vectors = self.no_vectors(*vectors.shape[:2])
@@ -124,11 +122,8 @@ class PromptedSeq2Seq(PromptedModel):
 
     def _encode_late(self, batch: Batch, members: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """As `encode`, of a batch that the layers below have not read."""
-        start = self.start_layers[members[0]]
-        if start:
-            texts = [self.row_below(batch, row)[0] for row in range(len(batch.rests))]
-            batch = self.with_below(batch, start, self.read_below(Contexts(texts, batch.pad_id, start_layer=start)))
-        return self.encode(batch, members)
+        readers = [(row, members[0]) for row in range(len(batch.rests))]
+        return self.encode(self.read_below(dataclasses.replace(batch, readers=readers)), members)
 
     def open_decoder(self, member: int) -> Seq2SeqDecoder | None:
         return Seq2SeqDecoder(self, self._encode_late, member) if self.writes_text else None

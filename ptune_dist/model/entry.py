@@ -7,6 +7,7 @@ included: each group is a pass of its own.
 Shapes: T tokens, C positions of a context, H hidden size, S readers.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +19,7 @@ from ptune_dist.data.batches import Batch, HeldPart, idle_batch
 from ptune_dist.data.label_tree import build_label_tree
 from ptune_dist.distributed.world import to_device
 from ptune_dist.model.attention import KeysValues
+from ptune_dist.prompts.method import Contribution
 
 T = TypeVar("T")
 
@@ -38,18 +40,37 @@ class Below(NamedTuple):
         return cls(hidden, KeysValues(*context) if context else None)
 
 
+class Lower(NamedTuple):
+    """How the layers below a prompt, which enters at layer `start`, read a row: after these keys/values, or alone.
+
+    Members of one `start` and `digest` share what those layers leave.
+    """
+
+    start: int
+    digest: str = ""
+    before: KeysValues | None = None
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return (self.start, self.digest)
+
+    @classmethod
+    def of(cls, contribution: Contribution, dtype: torch.dtype) -> "Lower":
+        keys, values = contribution.lower_keys, contribution.lower_values
+        if keys is None or values is None:
+            return cls(contribution.start_layer)
+        before = KeysValues(keys.to(dtype), values.to(dtype))
+        numbers = torch.cat([part.detach().float().cpu().flatten() for part in before])
+        shape = str(tuple(before.keys.shape)).encode()
+        return cls(contribution.start_layer, hashlib.sha256(shape + numbers.numpy().tobytes()).hexdigest(), before)
+
+
 @dataclass(frozen=True)
 class Part:
     """The readers of a batch whose prompts enter at one layer, and their numbers in the batch; none where it idles."""
 
     batch: Batch
     numbers: np.ndarray
-
-
-def below_of(batch: Batch, start: int) -> list[torch.Tensor]:
-    """What the layers below `start` have left of each reader's text, [T - C, H] each."""
-    assert batch.below is not None, "the layers below have read the rows"
-    return [batch.below[start][row].hidden for row, _ in batch.readers]
 
 
 class FromLayer:
@@ -64,11 +85,11 @@ class FromLayer:
 
 
 def split_by_start(
-    batch: Batch, start_layers: Sequence[int], nothing: Callable[[], torch.Tensor], *, with_contexts: bool
+    batch: Batch, start_layers: Sequence[int], idle_below: Callable[[int], Any], *, with_contexts: bool
 ) -> list[Part]:
     """A part for each layer at which a member's prompt enters, the same layers on every rank.
 
-    `nothing`: hidden states [1, H] of an idle row. `with_contexts`: virtual tokens stand after contexts.
+    `idle_below`: what stands for an idle row of a member. `with_contexts`: virtual tokens stand after contexts.
     """
     found = []
     for number, start in enumerate(sorted(set(start_layers))):
@@ -79,10 +100,11 @@ def split_by_start(
             if start and with_contexts:
                 part = hold_above(part, start)
         else:
-            part = replace(idle_batch(batch.pad_id, has_contexts=False), readers=[(0, start_layers.index(start))])
+            member = start_layers.index(start)
+            part = replace(idle_batch(batch.pad_id, has_contexts=False), readers=[(0, member)])
             trees = None if batch.trees is None else [build_label_tree([])]
-            part = replace(part, prepared=prepared, held_parts=[()], trees=trees)
-            part = replace(part, below={start: [Below(nothing())]} if start else None)
+            below = idle_below(member) if start and batch.below is not None else None
+            part = replace(part, prepared=prepared, held_parts=[()], trees=trees, below=below)
         found.append(Part(part, np.array(own, np.int64)))
     return found
 
@@ -106,7 +128,7 @@ def pick_readers(batch: Batch, numbers: list[int]) -> Batch:
         numbers=pick(batch.numbers),
         held_parts=pick(batch.held_parts),
         trees=pick(batch.trees),
-        below=None if batch.below is None else {start: pick(found) for start, found in batch.below.items()},
+        below=None if batch.below is None else {key: pick(found) for key, found in batch.below.items()},
     )
 
 
@@ -115,7 +137,8 @@ def hold_above(batch: Batch, start: int) -> Batch:
     parts = [(HeldPart(("above", start, c.tobytes()), len(c)),) if len(c) else () for c in batch.contexts]
     if batch.below is None:
         return replace(batch, held=None, held_parts=parts)
-    held = [(row.context,) if row is not None and row.context else () for row in batch.below[start]]
+    below = batch.below[Lower(start).key]
+    held = [(row.context,) if row is not None and row.context else () for row in below]
     return replace(batch, held=held, held_parts=parts)
 
 

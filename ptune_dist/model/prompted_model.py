@@ -28,7 +28,7 @@ from ptune_dist.data.examples import Examples
 from ptune_dist.distributed.world import to_device
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.decode import Decoder
-from ptune_dist.model.entry import Below, Part, hold_above, join_lists, join_tensors, split_by_start
+from ptune_dist.model.entry import Below, Lower, Part, hold_above, join_lists, join_tensors, split_by_start
 from ptune_dist.model.head import HeadAtTargets
 from ptune_dist.model.layout import text_of
 from ptune_dist.model.value_head import TargetScale, ValueHeads
@@ -42,7 +42,8 @@ LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # an objective's 
 class Contexts:
     """Contexts to compute, all of which begin with the tokens of `lead`, whose keys/values are known.
 
-    With a `start_layer` they are whole rows, of which only the layers below it read more than the first `lengths`.
+    With a `start_layer` they are whole rows, of which only the layers below it read more than the first `lengths`; then
+    `lead` are keys/values that those layers read before each row.
     """
 
     tokens: list[np.ndarray]
@@ -100,6 +101,7 @@ class PromptedModel(nn.Module):
         self.num_prefix = [contribution.num_prefix for contribution in contributions]
         self.start_layers = [contribution.start_layer for contribution in contributions]
         self._layer_parts: LayerParts | None = None
+        self._lowers: list[Lower] | None = None
         self.target_scales = target_scales or [TargetScale()] * len(prompts)
         self.head = HeadAtTargets(base) if self.has_language_head else None
         self.value_heads = None
@@ -162,23 +164,54 @@ class PromptedModel(nn.Module):
         """The layers, but for the first, at which members' prompts enter."""
         return sorted(set(self.start_layers) - {0})
 
+    def read_prompts(self) -> None:
+        """What is known of the prompts' fixed numbers is forgotten: they have changed."""
+        self._lowers = None
+
+    @property
+    def lowers(self) -> list[Lower]:
+        """Of each member, how the layers below its prompt read rows."""
+        if self._lowers is None:
+            dtype = self.no_hidden(0).dtype
+            contributions = contributions_in_eval(list(self.members()))
+            self._lowers = [Lower.of(contribution, dtype) for contribution in contributions]
+        return self._lowers
+
+    @property
+    def distinct_lowers(self) -> list[Lower]:
+        """Those of the members whose prompts enter late, each once, in the same order on every rank."""
+        if not self.late_starts:
+            return []
+        late = {lower.key: lower for lower, start in zip(self.lowers, self.start_layers, strict=True) if start}
+        return [late[key] for key in sorted(late)]
+
+    def below_of(self, batch: Batch) -> list[torch.Tensor] | None:
+        """What the layers below have left of each reader's text, [T - C, H] each; None where there are none."""
+        if not self.start_of(batch):
+            return None
+        assert batch.below is not None, "the layers below have read the rows"
+        return [batch.below[self.lowers[member].key][row].hidden for row, member in batch.readers]
+
     def start_of(self, batch: Batch) -> int:
         """The layer at which the prompts of a batch's readers enter; it is one for all in a part of a batch."""
         return self.start_layers[batch.readers[0][1]]
 
     def parts(self, batch: Batch) -> list[Part]:
         """The batch by the layers at which prompts enter."""
-        idle = functools.partial(self.no_hidden, 1)
-        return split_by_start(batch, self.start_layers, idle, with_contexts=self.has_contexts)
+        return split_by_start(batch, self.start_layers, self._idle_below, with_contexts=self.has_contexts)
 
-    def read_below(self, work: Contexts) -> list[Below]:
-        """What the layers below `work.start_layer` leave of rows; without gradient."""
-        return [Below.of(tensors) for tensors in self.read_contexts(work)]
+    def _idle_below(self, member: int) -> dict[Any, list[Below]]:
+        return {self.lowers[member].key: [Below(self.no_hidden(2))]}
 
-    def with_below(self, batch: Batch, start: int, below: list[Below]) -> Batch:
-        """A batch whose readers' prompts all enter at layer `start`, with what the layers below left of its rows."""
-        batch = replace(batch, below={start: below})
-        return hold_above(batch, start) if self.has_contexts else batch
+    def read_below(self, batch: Batch) -> Batch:
+        """A batch whose readers are of one member, with what the layers below its prompt leave of the rows now."""
+        lower = self.lowers[batch.readers[0][1]]
+        if not lower.start:
+            return batch
+        texts, lengths = zip(*[self.row_below(batch, row) for row in range(len(batch.rests))], strict=True)
+        work = Contexts(list(texts), batch.pad_id, lower.before, start_layer=lower.start, lengths=list(lengths))
+        batch = replace(batch, below={lower.key: [Below.of(tensors) for tensors in self.read_contexts(work)]})
+        return hold_above(batch, lower.start) if self.has_contexts else batch
 
     @property
     def has_contexts(self) -> bool:

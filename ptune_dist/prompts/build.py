@@ -9,7 +9,7 @@ from ptune_dist.config.schema import Config, PromptConfig
 from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
 from ptune_dist.prompts.method import BaseFacts, Method, Options
-from ptune_dist.prompts.start import NOTHING, Lookup, Start
+from ptune_dist.prompts.start import NOTHING, Lookup, ReadRows, Start
 
 
 def find_method(prompt: PromptConfig) -> type[Method]:
@@ -46,7 +46,7 @@ def list_option_keys() -> list[str]:
 def choose_start(prompt: PromptConfig) -> str:
     """`prompt.init`, or the method's default. Raises ValueError that begins with the key."""
     method = find_method(prompt)
-    start = prompt.init or method.default_start
+    start = prompt.init or ("text" if prompt.init_text else method.default_start)
     if start not in method.starts:
         known = ", ".join(method.starts)
         raise ValueError(f"prompt.init: {start} is not for {prompt.method}, which starts from {known}")
@@ -61,14 +61,16 @@ def build_prompt(
     *,
     with_start: bool,
     num_embeddings: int | None = None,
+    rows: ReadRows | None = None,
 ) -> Method:
     """The prompt that a member's config asks for. Without a start, its numbers will be loaded. Raises UserError.
 
-    num_embeddings: the base's, where the tokenizer has ids beyond them.
+    num_embeddings: the base's, where the tokenizer has ids beyond them. rows: those to train on, if any.
     """
     prompt = config.prompt
+    asked = choose_start(prompt)
     start = Start(
-        kind=choose_start(prompt) if with_start else NOTHING,
+        kind=asked if with_start else NOTHING,
         seed=config.seed,
         tokenizer=tokenizer,
         lookup=lookup,
@@ -76,6 +78,9 @@ def build_prompt(
         labels=prompt.init_labels or config.data.labels,
         file=prompt.init_file,
         num_embeddings=num_embeddings,
+        asked=asked,
+        placement=prompt.placement,
+        rows=rows,
     )
     try:
         return find_method(prompt).build(check_options(prompt), prompt.num_virtual_tokens, base, start)

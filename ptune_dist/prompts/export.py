@@ -12,15 +12,19 @@ from ptune_dist.common.files import replace_file
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
+from ptune_dist.prompts.peft_prefix import as_cartridge
 from ptune_dist.prompts.start import read_adapter_settings
 
-OWN_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's types that exports are of
+OWN_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")  # PEFT's types that exports are of
+CARTRIDGE = "cartridge"
 POOLER = ".pooler."
 VALUE_HEAD = "value_head."
 
 
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 EXPORTED = {
-    "peft": ("adapter_model.safetensors", "adapter_config.json"),
+    "peft": ADAPTER_FILES,
+    CARTRIDGE: ADAPTER_FILES,
     "prompt-embeds": ("prompt_embeds.safetensors",),
 }
 
@@ -38,19 +42,27 @@ def check_export_folder(out: Path, to: str) -> None:
         raise UserError(f"--out: {out} holds a PEFT adapter of type {kind}: choose an empty or a new folder")
 
 
-def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: str = "peft") -> None:
     """Raise UserError for a prompt that PEFT cannot place: it puts virtual tokens before everything."""
+    if to == CARTRIDGE and "prefix_keys" not in tensors:
+        raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {facts['method']}: use --to peft")
     if facts["placement"] not in ("prefix", "encoder"):
-        other = "" if facts["placement"] == "decoder" else ": use --to prompt-embeds"
-        raise UserError(f"--to peft: PEFT has no placement {facts['placement']}{other}")
+        has_vectors = facts["placement"] != "decoder" and "virtual_tokens" in tensors
+        other = ": use --to prompt-embeds" if has_vectors else ""
+        raise UserError(f"--to {to}: PEFT has no placement {facts['placement']}{other}")
     if any(name.startswith(VALUE_HEAD) for name in tensors):
-        raise UserError("--to peft: PEFT has no head that answers numbers for language models")
-    if facts.get("options", {}).get("from_layer"):
-        raise UserError("--to peft: PEFT's prefixes have keys and values in every layer; prompt.from_layer is above 0")
+        raise UserError(f"--to {to}: PEFT has no head that answers numbers for language models")
+    if facts.get("options", {}).get("from_layer") and "lower_keys" not in tensors:
+        raise UserError(f"--to {to}: PEFT's prefixes are in all layers, this one begins with prompt.from_layer")
 
 
 def export_peft(
-    tensors: dict[str, torch.Tensor], facts: dict[str, Any], task_type: str, out: Path, shape: str | None = None
+    tensors: dict[str, torch.Tensor],
+    facts: dict[str, Any],
+    task_type: str,
+    out: Path,
+    shape: str | None = None,
+    to: str = "peft",
 ) -> None:
     """Write an adapter folder for `peft.PeftModel.from_pretrained(base, out)`. Raises UserError.
 
@@ -59,6 +71,10 @@ def export_peft(
     name for the base's family. `shape` is a config.json that names the labels of an encoder, to load its base with.
     """
     adapter = METHODS[facts["method"]].to_peft(tensors)
+    settings = adapter.settings
+    if to == CARTRIDGE:  # an older prompt had no frozen positions
+        num_frozen = tensors["frozen_values"].shape[1] if "frozen_values" in tensors else 0
+        settings = as_cartridge(settings, num_frozen)
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
     stored = {"prompt_embeddings": adapter.prompt_embeddings.contiguous()}
     stored |= {f"base_model.{name}": tensor for name, tensor in head.items()}
@@ -73,7 +89,7 @@ def export_peft(
         "num_transformer_submodules": 1,  # of seq2seq too: its decoder gets no virtual tokens
         "modules_to_save": head_modules(head) or None,
         "revision": None,
-        **adapter.settings,
+        **settings,
     }
     files = {
         "adapter_model.safetensors": save(stored, {"format": "pt"}),

@@ -26,13 +26,14 @@ class LatePrompt(Method):
 
     options_type = LatePromptOptions
     placements = ("prefix", "infix", "template", "encoder")
-    starts = ("random", "file")
-    default_start = "random"
+    starts = ("text", "rows", "random", "file")
+    default_start = "rows"
 
     def __init__(self, vectors: torch.Tensor, start_layer: int):
         super().__init__()
         self.num_virtual_tokens = len(vectors)
         self.start_layer = start_layer
+        self.reads_layer = start_layer
         self.late_tokens = nn.Parameter(vectors.detach().float().clone())
 
     @classmethod
@@ -43,9 +44,17 @@ class LatePrompt(Method):
         shape = (num_virtual_tokens, base.hidden_size)
         if start.kind == "file":
             return cls(start.tensors({"late_tokens": shape})["late_tokens"], layer)
-        if start.kind == NOTHING:
-            return cls(torch.zeros(shape), layer)
-        return cls(random_vectors(*shape, start.generator), layer)
+        if start.kind == "random":
+            return cls(random_vectors(*shape, start.generator), layer)
+        prompt = cls(torch.zeros(shape), layer)
+        if start.kind != NOTHING:
+            prompt.start_tokens = start.tokens(num_virtual_tokens)
+        return prompt
+
+    @torch.no_grad()
+    def begin_from(self, *computed: torch.Tensor) -> None:
+        (hidden,) = computed
+        self.late_tokens.copy_(hidden)
 
     @classmethod
     def enters_late(cls, options: LatePromptOptions) -> bool:

@@ -3,6 +3,7 @@
 Shapes: P positions, D width, L layers, G key/value heads, Dh width of a head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,13 +40,15 @@ class Contribution:
     by all positions and read before the sequence; rotary bases take them as already rotated.
 
     start_layer: the first layer that any of these are for; the layers below read a row without them, and L counts from
-    that layer on.
+    that layer on. lower_keys, lower_values [M, P, G, Dh]: what the M layers below read before a row; they never change.
     """
 
     vectors: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
     start_layer: int = 0
+    lower_keys: torch.Tensor | None = None
+    lower_values: torch.Tensor | None = None
 
     @property
     def num_vectors(self) -> int:
@@ -77,7 +80,7 @@ def check_start_layer(layer: int, base: BaseFacts, key: str) -> int:
 
 
 class Method(nn.Module):
-    """One soft prompt. Its parameters are what is trained and checkpointed, in float32.
+    """One soft prompt. Its parameters are what is trained, in float32; they are checkpointed with its buffers.
 
     A method is one file: this class with the attributes below, and a line in `prompts.METHODS`.
     """
@@ -90,6 +93,9 @@ class Method(nn.Module):
     stands_in_sequence: ClassVar[bool] = True  # False: keys and values only, so nothing can be predicted from it alone
 
     num_virtual_tokens: int  # positions that the prompt takes
+    # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
+    start_tokens: Sequence[int] = ()
+    reads_layer: int = 0  # the layer whose input that is; 0: keys and values of all layers
 
     @classmethod
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "Method":
@@ -104,12 +110,23 @@ class Method(nn.Module):
     def forward(self) -> Contribution:
         raise NotImplementedError
 
+    def begin_from(self, *computed: torch.Tensor) -> None:
+        """Start from keys and values [L, P, G, Dh] of `start_tokens`, or from hidden states [P, H] of `reads_layer`.
+
+        Raises ValueError that begins with the key.
+        """
+        raise NotImplementedError
+
     def begin_step(self, step: int) -> None:
         """Called before the passes of optimizer step `step`: for methods whose forward draws random numbers."""
 
     def plain(self) -> dict[str, torch.Tensor]:
         """The prompt with any reparameterization folded in, by name: what is served and exported."""
         raise NotImplementedError
+
+    def take(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """This prompt's parameters and buffers by name, from a prompt folder or a checkpoint, which may hold more."""
+        return stored
 
     @classmethod
     def to_peft(cls, plain: dict[str, torch.Tensor]) -> PeftAdapter:

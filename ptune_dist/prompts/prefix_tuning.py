@@ -1,77 +1,276 @@
-"""Prefix tuning (Li & Liang 2021, arXiv:2101.00190): keys and values of every layer that all positions attend to.
+"""Prefix tuning (Li & Liang 2021, arXiv:2101.00190): keys and values of every layer that later positions attend to.
 
-They are trained directly, without the paper's reparameterization, and start as PEFT's do.
-Shapes: L layers, P positions, G key/value heads, Dh width of a head.
+They start from what the base itself computes of a text, and the first position may stay as it is (Eyuboglu et al. 2025,
+arXiv:2506.06266). Random numbers and the paper's reparameterization are options.
+Shapes: L layers that are trained, M fixed ones below, P positions, F of them frozen, G key/value heads, Dh width of a
+head, E width of the MLP's embeddings.
 """
+
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, check_start_layer
+from ptune_dist.prompts.peft_prefix import is_adapter, pack_keys_values, read_adapter
 from ptune_dist.prompts.start import Start
 
+OF_TEXT = ("text", "rows")  # starts whose first position is that of a text, which attention falls back on
+PLAIN = ("prefix_keys", "prefix_values")
+LOWER = ("lower_keys", "lower_values")
 
-class PrefixTuningOptions(Options):
-    """Which layers have a prefix."""
+
+class PrefixOptions(Options):
+    """What is trained of the keys and values, and how."""
 
     from_layer: int = Field(default=0, ge=0)
-    """The first layer that has trained keys and values. The layers below read a row without them and without gradient;
-    what they leave of it can be kept in the context cache."""
+    """The first layer, counted from 0, whose keys and values are trained. The layers below it read a row without
+    gradient, and what they leave of it can be kept in the context cache."""
+
+    lower_layers: Literal["start", "none"] | None = None
+    """What layers below `from_layer` read before a row: the keys and values of the `start`, which stay as they are, or
+    `none`. Left out: `start` where that is a text, rows or a file and `prompt.placement` is `prefix`."""
+
+    num_frozen: int | None = Field(default=None, ge=0)
+    """The first positions that stay as they start: models attend to the first token of a text when nothing else fits,
+    and moving it harms training. Where left out: 1 with `init: text` and `rows`, else 0."""
+
+    train_keys: bool = True
+    """`false` trains the values alone."""
+
+    reparameterization: Literal["none", "mlp"] = "none"
+    """`mlp`: a trained embedding of each position and an MLP give what is added to the start, as in the paper. It is
+    folded away for serving and export."""
+
+    encoder_hidden_size: int | None = Field(default=None, gt=0)
+    """The hidden size of `reparameterization: mlp`; the width of a layer's keys where left out."""
+
+    init_rows: int | None = Field(default=None, gt=0)
+    """With `init: rows`: the number of training rows to start from; as many as fill the positions where left out."""
 
 
 class PrefixTuning(Method):
-    """Keys and values [L, P, G, Dh] of the L layers from `from_layer` on."""
+    """Keys and values [L, P, G, Dh] of the layers from `from_layer` on.
 
-    options_type = PrefixTuningOptions
+    prefix_keys, prefix_values are what is trained of them [L, P - F, G, Dh], frozen_keys, frozen_values the rest. With
+    an MLP, and for keys that are not trained, start_keys and start_values hold the start. lower_keys, lower_values
+    [M, P, G, Dh]: what the layers below read; [0, ...] where they read nothing.
+    """
+
+    options_type = PrefixOptions
     families = ("causal",)
-    placements = ("prefix",)
-    starts = ("random", "file")
-    default_start = "random"
+    placements = ("prefix", "infix", "template")
+    starts = ("text", "rows", "random", "zero", "file")
+    default_start = "rows"
     stands_in_sequence = False
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, from_layer: int = 0):
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        num_frozen: int = 0,
+        train_keys: bool = True,
+        mlp: "PrefixMLP | None" = None,
+        from_layer: int = 0,
+        has_lower: bool = False,
+    ):
+        """keys, values: of the layers from `from_layer` on, after those below it where it `has_lower`."""
         super().__init__()
         self.from_layer = from_layer
+        num_lower = from_layer if has_lower else 0
+        for name, tensor in (("keys", keys), ("values", values)):
+            self.register_buffer(f"lower_{name}", tensor[:num_lower].detach().float().clone())
+        keys = keys[num_lower:]
+        values = values[num_lower:]
         self.num_virtual_tokens = keys.shape[1]
-        self.prefix_keys = nn.Parameter(keys.detach().float().clone())
-        self.prefix_values = nn.Parameter(values.detach().float().clone())
+        self.num_frozen = num_frozen
+        self._train_keys = train_keys
+        self._is_plain = mlp is None
+        for name, tensor, is_trained in (("keys", keys, train_keys), ("values", values, True)):
+            whole = tensor.detach().float()
+            frozen, own = (part.contiguous().clone() for part in whole.tensor_split([num_frozen], dim=1))
+            self.register_buffer(f"frozen_{name}", frozen)
+            if is_trained and mlp is None:
+                self.register_parameter(f"prefix_{name}", nn.Parameter(own))
+            else:
+                self.register_buffer(f"start_{name}", own)
+        if mlp is not None:
+            self.embedding = mlp.embedding
+            self.transform = mlp.transform
 
     @classmethod
-    def build(
-        cls, options: PrefixTuningOptions, num_virtual_tokens: int, base: BaseFacts, start: Start
-    ) -> "PrefixTuning":
+    def build(cls, options: PrefixOptions, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "PrefixTuning":
+        """Raises ValueError that begins with the key, UserError for a file."""
         if base.num_layers is None or base.num_key_value_heads is None or base.head_width is None:
             raise ValueError("prompt.method: prefix_tuning needs a base with attention of one width in every layer")
+        num_frozen = count_frozen(options, num_virtual_tokens, start.asked)
+        check_options(options, start)
         first = options.from_layer and check_start_layer(options.from_layer, base, "prompt.from_layer")
-        shape = (base.num_layers - first, num_virtual_tokens, base.num_key_value_heads, base.head_width)
+        has_lower = keeps_lower(options, start)
+        heads = (num_virtual_tokens, base.num_key_value_heads, base.head_width)
+        shape = (base.num_layers if has_lower else base.num_layers - first, *heads)
+        mlp = None
+        if options.reparameterization == "mlp":
+            mlp = PrefixMLP((base.num_layers - first, *heads), num_frozen, options, start)
+        layers: dict[str, Any] = {"from_layer": first, "has_lower": has_lower}
         if start.kind == "file":
-            found = start.tensors({"prefix_keys": shape, "prefix_values": shape})
-            return cls(found["prefix_keys"], found["prefix_values"], first)
-        keys = torch.randn(shape, generator=start.generator)
-        return cls(keys, torch.randn(shape, generator=start.generator), first)
+            return cls._from_file(shape, num_frozen, options, mlp, start, layers)
+        keys, values = torch.zeros(2, *shape)
+        if start.kind == "random" and mlp is None:
+            keys = torch.randn(shape, generator=start.generator)
+            values = torch.randn(shape, generator=start.generator)
+        prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp, **layers)
+        if start.kind in OF_TEXT:
+            prompt.start_tokens = start.tokens(num_virtual_tokens, options.init_rows)
+        return prompt
 
     @classmethod
-    def enters_late(cls, options: PrefixTuningOptions) -> bool:
-        return options.from_layer > 0
+    def _from_file(
+        cls,
+        shape: tuple[int, ...],
+        num_frozen: int,
+        options: PrefixOptions,
+        mlp: "PrefixMLP | None",
+        start: Start,
+        layers: dict[str, Any],
+    ) -> "PrefixTuning":
+        """From a prompt's keys and values, or from all that was trained where the file has an MLP of the same shape."""
+        if is_adapter(start.file or ""):
+            keys, values = read_adapter(start.file or "", shape)
+        elif layers["has_lower"] and start.holds("lower_keys"):
+            lower = (layers["from_layer"], *shape[1:])
+            upper = (shape[0] - lower[0], *shape[1:])
+            found = start.tensors(dict.fromkeys(LOWER, lower) | dict.fromkeys(PLAIN, upper))
+            keys, values = (torch.cat([found[low], found[high]]) for low, high in zip(LOWER, PLAIN, strict=True))
+        else:
+            found = start.tensors(dict.fromkeys(PLAIN, shape))
+            keys, values = (found[name] for name in PLAIN)
+        prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp, **layers)
+        if mlp is not None and start.holds("transform.0.weight"):
+            named = dict(prompt.named_parameters()) | dict(prompt.named_buffers())
+            prompt.load_state_dict(start.tensors({name: tuple(t.shape) for name, t in named.items()}))
+        return prompt
+
+    @torch.no_grad()
+    def begin_from(self, *computed: torch.Tensor) -> None:
+        keys, values = computed
+        wanted = (self.num_virtual_tokens, *self.frozen_keys.shape[2:])
+        found = [tuple(part.shape[1:]) for part in (keys, values)]
+        if found != [wanted, wanted]:
+            raise ValueError(f"prompt.method: prefix_tuning has keys and values {wanted}, the base computes {found}")
+        for name, tensor in (("keys", keys), ("values", values)):
+            below, above = tensor.tensor_split([self.from_layer])
+            lower = self.get_buffer(f"lower_{name}")
+            lower.copy_(below[: len(lower)])
+            frozen, own = above.tensor_split([self.num_frozen], dim=1)
+            self.get_buffer(f"frozen_{name}").copy_(frozen)
+            self._own(name).copy_(own)
+
+    def _own(self, name: str) -> torch.Tensor:
+        """What is not frozen of the keys or of the values [L, P - F, G, Dh], without what an MLP adds."""
+        trained = getattr(self, f"prefix_{name}", None)
+        return self.get_buffer(f"start_{name}") if trained is None else trained
 
     def forward(self) -> Contribution:
-        return Contribution(keys=self.prefix_keys, values=self.prefix_values, start_layer=self.from_layer)
+        keys = self._own("keys")
+        values = self._own("values")
+        if not self._is_plain:
+            added = self.transform(self.embedding.weight)  # [P - F, L * 2 * G * Dh], or without the keys
+            num_layers, num_own, *heads = values.shape
+            parts = added.view(num_own, num_layers, -1, *heads).permute(2, 1, 0, 3, 4)
+            keys = keys + parts[0] if self._train_keys else keys
+            values = values + parts[-1]
+        if self.num_frozen:
+            keys = torch.cat([self.frozen_keys, keys], dim=1)
+            values = torch.cat([self.frozen_values, values], dim=1)
+        lower = (self.lower_keys, self.lower_values) if len(self.lower_keys) else (None, None)
+        return Contribution(
+            keys=keys, values=values, start_layer=self.from_layer, lower_keys=lower[0], lower_values=lower[1]
+        )
 
+    @torch.no_grad()
     def plain(self) -> dict[str, torch.Tensor]:
-        return {"prefix_keys": self.prefix_keys.detach(), "prefix_values": self.prefix_values.detach()}
+        found = self()
+        assert found.keys is not None and found.values is not None
+        plain = {"prefix_keys": found.keys.detach(), "prefix_values": found.values.detach()}
+        if found.lower_keys is not None and found.lower_values is not None:
+            plain |= {"lower_keys": found.lower_keys, "lower_values": found.lower_values}
+        return plain
+
+    def take(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A prompt folder has whole keys and values, a checkpoint what is trained of them."""
+        taken = dict(stored)
+        for name in ("keys", "values"):
+            whole = stored.get(f"prefix_{name}")
+            if whole is not None and whole.shape[1] == self.num_virtual_tokens:
+                frozen, own = whole.tensor_split([self.num_frozen], dim=1)
+                taken = {f"frozen_{name}": frozen} | taken | {f"prefix_{name}": own}
+        return taken
 
     @classmethod
     def to_peft(cls, plain: dict[str, torch.Tensor]) -> PeftAdapter:
-        """PEFT's layout: for each position the keys and values of layer after layer, [P, L * 2 * G * Dh]."""
-        both = torch.stack([plain["prefix_keys"], plain["prefix_values"]], dim=1)  # [L, 2, P, G, Dh]
-        num_layers, _, num_positions, num_heads, head_width = both.shape
-        settings = {
-            "peft_type": "PREFIX_TUNING",
-            "prefix_projection": False,
-            "encoder_hidden_size": None,
-            "token_dim": num_heads * head_width,
-            "num_attention_heads": num_heads,
-            "num_layers": num_layers,
-        }
-        return PeftAdapter(both.permute(2, 0, 1, 3, 4).reshape(num_positions, -1), settings)
+        """Of all layers, those below `from_layer` included. Raises UserError where these have none."""
+        if "lower_keys" not in plain:
+            return PeftAdapter(*pack_keys_values(plain["prefix_keys"], plain["prefix_values"]))
+        pairs = zip(LOWER, PLAIN, strict=True)
+        return PeftAdapter(*pack_keys_values(*(torch.cat([plain[low], plain[high]]) for low, high in pairs)))
+
+    @classmethod
+    def enters_late(cls, options: PrefixOptions) -> bool:
+        return options.from_layer > 0
+
+
+class PrefixMLP:
+    """The paper's reparameterization with PEFT's names and shapes: an embedding [P - F, E] and a perceptron over it.
+
+    It starts as PEFT's does with `init: random`, and adds nothing to any other start.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_frozen: int, options: PrefixOptions, start: Start):
+        num_layers, num_positions, num_heads, head_width = shape
+        width = num_heads * head_width
+        num_parts = 2 if options.train_keys else 1
+        hidden = options.encoder_hidden_size or width
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(start.seed)
+            self.embedding = nn.Embedding(num_positions - num_frozen, width)
+            last = nn.Linear(hidden, num_layers * num_parts * width)
+            self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), last)
+        if start.kind != "random":
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+
+def count_frozen(options: PrefixOptions, num_positions: int, start: str) -> int:
+    """F. Raises ValueError that begins with the key where nothing would be trained."""
+    if options.num_frozen is None:
+        return min(1, num_positions - 1) if start in OF_TEXT else 0
+    if options.num_frozen >= num_positions:
+        raise ValueError(
+            f"prompt.num_frozen: {options.num_frozen} of prompt.num_virtual_tokens={num_positions} leaves nothing to "
+            "train"
+        )
+    return options.num_frozen
+
+
+def keeps_lower(options: PrefixOptions, start: Start) -> bool:
+    """Whether layers below `from_layer` have the keys and values of the start."""
+    if options.from_layer == 0 or options.lower_layers is not None:
+        return options.from_layer > 0 and options.lower_layers == "start"
+    return start.asked in (*OF_TEXT, "file") and start.placement == "prefix"
+
+
+def check_options(options: PrefixOptions, start: Start) -> None:
+    """Raise ValueError for options that belong to what was not chosen."""
+    if options.lower_layers is not None and options.from_layer == 0:
+        raise ValueError("prompt.lower_layers is for layers below prompt.from_layer, which is 0")
+    if options.lower_layers == "start" and start.placement != "prefix":
+        raise ValueError("prompt.lower_layers: start is for placement prefix: use none")
+    if options.lower_layers == "start" and start.asked in ("random", "zero"):
+        raise ValueError(f"prompt.lower_layers: start needs a start from text, rows or a file, not {start.asked}")
+    if options.encoder_hidden_size is not None and options.reparameterization != "mlp":
+        raise ValueError("prompt.encoder_hidden_size is for the MLP: set prompt.reparameterization=mlp")
+    if options.init_rows is not None and start.asked != "rows":
+        raise ValueError(f"prompt.init_rows is given but prompt.init is {start.asked}: set prompt.init=rows")

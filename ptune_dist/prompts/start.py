@@ -4,7 +4,7 @@ Shapes: P virtual tokens, D width.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from ptune_dist.data.framing import check_ids
+from ptune_dist.data.framing import check_ids, special_ids
 from ptune_dist.errors import UserError
 
 # The paper samples from the 5,000 most common tokens, which are the first of its vocabulary.
@@ -26,6 +26,7 @@ VECTOR_NAMES = ("virtual_tokens", "prompt_embeddings")  # ours and PEFT's
 NOTHING = "nothing"
 
 Lookup = Callable[[list[int]], torch.Tensor]  # token ids -> embeddings [len(ids), D]
+ReadRows = Callable[[], Iterable[list[int]]]  # the token ids of each training row, input and target
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Start:
     """The start that config section `prompt` asks for; a function of `seed` alone.
 
     `lookup` reads rows of the base's embeddings. Kind NOTHING gives zeros: a trained prompt will be loaded.
-    num_embeddings: the base's, where the tokenizer has ids beyond them.
+    num_embeddings: the base's, where the tokenizer has ids beyond them. asked: prompt.init, also where kind is NOTHING.
+    rows: those to train on, if any.
     """
 
     kind: str  # prompt.init, or NOTHING
@@ -44,6 +46,9 @@ class Start:
     labels: list[str] | None = None
     file: str | None = None
     num_embeddings: int | None = None
+    asked: str = NOTHING
+    placement: str = "prefix"
+    rows: ReadRows | None = None
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -81,10 +86,35 @@ class Start:
                 )
         return {name: stored[name].float() for name in wanted}
 
+    def holds(self, name: str) -> bool:
+        """Whether `prompt.init_file` has a tensor of this name. Raises UserError."""
+        return name in read_tensors(find_prompt_file(self.file or ""))
+
+    def tokens(self, num: int, num_rows: int | None = None) -> list[int]:
+        """Token ids [num] of the text or the rows to start from, repeated or cut; a text begins as the base reads one.
+
+        Empty where no rows are read. Raises UserError.
+        """
+        if self.kind == "text":
+            begin = special_ids(self.tokenizer)[0]
+            return (begin + repeat(self._encode(self.text or "", "prompt.init_text"), num))[:num]
+        if self.rows is None:
+            return []
+        found: list[int] = []
+        count = 0
+        for ids in self.rows():
+            if count == num_rows or (num_rows is None and len(found) >= num):
+                break
+            found += ids
+            count += 1
+        if num_rows is not None and count < num_rows:
+            raise UserError(f"prompt.init_rows is {num_rows} but there are {count} training rows")
+        return repeat(found, num)[:num]
+
     def _text_vectors(self, num: int) -> torch.Tensor:
         """[P, D]: embeddings of the text's tokens, repeated or cut to P."""
         ids = self._encode(self.text or "", "prompt.init_text")
-        return self.lookup((ids * (num // len(ids) + 1))[:num])
+        return self.lookup(repeat(ids, num)[:num])
 
     def _vocab_vectors(self, num: int) -> torch.Tensor:
         """[P, D]: embeddings of tokens drawn from the common part of the vocabulary, special tokens left out."""
@@ -118,6 +148,11 @@ class Start:
             raise UserError(f"{what}: {text!r} has no tokens")
         check_ids(ids, self.num_embeddings, self.tokenizer, lambda: f"{what}: {text!r}")
         return ids
+
+
+def repeat(ids: list[int], num: int) -> list[int]:
+    """Token ids repeated to `num` or more."""
+    return ids * (num // len(ids) + 1)
 
 
 def random_vectors(num: int, width: int, generator: torch.Generator) -> torch.Tensor:

@@ -155,11 +155,9 @@ def run_apart(model: PromptedModel, probe: Probe, start: int) -> tuple[torch.Ten
     model.prompts = nn.ModuleList([Empty(start, model.device)])
     model.num_vectors = [0]
     model.start_layers = [start]
-    batch = probe.batch
-    texts, lengths = zip(*[model.row_below(batch, row) for row in range(len(batch.rests))], strict=True)
-    below = model.read_below(Contexts(list(texts), batch.pad_id, start_layer=start, lengths=list(lengths)))
-    ours = model.outputs(model.with_below(batch, start, below))
-    return ours, model.plain_outputs(batch, probe.virtual[:0])
+    model.read_prompts()
+    ours = model.outputs(model.read_below(probe.batch))
+    return ours, model.plain_outputs(probe.batch, probe.virtual[:0])
 
 
 class Empty(Method):
@@ -207,6 +205,7 @@ def restored(model: PromptedModel) -> Iterator[None]:
         for name, value in before.items():
             setattr(model, name, value)
         model.read_base()
+        model.read_prompts()
         model.train(model.training)
 
 

@@ -88,12 +88,14 @@ def plain_late_logits(base, start: int, prompt: dict[str, torch.Tensor], context
         run = lambda: base(inputs_embeds=vectors, use_cache=False)  # noqa: E731
         return run_from(layer, hidden, run).logits[0, -len(target) - 1 : -1]
     keys, values = prompt["prefix_keys"], prompt["prefix_values"]
+    lower = prompt["lower_keys"], prompt["lower_values"]
     cache = DynamicCache(config=base.config)
     for number in range(start + len(keys)):
-        own = [
-            t[max(0, number - start)].transpose(0, 1)[None] for t in (keys, values)
-        ]  # of those below nothing is read
-        cache.update(*own, number)
+        parts = lower if number < len(lower[0]) else (keys, values)
+        place = number if number < len(lower[0]) else max(0, number - start)  # of those below nothing is read
+        cache.update(*(part[place].transpose(0, 1)[None] for part in parts), number)
+    if len(lower[0]):  # an ordinary prefix, part of which does not change
+        return base(input_ids=ids, past_key_values=cache).logits[0, -len(target) - 1 : -1]
     mask = torch.ones(1, keys.shape[1] + hidden.shape[1], dtype=torch.long)
     run = lambda: base(inputs_embeds=vectors, attention_mask=mask, past_key_values=cache)  # noqa: E731
     return run_from(layer, hidden, run).logits[0, -len(target) - 1 : -1]
@@ -111,9 +113,10 @@ def plain_late_encoder_logits(base, start: int, prompt: torch.Tensor, ids: torch
 
 def plain_late_losses(base, model: PromptedModel, batch: Batch) -> list[torch.Tensor]:
     """Each reader's loss, and the gradients of all prompts' parameters, as `weights_of` weighs the readers."""
-    prompts = [
+    trained = [
         {name: p.detach().clone().requires_grad_() for name, p in prompt.named_parameters()} for prompt in model.prompts
     ]
+    prompts = [dict(prompt.named_buffers()) | own for prompt, own in zip(model.prompts, trained, strict=True)]
     losses = []
     for row, member in batch.readers:
         parts = (batch.contexts[row], batch.rests[row], batch.targets[row])
@@ -122,7 +125,7 @@ def plain_late_losses(base, model: PromptedModel, batch: Batch) -> list[torch.Te
         losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
     stacked = torch.stack(losses)
     (stacked * weights_of(batch)).sum().backward()
-    return [stacked.detach(), *(p.grad for prompt in prompts for p in prompt.values())]
+    return [stacked.detach(), *(p.grad for own in trained for p in own.values())]
 
 
 def late_losses(model: PromptedModel, batch: Batch) -> list[torch.Tensor]:

@@ -41,13 +41,18 @@ def late(base, start: int, num: int, seed: int) -> LatePrompt:
     return LatePrompt(torch.randn(num, base.config.hidden_size, generator=draw), start)
 
 
-def keys(base, start: int, num: int, seed: int) -> PrefixTuning:
+def keys(base, start: int, num: int, seed: int, *, lower_seed: int | None = None) -> PrefixTuning:
+    """With a `lower_seed` the layers below have keys and values too, which stay as they are."""
     config = base.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = (config.num_hidden_layers - start, num, heads, width)
     draw = torch.Generator().manual_seed(seed)
-    return PrefixTuning(torch.randn(shape, generator=draw), torch.randn(shape, generator=draw), start)
+    parts = [torch.randn(shape, generator=draw) for _ in range(2)]
+    if lower_seed is not None:
+        draw = torch.Generator().manual_seed(lower_seed)
+        parts = [torch.cat([torch.randn(start, *shape[1:], generator=draw), part]) for part in parts]
+    return PrefixTuning(*parts, from_layer=start, has_lower=lower_seed is not None)
 
 
 def build(base, placement: str, prompts: list, *, recompute: bool = False):
@@ -85,10 +90,18 @@ def test_losses_and_gradients_are_those_of_the_plain_forward(bases, kind, case):
 def test_a_prefix_of_the_upper_layers_is_that_of_the_plain_forward(bases, kind):
     base = bases[kind]
     batch, _ = draw_batch("prefix")
-    for prompts in ([keys(base, 2, 4, 0), keys(base, 2, 5, 1)], [keys(base, 3, 4, 0), late(base, 3, 5, 1)]):
+    for prompts, num_distinct in (
+        ([keys(base, 2, 4, 0), keys(base, 2, 5, 1)], 1),
+        ([keys(base, 3, 4, 0), late(base, 3, 5, 1)], 1),
+        ([keys(base, 3, 4, 0, lower_seed=7), keys(base, 3, 4, 1, lower_seed=7)], 1),
+        ([keys(base, 2, 4, 0, lower_seed=7), keys(base, 2, 4, 1, lower_seed=8)], 2),
+    ):
         model = build(base, "prefix", prompts)
+        reader = build_reader(model)
         wanted = plain_late_losses(base, model, batch)
-        assert_same(late_losses(model, build_reader(model, cache=False).hold(batch)), wanted)
+        assert_same(late_losses(model, reader.hold(batch)), wanted)
+        # Members that start alike share what the layers below compute.
+        assert reader.cache.misses == (6 if num_distinct == 1 else len(batch.readers))
 
 
 @pytest.mark.parametrize("kind", [*SEQ2SEQ, *ENCODERS])
@@ -146,8 +159,10 @@ def test_answers_of_an_encoder_decoder_are_those_of_the_plain_forward(kind):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bloom"])
 def test_labels_have_the_losses_of_plain_forwards(bases, kind, case):
     batch = label_batch(case)
-    model = build(bases[kind], case, [late(bases[kind], 2, 4, 0), late(bases[kind], 3, 7, 1)])
-    prompts = [dict(prompt.named_parameters()) for prompt in model.prompts]
+    base = bases[kind]
+    first = keys(base, 2, 4, 0, lower_seed=7) if case == "prefix" else late(base, 2, 4, 0)
+    model = build(base, case, [first, late(base, 2 if case == "prefix" else 3, 7, 1)])
+    prompts = [dict(prompt.named_parameters()) | dict(prompt.named_buffers()) for prompt in model.prompts]
     wanted = []
     with torch.no_grad():
         for row, member in batch.readers:
@@ -180,9 +195,12 @@ def test_rows_that_come_and_go_are_answered_as_each_alone(bases, kind, case):
     texts = [np.concatenate([begin, draw_tokens(draw, length)]) for length in (3, 40, 1, 17)]
     nothing = np.zeros(0, np.int32)
     rows = [(text, nothing) if case == "infix" else (nothing, text) for text in texts]
-    for prompt in [late(base, 2, 4, 0)] + ([keys(base, 3, 4, 0)] if case == "prefix" else []):
+    for prompt in [late(base, 2, 4, 0)] + (
+        [keys(base, 3, 4, 0), keys(base, 2, 4, 0, lower_seed=7)] if case == "prefix" else []
+    ):
         model = build(base, case, [prompt]).eval()
         numbers = {name: p.detach() for name, p in prompt.named_parameters()}
+        numbers |= dict(prompt.named_buffers())
         wanted = [
             greedy(base, model.start_layers[0], numbers, *row, most) for row, most in zip(rows, MOST, strict=True)
         ]

@@ -24,7 +24,7 @@ from ptune_dist.base.multimodal import text_files
 from ptune_dist.base.names import match_names, needs_converting, wanted_tensors
 from ptune_dist.base.random_weights import RandomWeights
 from ptune_dist.base.source import describe_load_error, is_local_only, load_shape, load_whole_shape
-from ptune_dist.base.ties import describe_untied, untie_differing
+from ptune_dist.base.ties import describe_untied, untie_differing, untie_trained
 from ptune_dist.base.weight_files import open_weight_files
 from ptune_dist.errors import UserError
 
@@ -52,7 +52,7 @@ class OpenedBase:
     names: dict[str, str]  # of a parameter or buffer in the model -> in the weights
     new: list[str]  # parameters that no file holds: a new classification head's
     seed: int
-    trained: set[str] = field(default_factory=set)  # parameters of an encoder's head
+    trained: set[str] = field(default_factory=set)  # parameters of an encoder's head, or those of partial tuning
     note: str | None = None  # how it is loaded, where that is not the ordinary way
 
     def embed(self, ids: list[int]) -> torch.Tensor:
@@ -88,11 +88,13 @@ def open_base(
     int8: dict[str, Any] | None = None,
     fp8: dict[str, Any] | None = None,
     labels: list[str] | None = None,
+    choose_trained: Callable[[PreTrainedModel], set[str]] = lambda _: set(),
 ) -> OpenedBase:
     """Make the model without memory and find its weights; no weight is read. Raises UserError.
 
     `int8` holds `include` and `threshold` of `int8.make_int8`, `fp8` the `include` of `fp8.make_fp8`; without either
-    the weights are in `dtype`. `labels` are those that a classifier's head tells apart.
+    the weights are in `dtype`. `labels` are those that a classifier's head tells apart. `choose_trained` names the
+    parameters that are trained beside an encoder's head.
     """
     shape = load_shape(path)
     quantization = quantization_of(shape, path)
@@ -103,14 +105,19 @@ def open_base(
     unknown = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in opened.names]
     if unknown:
         raise UserError(f"model.path: {path}: its buffer {unknown[0]} is neither stored nor computed when it is made")
-    opened.trained = family.trained_names(model, opened.new)
-    trained_modules = {name.rpartition(".")[0] for name in opened.trained}
-    merged = merge_projections(model, opened.names, trained_modules)
+    opened.trained = family.trained_names(model, opened.new) | choose_trained(model)
+    untie_trained(model, opened.trained)
+    merged = merge_projections(model, opened.names, {name.rpartition(".")[0] for name in opened.trained})
     opened.weights = MergedWeights(opened.weights, merged)
     if int8 is not None:
-        make_int8(model, dtype=dtype, skip=trained_modules | read_directly(model), **int8)
+        make_int8(
+            model, dtype=dtype, skip=modules_with_trained_weights(model, opened.trained) | read_directly(model), **int8
+        )
     if fp8 is not None:
-        make_fp8(model, dtype=dtype, skip=trained_modules | read_directly(model), **fp8)
+        make_fp8(
+            model, dtype=dtype, skip=modules_with_trained_weights(model, opened.trained) | read_directly(model), **fp8
+        )
+    check_trained(model, opened.trained)
     for module in model.modules():  # T5's stacks have configs of their own
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False
@@ -118,7 +125,22 @@ def open_base(
     if generation_config is not None:
         model.generation_config = generation_config
     model.eval().requires_grad_(False)
+    for name in opened.trained:
+        model.get_parameter(name).requires_grad_()
     return opened
+
+
+def modules_with_trained_weights(model: PreTrainedModel, trained: set[str]) -> set[str]:
+    """Modules that are not quantized; one of which only the bias is trained is."""
+    return {name.rpartition(".")[0] for name in trained if model.get_parameter(name).dim() > 1}
+
+
+def check_trained(model: PreTrainedModel, trained: set[str]) -> None:
+    """Raise UserError where a parameter that is to be trained has been quantized: experts are, all of a base's."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    lost = sorted(trained - names)
+    if lost:
+        raise UserError(f"model.quantization: {lost[0]} is to be trained and would be in 8 bits: set it to none")
 
 
 def make_without_memory(

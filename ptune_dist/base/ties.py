@@ -42,6 +42,21 @@ def untie_differing(model: PreTrainedModel, files: StoredWeights | ConvertedWeig
     return untied
 
 
+def untie_trained(model: PreTrainedModel, trained: set[str]) -> None:
+    """Give what is trained a parameter of its own where it is tied to one that is not."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for alike in names.values():
+        if trained.issuperset(alike):
+            continue
+        for name in trained.intersection(alike):
+            parent, _, leaf = name.rpartition(".")
+            parameter = model.get_parameter(name)
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(torch.empty_like(parameter), requires_grad=False))
+            model.all_tied_weights_keys.pop(name, None)
+
+
 def are_equal(files: StoredWeights | ConvertedWeights, one: str, other: str) -> bool:
     """Whether two stored tensors hold the same numbers; reads both, at most to the first rows that differ."""
     if files.shapes[one] != files.shapes[other]:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from ptune_dist.config.fields import AutoOrOff, Label, Positive, Real, Section, read_header
+from ptune_dist.config.fields import AutoOrOff, Label, NotNegative, Real, Section, read_header
 
 
 class ModelConfig(Section):
@@ -64,17 +64,18 @@ class PromptConfig(Section):
     method: str = "prompt_tuning"
     """How the prompt is parameterized. Some methods have options of their own, which are listed with the method."""
 
-    num_virtual_tokens: Positive = 20
-    """The length of the prompt in positions."""
+    num_virtual_tokens: NotNegative = 20
+    """The length of the prompt in positions; 0 of methods that take none."""
 
     placement: Literal["prefix", "infix", "template", "encoder", "decoder"] = "prefix"
     """Where the virtual tokens stand. `prefix`: before the input. `infix`: between input and target. `template`: where
     `{{ prompt }}` stands in `data.template`. `encoder`, `decoder`: before what that half of a seq2seq base reads."""
 
-    init: Literal["random", "vocab", "text", "labels", "file", "rows", "zero"] | None = None
+    init: Literal["random", "vocab", "text", "labels", "file", "rows", "zero", "base"] | None = None
     """What the prompt starts from; where left out, what suits the method. `random`: random numbers. `vocab`: embeddings
     of random tokens. `text`, `labels`: embeddings of a text or of the labels. `file`: an earlier prompt. With
-    `prefix_tuning`, `text` and `rows`: keys and values of a text or of training rows; `zero`: zeros."""
+    `prefix_tuning`, `text` and `rows`: keys and values of a text or of training rows; `zero`: zeros. `base`: the base's
+    own tensors, of methods that train some of them."""
 
     init_text: str | None = None
     """The text to start from, with `init: text`, which is the default where a text is given."""
@@ -96,6 +97,16 @@ class PromptConfig(Section):
         if self.init_labels and self.init != "labels":
             raise ValueError(f"prompt.init_labels is given but prompt.init is {self.init}: set prompt.init=labels")
         return self
+
+
+class TaskFiles(Section):
+    """The rows of one task, in the forms of `data.train`."""
+
+    train: str
+    """The training rows."""
+
+    validation: str | None = None
+    """The validation rows."""
 
 
 class CsvConfig(Section):

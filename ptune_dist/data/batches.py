@@ -189,7 +189,8 @@ class Batch:
     computed of each row's context, for rows that have one. numbers: each row's target, where targets are numbers.
     held_parts: the parts that each row of `held` will have, known before they are computed. prepared: the model's plan
     of the pass, made ahead of it. trees: each row's labels, where labels are scored. read: what a model's `read_inputs`
-    left of the readers' inputs. below: by how the layers below later prompts read rows, what they left of each row.
+    left of the readers' inputs. tasks: the number of each row's task, where rows have tasks. below: by how the layers
+    below later prompts read rows, what they left of each row.
     """
 
     contexts: list[np.ndarray]
@@ -203,6 +204,7 @@ class Batch:
     prepared: Any = None
     trees: list[LabelTree] | None = None
     read: Any = None
+    tasks: list[int] | None = None
     below: dict[Any, list[Any]] | None = None
 
     def with_held(self, held: list[Any]) -> "Batch":
@@ -222,6 +224,7 @@ def collate(examples: Examples, shares: list[list[Unit]], rank: int, pad_id: int
         readers=[(row, member) for row, (_, members) in enumerate(units) for member in members],
         pad_id=pad_id,
         numbers=[examples.number(i) for i in rows],
+        tasks=None if examples.tasks is None else examples.tasks[rows].tolist(),
     )
 
 
@@ -238,6 +241,7 @@ def idle_batch(pad_id: int, *, has_contexts: bool) -> Batch:
         targets=[nothing],
         readers=[(0, 0)],
         pad_id=pad_id,
+        tasks=[0],
     )
 
 

@@ -16,7 +16,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".parquet")
 GIB = 1 << 30
 HASHED_BYTES = 1 << 22
 # Of config section `data`: what tokens do not depend on.
-NOT_IN_KEY = {"train", "validation", "references", "cache_dir", "cache_gib"}
+NOT_IN_KEY = {"train", "validation", "references", "task", "tasks", "cache_dir", "cache_gib"}
 
 
 def describe_options(

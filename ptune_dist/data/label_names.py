@@ -8,13 +8,15 @@ from ptune_dist.data.numbers import read_number
 MOST_SHOWN = 10
 
 
-def describe_unlisted(where: str, column: str, value: object, labels: Sequence[str]) -> str:
+def describe_unlisted(
+    where: str, column: str, value: object, labels: Sequence[str], *, key: str = "data.labels"
+) -> str:
     """A message about a row's value that is none of the labels: the labels, and by what it misses one, if so."""
     shown_value = text_of(value) if isinstance(value, bool) else repr(value)
     shown = ", ".join(map(show_label, labels[:MOST_SHOWN]))
     if len(labels) > MOST_SHOWN:
         shown += f", ... ({len(labels)} labels)"
-    return f"{where}: {column} is {shown_value}, which data.labels does not list: {shown}{describe_near(value, labels)}"
+    return f"{where}: {column} is {shown_value}, which {key} does not list: {shown}{describe_near(value, labels)}"
 
 
 def show_label(label: str) -> str:

@@ -78,6 +78,7 @@ class JoinedExamples(Examples):
             where=self._name,
             num_context=np.concatenate([part.num_context for part in parts]) if has_contexts else np.zeros(0, np.int32),
             numbers=join_numbers(parts),
+            tasks=join_tasks(parts),
         )
         object.__setattr__(self, "facts", self._join_facts())
 
@@ -133,6 +134,13 @@ class JoinedExamples(Examples):
             longest=max(found.longest for found in facts),
             digest="+".join(found.digest for found in facts),
         )
+
+
+def join_tasks(parts: list[Examples]) -> np.ndarray | None:
+    """Those of rows without tasks are 0: no prompt that reads them has several."""
+    if all(part.tasks is None for part in parts):
+        return None
+    return np.concatenate([np.zeros(len(part), np.int32) if part.tasks is None else part.tasks for part in parts])
 
 
 def join_numbers(parts: list[Examples]) -> np.ndarray | None:

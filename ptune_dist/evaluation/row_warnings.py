@@ -74,8 +74,8 @@ def warn_of_start_rows(member: Config, examples: Examples) -> Iterator[str]:
     num_virtual = member.prompt.num_virtual_tokens
     if num_tokens > num_virtual:
         yield (
-            f"prompt.init_rows: the first {count} rows have {num_tokens} tokens and the prompt {num_virtual} positions: "
-            f"the last {num_tokens - num_virtual} tokens are left out"
+            f"prompt.init_rows: the first {count} rows have {num_tokens} tokens and the prompt {num_virtual} "
+            f"positions: the last {num_tokens - num_virtual} tokens are left out"
         )
 
 

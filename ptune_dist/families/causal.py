@@ -72,17 +72,21 @@ class PromptedCausal(PaddedCausal):
         if not units:
             return 0
         rows = [example for example, _ in units]
-        readers = [(example, self.num_virtual(member)) for example, members in units for member in members]
+        lengths = [prompt.num_virtual_tokens for prompt in self.members()]
+        readers = [(example, lengths[member]) for example, members in units for member in members]
         num_context = int(examples.num_context[rows].sum())
         contexts = num_context if with_contexts else 0
         if self.uses_segments:
             own = [row for row, _ in readers]
             live = int((examples.lengths_of(own) - examples.num_context[own]).sum()) - len(own)
             members = {member for _, some in units for member in some}
-            shared = sum(self.num_virtual(member) for member in members)
             if num_context:
-                shared = sum(self.num_prefix[member] for member in members)
-                shared += sum(self.num_vectors[member] for _, some in units for member in some)
+                numbers = {member: self.number_of(member) for member in members}
+                shared = sum(self.num_prefix[numbers[member]] for member in members)
+                shared += sum(self.num_vectors[numbers[member]] for _, some in units for member in some)
+            else:
+                num_tasks = self.count_tasks(units, examples)
+                shared = sum(lengths[member] * num_tasks.get(member, 1) for member in members)
             return max(contexts, live + shared)
         read, written = examples.widths_of([row for row, _ in readers]).T
         widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
@@ -95,6 +99,7 @@ class PromptedCausal(PaddedCausal):
     def _prepare_segments(self, batch: Batch) -> PreparedSegments:
         """The layout of a pass, and what attention needs of it on a GPU."""
         start = self.start_of(batch)
+        batch = self.by_contribution(batch)
         outside = plan_outside(batch, self.only_at(self.num_prefix, start))
         laid = lay_out(batch, self.only_at(self.num_vectors, start), outside)
         arrays = arrays_of(laid)
@@ -125,11 +130,12 @@ class PromptedCausal(PaddedCausal):
     def _label_losses(self, batch: Batch) -> list[np.ndarray]:
         assert batch.trees is not None and self.head is not None
         start = self.start_of(batch)
+        below = self._labels_below(batch, start) if start else None
+        batch = self.by_contribution(batch)
         contributions = self.contributions(start)
         outside = plan_outside(batch, self.only_at(self.num_prefix, start))
         laid = lay_out_labels(batch, self.only_at(self.num_vectors, start), outside)
         index = to_index(laid.layout, self.device)
-        below = self._labels_below(batch, start) if start else None
         vectors = embed_laid(self, index, contributions, below)
         found = outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         parts = [part.to(vectors.dtype) for part in found]
@@ -146,13 +152,13 @@ class PromptedCausal(PaddedCausal):
         ends = np.cumsum([len(tree.targets) for tree in trees])
         return [tree.sum_paths(part) for tree, part in zip(trees, np.split(losses, ends[:-1]), strict=True)]
 
-    def open_decoder(self, member: int) -> Decoder | None:
+    def open_decoder(self, number: int) -> Decoder | None:
         if not self.writes_text:
             return None
         can_keep = self.uses_segments and not layers_differ(self.base.config)
-        if self.start_layers[member]:
-            return LateDecoder(self, member) if can_keep and not self.has_contexts else RereadingDecoder(self, member)
-        return SegmentDecoder(self, member) if can_keep else None
+        if self.start_layers[number]:
+            return LateDecoder(self, number) if can_keep and not self.has_contexts else RereadingDecoder(self, number)
+        return SegmentDecoder(self, number) if can_keep else None
 
     @torch.no_grad()
     def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
@@ -203,11 +209,11 @@ class PromptedCausal(PaddedCausal):
         found: dict[tuple[tuple[int, str], int], tuple[torch.Tensor, torch.Tensor]] = {}
         for lower in self.distinct_lowers:
             if lower.start == start:
-                rows = {row for row, member in batch.readers if self.lowers[member].key == lower.key}
+                rows = {row for row, member in batch.readers if self.lower_of(member).key == lower.key}
                 # Every rank makes this pass, also where it has no reader for it.
                 for row, parts in self._rows_with_labels_below(batch, sorted(rows) or [0], lower).items():
                     found[lower.key, row] = parts
-        parts = [found[self.lowers[member].key, row] for row, member in batch.readers]
+        parts = [found[self.lower_of(member).key, row] for row, member in batch.readers]
         return torch.cat([of_input for of_input, _ in parts] + [of_labels for _, of_labels in parts])
 
     def _rows_with_labels_below(

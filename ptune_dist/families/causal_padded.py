@@ -48,10 +48,12 @@ class PaddedCausal(PromptedModel):
         if batch.read is not None:
             return self._supervise_after_inputs(batch, batch.read)
         start = self.start_of(batch)
+        below = self.below_of(batch)
+        batch = self.by_contribution(batch)
         contributions = self.contributions(start)
         texts = [text_of(batch, row) for row, _ in batch.readers]
         members = [member for _, member in batch.readers]
-        vectors, mask = self.embed(texts, members, contributions, below=self.below_of(batch))
+        vectors, mask = self.embed(texts, members, contributions, below=below)
         starts = [contributions[member].num_vectors + len(batch.rests[row]) - 1 for row, member in batch.readers]
         inputs = {"inputs_embeds": vectors, "attention_mask": mask}
         before = self._before(batch, contributions, vectors.dtype)
@@ -82,9 +84,10 @@ class PaddedCausal(PromptedModel):
         if not self._keeps_keys or self.late_starts:
             return batch
         contributions = self.contributions()
-        texts = [batch.rests[row] for row, _ in batch.readers]
-        vectors, mask = self.embed(texts, [member for _, member in batch.readers], contributions)
-        before = self._before(batch, contributions, vectors.dtype)
+        asked = self.by_contribution(batch)
+        texts = [asked.rests[row] for row, _ in asked.readers]
+        vectors, mask = self.embed(texts, [member for _, member in asked.readers], contributions)
+        before = self._before(asked, contributions, vectors.dtype)
         inputs = {"attention_mask": mask} | (self._after(before, mask) if before else {})
         cache = GivenCache(pad_contexts(before) if before else [], record=True)
         self.inner(inputs_embeds=vectors, **inputs | {"past_key_values": cache})
@@ -184,19 +187,19 @@ class PaddedCausal(PromptedModel):
     def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:
         return num_virtual + num_tokens
 
-    def generate(self, inputs: list[TokenPair], member: int, options: dict[str, Any]) -> torch.Tensor:
+    def generate(self, inputs: list[TokenPair], number: int, options: dict[str, Any]) -> torch.Tensor:
         """Rows are padded on the left, so that each row's next token stands at the end.
 
         They are [padding, context, virtual tokens, rest], after the prompt's keys and values if it has some. Keys and
         values that follow a context are not part of a text, so what precedes the last token is read beforehand.
         """
         contributions = self.contributions()
-        prefix = keys_values_of(contributions[member])
+        prefix = keys_values_of(contributions[number])
         if prefix is not None and self.placement != "prefix":
-            return self._generate_after_inputs(inputs, member, options)
+            return self._generate_after_inputs(inputs, number, options)
         texts = [np.array([*context, *rest], np.int64) for context, rest in inputs]
-        embedded, mask = self.embed(texts, [member] * len(texts), contributions)
-        num_virtual = contributions[member].num_vectors
+        embedded, mask = self.embed(texts, [number] * len(texts), contributions)
+        num_virtual = contributions[number].num_vectors
         rows = []
         for row, length, (context, _) in zip(embedded, mask.sum(dim=1).tolist(), inputs, strict=True):
             virtual, before, after = row[:length].tensor_split([num_virtual, num_virtual + len(context)])
@@ -207,7 +210,7 @@ class PaddedCausal(PromptedModel):
         before = [prefix.to(vectors.dtype)] * len(vectors)
         return self._generate_after(before, vectors, mask.flip(1), options)
 
-    def _generate_after_inputs(self, inputs: list[TokenPair], member: int, options: dict[str, Any]) -> torch.Tensor:
+    def _generate_after_inputs(self, inputs: list[TokenPair], number: int, options: dict[str, Any]) -> torch.Tensor:
         """Tokens after [context, keys and values of the prompt, rest]; rests have one token at least.
 
         A pass for contexts and one for the rests, whatever the rows are: under ZeRO-3 all ranks make the same passes.
@@ -221,9 +224,10 @@ class PaddedCausal(PromptedModel):
             contexts=contexts,
             rests=[np.array(rest, np.int64) for _, rest in inputs],
             targets=[np.zeros(0, np.int64)] * len(inputs),
-            readers=[(row, member) for row in range(len(inputs))],
+            readers=[(row, self.member_of(number)) for row in range(len(inputs))],
             pad_id=pad_id,
             held=[(part,) for part in held],
+            tasks=[0] * len(inputs),  # keys and values are of no task
         )
         read_inputs = PaddedCausal.read_inputs(self, batch).read
         assert read_inputs is not None, "bases that keep something else have no placements with contexts"

@@ -79,10 +79,11 @@ class PromptedEncoder(PromptedModel):
             found.append(self.base(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.flatten())
         return torch.cat(found)
 
-    def name_labels(self, texts: list[np.ndarray]) -> list[str]:
+    def name_labels(self, texts: list[np.ndarray], number: int) -> list[str]:
         nothing = [np.zeros(0, np.int64)] * len(texts)
-        batch = self.read_below(Batch(nothing, texts, nothing, [(row, 0) for row in range(len(texts))], pad_id=0))
-        logits = self.label_logits(texts, [0] * len(texts), self.below_of(batch))
+        member = self.member_of(number)
+        batch = self.read_below(Batch(nothing, texts, nothing, [(row, member) for row in range(len(texts))], pad_id=0))
+        logits = self.label_logits(texts, [number] * len(texts), self.below_of(batch))
         names = self.base.config.id2label
         assert names is not None, "transformers names the labels of every classifier"
         return [names[index] for index in logits.argmax(dim=1).tolist()]
@@ -112,7 +113,7 @@ class PromptedEncoder(PromptedModel):
 
     def _outputs(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
         """Outputs [U, V] of the readers that have a target, and their numbers: a rank that idles has none."""
-        readers = batch.readers
+        readers = self.by_contribution(batch).readers
         has_target = np.array([len(batch.targets[row]) > 0 for row, _ in readers])
         reader = np.flatnonzero(has_target)
         texts = [batch.rests[row] for row, _ in readers]

@@ -29,7 +29,7 @@ class LowerHalf(SegmentDecoder):
     def _contribution(self) -> Contribution:
         """The keys and values that these layers read before every row, if any."""
         if self._found is None:
-            before = self._model.lowers[self._member].before
+            before = self._model.lowers[self._number].before
             self._pools.lead = before
             self._found = Contribution() if before is None else Contribution(keys=before.keys, values=before.values)
         return self._found
@@ -41,7 +41,7 @@ class LowerHalf(SegmentDecoder):
     def _run(self, laid: Layout, attention: SegmentAttention) -> torch.Tensor:
         index = to_index(laid, self._model.device)
         vectors = embed_laid(self._model, index, [])
-        with self._model.layer_parts.below(self._model.start_layers[self._member]) as captured:
+        with self._model.layer_parts.below(self._model.start_layers[self._number]) as captured:
             self._model.inner(
                 inputs_embeds=vectors[None],
                 position_ids=index["position_ids"][None],
@@ -57,15 +57,15 @@ class LowerHalf(SegmentDecoder):
 class UpperHalf(SegmentDecoder):
     """The layers from the prompt on, which read the virtual tokens and what `lower` has left of the tokens."""
 
-    def __init__(self, model: Any, member: int, lower: LowerHalf):
-        super().__init__(model, member)
+    def __init__(self, model: Any, number: int, lower: LowerHalf):
+        super().__init__(model, number)
         self._lower = lower
 
     def _run(self, laid: Layout, attention: SegmentAttention) -> torch.Tensor:
         assert self._model.head is not None
         index = to_index(laid, self._model.device)
         vectors = embed_laid(self._model, index, [self._contribution], self._lower.hidden)
-        late = Late(self._model, self._model.start_layers[self._member])
+        late = Late(self._model, self._model.start_layers[self._number])
         return self._model.head.logits(supervise_laid(index, laid.reader, vectors, attention, late))
 
 
@@ -77,9 +77,9 @@ class LateDecoder:
     needs_contexts = False
     takes_contexts = False
 
-    def __init__(self, model: Any, member: int):
-        self._lower = LowerHalf(model, member)
-        self._upper = UpperHalf(model, member, self._lower)
+    def __init__(self, model: Any, number: int):
+        self._lower = LowerHalf(model, number)
+        self._upper = UpperHalf(model, number, self._lower)
 
     @property
     def held_per_position(self) -> int:
@@ -115,14 +115,14 @@ class RereadingDecoder:
     takes_contexts = False
     held_per_position = 1
 
-    def __init__(self, model: PromptedModel, member: int):
+    def __init__(self, model: PromptedModel, number: int):
         self._model = model
-        self._member = member
+        self._number = number
         self._rows: list[tuple[np.ndarray, np.ndarray]] = []  # context and rest of those in progress, answers included
         self._entering: list[tuple[np.ndarray, np.ndarray]] = []
 
     def own_length(self, context: np.ndarray, rest: np.ndarray) -> int:
-        return len(context) + self._model.num_virtual(self._member) + len(rest)
+        return len(context) + self._model.num_virtual(self._number) + len(rest)
 
     def start(self, batch: Batch) -> None:
         raise NotImplementedError("every row is read whole")
@@ -149,5 +149,7 @@ class RereadingDecoder:
         assert model.head is not None
         contexts, rests = (list(parts) for parts in zip(*rows, strict=True))
         wanted = [np.zeros(1, np.int64)] * len(rows)  # a placeholder: what stands after the row
-        batch = Batch(contexts, rests, wanted, [(row, self._member) for row in range(len(rows))], pad_id)
+        member = model.member_of(self._number)
+        readers = [(row, member) for row in range(len(rows))]
+        batch = Batch(contexts, rests, wanted, readers, pad_id, tasks=[0] * len(rows))
         return model.head.logits(model.supervise(model.read_below(batch)))

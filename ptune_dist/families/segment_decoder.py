@@ -41,9 +41,10 @@ class SegmentDecoder:
     needs_contexts = False
     takes_contexts = True
 
-    def __init__(self, model: PromptedModel, member: int):
+    def __init__(self, model: PromptedModel, number: int):
+        """`number`: of the contribution that all rows are read with."""
         self._model = model
-        self._member = member
+        self._number = number
         self._found: Contribution | None = None
         self._pools = Pools(None)
         self._entering: Entering | None = None
@@ -58,8 +59,8 @@ class SegmentDecoder:
     def own_length(self, context: np.ndarray, rest: np.ndarray) -> int:
         if self._is_prompt_read:
             return len(rest)
-        is_own = self._model.prompt(self._member).stands_in_sequence or not self._is_prefix_first
-        return len(context) + (self._model.num_virtual(self._member) if is_own else 0) + len(rest)
+        is_own = self._model.prompt_of(self._number).stands_in_sequence or not self._is_prefix_first
+        return len(context) + (self._model.num_virtual(self._number) if is_own else 0) + len(rest)
 
     @property
     def _is_prefix_first(self) -> bool:
@@ -70,7 +71,7 @@ class SegmentDecoder:
     def _contribution(self) -> Contribution:
         """The prompt's, computed in the first pass; its keys and values are the lead's first, or follow contexts."""
         if self._found is None:
-            self._found = self._model.contributions()[self._member]
+            self._found = self._model.contributions()[self._number]
             prefix = keys_values_of(self._found)
             if prefix is not None and self._is_prefix_first:
                 self._pools.lead = prefix.to(self._dtype)

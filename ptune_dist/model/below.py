@@ -60,7 +60,7 @@ class BelowReader:
         held: dict[tuple[int, str], dict[Row, Below]] = {}
         missing: dict[tuple[int, str], list[Row]] = {}
         for lower in lowers:
-            read = {row for row, member in batch.readers if self._model.lowers[member].key == lower.key}
+            read = {row for row, member in batch.readers if self._model.lower_of(member).key == lower.key}
             wanted = dict.fromkeys(rows[row] for row in sorted(read))
             found = {row: self._recall(row, lower) for row in wanted}
             held[lower.key] = {row: below for row, below in found.items() if below is not None}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ptune_dist.base.trained import trained_parameters
 from ptune_dist.model.encoder_output import EncoderOutput
 
 
@@ -73,9 +74,16 @@ class FromHead:
             if child != step and any(True for _ in module.parameters())
         ]
         self._hidden: torch.Tensor | None = None
+        self._name = name
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The head's own parameters that are trained."""
+        named = trained_parameters(self._base)
+        return [parameter for path, parameter in named.items() if path.startswith(f"{self._name}.")]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[U, D] -> [U, V]. Runs the base's forward; gradients reach `hidden` only."""
+        """[U, D] -> [U, V]. Runs the base's forward; gradients reach `hidden` and the head's trained parameters."""
         given = hidden.detach()[None]
         inputs: dict[str, Any] = {"inputs_embeds": given}
         if self._base.config.is_encoder_decoder:

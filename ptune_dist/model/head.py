@@ -8,7 +8,7 @@ every pass calls the same modules, however many targets it has.
 Shapes: B rows, T tokens, U supervised positions, E tokens that are scored, D width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,9 +71,10 @@ class HeadAtTargets:
         """Losses [U] in float32; each may depend on the logits of its own position only."""
 
         def compute(hidden: torch.Tensor) -> torch.Tensor:
-            chunks = Chunks(self._from_head.logits, loss_of, asked.targets, self._chunk)
-            if torch.is_grad_enabled() and hidden.requires_grad:
-                return LossesWithGradient.apply(hidden, chunks)
+            trained = self._from_head.trained
+            chunks = Chunks(self._from_head.logits, loss_of, asked.targets, self._chunk, trained)
+            if torch.is_grad_enabled() and (hidden.requires_grad or trained):
+                return LossesWithGradient.apply(hidden, chunks, *trained)
             return chunks.losses(hidden)
 
         return self._run(asked, compute)
@@ -139,12 +140,19 @@ class Chunks:
     """The losses of one pass, or their gradients, a chunk of targets at a time."""
 
     def __init__(
-        self, logits_of: Callable[[torch.Tensor], torch.Tensor], loss_of: LossOf, targets: torch.Tensor, size: int
+        self,
+        logits_of: Callable[[torch.Tensor], torch.Tensor],
+        loss_of: LossOf,
+        targets: torch.Tensor,
+        size: int,
+        trained: Sequence[nn.Parameter] = (),
     ):
+        """`trained`: the head's own parameters that are."""
         self._logits_of = logits_of
         self._loss_of = loss_of
         self._targets = targets
         self._size = size
+        self._trained = trained
 
     def losses(self, hidden: torch.Tensor) -> torch.Tensor:
         """[U, D] -> [U] in float32."""
@@ -153,18 +161,26 @@ class Chunks:
             found[rows] = self._loss_of(self._logits_of(part), self._targets[rows])
         return found
 
-    def losses_and_gradients(self, hidden: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses [U], and `scale` times the gradient of each with respect to its own hidden state, [U, D]."""
+    def losses_and_gradients(
+        self, hidden: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Losses [U], and `scale` times the gradient of each with respect to its own hidden state, [U, D].
+
+        Last, `scale` times the gradient of the losses' sum with respect to each trained parameter.
+        """
         found = hidden.new_zeros(len(hidden), dtype=torch.float32)
         gradients = torch.empty_like(hidden)
+        of_trained = [torch.zeros_like(parameter) for parameter in self._trained]
         for rows, part in self._split(hidden):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 losses = self._loss_of(self._logits_of(part), self._targets[rows])
-                (gradient,) = torch.autograd.grad(losses.sum() * scale, part)
+                gradient, *others = torch.autograd.grad(losses.sum() * scale, [part, *self._trained])
+            for total, other in zip(of_trained, others, strict=True):
+                total.add_(other)
             gradients[rows] = gradient
             found[rows] = losses.detach()
-        return found, gradients
+        return found, gradients, of_trained
 
     def _split(self, hidden: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
         starts = range(0, len(hidden), self._size)
@@ -172,19 +188,25 @@ class Chunks:
 
 
 class LossesWithGradient(torch.autograd.Function):
-    """Losses [U] of hidden states [U, D] whose gradient is made in forward: each depends on its own row alone."""
+    """Losses [U] of hidden states [U, D] whose gradient is made in forward: each depends on its own row alone.
+
+    Those of `trained`, the head's own parameters, are sums over the rows. They are right because a trained head belongs
+    to the only member, whose rows all weigh the same in a step.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, chunks: Chunks) -> torch.Tensor:
-        ctx.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
-        losses, gradients = chunks.losses_and_gradients(hidden, ctx.scale)
-        ctx.save_for_backward(gradients)
+    def forward(ctx: Any, hidden: torch.Tensor, chunks: Chunks, *trained: nn.Parameter) -> torch.Tensor:
+        # The sum over rows would leave float16 with it.
+        ctx.scale = FP16_SCALE if hidden.dtype == torch.float16 and not trained else 1.0
+        losses, gradients, of_trained = chunks.losses_and_gradients(hidden, ctx.scale)
+        ctx.save_for_backward(gradients, *of_trained)
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        (gradients,) = ctx.saved_tensors
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        gradients, *of_trained = ctx.saved_tensors
         # In float32: under fp16 the loss scale is in `grad_losses`, and an overflow has to be seen in the product.
         scaled = gradients * (grad_losses / ctx.scale)[:, None]
-        return scaled.to(gradients.dtype), None
+        weight = grad_losses[:1].sum()  # 0 of a rank that idles
+        return scaled.to(gradients.dtype), None, *(gradient * (weight / ctx.scale) for gradient in of_trained)

@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 
 from ptune_dist.base.layer_parts import LayerParts
 from ptune_dist.base.layers import hidden_size
-from ptune_dist.base.trained_head import trained_parameters
+from ptune_dist.base.trained import trained_parameters
 from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.examples import Examples
 from ptune_dist.distributed.world import to_device
+from ptune_dist.errors import UserError
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.decode import Decoder
 from ptune_dist.model.entry import Below, Lower, Part, hold_above, join_lists, join_tensors, split_by_start
@@ -34,6 +35,7 @@ from ptune_dist.model.layout import text_of
 from ptune_dist.model.value_head import TargetScale, ValueHeads
 from ptune_dist.objectives.objective import Objective
 from ptune_dist.prompts.method import Contribution, Method
+from ptune_dist.prompts.start import BASE
 
 LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # an objective's losses or validation_losses
 
@@ -93,11 +95,12 @@ class PromptedModel(nn.Module):
         """`target_scales`: of each member, where the objective's targets are numbers."""
         super().__init__()
         self.base = base
+        self._device = torch.device("cpu")  # of what has no prompt; see `place`
         self.prompts = nn.ModuleList(prompts)
         self.objective = objective
         self.placement = placement
         contributions = contributions_in_eval(prompts)
-        self.num_vectors = [contribution.num_vectors for contribution in contributions]  # of each member
+        self.num_vectors = [contribution.num_vectors for contribution in contributions]
         self.num_prefix = [contribution.num_prefix for contribution in contributions]
         self.start_layers = [contribution.start_layer for contribution in contributions]
         self._layer_parts: LayerParts | None = None
@@ -119,10 +122,12 @@ class PromptedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.prompts.parameters()).device
+        own = next(self.prompts.parameters(), None)
+        return self._device if own is None else own.device
 
     def place(self, device: torch.device) -> None:
         """Move what is trained to the device; the base is there already, or sharded."""
+        self._device = device
         self.prompts.to(device)
         if self.value_heads is not None:
             self.value_heads.to(device)
@@ -141,6 +146,37 @@ class PromptedModel(nn.Module):
         """The prompts of all members, in order."""
         return map(self.prompt, range(len(self.prompts)))
 
+    def number_of(self, member: int, task: int = 0) -> int:
+        """The number of what a member contributes to rows of a task, among the contributions of all members.
+
+        Raises IndexError for a task that it does not have; a prompt without tasks contributes the same to all rows.
+        """
+        num_tasks = [prompt.num_tasks for prompt in self.members()]
+        own = task if num_tasks[member] > 1 else 0
+        if not 0 <= own < num_tasks[member]:
+            raise IndexError(f"task {task} of {num_tasks[member]}")
+        return sum(num_tasks[:member]) + own
+
+    def by_contribution(self, batch: Batch) -> Batch:
+        """The batch with numbers of contributions in place of its readers' members."""
+        num_tasks = [prompt.num_tasks for prompt in self.members()]
+        if max(num_tasks) == 1:
+            return batch
+        assert batch.tasks is not None, "rows have tasks where a prompt does"
+        pairs = {(member, batch.tasks[row]) for row, member in batch.readers}
+        numbers = {pair: self.number_of(*pair) for pair in pairs}
+        readers = [(row, numbers[member, batch.tasks[row]]) for row, member in batch.readers]
+        return replace(batch, readers=readers, tasks=None)
+
+    def count_tasks(self, units: list[Unit], examples: Examples) -> dict[int, int]:
+        """Of each member with tasks, how many of them are those of its examples."""
+        with_tasks = {member for member, prompt in enumerate(self.members()) if prompt.num_tasks > 1}
+        if not with_tasks:
+            return {}
+        assert examples.tasks is not None, "rows have tasks where a prompt does"
+        read = {(member, int(examples.tasks[example])) for example, some in units for member in some}
+        return {member: sum(1 for reader, _ in read if reader == member) for member in with_tasks}
+
     def read_base(self) -> None:
         """Note what passes need to know of the base's settings; called again where they have changed."""
 
@@ -152,10 +188,26 @@ class PromptedModel(nn.Module):
     def trainable(self, member: int = 0) -> dict[str, nn.Parameter]:
         """What is trained and stored of a member, by name: its prompt's parameters and those of a trained head."""
         found = dict(self.prompt(member).named_parameters())
-        found |= {f"head.{name}": p for name, p in trained_parameters(self.base).items()}
+        kind = BASE if self.prompt(member).trains_base else "head."
+        found |= {f"{kind}{name}": p for name, p in trained_parameters(self.base).items()}
         if self.value_heads is not None:
             found |= {f"value_head.{name}": p for name, p in self.value_heads[member].named_parameters()}
         return found
+
+    @torch.no_grad()
+    def start_base(self) -> None:
+        """Set the trained tensors of the base to what `prompt.init_file` held. Raises UserError."""
+        for member, prompt in enumerate(self.members()):
+            if prompt.base_start is None:
+                continue
+            own = self.trainable(member)
+            for name in own.keys() | prompt.base_start.keys():
+                pair = [found.get(name) for found in (own, prompt.base_start)]
+                shapes = [None if tensor is None else tuple(tensor.shape) for tensor in pair]
+                if shapes[0] != shapes[1]:
+                    raise UserError(f"prompt.init_file: {name} has shape {shapes[0]} in this run and {shapes[1]} there")
+            for name, parameter in own.items():
+                parameter.copy_(prompt.base_start[name])
 
     # ------------------------------------------------------------- prompts that enter at a later layer
 
@@ -170,7 +222,7 @@ class PromptedModel(nn.Module):
 
     @property
     def lowers(self) -> list[Lower]:
-        """Of each member, how the layers below its prompt read rows."""
+        """Of each contribution, how the layers below it read rows."""
         if self._lowers is None:
             dtype = self.no_hidden(0).dtype
             contributions = contributions_in_eval(list(self.members()))
@@ -185,27 +237,36 @@ class PromptedModel(nn.Module):
         late = {lower.key: lower for lower, start in zip(self.lowers, self.start_layers, strict=True) if start}
         return [late[key] for key in sorted(late)]
 
-    def below_of(self, batch: Batch) -> list[torch.Tensor] | None:
-        """What the layers below have left of each reader's text, [T - C, H] each; None where there are none."""
-        if not self.start_of(batch):
+    def below_of(self, batch: Batch, numbers: list[int] | None = None) -> list[torch.Tensor] | None:
+        """What the layers below have left of each reader's text, [T - C, H] each; None where there are none.
+
+        `numbers`: of the readers' contributions, where these are known already.
+        """
+        numbers = numbers or [self.number_of(member) for _, member in batch.readers]
+        if not self.start_layers[numbers[0]]:
             return None
         assert batch.below is not None, "the layers below have read the rows"
-        return [batch.below[self.lowers[member].key][row].hidden for row, member in batch.readers]
+        pairs = zip(batch.readers, numbers, strict=True)
+        return [batch.below[self.lowers[number].key][row].hidden for (row, _), number in pairs]
 
     def start_of(self, batch: Batch) -> int:
         """The layer at which the prompts of a batch's readers enter; it is one for all in a part of a batch."""
-        return self.start_layers[batch.readers[0][1]]
+        return self.start_layers[self.number_of(batch.readers[0][1])]
+
+    def lower_of(self, member: int) -> Lower:
+        return self.lowers[self.number_of(member)]
 
     def parts(self, batch: Batch) -> list[Part]:
         """The batch by the layers at which prompts enter."""
-        return split_by_start(batch, self.start_layers, self._idle_below, with_contexts=self.has_contexts)
+        starts = [self.start_layers[self.number_of(member)] for member in range(len(self.prompts))]
+        return split_by_start(batch, starts, self._idle_below, with_contexts=self.has_contexts)
 
     def _idle_below(self, member: int) -> dict[Any, list[Below]]:
-        return {self.lowers[member].key: [Below(self.no_hidden(2))]}
+        return {self.lower_of(member).key: [Below(self.no_hidden(2))]}
 
     def read_below(self, batch: Batch) -> Batch:
         """A batch whose readers are of one member, with what the layers below its prompt leave of the rows now."""
-        lower = self.lowers[batch.readers[0][1]]
+        lower = self.lower_of(batch.readers[0][1])
         if not lower.start:
             return batch
         texts, lengths = zip(*[self.row_below(batch, row) for row in range(len(batch.rests))], strict=True)
@@ -224,7 +285,7 @@ class PromptedModel(nn.Module):
         return torch.zeros(count, hidden_size(self.base), dtype=dtype, device=self.device)
 
     def only_at(self, counts: list[int], start: int) -> list[int]:
-        """Counts of the members whose prompts enter at layer `start`, and 0 for the others."""
+        """Counts of the contributions that enter at layer `start`, and 0 for the others."""
         return [n if layer == start else 0 for n, layer in zip(counts, self.start_layers, strict=True)]
 
     @property
@@ -282,11 +343,14 @@ class PromptedModel(nn.Module):
         """The pass that a batch asks for, as it was prepared or, where it was not, planned now."""
         raise NotImplementedError
 
-    def generate(self, inputs: list[TokenPair], member: int, options: dict[str, Any]) -> torch.Tensor:
-        """New token ids [B, T] of inputs, each (context, rest); `options` are those of the base's own `generate`."""
+    def generate(self, inputs: list[TokenPair], number: int, options: dict[str, Any]) -> torch.Tensor:
+        """New token ids [B, T] of inputs, each (context, rest); `options` are those of the base's own `generate`.
+
+        `number`: of the contribution, see `number_of`; so below.
+        """
         raise NotImplementedError
 
-    def open_decoder(self, member: int) -> Decoder | None:
+    def open_decoder(self, number: int) -> Decoder | None:
         """What answers rows that come and go; None where whole batches are answered by `generate`."""
         return None
 
@@ -294,7 +358,7 @@ class PromptedModel(nn.Module):
         """Positions that stand before the first token of an answer, of those whose number may be limited."""
         raise NotImplementedError
 
-    def name_labels(self, texts: list[np.ndarray]) -> list[str]:
+    def name_labels(self, texts: list[np.ndarray], number: int) -> list[str]:
         """The likeliest label of each text, of a base with a classification head."""
         raise NotImplementedError
 
@@ -372,14 +436,27 @@ class PromptedModel(nn.Module):
     # ------------------------------------------------------------- parts of passes
 
     def contributions(self, start: int | None = None) -> list[Contribution]:
-        """What each member adds to a pass; with `start`, nothing of members whose prompts enter at another layer."""
-        layers = [start] * len(self.start_layers) if start is None else self.start_layers
-        return [
-            prompt() if layer == start else Contribution() for prompt, layer in zip(self.members(), layers, strict=True)
-        ]
+        """What the members add to a pass: for each member and each of its tasks, in this order.
 
-    def num_virtual(self, member: int) -> int:
-        return self.prompt(member).num_virtual_tokens
+        With `start`, nothing of members whose prompts enter at another layer.
+        """
+        found: list[Contribution] = []
+        for member, prompt in enumerate(self.members()):
+            is_in = start is None or self.start_layers[self.number_of(member)] == start
+            found += prompt.contributions() if is_in else [Contribution()] * prompt.num_tasks
+        return found
+
+    def member_of(self, number: int) -> int:
+        """The member whose prompt makes a contribution."""
+        return [member for member, prompt in enumerate(self.members()) for _ in range(prompt.num_tasks)][number]
+
+    def prompt_of(self, number: int) -> Method:
+        """The prompt that makes a contribution."""
+        return self.prompt(self.member_of(number))
+
+    def num_virtual(self, number: int) -> int:
+        """The positions of a contribution."""
+        return self.prompt_of(number).num_virtual_tokens
 
     def generate_with_base(self, **inputs: Any) -> torch.Tensor:
         """Token ids [B, T] from the base's own `generate`."""
@@ -399,9 +476,10 @@ class PromptedModel(nn.Module):
         embeddings: nn.Module | None = None,
         below: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[virtual tokens of a member, text] for each text: vectors [S, P + T, D] and their mask, padded right.
+        """[virtual tokens, text] for each text: vectors [S, P + T, D] and their mask, padded right.
 
-        `below`: what stands for each text, [T, H], where layers below have read it.
+        `members`: the number of the contribution that each text is read with. `below`: what stands for each text,
+        [T, H], where layers below have read it.
         """
         contributions = contributions or self.contributions()
         tokens = self.embed_tokens(np.concatenate(texts), embeddings) if below is None else torch.cat(below)
@@ -443,12 +521,12 @@ class PromptedModel(nn.Module):
 
 
 def contributions_in_eval(prompts: Sequence[Method]) -> list[Contribution]:
-    """What each prompt contributes, without gradient and without its random numbers."""
-    found = []
+    """What the prompts contribute, without gradient and without their random numbers."""
+    found: list[Contribution] = []
     for prompt in prompts:
         was_training = prompt.training
         with torch.no_grad():
-            found.append(prompt.eval()())
+            found += prompt.eval().contributions()
         prompt.train(was_training)
     return found
 

@@ -5,7 +5,9 @@ To add a method, write its class in a file of its own (`method.py` is the interf
 
 from ptune_dist.prompts.late_prompt import LatePrompt
 from ptune_dist.prompts.method import Method
+from ptune_dist.prompts.multitask import MultitaskPromptTuning
 from ptune_dist.prompts.p_tuning import PTuning
+from ptune_dist.prompts.partial_tuning import BiasOnly, HeadOnly, LastLayers, NormsOnly
 from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 
@@ -14,4 +16,9 @@ METHODS: dict[str, type[Method]] = {
     "p_tuning": PTuning,
     "prefix_tuning": PrefixTuning,
     "late_prompt": LatePrompt,
+    "multitask_prompt_tuning": MultitaskPromptTuning,
+    "last_layers": LastLayers,
+    "bias_only": BiasOnly,
+    "norms_only": NormsOnly,
+    "head_only": HeadOnly,
 }

@@ -1,7 +1,7 @@
 """From config section `prompt` to a prompt at its start: the one place of this folder that sees a config."""
 
 from pydantic import ValidationError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptune_dist.config.foreign_values import name_value
 from ptune_dist.config.messages import describe_first_error, describe_unknown_key, known_keys
@@ -53,6 +53,28 @@ def choose_start(prompt: PromptConfig) -> str:
     return start
 
 
+def settle_positions(prompt: PromptConfig) -> int:
+    """`prompt.num_virtual_tokens`, which is 0 of methods without virtual tokens. Raises ValueError."""
+    number = prompt.num_virtual_tokens
+    if find_method(prompt).takes_positions:
+        if number < 1:
+            raise ValueError(f"prompt.num_virtual_tokens: {prompt.method} needs one virtual token at least")
+        return number
+    if number and "num_virtual_tokens" in prompt.model_fields_set:
+        raise ValueError(
+            f"prompt.num_virtual_tokens: {prompt.method} has no virtual tokens: set it to 0 or leave it out"
+        )
+    return 0
+
+
+def choose_trained(prompt: PromptConfig, base: PreTrainedModel) -> set[str]:
+    """Names of the base's parameters that a prompt's method trains. Raises UserError."""
+    try:
+        return find_method(prompt).choose_trained(check_options(prompt), base)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def build_prompt(
     config: Config,
     base: BaseFacts,
@@ -81,6 +103,7 @@ def build_prompt(
         asked=asked,
         placement=prompt.placement,
         rows=rows,
+        tasks=list(config.data.tasks or []),
     )
     try:
         return find_method(prompt).build(check_options(prompt), prompt.num_virtual_tokens, base, start)

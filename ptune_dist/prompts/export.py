@@ -13,9 +13,10 @@ from ptune_dist.data.encode import TokenPair
 from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
 from ptune_dist.prompts.peft_prefix import as_cartridge
-from ptune_dist.prompts.start import read_adapter_settings
+from ptune_dist.prompts.start import BASE, read_adapter_settings
 
-OWN_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")  # PEFT's types that exports are of
+# PEFT's types that exports are of.
+OWN_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "MULTITASK_PROMPT_TUNING")
 CARTRIDGE = "cartridge"
 POOLER = ".pooler."
 VALUE_HEAD = "value_head."
@@ -26,6 +27,7 @@ EXPORTED = {
     "peft": ADAPTER_FILES,
     CARTRIDGE: ADAPTER_FILES,
     "prompt-embeds": ("prompt_embeds.safetensors",),
+    "model": (),  # an earlier one could be anybody's model
 }
 
 
@@ -36,7 +38,8 @@ def check_export_folder(out: Path, to: str) -> None:
     names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     other = [name for name in names if name not in EXPORTED[to]]
     if other:
-        raise UserError(f"--out: {out} holds {other[0]}, which is no export to {to}: choose an empty or a new folder")
+        what = "another model or other files" if to == "model" else f"{other[0]}, which is no export to {to}"
+        raise UserError(f"--out: {out} holds {what}: choose an empty or a new folder")
     kind = read_adapter_settings(out).get("peft_type", "PROMPT_TUNING")
     if kind not in OWN_ADAPTERS:
         raise UserError(f"--out: {out} holds a PEFT adapter of type {kind}: choose an empty or a new folder")
@@ -44,10 +47,12 @@ def check_export_folder(out: Path, to: str) -> None:
 
 def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: str = "peft") -> None:
     """Raise UserError for a prompt that PEFT cannot place: it puts virtual tokens before everything."""
+    if METHODS[facts["method"]].trains_base:
+        raise UserError(f"--to {to}: PEFT has no {facts['method']}: use --to model")
     if to == CARTRIDGE and "prefix_keys" not in tensors:
         raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {facts['method']}: use --to peft")
     if facts["placement"] not in ("prefix", "encoder"):
-        has_vectors = facts["placement"] != "decoder" and "virtual_tokens" in tensors
+        has_vectors = facts["placement"] != "decoder" and "prefix_keys" not in tensors
         other = ": use --to prompt-embeds" if has_vectors else ""
         raise UserError(f"--to {to}: PEFT has no placement {facts['placement']}{other}")
     if any(name.startswith(VALUE_HEAD) for name in tensors):
@@ -77,6 +82,7 @@ def export_peft(
         settings = as_cartridge(settings, num_frozen)
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
     stored = {"prompt_embeddings": adapter.prompt_embeddings.contiguous()}
+    stored |= {name: tensor.contiguous() for name, tensor in adapter.more.items()}
     stored |= {f"base_model.{name}": tensor for name, tensor in head.items()}
     config = {
         "task_type": task_type,
@@ -120,9 +126,13 @@ def export_prompt_embeds(
         raise UserError("--to prompt-embeds: this prompt was trained with a head that answers numbers")
     if "late_tokens" in tensors:
         raise UserError("--to prompt-embeds: this prompt enters at a later layer and has no input embeddings")
+    if any(name.startswith(BASE) for name in tensors):
+        raise UserError("--to prompt-embeds: this run trained tensors of the base and no prompt: use --to model")
     if "virtual_tokens" not in tensors:
         raise UserError("--to prompt-embeds: this prompt has keys and values of every layer and no input embeddings")
     virtual = tensors["virtual_tokens"].to(dtype)
+    if virtual.dim() == 3:
+        raise UserError(f"--to prompt-embeds: this prompt is of {len(virtual)} tasks: choose one with --task")
     found = {"virtual_tokens": virtual}
     for i, parts in enumerate(inputs):
         context, rest = (embed(list(ids)).to(dtype) if len(ids) else virtual[:0] for ids in parts)

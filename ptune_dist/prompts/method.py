@@ -4,12 +4,13 @@ Shapes: P positions, D width, L layers, G key/value heads, Dh width of a head.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
+from transformers import PreTrainedModel
 
 from ptune_dist.prompts.start import Start
 
@@ -61,10 +62,11 @@ class Contribution:
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """What PEFT stores of a prompt: the tensor `prompt_embeddings`, and entries of adapter_config.json."""
+    """What PEFT stores of a prompt: `prompt_embeddings`, entries of adapter_config.json, and more tensors by name."""
 
     prompt_embeddings: torch.Tensor
     settings: dict[str, Any]
+    more: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def check_start_layer(layer: int, base: BaseFacts, key: str) -> int:
@@ -90,12 +92,18 @@ class Method(nn.Module):
     placements: ClassVar[tuple[str, ...] | None] = None  # None: all that the family has
     starts: ClassVar[tuple[str, ...]] = ("vocab", "random", "text", "labels", "file")  # values of prompt.init
     default_start: ClassVar[str] = "vocab"
+    has_tasks: ClassVar[bool] = False  # it may have something of its own for each task of the rows
     stands_in_sequence: ClassVar[bool] = True  # False: keys and values only, so nothing can be predicted from it alone
+
+    takes_positions: ClassVar[bool] = True  # False: num_virtual_tokens is 0
+    trains_base: ClassVar[bool] = False  # copies of the base's own tensors, of which there is one set: no sweeps
 
     num_virtual_tokens: int  # positions that the prompt takes
     # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
     start_tokens: Sequence[int] = ()
     reads_layer: int = 0  # the layer whose input that is; 0: keys and values of all layers
+    num_tasks: int = 1  # that it has vectors of its own for
+    base_start: dict[str, torch.Tensor] | None = None  # what the trained tensors of the base start from; None: its own
 
     @classmethod
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "Method":
@@ -107,8 +115,20 @@ class Method(nn.Module):
         """Whether the lowest layers read rows without the prompt, so that what they leave can be kept."""
         return False
 
+    @classmethod
+    def choose_trained(cls, options: Any, base: PreTrainedModel) -> set[str]:
+        """Names of the base's parameters that are trained, as float32 copies in their place.
+
+        `base` has no memory yet. Raises ValueError that begins with the key.
+        """
+        return set()
+
     def forward(self) -> Contribution:
         raise NotImplementedError
+
+    def contributions(self) -> list[Contribution]:
+        """What it contributes to rows of each task."""
+        return [self()]
 
     def begin_from(self, *computed: torch.Tensor) -> None:
         """Start from keys and values [L, P, G, Dh] of `start_tokens`, or from hidden states [P, H] of `reads_layer`.

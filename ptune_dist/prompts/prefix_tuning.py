@@ -55,7 +55,7 @@ class PrefixTuning(Method):
 
     prefix_keys, prefix_values are what is trained of them [L, P - F, G, Dh], frozen_keys, frozen_values the rest. With
     an MLP, and for keys that are not trained, start_keys and start_values hold the start. lower_keys, lower_values
-    [M, P, G, Dh]: what the layers below read; [0, ...] where they read nothing.
+    [M, P, G, Dh]: what the layers below read, if they read something.
     """
 
     options_type = PrefixOptions
@@ -79,11 +79,12 @@ class PrefixTuning(Method):
         """keys, values: of the layers from `from_layer` on, after those below it where it `has_lower`."""
         super().__init__()
         self.from_layer = from_layer
-        num_lower = from_layer if has_lower else 0
-        for name, tensor in (("keys", keys), ("values", values)):
-            self.register_buffer(f"lower_{name}", tensor[:num_lower].detach().float().clone())
-        keys = keys[num_lower:]
-        values = values[num_lower:]
+        self._has_lower = has_lower
+        if has_lower:
+            self.register_buffer("lower_keys", keys[:from_layer].detach().float().clone())
+            self.register_buffer("lower_values", values[:from_layer].detach().float().clone())
+            keys = keys[from_layer:]
+            values = values[from_layer:]
         self.num_virtual_tokens = keys.shape[1]
         self.num_frozen = num_frozen
         self._train_keys = train_keys
@@ -148,22 +149,23 @@ class PrefixTuning(Method):
             found = start.tensors(dict.fromkeys(PLAIN, shape))
             keys, values = (found[name] for name in PLAIN)
         prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp, **layers)
-        if mlp is not None and start.holds("transform.0.weight"):
-            named = dict(prompt.named_parameters()) | dict(prompt.named_buffers())
-            prompt.load_state_dict(start.tensors({name: tuple(t.shape) for name, t in named.items()}))
+        wanted = {name: tuple(tensor.shape) for name, tensor in prompt.state_dict().items()}
+        stored = start.read().tensors
+        if mlp is not None and all(name in stored and stored[name].shape == wanted[name] for name in wanted):
+            prompt.load_state_dict(start.tensors(wanted))
         return prompt
 
     @torch.no_grad()
     def begin_from(self, *computed: torch.Tensor) -> None:
         keys, values = computed
-        wanted = (self.num_virtual_tokens, *self.frozen_keys.shape[2:])
+        wanted = (self.num_virtual_tokens, *self.get_buffer("frozen_keys").shape[2:])
         found = [tuple(part.shape[1:]) for part in (keys, values)]
         if found != [wanted, wanted]:
             raise ValueError(f"prompt.method: prefix_tuning has keys and values {wanted}, the base computes {found}")
         for name, tensor in (("keys", keys), ("values", values)):
             below, above = tensor.tensor_split([self.from_layer])
-            lower = self.get_buffer(f"lower_{name}")
-            lower.copy_(below[: len(lower)])
+            if self._has_lower:
+                self.get_buffer(f"lower_{name}").copy_(below)
             frozen, own = above.tensor_split([self.num_frozen], dim=1)
             self.get_buffer(f"frozen_{name}").copy_(frozen)
             self._own(name).copy_(own)
@@ -183,12 +185,10 @@ class PrefixTuning(Method):
             keys = keys + parts[0] if self._train_keys else keys
             values = values + parts[-1]
         if self.num_frozen:
-            keys = torch.cat([self.frozen_keys, keys], dim=1)
-            values = torch.cat([self.frozen_values, values], dim=1)
-        lower = (self.lower_keys, self.lower_values) if len(self.lower_keys) else (None, None)
-        return Contribution(
-            keys=keys, values=values, start_layer=self.from_layer, lower_keys=lower[0], lower_values=lower[1]
-        )
+            keys = torch.cat([self.get_buffer("frozen_keys"), keys], dim=1)
+            values = torch.cat([self.get_buffer("frozen_values"), values], dim=1)
+        lower = {name: self.get_buffer(name) for name in LOWER} if self._has_lower else {}
+        return Contribution(keys=keys, values=values, start_layer=self.from_layer, **lower)
 
     @torch.no_grad()
     def plain(self) -> dict[str, torch.Tensor]:

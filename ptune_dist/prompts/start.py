@@ -5,12 +5,12 @@ Shapes: P virtual tokens, D width.
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -22,11 +22,21 @@ NUM_COMMON_TOKENS = 5000
 PROMPT_FILES = ("prompt/prompt.safetensors", "prompt.safetensors", "adapter_model.safetensors")
 VECTOR_ADAPTERS = ("PROMPT_TUNING", "P_TUNING")  # PEFT's types whose prompt_embeddings are virtual tokens
 VECTOR_NAMES = ("virtual_tokens", "prompt_embeddings")  # ours and PEFT's
+BASE = "base."  # tensors of the base that a method has trained
 
 NOTHING = "nothing"
 
 Lookup = Callable[[list[int]], torch.Tensor]  # token ids -> embeddings [len(ids), D]
 ReadRows = Callable[[], Iterable[list[int]]]  # the token ids of each training row, input and target
+
+
+class Source(NamedTuple):
+    """A stored prompt: its tensors, the facts of ours, and PEFT's settings of an adapter; either may be empty."""
+
+    file: Path
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+    settings: dict[str, Any]
 
 
 @dataclass
@@ -35,7 +45,7 @@ class Start:
 
     `lookup` reads rows of the base's embeddings. Kind NOTHING gives zeros: a trained prompt will be loaded.
     num_embeddings: the base's, where the tokenizer has ids beyond them. asked: prompt.init, also where kind is NOTHING.
-    rows: those to train on, if any.
+    rows: those to train on, if any. tasks: the names of the rows' tasks.
     """
 
     kind: str  # prompt.init, or NOTHING
@@ -49,6 +59,7 @@ class Start:
     asked: str = NOTHING
     placement: str = "prefix"
     rows: ReadRows | None = None
+    tasks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -86,9 +97,14 @@ class Start:
                 )
         return {name: stored[name].float() for name in wanted}
 
-    def holds(self, name: str) -> bool:
-        """Whether `prompt.init_file` has a tensor of this name. Raises UserError."""
-        return name in read_tensors(find_prompt_file(self.file or ""))
+    def holds(self, *prefixes: str) -> bool:
+        """Whether `prompt.init_file` is given and has tensors whose names begin so. Raises UserError."""
+        return self.kind == "file" and any(name.startswith(prefixes) for name in self.read().tensors)
+
+    def read(self) -> "Source":
+        """What `prompt.init_file` holds. Raises UserError."""
+        file = find_prompt_file(self.file or "")
+        return Source(file, read_tensors(file), read_facts(file), read_adapter_settings(file.parent))
 
     def tokens(self, num: int, num_rows: int | None = None) -> list[int]:
         """Token ids [num] of the text or the rows to start from, repeated or cut; a text begins as the base reads one.
@@ -110,6 +126,15 @@ class Start:
         if num_rows is not None and count < num_rows:
             raise UserError(f"prompt.init_rows is {num_rows} but there are {count} training rows")
         return repeat(found, num)[:num]
+
+    def base_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the base that `prompt.init_file` holds, by their names there, in float32. Raises UserError."""
+        file = find_prompt_file(self.file or "")
+        stored = read_tensors(file)
+        found = {name: tensor.float() for name, tensor in stored.items() if name.startswith(BASE)}
+        if not found:
+            raise UserError(f"prompt.init_file: {file} has no tensors of a base, only {', '.join(sorted(stored)[:5])}")
+        return found
 
     def _text_vectors(self, num: int) -> torch.Tensor:
         """[P, D]: embeddings of the text's tokens, repeated or cut to P."""
@@ -183,6 +208,10 @@ def read_vectors(source: str, num: int, width: int) -> torch.Tensor:
     found = next((tensors[name] for name in VECTOR_NAMES if name in tensors), None)
     if found is None:
         raise UserError(f"prompt.init_file: {file} holds no virtual_tokens, only {', '.join(sorted(tensors)[:5])}")
+    if found.dim() == 3:
+        raise UserError(
+            f"prompt.init_file: {file} is a prompt of {len(found)} tasks: export one with ptune-dist export --task"
+        )
     settings = read_adapter_settings(file.parent)
     kind = settings.get("peft_type", "PROMPT_TUNING")
     if kind not in VECTOR_ADAPTERS:
@@ -195,6 +224,15 @@ def read_vectors(source: str, num: int, width: int) -> torch.Tensor:
             f"this prompt is (num_virtual_tokens, width) = {(num, width)}"
         )
     return found.float()
+
+
+def read_facts(file: Path) -> dict[str, Any]:
+    """What a run stored about its prompt, in the header of the tensors; empty where a file is of another kind."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return json.loads((opened.metadata() or {}).get("facts", "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
 
 
 def read_adapter_settings(folder: Path) -> dict[str, Any]:

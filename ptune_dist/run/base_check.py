@@ -76,7 +76,8 @@ def draw_probe(reading: Reading, opened: OpenedBase) -> Probe:
 def find_placement(reading: Reading) -> str:
     """Where the job's virtual tokens stand; keys and values of a prefix are read as those of a context are."""
     placement = reading.config.prompt.placement
-    is_read_first = any(not find_method(member.prompt).stands_in_sequence for member in reading.members.values())
+    methods = [find_method(member.prompt) for member in reading.members.values()]
+    is_read_first = any(method.takes_positions and not method.stands_in_sequence for method in methods)
     return "infix" if is_read_first and "infix" in reading.family.placements else placement
 
 

@@ -31,6 +31,7 @@ from ptune_dist.base.quantized_ops import describe_fallback
 from ptune_dist.base.recompute import read_settings
 from ptune_dist.base.rotary import fixed_positions
 from ptune_dist.base.source import fingerprint_base
+from ptune_dist.base.trained import parameters_of_head
 from ptune_dist.config.deepspeed_json import fill_deepspeed_json, show_source, zero_stage
 from ptune_dist.config.schema import Config
 from ptune_dist.data.examples import longest_answer
@@ -40,7 +41,7 @@ from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.given_cache import keeps_more
 from ptune_dist.model.value_head import TargetScale
-from ptune_dist.prompts.build import build_prompt
+from ptune_dist.prompts.build import build_prompt, choose_trained
 from ptune_dist.prompts.method import BaseFacts, Method
 from ptune_dist.run.base_check import check_base, draw_probe
 from ptune_dist.run.memory_need import Workload, fit_micro_batch, prompt_bytes
@@ -135,7 +136,19 @@ def open_base_of(reading: Reading) -> OpenedBase:
         int8=int8 if model.quantization == "int8" else None,
         fp8={"include": model.int8_include} if model.quantization == "fp8" else None,
         labels=reading.config.data.labels,
+        choose_trained=functools.partial(choose_trained_of, reading),
     )
+
+
+def choose_trained_of(reading: Reading, base: PreTrainedModel) -> set[str]:
+    """Names of the base's parameters that the job trains. Raises UserError.
+
+    The head over the vocabulary is not among them where a new head answers numbers.
+    """
+    chosen = choose_trained(next(iter(reading.members.values())).prompt, base)
+    if reading.objective.target == "number":
+        chosen -= parameters_of_head(base)
+    return chosen
 
 
 def base_facts(base: PreTrainedModel) -> BaseFacts:
@@ -215,7 +228,7 @@ def settle_micro_batch(reading: Reading, parts: Parts, rows: TrainingRows, world
     fixed = {
         "base": room.base,
         "gathered layers": gathered_bytes(parts.deepspeed_json, base),
-        "prompts": prompt_bytes(prompts),
+        "prompts": prompt_bytes([*prompts, base]),
     }
     if world.device.type != "cuda":
         fixed["context cache"] = int(config.train.context_cache_gib * GIB)

@@ -145,6 +145,6 @@ def guess_per_position(base: PreTrainedModel, longest: int) -> int:
     return 4 * len(layers_of(base)) * (60 * width + 12 * inner + 12 * heads * longest)
 
 
-def prompt_bytes(prompts: Sequence[nn.Module]) -> int:
-    """Of all prompts with what training keeps of them."""
-    return STATES * 4 * sum(p.numel() for prompt in prompts for p in prompt.parameters())
+def prompt_bytes(modules: Sequence[nn.Module]) -> int:
+    """Of all that is trained in prompts, or in a base, with what training keeps of it."""
+    return STATES * 4 * sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)

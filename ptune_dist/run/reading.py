@@ -40,15 +40,16 @@ class Reading:
     def encoding(self, member: Config) -> Encoding:
         """How a member's rows become token ids. Raises UserError."""
         data = member.data
+        placement = self.config.prompt.placement
         return Encoding(
             self.tokenizer,
             self.family.frame_text(),
             self.family.build_targets(self.objective.target, self.tokenizer, data.labels, data.append_eos),
             max_length=data.max_length or DEFAULT_MAX_LENGTH,
-            placement=self.config.prompt.placement,
+            placement=placement,
             truncation_side=data.truncation_side,
             num_embeddings=self.num_embeddings,
-            needs_rest=self.config.prompt.placement != "prefix" and not find_method(member.prompt).stands_in_sequence,
+            needs_rest=placement in ("infix", "template") and not find_method(member.prompt).stands_in_sequence,
         )
 
     def with_micro_batch(self, tokens: int) -> "Reading":
@@ -131,6 +132,10 @@ def check_family_fits(config: Config, members: dict[str, Config], family: Family
             bases = " and ".join(method.families)
             raise UserError(
                 f"prompt.method: {member.prompt.method} is for {bases} bases; {config.model.path} is {family.name}"
+            )
+        if config.sweep and method.trains_base:
+            raise UserError(
+                f"sweep: {member.prompt.method} trains tensors of the base, which all members share: use a run for each"
             )
     if config.sweep and family.trains_head:
         path = config.model.path

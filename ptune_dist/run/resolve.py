@@ -6,7 +6,7 @@ from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.errors import UserError
 from ptune_dist.families import FAMILIES
 from ptune_dist.objectives import OBJECTIVES
-from ptune_dist.prompts.build import check_options, choose_start, find_method
+from ptune_dist.prompts.build import check_options, choose_start, find_method, settle_positions
 
 
 def resolve(config: Config) -> Config:
@@ -25,7 +25,8 @@ def resolve(config: Config) -> Config:
         raise ValueError(f"prompt.method: {prompt.method} needs an input before the target, and a .txt file has none")
     if not config.sweep and not method.enters_late(options):
         check_cache(config)
-    filled = {"init": choose_start(prompt), **options.model_dump()}
+    positions = settle_positions(prompt)
+    filled = {"init": choose_start(prompt), "num_virtual_tokens": positions, **options.model_dump()}
     return config.model_copy(update={"prompt": prompt.model_copy(update=filled)})
 
 

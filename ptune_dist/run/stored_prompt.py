@@ -11,7 +11,7 @@ from ptune_dist.config.sweep import ONLY_MEMBER
 from ptune_dist.distributed.world import World, from_main
 from ptune_dist.errors import UserError
 from ptune_dist.model.value_head import TargetScale
-from ptune_dist.prompts.build import check_options
+from ptune_dist.prompts.build import check_options, find_method
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.job import Job, base_facts, build_job
 from ptune_dist.run.reading import Reading
@@ -50,6 +50,8 @@ def check_prompt(reading: Reading, facts: dict[str, Any], run_dir: Path) -> None
             raise UserError(f"prompt.{key}: the prompt of {run_dir} was trained with {stored[key]!r}, not {value!r}")
     if facts.get("labels") not in (None, config.data.labels):
         raise UserError(f"data.labels: the head of {run_dir} was trained to tell {facts['labels']} apart")
+    if facts.get("tasks") and facts["tasks"] != list(config.data.tasks or []):
+        raise UserError(f"data.tasks: the prompt of {run_dir} was trained on the tasks {', '.join(facts['tasks'])}")
     objective = facts.get("objective", "cross_entropy")
     if objective != config.train.objective:
         raise UserError(
@@ -83,6 +85,8 @@ def prompt_facts(job: Job, member: str, *, step: int, metrics: dict[str, float])
     }
     if job.longest_target is not None:
         facts["longest_target"] = job.longest_target
+    if config.data.tasks and find_method(config.prompt).has_tasks:
+        facts["tasks"] = list(config.data.tasks)
     options = check_options(config.prompt).model_dump()
     if options:
         facts["options"] = options

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from ptune_dist.base.layers import layers_of
 from ptune_dist.base.recompute import Recomputer, read_settings
-from ptune_dist.base.trained_head import set_apart
+from ptune_dist.base.trained import set_apart
 from ptune_dist.config.deepspeed_json import show_source, zero_stage
 from ptune_dist.config.schema import Config, TrainConfig
 from ptune_dist.data.batches import Batch, Plan, Unit, plan_micro_batches
@@ -262,6 +262,7 @@ def build_engine(
     first = next(iter(configs.values()))
     set_apart(model.base, world.device, getattr(torch, first.model.dtype))
     model.place(world.device)
+    model.start_base()
     members = {
         name: build_member(configs[name].train, model.trainable(number), dict(model.prompt(number).named_buffers()))
         for number, name in enumerate(configs)

@@ -88,7 +88,7 @@ def plain_late_logits(base, start: int, prompt: dict[str, torch.Tensor], context
         run = lambda: base(inputs_embeds=vectors, use_cache=False)  # noqa: E731
         return run_from(layer, hidden, run).logits[0, -len(target) - 1 : -1]
     keys, values = prompt["prefix_keys"], prompt["prefix_values"]
-    lower = prompt["lower_keys"], prompt["lower_values"]
+    lower = prompt.get("lower_keys", keys[:0]), prompt.get("lower_values", values[:0])
     cache = DynamicCache(config=base.config)
     for number in range(start + len(keys)):
         parts = lower if number < len(lower[0]) else (keys, values)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from ptune_dist.base.layers import layers_of
+from ptune_dist.base.layers import layers_of, num_first_layers
 from ptune_dist.base.recompute import DEFAULTS, Recomputer
 from ptune_dist.families import FAMILIES
 from ptune_dist.objectives.cross_entropy import CrossEntropy
@@ -34,6 +35,13 @@ KINDS = ["gpt2", "llama", "opt", "gpt_neox", "bloom", "qwen2_window", "gemma2"]
 @pytest.fixture(scope="module")
 def bases() -> dict:
     return {kind: build_deep(kind) for kind in KINDS}
+
+
+def test_the_layers_that_a_prompt_can_enter_are_known_of_every_base(bases):
+    assert {kind: num_first_layers(base) for kind, base in bases.items()} == dict.fromkeys(KINDS, 4)
+    assert [num_first_layers(build_deep(kind)) for kind in [*SEQ2SEQ, *ENCODERS]] == [4] * 4
+    shape = AutoConfig.for_model("albert", hidden_size=32, num_attention_heads=4, intermediate_size=64, vocab_size=99)
+    assert num_first_layers(AutoModelForSequenceClassification.from_config(shape)) is None
 
 
 def late(base, start: int, num: int, seed: int) -> LatePrompt:

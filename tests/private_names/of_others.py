@@ -48,7 +48,7 @@ TABLE: Table = {
     "cluster/processes.py": [
         attribute("atexit:_run_exitfuncs", "run exit functions without the rest of Python's cleanup"),
     ],
-    "base/trained_head.py": [
+    "base/trained.py": [
         instance(MODULE, "_parameters", "take a trained head out of the parameters"),
     ],
     "model/attention_products.py": [

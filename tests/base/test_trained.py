@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptune_dist.base.trained_head import set_apart, trained_parameters
+from ptune_dist.base.trained import set_apart, trained_parameters
 from tests.base.bases import IDS, load
 from tests.conftest import ENCODERS, LABELS
 

@@ -3,6 +3,7 @@
 To add a method, write its class in a file of its own (`method.py` is the interface) and name it here.
 """
 
+from ptune_dist.prompts.late_prompt import LatePrompt
 from ptune_dist.prompts.method import Method
 from ptune_dist.prompts.multitask import MultitaskPromptTuning
 from ptune_dist.prompts.p_tuning import PTuning
@@ -14,6 +15,7 @@ METHODS: dict[str, type[Method]] = {
     "prompt_tuning": PromptTuning,
     "p_tuning": PTuning,
     "prefix_tuning": PrefixTuning,
+    "late_prompt": LatePrompt,
     "multitask_prompt_tuning": MultitaskPromptTuning,
     "last_layers": LastLayers,
     "bias_only": BiasOnly,

@@ -49,6 +49,8 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
     """Raise UserError for a prompt that PEFT cannot place: it puts virtual tokens before everything."""
     if METHODS[facts["method"]].trains_base:
         raise UserError(f"--to {to}: PEFT has no {facts['method']}: use --to model")
+    if "late_tokens" in tensors:
+        raise UserError(f"--to {to}: PEFT has no method whose virtual tokens enter at a later layer")
     if to == CARTRIDGE and "prefix_keys" not in tensors:
         raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {facts['method']}: use --to peft")
     if "prefix_keys" in tensors and tensors["prefix_keys"].shape != tensors["prefix_values"].shape:
@@ -59,6 +61,8 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
         raise UserError(f"--to {to}: PEFT has no placement {facts['placement']}{other}")
     if any(name.startswith(VALUE_HEAD) for name in tensors):
         raise UserError(f"--to {to}: PEFT has no head that answers numbers for language models")
+    if facts.get("options", {}).get("from_layer") and "lower_keys" not in tensors:
+        raise UserError(f"--to {to}: PEFT's prefixes are in all layers, this one begins with prompt.from_layer")
 
 
 def export_peft(
@@ -124,6 +128,8 @@ def export_prompt_embeds(
         raise UserError("--to prompt-embeds: this prompt was trained with a classification head: use --to peft")
     if any(name.startswith(VALUE_HEAD) for name in tensors):
         raise UserError("--to prompt-embeds: this prompt was trained with a head that answers numbers")
+    if "late_tokens" in tensors:
+        raise UserError("--to prompt-embeds: this prompt enters at a later layer and has no input embeddings")
     if any(name.startswith(BASE) for name in tensors):
         raise UserError("--to prompt-embeds: this run trained tensors of the base and no prompt: use --to model")
     if "virtual_tokens" not in tensors:

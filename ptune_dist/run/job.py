@@ -21,6 +21,7 @@ from ptune_dist.base.layers import (
     key_value_heads,
     layers_of,
     max_positions,
+    num_first_layers,
 )
 from ptune_dist.base.load import fill_whole
 from ptune_dist.base.memory_check import GIB, check_memory, find_room
@@ -160,6 +161,8 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
         num_key_value_heads=None if keeps_more(base) else num_heads,
         head_width=of_keys,
         value_width=of_values,
+        hidden_size=hidden_size(base),
+        num_first_layers=num_first_layers(base),
     )
 
 

@@ -22,7 +22,8 @@ from ptune_dist.families.causal_padded import PaddedCausal, keeps_keys
 from ptune_dist.families.family import Family
 from ptune_dist.families.generation import generates_from_vectors
 from ptune_dist.families.segment_decoder import SegmentDecoder
-from ptune_dist.families.segment_inputs import arrays_of, embed_laid, no_mask, supervise_laid, to_index
+from ptune_dist.families.segment_inputs import adapt, arrays_of, embed_laid, no_mask, supervise_laid, to_index
+from ptune_dist.model.adapters import prepare_attentions
 from ptune_dist.model.attention import Segment, use_segments, windows_of
 from ptune_dist.model.attention_flex import FlexTables
 from ptune_dist.model.attention_layouts import RecordedSegments, build_attention, takes_flex
@@ -59,6 +60,8 @@ class PromptedCausal(PaddedCausal):
         self.uses_segments = use_segments(base)
         self.read_base()
         self.scores_trees = self.uses_segments
+        if any(prompt.is_gated for prompt in self.members()):
+            self.adapted_attentions = prepare_attentions(base)
 
     def read_base(self) -> None:
         self._windows = windows_of(self.base)
@@ -108,6 +111,7 @@ class PromptedCausal(PaddedCausal):
         vectors = embed_laid(self, index, contributions)
         parts = [part.to(vectors.dtype) for part in outside]
         attention = build_attention(prepared.layout.segments, parts, vectors.device, prepared.tables(index))
+        attention = adapt(self, attention, contributions, prepared.layout.segments)
         return supervise_laid(index, prepared.layout.reader, vectors, attention)
 
     def label_losses(self, batch: Batch) -> list[np.ndarray]:
@@ -120,6 +124,7 @@ class PromptedCausal(PaddedCausal):
         found = outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         parts = [part.to(vectors.dtype) for part in found]
         attention = build_tree_attention(laid.layout.segments, laid.trees, parts, vectors.device)
+        attention = adapt(self, attention, contributions, laid.layout.segments, laid.trees)
         order = np.argsort(laid.places, kind="stable")
         losses = np.empty(len(order))
         losses[order] = self.head.token_losses(

@@ -1,11 +1,15 @@
 """The base's inputs for one row of live positions. Legend: N live positions, D width."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from ptune_dist.model.adapters import AdaptedSegments, positions_of
+from ptune_dist.model.attention import Segment
 from ptune_dist.model.attention_layouts import SegmentAttention
+from ptune_dist.model.attention_trees import PlacedTree
 from ptune_dist.model.layout import Layout
 from ptune_dist.model.packing import pack
 from ptune_dist.model.prompted_model import PromptedModel, Supervised, vectors_of
@@ -34,6 +38,20 @@ def embed_laid(model: PromptedModel, index: Index, contributions: list[Contribut
     tokens = model.embed_tokens(index["tokens"])
     vectors = [vectors_of(contribution, tokens) for contribution in contributions]
     return torch.cat([*vectors, tokens])[index["source"]]
+
+
+def adapt(
+    model: PromptedModel,
+    attention: SegmentAttention,
+    contributions: list[Contribution],
+    segments: list[Segment],
+    trees: Sequence[PlacedTree] = (),
+) -> SegmentAttention:
+    """The attention of a pass with the members' adapter tokens, where they have some."""
+    if not model.adapted_attentions:
+        return attention
+    positions = positions_of(segments, trees, len(contributions), model.device)
+    return AdaptedSegments(attention, model.adapted_attentions, contributions, positions)
 
 
 def supervise_laid(index: Index, reader: np.ndarray, vectors: torch.Tensor, attention: SegmentAttention) -> Supervised:

@@ -83,10 +83,11 @@ def build_prompt(
     *,
     with_start: bool,
     num_embeddings: int | None = None,
+    read_rows: Lookup | None = None,
 ) -> Method:
     """The prompt that a member's config asks for. Without a start, its numbers will be loaded. Raises UserError.
 
-    num_embeddings: the base's, where the tokenizer has ids beyond them.
+    num_embeddings: the base's, where the tokenizer has ids beyond them. read_rows: its embeddings as they are stored.
     """
     prompt = config.prompt
     start = Start(
@@ -98,6 +99,7 @@ def build_prompt(
         labels=prompt.init_labels or config.data.labels,
         file=prompt.init_file,
         num_embeddings=num_embeddings,
+        read_rows=read_rows,
     )
     try:
         return find_method(prompt).build(check_options(prompt), prompt.num_virtual_tokens, base, start)

@@ -14,7 +14,8 @@ from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
 from ptune_dist.prompts.start import BASE, read_adapter_settings
 
-OWN_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's types that exports are of
+# PEFT's types that exports are of.
+OWN_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT")
 POOLER = ".pooler."
 VALUE_HEAD = "value_head."
 
@@ -44,6 +45,10 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> N
     """Raise UserError for a prompt that PEFT cannot place: it puts virtual tokens before everything."""
     if METHODS[facts["method"]].trains_base:
         raise UserError(f"--to peft: PEFT has no {facts['method']}: use --to model")
+    known = METHODS[facts["method"]].peft_bases
+    kind = facts["base"]["model_type"]
+    if known is not None and kind not in known:
+        raise UserError(f"--to peft: PEFT has {facts['method']} for {', '.join(known)} models only, not for {kind}")
     if facts["placement"] not in ("prefix", "encoder"):
         other = "" if facts["placement"] == "decoder" else ": use --to prompt-embeds"
         raise UserError(f"--to peft: PEFT has no placement {facts['placement']}{other}")
@@ -62,21 +67,28 @@ def export_peft(
     """
     adapter = METHODS[facts["method"]].to_peft(tensors)
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
-    stored = {"prompt_embeddings": adapter.prompt_embeddings.contiguous()}
-    stored |= {f"base_model.{name}": tensor for name, tensor in head.items()}
     config = {
         "task_type": task_type,
         "base_model_name_or_path": facts["base"]["path"],
         "inference_mode": True,
-        "num_virtual_tokens": facts["num_virtual_tokens"],
-        "token_dim": facts["width"],
-        "num_layers": facts["base"]["num_layers"],
-        "num_attention_heads": facts["base"]["num_attention_heads"],
-        "num_transformer_submodules": 1,  # of seq2seq too: its decoder gets no virtual tokens
         "modules_to_save": head_modules(head) or None,
         "revision": None,
-        **adapter.settings,
     }
+    if adapter.prompt_embeddings is not None:
+        stored = {"prompt_embeddings": adapter.prompt_embeddings.contiguous()}
+        stored |= {f"base_model.{name}": tensor for name, tensor in head.items()}
+        config |= {
+            "num_virtual_tokens": facts["num_virtual_tokens"],
+            "token_dim": facts["width"],
+            "num_layers": facts["base"]["num_layers"],
+            "num_attention_heads": facts["base"]["num_attention_heads"],
+            "num_transformer_submodules": 1,  # of seq2seq too: its decoder gets no virtual tokens
+            **adapter.settings,
+        }
+    else:
+        tensors = {name.format(**facts["modules"]): tensor for name, tensor in adapter.tensors.items()} | head
+        stored = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+        config |= {key: fill_name(value, facts["modules"]) for key, value in adapter.settings.items()}
     files = {
         "adapter_model.safetensors": save(stored, {"format": "pt"}),
         "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
@@ -84,6 +96,11 @@ def export_peft(
     if shape is not None:
         files["config.json"] = shape.encode()
     write_folder(out, files)
+
+
+def fill_name(value: Any, modules: dict[str, Any]) -> Any:
+    """A setting in which the names of a base's modules are put."""
+    return value.format(**modules) if isinstance(value, str) else value
 
 
 def head_modules(names: Iterable[str]) -> list[str]:

@@ -3,7 +3,7 @@
 Shapes: P positions, D width, L layers, G key/value heads, Dh width of a head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -28,23 +28,33 @@ class BaseFacts:
     num_layers: int | None = None
     num_key_value_heads: int | None = None
     head_width: int | None = None
+    num_embeddings: int | None = None
+    model_type: str | None = None
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What a prompt adds to a pass; either part may be absent.
+    """What a prompt adds to a pass; each part may be absent.
 
     vectors [P, D]: virtual tokens that stand in the sequence. keys, values [L, P, G, Dh]: of every layer, attended to
-    by all positions and read before the sequence; rotary bases take them as already rotated.
+    by all positions and read before the sequence; rotary bases take them as already rotated. adapters [A, P, D]: tokens
+    of the last A layers that all positions attend to by a softmax of their own, and gate [A] what scales the result.
     """
 
     vectors: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    adapters: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
 
     @property
     def num_vectors(self) -> int:
         return 0 if self.vectors is None else len(self.vectors)
+
+    @property
+    def num_adapted(self) -> int:
+        """Layers, from the last, that have adapter tokens."""
+        return 0 if self.adapters is None else len(self.adapters)
 
     @property
     def num_prefix(self) -> int:
@@ -53,10 +63,15 @@ class Contribution:
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """What PEFT stores of a prompt: the tensor `prompt_embeddings`, and entries of adapter_config.json."""
+    """What PEFT stores of a prompt: the tensor `prompt_embeddings`, and entries of adapter_config.json.
 
-    prompt_embeddings: torch.Tensor
+    Adapters that are no prompts have `tensors` instead, named as in the base: `{embeddings}` stands for its own name of
+    the module, there and in the settings.
+    """
+
+    prompt_embeddings: torch.Tensor | None
     settings: dict[str, Any]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Method(nn.Module):
@@ -73,9 +88,14 @@ class Method(nn.Module):
     stands_in_sequence: ClassVar[bool] = True  # False: keys and values only, so nothing can be predicted from it alone
 
     takes_positions: ClassVar[bool] = True  # False: num_virtual_tokens is 0
-    trains_base: ClassVar[bool] = False  # copies of the base's own tensors, of which there is one set: no sweeps
+    is_gated: ClassVar[bool] = False  # adapter tokens and a gate
+    changes_base: ClassVar[bool] = False  # what every member would compute with: no sweeps
+    peft_bases: ClassVar[tuple[str, ...] | None] = None  # model types that PEFT has this method for; None: all
+    names_modules: ClassVar[bool] = False  # PEFT's adapter has names of the base's modules
+    trains_base: ClassVar[bool] = False  # what is trained are copies of the base's own tensors
 
     num_virtual_tokens: int  # positions that the prompt takes
+    token_ids: list[int] = []  # tokens whose embeddings are trained
     base_start: dict[str, torch.Tensor] | None = None  # what the trained tensors of the base start from; None: its own
 
     @classmethod
@@ -90,6 +110,9 @@ class Method(nn.Module):
         `base` has no memory yet. Raises ValueError that begins with the key.
         """
         return set()
+
+    def attach(self, base: PreTrainedModel) -> None:
+        """Have a base compute with what is trained, for methods that change more than what a pass reads."""
 
     def forward(self) -> Contribution:
         raise NotImplementedError

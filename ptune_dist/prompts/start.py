@@ -45,6 +45,7 @@ class Start:
     labels: list[str] | None = None
     file: str | None = None
     num_embeddings: int | None = None
+    read_rows: Lookup | None = None  # the base's embeddings as they are stored: Gemma scales what it looks up
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -81,6 +82,11 @@ class Start:
                     f"prompt.init_file: {file} holds {name} {tuple(stored[name].shape)}, this prompt has {tuple(shape)}"
                 )
         return {name: stored[name].float() for name in wanted}
+
+    def rows_of(self, ids: list[int]) -> torch.Tensor:
+        """The base's own embeddings [len(ids), D] as they are stored."""
+        assert self.read_rows is not None, "whoever builds a prompt for a base can read its embeddings"
+        return self.read_rows(ids)
 
     def base_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the base that `prompt.init_file` holds, by their names there, in float32. Raises UserError."""

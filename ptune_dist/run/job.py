@@ -115,6 +115,7 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool) -> P
             opened.embed,
             with_start=with_start,
             num_embeddings=reading.num_embeddings,
+            read_rows=opened.read_rows,
         )
     if world is not None:
         check_memory(opened.model, content, config.model.path, world.size, world.device)
@@ -157,6 +158,8 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
         num_layers=getattr(text, "num_hidden_layers", None),
         num_key_value_heads=None if keeps_more(base) else num_key_value_heads(base.config),
         head_width=head_width(base.config),
+        model_type=base.config.model_type,
+        num_embeddings=getattr(base.get_input_embeddings(), "num_embeddings", None),
     )
 
 
@@ -272,7 +275,9 @@ def build_job(
         print(slower, flush=True)
     if config.model.compile == "auto":
         fuse(parts.opened.model, parts.opened.trained, lambda line: print(line, flush=True) if world.is_main else None)
-    probe = together(world, lambda: draw_probe(reading, parts.opened)) if config.model.check else None
+    probe = None
+    if config.model.check:
+        probe = together(world, lambda: draw_probe(reading, parts.opened, parts.prompts.values()))
     began = time.perf_counter()
     base = fill_base(parts, config, world)
     loading = {"load_s": time.perf_counter() - began, "bytes_read": parts.opened.weights.bytes_read}

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from ptune_dist.base.layers import setting_of
+from ptune_dist.base.layers import name_modules, setting_of
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import ONLY_MEMBER
 from ptune_dist.distributed.world import World, from_main
 from ptune_dist.errors import UserError
 from ptune_dist.model.value_head import TargetScale
-from ptune_dist.prompts.build import check_options
+from ptune_dist.prompts.build import check_options, find_method
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.job import Job, base_facts, build_job
 from ptune_dist.run.reading import Reading
@@ -83,6 +83,8 @@ def prompt_facts(job: Job, member: str, *, step: int, metrics: dict[str, float])
     }
     if job.longest_target is not None:
         facts["longest_target"] = job.longest_target
+    if find_method(config.prompt).names_modules:
+        facts["modules"] = name_modules(model.base)
     options = check_options(config.prompt).model_dump()
     if options:
         facts["options"] = options

@@ -163,7 +163,9 @@ def build_parser() -> Parser:
     for command in (evaluate, generate, export):
         command.add_argument("--member", metavar="NAME", help="of a sweep; the best-ranked one where left out")
     add_generate_arguments(generate)
-    export.add_argument("--to", choices=["peft", "prompt-embeds", "model"], required=True)
+    generate.add_argument("--task", metavar="NAME", help="of all inputs; the column of data.task where left out")
+    export.add_argument("--task", metavar="NAME", help="one of the tasks of a multitask prompt")
+    export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds", "model"], required=True)
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
     add_input_arguments(export, "for prompt-embeds: ", required=False)
     bench = add("bench", run_bench, "run a matrix of benchmarks", "MATRIX")
@@ -287,6 +289,7 @@ def run_generate(parsed: argparse.Namespace) -> None:
         sampling_of(parsed),
         parsed.seed,
         chooses_label=parsed.labels,
+        task=parsed.task,
     )
     generate_for_run(config, run_dir, request)
 
@@ -303,7 +306,8 @@ def run_export(parsed: argparse.Namespace) -> None:
     with without_garbage_collection():
         from ptune_dist.commands import export_run
 
-    export_run(config, run_dir, to=parsed.to, out=parsed.out, text=parsed.input, file=parsed.input_file)
+    inputs = {"text": parsed.input, "file": parsed.input_file}
+    export_run(config, run_dir, to=parsed.to, out=parsed.out, **inputs, task=parsed.task)
     print(f"exported: {parsed.out}")
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import datasets
 import numpy as np
 import torch
 
@@ -21,15 +20,24 @@ from ptune_dist.data.candidates import Candidates
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.sources import Rows, load_rows
+from ptune_dist.data.tasks import read_tasks, task_column
 from ptune_dist.distributed.world import World, from_main, init_distributed, together
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import DEFAULT_NEW_TOKENS, Decoding
 from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator
-from ptune_dist.evaluation.generate import generate_texts, pad_id
+from ptune_dist.evaluation.generate import generate_of_tasks, pad_id
 from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.evaluation.splits import check_inputs, check_lengths
 from ptune_dist.families import FAMILIES
-from ptune_dist.prompts.export import check_export_folder, check_for_peft, export_peft, export_prompt_embeds
+from ptune_dist.prompts.build import find_method
+from ptune_dist.prompts.export import (
+    CARTRIDGE,
+    check_export_folder,
+    check_for_peft,
+    export_peft,
+    export_prompt_embeds,
+)
+from ptune_dist.prompts.multitask import select_task
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.folder import write_json
 from ptune_dist.run.job import Job, open_base_of
@@ -75,7 +83,7 @@ class GenerateRequest:
     """What `generate` is asked for: one text or a file of rows, and where the answers go.
 
     most_tokens: of an answer; None follows the config, then the longest target that was trained on. sampling: as in
-    Decoding. chooses_label: the answer is the likeliest of data.labels.
+    Decoding. chooses_label: the answer is the likeliest of data.labels. task: that of all rows; else their column's.
     """
 
     text: str | None
@@ -85,6 +93,7 @@ class GenerateRequest:
     sampling: dict[str, Any] | None = None
     seed: int = 0
     chooses_label: bool = False
+    task: str | None = None
 
 
 def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) -> None:
@@ -94,7 +103,8 @@ def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) ->
     reading = together(world, lambda: build_reading(config))
     rows = together(world, lambda: read_input_rows(config.data, config.prompt.placement, request.text, request.file))
     prepare = prepare_labels if request.chooses_label else prepare_texts
-    answer = together(world, lambda: prepare(reading, rows))
+    tasks = together(world, lambda: find_tasks(config, rows, request.task))
+    answer = together(world, lambda: prepare(reading, rows, tasks))
     stream = together(world, lambda: open_output(request.output, world))
     job = build_trained_job(reading, run_dir, world)
     decoding = from_main(world, lambda: build_decoding(job, run_dir, request))
@@ -106,22 +116,44 @@ def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) ->
                     print(dump_json(row | found, ensure_ascii=False, default=str), file=out, flush=True)
 
 
-def prepare_texts(reading: Reading, rows: Rows) -> Answer:
+def find_tasks(config: Config, rows: Rows, task: str | None) -> np.ndarray | None:
+    """The number of each row's task [N], where the run's prompt has several: `task`, or what its column names.
+
+    Raises UserError.
+    """
+    tasks = list(config.data.tasks or [])
+    if not tasks or not find_method(config.prompt).has_tasks:
+        if task is not None:
+            raise UserError("--task: the run's prompt is not of several tasks: leave it out")
+        return None
+    if task is not None:
+        if task not in tasks:
+            raise UserError(f"--task: {task} is none of {', '.join(tasks)}")
+        return np.full(len(rows), tasks.index(task), np.int32)
+    if task_column(config.data) not in rows.columns():
+        raise UserError(f"--task: the run's prompt is of several tasks: name one of {', '.join(tasks)}")
+    return read_tasks(config.data, rows)
+
+
+def prepare_texts(reading: Reading, rows: Rows, tasks: np.ndarray | None) -> Answer:
     """Raises UserError."""
-    return functools.partial(answer_with_texts, build_run_inputs(reading, rows))
+    return functools.partial(answer_with_texts, build_run_inputs(reading, rows), tasks)
 
 
-def prepare_labels(reading: Reading, rows: Rows) -> Answer:
+def prepare_labels(reading: Reading, rows: Rows, tasks: np.ndarray | None) -> Answer:
     """Raises UserError."""
-    return functools.partial(answer_with_labels, build_run_choices(reading, rows))
+    return functools.partial(answer_with_labels, build_run_choices(reading, rows, tasks))
 
 
-def answer_with_texts(inputs: list[TokenPair], job: Job, decoding: Decoding) -> Iterator[Answers]:
+def answer_with_texts(
+    inputs: list[TokenPair], tasks: np.ndarray | None, job: Job, decoding: Decoding
+) -> Iterator[Answers]:
     """Yield generated answers, for some rows at a time. Collective."""
     chunk = CHUNK_ROWS * job.engine.world.size
     for first in range(0, len(inputs), chunk):
         some = inputs[first : first + chunk]
-        answers = dict(generate_texts(job.engine, job.tokenizer, some, decoding, first=first))
+        own = None if tasks is None else tasks[first : first + chunk]
+        answers = dict(generate_of_tasks(job.engine, job.tokenizer, some, decoding, own, first=first))
         yield first, [{"generated": answers[i]} for i in sorted(answers)]
 
 
@@ -158,10 +190,10 @@ def check_output(request: GenerateRequest, data: DataConfig) -> None:
             raise UserError(f"--output: {request.output} is the file of {key}: choose another one")
 
 
-def build_run_choices(reading: Reading, rows: Rows) -> Candidates:
+def build_run_choices(reading: Reading, rows: Rows, tasks: np.ndarray | None) -> Candidates:
     """Each row's input with all labels. Raises UserError."""
     config = reading.config
-    candidates = build_choices(config.data, rows, reading.encoding(config), config.train.most_positions // 2)
+    candidates = build_choices(config.data, rows, reading.encoding(config), config.train.most_positions // 2, tasks)
     check_inputs(candidates.examples, config.prompt)
     return candidates
 
@@ -199,22 +231,29 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
         columns = needed if len(needed) == 1 else list(template.columns)
     if len(columns) != 1:
         raise UserError(f"--input: data.template takes {', '.join(columns) or 'none'}: give rows with --input-file")
+    import datasets  # takes half a second, and files of text need none of it
+
     return Rows("--input", datasets.Dataset.from_list([{columns[0]: text}]), "rows")
 
 
-def export_run(config: Config, run_dir: Path, *, to: str, out: Path, text: str | None, file: str | None) -> None:
-    """Write a PEFT adapter, embeddings of a prompt and inputs, or a model to folder `out`. Raises UserError."""
-    tensors, facts = load_prompt(run_dir / "prompt")
+def export_run(
+    config: Config, run_dir: Path, *, to: str, out: Path, text: str | None, file: str | None, task: str | None = None
+) -> None:
+    """Write a PEFT adapter (`peft`, `cartridge`), embeddings of a prompt and inputs, or a model to folder `out`.
+
+    Of one task or all. Raises UserError.
+    """
+    tensors, facts = select_task(*load_prompt(run_dir / "prompt"), task)
     check_export_folder(out, to)
-    if to == "peft":
-        check_for_peft(tensors, facts)
+    if to in ("peft", CARTRIDGE):
+        check_for_peft(tensors, facts, to)
         family = FAMILIES[facts["base"]["family"]]
         shape = None
         if family.trains_head:  # the base's own config.json does not know the labels
             with_labels = load_shape(config.model.path)
             family.prepare_shape(with_labels, config.data.labels)
             shape = with_labels.to_json_string()
-        export_peft(tensors, facts, family.peft_task, out, shape)
+        export_peft(tensors, facts, family.peft_task, out, shape, to)
         return
     model = config.model
     fingerprint = fingerprint_base(model.path, random_init=model.random_init, seed=config.seed)

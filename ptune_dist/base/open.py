@@ -121,11 +121,14 @@ def open_base(
     untie_trained(model, opened.trained)
     merged = merge_projections(model, opened.names, {name.rpartition(".")[0] for name in opened.trained})
     opened.weights = MergedWeights(opened.weights, merged)
-    skip = modules_with_trained_weights(model, opened.trained) | read_directly(model)
     if int8 is not None:
-        make_int8(model, dtype=dtype, skip=skip, **int8)
+        make_int8(
+            model, dtype=dtype, skip=modules_with_trained_weights(model, opened.trained) | read_directly(model), **int8
+        )
     if fp8 is not None:
-        make_fp8(model, dtype=dtype, skip=skip, **fp8)
+        make_fp8(
+            model, dtype=dtype, skip=modules_with_trained_weights(model, opened.trained) | read_directly(model), **fp8
+        )
     check_trained(model, opened.trained)
     for module in model.modules():  # T5's stacks have configs of their own
         if isinstance(module, PreTrainedModel):

@@ -108,6 +108,12 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
                 return os.path.abspath(folder / name) + colon + split
         return value
 
+    tasks = config.data.tasks
+    if isinstance(tasks, dict):
+        tasks = {
+            name: files.model_copy(update={"train": resolve(files.train), "validation": resolve(files.validation)})
+            for name, files in tasks.items()
+        }
     cache_dir = config.train.context_cache_dir
     if cache_dir:  # a run makes it
         cache_dir = os.path.abspath(os.path.expanduser(cache_dir))
@@ -117,7 +123,11 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
             "model": config.model.model_copy(update={"path": resolve(config.model.path)}),
             "prompt": config.prompt.model_copy(update={"init_file": resolve(config.prompt.init_file)}),
             "data": config.data.model_copy(
-                update={"train": resolve(config.data.train), "validation": resolve(config.data.validation)}
+                update={
+                    "train": resolve(config.data.train),
+                    "validation": resolve(config.data.validation),
+                    "tasks": tasks,
+                }
             ),
             "train": config.train.model_copy(update={"context_cache_dir": cache_dir}),
             "deepspeed": find_preset(resolve(config.deepspeed)),

@@ -19,7 +19,7 @@ from ptune_dist.config.fields import (
     refuse_text_but_auto,
     refuse_twice,
 )
-from ptune_dist.config.sections import CsvConfig, ModelConfig, PromptConfig
+from ptune_dist.config.sections import CsvConfig, ModelConfig, PromptConfig, TaskFiles
 from ptune_dist.config.sweep import check_sweep, fill_from_members
 from ptune_dist.metrics import METRICS
 
@@ -64,6 +64,14 @@ class DataConfig(Section):
     """The values that the target's one column can take: for accuracy by likelihood, for `init: labels`, and as the
     classes of an encoder base."""
 
+    task: str | None = None
+    """The column that names a row's task, where the rows are of several tasks: metrics are computed for each one too,
+    and `multitask_prompt_tuning` learns a prompt for each."""
+
+    tasks: Annotated[list[Label], AfterValidator(refuse_twice)] | dict[Label, TaskFiles] | None = None
+    """The tasks: the values of column `data.task`. Or, for rows that are in a file of their own for each task, each
+    task's name with its `train` and `validation`; templates then find the name in column `task`."""
+
     optional_columns: list[str] = []
     """Columns that a row may lack: missing or null, they are empty text. A column that the template tests
     (`{% if input %}`) need not be listed."""
@@ -84,6 +92,32 @@ class DataConfig(Section):
 
     cache_gib: Annotated[Real, Field(gt=0)] = 64.0
     """The most that `cache_dir` keeps. What was not used for the longest time is removed first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_from_tasks(cls, raw: Any) -> Any:
+        """`train` and `validation` of the first task that has them, where each task has files of its own."""
+        tasks = raw.get("tasks") if isinstance(raw, dict) else None
+        if not isinstance(tasks, dict):
+            return raw
+        filled = dict(raw)
+        for key in ("train", "validation"):
+            found = [files[key] for files in tasks.values() if isinstance(files, dict) and files.get(key)]
+            if found and filled.get(key) not in (None, found[0]):
+                raise ValueError(f"data.{key} is given, but data.tasks names the files of each task: leave it out")
+            if found:
+                filled[key] = found[0]
+        return filled
+
+    @model_validator(mode="after")
+    def check_tasks(self) -> "DataConfig":
+        if self.task is not None and not self.tasks:
+            raise ValueError("data.task needs data.tasks, the values that the column can take")
+        if self.tasks is not None and not self.tasks:
+            raise ValueError("data.tasks is empty: name the tasks, or leave it out")
+        if self.tasks and self.task is None and not isinstance(self.tasks, dict):
+            raise ValueError("data.tasks needs data.task, the column that names a row's task")
+        return self
 
 
 class TrainConfig(Section):

@@ -71,13 +71,14 @@ class PromptConfig(Section):
     """Where the virtual tokens stand. `prefix`: before the input. `infix`: between input and target. `template`: where
     `{{ prompt }}` stands in `data.template`. `encoder`, `decoder`: before what that half of a seq2seq base reads."""
 
-    init: Literal["random", "vocab", "text", "labels", "file", "base"] | None = None
+    init: Literal["random", "vocab", "text", "labels", "file", "rows", "zero", "base"] | None = None
     """What the prompt starts from; where left out, what suits the method. `random`: random numbers. `vocab`: embeddings
-    of random tokens. `text`, `labels`: embeddings of a text or of the labels. `file`: an earlier prompt. `base`: the
-    base's own tensors, of methods that train some of them."""
+    of random tokens. `text`, `labels`: embeddings of a text or of the labels. `file`: an earlier prompt. With
+    `prefix_tuning`, `text` and `rows`: keys and values of a text or of training rows; `zero`: zeros. `base`: the base's
+    own tensors, of methods that train some of them."""
 
     init_text: str | None = None
-    """The text to start from, with `init: text`."""
+    """The text to start from, with `init: text`, which is the default where a text is given."""
 
     init_labels: list[Label] | None = None
     """The labels to start from, with `init: labels`; `data.labels` where left out."""
@@ -91,11 +92,21 @@ class PromptConfig(Section):
             given = getattr(self, f"init_{kind}")
             if self.init == kind and not given:
                 raise ValueError(f"prompt.init: {kind} needs prompt.init_{kind}")
-            if given and self.init != kind:
+            if given and self.init != kind and not (kind == "text" and self.init is None):
                 raise ValueError(f"prompt.init_{kind} is given but prompt.init is {self.init}: set prompt.init={kind}")
         if self.init_labels and self.init != "labels":
             raise ValueError(f"prompt.init_labels is given but prompt.init is {self.init}: set prompt.init=labels")
         return self
+
+
+class TaskFiles(Section):
+    """The rows of one task, in the forms of `data.train`."""
+
+    train: str
+    """The training rows."""
+
+    validation: str | None = None
+    """The validation rows."""
 
 
 class CsvConfig(Section):
@@ -116,6 +127,10 @@ class CsvConfig(Section):
 
     doublequote: bool = True
     """Whether two quotes inside a quoted field are one."""
+
+    skipinitialspace: bool | None = None
+    """Whether spaces after a separator are skipped, so that a quote may follow them. Where left out they are kept, and
+    a quote after one is an error."""
 
     encoding: str | None = None
     """The encoding, such as `latin-1`, `cp1252` or `utf-16`: UTF-8 where left out."""

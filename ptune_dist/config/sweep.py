@@ -44,6 +44,8 @@ SWEEPABLE = (
     "data.target",
     "data.references",
     "data.labels",
+    "data.task",
+    "data.tasks",
     "data.max_length",
     "data.truncation_side",
     "data.append_eos",

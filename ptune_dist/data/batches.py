@@ -189,7 +189,7 @@ class Batch:
     computed of each row's context, for rows that have one. numbers: each row's target, where targets are numbers.
     held_parts: the parts that each row of `held` will have, known before they are computed. prepared: the model's plan
     of the pass, made ahead of it. trees: each row's labels, where labels are scored. read: what a model's `read_inputs`
-    left of the readers' inputs.
+    left of the readers' inputs. tasks: the number of each row's task, where rows have tasks.
     """
 
     contexts: list[np.ndarray]
@@ -203,6 +203,7 @@ class Batch:
     prepared: Any = None
     trees: list[LabelTree] | None = None
     read: Any = None
+    tasks: list[int] | None = None
 
     def with_held(self, held: list[Any]) -> "Batch":
         return replace(self, held=held)
@@ -221,19 +222,24 @@ def collate(examples: Examples, shares: list[list[Unit]], rank: int, pad_id: int
         readers=[(row, member) for row, (_, members) in enumerate(units) for member in members],
         pad_id=pad_id,
         numbers=[examples.number(i) for i in rows],
+        tasks=None if examples.tasks is None else examples.tasks[rows].tolist(),
     )
 
 
 def idle_batch(pad_id: int, *, has_contexts: bool) -> Batch:
-    """One padding token and no targets; the token is a context if the rows of other ranks have contexts."""
+    """Padding and no targets, with a context if the rows of other ranks have contexts.
+
+    A text's last token is not read, so it takes two to read one.
+    """
     nothing = np.zeros(0, np.int32)
     padding = np.array([pad_id], np.int32)
     return Batch(
         contexts=[padding if has_contexts else nothing],
-        rests=[nothing if has_contexts else padding],
+        rests=[np.array([pad_id, pad_id], np.int32)],
         targets=[nothing],
         readers=[(0, 0)],
         pad_id=pad_id,
+        tasks=[0],
     )
 
 

@@ -24,8 +24,10 @@ from ptune_dist.data.encode import (
     join_lines,
 )
 from ptune_dist.data.examples import Examples, Part, join_parts
+from ptune_dist.data.json_values import text_of
 from ptune_dist.data.label_names import describe_unlisted
 from ptune_dist.data.sources import Rows, load_rows
+from ptune_dist.data.tasks import join_task_rows, read_tasks, with_tasks
 from ptune_dist.data.template import (
     MARKER_NAME,
     TARGET_KEY,
@@ -60,19 +62,25 @@ def build_split(data: DataConfig, encoding: Encoding, *, which: str, max_example
     if source is None:
         return None
     check_csv_keys(data)
+    has_files = isinstance(data.tasks, dict)
+
+    def load_source(source: str, key: str) -> Rows:
+        return load_rows(source, key=key, default_split=which, csv=csv_dialect(data))
 
     def load() -> Rows:
-        rows = load_rows(source, key=f"data.{which}", default_split=which, csv=csv_dialect(data))
+        rows = join_task_rows(data, which, load_source) if has_files else load_source(source, f"data.{which}")
         return rows.first(max_examples) if max_examples else rows
 
     def encode(rows: Rows) -> Generator[Part, None, None]:
         return encode_split(data, rows, encoding, which)
 
-    cache = open_cache(data, encoding, source, which, max_examples)
+    cache = None if has_files else open_cache(data, encoding, source, which, max_examples)
     if cache is not None:
-        return Split(*cache.get(load, encode))
-    rows = load()
-    return Split(rows, join_parts(encode(rows), where_of(rows)))
+        rows, examples = cache.get(load, encode)
+    else:
+        rows = load()
+        examples = join_parts(encode(rows), where_of(rows))
+    return Split(rows, with_tasks(examples, read_tasks(data, rows)))
 
 
 def encode_split(data: DataConfig, rows: Rows, encoding: Encoding, which: str) -> Generator[Part, None, None]:
@@ -166,21 +174,23 @@ def build_label_candidates(
     values = [row.get(column) for row in split.rows.read(0, len(split.rows))]
     right = []
     for i, value in enumerate(values):
-        if str(value) not in labels:
+        if text_of(value) not in labels:
             raise UserError(describe_unlisted(split.rows.where(i), column, value, labels))
-        right.append(labels.index(str(value)))
-    typed = {str(value): value for value in values}  # a template may count on a column's numbers
+        right.append(labels.index(text_of(value)))
+    typed = {text_of(value): value for value in values}  # a template may count on a column's numbers
     choices: list[object] = [typed.get(label, label) for label in labels]
-    return encode_candidates(data, split.rows, encoding, choices, most_tokens), right
+    return encode_candidates(data, split.rows, encoding, choices, most_tokens, split.examples.tasks), right
 
 
-def build_choices(data: DataConfig, rows: Rows, encoding: Encoding, most_tokens: int) -> Candidates:
+def build_choices(
+    data: DataConfig, rows: Rows, encoding: Encoding, most_tokens: int, tasks: np.ndarray | None = None
+) -> Candidates:
     """Every row's input with all of `data.labels`, for rows that need no label of their own. Raises UserError."""
     if not data.labels:
         raise UserError("--labels: the run's config has no data.labels to choose among")
     _, target = build_templates(data, encoding.placement)
     choices = label_values(target, label_column(data), data.labels)
-    return encode_candidates(data, rows, encoding, choices, most_tokens)
+    return encode_candidates(data, rows, encoding, choices, most_tokens, tasks)
 
 
 def label_column(data: DataConfig) -> str:
@@ -206,7 +216,7 @@ def label_values(target: Template, column: str, labels: list[str]) -> list[objec
 
 def read_value(label: str) -> object:
     """A label as the JSON value that prints like it, if there is one."""
-    known: dict[str, object] = {"True": True, "False": False}
+    known: dict[str, object] = {"true": True, "false": False}
     for kind in (int, float):
         try:
             known.setdefault(str(kind(label)), kind(label))
@@ -216,9 +226,14 @@ def read_value(label: str) -> object:
 
 
 def encode_candidates(
-    data: DataConfig, rows: Rows, encoding: Encoding, choices: Sequence[object], most_tokens: int
+    data: DataConfig,
+    rows: Rows,
+    encoding: Encoding,
+    choices: Sequence[object],
+    most_tokens: int,
+    tasks: np.ndarray | None,
 ) -> Candidates:
-    """Every row's input with all labels, whose values are `choices`. Raises UserError."""
+    """Every row's input with all labels, whose values are `choices`; `tasks` of the rows. Raises UserError."""
     column = label_column(data)
     template, target = build_templates(data, encoding.placement)
     check_template_columns(template.with_fixed(column, None), rows)
@@ -240,7 +255,7 @@ def encode_candidates(
     else:  # a long label may leave less of the input
         by_length = {len(ids): [n for n in numbers if len(label_ids[n]) == len(ids)] for ids in label_ids}
         kinds = [by_length[length] for length in sorted(by_length, reverse=True)]
-    longest = encode(kinds[0][0], rows)
+    longest = dataclasses.replace(encode(kinds[0][0], rows), tasks=tasks)
     if column not in template.columns and not longest.num_truncated:
         kinds = [numbers]
     encoded = [longest, *(encode(kind[0], rows) for kind in kinds[1:])]

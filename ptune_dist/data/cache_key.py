@@ -16,7 +16,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".parquet")
 GIB = 1 << 30
 HASHED_BYTES = 1 << 22
 # Of config section `data`: what tokens do not depend on.
-NOT_IN_KEY = {"train", "validation", "references", "cache_dir", "cache_gib"}
+NOT_IN_KEY = {"train", "validation", "references", "task", "tasks", "cache_dir", "cache_gib"}
 
 
 def describe_options(
@@ -32,7 +32,13 @@ def describe_options(
         "source": [source.rpartition(":")[2] if Path(source).is_dir() is False else "", which, max_examples],
         "suffixes": [file.suffix.lower() for file in files],
         "framing": [dataclasses.asdict(encoding.framing), type(encoding.targets).__name__, encoding.targets.specials],
-        "encoding": [encoding.max_length, encoding.placement, encoding.truncation_side, encoding.num_embeddings],
+        "encoding": [
+            encoding.max_length,
+            encoding.placement,
+            encoding.truncation_side,
+            encoding.num_embeddings,
+            encoding.needs_rest,
+        ],
     }
     return json.dumps(options, sort_keys=True)
 

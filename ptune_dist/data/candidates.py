@@ -72,6 +72,7 @@ def build_candidates(
         np.array(False),
         lambda index: examples.where(int(rows[index])),
         contexts.astype(np.int32),
+        tasks=None if examples.tasks is None else examples.tasks[rows],
     )
     return Candidates(
         laid, rows, found, [trees[part] for part in found], [np.array(ids, np.int32) for ids in label_ids]

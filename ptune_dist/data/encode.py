@@ -4,7 +4,8 @@ How an input is framed and what a target is depends on the family of the base an
 
 An input is split where the virtual tokens stand, which `placement` says: what precedes them is its context, what
 follows is the rest. Under prefix and encoder there is no context; under infix and decoder there is nothing else; under
-template `{{ prompt }}` says where, and the two parts are tokenized separately.
+template `{{ prompt }}` says where, and the two parts are tokenized separately. A prompt of keys and values alone leaves
+the input's last token to the rest: it predicts the target's first one.
 """
 
 import functools
@@ -44,7 +45,8 @@ class Body(NamedTuple):
 class Encoding:
     """How rows become token ids: `placement` is prompt.placement, lengths are in tokens.
 
-    num_embeddings: the base's, where its tokenizer has ids beyond them, else None.
+    num_embeddings: the base's, where its tokenizer has ids beyond them, else None. needs_rest: the first token of the
+    target is predicted from a token of the input, so the last one belongs to the rest even under infix.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -54,6 +56,7 @@ class Encoding:
     placement: str = "prefix"
     truncation_side: str = "left"
     num_embeddings: int | None = None
+    needs_rest: bool = False
 
     @functools.cached_property
     def specials(self) -> TokenPair:
@@ -216,8 +219,12 @@ def _frame(body: Body, encoding: Encoding, room: int) -> TokenPair:
     context = _cut(context, len(context) - from_context, side)
     rest = _cut(rest, len(rest) - (excess - from_context), side)
     if encoding.placement in ("infix", "decoder"):
-        return start + context + end, []
-    return (start + context, rest + end) if has_context else ([], start + rest + end)
+        framed = start + context + end, []
+    else:
+        framed = (start + context, rest + end) if has_context else ([], start + rest + end)
+    if encoding.needs_rest and not framed[1]:
+        return framed[0][:-1], framed[0][-1:]
+    return framed
 
 
 def _cut(body: list[int], room: int, side: str) -> list[int]:

@@ -21,7 +21,8 @@ class Examples:
     ids: int32 [sum of lengths]. offsets: int64 [N + 1], where each example begins. num_targets: int32 [N], how many of
     its last tokens are its target. is_truncated: bool [N], whether its input lost tokens; a scalar stands for all.
     where: index -> name for messages. num_context: int32 [N], how many of its first tokens are context; None is zeros.
-    numbers: float64 [N], the targets where they are numbers. facts: what was found out about all of them when they were
+    numbers: float64 [N], the targets where they are numbers. tasks: int32 [N], the numbers of their tasks, where rows
+    have some. facts: what was found out about all of them when they were
     encoded; the arrays may be memory-mapped, and reading them whole takes time.
     """
 
@@ -33,6 +34,7 @@ class Examples:
     num_context: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     numbers: np.ndarray | None = None
     facts: "Facts | None" = None
+    tasks: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         is_truncated = np.asarray(self.is_truncated).astype(bool, copy=False)  # ~ of integers is no mask

@@ -1,6 +1,6 @@
 """The training rows of a sweep: each member's own rows in its own order; rows of several members are stored once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -43,6 +43,13 @@ class TrainingRows:
         start, count = self._ranges[member]
         return slice(start, start + count)
 
+    def tokens_of(self, member: str) -> Iterator[list[int]]:
+        """The token ids of a member's examples in the order of its file, the target after the input if it is a text."""
+        own = self.slice_of(member)
+        for index in range(own.start, own.stop):
+            ids = self.examples.input_ids(index).tolist()
+            yield ids if self.examples.numbers is not None else ids + self.examples.target_ids(index).tolist()
+
     def units(self, examples: dict[str, list[int]], members: Sequence[str]) -> list[Unit]:
         """Each example once, with all members that read it; members are numbered as in `members`."""
         return join_readers((i, members.index(name)) for name, chosen in examples.items() for i in chosen)
@@ -71,6 +78,7 @@ class JoinedExamples(Examples):
             where=self._name,
             num_context=np.concatenate([part.num_context for part in parts]) if has_contexts else np.zeros(0, np.int32),
             numbers=join_numbers(parts),
+            tasks=join_tasks(parts),
         )
         object.__setattr__(self, "facts", self._join_facts())
 
@@ -126,6 +134,13 @@ class JoinedExamples(Examples):
             longest=max(found.longest for found in facts),
             digest="+".join(found.digest for found in facts),
         )
+
+
+def join_tasks(parts: list[Examples]) -> np.ndarray | None:
+    """Those of rows without tasks are 0: no prompt that reads them has several."""
+    if all(part.tasks is None for part in parts):
+        return None
+    return np.concatenate([np.zeros(len(part), np.int32) if part.tasks is None else part.tasks for part in parts])
 
 
 def join_numbers(parts: list[Examples]) -> np.ndarray | None:

@@ -47,12 +47,12 @@ class AnswerBatch(NamedTuple):
 
 
 def plan_answers(
-    model: PromptedModel, inputs: Sequence[TokenPair], decoding: Decoding, member: int, world_size: int
+    model: PromptedModel, inputs: Sequence[TokenPair], decoding: Decoding, number: int, world_size: int
 ) -> list[AnswerBatch]:
-    """Batches of all inputs, the same on every rank."""
-    num_virtual = model.num_virtual(member)
+    """Batches of all inputs, the same on every rank; `number`: of the contribution that they are read with."""
+    num_virtual = model.num_virtual(number)
     lengths = [len(context) + len(rest) for context, rest in inputs]
-    is_padding_seen = sees_padding(model, member)
+    is_padding_seen = sees_padding(model, number)
     # A row beyond the budget is a batch of its own.
     budget = 1 if model.base.config.model_type in ANSWER_ALONE else decoding.micro_batch_tokens
     alike: dict[tuple[int, int], list[int]] = {}  # rows that may share a batch
@@ -85,7 +85,7 @@ def room_for_answer(model: PromptedModel, length: int, num_virtual: int) -> int:
     return max(0, most - model.count_before_answer(num_virtual, length))
 
 
-def sees_padding(model: PromptedModel, member: int) -> bool:
+def sees_padding(model: PromptedModel, number: int) -> bool:
     """Whether padding would change a row's answer, so that only rows of one length may share a batch.
 
     It changes rotary embeddings that are scaled to the longest row. It also stands between keys and values that are
@@ -97,7 +97,7 @@ def sees_padding(model: PromptedModel, member: int) -> bool:
     if shape.model_type in COUNTS_PADDING:
         return True
     counts_padding = shape.model_type == "mpt" or any(getattr(shape, name, None) for name in WINDOWS)
-    return counts_padding and not model.prompt(member).stands_in_sequence
+    return counts_padding and not model.prompt_of(number).stands_in_sequence
 
 
 def rope_types(base: PreTrainedModel) -> set[str]:

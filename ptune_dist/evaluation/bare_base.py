@@ -21,32 +21,38 @@ class NoPrompt(Method):
     stands_in_sequence = False
     num_virtual_tokens = 0
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, num_tasks: int):
         super().__init__()
+        self.num_tasks = num_tasks
         self.nothing = nn.Parameter(torch.empty(0, device=device), requires_grad=False)  # tells the model's device
 
     def forward(self) -> Contribution:
         return Contribution()
 
+    def contributions(self) -> list[Contribution]:
+        return [self()] * self.num_tasks
+
 
 @contextlib.contextmanager
 def without_prompt(model: PromptedModel, member: int) -> Iterator[None]:
     """Within the body, the member's rows are read by the base alone."""
-    kept = model.prompts[member]
+    kept = model.prompt(member)
     placement = model.placement
-    num_vectors = model.num_vectors[member]
-    num_prefix = model.num_prefix[member]
-    model.prompts[member] = NoPrompt(model.device).eval()
+    first = model.number_of(member)
+    own = slice(first, first + kept.num_tasks)
+    num_vectors = model.num_vectors[own]
+    num_prefix = model.num_prefix[own]
+    model.prompts[member] = NoPrompt(model.device, kept.num_tasks).eval()
     model.placement = "prefix"
-    model.num_vectors[member] = 0
-    model.num_prefix[member] = 0
+    model.num_vectors[own] = [0] * kept.num_tasks
+    model.num_prefix[own] = [0] * kept.num_tasks
     try:
         yield
     finally:
         model.prompts[member] = kept
         model.placement = placement
-        model.num_vectors[member] = num_vectors
-        model.num_prefix[member] = num_prefix
+        model.num_vectors[own] = num_vectors
+        model.num_prefix[own] = num_prefix
 
 
 def can_read_without_prompt(model: PromptedModel, evaluator: Evaluator) -> bool:

@@ -18,7 +18,7 @@ from ptune_dist.data.examples import longest_answer
 from ptune_dist.data.framing import decode
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import DEFAULT_NEW_TOKENS, Decoding
-from ptune_dist.evaluation.generate import generate_texts, pad_id
+from ptune_dist.evaluation.generate import generate_of_tasks, pad_id
 from ptune_dist.evaluation.references import build_references, longest_reference
 from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.metrics import METRICS
@@ -35,7 +35,8 @@ class Evaluator:
     """Everything that an evaluation needs besides the prompt; built once, used at every evaluation.
 
     references: for each need of the metrics, one entry for each row. Where labels are scored, `labels` are their names,
-    `candidates` the rows with their labels, and `right` the number of each row's own.
+    `candidates` the rows with their labels, and `right` the number of each row's own. tasks: the names of the rows'
+    tasks, where they have some: metrics are computed for the rows of each one too.
     """
 
     split: Split
@@ -47,6 +48,7 @@ class Evaluator:
     candidates: Candidates | None = None
     right: list[int] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
 
     def __call__(
         self, engine: Engine, members: Sequence[str], between_batches: Callable[[], None] = lambda: None
@@ -93,7 +95,22 @@ class Evaluator:
         return any(metric.needs == need for metric in self.metrics)
 
     def _compute(self, given: dict[Need, Sequence[Any]]) -> dict[str, float]:
-        return {m.name: float(m.compute(given[m.needs], self.references.get(m.needs, ()))) for m in self.metrics}
+        found = self._compute_of(given, range(len(self.split.examples)))
+        of_rows = self.split.examples.tasks
+        for number, task in enumerate(self.tasks):
+            chosen = [] if of_rows is None else np.flatnonzero(of_rows == number).tolist()
+            if chosen:
+                found |= {f"{name}/{task}": value for name, value in self._compute_of(given, chosen).items()}
+        return found
+
+    def _compute_of(self, given: dict[Need, Sequence[Any]], rows: Sequence[int]) -> dict[str, float]:
+        """The metrics of some rows."""
+        found = {}
+        for metric in self.metrics:
+            references = self.references.get(metric.needs, ())
+            chosen = [given[metric.needs][i] for i in rows]
+            found[metric.name] = float(metric.compute(chosen, [references[i] for i in rows] if references else ()))
+        return found
 
     def _samples(self, answers: list[str]) -> list[dict[str, str]]:
         samples = []
@@ -130,9 +147,10 @@ class Evaluator:
             inputs = [([], self._halves(i)[0].tolist()) for i in range(count)]
         else:
             inputs = [(examples.context_ids(i).tolist(), examples.rest_ids(i).tolist()) for i in range(count)]
+        tasks = None if examples.tasks is None else examples.tasks[:count]
         answers = dict(
-            generate_texts(
-                engine, self.tokenizer, inputs, self.decoding, member=member, between_batches=between_batches
+            generate_of_tasks(
+                engine, self.tokenizer, inputs, self.decoding, tasks, member=member, between_batches=between_batches
             )
         )
         return [answers[i] for i in range(count)]
@@ -169,6 +187,7 @@ def build_evaluator(config: Config, split: Split, reading: Reading) -> Evaluator
         candidates=candidates,
         right=right,
         labels=labels,
+        tasks=list(config.data.tasks or []),
     )
 
 

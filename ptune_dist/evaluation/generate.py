@@ -43,6 +43,7 @@ def generate_texts(
     decoding: Decoding,
     *,
     member: int = 0,
+    task: int = 0,
     first: int = 0,
     between_batches: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, str]]:
@@ -50,15 +51,16 @@ def generate_texts(
 
     Answers have no whitespace at either end: what a target begins with depends on the template, not on the task.
 
-    An input is (context, rest), what stands before the virtual tokens and after them. Inputs are shared among the
-    ranks. Indices count from `first`, the place of these inputs among all that the caller answers: sampled tokens
-    depend on it. Collective: every rank must exhaust it.
+    All inputs are of one task. An input is (context, rest), what stands before the virtual tokens and after them.
+    Inputs are shared among the ranks. Indices count from `first`, the place of these inputs among all that the caller
+    answers: sampled tokens depend on it. Collective: every rank must exhaust it.
     """
-    decoder = open_decoder(engine.model, member)
+    number = engine.model.number_of(member, task)
+    decoder = open_decoder(engine.model, number)
     if decoder is None:
-        found = answer_in_batches(engine, tokenizer, inputs, decoding, member=member, first=first)
+        found = answer_in_batches(engine, tokenizer, inputs, decoding, (member, task), first=first)
     else:
-        found = decode_rows(engine, tokenizer, inputs, decoding, decoder, member=member, first=first)
+        found = decode_rows(engine, tokenizer, inputs, decoding, decoder, number=number, first=first)
     line = ProgressLine("generating answers", len(inputs), is_shown=engine.world.is_main)
     for answers in found:
         yield from ((number, text.strip()) for number, text in answers)
@@ -66,12 +68,43 @@ def generate_texts(
         between_batches()
 
 
-def open_decoder(model: PromptedModel, member: int) -> Decoder | None:
+def generate_of_tasks(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Sequence[TokenPair],
+    decoding: Decoding,
+    tasks: np.ndarray | None,
+    *,
+    member: int = 0,
+    first: int = 0,
+    between_batches: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[int, str]]:
+    """As `generate_texts`, task after task, of inputs whose tasks [N] these are; None: of one prompt. Collective."""
+    if tasks is None or engine.model.prompt(member).num_tasks == 1:
+        yield from generate_texts(
+            engine, tokenizer, inputs, decoding, member=member, first=first, between_batches=between_batches
+        )
+        return
+    for task in np.unique(tasks).tolist():
+        rows = np.flatnonzero(tasks == task).tolist()
+        answers = generate_texts(
+            engine,
+            tokenizer,
+            [inputs[row] for row in rows],
+            decoding,
+            member=member,
+            task=task,
+            between_batches=between_batches,
+        )
+        yield from ((first + rows[number], text) for number, text in answers)
+
+
+def open_decoder(model: PromptedModel, number: int) -> Decoder | None:
     """What answers rows that come and go; None where batches are answered by transformers' own `generate`.
 
     Rotations that are scaled to the longest row would depend on the others of a pass.
     """
-    return None if rope_types(model.base) & set(SCALED_BY_LENGTH) else model.open_decoder(member)
+    return None if rope_types(model.base) & set(SCALED_BY_LENGTH) else model.open_decoder(number)
 
 
 def decode_rows(
@@ -81,7 +114,7 @@ def decode_rows(
     decoding: Decoding,
     decoder: Decoder,
     *,
-    member: int,
+    number: int,
     first: int,
 ) -> Iterator[list[tuple[int, str]]]:
     """Yield answers as rows are finished. Collective."""
@@ -92,7 +125,7 @@ def decode_rows(
     loop = AnswerLoop(
         decoder, base, chooser, end=cast(int | None, tokenizer.eos_token_id), budget=decoding.micro_batch_tokens
     )
-    num_virtual = model.num_virtual(member)
+    num_virtual = model.num_virtual(number)
     lengths = [len(context) + len(rest) for context, rest in inputs]
     most_tokens = [min(decoding.max_new_tokens, room_for_answer(model, length, num_virtual)) for length in lengths]
     for found in answer_rows(loop, inputs, most_tokens, first, engine.world):
@@ -106,20 +139,20 @@ def answer_in_batches(
     tokenizer: PreTrainedTokenizerBase,
     inputs: Sequence[TokenPair],
     decoding: Decoding,
+    reader: tuple[int, int],
     *,
-    member: int,
     first: int,
 ) -> Iterator[list[tuple[int, str]]]:
-    """Yield answers batch after batch. Collective."""
+    """Yield answers batch after batch; `reader`: the member and the task of all rows. Collective."""
     world = engine.world
-    for batch in plan_answers(engine.model, inputs, decoding, member, world.size):
+    for batch in plan_answers(engine.model, inputs, decoding, engine.model.number_of(*reader), world.size):
         rows = batch.shares[world.rank]
         if batch.max_new_tokens < 1:  # the input fills a base's last learned position
             texts = [""] * len(rows)
         else:
             chosen = [inputs[i] for i in rows] or [([], [pad_id(tokenizer)])]  # a rank without rows computes along
             numbers = [first + i for i in rows] or [0]
-            texts = answer_batch(engine, tokenizer, chosen, batch, decoding, member=member, numbers=numbers)
+            texts = answer_batch(engine, tokenizer, chosen, batch, decoding, reader, numbers=numbers)
         answers = gather_from_ranks((rows, texts[: len(rows)]), world)
         yield [(first + i, text) for rows, texts in answers for i, text in zip(rows, texts, strict=True)]
 
@@ -130,17 +163,18 @@ def answer_batch(
     inputs: list[TokenPair],
     batch: AnswerBatch,
     decoding: Decoding,
+    reader: tuple[int, int],
     *,
-    member: int,
     numbers: list[int],
 ) -> list[str]:
     """This rank's answers of a batch; `numbers` are the rows' own, for sampling. Collective."""
     model = engine.model
     if model.predicts_numbers:
-        return predict_numbers(engine, inputs, member, pad_id(tokenizer))
+        return predict_numbers(engine, inputs, reader, pad_id(tokenizer))
+    number = model.number_of(*reader)
     if not model.writes_text:
         texts = [np.array(rest) for _, rest in inputs]
-        return engine.without_gradient(lambda: model.name_labels(texts))
+        return engine.without_gradient(lambda: model.name_labels(texts, number))
     settings = GenerationConfig(
         pad_token_id=pad_id(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
@@ -153,19 +187,21 @@ def answer_batch(
     # Under ZeRO-3 a rank whose rows are finished continues to gather for those whose rows are not.
     is_synced = engine.stage == 3 and engine.world.size > 1
     ids = engine.without_gradient(
-        lambda: generate_ids(model, inputs, settings, member=member, sampler=sampler, is_synced=is_synced)
+        lambda: generate_ids(model, inputs, settings, number=number, sampler=sampler, is_synced=is_synced)
     )
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def predict_numbers(engine: Engine, inputs: list[TokenPair], member: int, pad_id: int) -> list[str]:
-    """The predicted number of each input, in the unit of the data. Collective."""
+def predict_numbers(engine: Engine, inputs: list[TokenPair], reader: tuple[int, int], pad_id: int) -> list[str]:
+    """The predicted number of each input, in the unit of the data; `reader`: member and task. Collective."""
+    member, task = reader
     batch = Batch(
         contexts=[np.array(context, np.int64) for context, _ in inputs],
         rests=[np.array(rest, np.int64) for _, rest in inputs],
         targets=[np.zeros(1, np.int64) for _ in inputs],  # a placeholder: where the number is predicted
         readers=[(row, member) for row in range(len(inputs))],
         pad_id=pad_id,
+        tasks=[task] * len(inputs),
     )
     return [f"{number:.9g}" for number in engine.row_values(batch)]
 
@@ -176,13 +212,13 @@ def generate_ids(
     inputs: list[TokenPair],
     settings: GenerationConfig,
     *,
-    member: int = 0,
+    number: int = 0,
     sampler: LogitsProcessorList | None = None,
     is_synced: bool = False,
 ) -> torch.Tensor:
     """New token ids of each input [B, T]: greedy, or the likeliest after `sampler`. Collective where it `is_synced`."""
     options = {"generation_config": settings, "logits_processor": sampler, "synced_gpus": is_synced}
-    return model.generate(inputs, member, options)
+    return model.generate(inputs, number, options)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,6 +15,7 @@ from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config
 from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.data.examples import Examples, count_equal
 from ptune_dist.families.family import Family
+from ptune_dist.prompts.build import find_method
 
 GIB = 1 << 30
 
@@ -52,6 +53,11 @@ def placement_costs(
     return {name: float(cost) for name, cost in costs.items()}
 
 
+def count_vectors(member: Config) -> int:
+    """Virtual tokens that the layers compute; keys and values of a prompt cost no pass."""
+    return member.prompt.num_virtual_tokens if find_method(member.prompt).stands_in_sequence else 0
+
+
 def count_context_tokens(examples: Examples, *, all_of_input: bool, has_lead: bool) -> int:
     """Tokens in a cache of all distinct contexts; with `all_of_input`, of a placement whose contexts are the inputs."""
     read = examples.input_ids if all_of_input else examples.context_ids
@@ -65,7 +71,7 @@ def render_costs(examples: Examples, config: Config) -> Table:
     members = expand_sweep(config).values()
     costs = placement_costs(
         examples,
-        statistics.mean(member.prompt.num_virtual_tokens for member in members),
+        statistics.mean(count_vectors(member) for member in members),
         num_members=len(members),
         with_template=config.prompt.placement == "template",
     )

@@ -12,11 +12,12 @@ from ptune_dist.config.schema import Config
 from ptune_dist.data.build import Split, build_templates
 from ptune_dist.data.encode import Encoding
 from ptune_dist.data.examples import Examples, chunks_of
-from ptune_dist.data.framing import tokenize
+from ptune_dist.data.framing import special_ids, tokenize
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.template import MARKER, Template, find_absent, name_nearest, render_batches
 from ptune_dist.evaluation.evaluator import Evaluator, longest_wanted
 from ptune_dist.evaluation.splits import RunRows
+from ptune_dist.prompts.build import find_method
 from ptune_dist.run.reading import Reading
 
 MANY_EPOCHS = 100
@@ -36,6 +37,7 @@ def find_warnings(reading: Reading, read: RunRows) -> list[str]:
 
 def warn_of_member(reading: Reading, member: Config, split: Split, evaluator: Evaluator | None) -> Iterator[str]:
     yield from warn_of_start(reading, member)
+    yield from warn_of_start_rows(member, split.examples)
     yield from warn_of_length(member, len(split.examples))
     if split.rows.kind != "text":
         templates = build_templates(member.data, member.prompt.placement)
@@ -53,11 +55,27 @@ def warn_of_start(reading: Reading, member: Config) -> Iterator[str]:
     if not text:
         return
     num_tokens = len(tokenize(reading.tokenizer, [text])[0])
+    if not find_method(member.prompt).stands_in_sequence:  # keys and values are those of the text as the base reads it
+        num_tokens += len(special_ids(reading.tokenizer)[0])
     num_virtual = member.prompt.num_virtual_tokens
     if num_tokens > num_virtual:
         yield (
             f"prompt.init_text has {num_tokens} tokens and the prompt {num_virtual} virtual tokens: the last "
             f"{num_tokens - num_virtual} tokens are left out"
+        )
+
+
+def warn_of_start_rows(member: Config, examples: Examples) -> Iterator[str]:
+    """Rows to start from of which only a part has room."""
+    count = getattr(member.prompt, "init_rows", None)
+    if count is None or count > len(examples):
+        return
+    num_tokens = int(examples.lengths_in(slice(0, count)).sum())
+    num_virtual = member.prompt.num_virtual_tokens
+    if num_tokens > num_virtual:
+        yield (
+            f"prompt.init_rows: the first {count} rows have {num_tokens} tokens and the prompt {num_virtual} "
+            f"positions: the last {num_tokens - num_virtual} tokens are left out"
         )
 
 

@@ -44,11 +44,11 @@ def build_splits(reading: Reading) -> RunRows:
     config = reading.config
     splits: dict[str, Split] = {}
     evaluators: dict[str, Evaluator] = {}
-    known: dict[str, tuple[Split, Evaluator | None]] = {}
+    known: dict[tuple[str, bool], tuple[Split, Evaluator | None]] = {}
     for name, member in reading.members.items():
-        key = member.data.model_dump_json()
+        encoding = reading.encoding(member)
+        key = member.data.model_dump_json(), encoding.needs_rest
         if key not in known:
-            encoding = reading.encoding(member)
             held_out = build_split(member.data, encoding, which="validation", max_examples=config.evaluate.max_examples)
             evaluator = build_evaluator(member, held_out, reading) if held_out else None
             split = build_split(member.data, encoding, which="train")

@@ -70,16 +70,22 @@ class PromptedCausal(PaddedCausal):
         if not units:
             return 0
         rows = [example for example, _ in units]
-        readers = [(example, self.num_virtual(member)) for example, members in units for member in members]
+        lengths = [prompt.num_virtual_tokens for prompt in self.members()]
+        readers = [(example, lengths[member]) for example, members in units for member in members]
         num_context = int(examples.num_context[rows].sum())
         contexts = num_context if with_contexts else 0
         if self.uses_segments:
             own = [row for row, _ in readers]
             live = int((examples.lengths_of(own) - examples.num_context[own]).sum()) - len(own)
-            if num_context:
-                return max(contexts, live + sum(count for _, count in readers))
             members = {member for _, some in units for member in some}
-            return live + sum(self.num_virtual(member) for member in members)
+            if num_context:
+                numbers = {member: self.number_of(member) for member in members}
+                shared = sum(self.num_prefix[numbers[member]] for member in members)
+                shared += sum(self.num_vectors[numbers[member]] for _, some in units for member in some)
+            else:
+                num_tasks = self.count_tasks(units, examples)
+                shared = sum(lengths[member] * num_tasks.get(member, 1) for member in members)
+            return max(contexts, live + shared)
         read, written = examples.widths_of([row for row, _ in readers]).T
         widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
         return max(contexts, len(readers) * (widest + max(count for _, count in readers)))
@@ -89,6 +95,7 @@ class PromptedCausal(PaddedCausal):
 
     def _prepare_segments(self, batch: Batch) -> PreparedSegments:
         """The layout of a pass, and what attention needs of it on a GPU."""
+        batch = self.by_contribution(batch)
         outside = plan_outside(batch, self.num_prefix)
         laid = lay_out(batch, self.num_vectors, outside)
         arrays = arrays_of(laid)
@@ -115,6 +122,7 @@ class PromptedCausal(PaddedCausal):
         return supervise_laid(index, prepared.layout.reader, vectors, attention)
 
     def label_losses(self, batch: Batch) -> list[np.ndarray]:
+        batch = self.by_contribution(batch)
         assert batch.trees is not None and self.head is not None
         contributions = self.contributions()
         outside = plan_outside(batch, self.num_prefix)
@@ -137,10 +145,10 @@ class PromptedCausal(PaddedCausal):
         ends = np.cumsum([len(tree.targets) for tree in trees])
         return [tree.sum_paths(part) for tree, part in zip(trees, np.split(losses, ends[:-1]), strict=True)]
 
-    def open_decoder(self, member: int) -> SegmentDecoder | None:
+    def open_decoder(self, number: int) -> SegmentDecoder | None:
         if not self.uses_segments or not self.writes_text or layers_differ(self.base.config):
             return None
-        return SegmentDecoder(self, member)
+        return SegmentDecoder(self, number)
 
     @torch.no_grad()
     def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:

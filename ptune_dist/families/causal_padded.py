@@ -18,6 +18,7 @@ from ptune_dist.data.batches import Batch, pad_rows
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.families.generation import name_vectors
 from ptune_dist.model.attention import KeysValues
+from ptune_dist.model.attention_layouts import join_parts
 from ptune_dist.model.given_cache import GivenCache, keeps_more, pad_contexts
 from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised, keys_values_of
 from ptune_dist.prompts.method import Contribution
@@ -45,6 +46,7 @@ class PaddedCausal(PromptedModel):
         """A padded row [virtual tokens, rest, target] for each reader, after its context or its member's prefix."""
         if batch.read is not None:
             return self._supervise_after_inputs(batch, batch.read)
+        batch = self.by_contribution(batch)
         contributions = self.contributions()
         texts = [np.concatenate([batch.rests[row], batch.targets[row]])[:-1] for row, _ in batch.readers]
         members = [member for _, member in batch.readers]
@@ -57,12 +59,14 @@ class PaddedCausal(PromptedModel):
         return self.supervise_rows(batch, starts, **inputs)
 
     def _before(self, batch: Batch, contributions: list[Contribution], dtype: torch.dtype) -> list[KeysValues]:
-        """What each reader reads first: its row's context, or its member's prefix, or nothing."""
+        """What each reader reads first: its row's context and then its member's prefix, or either, or nothing."""
+        parts: list[list[KeysValues]] = []
         if batch.held:
-            return [batch.held[row][0] for row, _ in batch.readers]
+            parts.append([batch.held[row][0] for row, _ in batch.readers])
         if any(contribution.keys is not None for contribution in contributions):
-            return self._prefixes_of([member for _, member in batch.readers], contributions, dtype)
-        return []
+            parts.append(self._prefixes_of([member for _, member in batch.readers], contributions, dtype))
+        joined = [join_parts(list(some)) for some in zip(*parts, strict=True)]
+        return [part for part in joined if part is not None]
 
     @torch.no_grad()
     def read_inputs(self, batch: Batch) -> Batch:
@@ -73,9 +77,10 @@ class PaddedCausal(PromptedModel):
         if not self._keeps_keys:
             return batch
         contributions = self.contributions()
-        texts = [batch.rests[row] for row, _ in batch.readers]
-        vectors, mask = self.embed(texts, [member for _, member in batch.readers], contributions)
-        before = self._before(batch, contributions, vectors.dtype)
+        asked = self.by_contribution(batch)
+        texts = [asked.rests[row] for row, _ in asked.readers]
+        vectors, mask = self.embed(texts, [member for _, member in asked.readers], contributions)
+        before = self._before(asked, contributions, vectors.dtype)
         inputs = {"attention_mask": mask} | (self._after(before, mask) if before else {})
         cache = GivenCache(pad_contexts(before) if before else [], record=True)
         self.inner(inputs_embeds=vectors, **inputs | {"past_key_values": cache})
@@ -146,42 +151,72 @@ class PaddedCausal(PromptedModel):
     def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:
         return num_virtual + num_tokens
 
-    def generate(self, inputs: list[TokenPair], member: int, options: dict[str, Any]) -> torch.Tensor:
+    def generate(self, inputs: list[TokenPair], number: int, options: dict[str, Any]) -> torch.Tensor:
         """Rows are padded on the left, so that each row's next token stands at the end.
 
-        They are [padding, context, virtual tokens, rest], after the prompt's keys and values if it has some.
+        They are [padding, context, virtual tokens, rest], after the prompt's keys and values if it has some. Keys and
+        values that follow a context are not part of a text, so what precedes the last token is read beforehand.
         """
         contributions = self.contributions()
+        prefix = keys_values_of(contributions[number])
+        if prefix is not None and self.placement != "prefix":
+            return self._generate_after_inputs(inputs, number, options)
         texts = [np.array([*context, *rest], np.int64) for context, rest in inputs]
-        embedded, mask = self.embed(texts, [member] * len(texts), contributions)
-        num_virtual = contributions[member].num_vectors
+        embedded, mask = self.embed(texts, [number] * len(texts), contributions)
+        num_virtual = contributions[number].num_vectors
         rows = []
         for row, length, (context, _) in zip(embedded, mask.sum(dim=1).tolist(), inputs, strict=True):
             virtual, before, after = row[:length].tensor_split([num_virtual, num_virtual + len(context)])
             rows.append(torch.cat([before, virtual, after]))
         vectors = pad_sequence(rows, batch_first=True, padding_side="left")
-        prefix = keys_values_of(contributions[member])
         if prefix is None:
             return self.generate_with_base(inputs_embeds=vectors, attention_mask=mask.flip(1), **options)
-        return self._generate_after_prefix(vectors, mask.flip(1), prefix.to(vectors.dtype), options)
+        before = [prefix.to(vectors.dtype)] * len(vectors)
+        return self._generate_after(before, vectors, mask.flip(1), options)
 
-    def _generate_after_prefix(
-        self, vectors: torch.Tensor, mask: torch.Tensor, prefix: KeysValues, options: dict[str, Any]
+    def _generate_after_inputs(self, inputs: list[TokenPair], number: int, options: dict[str, Any]) -> torch.Tensor:
+        """Tokens after [context, keys and values of the prompt, rest]; rests have one token at least.
+
+        A pass for contexts and one for the rests, whatever the rows are: under ZeRO-3 all ranks make the same passes.
+        """
+        pad_id = options["generation_config"].pad_token_id
+        contexts = [np.array(context, np.int64) for context, _ in inputs]
+        read = self.read_contexts(Contexts([c if len(c) else np.array([pad_id]) for c in contexts], pad_id))
+        lengths = map(len, contexts)
+        held = [KeysValues(*(part[:, :length] for part in some)) for some, length in zip(read, lengths, strict=True)]
+        batch = Batch(
+            contexts=contexts,
+            rests=[np.array(rest, np.int64) for _, rest in inputs],
+            targets=[np.zeros(0, np.int64)] * len(inputs),
+            readers=[(row, self.member_of(number)) for row in range(len(inputs))],
+            pad_id=pad_id,
+            held=[(part,) for part in held],
+            tasks=[0] * len(inputs),  # keys and values are of no task
+        )
+        read_inputs = PaddedCausal.read_inputs(self, batch).read
+        assert read_inputs is not None, "bases that keep something else have no placements with contexts"
+        vectors = torch.stack([last for _, last in read_inputs])[:, None]
+        ones = torch.ones(vectors.shape[:2], dtype=torch.long, device=vectors.device)
+        return self._generate_after([part for part, _ in read_inputs], vectors, ones, options)
+
+    def _generate_after(
+        self, before: list[KeysValues], vectors: torch.Tensor, mask: torch.Tensor, options: dict[str, Any]
     ) -> torch.Tensor:
-        """Tokens after vectors [B, T, D], before which every row reads a prefix that takes P positions, as in PEFT.
+        """Tokens after vectors [B, T, D] of this mask, before which each row reads keys and values of C positions.
 
         transformers wants the vectors and the mask of the whole text: it leaves out the first vectors, as many as there
         are positions in the cache.
         """
-        num_rows = len(vectors)
+        longest = max(part.length for part in before)
+        lengths = self.to_tensor(np.array([part.length for part in before]))
+        present = torch.arange(longest, device=mask.device) >= longest - lengths[:, None]
         cache = DynamicCache(config=self.base.config.get_text_config(decoder=True))
-        for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            rows = [part.transpose(0, 1).expand(num_rows, -1, -1, -1) for part in (keys, values)]
-            cache.update(rows[0], rows[1], layer)
-        unread = vectors.new_zeros(num_rows, prefix.length, vectors.shape[2])
+        for layer, (keys, values) in enumerate(pad_contexts(before)):
+            cache.update(keys, values, layer)
+        unread = vectors.new_zeros(len(vectors), longest, vectors.shape[2])
         return self.generate_with_base(
             inputs_embeds=torch.cat([unread, vectors], dim=1),
-            attention_mask=torch.cat([mask.new_ones(num_rows, prefix.length), mask], dim=1),
+            attention_mask=torch.cat([present.to(mask), mask], dim=1),
             past_key_values=cache,
             **options,
         )

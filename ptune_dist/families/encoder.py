@@ -59,8 +59,8 @@ class PromptedEncoder(PromptedModel):
             found.append(self.base(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.flatten())
         return torch.cat(found)
 
-    def name_labels(self, texts: list[np.ndarray]) -> list[str]:
-        logits = self.label_logits(texts, [0] * len(texts))
+    def name_labels(self, texts: list[np.ndarray], number: int) -> list[str]:
+        logits = self.label_logits(texts, [number] * len(texts))
         names = self.base.config.id2label
         assert names is not None, "transformers names the labels of every classifier"
         return [names[index] for index in logits.argmax(dim=1).tolist()]
@@ -90,7 +90,7 @@ class PromptedEncoder(PromptedModel):
 
     def _outputs(self, batch: Batch) -> tuple[torch.Tensor, np.ndarray]:
         """Outputs [U, V] of the readers that have a target, and their numbers: a rank that idles has none."""
-        readers = batch.readers
+        readers = self.by_contribution(batch).readers
         has_target = np.array([len(batch.targets[row]) > 0 for row, _ in readers])
         reader = np.flatnonzero(has_target)
         logits = self.label_logits([batch.rests[row] for row, _ in readers], [member for _, member in readers])

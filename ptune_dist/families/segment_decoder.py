@@ -40,9 +40,10 @@ class SegmentDecoder:
     shares_beginnings = True
     needs_contexts = False
 
-    def __init__(self, model: PromptedModel, member: int):
+    def __init__(self, model: PromptedModel, number: int):
+        """`number`: of the contribution that all rows are read with."""
         self._model = model
-        self._member = member
+        self._number = number
         self._found: Contribution | None = None
         self._pools = Pools(None)
         self._entering: Entering | None = None
@@ -57,16 +58,21 @@ class SegmentDecoder:
     def own_length(self, context: np.ndarray, rest: np.ndarray) -> int:
         if self._is_prompt_read:
             return len(rest)
-        stands = self._model.prompt(self._member).stands_in_sequence
-        return len(context) + (self._model.num_virtual(self._member) if stands else 0) + len(rest)
+        is_own = self._model.prompt_of(self._number).stands_in_sequence or not self._is_prefix_first
+        return len(context) + (self._model.num_virtual(self._number) if is_own else 0) + len(rest)
+
+    @property
+    def _is_prefix_first(self) -> bool:
+        """Whether keys and values of the prompt stand before all that rows have of their own."""
+        return self._model.placement == "prefix"
 
     @property
     def _contribution(self) -> Contribution:
-        """The prompt's, computed in the first pass; its keys and values are the lead's first."""
+        """The prompt's, computed in the first pass; its keys and values are the lead's first, or follow contexts."""
         if self._found is None:
-            self._found = self._model.contributions()[self._member]
+            self._found = self._model.contributions()[self._number]
             prefix = keys_values_of(self._found)
-            if prefix is not None:
+            if prefix is not None and self._is_prefix_first:
                 self._pools.lead = prefix.to(self._dtype)
         return self._found
 
@@ -122,7 +128,8 @@ class SegmentDecoder:
         """Segments of rows that enter, numbered from the first of them."""
         lead = self._pools.lead
         parts = [lead] if lead is not None else []
-        outside, found = collect_outside(new, [None])
+        is_prefix_read = self._is_prompt_read or self._is_prefix_first
+        outside, found = collect_outside(new, [None if is_prefix_read else keys_values_of(self._contribution)])
         first_part = len(parts)
         parts += [] if self._is_prompt_read else [part.to(self._dtype) for part in found]
         before: list[list[KeysValues]] = []

@@ -62,6 +62,7 @@ class PromptedSeq2Seq(PromptedModel):
         return count_padded(self, units, examples, with_contexts=with_contexts)
 
     def supervise(self, batch: Batch) -> Supervised:
+        batch = self.by_contribution(batch)
         readers = batch.readers
         members = [member for _, member in readers]
         start = [self.base.config.decoder_start_token_id]
@@ -75,7 +76,7 @@ class PromptedSeq2Seq(PromptedModel):
         return self.supervise_rows(batch, [0] * len(readers), **inputs)
 
     def source(self, batch: Batch, members: list[int]) -> dict[str, Any]:
-        """What the encoder reads of every reader, whose prompts are those of `members`; or what it left of contexts."""
+        """What the encoder reads of every reader, with contributions `members`; or what it left of contexts."""
         rows = [row for row, _ in batch.readers]
         if self.placement == "decoder":
             assert batch.held is not None, "placement decoder has a context for every row"
@@ -106,13 +107,13 @@ class PromptedSeq2Seq(PromptedModel):
         encoded = source.get("encoder_outputs") or self.base.get_encoder()(**source)
         return encoded[0], source["attention_mask"]
 
-    def open_decoder(self, member: int) -> Seq2SeqDecoder | None:
-        return Seq2SeqDecoder(self, self.encode, member) if self.writes_text else None
+    def open_decoder(self, number: int) -> Seq2SeqDecoder | None:
+        return Seq2SeqDecoder(self, self.encode, number) if self.writes_text else None
 
     @torch.no_grad()
     def read_inputs(self, batch: Batch) -> Batch:
         """The encoder once, and once the keys and values of its output that the decoder's layers read."""
-        hidden, mask = self.encode(batch, [member for _, member in batch.readers])
+        hidden, mask = self.encode(batch, [member for _, member in self.by_contribution(batch).readers])
         crossed = DynamicCache()
         start = torch.full((len(batch.readers), 1), self.base.config.decoder_start_token_id, device=mask.device)
         self.base(
@@ -141,7 +142,8 @@ def count_padded(model: PromptedModel, units: list[Unit], examples: Examples, *,
     if not units:
         return 0
     rows = [example for example, _ in units]
-    readers = [(example, model.num_virtual(member)) for example, members in units for member in members]
+    lengths = [prompt.num_virtual_tokens for prompt in model.members()]
+    readers = [(example, lengths[member]) for example, members in units for member in members]
     contexts = int(examples.num_context[rows].sum()) if with_contexts else 0
     read, written = examples.widths_of([row for row, _ in readers]).T
     widest = int(read.max()) + int(written.max())

@@ -50,24 +50,27 @@ class Seq2SeqDecoder:
     shares_beginnings = False
     held_per_position = 1
 
-    def __init__(self, model: PromptedModel, encode: Encode, member: int):
-        """`encode`: what the encoder leaves of a batch's readers, each with its member's prompt, and its mask."""
+    def __init__(self, model: PromptedModel, encode: Encode, number: int):
+        """`encode`: what the encoder leaves of a batch's readers, each with a contribution, and its mask.
+
+        `number`: of the contribution that all rows are read with.
+        """
         self._model = model
         self._encode = encode
-        self._member = member
+        self._number = number
         self._state: State | None = None
         self._places: list[int] = []  # in the batch, of the rows in progress
         self._fresh: State | None = None  # rows whose inputs were read in the last pass
         self.needs_contexts = model.placement == "decoder"
 
     def own_length(self, context: np.ndarray, rest: np.ndarray) -> int:
-        return len(context) + len(rest) + self._model.num_virtual(self._member)
+        return len(context) + len(rest) + self._model.num_virtual(self._number)
 
     def start(self, batch: Batch) -> None:
         raise NotImplementedError("every input is encoded whole")
 
     def run(self, tokens: list[int], new: Batch, *, is_any_new: bool, is_new: bool) -> torch.Tensor:
-        encoded = self._encode(new, [self._member] * len(new.rests)) if is_any_new else None
+        encoded = self._encode(new, [self._number] * len(new.rests)) if is_any_new else None
         if is_new:
             assert encoded is not None and not tokens, "rows begin together"
             self._fresh = State(*encoded, EncoderDecoderCache(DynamicCache(), DynamicCache()))
@@ -98,7 +101,7 @@ class Seq2SeqDecoder:
         """The start token, after the virtual tokens where the decoder reads them: [S, P + 1, D]."""
         start = self._embed(np.array([self._model.base.config.decoder_start_token_id]))
         if self._model.placement == "decoder":
-            start = torch.cat([vectors_of(self._model.contributions()[self._member], start), start])
+            start = torch.cat([vectors_of(self._model.contributions()[self._number], start), start])
         return start.expand(num_rows, -1, -1)
 
     def _embed(self, tokens: np.ndarray) -> torch.Tensor:

@@ -52,7 +52,8 @@ class Segment(NamedTuple):
 
     contexts: numbers of keys/values given from outside. parents: runs (start, length) of live positions.
     offset: its first position in its text. member: whose it is; on CUDA no kernel lets what is not a number in one
-    member reach another.
+    member reach another. num_own: how many of the contexts, the last ones, are its member's own; the others belong to
+    its row, and members share them.
     """
 
     start: int
@@ -61,6 +62,17 @@ class Segment(NamedTuple):
     parents: tuple[tuple[int, int], ...] = ()
     offset: int = 0
     member: int = 0
+    num_own: int = 0
+
+    @property
+    def of_row(self) -> tuple[int, ...]:
+        """The contexts that belong to the row; all, where there are no others."""
+        return self.contexts[: len(self.contexts) - self.num_own] or self.contexts
+
+    @property
+    def of_member(self) -> tuple[int, ...]:
+        """The contexts beside those of the row."""
+        return self.contexts[len(self.of_row) :]
 
 
 def attend(

@@ -77,7 +77,7 @@ def read_copies(segment: Segment, runs: list[Run], parts: dict[Run, int], num_pa
     if parents and runs[-1] in parts:
         contexts.append(parts[runs[-1]])
         parents = parents[1:]
-    return Segment(segment.start, segment.length, tuple(contexts), parents, segment.offset, segment.member)
+    return segment._replace(contexts=tuple(contexts), parents=parents)
 
 
 def split_readers(segments: Sequence[Segment], numbers: list[int], length: int, block: int) -> dict[int, int]:

@@ -38,10 +38,14 @@ class Layout:
 
 
 class Before(NamedTuple):
-    """Keys/values from outside that a text reads first: their numbers, and how many positions they are together."""
+    """Keys/values from outside that a text reads first: their numbers, and how many positions they are together.
+
+    num_own: how many of them, the last ones, are a member's own and do not depend on the row.
+    """
 
     numbers: tuple[int, ...] = ()
     length: int = 0
+    num_own: int = 0
 
 
 class Source(NamedTuple):
@@ -62,10 +66,10 @@ class Outside:
     members: list[Before]
 
     def of(self, row: int, member: int) -> Before:
-        """What a reader reads: its member's prefix, then its row's context."""
+        """What a reader reads: its row's context, then its member's prefix."""
         prefix = self.members[member]
         context = self.rows[row]
-        return Before(prefix.numbers + context.numbers, prefix.length + context.length)
+        return Before(context.numbers + prefix.numbers, context.length + prefix.length, len(prefix.numbers))
 
     def collect(self, batch: Batch, prefixes: Sequence[KeysValues | None]) -> list[KeysValues]:
         """The keys/values themselves, from what the batch holds and from the members' own."""
@@ -241,7 +245,7 @@ class LayoutBuilder:
             return run
         parents = (parent,) if parent is not None and parent[1] else ()
         offset = before.length + sum(length for _, length in parents)
-        self.segments.append(Segment(*run, before.numbers, parents, offset, member))
+        self.segments.append(Segment(*run, before.numbers, parents, offset, member, before.num_own))
         self._source.append(source)
         self._positions.append(np.arange(offset, offset + len(source)))
         self._num_live += len(source)

@@ -7,7 +7,7 @@ Shapes: S readers, B rows, T tokens, P virtual tokens, D width, U supervised pos
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -87,7 +87,7 @@ class PromptedModel(nn.Module):
         self.objective = objective
         self.placement = placement
         contributions = contributions_in_eval(prompts)
-        self.num_vectors = [contribution.num_vectors for contribution in contributions]  # of each member
+        self.num_vectors = [contribution.num_vectors for contribution in contributions]
         self.num_prefix = [contribution.num_prefix for contribution in contributions]
         self.target_scales = target_scales or [TargetScale()] * len(prompts)
         self.head = HeadAtTargets(base) if self.has_language_head else None
@@ -130,6 +130,37 @@ class PromptedModel(nn.Module):
     def members(self) -> Iterator[Method]:
         """The prompts of all members, in order."""
         return map(self.prompt, range(len(self.prompts)))
+
+    def number_of(self, member: int, task: int = 0) -> int:
+        """The number of what a member contributes to rows of a task, among the contributions of all members.
+
+        Raises IndexError for a task that it does not have; a prompt without tasks contributes the same to all rows.
+        """
+        num_tasks = [prompt.num_tasks for prompt in self.members()]
+        own = task if num_tasks[member] > 1 else 0
+        if not 0 <= own < num_tasks[member]:
+            raise IndexError(f"task {task} of {num_tasks[member]}")
+        return sum(num_tasks[:member]) + own
+
+    def by_contribution(self, batch: Batch) -> Batch:
+        """The batch with numbers of contributions in place of its readers' members."""
+        num_tasks = [prompt.num_tasks for prompt in self.members()]
+        if max(num_tasks) == 1:
+            return batch
+        assert batch.tasks is not None, "rows have tasks where a prompt does"
+        pairs = {(member, batch.tasks[row]) for row, member in batch.readers}
+        numbers = {pair: self.number_of(*pair) for pair in pairs}
+        readers = [(row, numbers[member, batch.tasks[row]]) for row, member in batch.readers]
+        return replace(batch, readers=readers, tasks=None)
+
+    def count_tasks(self, units: list[Unit], examples: Examples) -> dict[int, int]:
+        """Of each member with tasks, how many of them are those of its examples."""
+        with_tasks = {member for member, prompt in enumerate(self.members()) if prompt.num_tasks > 1}
+        if not with_tasks:
+            return {}
+        assert examples.tasks is not None, "rows have tasks where a prompt does"
+        read = {(member, int(examples.tasks[example])) for example, some in units for member in some}
+        return {member: sum(1 for reader, _ in read if reader == member) for member in with_tasks}
 
     def read_base(self) -> None:
         """Note what passes need to know of the base's settings; called again where they have changed."""
@@ -184,11 +215,14 @@ class PromptedModel(nn.Module):
         """The pass that a batch asks for, as it was prepared or, where it was not, planned now."""
         raise NotImplementedError
 
-    def generate(self, inputs: list[TokenPair], member: int, options: dict[str, Any]) -> torch.Tensor:
-        """New token ids [B, T] of inputs, each (context, rest); `options` are those of the base's own `generate`."""
+    def generate(self, inputs: list[TokenPair], number: int, options: dict[str, Any]) -> torch.Tensor:
+        """New token ids [B, T] of inputs, each (context, rest); `options` are those of the base's own `generate`.
+
+        `number`: of the contribution, see `number_of`; so below.
+        """
         raise NotImplementedError
 
-    def open_decoder(self, member: int) -> Decoder | None:
+    def open_decoder(self, number: int) -> Decoder | None:
         """What answers rows that come and go; None where whole batches are answered by `generate`."""
         return None
 
@@ -196,7 +230,7 @@ class PromptedModel(nn.Module):
         """Positions that stand before the first token of an answer, of those whose number may be limited."""
         raise NotImplementedError
 
-    def name_labels(self, texts: list[np.ndarray]) -> list[str]:
+    def name_labels(self, texts: list[np.ndarray], number: int) -> list[str]:
         """The likeliest label of each text, of a base with a classification head."""
         raise NotImplementedError
 
@@ -261,11 +295,20 @@ class PromptedModel(nn.Module):
     # ------------------------------------------------------------- parts of passes
 
     def contributions(self) -> list[Contribution]:
-        """What each member adds to a pass."""
-        return [prompt() for prompt in self.members()]
+        """What the members add to a pass: for each member and each of its tasks, in this order."""
+        return [found for prompt in self.members() for found in prompt.contributions()]
 
-    def num_virtual(self, member: int) -> int:
-        return self.prompt(member).num_virtual_tokens
+    def member_of(self, number: int) -> int:
+        """The member whose prompt makes a contribution."""
+        return [member for member, prompt in enumerate(self.members()) for _ in range(prompt.num_tasks)][number]
+
+    def prompt_of(self, number: int) -> Method:
+        """The prompt that makes a contribution."""
+        return self.prompt(self.member_of(number))
+
+    def num_virtual(self, number: int) -> int:
+        """The positions of a contribution."""
+        return self.prompt_of(number).num_virtual_tokens
 
     def generate_with_base(self, **inputs: Any) -> torch.Tensor:
         """Token ids [B, T] from the base's own `generate`."""
@@ -284,7 +327,10 @@ class PromptedModel(nn.Module):
         contributions: list[Contribution] | None = None,
         embeddings: nn.Module | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[virtual tokens of a member, text] for each text: vectors [S, P + T, D] and their mask, padded right."""
+        """[virtual tokens, text] for each text: vectors [S, P + T, D] and their mask, padded right.
+
+        `members`: the number of the contribution that each text is read with.
+        """
         contributions = contributions or self.contributions()
         tokens = self.embed_tokens(np.concatenate(texts), embeddings)
         virtual = [vectors_of(contribution, tokens) for contribution in contributions]
@@ -325,12 +371,12 @@ class PromptedModel(nn.Module):
 
 
 def contributions_in_eval(prompts: Sequence[Method]) -> list[Contribution]:
-    """What each prompt contributes, without gradient and without its random numbers."""
-    found = []
+    """What the prompts contribute, without gradient and without their random numbers."""
+    found: list[Contribution] = []
     for prompt in prompts:
         was_training = prompt.training
         with torch.no_grad():
-            found.append(prompt.eval()())
+            found += prompt.eval().contributions()
         prompt.train(was_training)
     return found
 

@@ -5,6 +5,7 @@ To add a method, write its class in a file of its own (`method.py` is the interf
 
 from ptune_dist.prompts.adaption_prompt import AdaptionPrompt
 from ptune_dist.prompts.method import Method
+from ptune_dist.prompts.multitask import MultitaskPromptTuning
 from ptune_dist.prompts.p_tuning import PTuning
 from ptune_dist.prompts.partial_tuning import BiasOnly, HeadOnly, LastLayers, NormsOnly
 from ptune_dist.prompts.prefix_tuning import PrefixTuning
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "prefix_tuning": PrefixTuning,
     "adaption_prompt": AdaptionPrompt,
     "trainable_tokens": TrainableTokens,
+    "multitask_prompt_tuning": MultitaskPromptTuning,
     "last_layers": LastLayers,
     "bias_only": BiasOnly,
     "norms_only": NormsOnly,

@@ -80,7 +80,7 @@ class AdaptionPrompt(Method):
         settings = {"peft_type": "ADAPTION_PROMPT", "adapter_len": length, "adapter_layers": number}
         tensors: dict[str, torch.Tensor] = {}
         for layer in range(number):
-            module = f"{{attentions_from_last[{number - 1 - layer}]}}"
+            module = f"base_model.model.{{attentions_from_last[{number - 1 - layer}]}}"
             tensors[f"{module}.{TOKENS}"] = plain[TOKENS][layer][None]
             tensors[f"{module}.{GATE}"] = plain[GATE][layer][None]
         return PeftAdapter(None, settings, tensors)

@@ -9,7 +9,7 @@ from ptune_dist.config.schema import Config, PromptConfig
 from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
 from ptune_dist.prompts.method import BaseFacts, Method, Options
-from ptune_dist.prompts.start import NOTHING, Lookup, Start
+from ptune_dist.prompts.start import NOTHING, Lookup, ReadRows, Start
 
 
 def find_method(prompt: PromptConfig) -> type[Method]:
@@ -46,7 +46,7 @@ def list_option_keys() -> list[str]:
 def choose_start(prompt: PromptConfig) -> str:
     """`prompt.init`, or the method's default. Raises ValueError that begins with the key."""
     method = find_method(prompt)
-    start = prompt.init or method.default_start
+    start = prompt.init or ("text" if prompt.init_text else method.default_start)
     if start not in method.starts:
         known = ", ".join(method.starts)
         raise ValueError(f"prompt.init: {start} is not for {prompt.method}, which starts from {known}")
@@ -83,15 +83,18 @@ def build_prompt(
     *,
     with_start: bool,
     num_embeddings: int | None = None,
-    read_rows: Lookup | None = None,
+    rows: ReadRows | None = None,
+    read_stored: Lookup | None = None,
 ) -> Method:
     """The prompt that a member's config asks for. Without a start, its numbers will be loaded. Raises UserError.
 
-    num_embeddings: the base's, where the tokenizer has ids beyond them. read_rows: its embeddings as they are stored.
+    num_embeddings: the base's, where the tokenizer has ids beyond them. rows: those to train on, if any. read_stored:
+    the base's embeddings as its files have them.
     """
     prompt = config.prompt
+    asked = choose_start(prompt)
     start = Start(
-        kind=choose_start(prompt) if with_start else NOTHING,
+        kind=asked if with_start else NOTHING,
         seed=config.seed,
         tokenizer=tokenizer,
         lookup=lookup,
@@ -99,7 +102,10 @@ def build_prompt(
         labels=prompt.init_labels or config.data.labels,
         file=prompt.init_file,
         num_embeddings=num_embeddings,
-        read_rows=read_rows,
+        asked=asked,
+        rows=rows,
+        tasks=list(config.data.tasks or []),
+        read_stored=read_stored,
     )
     try:
         return find_method(prompt).build(check_options(prompt), prompt.num_virtual_tokens, base, start)

@@ -12,16 +12,28 @@ from ptune_dist.common.files import replace_file
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
+from ptune_dist.prompts.peft_prefix import as_cartridge
 from ptune_dist.prompts.start import BASE, read_adapter_settings
 
 # PEFT's types that exports are of.
-OWN_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT")
+OWN_ADAPTERS = (
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CARTRIDGE",
+    "MULTITASK_PROMPT_TUNING",
+    "TRAINABLE_TOKENS",
+    "ADAPTION_PROMPT",
+)
+CARTRIDGE = "cartridge"
 POOLER = ".pooler."
 VALUE_HEAD = "value_head."
 
 
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 EXPORTED = {
-    "peft": ("adapter_model.safetensors", "adapter_config.json"),
+    "peft": ADAPTER_FILES,
+    CARTRIDGE: ADAPTER_FILES,
     "prompt-embeds": ("prompt_embeds.safetensors",),
     "model": (),  # an earlier one could be anybody's model
 }
@@ -41,23 +53,31 @@ def check_export_folder(out: Path, to: str) -> None:
         raise UserError(f"--out: {out} holds a PEFT adapter of type {kind}: choose an empty or a new folder")
 
 
-def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: str = "peft") -> None:
     """Raise UserError for a prompt that PEFT cannot place: it puts virtual tokens before everything."""
     if METHODS[facts["method"]].trains_base:
-        raise UserError(f"--to peft: PEFT has no {facts['method']}: use --to model")
+        raise UserError(f"--to {to}: PEFT has no {facts['method']}: use --to model")
+    if to == CARTRIDGE and "prefix_keys" not in tensors:
+        raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {facts['method']}: use --to peft")
     known = METHODS[facts["method"]].peft_bases
     kind = facts["base"]["model_type"]
     if known is not None and kind not in known:
         raise UserError(f"--to peft: PEFT has {facts['method']} for {', '.join(known)} models only, not for {kind}")
     if facts["placement"] not in ("prefix", "encoder"):
-        other = "" if facts["placement"] == "decoder" else ": use --to prompt-embeds"
-        raise UserError(f"--to peft: PEFT has no placement {facts['placement']}{other}")
+        has_vectors = facts["placement"] != "decoder" and "virtual_tokens" in tensors
+        other = ": use --to prompt-embeds" if has_vectors else ""
+        raise UserError(f"--to {to}: PEFT has no placement {facts['placement']}{other}")
     if any(name.startswith(VALUE_HEAD) for name in tensors):
-        raise UserError("--to peft: PEFT has no head that answers numbers for language models")
+        raise UserError(f"--to {to}: PEFT has no head that answers numbers for language models")
 
 
 def export_peft(
-    tensors: dict[str, torch.Tensor], facts: dict[str, Any], task_type: str, out: Path, shape: str | None = None
+    tensors: dict[str, torch.Tensor],
+    facts: dict[str, Any],
+    task_type: str,
+    out: Path,
+    shape: str | None = None,
+    to: str = "peft",
 ) -> None:
     """Write an adapter folder for `peft.PeftModel.from_pretrained(base, out)`. Raises UserError.
 
@@ -66,29 +86,26 @@ def export_peft(
     name for the base's family. `shape` is a config.json that names the labels of an encoder, to load its base with.
     """
     adapter = METHODS[facts["method"]].to_peft(tensors)
+    settings = adapter.settings
+    if to == CARTRIDGE:  # an older prompt had no frozen positions
+        num_frozen = tensors["frozen_values"].shape[1] if "frozen_values" in tensors else 0
+        settings = as_cartridge(settings, num_frozen)
+    modules = facts.get("modules", {})
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
     config = {
         "task_type": task_type,
         "base_model_name_or_path": facts["base"]["path"],
         "inference_mode": True,
-        "modules_to_save": head_modules(head) or None,
         "revision": None,
     }
-    if adapter.prompt_embeddings is not None:
-        stored = {"prompt_embeddings": adapter.prompt_embeddings.contiguous()}
-        stored |= {f"base_model.{name}": tensor for name, tensor in head.items()}
-        config |= {
-            "num_virtual_tokens": facts["num_virtual_tokens"],
-            "token_dim": facts["width"],
-            "num_layers": facts["base"]["num_layers"],
-            "num_attention_heads": facts["base"]["num_attention_heads"],
-            "num_transformer_submodules": 1,  # of seq2seq too: its decoder gets no virtual tokens
-            **adapter.settings,
-        }
+    stored = {name.format(**modules): tensor.contiguous() for name, tensor in adapter.more.items()}
+    if adapter.prompt_embeddings is None:
+        stored |= {f"base_model.model.{name}": tensor for name, tensor in head.items()}
     else:
-        tensors = {name.format(**facts["modules"]): tensor for name, tensor in adapter.tensors.items()} | head
-        stored = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
-        config |= {key: fill_name(value, facts["modules"]) for key, value in adapter.settings.items()}
+        stored |= {"prompt_embeddings": adapter.prompt_embeddings.contiguous()}
+        stored |= {f"base_model.{name}": tensor for name, tensor in head.items()}
+        config |= prompt_settings(facts) | {"modules_to_save": head_modules(head) or None}
+    config |= {key: fill_name(value, modules) for key, value in settings.items()}
     files = {
         "adapter_model.safetensors": save(stored, {"format": "pt"}),
         "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
@@ -96,6 +113,17 @@ def export_peft(
     if shape is not None:
         files["config.json"] = shape.encode()
     write_folder(out, files)
+
+
+def prompt_settings(facts: dict[str, Any]) -> dict[str, Any]:
+    """What PEFT's configuration says of every prompt."""
+    return {
+        "num_virtual_tokens": facts["num_virtual_tokens"],
+        "token_dim": facts["width"],
+        "num_layers": facts["base"]["num_layers"],
+        "num_attention_heads": facts["base"]["num_attention_heads"],
+        "num_transformer_submodules": 1,  # of seq2seq too: its decoder gets no virtual tokens
+    }
 
 
 def fill_name(value: Any, modules: dict[str, Any]) -> Any:
@@ -126,6 +154,8 @@ def export_prompt_embeds(
     if "virtual_tokens" not in tensors:
         raise UserError("--to prompt-embeds: this prompt has keys and values of every layer and no input embeddings")
     virtual = tensors["virtual_tokens"].to(dtype)
+    if virtual.dim() == 3:
+        raise UserError(f"--to prompt-embeds: this prompt is of {len(virtual)} tasks: choose one with --task")
     found = {"virtual_tokens": virtual}
     for i, parts in enumerate(inputs):
         context, rest = (embed(list(ids)).to(dtype) if len(ids) else virtual[:0] for ids in parts)

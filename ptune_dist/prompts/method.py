@@ -3,6 +3,7 @@
 Shapes: P positions, D width, L layers, G key/value heads, Dh width of a head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -63,19 +64,19 @@ class Contribution:
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """What PEFT stores of a prompt: the tensor `prompt_embeddings`, and entries of adapter_config.json.
+    """What PEFT stores of a prompt: `prompt_embeddings`, entries of adapter_config.json, and more tensors by name.
 
-    Adapters that are no prompts have `tensors` instead, named as in the base: `{embeddings}` stands for its own name of
-    the module, there and in the settings.
+    An adapter that is no prompt has the latter alone. In their names and in the settings, `{embeddings}` and
+    `{attentions_from_last[0]}` stand for names of the base's modules.
     """
 
     prompt_embeddings: torch.Tensor | None
     settings: dict[str, Any]
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    more: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Method(nn.Module):
-    """One soft prompt. Its parameters are what is trained and checkpointed, in float32.
+    """One soft prompt. Its parameters are what is trained, in float32; they are checkpointed with its buffers.
 
     A method is one file: this class with the attributes below, and a line in `prompts.METHODS`.
     """
@@ -85,6 +86,7 @@ class Method(nn.Module):
     placements: ClassVar[tuple[str, ...] | None] = None  # None: all that the family has
     starts: ClassVar[tuple[str, ...]] = ("vocab", "random", "text", "labels", "file")  # values of prompt.init
     default_start: ClassVar[str] = "vocab"
+    has_tasks: ClassVar[bool] = False  # it may have something of its own for each task of the rows
     stands_in_sequence: ClassVar[bool] = True  # False: keys and values only, so nothing can be predicted from it alone
 
     takes_positions: ClassVar[bool] = True  # False: num_virtual_tokens is 0
@@ -96,6 +98,9 @@ class Method(nn.Module):
 
     num_virtual_tokens: int  # positions that the prompt takes
     token_ids: list[int] = []  # tokens whose embeddings are trained
+    # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
+    start_tokens: Sequence[int] = ()
+    num_tasks: int = 1  # that it has vectors of its own for
     base_start: dict[str, torch.Tensor] | None = None  # what the trained tensors of the base start from; None: its own
 
     @classmethod
@@ -117,12 +122,24 @@ class Method(nn.Module):
     def forward(self) -> Contribution:
         raise NotImplementedError
 
+    def contributions(self) -> list[Contribution]:
+        """What it contributes to rows of each task."""
+        return [self()]
+
+    def begin_from(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Start from keys and values [L, P, G, Dh] of `start_tokens`. Raises ValueError that begins with the key."""
+        raise NotImplementedError
+
     def begin_step(self, step: int) -> None:
         """Called before the passes of optimizer step `step`: for methods whose forward draws random numbers."""
 
     def plain(self) -> dict[str, torch.Tensor]:
         """The prompt with any reparameterization folded in, by name: what is served and exported."""
         raise NotImplementedError
+
+    def take(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """This prompt's parameters and buffers by name, from a prompt folder or a checkpoint, which may hold more."""
+        return stored
 
     @classmethod
     def to_peft(cls, plain: dict[str, torch.Tensor]) -> PeftAdapter:

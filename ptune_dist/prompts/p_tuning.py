@@ -1,6 +1,7 @@
 """P-tuning (Liu et al. 2021, arXiv:2103.10385): a small encoder makes the virtual tokens of trained embeddings.
 
-Parameters have PEFT's names and start as PEFT's do; the encoder is folded away for serving and export.
+Parameters have PEFT's names and start as PEFT's do; the encoder is folded away for serving and export. What it makes
+can be reparameterized further (`residual.py`).
 Shapes: P virtual tokens, D width, E the encoder's hidden size.
 """
 
@@ -10,14 +11,16 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter
+from ptune_dist.errors import UserError
+from ptune_dist.prompts.method import BaseFacts, Contribution, Method, PeftAdapter
 from ptune_dist.prompts.prompt_tuning import PromptTuning
+from ptune_dist.prompts.residual import PREFIX, ResidualOptions, build_residual
 from ptune_dist.prompts.start import Start
 
 NUM_MLP_LAYERS = 2  # hidden layers, as in PEFT, which has no other MLP
 
 
-class PTuningOptions(Options):
+class PTuningOptions(ResidualOptions):
     """PEFT's options under PEFT's names."""
 
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
@@ -53,6 +56,7 @@ class PTuning(Method):
             self.embedding = nn.Embedding(num_virtual_tokens, width)
             self.lstm_head = build_lstm(width, hidden, options)
             self.mlp_head = build_mlp(width, hidden, is_over_lstm=self.lstm_head is not None)
+        self.residual = build_residual(num_virtual_tokens, width, options, seed)
 
     @classmethod
     def build(cls, options: PTuningOptions, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "PTuning":
@@ -60,9 +64,20 @@ class PTuning(Method):
             check_mlp_options(options)
         prompt = cls(num_virtual_tokens, base.width, options, start.seed)
         if start.kind == "file":
-            wanted = {name: tuple(p.shape) for name, p in prompt.named_parameters()}
-            prompt.load_state_dict(start.tensors(wanted))
+            prompt._load(start)
         return prompt
+
+    def _load(self, start: Start) -> None:
+        """Start from the file of a prompt of this method. Raises UserError."""
+        has_residual = start.holds(PREFIX)
+        if has_residual and self.residual is None:
+            raise UserError(
+                f"prompt.init_file: {start.file} holds a residual reparameterization: set "
+                "prompt.reparameterization=residual_mlp"
+            )
+        named = dict(self.named_parameters())
+        wanted = {name: tuple(p.shape) for name, p in named.items() if has_residual or not name.startswith(PREFIX)}
+        self.load_state_dict(start.tensors(wanted), strict=has_residual)  # without one it starts by adding nothing
 
     def begin_step(self, step: int) -> None:
         self._step = step
@@ -80,7 +95,8 @@ class PTuning(Method):
         vectors = self.embedding.weight
         if self.lstm_head is not None:
             vectors = self.lstm_head(vectors[None])[0][0]
-        return self.mlp_head(vectors)
+        vectors = self.mlp_head(vectors)
+        return vectors if self.residual is None else self.residual(vectors)
 
     @torch.no_grad()
     def plain(self) -> dict[str, torch.Tensor]:

@@ -1,59 +1,210 @@
-"""Prefix tuning (Li & Liang 2021, arXiv:2101.00190): keys and values of every layer that all positions attend to.
+"""Prefix tuning (Li & Liang 2021, arXiv:2101.00190): keys and values of every layer that later positions attend to.
 
-They are trained directly, without the paper's reparameterization, and start as PEFT's do.
-Shapes: L layers, P positions, G key/value heads, Dh width of a head.
+They start from what the base itself computes of a text, and the first position may stay as it is (Eyuboglu et al. 2025,
+arXiv:2506.06266). Random numbers and the paper's reparameterization are options.
+Shapes: L layers, P positions, F of them frozen, G key/value heads, Dh width of a head, E width of the MLP's embeddings.
 """
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import nn
 
 from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter
+from ptune_dist.prompts.peft_prefix import is_adapter, pack_keys_values, read_adapter
 from ptune_dist.prompts.start import Start
+
+OF_TEXT = ("text", "rows")  # starts whose first position is that of a text, which attention falls back on
+PLAIN = ("prefix_keys", "prefix_values")
+
+
+class PrefixOptions(Options):
+    """What is trained of the keys and values, and how."""
+
+    num_frozen: int | None = Field(default=None, ge=0)
+    """The first positions that stay as they start: models attend to the first token of a text when nothing else fits,
+    and moving it harms training. Where left out: 1 with `init: text` and `rows`, else 0."""
+
+    train_keys: bool = True
+    """`false` trains the values alone."""
+
+    reparameterization: Literal["none", "mlp"] = "none"
+    """`mlp`: a trained embedding of each position and an MLP give what is added to the start, as in the paper. It is
+    folded away for serving and export."""
+
+    encoder_hidden_size: int | None = Field(default=None, gt=0)
+    """The hidden size of `reparameterization: mlp`; the width of a layer's keys where left out."""
+
+    init_rows: int | None = Field(default=None, gt=0)
+    """With `init: rows`: the number of training rows to start from; as many as fill the positions where left out."""
 
 
 class PrefixTuning(Method):
-    """Keys and values [L, P, G, Dh]."""
+    """Keys and values [L, P, G, Dh].
 
+    prefix_keys, prefix_values are what is trained of them [L, P - F, G, Dh], frozen_keys, frozen_values the rest. With
+    an MLP, and for keys that are not trained, start_keys and start_values hold the start.
+    """
+
+    options_type = PrefixOptions
     families = ("causal",)
-    placements = ("prefix",)
-    starts = ("random", "file")
-    default_start = "random"
+    placements = ("prefix", "infix", "template")
+    starts = ("text", "rows", "random", "zero", "file")
+    default_start = "rows"
     stands_in_sequence = False
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        num_frozen: int = 0,
+        train_keys: bool = True,
+        mlp: "PrefixMLP | None" = None,
+    ):
         super().__init__()
         self.num_virtual_tokens = keys.shape[1]
-        self.prefix_keys = nn.Parameter(keys.detach().float().clone())
-        self.prefix_values = nn.Parameter(values.detach().float().clone())
+        self.num_frozen = num_frozen
+        self._train_keys = train_keys
+        self._is_plain = mlp is None
+        for name, tensor, is_trained in (("keys", keys, train_keys), ("values", values, True)):
+            whole = tensor.detach().float()
+            frozen, own = (part.contiguous().clone() for part in whole.tensor_split([num_frozen], dim=1))
+            self.register_buffer(f"frozen_{name}", frozen)
+            if is_trained and mlp is None:
+                self.register_parameter(f"prefix_{name}", nn.Parameter(own))
+            else:
+                self.register_buffer(f"start_{name}", own)
+        if mlp is not None:
+            self.embedding = mlp.embedding
+            self.transform = mlp.transform
 
     @classmethod
-    def build(cls, options: Options, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "PrefixTuning":
+    def build(cls, options: PrefixOptions, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "PrefixTuning":
+        """Raises ValueError that begins with the key, UserError for a file."""
         if base.num_layers is None or base.num_key_value_heads is None or base.head_width is None:
             raise ValueError("prompt.method: prefix_tuning needs a base with attention of one width in every layer")
+        num_frozen = count_frozen(options, num_virtual_tokens, start.asked)
+        check_options(options, start.asked)
         shape = (base.num_layers, num_virtual_tokens, base.num_key_value_heads, base.head_width)
+        mlp = None
+        if options.reparameterization == "mlp":
+            mlp = PrefixMLP(shape, num_frozen, options, start)
         if start.kind == "file":
-            found = start.tensors({"prefix_keys": shape, "prefix_values": shape})
-            return cls(found["prefix_keys"], found["prefix_values"])
-        keys = torch.randn(shape, generator=start.generator)
-        return cls(keys, torch.randn(shape, generator=start.generator))
+            return cls._from_file(shape, num_frozen, options, mlp, start)
+        keys, values = torch.zeros(2, *shape)
+        if start.kind == "random" and mlp is None:
+            keys = torch.randn(shape, generator=start.generator)
+            values = torch.randn(shape, generator=start.generator)
+        prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp)
+        if start.kind in OF_TEXT:
+            prompt.start_tokens = start.tokens(num_virtual_tokens, options.init_rows)
+        return prompt
+
+    @classmethod
+    def _from_file(
+        cls, shape: tuple[int, ...], num_frozen: int, options: PrefixOptions, mlp: "PrefixMLP | None", start: Start
+    ) -> "PrefixTuning":
+        """From a prompt's keys and values, or from all that was trained where the file has an MLP of the same shape."""
+        if is_adapter(start.file or ""):
+            keys, values = read_adapter(start.file or "", shape)
+        else:
+            found = start.tensors(dict.fromkeys(PLAIN, shape))
+            keys, values = (found[name] for name in PLAIN)
+        prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp)
+        if mlp is not None and start.holds("transform.0.weight"):
+            named = dict(prompt.named_parameters()) | dict(prompt.named_buffers())
+            prompt.load_state_dict(start.tensors({name: tuple(t.shape) for name, t in named.items()}))
+        return prompt
+
+    @torch.no_grad()
+    def begin_from(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        wanted = (self.num_virtual_tokens, *self.get_buffer("frozen_keys").shape[2:])
+        found = [tuple(part.shape[1:]) for part in (keys, values)]
+        if found != [wanted, wanted]:
+            raise ValueError(f"prompt.method: prefix_tuning has keys and values {wanted}, the base computes {found}")
+        for name, tensor in (("keys", keys), ("values", values)):
+            frozen, own = tensor.tensor_split([self.num_frozen], dim=1)
+            self.get_buffer(f"frozen_{name}").copy_(frozen)
+            self._own(name).copy_(own)
+
+    def _own(self, name: str) -> torch.Tensor:
+        """What is not frozen of the keys or of the values [L, P - F, G, Dh], without what an MLP adds."""
+        trained = getattr(self, f"prefix_{name}", None)
+        return self.get_buffer(f"start_{name}") if trained is None else trained
 
     def forward(self) -> Contribution:
-        return Contribution(keys=self.prefix_keys, values=self.prefix_values)
+        keys = self._own("keys")
+        values = self._own("values")
+        if not self._is_plain:
+            added = self.transform(self.embedding.weight)  # [P - F, L * 2 * G * Dh], or without the keys
+            num_layers, num_own, *heads = values.shape
+            parts = added.view(num_own, num_layers, -1, *heads).permute(2, 1, 0, 3, 4)
+            keys = keys + parts[0] if self._train_keys else keys
+            values = values + parts[-1]
+        if self.num_frozen:
+            keys = torch.cat([self.get_buffer("frozen_keys"), keys], dim=1)
+            values = torch.cat([self.get_buffer("frozen_values"), values], dim=1)
+        return Contribution(keys=keys, values=values)
 
+    @torch.no_grad()
     def plain(self) -> dict[str, torch.Tensor]:
-        return {"prefix_keys": self.prefix_keys.detach(), "prefix_values": self.prefix_values.detach()}
+        found = self()
+        assert found.keys is not None and found.values is not None
+        return {"prefix_keys": found.keys.detach(), "prefix_values": found.values.detach()}
+
+    def take(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A prompt folder has whole keys and values, a checkpoint what is trained of them."""
+        taken = dict(stored)
+        for name in ("keys", "values"):
+            whole = stored.get(f"prefix_{name}")
+            if whole is not None and whole.shape[1] == self.num_virtual_tokens:
+                frozen, own = whole.tensor_split([self.num_frozen], dim=1)
+                taken = {f"frozen_{name}": frozen} | taken | {f"prefix_{name}": own}
+        return taken
 
     @classmethod
     def to_peft(cls, plain: dict[str, torch.Tensor]) -> PeftAdapter:
-        """PEFT's layout: for each position the keys and values of layer after layer, [P, L * 2 * G * Dh]."""
-        both = torch.stack([plain["prefix_keys"], plain["prefix_values"]], dim=1)  # [L, 2, P, G, Dh]
-        num_layers, _, num_positions, num_heads, head_width = both.shape
-        settings = {
-            "peft_type": "PREFIX_TUNING",
-            "prefix_projection": False,
-            "encoder_hidden_size": None,
-            "token_dim": num_heads * head_width,
-            "num_attention_heads": num_heads,
-            "num_layers": num_layers,
-        }
-        return PeftAdapter(both.permute(2, 0, 1, 3, 4).reshape(num_positions, -1), settings)
+        return PeftAdapter(*pack_keys_values(plain["prefix_keys"], plain["prefix_values"]))
+
+
+class PrefixMLP:
+    """The paper's reparameterization with PEFT's names and shapes: an embedding [P - F, E] and a perceptron over it.
+
+    It starts as PEFT's does with `init: random`, and adds nothing to any other start.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_frozen: int, options: PrefixOptions, start: Start):
+        num_layers, num_positions, num_heads, head_width = shape
+        width = num_heads * head_width
+        num_parts = 2 if options.train_keys else 1
+        hidden = options.encoder_hidden_size or width
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(start.seed)
+            self.embedding = nn.Embedding(num_positions - num_frozen, width)
+            last = nn.Linear(hidden, num_layers * num_parts * width)
+            self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), last)
+        if start.kind != "random":
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+
+def count_frozen(options: PrefixOptions, num_positions: int, start: str) -> int:
+    """F. Raises ValueError that begins with the key where nothing would be trained."""
+    if options.num_frozen is None:
+        return min(1, num_positions - 1) if start in OF_TEXT else 0
+    if options.num_frozen >= num_positions:
+        raise ValueError(
+            f"prompt.num_frozen: {options.num_frozen} of prompt.num_virtual_tokens={num_positions} leaves nothing to "
+            "train"
+        )
+    return options.num_frozen
+
+
+def check_options(options: PrefixOptions, start: str) -> None:
+    """Raise ValueError for options that belong to what was not chosen."""
+    if options.encoder_hidden_size is not None and options.reparameterization != "mlp":
+        raise ValueError("prompt.encoder_hidden_size is for the MLP: set prompt.reparameterization=mlp")
+    if options.init_rows is not None and start != "rows":
+        raise ValueError(f"prompt.init_rows is given but prompt.init is {start}: set prompt.init=rows")

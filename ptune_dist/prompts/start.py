@@ -4,17 +4,17 @@ Shapes: P virtual tokens, D width.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from ptune_dist.data.framing import check_ids
+from ptune_dist.data.framing import check_ids, special_ids
 from ptune_dist.errors import UserError
 
 # The paper samples from the 5,000 most common tokens, which are the first of its vocabulary.
@@ -27,6 +27,16 @@ BASE = "base."  # tensors of the base that a method has trained
 NOTHING = "nothing"
 
 Lookup = Callable[[list[int]], torch.Tensor]  # token ids -> embeddings [len(ids), D]
+ReadRows = Callable[[], Iterable[list[int]]]  # the token ids of each training row, input and target
+
+
+class Source(NamedTuple):
+    """A stored prompt: its tensors, the facts of ours, and PEFT's settings of an adapter; either may be empty."""
+
+    file: Path
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+    settings: dict[str, Any]
 
 
 @dataclass
@@ -34,7 +44,8 @@ class Start:
     """The start that config section `prompt` asks for; a function of `seed` alone.
 
     `lookup` reads rows of the base's embeddings. Kind NOTHING gives zeros: a trained prompt will be loaded.
-    num_embeddings: the base's, where the tokenizer has ids beyond them.
+    num_embeddings: the base's, where the tokenizer has ids beyond them. asked: prompt.init, also where kind is NOTHING.
+    rows: those to train on, if any. tasks: the names of the rows' tasks.
     """
 
     kind: str  # prompt.init, or NOTHING
@@ -45,7 +56,10 @@ class Start:
     labels: list[str] | None = None
     file: str | None = None
     num_embeddings: int | None = None
-    read_rows: Lookup | None = None  # the base's embeddings as they are stored: Gemma scales what it looks up
+    asked: str = NOTHING
+    rows: ReadRows | None = None
+    tasks: list[str] = field(default_factory=list)
+    read_stored: Lookup | None = None  # the base's embeddings as its files have them: Gemma scales what it looks up
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -83,10 +97,40 @@ class Start:
                 )
         return {name: stored[name].float() for name in wanted}
 
-    def rows_of(self, ids: list[int]) -> torch.Tensor:
-        """The base's own embeddings [len(ids), D] as they are stored."""
-        assert self.read_rows is not None, "whoever builds a prompt for a base can read its embeddings"
-        return self.read_rows(ids)
+    def stored_embeddings(self, ids: list[int]) -> torch.Tensor:
+        """The base's own embeddings [len(ids), D] as its files have them."""
+        assert self.read_stored is not None, "whoever builds a prompt for a base can read its embeddings"
+        return self.read_stored(ids)
+
+    def holds(self, *prefixes: str) -> bool:
+        """Whether `prompt.init_file` is given and has tensors whose names begin so. Raises UserError."""
+        return self.kind == "file" and any(name.startswith(prefixes) for name in self.read().tensors)
+
+    def read(self) -> "Source":
+        """What `prompt.init_file` holds. Raises UserError."""
+        file = find_prompt_file(self.file or "")
+        return Source(file, read_tensors(file), read_facts(file), read_adapter_settings(file.parent))
+
+    def tokens(self, num: int, num_rows: int | None = None) -> list[int]:
+        """Token ids [num] of the text or the rows to start from, repeated or cut; a text begins as the base reads one.
+
+        Empty where no rows are read. Raises UserError.
+        """
+        if self.kind == "text":
+            begin = special_ids(self.tokenizer)[0]
+            return (begin + repeat(self._encode(self.text or "", "prompt.init_text"), num))[:num]
+        if self.rows is None:
+            return []
+        found: list[int] = []
+        count = 0
+        for ids in self.rows():
+            if count == num_rows or (num_rows is None and len(found) >= num):
+                break
+            found += ids
+            count += 1
+        if num_rows is not None and count < num_rows:
+            raise UserError(f"prompt.init_rows is {num_rows} but there are {count} training rows")
+        return repeat(found, num)[:num]
 
     def base_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the base that `prompt.init_file` holds, by their names there, in float32. Raises UserError."""
@@ -100,7 +144,7 @@ class Start:
     def _text_vectors(self, num: int) -> torch.Tensor:
         """[P, D]: embeddings of the text's tokens, repeated or cut to P."""
         ids = self._encode(self.text or "", "prompt.init_text")
-        return self.lookup((ids * (num // len(ids) + 1))[:num])
+        return self.lookup(repeat(ids, num)[:num])
 
     def _vocab_vectors(self, num: int) -> torch.Tensor:
         """[P, D]: embeddings of tokens drawn from the common part of the vocabulary, special tokens left out."""
@@ -136,6 +180,11 @@ class Start:
         return ids
 
 
+def repeat(ids: list[int], num: int) -> list[int]:
+    """Token ids repeated to `num` or more."""
+    return ids * (num // len(ids) + 1)
+
+
 def random_vectors(num: int, width: int, generator: torch.Generator) -> torch.Tensor:
     """[P, D], uniform in [-0.5, 0.5) as in the paper."""
     return torch.rand(num, width, generator=generator) - 0.5
@@ -164,6 +213,10 @@ def read_vectors(source: str, num: int, width: int) -> torch.Tensor:
     found = next((tensors[name] for name in VECTOR_NAMES if name in tensors), None)
     if found is None:
         raise UserError(f"prompt.init_file: {file} holds no virtual_tokens, only {', '.join(sorted(tensors)[:5])}")
+    if found.dim() == 3:
+        raise UserError(
+            f"prompt.init_file: {file} is a prompt of {len(found)} tasks: export one with ptune-dist export --task"
+        )
     settings = read_adapter_settings(file.parent)
     kind = settings.get("peft_type", "PROMPT_TUNING")
     if kind not in VECTOR_ADAPTERS:
@@ -176,6 +229,15 @@ def read_vectors(source: str, num: int, width: int) -> torch.Tensor:
             f"this prompt is (num_virtual_tokens, width) = {(num, width)}"
         )
     return found.float()
+
+
+def read_facts(file: Path) -> dict[str, Any]:
+    """What a run stored about its prompt, in the header of the tensors; empty where a file is of another kind."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return json.loads((opened.metadata() or {}).get("facts", "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
 
 
 def read_adapter_settings(folder: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class TrainableTokens(Method):
         check_ids(ids, base.num_embeddings)
         if start.kind == "file":
             return cls(read_rows(start.file or "", ids, base.width), ids)
-        return cls(start.rows_of(ids), ids)
+        return cls(start.stored_embeddings(ids), ids)
 
     def attach(self, base: PreTrainedModel) -> None:
         put_rows(base, self.token_ids, self.trainable_tokens)
@@ -74,7 +74,7 @@ class TrainableTokens(Method):
             "init_weights": True,
             "target_modules": "{embeddings}",
         }
-        return PeftAdapter(None, settings, {"{embeddings}." + DELTA: plain[ROWS]})
+        return PeftAdapter(None, settings, {"base_model.model.{embeddings}." + DELTA: plain[ROWS]})
 
 
 def find_ids(options: TrainableTokensOptions, tokenizer: PreTrainedTokenizerBase) -> list[int]:

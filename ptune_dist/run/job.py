@@ -91,11 +91,11 @@ class Parts:
     deepspeed_json: dict[str, Any]  # filled
 
 
-def build_parts(reading: Reading, world: World | None, *, with_start: bool) -> Parts:
+def build_parts(reading: Reading, world: World | None, *, with_start: bool, rows: TrainingRows | None = None) -> Parts:
     """Raises UserError for everything that can be wrong with base, prompts and DeepSpeed's JSON.
 
     Without `with_start` the prompts' numbers are not read: those of a trained prompt follow, and what it started from
-    may be gone. Without a `world` nothing is asked of the machine.
+    may be gone. Without a `world` nothing is asked of the machine. `rows` are those to train on, if any.
     """
     config = reading.config
     check_precision(config)
@@ -115,7 +115,8 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool) -> P
             opened.embed,
             with_start=with_start,
             num_embeddings=reading.num_embeddings,
-            read_rows=opened.read_rows,
+            rows=None if rows is None else functools.partial(rows.tokens_of, name),
+            read_stored=opened.read_rows,
         )
     if world is not None:
         check_memory(opened.model, content, config.model.path, world.size, world.device)
@@ -262,7 +263,7 @@ def build_job(
 
     `scales`: of the members' targets, where they are numbers. `rows` are those to train on, if any.
     """
-    parts = together(world, lambda: build_parts(reading, world, with_start=with_start))
+    parts = together(world, lambda: build_parts(reading, world, with_start=with_start, rows=rows))
     size = MicroBatchSize(reading.config.train.most_positions)
     if rows is not None:
         size = settle_micro_batch(reading, parts, rows, world)
@@ -293,6 +294,7 @@ def build_job(
     engine = build_engine(model, reading.members, parts.deepspeed_json, world, cache=cache)
     if probe is not None:
         check_base(engine, probe, config, world)
+    together(world, engine.read_starts)
     longest = longest_answer(rows.examples) if rows is not None else None
     return Job(reading, engine, fingerprint, loading, size, longest)
 

@@ -48,6 +48,7 @@ class Reading:
             placement=self.config.prompt.placement,
             truncation_side=data.truncation_side,
             num_embeddings=self.num_embeddings,
+            needs_rest=self.config.prompt.placement != "prefix" and not find_method(member.prompt).stands_in_sequence,
         )
 
     def with_micro_batch(self, tokens: int) -> "Reading":

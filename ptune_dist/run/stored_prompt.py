@@ -50,6 +50,8 @@ def check_prompt(reading: Reading, facts: dict[str, Any], run_dir: Path) -> None
             raise UserError(f"prompt.{key}: the prompt of {run_dir} was trained with {stored[key]!r}, not {value!r}")
     if facts.get("labels") not in (None, config.data.labels):
         raise UserError(f"data.labels: the head of {run_dir} was trained to tell {facts['labels']} apart")
+    if facts.get("tasks") and facts["tasks"] != list(config.data.tasks or []):
+        raise UserError(f"data.tasks: the prompt of {run_dir} was trained on the tasks {', '.join(facts['tasks'])}")
     objective = facts.get("objective", "cross_entropy")
     if objective != config.train.objective:
         raise UserError(
@@ -85,6 +87,8 @@ def prompt_facts(job: Job, member: str, *, step: int, metrics: dict[str, float])
         facts["longest_target"] = job.longest_target
     if find_method(config.prompt).names_modules:
         facts["modules"] = name_modules(model.base)
+    if config.data.tasks and find_method(config.prompt).has_tasks:
+        facts["tasks"] = list(config.data.tasks)
     options = check_options(config.prompt).model_dump()
     if options:
         facts["options"] = options
@@ -100,4 +104,4 @@ def prompt_tensors(job: Job, member: str) -> dict[str, torch.Tensor]:
     number = list(job.members).index(member)
     plain = job.engine.model.prompt(number).plain()
     stored = {name: tensor.float().cpu().clone() for name, tensor in plain.items()}
-    return stored | job.engine.prompt_tensors(member)
+    return job.engine.prompt_tensors(member) | stored

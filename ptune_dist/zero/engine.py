@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 
@@ -124,6 +125,27 @@ class Engine:
     def _read_contexts(self, contexts: Contexts) -> list[tuple[torch.Tensor, ...]]:
         return self.without_gradient(lambda: self.model.read_contexts(contexts))
 
+    def read_starts(self) -> None:
+        """Give every prompt that starts from what the base computes of a text those keys and values.
+
+        They are rank 0's on every rank. Collective: every rank must call.
+        """
+        known: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        for prompt in self.model.members():
+            tokens = tuple(prompt.start_tokens)
+            if not tokens:
+                continue
+            if tokens not in known:
+                contexts = Contexts([np.array(tokens, np.int32)], pad_id=tokens[0])
+                known[tokens] = [part.float().contiguous() for part in self._read_contexts(contexts)[0]]
+                if self.world.size > 1:
+                    for part in known[tokens]:
+                        dist.broadcast(part, 0)
+            try:
+                prompt.begin_from(*known[tokens])
+            except ValueError as error:
+                raise UserError(str(error)) from None
+
     def without_gradient(self, work: Callable[[], T]) -> T:
         """What `work` computes of the base, with the prompts in eval mode. Collective: every rank must call."""
         was_training = self.model.training
@@ -139,8 +161,8 @@ class Engine:
 
     def load_prompts(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         """Set every member's trainable tensors."""
-        for name, member in self.prompts.members.items():
-            member.load_tensors(tensors[name])
+        for prompt, (name, member) in zip(self.model.members(), self.prompts.members.items(), strict=True):
+            member.load_tensors(prompt.take(tensors[name]))
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """The torch optimizers' tensors by `MEMBER/TENSOR.KEY`, whole, on the CPU."""
@@ -237,7 +259,10 @@ def build_engine(
     set_apart(model.base, world.device, getattr(torch, first.model.dtype))
     model.place(world.device)
     model.start_base()
-    members = {name: build_member(configs[name].train, model.trainable(number)) for number, name in enumerate(configs)}
+    members = {
+        name: build_member(configs[name].train, model.trainable(number), dict(model.prompt(number).named_buffers()))
+        for number, name in enumerate(configs)
+    }
     layers = layers_of(model.base)
     settings = read_settings(content, len(layers), "deepspeed")
     recomputer = Recomputer(settings, layers) if settings else None
@@ -250,6 +275,6 @@ def build_engine(
     return Engine(model, passes, state, world, stage, recomputer, cache)
 
 
-def build_member(train: TrainConfig, named: dict[str, torch.nn.Parameter]) -> Member:
-    """A member with the optimizer that config section `train` asks for."""
-    return Member(named, build_torch_optimizer(train, list(named.values())), train.max_grad_norm)
+def build_member(train: TrainConfig, named: dict[str, torch.nn.Parameter], fixed: dict[str, torch.Tensor]) -> Member:
+    """A member with the optimizer that config section `train` asks for; `fixed` as in `Member`."""
+    return Member(named, build_torch_optimizer(train, list(named.values())), train.max_grad_norm, fixed)

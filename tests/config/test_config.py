@@ -322,7 +322,7 @@ def test_what_must_be_given_is_named_when_it_is_not(write, missing):
     [
         (["prompt.init=text"], ["prompt.init", "prompt.init_text"]),
         (["prompt.init=file"], ["prompt.init", "prompt.init_file"]),
-        (["prompt.init_text=hello"], ["prompt.init_text", "prompt.init=text"]),
+        (["prompt.init=vocab", "prompt.init_text=hello"], ["prompt.init_text", "prompt.init=text"]),
         (["prompt.init_labels=[a]"], ["prompt.init_labels", "prompt.init"]),
         (["prompt.init=labels"], ["prompt.init", "data.labels"]),
         (["data.target=null"], ["data.template", "data.target"]),

@@ -18,7 +18,14 @@ from ptune_dist.prompts.method import Method
 from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 from tests.conftest import ARCHITECTURES, SEQ2SEQ
-from tests.evaluation.test_generate import SETTINGS, answer_plainly, build_model, draw_inputs, until_end
+from tests.evaluation.test_generate import (
+    SETTINGS,
+    answer_plainly,
+    build_model,
+    draw_inputs,
+    until_end,
+    with_rests,
+)
 from tests.numerics.passes import draw_tokens, plain_seq2seq_logits
 from tests.numerics.test_segments import build_reader
 
@@ -111,14 +118,22 @@ def test_rows_of_a_seq2seq_base_begin_together_and_leave_one_by_one(kind: str, p
 
 
 @pytest.mark.parametrize("case", ["infix", "template", "same context", "no rest"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral_window", "deepseek_v3"])
-def test_contexts_are_read_from_the_cache_and_stand_before_the_prompt(kind: str, case: str):
-    model = build_model(kind, PromptTuning, "infix" if case == "infix" else "template")
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *itertools.product(["gpt2", "llama", "mistral_window"], [PromptTuning, PrefixTuning]),
+        ("deepseek_v3", PromptTuning),
+    ],
+)
+def test_contexts_are_read_from_the_cache_and_stand_before_the_prompt(kind: str, method: type[Method], case: str):
+    model = build_model(kind, method, "infix" if case == "infix" else "template")
     inputs = draw_inputs(LENGTHS, "infix" if case == "infix" else "template")
     if case == "same context":
         inputs = [(inputs[1][0], rest or [7]) for _, rest in inputs]
     if case == "no rest":
         inputs = [(inputs[1][0], rest if number % 2 else []) for number, (_, rest) in enumerate(inputs)]
+    if method is PrefixTuning:
+        inputs = with_rests(inputs)
     expected, end = plain_answers(model, inputs)
     for budget in (4096, 120):
         assert decode(model, inputs, budget, end) == expected

@@ -20,6 +20,7 @@ from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 from tests.conftest import ARCHITECTURES, SEQ2SEQ, TINY
 from tests.numerics.passes import build_base, draw_tokens
+from tests.numerics.prefixes import plain_prefix_logits
 
 EOS, PAD, NUM_NEW, NUM_VIRTUAL = 0, 1, 5, 4
 SETTINGS = GenerationConfig(pad_token_id=PAD, eos_token_id=EOS, max_new_tokens=NUM_NEW, do_sample=False, use_cache=True)
@@ -61,6 +62,11 @@ def draw_prefix(base: PreTrainedModel) -> PrefixTuning:
     return PrefixTuning(torch.randn(shape, generator=draw), torch.randn(shape, generator=draw))
 
 
+def with_rests(inputs: list[TokenPair]) -> list[TokenPair]:
+    """The last token of an input is always read after a prompt of keys and values."""
+    return [(context, rest) if rest else (context[:-1], context[-1:]) for context, rest in inputs]
+
+
 def draw_inputs(lengths: tuple[int, ...], placement: str = "prefix") -> list[TokenPair]:
     draw = np.random.default_rng(1)
     rows = [draw_tokens(draw, length).tolist() for length in lengths]
@@ -80,6 +86,9 @@ def answer_plainly(model: PromptedModel, inputs: TokenPair, num_new: int = NUM_N
         if found.vectors is not None:
             vectors = torch.cat([before, found.vectors[None], after], dim=1)
             logits = base(inputs_embeds=vectors, use_cache=False).logits
+        elif inputs[0]:
+            parts = (np.array(part, np.int64) for part in (inputs[0], [*inputs[1], *answer], [0]))
+            logits = plain_prefix_logits(base, found, *parts)[None]
         else:
             cache = DynamicCache()
             for layer in range(len(found.keys)):
@@ -144,10 +153,22 @@ def test_rotations_that_are_scaled_to_the_longest_row_want_rows_of_one_length(ro
 
 @pytest.mark.parametrize("placement", ["infix", "template"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bloom"])
-def test_virtual_tokens_stand_where_the_placement_puts_them(kind, placement):
-    model = build_model(kind, PromptTuning, placement)
+@pytest.mark.parametrize("method", [PromptTuning, PrefixTuning])
+def test_virtual_tokens_stand_where_the_placement_puts_them(kind, placement, method):
+    model = build_model(kind, method, placement)
     inputs = draw_inputs((3, 40, 17, 2), placement)
-    assert until_end(generate_ids(model, inputs, SETTINGS)) == [answer_plainly(model, row) for row in inputs]
+    if method is PrefixTuning:
+        inputs = [*with_rests(inputs), ([], [9])]  # an input of one token has no context
+    expected = [answer_plainly(model, row) for row in inputs]
+    assert until_end(generate_ids(model, inputs, SETTINGS)) == expected
+    assert until_end(generate_ids(model, inputs[-1:], SETTINGS)) == expected[-1:]
+
+
+@pytest.mark.parametrize("kind", ["mistral_window", "gemma2"])
+def test_keys_and_values_after_a_context_are_in_the_windows_of_what_follows(kind):
+    model = build_model(kind, PrefixTuning, "infix")
+    for row in with_rests(draw_inputs((3, 12, 3, 9), "infix")):
+        assert until_end(generate_ids(model, [row], SETTINGS)) == [answer_plainly(model, row)]
 
 
 def test_a_row_that_fills_the_learned_positions_takes_nothing_from_a_short_one():

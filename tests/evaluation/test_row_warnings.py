@@ -96,6 +96,10 @@ WARNED = {
         {"prompt": {"init": "text", "init_text": "classify this"}},
         "prompt.init_text has 13 tokens and the prompt 4 virtual tokens: the last 9 tokens are left out",
     ),
+    "cut rows": (
+        {"prompt": {"method": "prefix_tuning", "init": "rows", "init_rows": 2}},
+        "prompt.init_rows: the first 2 rows have ",
+    ),
     "short answers": (
         {"held_out": ROWS, "evaluate": {"metrics": ["exact_match"], "max_new_tokens": 3}},
         "evaluate.max_new_tokens 3 is less than the targets of 8 of the 8 validation rows have, up to 10",

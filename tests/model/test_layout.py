@@ -67,7 +67,7 @@ def expect(batch: Batch, row: int, member: int, num_vectors, num_prefix) -> list
     """The whole input of a reader."""
     prefix = [("prefix", member, i) for i in range(num_prefix[member])]
     virtual = [("virtual", member, i) for i in range(num_vectors[member])]
-    return [*prefix, *batch.contexts[row].tolist(), *virtual, *batch.rests[row].tolist()]
+    return [*batch.contexts[row].tolist(), *prefix, *virtual, *batch.rests[row].tolist()]
 
 
 @pytest.mark.parametrize("num_prefix", PREFIXES)
@@ -166,7 +166,7 @@ def test_keys_and_values_are_collected_once_each_where_they_were_planned():
     batch = Batch(contexts, ones, ones, [(row, member) for row in range(3) for member in (0, 1)], 1, held=held)
     outside, found = collect_outside(batch, [None, prefix])
     assert [part is one for part, one in zip(found, (lead, own, prefix), strict=True)] == [True] * 3
-    assert outside.of(1, 0) == ((0, 1), 6) and outside.of(2, 1) == ((2, 0), 7)
+    assert outside.of(1, 0) == ((0, 1), 6, 0) and outside.of(2, 1) == ((0, 2), 7, 1)
     alike = Batch([contexts[0]] * 2, ones[:2], ones[:2], [(0, 0), (1, 0)], 1, held=[(lead,), (own,)])
     assert len(collect_outside(alike, [None])[1]) == 1  # the same tokens, held twice
     with pytest.raises(AssertionError):

@@ -27,6 +27,7 @@ OPTIONS = {
 }
 WIDTH = 32
 P_TUNING = {"method": "p_tuning"}
+RESIDUAL = {"prompt.reparameterization": "residual_mlp", "prompt.reparameterization_hidden_size": 8}
 
 
 def start_of(encoder: str) -> dict[str, torch.Tensor]:
@@ -113,6 +114,8 @@ def test_a_sweep_mixes_it_with_prompt_tuning_and_each_member_ends_as_alone(tiny_
     sweep = [
         {"prompt.method": "prompt_tuning"},
         {"prompt.method": "p_tuning", "prompt.encoder_hidden_size": HIDDEN},
+        {"prompt.method": "prompt_tuning", **RESIDUAL},
+        {"prompt.method": "p_tuning", **RESIDUAL, "prompt.reparameterization_per_token": True},
         {"prompt.method": "p_tuning", "prompt.encoder_reparameterization_type": "LSTM", "prompt.num_virtual_tokens": 6},
     ]
     bank = write_bank(tmp_path, "mixed", tiny_bases["llama"], sweep, "prefix", deepspeed=zero_json(3))

@@ -48,6 +48,9 @@ TABLE: Table = {
     "cluster/processes.py": [
         attribute("atexit:_run_exitfuncs", "run exit functions without the rest of Python's cleanup"),
     ],
+    "base/own_rows.py": [
+        instance(MODULE, "_parameters", "have an embedding look up other rows"),
+    ],
     "base/trained.py": [
         instance(MODULE, "_parameters", "take a trained head out of the parameters"),
     ],
@@ -111,7 +114,7 @@ TABLE: Table = {
         file("torch.autograd.graph:_engine_run_backward", "/torch/autograd/graph.py", WAITS),
         attribute("torch.autograd.graph:_engine_run_backward", WAITS),
     ],
-    "data/sources.py": [
+    "data/stored_tables.py": [
         attribute("datasets.config:HF_HUB_OFFLINE", "turn to the cache at once without a network"),
         attribute("datasets.exceptions:DatasetsError", "turn its complaints into one line"),
         attribute("datasets:are_progress_bars_disabled", "silence progress bars"),

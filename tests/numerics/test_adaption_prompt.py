@@ -4,25 +4,29 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
 from transformers import AutoTokenizer
 
 from ptune_dist.base.recompute import DEFAULTS
+from ptune_dist.data.batches import Batch
+from ptune_dist.families.causal import PromptedCausal
+from ptune_dist.objectives.cross_entropy import CrossEntropy
+from ptune_dist.prompts.adaption_prompt import AdaptionPrompt
 from ptune_dist.prompts.store import load_prompt
 from tests.commands import run_command, run_commands
 from tests.numerics.banks import write_alone, write_bank
 from tests.numerics.banks import write_rows as write_bank_rows
 from tests.numerics.methods import write_run
+from tests.numerics.passes import build_base
 from tests.numerics.plain import load_plain, padded_batches, run_loop
 from tests.numerics.test_curves import curve, train_all, zero_json
+from tests.numerics.test_labels import label_batch, words_of
 
-pytestmark = pytest.mark.long
 KINDS = ["gpt2", "llama", "mistral", "qwen2"]
 LENGTH, LAYERS, WIDTH = 4, 2, 32
 PROMPT = {"method": "adaption_prompt", "num_virtual_tokens": 0, "adapter_len": LENGTH, "adapter_layers": LAYERS}
-TRANSFORMERS_MODEL_CONFIG["qwen2"] = TRANSFORMERS_MODEL_CONFIG["llama"]  # whose layers have the same projections
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,9 @@ def start_of() -> dict[str, torch.Tensor]:
 
 def peft_model(base: Path, tensors: dict[str, torch.Tensor]):
     from peft import AdaptionPromptConfig, get_peft_model
+    from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
 
+    TRANSFORMERS_MODEL_CONFIG["qwen2"] = TRANSFORMERS_MODEL_CONFIG["llama"]  # whose layers have the same projections
     settings = AdaptionPromptConfig(adapter_len=LENGTH, adapter_layers=LAYERS, task_type="CAUSAL_LM")
     model = get_peft_model(load_plain(base), settings).eval()
     trained = [(name, p) for name, p in model.named_parameters() if "adaption_" in name]
@@ -77,12 +83,14 @@ def runs(bases, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.long
 def test_it_trains_as_under_peft(runs, bases, kind):
     assert curve(runs[kind]) == pytest.approx(peft_curve_of(bases[kind]), rel=1e-5)
     hashes = json.loads((runs[kind] / "base_hashes.json").read_text())
     assert hashes["after"] == hashes["before"] and hashes["before"]
 
 
+@pytest.mark.long
 def test_the_curve_depends_on_no_stage_and_no_way_of_computing(bases, tmp_path):
     stage3 = {"deepspeed": zero_json(3)}
     recomputed = {"deepspeed": zero_json(3) | {"activation_checkpointing": DEFAULTS}}
@@ -108,6 +116,7 @@ def test_the_curve_depends_on_no_stage_and_no_way_of_computing(bases, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.long
 def test_a_sweep_of_several_methods_trains_each_member_as_alone(bases, tmp_path, kind):
     write_bank_rows(tmp_path)
     sweep = [
@@ -122,6 +131,7 @@ def test_a_sweep_of_several_methods_trains_each_member_as_alone(bases, tmp_path,
         assert curve(tmp_path / "mixed" / "members" / name) == pytest.approx(curve(path.parent), rel=1e-5), name
 
 
+@pytest.mark.long
 def test_what_is_exported_and_answered_is_pefts_and_adapters_are_starts(runs, bases, tmp_path):
     from peft import PeftModel
 
@@ -153,6 +163,7 @@ def test_what_is_exported_and_answered_is_pefts_and_adapters_are_starts(runs, ba
     assert all(torch.allclose(found[name], trained[name], atol=1e-6) for name in trained)
 
 
+@pytest.mark.long
 def test_what_it_is_not_for_is_refused_in_one_line(runs, bases, tmp_path):
     config = str(runs["llama"] / "config.json")
     free = ["prompt={method: adaption_prompt}"]
@@ -168,3 +179,24 @@ def test_what_it_is_not_for_is_refused_in_one_line(runs, bases, tmp_path):
         assert failed.returncode == 2 and message in failed.stderr.splitlines()[-1], failed.stderr
     failed = run_command("export", str(runs["qwen2"]), "--to", "peft", "--out", str(tmp_path / "e"))
     assert failed.returncode == 2 and "for llama, mistral, gpt2 models only, not for qwen2" in failed.stderr
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral_window"])
+def test_labels_after_an_input_have_the_losses_of_whole_texts(kind):
+    base = build_base(kind)
+    start = start_of()
+    prompts = [
+        AdaptionPrompt(start["adaption_prompt"], start["adaption_gate"]),
+        AdaptionPrompt(start["adaption_prompt"][:1, :3] + 1, torch.tensor([0.7])),
+    ]
+    model = PromptedCausal(base, prompts, CrossEntropy())
+    batch = label_batch("prefix")
+    assert batch.trees is not None
+    for (row, member), losses in zip(batch.readers, model.label_losses(batch), strict=True):
+        labels = [np.array(label) for label in words_of(batch.trees[row])]
+        nothing = np.zeros(0, np.int32)
+        count = len(labels)
+        readers = [(number, member) for number in range(count)]
+        whole = model.losses(Batch([nothing] * count, [batch.rests[row]] * count, labels, readers, 1))
+        np.testing.assert_allclose(losses, whole.numpy(), rtol=1e-5)

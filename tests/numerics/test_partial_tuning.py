@@ -30,6 +30,7 @@ WANTED = {
     ("bloom", "last_layers"): ["h.1."],
     ("t5", "last_layers"): ["decoder.block.1."],
     ("t5", "norms_only"): ["layer_norm"],
+    ("t5", "head_only"): ["lm_head"],
     ("bart", "head_only"): ["lm_head"],
     ("bert", "last_layers"): ["encoder.layer.1.", "classifier", "pooler"],
     ("bert", "head_only"): ["classifier", "pooler"],
@@ -160,7 +161,7 @@ def test_it_resumes_exactly_and_at_another_stage_and_starts_from_an_earlier_run(
 
 def test_answers_and_an_exported_model_are_those_of_transformers(runs, tiny_bases, tmp_path):
     commands = []
-    names = ["gpt2-last_layers", "gpt2-head_only", "qwen2-bias_only", "t5-norms_only"]
+    names = ["gpt2-last_layers", "gpt2-head_only", "qwen2-bias_only", "t5-head_only", "bart-head_only"]
     for name in names:
         commands.append(["export", str(runs[name]), "--to", "model", "--out", str(tmp_path / name)])
         output = ["--max-new-tokens", "8", "--output", str(tmp_path / f"{name}.jsonl")]
@@ -176,12 +177,13 @@ def test_answers_and_an_exported_model_are_those_of_transformers(runs, tiny_base
                 parameter.copy_(tensors[f"base.{key}"])
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
         ids = torch.tensor([tokenizer.encode("sample =")])
-        more = {"decoder_input_ids": torch.tensor([[1, 40]])} if kind == "t5" else {}
+        begin = exported.config.decoder_start_token_id if kind in FAMILIES else None
+        more = {} if begin is None else {"decoder_input_ids": torch.tensor([[begin, 40]])}
         with torch.no_grad():
             ours, plain = (model(ids, **more).logits for model in (exported, wanted))
             new = exported.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=1)
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
-        skipped = 1 if kind == "t5" else ids.shape[1]
+        skipped = 1 if kind in FAMILIES else ids.shape[1]
         answer = json.loads((tmp_path / f"{name}.jsonl").read_text())["generated"]
         assert answer == tokenizer.decode(new[0, skipped:], skip_special_tokens=True).strip(), name
 

@@ -21,6 +21,7 @@ from ptune_dist.common.progress_line import ProgressLine
 from ptune_dist.data.batches import Batch
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.distributed.world import gather_from_ranks
+from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import (
     SCALED_BY_LENGTH,
     AnswerBatch,
@@ -102,9 +103,15 @@ def generate_of_tasks(
 def open_decoder(model: PromptedModel, number: int) -> Decoder | None:
     """What answers rows that come and go; None where batches are answered by transformers' own `generate`.
 
-    Rotations that are scaled to the longest row would depend on the others of a pass.
+    Rotations that are scaled to the longest row would depend on the others of a pass. Raises UserError.
     """
-    return None if rope_types(model.base) & set(SCALED_BY_LENGTH) else model.open_decoder(number)
+    scaled = rope_types(model.base) & set(SCALED_BY_LENGTH)
+    if scaled and model.start_layers[number]:
+        raise UserError(
+            f"prompt.method: a prompt that enters at a later layer writes no answers over a base with {min(scaled)} "
+            "rotary positions, which depend on the longest row of a pass"
+        )
+    return None if scaled else model.open_decoder(number)
 
 
 def decode_rows(
@@ -120,7 +127,8 @@ def decode_rows(
     """Yield answers as rows are finished. Collective."""
     model = engine.model
     is_sharded = engine.stage == 3 and engine.world.size > 1
-    base = Base(engine.without_gradient, engine.contexts.hold, engine.world, is_sharded, pad_id(tokenizer))
+    hold = engine.contexts.hold if decoder.takes_contexts else take_as_is
+    base = Base(engine.without_gradient, hold, engine.world, is_sharded, pad_id(tokenizer))
     chooser = Chooser(decoding.sampling, decoding.seed, model.device)
     loop = AnswerLoop(
         decoder, base, chooser, end=cast(int | None, tokenizer.eos_token_id), budget=decoding.micro_batch_tokens
@@ -132,6 +140,10 @@ def decode_rows(
         ids = [tokens for _, tokens in found]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True) if found else []  # it makes a text of no rows
         yield list(zip([number for number, _ in found], texts, strict=True))
+
+
+def take_as_is(batch: Batch) -> Batch:
+    return batch
 
 
 def answer_in_batches(

@@ -28,12 +28,11 @@ class MemberParts:
         counts = [sum(outside[number].length for number in named) for named in self._named]
         self.width = max(counts)
         self._counts = counts
-        self._places = [torch.tensor(some, device=device) for some in places.values()]
-        self._back = torch.cat(self._places).argsort()
-        by_place = torch.zeros(len(readers), dtype=torch.long, device=device)
-        for count, some in zip(counts, self._places, strict=True):
-            by_place[some] = count
-        self.lengths = by_place.unflatten(0, shape[:2])
+        self._places = [torch.tensor(some).to(device) for some in places.values()]
+        self._back = torch.tensor([place for some in places.values() for place in some]).argsort().to(device)
+        by_member = dict(zip(self._named, counts, strict=True))
+        by_place = torch.tensor([by_member[segment.of_member] for segment in readers])
+        self.lengths = by_place.unflatten(0, shape[:2]).to(device)
         self._masks: dict[tuple[int, int | None, torch.dtype], torch.Tensor] = {}
 
     def scores(self, q: torch.Tensor, layer: int, window: int | None) -> list[torch.Tensor]:

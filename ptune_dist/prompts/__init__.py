@@ -4,6 +4,7 @@ To add a method, write its class in a file of its own (`method.py` is the interf
 """
 
 from ptune_dist.prompts.adaption_prompt import AdaptionPrompt
+from ptune_dist.prompts.late_prompt import LatePrompt
 from ptune_dist.prompts.method import Method
 from ptune_dist.prompts.multitask import MultitaskPromptTuning
 from ptune_dist.prompts.p_tuning import PTuning
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "prefix_tuning": PrefixTuning,
     "adaption_prompt": AdaptionPrompt,
     "trainable_tokens": TrainableTokens,
+    "late_prompt": LatePrompt,
     "multitask_prompt_tuning": MultitaskPromptTuning,
     "last_layers": LastLayers,
     "bias_only": BiasOnly,

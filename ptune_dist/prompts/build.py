@@ -103,6 +103,7 @@ def build_prompt(
         file=prompt.init_file,
         num_embeddings=num_embeddings,
         asked=asked,
+        placement=prompt.placement,
         rows=rows,
         tasks=list(config.data.tasks or []),
         read_stored=read_stored,

@@ -64,11 +64,13 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
     if known is not None and kind not in known:
         raise UserError(f"--to peft: PEFT has {facts['method']} for {', '.join(known)} models only, not for {kind}")
     if facts["placement"] not in ("prefix", "encoder"):
-        has_vectors = facts["placement"] != "decoder" and "virtual_tokens" in tensors
+        has_vectors = facts["placement"] != "decoder" and "prefix_keys" not in tensors
         other = ": use --to prompt-embeds" if has_vectors else ""
         raise UserError(f"--to {to}: PEFT has no placement {facts['placement']}{other}")
     if any(name.startswith(VALUE_HEAD) for name in tensors):
         raise UserError(f"--to {to}: PEFT has no head that answers numbers for language models")
+    if facts.get("options", {}).get("from_layer") and "lower_keys" not in tensors:
+        raise UserError(f"--to {to}: PEFT's prefixes are in all layers, this one begins with prompt.from_layer")
 
 
 def export_peft(
@@ -149,6 +151,8 @@ def export_prompt_embeds(
         raise UserError("--to prompt-embeds: this prompt was trained with a classification head: use --to peft")
     if any(name.startswith(VALUE_HEAD) for name in tensors):
         raise UserError("--to prompt-embeds: this prompt was trained with a head that answers numbers")
+    if "late_tokens" in tensors:
+        raise UserError("--to prompt-embeds: this prompt enters at a later layer and has no input embeddings")
     if any(name.startswith(BASE) for name in tensors):
         raise UserError("--to prompt-embeds: this run trained tensors of the base and no prompt: use --to model")
     if "virtual_tokens" not in tensors:

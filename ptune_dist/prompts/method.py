@@ -31,6 +31,8 @@ class BaseFacts:
     head_width: int | None = None
     num_embeddings: int | None = None
     model_type: str | None = None
+    hidden_size: int | None = None  # of what a layer reads
+    num_first_layers: int | None = None  # of the first stack, an encoder's; None where they cannot be run in parts
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Contribution:
     vectors [P, D]: virtual tokens that stand in the sequence. keys, values [L, P, G, Dh]: of every layer, attended to
     by all positions and read before the sequence; rotary bases take them as already rotated. adapters [A, P, D]: tokens
     of the last A layers that all positions attend to by a softmax of their own, and gate [A] what scales the result.
+
+    start_layer: the first layer that any of these are for; the layers below read a row without them, and L counts from
+    that layer on. lower_keys, lower_values [M, P, G, Dh]: what the M layers below read before a row; they never change.
     """
 
     vectors: torch.Tensor | None = None
@@ -47,6 +52,9 @@ class Contribution:
     values: torch.Tensor | None = None
     adapters: torch.Tensor | None = None
     gate: torch.Tensor | None = None
+    start_layer: int = 0
+    lower_keys: torch.Tensor | None = None
+    lower_values: torch.Tensor | None = None
 
     @property
     def num_vectors(self) -> int:
@@ -75,6 +83,18 @@ class PeftAdapter:
     more: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+def check_start_layer(layer: int, base: BaseFacts, key: str) -> int:
+    """The layer, if a prompt can enter there. Raises ValueError that begins with the key."""
+    if base.num_first_layers is None:
+        raise ValueError(f"{key}: the layers of this base are no plain stack, which a prompt could enter in the middle")
+    if not 0 < layer < base.num_first_layers:
+        last = base.num_first_layers - 1
+        raise ValueError(
+            f"{key}: {layer} is no layer above the first one of {base.num_first_layers}: choose one from 1 to {last}"
+        )
+    return layer
+
+
 class Method(nn.Module):
     """One soft prompt. Its parameters are what is trained, in float32; they are checkpointed with its buffers.
 
@@ -100,6 +120,7 @@ class Method(nn.Module):
     token_ids: list[int] = []  # tokens whose embeddings are trained
     # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
     start_tokens: Sequence[int] = ()
+    reads_layer: int = 0  # the layer whose input that is; 0: keys and values of all layers
     num_tasks: int = 1  # that it has vectors of its own for
     base_start: dict[str, torch.Tensor] | None = None  # what the trained tensors of the base start from; None: its own
 
@@ -107,6 +128,11 @@ class Method(nn.Module):
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "Method":
         """A prompt at its start. Reading the start may raise UserError."""
         raise NotImplementedError
+
+    @classmethod
+    def enters_late(cls, options: Any) -> bool:
+        """Whether the lowest layers read rows without the prompt, so that what they leave can be kept."""
+        return False
 
     @classmethod
     def choose_trained(cls, options: Any, base: PreTrainedModel) -> set[str]:
@@ -126,8 +152,11 @@ class Method(nn.Module):
         """What it contributes to rows of each task."""
         return [self()]
 
-    def begin_from(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Start from keys and values [L, P, G, Dh] of `start_tokens`. Raises ValueError that begins with the key."""
+    def begin_from(self, *computed: torch.Tensor) -> None:
+        """Start from keys and values [L, P, G, Dh] of `start_tokens`, or from hidden states [P, H] of `reads_layer`.
+
+        Raises ValueError that begins with the key.
+        """
         raise NotImplementedError
 
     def begin_step(self, step: int) -> None:

@@ -57,6 +57,7 @@ class Start:
     file: str | None = None
     num_embeddings: int | None = None
     asked: str = NOTHING
+    placement: str = "prefix"
     rows: ReadRows | None = None
     tasks: list[str] = field(default_factory=list)
     read_stored: Lookup | None = None  # the base's embeddings as its files have them: Gemma scales what it looks up

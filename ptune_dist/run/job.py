@@ -21,6 +21,7 @@ from ptune_dist.base.layers import (
     hidden_size,
     layers_of,
     max_positions,
+    num_first_layers,
     num_key_value_heads,
 )
 from ptune_dist.base.load import fill_whole
@@ -161,6 +162,8 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
         head_width=head_width(base.config),
         model_type=base.config.model_type,
         num_embeddings=getattr(base.get_input_embeddings(), "num_embeddings", None),
+        hidden_size=hidden_size(base),
+        num_first_layers=num_first_layers(base),
     )
 
 

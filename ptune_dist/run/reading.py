@@ -40,15 +40,16 @@ class Reading:
     def encoding(self, member: Config) -> Encoding:
         """How a member's rows become token ids. Raises UserError."""
         data = member.data
+        placement = self.config.prompt.placement
         return Encoding(
             self.tokenizer,
             self.family.frame_text(),
             self.family.build_targets(self.objective.target, self.tokenizer, data.labels, data.append_eos),
             max_length=data.max_length or DEFAULT_MAX_LENGTH,
-            placement=self.config.prompt.placement,
+            placement=placement,
             truncation_side=data.truncation_side,
             num_embeddings=self.num_embeddings,
-            needs_rest=self.config.prompt.placement != "prefix" and not find_method(member.prompt).stands_in_sequence,
+            needs_rest=placement in ("infix", "template") and not find_method(member.prompt).stands_in_sequence,
         )
 
     def with_micro_batch(self, tokens: int) -> "Reading":

@@ -126,25 +126,28 @@ class Engine:
         return self.without_gradient(lambda: self.model.read_contexts(contexts))
 
     def read_starts(self) -> None:
-        """Give every prompt that starts from what the base computes of a text those keys and values.
+        """Give every prompt that starts from what the base computes of a text those numbers.
 
         They are rank 0's on every rank. Collective: every rank must call.
         """
         known: dict[tuple[int, ...], list[torch.Tensor]] = {}
         for prompt in self.model.members():
-            tokens = tuple(prompt.start_tokens)
+            tokens = list(prompt.start_tokens)
             if not tokens:
                 continue
-            if tokens not in known:
-                contexts = Contexts([np.array(tokens, np.int32)], pad_id=tokens[0])
-                known[tokens] = [part.float().contiguous() for part in self._read_contexts(contexts)[0]]
+            key = (prompt.reads_layer, *tokens)
+            if key not in known:
+                ids = [np.array(tokens, np.int32)]
+                contexts = Contexts(ids, pad_id=tokens[0], start_layer=prompt.reads_layer, lengths=[0])
+                known[key] = [part.float().contiguous() for part in self._read_contexts(contexts)[0]]
                 if self.world.size > 1:
-                    for part in known[tokens]:
+                    for part in known[key]:
                         dist.broadcast(part, 0)
             try:
-                prompt.begin_from(*known[tokens])
+                prompt.begin_from(*known[key])
             except ValueError as error:
                 raise UserError(str(error)) from None
+        self.model.read_prompts()
 
     def without_gradient(self, work: Callable[[], T]) -> T:
         """What `work` computes of the base, with the prompts in eval mode. Collective: every rank must call."""
@@ -163,6 +166,7 @@ class Engine:
         """Set every member's trainable tensors."""
         for prompt, (name, member) in zip(self.model.members(), self.prompts.members.items(), strict=True):
             member.load_tensors(prompt.take(tensors[name]))
+        self.model.read_prompts()
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """The torch optimizers' tensors by `MEMBER/TENSOR.KEY`, whole, on the CPU."""

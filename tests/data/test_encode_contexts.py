@@ -60,6 +60,26 @@ def test_a_marker_first_is_prefix_and_a_marker_last_is_infix(write, single, plac
     assert examples.num_truncated == 2
 
 
+@pytest.mark.parametrize(
+    ("placement", "template", "wanted"),
+    [
+        ("infix", "{{ text }}:", [("<bos>ab", ":"), ("<bos>", ":"), ("<bos>cdefgh", ":")]),
+        ("infix", "{{ text }}", [("<bos>a", "b"), ("", "<bos>"), ("<bos>bcdefg", "h")]),
+        ("template", "{{ text }}{{ prompt }}:", [("<bos>ab", ":"), ("<bos>", ":"), ("<bos>cdefgh", ":")]),
+        ("template", "{{ text }}{{ prompt }}", [("<bos>a", "b"), ("", "<bos>"), ("<bos>bcdefg", "h")]),
+    ],
+)
+def test_a_last_token_that_predicts_the_target_is_no_context(write, placement, template, wanted):
+    tokenizer = tokenizer_with("<bos> $A")
+    rows = write(("ab", "c"), ("", "z"), ("abcdefgh", "x"))
+    options = {"placement": placement, "template": template, "max_length": 10, "needs_rest": True}
+    examples = encode_split(rows, tokenizer, **options)
+    assert parts_of(tokenizer, examples) == wanted
+    without = encode_split(rows, tokenizer, **options | {"needs_rest": False})
+    assert examples.ids.tolist() == without.ids.tolist()
+    assert examples.num_truncated == without.num_truncated == 1
+
+
 def test_the_parts_are_tokenized_apart(write):
     vocab = {"<eos>": 0, "a": 1, "b": 2, "ab": 3}
     tokenizer = PreTrainedTokenizerFast(

@@ -9,7 +9,7 @@ CAUSAL = [
     {"family": "causal", "placement": placement, "method": method}
     for placement in ("prefix", "infix", "template")
     for method in ("prompt_tuning", "p_tuning")
-] + [{"family": "causal", "placement": "prefix", "method": "prefix_tuning"}]
+] + [{"family": "causal", "placement": placement, "method": "prefix_tuning"} for placement in ("prefix", "infix")]
 OTHERS = [
     {"family": family, "placement": placement, "method": method}
     for family, placement in (("seq2seq", "encoder"), ("seq2seq", "decoder"), ("encoder", "prefix"))

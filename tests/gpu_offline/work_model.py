@@ -74,7 +74,8 @@ def run_case(**settings: Any) -> dict[str, Any]:
         model = FAMILIES[case.family].model_class(base, prompts, CrossEntropy(), case.placement).train()
         for prompt in model.prompts:
             to_gpu(prompt)
-        batch = hold(model, draw_batch(case.family, case.placement), mode)
+        needs_rest = case.method == "prefix_tuning"
+        batch = hold(model, draw_batch(case.family, case.placement, needs_rest=needs_rest), mode)
         found = report(lambda: model.losses(batch).sum().backward(), mode)
         trained = [p for n in range(2) for p in model.trainable(n).values()]
         gradients = [str(p.grad.device) if p.grad is not None else "none" for p in trained]
@@ -114,11 +115,13 @@ def to_gpu(module: nn.Module) -> None:
             setattr(part, name, torch.empty(b.shape, dtype=b.dtype, device="cuda"))
 
 
-def draw_batch(family: str, placement: str) -> Batch:
-    """Three rows of different length, read by two members, some rows by one."""
+def draw_batch(family: str, placement: str, *, needs_rest: bool) -> Batch:
+    """Three rows of different length, read by two members, some rows by one. `needs_rest`: as in an `Encoding`."""
     nothing = np.zeros(0, np.int32)
     texts = [np.arange(2, 2 + n, dtype=np.int32) for n in (7, 9, 30)]
     rests = [nothing] * 3 if placement in ("infix", "decoder") else texts
+    if needs_rest:
+        rests = [rest if len(rest) else text[-1:] for rest, text in zip(rests, texts, strict=True)]
     contexts = texts if placement in ("infix", "template", "decoder") else [nothing] * 3
     targets = [np.arange(1 if family == "encoder" else n, dtype=np.int32) for n in (3, 2, 4)]
     return Batch(contexts, rests, targets, [(0, 0), (1, 1), (0, 1), (2, 0)], 0)

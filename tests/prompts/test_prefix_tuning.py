@@ -1,10 +1,10 @@
-"""Prompts of keys and values alone: what they start from, what is trained, PEFT's files, and what is refused."""
+"""Prompts of keys and values by themselves: their start, what is trained, PEFT's files, and what is refused."""
 
 import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ptune_dist.config.sections import PromptConfig
 from ptune_dist.errors import UserError
@@ -120,8 +120,11 @@ def test_a_prompt_begins_from_what_the_base_computes_and_is_stored_whole(options
     again.load_state_dict({name: again.take(stored)[name] for name in again.state_dict()})
     assert all(torch.equal(tensor, moved[name]) for name, tensor in again.plain().items())
     save_prompt(tmp_path, stored, {})
-    further = build(init="file", init_file=str(tmp_path), **options)
-    assert all(torch.equal(tensor, moved[name]) for name, tensor in further.plain().items())
+    for count in (frozen, 0, 3):
+        further = build(init="file", init_file=str(tmp_path), **options | {"num_frozen": count})
+        assert all(torch.equal(tensor, moved[name]) for name, tensor in further.plain().items())
+        if "reparameterization" in options and count == frozen:
+            assert torch.equal(further.embedding.weight, prompt.embedding.weight)
 
 
 def test_a_prompt_of_a_version_without_frozen_positions_is_read():
@@ -184,9 +187,9 @@ def test_adapters_of_other_methods_and_files_without_keys_are_named(tmp_path):
     assert "is a PEFT adapter of type LORA" in error_of(init="file", init_file=str(tmp_path))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "CARTRIDGE"}))
     assert "holds no prompt_embeddings" in error_of(init="file", init_file=str(tmp_path))
-    save_file({"virtual_tokens": torch.zeros(5, 16)}, tmp_path / "vectors.safetensors")
-    assert "holds no prefix_keys" in error_of(init="file", init_file=str(tmp_path / "vectors.safetensors"))
-    assert len(load_file(tmp_path / "vectors.safetensors")) == 1
+    (tmp_path / "apart").mkdir()
+    save_file({"virtual_tokens": torch.zeros(5, 16)}, tmp_path / "apart" / "vectors.safetensors")
+    assert "holds no prefix_keys" in error_of(init="file", init_file=str(tmp_path / "apart" / "vectors.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -55,14 +55,15 @@ def check_export_folder(out: Path, to: str) -> None:
 
 def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: str = "peft") -> None:
     """Raise UserError for a prompt that PEFT cannot place: it puts virtual tokens before everything."""
-    if METHODS[facts["method"]].trains_base:
-        raise UserError(f"--to {to}: PEFT has no {facts['method']}: use --to model")
+    name = facts.get("method", "prompt_tuning")
+    if METHODS[name].trains_base:
+        raise UserError(f"--to {to}: PEFT has no {name}: use --to model")
     if to == CARTRIDGE and "prefix_keys" not in tensors:
-        raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {facts['method']}: use --to peft")
-    known = METHODS[facts["method"]].peft_bases
-    kind = facts["base"]["model_type"]
-    if known is not None and kind not in known:
-        raise UserError(f"--to peft: PEFT has {facts['method']} for {', '.join(known)} models only, not for {kind}")
+        raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {name}: use --to peft")
+    known = METHODS[name].peft_bases
+    if known is not None and facts["base"]["model_type"] not in known:
+        kind = facts["base"]["model_type"]
+        raise UserError(f"--to peft: PEFT has {name} for {', '.join(known)} models only, not for {kind}")
     if facts["placement"] not in ("prefix", "encoder"):
         has_vectors = facts["placement"] != "decoder" and "prefix_keys" not in tensors
         other = ": use --to prompt-embeds" if has_vectors else ""

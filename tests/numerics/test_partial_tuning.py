@@ -12,7 +12,7 @@ from ptune_dist.base.recompute import DEFAULTS
 from ptune_dist.prompts.store import load_prompt
 from tests.commands import run_command, run_commands
 from tests.numerics.methods import labelled, write_run
-from tests.numerics.plain import load_plain, padded_batches, read_rows, run_loop
+from tests.numerics.plain import BATCH, ROWS, encode_row, load_plain, pad, padded_batches, read_rows, run_loop
 from tests.numerics.test_curves import curve, train_all, zero_json
 from tests.numerics.test_families import starting_head, write_rows
 
@@ -166,6 +166,10 @@ def test_answers_and_an_exported_model_are_those_of_transformers(runs, tiny_base
         commands.append(["export", str(runs[name]), "--to", "model", "--out", str(tmp_path / name)])
         output = ["--max-new-tokens", "8", "--output", str(tmp_path / f"{name}.jsonl")]
         commands.append(["generate", str(runs[name]), "--input", "sample", *output])
+    run = runs[names[0]]
+    few = [f"data.validation={ROWS}", f"evaluate.max_examples={BATCH}"]
+    commands.append(["evaluate", str(run), *few])
+    commands.append(["validate", str(run / "config.json"), f"output_dir={tmp_path / 'new'}", *few])
     run_commands(commands)
     for name in names:
         kind, _, method = name.partition("-")
@@ -186,6 +190,14 @@ def test_answers_and_an_exported_model_are_those_of_transformers(runs, tiny_base
         skipped = 1 if kind in FAMILIES else ids.shape[1]
         answer = json.loads((tmp_path / f"{name}.jsonl").read_text())["generated"]
         assert answer == tokenizer.decode(new[0, skipped:], skip_special_tokens=True).strip(), name
+        if runs[name] == run:
+            coded = [encode_row(tokenizer, row, "causal") for row in read_rows()[:BATCH]]
+            labels = pad([[-100] * len(read) + written for read, written in coded], -100)
+            mask = pad([[1] * len(read + written) for read, written in coded], 0)
+            with torch.no_grad():
+                loss = exported(pad([a + b for a, b in coded], 1), attention_mask=mask, labels=labels).loss.item()
+            found = json.loads((run / "evaluation.json").read_text())
+            assert found["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_what_it_is_not_for_is_refused_in_one_line(runs, tiny_bases, tmp_path):

@@ -84,10 +84,12 @@ def build_prompt(
     with_start: bool,
     num_embeddings: int | None = None,
     rows: ReadRows | None = None,
+    read_stored: Lookup | None = None,
 ) -> Method:
     """The prompt that a member's config asks for. Without a start, its numbers will be loaded. Raises UserError.
 
-    num_embeddings: the base's, where the tokenizer has ids beyond them. rows: those to train on, if any.
+    num_embeddings: the base's, where the tokenizer has ids beyond them. rows: those to train on, if any. read_stored:
+    the base's embeddings as its files have them.
     """
     prompt = config.prompt
     asked = choose_start(prompt)
@@ -104,6 +106,7 @@ def build_prompt(
         placement=prompt.placement,
         rows=rows,
         tasks=list(config.data.tasks or []),
+        read_stored=read_stored,
     )
     try:
         return find_method(prompt).build(check_options(prompt), prompt.num_virtual_tokens, base, start)

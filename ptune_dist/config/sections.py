@@ -52,6 +52,10 @@ class ModelConfig(Section):
         return self
 
 
+def check_files(files: str | list[str]) -> str | list[str]:
+    return files if isinstance(files, str) else refuse_twice(files)
+
+
 class PromptConfig(Section):
     """The soft prompt: how it is parameterized, where it is placed and how it starts.
 
@@ -83,7 +87,7 @@ class PromptConfig(Section):
     init_labels: list[Label] | None = None
     """The labels to start from, with `init: labels`; `data.labels` where left out."""
 
-    init_file: str | Annotated[list[str], Field(min_length=1), AfterValidator(refuse_twice)] | None = None
+    init_file: Annotated[str | list[str], AfterValidator(check_files)] | None = None
     """The run, prompt folder or PEFT adapter to start from, with `init: file`, perhaps of another task. Of several the
     one with the least loss on the first rows is taken."""
 

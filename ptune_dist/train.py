@@ -37,6 +37,7 @@ from ptune_dist.run.metrics_log import MetricsWriter
 from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
 from ptune_dist.run.reading import build_reading
 from ptune_dist.run.resolve import resolve_whole
+from ptune_dist.run.sources import choose_sources
 from ptune_dist.run.status import end_status, mark_running
 from ptune_dist.run.step_lines import step_lines
 from ptune_dist.run.summary import build_summary, describe_member, describe_start, say_finished
@@ -102,6 +103,7 @@ def train_job(
     config = job.config
     run_dir = Path(config.output_dir)
     progress = restore(job, rows, world)
+    chosen = choose_sources(job, rows, world)
     together(world, lambda: mark_running(run_dir) if world.is_main else None)
     together(world, lambda: write_run_configs(config, job.members) if world.is_main else None)
     together(world, lambda: watch.begin_steps(run_dir))
@@ -117,6 +119,8 @@ def train_job(
         held_out = next((evaluator.split.examples for evaluator in evaluators.values()), None)
         if world.is_main:
             training.say(describe_start(job, rows, held_out, progress, world))
+            for line in chosen:
+                training.say(line)
             for line in warnings:
                 training.say(f"warning: {line}")
         try:

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from ptune_dist.config.fields import AutoOrOff, Label, Positive, Real, Section, read_header
+from ptune_dist.config.fields import AutoOrOff, Label, Positive, Real, Section, read_header, refuse_twice
 
 
 class ModelConfig(Section):
@@ -81,8 +81,9 @@ class PromptConfig(Section):
     init_labels: list[Label] | None = None
     """The labels to start from, with `init: labels`; `data.labels` where left out."""
 
-    init_file: str | None = None
-    """The run, prompt folder or PEFT adapter to start from, with `init: file`."""
+    init_file: str | Annotated[list[str], Field(min_length=1), AfterValidator(refuse_twice)] | None = None
+    """The run, prompt folder or PEFT adapter to start from, with `init: file`, perhaps of another task. Of several the
+    one with the least loss on the first rows is taken."""
 
     @model_validator(mode="after")
     def check_init(self) -> "PromptConfig":

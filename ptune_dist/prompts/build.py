@@ -53,6 +53,12 @@ def choose_start(prompt: PromptConfig) -> str:
     return start
 
 
+def source_files(prompt: PromptConfig) -> list[str]:
+    """What `prompt.init_file` names."""
+    given = prompt.init_file or []
+    return [given] if isinstance(given, str) else list(given)
+
+
 def build_prompt(
     config: Config,
     base: BaseFacts,
@@ -61,10 +67,11 @@ def build_prompt(
     *,
     with_start: bool,
     num_embeddings: int | None = None,
+    file: str | None = None,
 ) -> Method:
     """The prompt that a member's config asks for. Without a start, its numbers will be loaded. Raises UserError.
 
-    num_embeddings: the base's, where the tokenizer has ids beyond them.
+    num_embeddings: the base's, where the tokenizer has ids beyond them. file: the one of several to start from.
     """
     prompt = config.prompt
     start = Start(
@@ -74,7 +81,7 @@ def build_prompt(
         lookup=lookup,
         text=prompt.init_text,
         labels=prompt.init_labels or config.data.labels,
-        file=prompt.init_file,
+        file=file or next(iter(source_files(prompt)), None),
         num_embeddings=num_embeddings,
         tasks=list(config.data.tasks or []),
     )

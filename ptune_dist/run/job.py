@@ -3,9 +3,10 @@
 What is read from files is read first, on every rank, and a mistake found by any rank ends all of them.
 """
 
+import functools
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.given_cache import keeps_more
 from ptune_dist.model.value_head import TargetScale
-from ptune_dist.prompts.build import build_prompt
+from ptune_dist.prompts.build import build_prompt, source_files
 from ptune_dist.prompts.method import BaseFacts, Method
 from ptune_dist.run.base_check import check_base, draw_probe
 from ptune_dist.run.memory_need import Workload, fit_micro_batch, prompt_bytes
@@ -58,6 +59,7 @@ class Job:
     """A base and its prompts under the engine, ready to train or to answer.
 
     longest_target: tokens of the longest target that is trained on, where targets are texts that follow an input.
+    sources: the prompts that a member may start from, by file, where there are several.
     """
 
     reading: Reading
@@ -66,6 +68,7 @@ class Job:
     loading: dict[str, float]  # this rank's seconds and bytes of reading the base
     micro_batch: MicroBatchSize
     longest_target: int | None = None
+    sources: dict[str, dict[str, Method]] = field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -87,6 +90,7 @@ class Parts:
     opened: OpenedBase
     prompts: dict[str, Method]  # of each member, at its start
     deepspeed_json: dict[str, Any]  # filled
+    sources: dict[str, dict[str, Method]]  # of each member that has several to start from
 
 
 def build_parts(reading: Reading, world: World | None, *, with_start: bool) -> Parts:
@@ -102,21 +106,25 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool) -> P
     opened = open_base_of(reading)
     content = build_deepspeed_json(config, opened.model, world)
     reading.family.check_contexts(opened.model, config.prompt.placement)
-    facts = base_facts(opened.model)
+    build = functools.partial(
+        build_prompt,
+        base=base_facts(opened.model),
+        tokenizer=reading.tokenizer,
+        lookup=opened.embed,
+        with_start=with_start,
+        num_embeddings=reading.num_embeddings,
+    )
     prompts = {}
+    sources = {}
     for name, member in reading.members.items():
         check_positions(member, opened.model)
-        prompts[name] = build_prompt(
-            member,
-            facts,
-            reading.tokenizer,
-            opened.embed,
-            with_start=with_start,
-            num_embeddings=reading.num_embeddings,
-        )
+        prompts[name] = build(member)
+        files = source_files(member.prompt)
+        if with_start and len(files) > 1:
+            sources[name] = {file: build(member, file=file) for file in files}
     if world is not None:
         check_memory(opened.model, content, config.model.path, world.size, world.device)
-    return Parts(opened, prompts, content)
+    return Parts(opened, prompts, content, sources)
 
 
 def open_base_of(reading: Reading) -> OpenedBase:
@@ -275,7 +283,7 @@ def build_job(
     if probe is not None:
         check_base(engine, probe, config, world)
     longest = longest_answer(rows.examples) if rows is not None else None
-    return Job(reading, engine, fingerprint, loading, size, longest)
+    return Job(reading, engine, fingerprint, loading, size, longest, parts.sources)
 
 
 def fill_base(parts: Parts, config: Config, world: World) -> PreTrainedModel:

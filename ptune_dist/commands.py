@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import datasets
 import numpy as np
 import torch
 
@@ -225,6 +224,8 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
         columns = needed if len(needed) == 1 else list(template.columns)
     if len(columns) != 1:
         raise UserError(f"--input: data.template takes {', '.join(columns) or 'none'}: give rows with --input-file")
+    import datasets  # takes half a second, and files of text need none of it
+
     return Rows("--input", datasets.Dataset.from_list([{columns[0]: text}]), "rows")
 
 

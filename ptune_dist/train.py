@@ -92,6 +92,7 @@ def train(config: Config) -> int:
         job = build_job(reading, world, with_start=is_new, scales=measure_scales(reading, rows), rows=rows)
         job.engine.contexts.set_lead(*find_lead(rows.examples))
         run_dir = Path(config.output_dir)
+        watch.begin_run()
         with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
             return train_job(job, rows, read.evaluators, warnings, watch, world)
 

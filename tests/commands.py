@@ -223,10 +223,13 @@ def wait_for_all(pids: list[int]) -> list[int]:
 
 def serve(imports: list[str]) -> None:
     gc.disable()  # collections during the imports would find nothing
+    import torch.utils.tensorboard  # noqa: F401  # every run imports it
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import ptune_dist.evaluation.validate  # noqa: F401
 
+    get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns once for all runs
     for name in imports:
         __import__(name)
     import deepspeed.ops

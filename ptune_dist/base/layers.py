@@ -24,6 +24,21 @@ def layers_of(base: nn.Module) -> list[nn.Module]:
     return [layer for stack in layer_stacks(base) for layer in stack]
 
 
+def num_first_layers(base: PreTrainedModel) -> int | None:
+    """The layers of the first stack, an encoder's before a decoder's; None where they are no plain stack of layers.
+
+    ALBERT calls one layer again and again, and XLM's layers are in several lists.
+    """
+    stacks = layer_stacks(base)
+    if len(stacks) != 1 + bool(base.config.is_encoder_decoder):
+        return None
+    text = base.config.get_text_config(encoder=True) if len(stacks) == 2 else base.config.get_text_config(decoder=True)
+    count = len(stacks[0])
+    named = {getattr(text, name, None) for name in ("num_hidden_layers", "encoder_layers", "num_layers")}
+    is_plain = count in named and not any(isinstance(layer, nn.ModuleList) for layer in stacks[0])
+    return count if is_plain else None
+
+
 def parameter_size(parameter: nn.Parameter) -> int:
     """Elements of a whole parameter, even if ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_numel", parameter.numel())

@@ -107,11 +107,10 @@ def open_base(
     trained_modules = {name.rpartition(".")[0] for name in opened.trained}
     merged = merge_projections(model, opened.names, trained_modules)
     opened.weights = MergedWeights(opened.weights, merged)
-    skip = trained_modules | read_directly(model)
     if int8 is not None:
-        make_int8(model, dtype=dtype, skip=skip, **int8)
+        make_int8(model, dtype=dtype, skip=trained_modules | read_directly(model), **int8)
     if fp8 is not None:
-        make_fp8(model, dtype=dtype, skip=skip, **fp8)
+        make_fp8(model, dtype=dtype, skip=trained_modules | read_directly(model), **fp8)
     for module in model.modules():  # T5's stacks have configs of their own
         if isinstance(module, PreTrainedModel):
             module.config.use_cache = False

@@ -1,4 +1,4 @@
-"""Measure how long commands take before any work: `--help`, and `validate` of the quickstart.
+"""Measure how long commands take before any work: `--help`, `validate` of the quickstart, and what `train` imports.
 
     python -m ptune_dist.bench.start_up [--before FOLDER] [--repeats 5] --out docs/benchmarks/start_up_cpu.json
 
@@ -21,7 +21,19 @@ from pathlib import Path
 from ptune_dist.bench.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = {"--help": ["--help"], "validate of the quickstart": ["validate", "configs/quickstart.yaml"]}
+IMPORT = """
+try:
+    from ptune_dist.common.imports import without_garbage_collection as importing
+except ImportError:  # an older version
+    from contextlib import nullcontext as importing
+with importing():
+    import ptune_dist.run.resolve, ptune_dist.train
+"""
+COMMANDS = {
+    "--help": ["-m", "ptune_dist", "--help"],
+    "validate of the quickstart": ["-m", "ptune_dist", "validate", "configs/quickstart.yaml"],
+    "imports of train": ["-c", IMPORT],
+}
 
 
 def main() -> None:
@@ -39,6 +51,7 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **describe_machine(),
         "before": commit_of(parsed.before) if parsed.before else None,
+        "matrix": {"baseline": "before"},
         "cases": cases,
     }
     parsed.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -59,17 +72,28 @@ def measure_case(name: str, arguments: list[str], roots: dict[str, Path], repeat
     for side, found in times.items():
         seconds, cpu_seconds = zip(*found[1:], strict=True)
         sides[side] = {"seconds": summarize(seconds), "cpu_seconds": summarize(cpu_seconds)}
-    return {"name": name, "about": f"median of {repeats} new processes", "sides": sides}
+    ratios = {"now": compare(times["now"][1:], times["before"][1:])} if "before" in times else {}
+    about = f"{repeats} new processes" if repeats > 1 else "one new process"
+    return {"name": name, "about": about, "sides": sides, "ratios": ratios, "agreement": None, "runs": []}
+
+
+def compare(now: list[tuple[float, float]], before: list[tuple[float, float]]) -> dict[str, dict[str, float]]:
+    """Ratios of the runs that took turns."""
+    pairs = list(zip(now, before, strict=True))
+    return {
+        measure: summarize(tuple(one[i] / other[i] for one, other in pairs))
+        for i, measure in enumerate(("seconds", "cpu_seconds"))
+    }
 
 
 def run_once(arguments: list[str], root: Path) -> tuple[float, float]:
     """Seconds by the clock and of CPU time."""
     env = os.environ | {"PYTHONPATH": str(root)}
     with tempfile.TemporaryDirectory() as folder:
-        more = [f"output_dir={folder}/run"] if len(arguments) > 1 else []
+        more = [f"output_dir={folder}/run"] if "validate" in arguments else []
         cpu_began = children_seconds()
         began = time.perf_counter()
-        command = [sys.executable, "-m", "ptune_dist", *arguments, *more]
+        command = [sys.executable, *arguments, *more]
         subprocess.run(command, cwd=root, env=env, check=True, capture_output=True)
         return time.perf_counter() - began, children_seconds() - cpu_began
 

@@ -207,6 +207,8 @@ class Head(threading.Thread):
     def _conclude(self) -> Outcome:
         """The outcome of the attempt. If one node was stopped before its start, that is a stop of the whole job."""
         cause = self._nodes.find_cause()
+        if STOPPED_EARLY in self._nodes.outcomes.values() and cause.kind in RESTARTABLE:
+            return STOPPED_EARLY  # the ranks of other nodes have lost those that were ended
         has_stopped = any(outcome.kind == STOPPED for outcome in self._nodes.outcomes.values())
         if cause.kind == "ended" and self._nodes.is_stop_requested and has_stopped:
             return STOPPED_EARLY

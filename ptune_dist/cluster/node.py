@@ -204,11 +204,13 @@ class Node:
         return None
 
     def _forward_stop(self) -> None:
-        """Tell the head, once, and our own ranks."""
+        """Tell the head, once, and our own ranks: those that still start are ended, the others save and stop."""
         if self._introduction.is_admitted and not self._has_forwarded_stop:
             self._has_forwarded_stop = True
             self._head_link.send(kind="stop")
-        if self._ranks:
+        if self._ranks and self._ranks.are_starting():
+            self._end_and_report(STOPPED_EARLY, with_stacks=False)
+        elif self._ranks:
             self._ranks.request_stop()
 
     def _patience_with_head(self) -> float:

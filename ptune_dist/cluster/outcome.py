@@ -40,7 +40,7 @@ class Outcome:
         return EXIT_STATUSES.get(self.kind, 1)
 
 
-STOPPED_EARLY = Outcome(STOPPED, "asked to stop before the start")
+STOPPED_EARLY = Outcome(STOPPED, "asked to stop before the first step")
 
 
 def find_cause(outcomes: list[Outcome]) -> Outcome:

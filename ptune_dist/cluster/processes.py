@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +32,13 @@ def process_state(pid: int) -> str:
 def is_dead(pid: int) -> bool:
     """Whether the process is gone or a zombie."""
     return process_state(pid) in ("", "Z")
+
+
+def wait_until_dead(pids: list[int], seconds: float) -> None:
+    """Return once each is gone or a zombie, or after `seconds`: an orphan stays a zombie until an init reaps it."""
+    give_up_at = time.monotonic() + seconds
+    while time.monotonic() < give_up_at and not all(map(is_dead, pids)):
+        time.sleep(0.02)
 
 
 def send_signal(pid: int, number: int) -> None:

@@ -104,6 +104,16 @@ def read_heartbeats(folder: Path) -> list[Heartbeat]:
     return found
 
 
+def mark_begun(folder: Path, rank: int) -> None:
+    """Record that a rank has loaded everything: from here on it may write into the run's folder."""
+    (folder / f"rank-{rank:05d}.begun").touch()
+
+
+def count_begun(folder: Path) -> int:
+    """How many ranks of the node have loaded everything."""
+    return len(list(folder.glob("rank-*.begun")))
+
+
 def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Record how the rank that `outcome` names has ended."""
     aside = folder / f".rank-{outcome.rank:05d}.end"

@@ -21,12 +21,13 @@ import psutil
 from ptune_dist.cluster.devices import NUM_GPUS
 from ptune_dist.cluster.link import OWN_PAUSE_S
 from ptune_dist.cluster.outcome import Outcome, find_cause
-from ptune_dist.cluster.processes import is_dead, send_signal, signal_on_parent_death
+from ptune_dist.cluster.processes import is_dead, send_signal, signal_on_parent_death, wait_until_dead
 from ptune_dist.cluster.rank_files import (
     LAUNCHER_PID,
     NODE_FOLDER,
     NODE_NAME,
     SHOW_STACKS,
+    count_begun,
     create_node_folder,
     read_heartbeats,
     request_stop,
@@ -103,6 +104,10 @@ class Ranks:
 
     def request_stop(self) -> None:
         request_stop(self.folder)
+
+    def are_starting(self) -> bool:
+        """Whether no rank has anything to save: one still imports or loads, and the others wait for it to begin."""
+        return count_begun(self.folder) < self._launch.num_procs and not self._monitor.outcomes()
 
     def check(self) -> Outcome | None:
         """How the ranks of this node have ended, or what is wrong with one of them; None while all is well."""
@@ -187,7 +192,7 @@ class Ranks:
         while processes and time.monotonic() < give_up_at:
             for process in processes:
                 send_signal(process.pid, signal.SIGKILL)
-            psutil.wait_procs(processes, timeout=1.0)
+            wait_until_dead([process.pid for process in processes], 1.0)
             processes = self._processes()
         for copier in self._copiers:
             copier.join(timeout=2.0)

@@ -52,6 +52,10 @@ class ModelConfig(Section):
         return self
 
 
+def check_files(files: str | list[str]) -> str | list[str]:
+    return files if isinstance(files, str) else refuse_twice(files)
+
+
 class PromptConfig(Section):
     """The soft prompt: how it is parameterized, where it is placed and how it starts.
 
@@ -71,9 +75,10 @@ class PromptConfig(Section):
     """Where the virtual tokens stand. `prefix`: before the input. `infix`: between input and target. `template`: where
     `{{ prompt }}` stands in `data.template`. `encoder`, `decoder`: before what that half of a seq2seq base reads."""
 
-    init: Literal["random", "vocab", "text", "labels", "file"] | None = None
+    init: Literal["random", "vocab", "text", "labels", "file", "rows", "zero"] | None = None
     """What the prompt starts from; where left out, what suits the method. `random`: random numbers. `vocab`: embeddings
-    of random tokens. `text`, `labels`: embeddings of a text or of the labels. `file`: an earlier prompt."""
+    of random tokens. `text`, `labels`: embeddings of a text or of the labels. `file`: an earlier prompt. With
+    `prefix_tuning`, `text` and `rows`: keys and values of a text or of training rows; `zero`: zeros."""
 
     init_text: str | None = None
     """The text to start from, with `init: text`."""
@@ -81,7 +86,7 @@ class PromptConfig(Section):
     init_labels: list[Label] | None = None
     """The labels to start from, with `init: labels`; `data.labels` where left out."""
 
-    init_file: str | Annotated[list[str], Field(min_length=1), AfterValidator(refuse_twice)] | None = None
+    init_file: Annotated[str | list[str], AfterValidator(check_files)] | None = None
     """The run, prompt folder or PEFT adapter to start from, with `init: file`, perhaps of another task. Of several the
     one with the least loss on the first rows is taken."""
 
@@ -126,6 +131,10 @@ class CsvConfig(Section):
 
     doublequote: bool = True
     """Whether two quotes inside a quoted field are one."""
+
+    skipinitialspace: bool | None = None
+    """Whether spaces after a separator are skipped, so that a quote may follow them. Where left out they are kept, and
+    a quote after one is an error."""
 
     encoding: str | None = None
     """The encoding, such as `latin-1`, `cp1252` or `utf-16`: UTF-8 where left out."""

@@ -189,7 +189,8 @@ class Batch:
     computed of each row's context, for rows that have one. numbers: each row's target, where targets are numbers.
     held_parts: the parts that each row of `held` will have, known before they are computed. prepared: the model's plan
     of the pass, made ahead of it. trees: each row's labels, where labels are scored. read: what a model's `read_inputs`
-    left of the readers' inputs. tasks: the number of each row's task, where rows have tasks.
+    left of the readers' inputs. below: by the later layers where prompts enter, what the layers below left of each row.
+    tasks: the number of each row's task, where rows have tasks.
     """
 
     contexts: list[np.ndarray]
@@ -203,6 +204,7 @@ class Batch:
     prepared: Any = None
     trees: list[LabelTree] | None = None
     read: Any = None
+    below: dict[int, list[Any]] | None = None
     tasks: list[int] | None = None
 
     def with_held(self, held: list[Any]) -> "Batch":

@@ -24,6 +24,7 @@ from ptune_dist.data.encode import (
     join_lines,
 )
 from ptune_dist.data.examples import Examples, Part, join_parts
+from ptune_dist.data.json_values import text_of
 from ptune_dist.data.label_names import describe_unlisted
 from ptune_dist.data.sources import Rows, load_rows
 from ptune_dist.data.tasks import join_task_rows, read_tasks, with_tasks
@@ -173,10 +174,10 @@ def build_label_candidates(
     values = [row.get(column) for row in split.rows.read(0, len(split.rows))]
     right = []
     for i, value in enumerate(values):
-        if str(value) not in labels:
+        if text_of(value) not in labels:
             raise UserError(describe_unlisted(split.rows.where(i), column, value, labels))
-        right.append(labels.index(str(value)))
-    typed = {str(value): value for value in values}  # a template may count on a column's numbers
+        right.append(labels.index(text_of(value)))
+    typed = {text_of(value): value for value in values}  # a template may count on a column's numbers
     choices: list[object] = [typed.get(label, label) for label in labels]
     return encode_candidates(data, split.rows, encoding, choices, most_tokens, split.examples.tasks), right
 
@@ -215,7 +216,7 @@ def label_values(target: Template, column: str, labels: list[str]) -> list[objec
 
 def read_value(label: str) -> object:
     """A label as the JSON value that prints like it, if there is one."""
-    known: dict[str, object] = {"True": True, "False": False}
+    known: dict[str, object] = {"true": True, "false": False}
     for kind in (int, float):
         try:
             known.setdefault(str(kind(label)), kind(label))

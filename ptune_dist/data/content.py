@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ptune_dist.common.progress_line import REPORT_S, ProgressLine, is_first_here
+from ptune_dist.data.recoding import recode
 from ptune_dist.errors import UserError
 
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -157,27 +158,3 @@ def unpack_zst(packed: IO[bytes], target: IO[bytes], name: str) -> None:
         raise ValueError(error) from None
     if unpacker is not None or not target.tell() and not os.fstat(packed.fileno()).st_size:
         raise ValueError("the end is missing")
-
-
-def recode(plain: IO[bytes], encoding: str, name: str) -> IO[bytes]:
-    """A temporary file with the same text in UTF-8. Raises UserError with the line that is not in this encoding."""
-    target = tempfile.TemporaryFile()
-    decoder = codecs.getincrementaldecoder(encoding)()
-    line = 1
-    plain.seek(0)
-    while True:
-        chunk = plain.read(_CHUNK)
-        _, state = decoder.getstate()  # the order of bytes, say
-        try:
-            text = decoder.decode(chunk, final=not chunk)
-        except UnicodeError as error:
-            if isinstance(error, UnicodeDecodeError):
-                decoder.setstate((b"", state))
-                line += decoder.decode(error.object[: error.start]).count("\n")
-            raise UserError(f"{name} line {line}: these bytes are not {encoding} text (data.csv.encoding)") from None
-        line += text.count("\n")
-        target.write(text.encode("utf-8", "surrogatepass"))
-        if not chunk:
-            break
-    target.flush()
-    return target

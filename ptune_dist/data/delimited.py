@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptune_dist.data.content import Content
+from ptune_dist.data.numbers import read_number
 from ptune_dist.errors import UserError
 
 DELIMITED_SUFFIXES = (".csv", ".tsv")
@@ -28,6 +29,7 @@ class CsvDialect:
     quotechar: str = '"'
     escapechar: str | None = None
     doublequote: bool = True
+    skipinitialspace: bool | None = None
     encoding: str | None = None
     header: bool | list[str] | None = None
 
@@ -40,6 +42,7 @@ class CsvDialect:
             "quotechar": None if quoting == "none" else self.quotechar,
             "escapechar": self.escapechar,
             "doublequote": self.doublequote,
+            "skipinitialspace": bool(self.skipinitialspace),
             "strict": True,
         }
 
@@ -59,6 +62,26 @@ class _Place:
     offset: int = 0
 
 
+class _Separators:
+    """How often the one field of each row contains what separates fields elsewhere."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] | None = None
+        self._num_rows = 0
+
+    def count(self, field: str) -> None:
+        self._num_rows += 1
+        before = self._counts
+        if before is None:
+            self._counts = {separator: field.count(separator) for separator in ("\t", ";", "|") if separator in field}
+        elif before:
+            self._counts = {separator: count for separator, count in before.items() if field.count(separator) == count}
+
+    def steady(self) -> list[str]:
+        """Those that each of several rows contains equally often."""
+        return list(self._counts or ()) if self._num_rows > 1 else []
+
+
 class DelimitedIndex:
     """Reads a file once: `header`, and the offset of each row (from `offsets`). Raises UserError for what is wrong."""
 
@@ -68,6 +91,7 @@ class DelimitedIndex:
         self._dialect = dialect
         self._place = _Place()
         self._taken: list[str] = []
+        self._separators = _Separators()
         self.options = dialect.options(content.suffix)
         self.header: list[str] = list(dialect.header) if isinstance(dialect.header, list) else []
         if self.header:
@@ -76,6 +100,7 @@ class DelimitedIndex:
     def offsets(self) -> Iterator[int]:
         is_first = True
         for line, offset, fields, lines in self._records():
+            self._check_spaces(fields, lines, line)
             if is_first and self.header == [field.strip() for field in fields]:  # names that data.csv.header gives
                 raise UserError(
                     f"{self._name} line {line}: the first line is the names in data.csv.header: leave the key out, or "
@@ -88,7 +113,39 @@ class DelimitedIndex:
             self._check_fields(fields, line)
             if len(lines) > 1 and self._dialect.quoting is None:
                 self._check_line_breaks(fields, lines, line)
+            if len(self.header) == 1:
+                self._separators.count(fields[0])
             yield offset
+        if len(self.header) == 1 and self._dialect == CsvDialect(encoding=self._dialect.encoding):
+            self._check_separators()
+
+    def _check_separators(self) -> None:
+        """Refuse a file of one column whose rows all contain another separator, as often in each."""
+        for separator in self._separators.steady():
+            raise UserError(
+                f"{self._name}: the one column {self.header[0]!r} contains {SEPARATORS[separator]} equally often in "
+                f"every row: set data.csv.delimiter={separator!r} if this is the separator, "
+                f"data.csv.delimiter={self.options['delimiter']!r} if it is text"
+            )
+
+    def _check_spaces(self, fields: list[str], lines: list[str], line: int) -> None:
+        """Refuse a field that would be a quoted one but for the space before its quote."""
+        quote = self.options["quotechar"]
+        if quote is None or self._dialect.skipinitialspace is not None:
+            return
+        spaced = [field for field in fields if field.startswith(" ") and field.lstrip(" ").startswith(quote)]
+        if not spaced:
+            return
+        options = {**self.options, "skipinitialspace": True}
+        try:
+            others = next(csv.reader(lines, **options))
+        except csv.Error as error:
+            others = [] if "end of data" in str(error) else fields  # a quote in a text, or a field over several lines
+        if [field.strip() for field in others] != [field.strip() for field in fields]:
+            raise UserError(
+                f"{self._name} line {line}: a space stands before a quote ({spaced[0][:40]!r}): set "
+                "data.csv.skipinitialspace=true if the quotes enclose the field, false if they are part of its text"
+            )
 
     def _check_line_breaks(self, fields: list[str], lines: list[str], line: int) -> None:
         """Refuse a record in which a quote has probably swallowed rows: a line inside a field would be a row itself.
@@ -104,7 +161,7 @@ class DelimitedIndex:
                 parts += pieces[0 if index == 0 else 1 : None if index == len(fields) - 1 else -1]
         if (
             all(self._count(text) == len(self.header) for text in lines)
-            or any(self._count(part) == len(self.header) for part in parts)
+            or any(len(self.header) in (self._count(part), self._count_tight(part)) for part in parts)
             or any(self._is_row(text) for text in lines[1:-1])
         ):
             raise UserError(
@@ -149,6 +206,11 @@ class DelimitedIndex:
         """The fields of a line where quotes are plain characters."""
         return line.count(self.options["delimiter"]) + 1
 
+    def _count_tight(self, line: str) -> int:
+        """As `_count`, of separators that no space follows: one after a word of a text has a space."""
+        pieces = line.split(self.options["delimiter"])
+        return 1 + sum(bool(piece) and not piece[0].isspace() for piece in pieces[1:])
+
     def _is_row(self, line: str) -> bool:
         """Whether a line is a row by itself, with its quotes."""
         with contextlib.suppress(csv.Error):
@@ -162,6 +224,9 @@ class DelimitedIndex:
                 if self.options["quoting"] == csv.QUOTE_NONE
                 else "put a field that contains the separator in double quotes"
             )
+            for separator, word in SEPARATORS.items():
+                if len(fields) == 1 and fields[0].count(separator) == len(self.header) - 1:
+                    hint = f"it contains {word}: set data.csv.delimiter={separator!r} if this is the separator"
             raise UserError(
                 f"{self._name} line {line}: {len(fields)} fields where the header has {len(self.header)}; {hint}"
             )
@@ -183,8 +248,8 @@ class DelimitedIndex:
                         f"set data.csv.delimiter={separator!r} if this is the separator"
                     )
         if self._dialect.header is None:
-            if any(is_number(field) for field in fields) and not are_counted(fields):
-                number = next(field for field in fields if is_number(field))
+            if any(read_number(field) is not None for field in fields) and not are_counted(fields):
+                number = next(field for field in fields if read_number(field) is not None)
                 raise UserError(
                     f"{place}: the header contains the number {number!r} and looks like a row; name the columns in "
                     "data.csv.header=[...] if there is no header, set data.csv.header=true if there is"
@@ -228,13 +293,6 @@ def looks_quoted(field: str) -> bool:
         return False
     inside = field[1:-1]
     return '""' in inside and '"' not in inside.replace('""', "")
-
-
-def is_number(field: str) -> bool:
-    with contextlib.suppress(ValueError):
-        float(field)
-        return field.strip().lower() not in ("nan", "inf", "infinity")
-    return False
 
 
 def are_counted(fields: list[str]) -> bool:

@@ -4,7 +4,6 @@ Families differ only in these two things; `families/` chooses.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -13,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ptune_dist.data.label_names import describe_unlisted
+from ptune_dist.data.numbers import read_number
 from ptune_dist.errors import UserError
 
 # Methods by which a class of tokenizers may make other ids than its backend.
@@ -112,21 +112,14 @@ class NumberTargets(Targets):
                 raise UserError(describe_empty(where(index), key))
             number = read_number(text)
             if number is None:
-                raise UserError(f"{where(index)}: {key} is {text.strip()!r}, but train.objective needs a number")
+                raise UserError(
+                    f"{where(index)}: {key} is {text.strip()!r}, but train.objective needs a plain decimal number"
+                )
             found.append(Target([0], number))
         return found
 
     def render(self, ids: np.ndarray, number: float | None) -> str:
         return f"{number:g}"
-
-
-def read_number(text: str) -> float | None:
-    """A finite number; None for anything else."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def describe_empty(where: str, key: str) -> str:

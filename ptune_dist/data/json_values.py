@@ -72,6 +72,13 @@ def dump_json(value: object, **options: Any) -> str:
     return text
 
 
+def text_of(value: object) -> str:
+    """The text of a single value: true and false as in JSON, numbers as they were written."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
+
+
 def _mark_of(number: int) -> str:
     return f"\uf8e1{number}\uf8e2\ue93c"  # private-use characters, which no text has in this order
 

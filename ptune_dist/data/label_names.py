@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+from ptune_dist.data.json_values import text_of
+from ptune_dist.data.numbers import read_number
+
 MOST_SHOWN = 10
 
 
@@ -9,10 +12,11 @@ def describe_unlisted(
     where: str, column: str, value: object, labels: Sequence[str], *, key: str = "data.labels"
 ) -> str:
     """A message about a row's value that is none of the labels: the labels, and by what it misses one, if so."""
+    shown_value = text_of(value) if isinstance(value, bool) else repr(value)
     shown = ", ".join(map(show_label, labels[:MOST_SHOWN]))
     if len(labels) > MOST_SHOWN:
         shown += f", ... ({len(labels)} labels)"
-    return f"{where}: {column} is {value!r}, which {key} does not list: {shown}{describe_near(value, labels)}"
+    return f"{where}: {column} is {shown_value}, which {key} does not list: {shown}{describe_near(value, labels)}"
 
 
 def show_label(label: str) -> str:
@@ -22,7 +26,7 @@ def show_label(label: str) -> str:
 
 def describe_near(value: object, labels: Sequence[str]) -> str:
     """By what a value differs from the label that it was perhaps meant to be; empty where it is like none."""
-    text = str(value)
+    text = text_of(value)
     for label in labels:
         if " ".join(label.split()) == " ".join(text.split()):
             return f"; it differs from {label!r} by whitespace only: clean the rows, or list it as {text!r}"
@@ -38,8 +42,5 @@ def describe_near(value: object, labels: Sequence[str]) -> str:
 def as_number(value: object) -> float | None:
     """A number, or a text that is one, true or false, as a number."""
     words = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
-    text = str(value).strip()
-    try:
-        return words[text.casefold()] if text.casefold() in words else float(text)
-    except ValueError:
-        return None
+    text = text_of(value).strip()
+    return words[text.casefold()] if text.casefold() in words else read_number(text)

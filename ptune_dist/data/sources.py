@@ -1,34 +1,25 @@
 """Load a data source (`data.train: ...`) as Rows, which are read by number and can name the line of each row.
 
 Text files are indexed and read by readers.py: they are not cached, so they cannot be stale, and ranks need no locks.
-Parquet files, saved folders and hub datasets are loaded by `datasets`, with its cache and its locks.
+Parquet files, saved folders and hub datasets are loaded by `datasets` (stored_tables.py), with its cache and its locks.
+`datasets` is imported only for these: it and pandas, which it needs, take half a second.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import glob
-import hashlib
-import logging
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import datasets.config
-import datasets.exceptions
-import pyarrow
-import pyarrow.parquet
-
-from ptune_dist.common.hub import hub_answers
-from ptune_dist.data.arrow_values import has_narrow_floats, shorten_floats, split_columns
 from ptune_dist.data.content import COMPRESSED_SUFFIXES, text_suffix
 from ptune_dist.data.delimited import CsvDialect
 from ptune_dist.data.readers import TEXT_SUFFIXES, TextTable, open_table
 from ptune_dist.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 _FORMATS = (
     f"use {', '.join(TEXT_SUFFIXES)} (or one with {', '.join(COMPRESSED_SUFFIXES)} after it), .parquet, "
@@ -47,7 +38,7 @@ class Rows:
     """
 
     name: str
-    source: TextTable | datasets.Dataset
+    source: "TextTable | datasets.Dataset"
     kind: str
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -65,10 +56,9 @@ class Rows:
             return []
         if isinstance(self.source, TextTable):
             return self.source.read(first, last)
-        columns: dict[str, list[Any]] = self.source[first:last]
-        for name, feature in self.source.features.items():
-            if has_narrow_floats(feature):
-                columns[name] = [shorten_floats(value, feature) for value in columns[name]]
+        from ptune_dist.data.stored_tables import read_columns
+
+        columns = read_columns(self.source, first, last)
         return [{name: values[i] for name, values in columns.items()} for i in range(last - first)]
 
     def first(self, count: int) -> "Rows":
@@ -95,15 +85,15 @@ def load_rows(source: str, *, key: str, default_split: str, csv: CsvDialect | No
     path = Path(source).expanduser()
     folder, _, folder_split = source.rpartition(":")
     if path.is_dir():
-        rows = Rows(source, _load_saved(path, source, default_split, key), "rows")
+        rows = _load_folder(path, source, source, default_split, key)
     elif folder and Path(folder).expanduser().is_dir():
-        rows = Rows(source, _load_saved(Path(folder).expanduser(), folder, folder_split, key), "rows")
+        rows = _load_folder(Path(folder).expanduser(), source, folder, folder_split, key)
     elif path.is_file():
         rows = _load_file(path, source, key, csv)
     elif _looks_like_path(source):
         raise UserError(_describe_missing(path, source, key))
     else:
-        rows = Rows(source, _load_hub(source, default_split, key), "rows")
+        rows = _load_from_hub(source, default_split, key)
     if len(rows) == 0:
         raise UserError(f"{key}: {source} has no rows")
     return rows
@@ -112,59 +102,27 @@ def load_rows(source: str, *, key: str, default_split: str, csv: CsvDialect | No
 def _load_file(path: Path, name: str, key: str, csv: CsvDialect | None) -> Rows:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _load_parquet(path, name, key)
+        from ptune_dist.data.stored_tables import load_parquet
+
+        table, unreadable = load_parquet(path, name, key)
+        return Rows(name, table, "rows", unreadable)
     suffix = text_suffix(path)
     if suffix not in TEXT_SUFFIXES:
         raise UserError(f"{key}: {name} has an unknown type ({path.suffix or 'no extension'}); {_FORMATS}")
     return Rows(name, open_table(path, name, csv), "text" if suffix == ".txt" else "rows")
 
 
-def _stamp(path: Path) -> str:
-    """A digest that changes with the file; `datasets` checks only the modification time, which `cp -p` preserves."""
-    stat = path.stat()
-    version = f"{path.resolve()}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
-    return hashlib.sha256(version.encode()).hexdigest()[:16]
+def _load_folder(path: Path, source: str, folder: str, split: str, key: str) -> Rows:
+    from ptune_dist.data.stored_tables import load_saved
+
+    return Rows(source, load_saved(path, folder, split, key), "rows")
 
 
-def _load_parquet(path: Path, name: str, key: str) -> Rows:
-    try:
-        if pyarrow.parquet.read_metadata(path).num_rows == 0:
-            raise UserError(f"{key}: {name} has no rows")
-        schema, unreadable = split_columns(pyarrow.parquet.read_schema(path))
-        if not schema.names:
-            raise UserError(f"{key}: {name}: no column has a type that can be read: {unreadable}")
-        options: dict[str, Any] = {}
-        if unreadable:
-            options = {"columns": schema.names, "features": datasets.Features.from_arrow_schema(schema)}
-        with _quiet():
-            # The stamp is passed as the dataset's config name, which is part of the key of its cache.
-            files = glob.escape(str(path.resolve()))
-            loaded = datasets.load_dataset("parquet", _stamp(path), data_files=files, split="train", **options)
-        return Rows(name, loaded, "rows", unreadable)
-    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        reason = _one_line(error.__cause__ or error)
-        raise UserError(f"{key}: {name} cannot be read as parquet: {reason}") from None
+def _load_from_hub(source: str, default_split: str, key: str) -> Rows:
+    from ptune_dist.data.stored_tables import load_hub
 
-
-def _load_saved(path: Path, name: str, split: str, key: str) -> datasets.Dataset:
-    try:
-        with _quiet():
-            loaded = datasets.load_from_disk(str(path))
-    except FileNotFoundError:
-        raise UserError(
-            f"{key}: {name} is a folder, but not one written by save_to_disk of `datasets`; "
-            "name a file in it, or save it that way"
-        ) from None
-    except IndexError:  # raised for a saved dataset without rows
-        raise UserError(f"{key}: {name} has no rows") from None
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:  # damaged JSON or Arrow files
-        raise UserError(f"{key}: the saved folder {name} cannot be loaded: {_one_line(error)}") from None
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            splits = ", ".join(map(str, loaded))
-            raise UserError(f"{key}: {name} has no split {split!r}, only {splits}; write {name}:SPLIT")
-        loaded = loaded[split]
-    return loaded.with_format(None)
+    name, config, split = split_hub_name(source, default_split)
+    return Rows(source, load_hub(source, name, config, split, key=key), "rows")
 
 
 def _looks_like_path(source: str) -> bool:
@@ -184,58 +142,8 @@ def _describe_missing(path: Path, source: str, key: str) -> str:
     return f"{key}: no file {source}; {hint}"
 
 
-def _load_hub(source: str, default_split: str, key: str) -> datasets.Dataset:
-    name, config, split = split_hub_name(source, default_split)
-    with _quiet():
-        online = hub_answers()
-        was_offline = datasets.config.HF_HUB_OFFLINE
-        # Without a network, `datasets` retries every look-up for a minute or more; in offline mode it goes straight to
-        # its cache.
-        datasets.config.HF_HUB_OFFLINE = was_offline or not online
-        try:
-            return datasets.load_dataset(name, config, split=split)
-        except Exception as error:  # wrong name or split, gated, damaged, connection lost
-            raise UserError(f"{key}: {_describe_hub_error(source, online, error)}") from None
-        finally:
-            datasets.config.HF_HUB_OFFLINE = was_offline
-
-
-def _describe_hub_error(source: str, online: bool, error: Exception) -> str:
-    if online and not isinstance(error, ConnectionError):
-        return f"{source} cannot be loaded from the hub: {_one_line(error)}"
-    if isinstance(error, ValueError):
-        return f"{source} cannot be loaded from the cache, and the hub cannot be reached: {_one_line(error)}"
-    return (
-        f"{source} is not a file or folder here; as a hub dataset it cannot be reached and is not in the cache: "
-        "there is no network, or the name is wrong"
-    )
-
-
 def split_hub_name(source: str, default_split: str) -> tuple[str, str | None, str]:
     """NAME, NAME@CONFIG, NAME:SPLIT or NAME@CONFIG:SPLIT -> (name, config or None, split)."""
     parts = _HUB_NAME.fullmatch(source)
     assert parts is not None, f"{source!r} looks like a path"
     return parts["name"], parts["config"], parts["split"] or default_split
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the progress bars and log lines of `datasets` and the hub; errors are reported once, by us."""
-    loggers = [logging.getLogger("datasets"), logging.getLogger("huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    bars_were_on = not datasets.are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars_were_on:
-            datasets.enable_progress_bars()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import jinja2
 import jinja2.meta
 
+from ptune_dist.data.json_values import text_of
 from ptune_dist.data.label_names import describe_unlisted
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.template_environment import (
@@ -148,7 +149,7 @@ def render_row(template: Template, row: Mapping[str, object], *, key: str, where
     if template.labels is not None:
         (column,) = template.columns
         value = row.get(column)
-        if value is not None and str(value) not in template.labels:
+        if value is not None and text_of(value) not in template.labels:
             raise UserError(describe_unlisted(where(), column, value, template.labels))
     try:
         return template.render(row)

@@ -2,32 +2,29 @@
 
 A column or a value that a row lacks is false in a test and an error where it is printed; null is the same. Expressions
 over it (`input | trim`, `meta.author`, `input.strip()`) are missing too, so a template can test for any of them. What
-jinja2 would print without a word although nobody means it, a method, a generator or null inside a list that is joined,
-is an error. A chat message's content that is a list of parts prints as the text of its parts.
+jinja2 would make up without a word is an error: the text of a method (`printing.py`), 0 for what is no number, a random
+item.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
 import jinja2
 import jinja2.nodes
+import jinja2.runtime
 import jinja2.sandbox
 import jinja2.visitor
 
-from ptune_dist.data.json_values import dump_json
+from ptune_dist.data.numbers import to_float, to_integer
+from ptune_dist.data.printing import Formatter, formatted, join_values, json_text, printed
 
 # Filters that take any value for its text. Others, such as `length` or `map`, read a list of parts as a list.
 TEXT_FILTERS = (
     *("capitalize", "center", "e", "escape", "forceescape", "indent", "lower", "replace", "string", "striptags"),
-    *("title", "trim", "truncate", "upper", "urlencode", "wordcount", "wordwrap"),
+    *("title", "trim", "truncate", "upper", "wordcount", "wordwrap"),
 )
 DEFAULT_FILTERS = ("default", "d")
-# Of the parts of a chat message's content, as OpenAI's and transformers' formats name them.
-PART_TYPES = (
-    *("text", "input_text", "output_text", "image", "image_url", "input_image", "audio", "audio_url", "input_audio"),
-    *("video", "video_url", "file", "input_file"),
-)
 PRINTED = "_printed"  # filters that only `_Explicit` puts into a template
 FALLBACK = "_fallback"
 
@@ -100,7 +97,33 @@ def missing_column(name: str, *, in_target: bool) -> Missing:
 
 
 class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """A sandbox in which a null inside a row is Missing."""
+    """A sandbox in which a null inside a row is Missing, and values print the same wherever they are made text."""
+
+    intercepted_binops = frozenset("%")
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """`'%s' % value` prints a value as `{{ value }}` does."""
+        if isinstance(left, str):
+            if isinstance(right, tuple):
+                right = tuple(map(formatted, right))
+            elif isinstance(right, dict) and "%(" in left:
+                right = {name: formatted(value) for name, value in right.items()}
+            else:
+                right = formatted(right)
+        return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`'{}'.format(value)` prints a value as `{{ value }}` does."""
+        if super().wrap_str_format(value) is None:
+            return None
+        source = str(value.__self__)
+
+        def format_text(*arguments: Any, **options: Any) -> str:
+            if value.__name__ == "format_map":
+                return Formatter(self).vformat(source, (), arguments[0])
+            return Formatter(self).vformat(source, arguments, options)
+
+        return format_text
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         return self._known(super().getattr(obj, attribute), attribute)
@@ -120,7 +143,19 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Explicit(jinja2.visitor.NodeTransformer):
-    """Lets the parts of `a ~ b` be printed as `{{ a }}{{ b }}` would be, and marks what `or` gives a fallback."""
+    """Makes explicit what a filter cannot know.
+
+    The parts of `a ~ b` are printed as `{{ a }}{{ b }}` would be, what `or` gives a fallback is marked, and `int` and
+    `float` get the expression that they are applied to, for messages.
+    """
+
+    def visit_Filter(self, node: jinja2.nodes.Filter) -> jinja2.nodes.Node:
+        expression = show_expression(node.node)
+        node = cast(jinja2.nodes.Filter, self.generic_visit(node))
+        if node.name in ("int", "float") and expression:
+            given = jinja2.nodes.Keyword("expression", jinja2.nodes.Const(expression))
+            node.kwargs = [*node.kwargs, cast(jinja2.nodes.Pair, given)]  # jinja2's type is that of a dict
+        return node
 
     def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
         node = cast(jinja2.nodes.Concat, self.generic_visit(node))
@@ -131,6 +166,22 @@ class _Explicit(jinja2.visitor.NodeTransformer):
         node = cast(jinja2.nodes.Or, self.generic_visit(node))
         node.left = filtered(node.left, FALLBACK)
         return node
+
+
+def show_expression(node: jinja2.nodes.Node | None) -> str:
+    """A simple expression as a template writes it; empty for any other."""
+    if isinstance(node, jinja2.nodes.Name):
+        return node.name
+    if isinstance(node, jinja2.nodes.Getattr):
+        inner = show_expression(node.node)
+        return inner and f"{inner}.{node.attr}"
+    if isinstance(node, jinja2.nodes.Getitem) and isinstance(node.arg, jinja2.nodes.Const):
+        inner = show_expression(node.node)
+        return inner and f"{inner}[{node.arg.value!r}]"
+    if isinstance(node, jinja2.nodes.Filter) and not node.args:
+        inner = show_expression(node.node)
+        return inner and f"{inner} | {node.name}"
+    return ""
 
 
 def filtered(node: jinja2.nodes.Expr, name: str) -> jinja2.nodes.Expr:
@@ -148,9 +199,14 @@ def build_environment() -> Environment:
     environment.filters |= {
         "tojson": to_json,
         "join": passing_missing(join_values, takes_text=False),
+        "pprint": to_json,
+        "format": passing_missing(format_text, takes_text=True),
+        "int": passing_missing(to_integer, takes_text=False),
+        "float": passing_missing(to_float, takes_text=False),
         PRINTED: printed,
         FALLBACK: lambda value: None if isinstance(value, Missing) else value,
     }
+    del environment.filters["random"]  # every rank and every start must make the same text of a row
     environment.tests["none"] = lambda value: value is None or isinstance(value, Missing)
     return environment
 
@@ -184,56 +240,14 @@ def to_json(value: Any, indent: int | None = None, *, ensure_ascii: bool = False
         value = None
     if isinstance(value, Missing):
         return value
-    return dump_json(value, indent=indent, ensure_ascii=ensure_ascii, sort_keys=sort_keys)
+    return json_text(value, indent=indent, ensure_ascii=ensure_ascii, sort_keys=sort_keys)
 
 
-def join_values(values: Any, separator: str = "", attribute: str | int | None = None) -> str:
-    """jinja2's `join`, which would join null as 'None'."""
-    if attribute is not None:
-        values = [pick(value, attribute) for value in values]
-    return str(separator).join(str(printed(value)) for value in values)
-
-
-def pick(value: Any, attribute: str | int) -> Any:
-    """A value inside another one; `author.name` is found under both names in turn."""
-    for name in str(attribute).split("."):
-        place = int(name) if name.isdecimal() else name
-        try:
-            value = value[place]
-        except (LookupError, TypeError):
-            raise jinja2.UndefinedError(f"a value that is joined has no {name!r}") from None
-    return value
-
-
-def printed(value: Any) -> Any:
-    """What a value prints as. Raises UndefinedError for what nobody means to print."""
-    if isinstance(value, (str, int, float, Missing)):
-        return value
-    if value is None:
-        raise jinja2.UndefinedError("a value in {{ ... }} is null")
-    if isinstance(value, list) and is_content(value):
-        return text_of_parts(value)
-    if isinstance(value, (bytes, bytearray)):
-        raise jinja2.UndefinedError("a value in {{ ... }} is bytes, not text")
-    if isinstance(value, Iterator):
-        raise jinja2.UndefinedError("a value in {{ ... }} is a generator: add | list or | join(', ')")
-    if callable(value):
-        name = getattr(value, "__name__", "a function")
-        raise jinja2.UndefinedError(f"a value in {{{{ ... }}}} is the method {name!r}: write ['{name}'] for a key")
-    return value
-
-
-def is_content(value: list[Any]) -> bool:
-    """Whether a list is the content of a chat message: parts that each name their type."""
-    return bool(value) and all(isinstance(part, dict) and part.get("type") in PART_TYPES for part in value)
-
-
-def text_of_parts(parts: list[dict[str, Any]]) -> str:
-    """The text of a message's parts. Raises UndefinedError for an image or another part that is no text."""
-    for part in parts:
-        if not isinstance(part.get("text"), str):
-            raise jinja2.UndefinedError(f"a chat message has a part of type {part['type']!r}, which has no text")
-    return "".join(part["text"] for part in parts)
+def format_text(source: str, *arguments: Any, **options: Any) -> str:
+    """jinja2's `format`, in which a value prints as `{{ value }}` does."""
+    if arguments and options:
+        raise jinja2.UndefinedError("format takes values by position or by name, not both")
+    return source % ({name: formatted(value) for name, value in options.items()} or tuple(map(formatted, arguments)))
 
 
 def find_guarded(parsed: jinja2.nodes.Template, *, in_target: bool) -> set[str]:

@@ -1,6 +1,6 @@
 """The training rows of a sweep: each member's own rows in its own order; rows of several members are stored once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -42,6 +42,13 @@ class TrainingRows:
         """Where a member's examples are among all."""
         start, count = self._ranges[member]
         return slice(start, start + count)
+
+    def examples_of(self, member: str) -> Iterator[tuple[list[int], list[int]]]:
+        """Token ids of a member's examples in the order of its file: input and target, which is empty if a number."""
+        own = self.slice_of(member)
+        for index in range(own.start, own.stop):
+            target = [] if self.examples.numbers is not None else self.examples.target_ids(index).tolist()
+            yield self.examples.input_ids(index).tolist(), target
 
     def units(self, examples: dict[str, list[int]], members: Sequence[str]) -> list[Unit]:
         """Each example once, with all members that read it; members are numbered as in `members`."""

@@ -42,10 +42,12 @@ def without_prompt(model: PromptedModel, member: int) -> Iterator[None]:
     own = slice(first, first + kept.num_tasks)
     num_vectors = model.num_vectors[own]
     num_prefix = model.num_prefix[own]
+    start_layer = model.start_layers[member]
     model.prompts[member] = NoPrompt(model.device, kept.num_tasks).eval()
     model.placement = "prefix"
     model.num_vectors[own] = [0] * kept.num_tasks
     model.num_prefix[own] = [0] * kept.num_tasks
+    model.start_layers[member] = 0
     try:
         yield
     finally:
@@ -53,6 +55,7 @@ def without_prompt(model: PromptedModel, member: int) -> Iterator[None]:
         model.placement = placement
         model.num_vectors[own] = num_vectors
         model.num_prefix[own] = num_prefix
+        model.start_layers[member] = start_layer
 
 
 def can_read_without_prompt(model: PromptedModel, evaluator: Evaluator) -> bool:

@@ -120,7 +120,8 @@ def decode_rows(
     """Yield answers as rows are finished. Collective."""
     model = engine.model
     is_sharded = engine.stage == 3 and engine.world.size > 1
-    base = Base(engine.without_gradient, engine.contexts.hold, engine.world, is_sharded, pad_id(tokenizer))
+    hold = engine.contexts.hold if decoder.takes_contexts else take_as_is
+    base = Base(engine.without_gradient, hold, engine.world, is_sharded, pad_id(tokenizer))
     chooser = Chooser(decoding.sampling, decoding.seed, model.device)
     loop = AnswerLoop(
         decoder, base, chooser, end=cast(int | None, tokenizer.eos_token_id), budget=decoding.micro_batch_tokens
@@ -132,6 +133,10 @@ def decode_rows(
         ids = [tokens for _, tokens in found]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True) if found else []  # it makes a text of no rows
         yield list(zip([number for number, _ in found], texts, strict=True))
+
+
+def take_as_is(batch: Batch) -> Batch:
+    return batch
 
 
 def answer_in_batches(

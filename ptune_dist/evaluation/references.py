@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.framing import tokenize
+from ptune_dist.data.json_values import text_of
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.template import compile_template, render_batches
 from ptune_dist.errors import UserError
@@ -51,7 +52,7 @@ def read_references(value: Any, names: list[str], where: Callable[[], str]) -> l
         if not isinstance(reference, str | int | float):
             kind = type(reference).__name__
             raise UserError(f"{where()}: {KEY} holds a {kind}; a text or a list of texts is needed")
-    return [str(reference).strip() for reference in listed]
+    return [text_of(reference).strip() for reference in listed]
 
 
 def look_up(value: Any, name: str) -> Any:

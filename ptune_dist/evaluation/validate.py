@@ -36,7 +36,8 @@ def validate(config: Config) -> None:
     reading = build_reading(config)
     # as `train`: the rows first, and a run that is resumed needs no longer what its prompt started from
     read = build_splits(reading)
-    parts = build_parts(reading, None, with_start=not list_checkpoints(Path(config.output_dir) / "checkpoints"))
+    is_new = not list_checkpoints(Path(config.output_dir) / "checkpoints")
+    parts = build_parts(reading, None, with_start=is_new, rows=read.training)
     splits = read.distinct()
     train = next(iter(splits.values()))
 

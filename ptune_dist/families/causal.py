@@ -4,6 +4,7 @@ Shapes: S readers, B rows, T tokens, P virtual tokens, C context positions, D wi
 G key/value heads, Dh width of a head.
 """
 
+import dataclasses
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,15 @@ from ptune_dist.errors import UserError
 from ptune_dist.families.causal_padded import PaddedCausal, keeps_keys
 from ptune_dist.families.family import Family
 from ptune_dist.families.generation import generates_from_vectors
+from ptune_dist.families.late_decoder import LateDecoder, RereadingDecoder
 from ptune_dist.families.segment_decoder import SegmentDecoder
-from ptune_dist.families.segment_inputs import arrays_of, embed_laid, no_mask, supervise_laid, to_index
+from ptune_dist.families.segment_inputs import Late, arrays_of, embed_laid, no_mask, supervise_laid, to_index
 from ptune_dist.model.attention import Segment, use_segments, windows_of
 from ptune_dist.model.attention_flex import FlexTables
-from ptune_dist.model.attention_layouts import RecordedSegments, build_attention, takes_flex
+from ptune_dist.model.attention_layouts import RecordedSegments, SegmentAttention, build_attention, takes_flex
 from ptune_dist.model.attention_trees import build_tree_attention
+from ptune_dist.model.decode import Decoder
+from ptune_dist.model.entry import FromLayer, below_of
 from ptune_dist.model.flex_plan import plan_attention
 from ptune_dist.model.given_cache import keeps_more
 from ptune_dist.model.layout import Layout, Outside, lay_out, lay_out_labels, plan_outside
@@ -58,7 +62,8 @@ class PromptedCausal(PaddedCausal):
         super().__init__(base, *args, **options)
         self.uses_segments = use_segments(base)
         self.read_base()
-        self.scores_trees = self.uses_segments
+        # Contexts of prompts that enter late are not read along with labels.
+        self.scores_trees = self.uses_segments and not (self.late_starts and self.has_contexts)
 
     def read_base(self) -> None:
         self._windows = windows_of(self.base)
@@ -83,14 +88,16 @@ class PromptedCausal(PaddedCausal):
         widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
         return max(contexts, len(readers) * (widest + max(count for _, count in readers)))
 
-    def prepare(self, batch: Batch) -> PreparedSegments | None:
-        return self._prepare_segments(batch) if self.uses_segments else None
+    def prepare(self, batch: Batch) -> list[PreparedSegments] | None:
+        """Of each part of the batch."""
+        return [self._prepare_segments(part.batch) for part in self.parts(batch)] if self.uses_segments else None
 
     def _prepare_segments(self, batch: Batch) -> PreparedSegments:
         """The layout of a pass, and what attention needs of it on a GPU."""
+        start = self.start_of(batch)
         batch = self.by_contribution(batch)
-        outside = plan_outside(batch, self.num_prefix)
-        laid = lay_out(batch, self.num_vectors, outside)
+        outside = plan_outside(batch, self.only_at(self.num_prefix, start))
+        laid = lay_out(batch, self.only_at(self.num_vectors, start), outside)
         arrays = arrays_of(laid)
         shapes: dict[int | None, list[tuple[int, ...]]] = {}
         if self.device.type == "cuda" and takes_flex(head_width(self.base.config) or 0):
@@ -105,29 +112,34 @@ class PromptedCausal(PaddedCausal):
     def _supervise_segments(self, batch: Batch) -> Supervised:
         """All texts as one row of live positions."""
         prepared = batch.prepared or self._prepare_segments(batch)
-        contributions = self.contributions()
+        start = self.start_of(batch)
+        contributions = self.contributions(start)
         outside = prepared.outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         index = prepared.packed.unpack(self.device)
-        vectors = embed_laid(self, index, contributions)
+        below = torch.cat(below_of(batch, start)) if start else None
+        vectors = embed_laid(self, index, contributions, below)
         parts = [part.to(vectors.dtype) for part in outside]
         attention = build_attention(prepared.layout.segments, parts, vectors.device, prepared.tables(index))
-        return supervise_laid(index, prepared.layout.reader, vectors, attention)
+        late = Late(self, start) if start else None
+        return supervise_laid(index, prepared.layout.reader, vectors, attention, late)
 
-    def label_losses(self, batch: Batch) -> list[np.ndarray]:
+    def _label_losses(self, batch: Batch) -> list[np.ndarray]:
         assert batch.trees is not None and self.head is not None
+        start = self.start_of(batch)
         batch = self.by_contribution(batch)
-        contributions = self.contributions()
-        outside = plan_outside(batch, self.num_prefix)
-        laid = lay_out_labels(batch, self.num_vectors, outside)
+        contributions = self.contributions(start)
+        outside = plan_outside(batch, self.only_at(self.num_prefix, start))
+        laid = lay_out_labels(batch, self.only_at(self.num_vectors, start), outside)
         index = to_index(laid.layout, self.device)
-        vectors = embed_laid(self, index, contributions)
+        below = self._labels_below(batch, start) if start else None
+        vectors = embed_laid(self, index, contributions, below)
         found = outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         parts = [part.to(vectors.dtype) for part in found]
         attention = build_tree_attention(laid.layout.segments, laid.trees, parts, vectors.device)
         order = np.argsort(laid.places, kind="stable")
         losses = np.empty(len(order))
         losses[order] = self.head.token_losses(
-            supervise_laid(index, laid.layout.reader, vectors, attention),
+            supervise_laid(index, laid.layout.reader, vectors, attention, Late(self, start) if start else None),
             laid.places[order],
             laid.targets[order],
             self.objective.validation_losses,
@@ -136,15 +148,20 @@ class PromptedCausal(PaddedCausal):
         ends = np.cumsum([len(tree.targets) for tree in trees])
         return [tree.sum_paths(part) for tree, part in zip(trees, np.split(losses, ends[:-1]), strict=True)]
 
-    def open_decoder(self, number: int) -> SegmentDecoder | None:
-        if not self.uses_segments or not self.writes_text or layers_differ(self.base.config):
+    def open_decoder(self, number: int) -> Decoder | None:
+        if not self.writes_text:
             return None
-        return SegmentDecoder(self, number)
+        can_keep = self.uses_segments and not layers_differ(self.base.config)
+        if self.start_layer_of(number):
+            return LateDecoder(self, number) if can_keep and not self.has_contexts else RereadingDecoder(self, number)
+        return SegmentDecoder(self, number) if can_keep else None
 
     @torch.no_grad()
     def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
         if not self.uses_segments:
             return super().read_contexts(work)
+        if work.start_layer:
+            return self._read_below(work)
         num_lead = work.lead.length if work.lead else 0
         own = [tokens[num_lead:] for tokens in work.tokens]
         ends = np.cumsum([len(tokens) for tokens in own]).tolist()
@@ -152,17 +169,73 @@ class PromptedCausal(PaddedCausal):
             Segment(end - len(tokens), len(tokens), (0,) if num_lead else (), (), num_lead)
             for tokens, end in zip(own, ends, strict=True)
         ]
-        vectors = self.embed_tokens(np.concatenate(own))
+        recorded = RecordedSegments(segments, [work.lead] if work.lead else [], self.device)
         places = np.concatenate([num_lead + np.arange(len(tokens)) for tokens in own])
-        recorded = RecordedSegments(segments, [work.lead] if work.lead else [], vectors.device)
+        self._run_segments(self.embed_tokens(np.concatenate(own)), places, recorded)
+        return list(recorded.cut())
+
+    def _read_below(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
+        """What the layers below leave of each row after its context, and the context's keys/values in those above."""
+        start = work.start_layer
+        texts = [tokens if len(tokens) else np.array([work.pad_id]) for tokens in work.tokens]
+        lengths = list(map(len, texts))
+        vectors = self.embed_tokens(np.concatenate(texts))
+        attention = build_attention(segments_of(lengths), [], vectors.device)
+        with self.layer_parts.below(start) as captured:
+            self._run_segments(vectors, places_of(lengths), attention)
+        assert captured.hidden is not None
+        rows = captured.hidden[0].split(lengths)
+        rows = [hidden[: len(tokens)] for hidden, tokens in zip(rows, work.tokens, strict=True)]
+        if not self.has_contexts:
+            return [(hidden,) for hidden in rows]
+        # Every rank makes this pass, also where none of its rows has a context.
+        own = [count for count in work.lengths if count] or [1]
+        hidden = torch.cat([row[:count] for row, count in zip(rows, work.lengths, strict=True)])
+        hidden = hidden if len(hidden) else self.no_hidden(1)
+        recorded = RecordedSegments(segments_of(own), [], vectors.device)
+        with self.layer_parts.above(start, hidden[None]):
+            self._run_segments(self.no_vectors(len(hidden)), places_of(own), FromLayer(recorded, start))
+        cut = iter(recorded.cut())
+        return [(row[count:], *next(cut)) if count else (row,) for row, count in zip(rows, work.lengths, strict=True)]
+
+    def _labels_below(self, batch: Batch, start: int) -> torch.Tensor:
+        """What the layers below leave of the tokens of all readers' inputs, then of those of their labels."""
+        assert batch.trees is not None
+        rows = list(dict.fromkeys(row for row, _ in batch.readers))
+        once = dataclasses.replace(batch, readers=[(row, 0) for row in rows])
+        laid = lay_out_labels(once, [0], plan_outside(once, [0]))
+        index = to_index(laid.layout, self.device)
+        vectors = self.embed_tokens(index["tokens"])[index["source"]]
+        attention = build_tree_attention(laid.layout.segments, laid.trees, [], vectors.device)
+        with self.layer_parts.below(start) as captured:
+            self._run_segments(vectors, laid.layout.position_ids, attention)
+        assert captured.hidden is not None
+        hidden = torch.empty_like(captured.hidden[0])
+        hidden[index["source"]] = captured.hidden[0]  # in the order of the tokens
+        lengths = [len(batch.rests[row]) for row in rows] + [len(batch.trees[row].tokens) for row in rows]
+        parts = hidden.split(lengths)
+        places = [rows.index(row) for row, _ in batch.readers]
+        return torch.cat([parts[place] for place in places] + [parts[len(rows) + place] for place in places])
+
+    def _run_segments(self, vectors: torch.Tensor, places: np.ndarray, attention: SegmentAttention) -> None:
+        """The layers over vectors [N, D] of live positions, whose places in their texts are `places` [N]."""
         self.inner(
             inputs_embeds=vectors[None],
             position_ids=self.to_tensor(places)[None],
             attention_mask=no_mask(vectors),
-            segments=recorded,
+            segments=attention,
             use_cache=False,
         )
-        return list(recorded.cut())
+
+
+def segments_of(lengths: list[int]) -> list[Segment]:
+    """Texts one after another, each of which reads itself alone."""
+    return [Segment(end - length, length) for length, end in zip(lengths, np.cumsum(lengths).tolist(), strict=True)]
+
+
+def places_of(lengths: list[int]) -> np.ndarray:
+    """Each position's place in its own text."""
+    return np.concatenate([np.arange(length) for length in lengths])
 
 
 def check_inputs(shape: PretrainedConfig, path: str) -> None:

@@ -39,6 +39,7 @@ class SegmentDecoder:
     enters_any_time = True
     shares_beginnings = True
     needs_contexts = False
+    takes_contexts = True
 
     def __init__(self, model: PromptedModel, number: int):
         """`number`: of the contribution that all rows are read with."""

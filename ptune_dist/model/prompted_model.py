@@ -6,8 +6,10 @@ without gradient, logits at targets only. A reader is one member reading one row
 Shapes: S readers, B rows, T tokens, P virtual tokens, D width, U supervised positions, K members, H hidden size.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,35 +18,46 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ptune_dist.base.layer_parts import LayerParts
+from ptune_dist.base.layers import hidden_size
 from ptune_dist.base.trained_head import trained_parameters
+from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.examples import Examples
 from ptune_dist.distributed.world import to_device
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.decode import Decoder
+from ptune_dist.model.entry import Below, Part, hold_above, join_lists, join_tensors, split_by_start
 from ptune_dist.model.head import HeadAtTargets
+from ptune_dist.model.layout import text_of
 from ptune_dist.model.value_head import TargetScale, ValueHeads
 from ptune_dist.objectives.objective import Objective
-from ptune_dist.prompts.method import Contribution, Method
+from ptune_dist.prompts.method import Contribution, Method, OwnTargets
 
 LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # an objective's losses or validation_losses
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Contexts to compute, all of which begin with the tokens of `lead`, whose keys/values are known."""
+    """Contexts to compute, all of which begin with the tokens of `lead`, whose keys/values are known.
+
+    With a `start_layer` they are whole rows, of which only the layers below it read more than the first `lengths`.
+    """
 
     tokens: list[np.ndarray]
     pad_id: int
     lead: KeysValues | None = None
+    start_layer: int = 0
+    lengths: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Supervised:
     """The supervised positions of a pass and the base's inputs for it.
 
-    rows, places [U]: where the outputs are wanted. targets [U]: token ids. reader [U]: whose each one is.
+    rows, places [U]: where the outputs are wanted. targets [U]: token ids. reader [U]: whose each one is. layers:
+    within what the base runs, where only some of its layers compute.
     """
 
     rows: torch.Tensor
@@ -52,6 +65,7 @@ class Supervised:
     targets: torch.Tensor
     reader: np.ndarray
     inputs: dict[str, Any]
+    layers: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class PromptedModel(nn.Module):
@@ -84,6 +98,9 @@ class PromptedModel(nn.Module):
         contributions = contributions_in_eval(prompts)
         self.num_vectors = [contribution.num_vectors for contribution in contributions]
         self.num_prefix = [contribution.num_prefix for contribution in contributions]
+        firsts = [self.number_of(member) for member in range(len(prompts))]
+        self.start_layers = [contributions[number].start_layer for number in firsts]  # of each member
+        self._layer_parts: LayerParts | None = None
         self.target_scales = target_scales or [TargetScale()] * len(prompts)
         self.head = HeadAtTargets(base) if self.has_language_head else None
         self.value_heads = None
@@ -170,7 +187,81 @@ class PromptedModel(nn.Module):
             found |= {f"value_head.{name}": p for name, p in self.value_heads[member].named_parameters()}
         return found
 
+    # ------------------------------------------------------------- prompts that enter at a later layer
+
+    @property
+    def late_starts(self) -> list[int]:
+        """The layers, but for the first, at which members' prompts enter."""
+        return sorted(set(self.start_layers) - {0})
+
+    def start_of(self, batch: Batch) -> int:
+        """The layer at which the prompts of a batch's readers enter; it is one for all in a part of a batch."""
+        return self.start_layers[batch.readers[0][1]]
+
+    def parts(self, batch: Batch) -> list[Part]:
+        """The batch by the layers at which prompts enter."""
+        idle = functools.partial(self.no_hidden, 1)
+        return split_by_start(batch, self.start_layers, idle, with_contexts=self.has_contexts)
+
+    def read_below(self, work: Contexts) -> list[Below]:
+        """What the layers below `work.start_layer` leave of rows; without gradient."""
+        return [Below.of(tensors) for tensors in self.read_contexts(work)]
+
+    def with_below(self, batch: Batch, start: int, below: list[Below]) -> Batch:
+        """A batch whose readers' prompts all enter at layer `start`, with what the layers below left of its rows."""
+        batch = replace(batch, below={start: below})
+        return hold_above(batch, start) if self.has_contexts else batch
+
+    @property
+    def has_contexts(self) -> bool:
+        """Whether virtual tokens stand after contexts."""
+        return self.placement in PLACEMENTS_WITH_CONTEXTS
+
+    def no_hidden(self, count: int) -> torch.Tensor:
+        """Hidden states [count, H] that stand for nothing."""
+        dtype = cast(nn.Embedding, self.base.get_input_embeddings()).weight.dtype
+        return torch.zeros(count, hidden_size(self.base), dtype=dtype, device=self.device)
+
+    def only_at(self, counts: list[int], start: int) -> list[int]:
+        """Counts of contributions, 0 of those of members whose prompts do not enter at layer `start`."""
+        layers = [self.start_layer_of(number) for number in range(len(counts))]
+        return [n if layer == start else 0 for n, layer in zip(counts, layers, strict=True)]
+
+    @property
+    def layer_parts(self) -> LayerParts:
+        """The base's layers, to run some of them. The first use makes a pass: it is collective."""
+        if self._layer_parts is None:
+            self._layer_parts = LayerParts(self.base)
+        if not self._layer_parts.is_known:
+            with torch.no_grad():
+                self._layer_parts.learn(lambda: self.run_layers(self.no_vectors(1, 1)))
+        return self._layer_parts
+
+    def no_vectors(self, *shape: int) -> torch.Tensor:
+        """Input embeddings [*shape, D] in place of those that no layer reads."""
+        like = cast(nn.Embedding, self.base.get_input_embeddings())
+        return torch.zeros(1, dtype=like.weight.dtype, device=self.device).expand(*shape, like.embedding_dim)
+
+    def enter(self, start: int, hidden: torch.Tensor) -> Callable[[], AbstractContextManager[None]]:
+        """For `Supervised.layers`: the pass begins with layer `start`, from hidden states [B, T, H]."""
+        return functools.partial(self.layer_parts.above, start, hidden)
+
+    def enter_rows(self, asked: Supervised, start: int) -> Supervised:
+        """A pass over padded rows with its vectors as the input of layer `start`."""
+        hidden = asked.inputs["inputs_embeds"]
+        inputs = asked.inputs | {"inputs_embeds": self.no_vectors(*hidden.shape[:2])}
+        return replace(asked, inputs=inputs, layers=self.enter(start, hidden))
+
+    def row_below(self, batch: Batch, row: int) -> tuple[np.ndarray, int]:
+        """The tokens that the layers below a prompt read of a row, and how many of them are its context."""
+        context = batch.contexts[row]
+        return np.concatenate([context, text_of(batch, row)]), len(context)
+
     # ------------------------------------------------------------- what a family provides
+
+    def run_layers(self, vectors: torch.Tensor) -> None:
+        """All layers of the base's first stack over input embeddings [B, T, D]."""
+        raise NotImplementedError
 
     def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
         """Positions that a micro-batch of these units makes a rank hold at once, padding included."""
@@ -215,20 +306,66 @@ class PromptedModel(nn.Module):
     def losses(self, batch: Batch, *, for_validation: bool = False) -> torch.Tensor:
         """The summed loss of each reader's targets, [S] in float32."""
         loss_of = self.objective.validation_losses if for_validation else self.objective.losses
-        losses, reader = self._losses(batch, loss_of)
-        return self.sum_by(losses, reader, len(batch.readers))
+        parts = self.parts(batch)
+        found = []
+        for part in parts:
+            losses, reader = self._losses(part.batch, loss_of, with_own=not for_validation)
+            found.append(self.sum_by(losses, reader, len(part.batch.readers)))
+        return join_tensors(found, parts)
 
-    def _losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
-        """Losses [U], and the number of each one's reader."""
+    def _losses(self, batch: Batch, loss_of: LossOf, *, with_own: bool = False) -> tuple[torch.Tensor, np.ndarray]:
+        """Losses [U], and the number of each one's reader; `with_own`: with those of the prompts' own targets."""
         if self.predicts_numbers:
             return self._number_losses(batch, loss_of)
         asked = self.supervise(batch)
         assert self.head is not None, "families without a language head compute their own losses"
-        return self.head.losses(asked, loss_of), asked.reader
+        if not with_own or not any(self.own_targets(member) for member in range(len(self.prompts))):
+            return self.head.losses(asked, loss_of), asked.reader
+        asked, weights = self._supervise_prompts(asked, batch)
+        return self.head.losses(asked, loss_of) * weights, asked.reader
+
+    def own_targets(self, member: int) -> OwnTargets | None:
+        """What training predicts of a member's prompt itself, for each row that is read with it."""
+        return None if self.predicts_numbers else self.prompt(member).own_targets
+
+    def _supervise_prompts(self, asked: Supervised, batch: Batch) -> tuple[Supervised, torch.Tensor]:
+        """The pass with the prompts' own targets too, as those of each member's first reader, and weights [U].
+
+        A prompt is read once for all its readers with targets, so its targets weigh as many times as there are any.
+        Virtual tokens stand before all texts: in one row of segments those of members one after another, else in each
+        reader's own row.
+        """
+        rows, places, tokens, readers, weights = [asked.rows], [asked.places], [asked.targets], [asked.reader], []
+        weights.append(torch.ones(len(asked.reader), device=asked.rows.device))
+        first_place = 0
+        for member in sorted({member for _, member in batch.readers}):
+            own = self.own_targets(member)
+            mine = [i for i, (_, reader) in enumerate(batch.readers) if reader == member]
+            if own is not None:
+                count = sum(1 for i in mine if len(batch.targets[batch.readers[i][0]]))
+                row = 0 if self.uses_segments else mine[0]
+                rows.append(self.to_tensor(np.full(len(own.places), row)))
+                places.append(self.to_tensor(first_place + np.array(own.places)))
+                tokens.append(self.to_tensor(np.array(own.tokens)))
+                readers.append(np.full(len(own.places), mine[0]))
+                weights.append(to_device(torch.tensor(own.weights) * count, self.device))
+            if self.uses_segments:
+                numbers = range(self.number_of(member), self.number_of(member) + self.prompt(member).num_tasks)
+                used = {number for _, number in self.by_contribution(batch).readers}
+                first_place += sum(self.num_vectors[number] for number in numbers if number in used)
+        found = replace(
+            asked,
+            rows=torch.cat(rows),
+            places=torch.cat(places),
+            targets=torch.cat(tokens),
+            reader=np.concatenate(readers),
+        )
+        return found, torch.cat(weights)
 
     def outputs(self, batch: Batch) -> torch.Tensor:
         """What the base check compares of a pass, [U]: the validation losses of single targets, or logits."""
-        return self._losses(batch, self.objective.validation_losses)[0]
+        (part,) = self.parts(batch)
+        return self._losses(part.batch, self.objective.validation_losses)[0]
 
     def plain_outputs(self, batch: Batch, virtual: np.ndarray) -> torch.Tensor:
         """`outputs` as the base's own forward gives them of token ids, each row alone.
@@ -239,6 +376,10 @@ class PromptedModel(nn.Module):
 
     def label_losses(self, batch: Batch) -> list[np.ndarray]:
         """Each reader's summed losses of the labels of its row's tree, in one pass without gradient."""
+        parts = self.parts(batch)
+        return join_lists([self._label_losses(part.batch) for part in parts], parts)
+
+    def _label_losses(self, batch: Batch) -> list[np.ndarray]:
         raise NotImplementedError
 
     def read_inputs(self, batch: Batch) -> Batch:
@@ -256,6 +397,10 @@ class PromptedModel(nn.Module):
 
     def values(self, batch: Batch) -> list[float]:
         """Each reader's predicted number, in the original unit of the targets."""
+        parts = self.parts(batch)
+        return join_lists([self._values(part.batch) for part in parts], parts)
+
+    def _values(self, batch: Batch) -> list[float]:
         numbers, reader = self._predict(batch)
         members = [member for _, member in pick(batch.readers, reader)]
         scaled = zip(members, numbers.tolist(), strict=True)
@@ -270,13 +415,28 @@ class PromptedModel(nn.Module):
 
     # ------------------------------------------------------------- parts of passes
 
-    def contributions(self) -> list[Contribution]:
-        """What the members add to a pass: for each member and each of its tasks, in this order."""
-        return [found for prompt in self.members() for found in prompt.contributions()]
+    def contributions(self, start: int | None = None) -> list[Contribution]:
+        """What the members add to a pass: for each member and each of its tasks, in this order.
+
+        With `start`, nothing of members whose prompts enter at another layer.
+        """
+        found: list[Contribution] = []
+        for prompt, layer in zip(self.members(), self.start_layers, strict=True):
+            found += prompt.contributions() if start in (None, layer) else [Contribution()] * prompt.num_tasks
+        return found
 
     def prompt_of(self, number: int) -> Method:
         """The prompt that makes a contribution."""
         return [prompt for prompt in self.members() for _ in range(prompt.num_tasks)][number]
+
+    def reader_of(self, number: int) -> tuple[int, int]:
+        """The member and the task of a contribution."""
+        return [(m, task) for m, prompt in enumerate(self.members()) for task in range(prompt.num_tasks)][number]
+
+    def start_layer_of(self, number: int) -> int:
+        """The layer at which a contribution's prompt enters."""
+        layers = zip(self.start_layers, self.members(), strict=True)
+        return [layer for layer, prompt in layers for _ in range(prompt.num_tasks)][number]
 
     def num_virtual(self, number: int) -> int:
         """The positions of a contribution."""
@@ -298,13 +458,15 @@ class PromptedModel(nn.Module):
         members: list[int],
         contributions: list[Contribution] | None = None,
         embeddings: nn.Module | None = None,
+        below: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[virtual tokens, text] for each text: vectors [S, P + T, D] and their mask, padded right.
 
-        `members`: the number of the contribution that each text is read with.
+        `members`: the number of the contribution that each text is read with. `below`: what stands for each text,
+        [T, H], where layers below have read it.
         """
         contributions = contributions or self.contributions()
-        tokens = self.embed_tokens(np.concatenate(texts), embeddings)
+        tokens = self.embed_tokens(np.concatenate(texts), embeddings) if below is None else torch.cat(below)
         virtual = [vectors_of(contribution, tokens) for contribution in contributions]
         parts = tokens.split([len(text) for text in texts])
         rows = [torch.cat([virtual[member], part]) for member, part in zip(members, parts, strict=True)]

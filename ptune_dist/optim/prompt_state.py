@@ -21,9 +21,16 @@ from ptune_dist.optim.loss_scale import LossScale
 class Member:
     """One member's trainable tensors with the torch optimizer that moves them."""
 
-    def __init__(self, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float):
-        """`named` are float32; `max_grad_norm` 0 clips nothing."""
+    def __init__(
+        self,
+        named: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+        fixed: dict[str, torch.Tensor] | None = None,
+    ):
+        """`named` are float32; `max_grad_norm` 0 clips nothing. `fixed`: what is stored with them and never moves."""
         self.named = named
+        self.fixed = fixed or {}
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
         self.grad_norm = 0.0  # in its last step, before clipping
@@ -63,14 +70,14 @@ class Member:
             parameter.grad = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of the trainable tensors on the CPU."""
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.named.items()}
+        """Copies of the trainable tensors, and of the fixed ones, on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in (self.named | self.fixed).items()}
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Set what `tensors` gave."""
-        for name, parameter in self.named.items():
-            parameter.copy_(tensors[name])
+        for name, tensor in (self.named | self.fixed).items():
+            tensor.copy_(tensors[name])
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """The optimizer's tensors by `TENSOR.KEY`, on the CPU."""

@@ -3,6 +3,8 @@
 To add a method, write its class in a file of its own (`method.py` is the interface) and name it here.
 """
 
+from ptune_dist.prompts.cpt import Cpt
+from ptune_dist.prompts.late_prompt import LatePrompt
 from ptune_dist.prompts.method import Method
 from ptune_dist.prompts.multitask import MultitaskPromptTuning
 from ptune_dist.prompts.p_tuning import PTuning
@@ -14,4 +16,6 @@ METHODS: dict[str, type[Method]] = {
     "p_tuning": PTuning,
     "prefix_tuning": PrefixTuning,
     "multitask_prompt_tuning": MultitaskPromptTuning,
+    "late_prompt": LatePrompt,
+    "cpt": Cpt,
 }

@@ -9,7 +9,7 @@ from ptune_dist.config.schema import Config, PromptConfig
 from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
 from ptune_dist.prompts.method import BaseFacts, Method, Options
-from ptune_dist.prompts.start import NOTHING, Lookup, Start
+from ptune_dist.prompts.start import NOTHING, Lookup, ReadExamples, Start
 
 
 def find_method(prompt: PromptConfig) -> type[Method]:
@@ -68,10 +68,12 @@ def build_prompt(
     with_start: bool,
     num_embeddings: int | None = None,
     file: str | None = None,
+    read_examples: ReadExamples | None = None,
 ) -> Method:
     """The prompt that a member's config asks for. Without a start, its numbers will be loaded. Raises UserError.
 
     num_embeddings: the base's, where the tokenizer has ids beyond them. file: the one of several to start from.
+    read_examples: token ids of the rows to train on.
     """
     prompt = config.prompt
     start = Start(
@@ -84,6 +86,7 @@ def build_prompt(
         file=file or next(iter(source_files(prompt)), None),
         num_embeddings=num_embeddings,
         tasks=list(config.data.tasks or []),
+        read_examples=read_examples,
     )
     try:
         return find_method(prompt).build(check_options(prompt), prompt.num_virtual_tokens, base, start)

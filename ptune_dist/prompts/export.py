@@ -46,6 +46,8 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> N
         raise UserError(f"--to peft: PEFT has no placement {facts['placement']}{other}")
     if any(name.startswith(VALUE_HEAD) for name in tensors):
         raise UserError("--to peft: PEFT has no head that answers numbers for language models")
+    if facts.get("options", {}).get("from_layer"):
+        raise UserError("--to peft: PEFT's prefixes have keys and values in every layer; prompt.from_layer is above 0")
 
 
 def export_peft(
@@ -102,6 +104,8 @@ def export_prompt_embeds(
         raise UserError("--to prompt-embeds: this prompt was trained with a classification head: use --to peft")
     if any(name.startswith(VALUE_HEAD) for name in tensors):
         raise UserError("--to prompt-embeds: this prompt was trained with a head that answers numbers")
+    if "late_tokens" in tensors:
+        raise UserError("--to prompt-embeds: this prompt enters at a later layer and has no input embeddings")
     if "virtual_tokens" not in tensors:
         raise UserError("--to prompt-embeds: this prompt has keys and values of every layer and no input embeddings")
     virtual = tensors["virtual_tokens"].to(dtype)

@@ -4,7 +4,7 @@ Shapes: P positions, D width, L layers, G key/value heads, Dh width of a head.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -27,6 +27,19 @@ class BaseFacts:
     num_layers: int | None = None
     num_key_value_heads: int | None = None
     head_width: int | None = None
+    hidden_size: int | None = None  # of what a layer reads
+    num_first_layers: int | None = None  # of the first stack, an encoder's; None where they cannot be run in parts
+
+
+class OwnTargets(NamedTuple):
+    """Tokens of a prompt that training predicts too, beside those of each row that is read with it.
+
+    places: of the virtual tokens that they follow. tokens: their ids. weights: of their losses.
+    """
+
+    places: list[int]
+    tokens: list[int]
+    weights: list[float]
 
 
 @dataclass(frozen=True)
@@ -35,11 +48,16 @@ class Contribution:
 
     vectors [P, D]: virtual tokens that stand in the sequence. keys, values [L, P, G, Dh]: of every layer, attended to
     by all positions and read before the sequence; rotary bases take them as already rotated.
+
+    start_layer: the first layer that any of these are for; the layers below read a row without them, and L counts from
+    that layer on. own_targets: what is predicted of the vectors themselves.
     """
 
     vectors: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    start_layer: int = 0
+    own_targets: OwnTargets | None = None
 
     @property
     def num_vectors(self) -> int:
@@ -57,6 +75,18 @@ class PeftAdapter:
     prompt_embeddings: torch.Tensor
     settings: dict[str, Any]
     more: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def check_start_layer(layer: int, base: BaseFacts, key: str) -> int:
+    """The layer, if a prompt can enter there. Raises ValueError that begins with the key."""
+    if base.num_first_layers is None:
+        raise ValueError(f"{key}: the layers of this base are no plain stack, which a prompt could enter in the middle")
+    if not 0 < layer < base.num_first_layers:
+        last = base.num_first_layers - 1
+        raise ValueError(
+            f"{key}: {layer} is no layer above the first one of {base.num_first_layers}: choose one from 1 to {last}"
+        )
+    return layer
 
 
 class Method(nn.Module):
@@ -81,6 +111,11 @@ class Method(nn.Module):
         """A prompt at its start. Reading the start may raise UserError."""
         raise NotImplementedError
 
+    @classmethod
+    def enters_late(cls, options: Any) -> bool:
+        """Whether the lowest layers read rows without the prompt, so that what they leave can be kept."""
+        return False
+
     def forward(self) -> Contribution:
         raise NotImplementedError
 
@@ -90,6 +125,11 @@ class Method(nn.Module):
 
     def begin_step(self, step: int) -> None:
         """Called before the passes of optimizer step `step`: for methods whose forward draws random numbers."""
+
+    @property
+    def own_targets(self) -> OwnTargets | None:
+        """What training predicts of the prompt itself, for each row that is read with it."""
+        return None
 
     def plain(self) -> dict[str, torch.Tensor]:
         """The prompt with any reparameterization folded in, by name: what is served and exported."""

@@ -5,40 +5,58 @@ Shapes: L layers, P positions, G key/value heads, Dh width of a head.
 """
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter
+from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, check_start_layer
 from ptune_dist.prompts.start import Start
 
 
-class PrefixTuning(Method):
-    """Keys and values [L, P, G, Dh]."""
+class PrefixTuningOptions(Options):
+    """Which layers have a prefix."""
 
+    from_layer: int = Field(default=0, ge=0)
+    """The first layer that has trained keys and values. The layers below read a row without them and without gradient;
+    what they leave of it can be kept in the context cache."""
+
+
+class PrefixTuning(Method):
+    """Keys and values [L, P, G, Dh] of the L layers from `from_layer` on."""
+
+    options_type = PrefixTuningOptions
     families = ("causal",)
     placements = ("prefix",)
     starts = ("random", "file")
     default_start = "random"
     stands_in_sequence = False
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, from_layer: int = 0):
         super().__init__()
+        self.from_layer = from_layer
         self.num_virtual_tokens = keys.shape[1]
         self.prefix_keys = nn.Parameter(keys.detach().float().clone())
         self.prefix_values = nn.Parameter(values.detach().float().clone())
 
     @classmethod
-    def build(cls, options: Options, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "PrefixTuning":
+    def build(
+        cls, options: PrefixTuningOptions, num_virtual_tokens: int, base: BaseFacts, start: Start
+    ) -> "PrefixTuning":
         if base.num_layers is None or base.num_key_value_heads is None or base.head_width is None:
             raise ValueError("prompt.method: prefix_tuning needs a base with attention of one width in every layer")
-        shape = (base.num_layers, num_virtual_tokens, base.num_key_value_heads, base.head_width)
+        first = options.from_layer and check_start_layer(options.from_layer, base, "prompt.from_layer")
+        shape = (base.num_layers - first, num_virtual_tokens, base.num_key_value_heads, base.head_width)
         if start.kind == "file":
             found = start.tensors({"prefix_keys": shape, "prefix_values": shape})
-            return cls(found["prefix_keys"], found["prefix_values"])
+            return cls(found["prefix_keys"], found["prefix_values"], first)
         keys = torch.randn(shape, generator=start.generator)
-        return cls(keys, torch.randn(shape, generator=start.generator))
+        return cls(keys, torch.randn(shape, generator=start.generator), first)
+
+    @classmethod
+    def enters_late(cls, options: PrefixTuningOptions) -> bool:
+        return options.from_layer > 0
 
     def forward(self) -> Contribution:
-        return Contribution(keys=self.prefix_keys, values=self.prefix_values)
+        return Contribution(keys=self.prefix_keys, values=self.prefix_values, start_layer=self.from_layer)
 
     def plain(self) -> dict[str, torch.Tensor]:
         return {"prefix_keys": self.prefix_keys.detach(), "prefix_values": self.prefix_values.detach()}

@@ -4,7 +4,7 @@ Shapes: P virtual tokens, D width.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +20,12 @@ from ptune_dist.errors import UserError
 # The paper samples from the 5,000 most common tokens, which are the first of its vocabulary.
 NUM_COMMON_TOKENS = 5000
 PROMPT_FILES = ("prompt/prompt.safetensors", "prompt.safetensors", "adapter_model.safetensors")
-VECTOR_ADAPTERS = ("PROMPT_TUNING", "P_TUNING")  # PEFT's types whose prompt_embeddings are virtual tokens
+VECTOR_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "CPT")  # PEFT's types whose prompt_embeddings are virtual tokens
 VECTOR_NAMES = ("virtual_tokens", "prompt_embeddings")  # ours and PEFT's
 
 NOTHING = "nothing"
 
+ReadExamples = Callable[[], Iterable[tuple[list[int], list[int]]]]  # of each training row, input and target
 Lookup = Callable[[list[int]], torch.Tensor]  # token ids -> embeddings [len(ids), D]
 
 
@@ -54,6 +55,7 @@ class Start:
     file: str | None = None
     num_embeddings: int | None = None
     tasks: list[str] = field(default_factory=list)
+    read_examples: ReadExamples | None = None
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -99,6 +101,10 @@ class Start:
         """What `prompt.init_file` holds. Raises UserError."""
         file = find_prompt_file(self.file or "")
         return Source(file, read_tensors(file), read_facts(file), read_adapter_settings(file.parent))
+
+    def examples(self) -> Iterable[tuple[list[int], list[int]]]:
+        """Token ids of the training rows, (input, target) each; none where no rows are read."""
+        return self.read_examples() if self.read_examples is not None else ()
 
     def _text_vectors(self, num: int) -> torch.Tensor:
         """[P, D]: embeddings of the text's tokens, repeated or cut to P."""

@@ -65,9 +65,9 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
 
 
 def describe_kept(folder: Path, failed: Path) -> str:
-    """Which checkpoint a run continues from, now that one could not be saved."""
+    """Which checkpoint a run continues from, now that one could not be saved: later ones are damaged."""
     with contextlib.suppress(UserError):  # the folder can no longer be read
-        kept = [path for path in list_checkpoints(folder) if path != failed]
+        kept = [path for path in list_checkpoints(folder) if path < failed]
         return f"{kept[-1]} is kept" if kept else "there is no earlier checkpoint"
     return "earlier checkpoints have not been touched"
 

@@ -21,6 +21,7 @@ from ptune_dist.base.layers import (
     hidden_size,
     layers_of,
     max_positions,
+    num_first_layers,
     num_key_value_heads,
 )
 from ptune_dist.base.load import fill_whole
@@ -93,11 +94,11 @@ class Parts:
     sources: dict[str, dict[str, Method]]  # of each member that has several to start from
 
 
-def build_parts(reading: Reading, world: World | None, *, with_start: bool) -> Parts:
+def build_parts(reading: Reading, world: World | None, *, with_start: bool, rows: TrainingRows | None = None) -> Parts:
     """Raises UserError for everything that can be wrong with base, prompts and DeepSpeed's JSON.
 
     Without `with_start` the prompts' numbers are not read: those of a trained prompt follow, and what it started from
-    may be gone. Without a `world` nothing is asked of the machine.
+    may be gone. Without a `world` nothing is asked of the machine. `rows` are those to train on, if any.
     """
     config = reading.config
     check_precision(config)
@@ -118,7 +119,8 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool) -> P
     sources = {}
     for name, member in reading.members.items():
         check_positions(member, opened.model)
-        prompts[name] = build(member)
+        examples = None if rows is None else functools.partial(rows.examples_of, name)
+        prompts[name] = build(member, read_examples=examples)
         files = source_files(member.prompt)
         if with_start and len(files) > 1:
             sources[name] = {file: build(member, file=file) for file in files}
@@ -151,6 +153,8 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
         num_layers=getattr(text, "num_hidden_layers", None),
         num_key_value_heads=None if keeps_more(base) else num_key_value_heads(base.config),
         head_width=head_width(base.config),
+        hidden_size=hidden_size(base),
+        num_first_layers=num_first_layers(base),
     )
 
 
@@ -253,7 +257,7 @@ def build_job(
 
     `scales`: of the members' targets, where they are numbers. `rows` are those to train on, if any.
     """
-    parts = together(world, lambda: build_parts(reading, world, with_start=with_start))
+    parts = together(world, lambda: build_parts(reading, world, with_start=with_start, rows=rows))
     size = MicroBatchSize(reading.config.train.most_positions)
     if rows is not None:
         size = settle_micro_batch(reading, parts, rows, world)

@@ -43,7 +43,7 @@ def choose_sources(job: Job, rows: TrainingRows, world: World) -> list[str]:
 def load_source(job: Job, member: str, file: str) -> None:
     """Set a member's prompt to that of one of its sources; a trained head stays."""
     state = job.engine.prompts.members[member]
-    state.load_tensors(state.tensors() | {name: p.detach() for name, p in job.sources[member][file].named_parameters()})
+    state.load_tensors(state.tensors() | job.sources[member][file].state_dict())
 
 
 def score_members(job: Job, rows: TrainingRows, names: list[str], world: World) -> dict[str, float]:

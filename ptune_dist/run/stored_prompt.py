@@ -102,4 +102,4 @@ def prompt_tensors(job: Job, member: str) -> dict[str, torch.Tensor]:
     number = list(job.members).index(member)
     plain = job.engine.model.prompt(number).plain()
     stored = {name: tensor.float().cpu().clone() for name, tensor in plain.items()}
-    return stored | job.engine.prompt_tensors(member)
+    return job.engine.prompt_tensors(member) | stored

@@ -23,6 +23,7 @@ from ptune_dist.cluster.rank_files import (
     HeartbeatFile,
     is_launcher_dead,
     is_stop_requested,
+    mark_begun,
     node_folder,
     stack_file,
     write_outcome,
@@ -121,8 +122,16 @@ class Watch:
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
+    def begin_run(self) -> None:
+        """Everything is loaded: the launcher ends a rank before this call at once when it is asked to stop.
+
+        Every rank must call before any rank writes into the run's folder.
+        """
+        if self.folder:
+            mark_begun(self.folder, self._rank)
+
     def begin_steps(self, run_dir: Path) -> None:
-        """Everything is loaded: from the first step on, heartbeats are due within the hang timeout."""
+        """From the first step on, heartbeats are due within the hang timeout."""
         self._is_stepping = True
         self._run_dir = run_dir
         if not self.folder and self._hang_timeout_s < NEVER_S:

@@ -159,6 +159,11 @@ class Engine:
         if self.prompts.loss_scale:
             self.prompts.loss_scale.load_state(state)
 
+    def divisor(self, member: str, num_targets: np.ndarray) -> float:
+        """What a member's summed loss is divided by; `num_targets` are those of a whole step's examples."""
+        own = self.model.own_targets(self.members.index(member))
+        return self.model.objective.divisor(num_targets + (len(own.tokens) if own else 0))
+
     def plan(self, units: Sequence[Unit], examples: Examples, micro_batch_tokens: int) -> Plan:
         """Micro-batches of every rank, by the positions that this base and placement need."""
         count = functools.partial(self.model.count_positions, examples=examples)
@@ -236,7 +241,10 @@ def build_engine(
     first = next(iter(configs.values()))
     set_apart(model.base, world.device, getattr(torch, first.model.dtype))
     model.place(world.device)
-    members = {name: build_member(configs[name].train, model.trainable(number)) for number, name in enumerate(configs)}
+    members = {
+        name: build_member(configs[name].train, model.trainable(number), dict(model.prompt(number).named_buffers()))
+        for number, name in enumerate(configs)
+    }
     layers = layers_of(model.base)
     settings = read_settings(content, len(layers), "deepspeed")
     recomputer = Recomputer(settings, layers) if settings else None
@@ -249,6 +257,6 @@ def build_engine(
     return Engine(model, passes, state, world, stage, recomputer, cache)
 
 
-def build_member(train: TrainConfig, named: dict[str, torch.nn.Parameter]) -> Member:
-    """A member with the optimizer that config section `train` asks for."""
-    return Member(named, build_torch_optimizer(train, list(named.values())), train.max_grad_norm)
+def build_member(train: TrainConfig, named: dict[str, torch.nn.Parameter], fixed: dict[str, torch.Tensor]) -> Member:
+    """A member with the optimizer that config section `train` asks for; `fixed` as in `Member`."""
+    return Member(named, build_torch_optimizer(train, list(named.values())), train.max_grad_norm, fixed)

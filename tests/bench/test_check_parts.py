@@ -134,7 +134,11 @@ def test_passes(value):
 
 @pytest.mark.gpu
 def test_fails():
-    assert False
+    assert "expected" == "found"
+
+@pytest.mark.gpu
+def test_last():
+    pass
 
 def test_needs_no_gpu():
     open("JOURNAL", "a").write("no gpu,")
@@ -149,15 +153,17 @@ def test_gpu_tests_are_counted_and_what_has_passed_before_is_not_repeated(tmp_pa
     before.write_text("{}")
     module = [sys.executable, "-m", "ptune_dist.bench.check.gpu_tests"]
     command = [*module, "--result", result, "--before", before, "--tests", ".", "--rootdir", "."]
-    assert subprocess.run(command, env=process_env(), cwd=tmp_path).returncode == 1
+    done = subprocess.run(command, env=process_env(), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stdout.index("'expected' == 'found'") < done.stdout.index("test_last PASSED")  # a run may be cut off
     found = json.loads(result.read_text())
-    assert (found["passed"], found["failed"], found["skipped"], found["exit_status"]) == (2, 1, 0, 1)
+    assert (found["passed"], found["failed"], found["skipped"], found["exit_status"]) == (3, 1, 0, 1)
     assert [name.rpartition("::")[2] for name in found["failed_tests"]] == ["test_fails"]
     assert (tmp_path / "journal").read_text() == "one two,three,"
 
     before.write_text(result.read_text())
     assert subprocess.run([*command, "-k", "passes"], env=process_env(), cwd=tmp_path).returncode == 0
-    assert json.loads(result.read_text())["passed"] == 2
+    assert json.loads(result.read_text())["passed"] == 3
     assert (tmp_path / "journal").read_text() == "one two,three,"
 
 

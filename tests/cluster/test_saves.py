@@ -27,7 +27,7 @@ class SabotagedCommands(Commands):
     def __init__(self, folder: Path):
         self.plan = folder / "kill"
         env = {"PYTHONPATH": python_path(SABOTEUR, ROOT), "PTUNE_TEST_KILL": str(self.plan)}
-        super().__init__(folder, Forker("torch.utils.tensorboard", env=env))  # every run imports it
+        super().__init__(folder, Forker(env=env))
 
     def run_until(self, moment: str, *argv: object) -> tuple[Finished, list[str]]:
         """Kill a command at that moment of its first save; also returns the changes to the disk until then."""

@@ -35,6 +35,7 @@ def load(tmp_path):
         ("data.csv.escapechar=ab", "data.csv.escapechar: one character is needed, not 'ab'"),
         ("data.csv.quoting=some", "data.csv.quoting: Input should be 'minimal', 'all' or 'none'"),
         ("data.csv.doublequote=maybe", "data.csv.doublequote: "),
+        ("data.csv.skipinitialspace=some", "data.csv.skipinitialspace: "),
         ("data.csv.encoding=utf8000", "data.csv.encoding: Python knows no text encoding 'utf8000'"),
         ("data.csv.encoding=base64", "data.csv.encoding: Python knows no text encoding 'base64'"),
         ("data.csv.encoding=undefined", "undefined encoding"),
@@ -61,11 +62,12 @@ def test_each_wrong_value_is_named_in_one_line(load, override, says):
 def test_what_is_given_reaches_the_reader(load):
     config = load(
         'data.csv={delimiter: "\\t", quoting: all, quotechar: "\'", escapechar: "\\\\", doublequote: false, '
-        "encoding: cp1252, header: [a, b]}"
+        "skipinitialspace: true, encoding: cp1252, header: [a, b]}"
     )
     dialect = csv_dialect(config.data)
     assert (dialect.delimiter, dialect.quoting, dialect.quotechar, dialect.escapechar) == ("\t", "all", "'", "\\")
     assert (dialect.doublequote, dialect.encoding, dialect.header) == (False, "cp1252", ["a", "b"])
+    assert dialect.skipinitialspace is True and csv_dialect(load().data).skipinitialspace is None
     assert csv_dialect(load("data.csv.delimiter=;").data).delimiter == ";"
     assert csv_dialect(load("data.csv.delimiter=,").data).delimiter == ","
     assert csv_dialect(load("data.csv.delimiter=\t").data).delimiter == "\t"

@@ -192,7 +192,8 @@ def test_labels_whose_targets_are_the_same_are_refused(data):
     [
         (["0", "1"], "{{ ['no', 'yes'][label] }}", [0, 1]),
         (["0", "1"], "{{ {'0': 'no', '1': 'yes'}[label] }}", ["0", "1"]),
-        (["True", "False"], "{{ 'yes' if label else 'no' }}", [True, False]),
+        (["true", "false"], "{{ 'yes' if label else 'no' }}", [True, False]),
+        (["True", "False"], "{{ label }}", ["True", "False"]),
         (["0.5", "1"], "{{ label * 2 }}", [0.5, 1]),
         (["01", "1e3"], "{{ label }}", ["01", "1e3"]),
         (["yes", "no"], "{{ label }}", ["yes", "no"]),

@@ -74,6 +74,8 @@ def test_csv_quote_that_swallows_rows_is_refused(tmp_path):
         '"Great, fun,1\n"",0\nit ended",0\n',
         '"Great, fun,1\r\nso so,0\r\nit ended",0\r\n',
         '"two\nlines",1\nbad,"0\nfine,1"\n',
+        '"Great, fun,1\nit ended",0\n',
+        '"Great, big, fun,1\nit ended",0\n',
     ],
 )
 def test_each_field_that_swallows_a_row_is_refused(tmp_path, swallowed):
@@ -96,6 +98,7 @@ def test_a_row_with_an_escaped_separator_that_is_swallowed_is_refused(tmp_path):
         ["\nx\n", "y\n"],
         ["a\nb", "c\nd"],
         ["a\nb, c", "d"],
+        ["a, b,\nc", "d"],
     ],
 )
 def test_fields_over_lines_that_are_not_rows_are_taken(tmp_path, row):
@@ -110,6 +113,13 @@ def test_fields_over_lines_that_are_not_rows_are_taken(tmp_path, row):
         ("a.csv", "text;label\na;b\n", "data.csv.delimiter=';'"),
         ("a.csv", "text\tlabel\na\tb\n", "contains tab"),
         ("a.tsv", "text,label\na,b\n", "data.csv.delimiter=','"),
+        ("a.csv", "text\na\tb\nc d\te\n", "the one column 'text' contains tab equally often in every row"),
+        ("a.csv", "text\na;b;c\nd;e;f\n", "set data.csv.delimiter=';' if this is the separator"),
+        ("a.csv", 'text,label\na, "b"\n', "line 2: a space stands before a quote (' \"b\"')"),
+        ("a.csv", 'text,label\na, "b, c"\n', "data.csv.skipinitialspace=true if the quotes enclose the field"),
+        ("a.csv", 'a,b,c\nd,  "e, f"\n', "line 2: a space stands before a quote"),
+        ("a.csv", 'text,label\na, "b\nc"\n', "line 2: a space stands before a quote"),
+        ("a.csv", '"text", "label"\n"a", "b"\n', "line 1: a space stands before a quote"),
         ("a.csv", "fine film,1\nbad film,0\n", "line 1: the header contains the number '1'"),
         ("a.tsv", '"text"\t"label"\n"a"\t"b"\n', "the header's names are quoted"),
         ("a.csv", "text,label\ra,b\rc,d\r", "line 1: a carriage return"),
@@ -156,6 +166,82 @@ def test_csv_keys_that_no_source_follows_are_refused(name):
         check_csv_keys(data)
     check_csv_keys(data.model_copy(update={"validation": "v.TSV.gz"}))
     check_csv_keys(data.model_copy(update={"csv": CsvConfig()}))
+
+
+def test_a_space_before_a_quote_is_read_as_the_config_says(tmp_path):
+    content = 'text, label\na, "b, c"\nd, e\n'
+    found = read(tmp_path, "a.csv", content, skipinitialspace=True)
+    assert found == [{"text": "a", "label": "b, c"}, {"text": "d", "label": "e"}]
+    assert read(tmp_path, "b.csv", 'text,label\na, "b"\n', skipinitialspace=False) == [{"text": "a", "label": ' "b"'}]
+    for plain in ('" ""b"" c",d\n', 'so "b" c,d\n', "\"'b'\",d\n", ' b,d "e"\n'):
+        assert len(read(tmp_path, "c.csv", "text,label\n" + plain)) == 1, plain
+    assert read(tmp_path, "d.tsv", 'text\tlabel\na\t "b"\n') == [{"text": "a", "label": ' "b"'}]
+
+
+def test_one_column_may_contain_any_separator_where_the_config_says_so(tmp_path):
+    rows = [{"text": "a\tb"}, {"text": "c\td"}]
+    for dialect in ({"delimiter": ","}, {"header": True}, {"header": ["text"]}):
+        head = "" if dialect.get("header") == ["text"] else "text\n"
+        assert read(tmp_path, "a.csv", head + "a\tb\nc\td\n", **dialect) == rows
+    assert len(read(tmp_path, "b.csv", "text\na;b\nc\n")) == len(read(tmp_path, "c.csv", "text\nc\na;b\n")) == 2
+    found = error_of(tmp_path, "d.csv", "a;b\nc;d\n", header=["text", "label"])
+    assert found.endswith(
+        "line 1: 1 fields where the header has 2; it contains ';': set data.csv.delimiter=';' if this is the separator"
+    )
+
+
+UTF8 = "text,label\nplain,1\ncafé,1\nthe “best” naïve,0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "reads"),
+    [
+        (UTF8, "latin-1", "line 3: latin-1 (data.csv.encoding) reads it as 'cafÃ©,1'"),
+        (UTF8, "cp1252", "'cafÃ©,1', but the file is UTF-8 text: leave data.csv.encoding out"),
+        (UTF8.replace("café", "it’s"), "cp1252", "'itâ€™s,1'"),
+        (UTF8, "iso8859-15", "the file is UTF-8 text"),
+        (UTF8, "mac_roman", "the file is UTF-8 text"),
+        ("a,b\nпривет,1\n", "cp1251", "РїСЂРёРІРµС‚"),
+        ("a,b\n你好世界,1\n", "gbk", "the file is UTF-8 text"),
+        (UTF8, "utf-16", "the file is UTF-8 text and not utf-16"),
+        ("a,b\nc,d\n", "utf-32-le", "the file is UTF-8 text and not utf-32-le"),
+    ],
+)
+def test_utf8_text_under_another_encoding_is_named(tmp_path, text, encoding, reads):
+    assert reads in error_of(tmp_path, "a.csv", text.encode(), encoding=encoding)
+    assert error_of(tmp_path, "a.csv.gz", gzip.compress(text.encode()), encoding=encoding)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "content", "expected"),
+    [
+        ("latin-1", UTF8.encode("cp1252"), "line 4: the byte 93 is a control character in latin-1"),
+        ("latin-1", "a,b\né,ü\nit’s,1\n".encode("cp1252"), "which is '’' in cp1252: set data.csv.encoding=cp1252"),
+        ("iso8859-2", "a,b\nž,1\n".encode("cp1250"), "set data.csv.encoding=cp1250"),
+        ("latin-1", b"a,b\n\x81,1\n", "which no text has"),
+        ("cp1252", "a,b\nx,é\nü,1\n".encode() + "naïve,0\n".encode("cp1252"), "line 2 is UTF-8 text and line 4 is not"),
+        ("cp1252", "naïve,b\n".encode("cp1252") + "a,é\n".encode(), "line 2 is UTF-8 text and line 1 is not"),
+    ],
+)
+def test_an_encoding_that_looks_wrong_is_named(tmp_path, encoding, content, expected):
+    assert expected in error_of(tmp_path, "a.csv", content, encoding=encoding)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("cp1252", "NESCAFÉ®"),
+        ("cp1252", "ça, « oui » — “non”…".replace(",", "")),
+        ("latin-1", "Ärger Öl ÃO"),
+        ("cp1251", "Тёплый чай"),
+        ("gbk", "联通"),
+        ("shift_jis", "ﾃｩ テスト"),
+        ("iso8859-2", "žluťoučký kůň"),
+    ],
+)
+def test_text_of_the_encoding_that_is_given_is_read(tmp_path, encoding, text):
+    content = f"text,label\n{text},1\n".encode(encoding)
+    assert read(tmp_path, "a.csv", content, encoding=encoding) == [{"text": text, "label": "1"}]
 
 
 def test_encoding_is_recoded_and_lines_still_count(tmp_path):

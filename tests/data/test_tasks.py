@@ -36,7 +36,7 @@ def load(rows, *overrides: str, prompt=None, **data):
 
 def split_of(config, which: str = "train"):
     tokenizer = build_tokenizer()
-    encoding = Encoding(tokenizer, Framing(ends_input=False), TextTargets(tokenizer, True), 64)
+    encoding = Encoding(tokenizer, Framing(ends_input=False), TextTargets(tokenizer), 64)
     return build_split(config.data, encoding, which=which)
 
 

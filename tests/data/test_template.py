@@ -1,6 +1,7 @@
 """Templates know their columns, print values unchanged, and refuse missing values."""
 
 import dataclasses
+import datetime
 import json
 import pickle
 
@@ -42,8 +43,69 @@ def test_text_around_columns_stays_as_written():
     assert render("{{ text }} &amp;", text="<b> & {{ c }}") == "<b> & {{ c }} &amp;"
 
 
-def test_values_are_printed_as_python_prints_them():
-    assert render("{{ a }} {{ b }} {{ c }} {{ d.e[0] }}", a=1, b=0.5, c=False, d={"e": ["f"]}) == "1 0.5 False f"
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ n }} {{ x }} {{ f }} {{ d.e[0] }}", "1 0.5 false g"),
+        ("{{ d }}", '{"e": ["g", true, null, 2, "é"], "h": {}}'),
+        ("{{ d.e }}", '["g", true, null, 2, "é"]'),
+        ("{{ [f, d.h] }} {{ (1, f) }} {{ d.h.items() | list }}", "[false, {}] [1, false] []"),
+        ("{{ f ~ d.h }} {{ f | string }} {{ [f, d.h] | join(' ') }}", "false{} false false {}"),
+        (
+            "{{ '%s %d' | format(f, f) }} {{ '%s' % f }} {{ '%s %s' % (f, d.h) }} {{ '%(h)s' % d }}",
+            "false 0 false false {} {}",
+        ),
+        ("{{ '{0} {x} {0!s} {1[h]}'.format(f, d, x=d.e) }}", 'false ["g", true, null, 2, "é"] false {}'),
+        ("{{ '{h}'.format_map(d) }} {{ d.e | pprint }}", '{} ["g", true, null, 2, "é"]'),
+        ("{{ d.e | replace('g', 'G') }} {{ f | upper }}", '["G", true, null, 2, "é"] FALSE'),
+        ("{{ day }} {{ [day] }}", '2024-05-06 ["2024-05-06"]'),
+    ],
+)
+def test_values_print_as_the_file_writes_them(source, expected):
+    row = {"n": 1, "x": 0.5, "f": False, "d": {"e": ["g", True, None, 2, "é"], "h": {}}}
+    assert render(source, day=datetime.date(2024, 5, 6), **row) == expected
+
+
+def test_expressions_see_the_values_themselves():
+    row = {"flag": True, "tags": ["a", False], "meta": {"n": 2}}
+    assert render("{% if flag %}yes{% endif %} {{ ['no', 'yes'][flag] }} {{ flag is true }}", **row) == "yes yes true"
+    assert render("{% if tags[1] %}{% else %}no{% endif %} {{ tags | length }} {{ meta.n + flag }}", **row) == "no 2 3"
+    assert render("{% for name, value in meta.items() %}{{ name }}={{ value }}{% endfor %}", **row) == "n=2"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("{{ s | int }}", "{{ s | int }}: 'abc' is not a number; write int(0) if it counts as 0"),
+        ("{{ ['no', 'yes'][m.e | trim | int] }}", "{{ m.e | trim | int }}: '' is not a number"),
+        ("{{ m['e'] | float }}", "{{ m['e'] | float }}: '' is not a number; write float(0)"),
+        ("{{ '1_000' | int }}", "'1_000' is not a number"),
+        ("{{ '１' | float }}", "'１' is not a number"),
+        ("{{ 'nan' | float }}", "'nan' is not a number"),
+        ("{{ '1e999' | int }}", "'1e999' is not a number"),
+        ("{{ 'ff' | int }}", "'ff' is not a number"),
+        ("{{ tags | int }}", "['b'] is not a number"),
+        ("{{ tags | map('int') | list }}", "'b' is not a number"),
+    ],
+)
+def test_int_and_float_invent_no_number(source, found):
+    assert error_of(source, s="abc", m={"e": ""}, tags=["b"]).startswith(
+        "a.jsonl line 7: data.template cannot be rendered: {{ "
+    )
+    assert found in error_of(source, s="abc", m={"e": ""}, tags=["b"])
+
+
+def test_int_and_float_read_numbers_and_take_a_default():
+    assert render("{{ a | int }} {{ ' 7 ' | int }} {{ '-3.9' | int }} {{ '1e3' | int }} {{ true | int }}", a=2.5) == (
+        "2 7 -3 1000 1"
+    )
+    assert render("{{ 'ff' | int(base=16) }} {{ '.5' | float }} {{ a | float }}", a=1) == "255 0.5 1.0"
+    assert render("{{ a | int(0) }} {{ a | int(default=-1) }} {{ a | float(0.5) }}", a="") == "0 -1 0.5"
+
+
+def test_a_random_choice_would_differ_from_rank_to_rank():
+    with pytest.raises(UserError, match="No filter named 'random'"):
+        build("{{ tags | random }}")
 
 
 def test_render_takes_only_the_columns_that_it_uses():
@@ -224,6 +286,7 @@ def test_an_absent_column_is_refused_unless_the_template_tests_it():
         ("{{ 'by ' ~ m.author }}", "'author' is null"),
         ("{{ m.tags | join(', ') }}", "is null"),
         ("{% for t in m.tags %}{{ 'x' ~ t }}{% endfor %}", "is null"),
+        ("{{ m.keys() }}", "is of type dict_keys, which has no text"),
         ("{{ m.items }}", "is the method 'items': write ['items'] for a key"),
         ("{{ m.words | map('upper') }}", "is a generator"),
         ("{{ m.bytes }}", "is bytes"),
@@ -242,7 +305,7 @@ def test_a_messages_content_is_its_text_in_one_piece_or_in_parts(source):
     for content in ("hi you", [{"type": "text", "text": "hi "}, {"type": "text", "text": "you"}]):
         assert render(source, m={"content": content}) == "hi you"
     assert render("{{ m.content | length }}", m={"content": [{"type": "text", "text": "hi"}]}) == "1"
-    assert render("{{ m }}", m=[{"type": "PER", "text": "Bob"}]) == "[{'type': 'PER', 'text': 'Bob'}]"
+    assert render("{{ m }}", m=[{"type": "PER", "text": "Bob"}]) == '[{"type": "PER", "text": "Bob"}]'
 
 
 def test_a_key_in_brackets_is_never_a_method():
@@ -274,7 +337,8 @@ def test_a_template_is_the_same_after_pickling():
         ("positive ", ["positive"], "; it differs from 'positive' by whitespace only: clean the rows"),
         ("Positive", ["positive"], "; it differs from 'positive' by upper and lower case: list it as 'Positive'"),
         (0.0, ["0", "1"], ": 0, 1; it is the same number as '0', but of another type: list it as '0.0'"),
-        (False, ["no", "yes"], "; it is the same number as 'no', but of another type: list it as 'False'"),
+        (False, ["no", "yes"], "; it is the same number as 'no', but of another type: list it as 'false'"),
+        (True, ["False", "True"], "; it differs from 'True' by upper and lower case: list it as 'true'"),
         ("neutral", ["positive"], "which data.labels does not list: positive"),
         ("x", [str(i) for i in range(99)], ", 9, ... (99 labels)"),
         ("x", ["a b ", "c, d"], "list: 'a b ', 'c, d'"),
@@ -284,10 +348,12 @@ def test_a_value_that_is_no_label_is_refused_with_what_it_differs_by(value, labe
     target = dataclasses.replace(build(" {{ label }}", key="data.target"), labels=tuple(labels))
     with pytest.raises(UserError) as caught:
         render_row(target, {"label": value}, key="data.target", where=lambda: "row 1")
-    assert str(caught.value).startswith(f"row 1: label is {value!r}, which data.labels does not list: ")
+    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    assert str(caught.value).startswith(f"row 1: label is {shown}, which data.labels does not list: ")
     assert found in str(caught.value)
-    listed = dataclasses.replace(target, labels=(str(value),))
-    assert render_row(listed, {"label": value}, key="data.target", where=lambda: "row 1") == f" {value}"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    listed = dataclasses.replace(target, labels=(text,))
+    assert render_row(listed, {"label": value}, key="data.target", where=lambda: "row 1") == f" {text}"
 
 
 # Where the virtual tokens stand

@@ -112,6 +112,14 @@ def test_a_request_to_stop_between_two_attempts_stops_the_job(tmp_path: Path):
     assert job.status["state"] == "stopped"
 
 
+@pytest.mark.parametrize(("other", "kind"), [(KILLED, STOPPED), (Outcome("fault", "disk full", 1, "b"), "fault")])
+def test_ranks_that_lose_those_of_a_node_that_is_stopped_while_it_starts_did_not_fail(
+    tmp_path: Path, other: Outcome, kind: str
+):
+    a, b = Job(tmp_path).play(["stop early"], [other])
+    assert a.outcome == b.outcome and a.outcome.kind == kind and len(a.starts) == 1
+
+
 def test_a_node_that_is_stopped_just_before_its_start_ends_the_others_at_once(tmp_path: Path):
     job = Job(tmp_path)
     began = time.monotonic()

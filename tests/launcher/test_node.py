@@ -134,7 +134,7 @@ def test_a_request_to_stop_ends_the_search_for_the_head(tmp_path: Path):
         requests = StopRequests()
         threading.Timer(0.3, requests.handle, (signal.SIGTERM, None)).start()
         outcome = make_node(taken.getsockname()[1], tmp_path, requests).run()
-    assert outcome == Outcome(STOPPED, "asked to stop before the start")
+    assert outcome == Outcome(STOPPED, "asked to stop before the first step")
 
 
 def test_a_head_that_never_answers_is_named(tmp_path: Path):

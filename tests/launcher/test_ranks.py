@@ -2,13 +2,15 @@
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from ptune_dist.cluster import ranks as ranks_module
-from ptune_dist.cluster.processes import process_state
-from ptune_dist.cluster.rank_files import HeartbeatFile, stack_file
+from ptune_dist.cluster.outcome import Outcome
+from ptune_dist.cluster.processes import process_state, wait_until_dead
+from ptune_dist.cluster.rank_files import HeartbeatFile, mark_begun, stack_file, write_outcome
 from ptune_dist.cluster.rank_monitor import RankMonitor
 from ptune_dist.cluster.ranks import RankLaunch, Ranks, build_environment, copy_lines, to_file_name, wait_until_written
 
@@ -59,11 +61,31 @@ def test_the_launcher_judges_stacks_by_whether_its_node_has_gpus(
     assert (stuck.kind if stuck else None) == kind
 
 
+def test_ranks_start_until_the_last_has_loaded_or_one_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranks_module, "build_torchrun_command", lambda launch, folder: ["sleep", "60"])
+    for record_end in (False, True):
+        ranks = Ranks(make_launch(tmp_path, num_gpus=0))
+        HeartbeatFile(ranks.folder, 0).write(0, 60.0)
+        mark_begun(ranks.folder, 0)
+        assert ranks.are_starting()
+        if record_end:
+            write_outcome(ranks.folder, Outcome("mistake", "m", 1))
+        else:
+            mark_begun(ranks.folder, 1)
+        assert not ranks.are_starting()
+        ranks.end(with_stacks=False)
+        ranks.remove_folder()
+
+
 def test_the_state_of_a_process():
     assert process_state(os.getpid()) == "R"
     ended = subprocess.Popen(["true"])
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
     assert process_state(ended.pid) == "Z"
+    began = time.monotonic()
+    wait_until_dead([ended.pid], 60)
+    wait_until_dead([os.getpid(), ended.pid], 0.1)
+    assert time.monotonic() - began < 30
     ended.wait()
     assert process_state(ended.pid) == ""
 

@@ -1,6 +1,7 @@
 """launch/run.sh as a scheduler starts it, up to the start of its ranks."""
 
 import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_config
+from tests.interrupts import is_anyone_in
 from tests.launcher.nodes import Nodes, only_line, wait_until
+from tests.processes import python_path
 
 
 @pytest.fixture
@@ -100,3 +103,17 @@ def test_a_request_to_stop_while_counting_gpus_ends_with_75(config: Path, tmp_pa
     nodes.launchers[0].terminate()
     assert nodes.wait(10) == [75]
     assert nodes.status["state"] == "stopped"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_does_not_wait_for_ranks_that_import(config: Path, tmp_path: Path, number: signal.Signals):
+    (tmp_path / "slow" / "torch").mkdir(parents=True)
+    (tmp_path / "slow" / "torch" / "__init__.py").write_text("import time; open('asked', 'w'); time.sleep(60)\n")
+    nodes = Nodes(tmp_path, config, names="a", PYTHONPATH=python_path(tmp_path / "slow"))
+    wait_until((tmp_path / "asked").exists, 20)
+    began = time.monotonic()
+    nodes.launchers[0].send_signal(number)
+    assert nodes.wait(20) == [75] and time.monotonic() - began < 10
+    assert only_line(nodes).startswith("launcher: stopped: asked to stop before the first step (see ")
+    assert (nodes.status["state"], nodes.status["kind"]) == ("stopped", "stopped")
+    assert not is_anyone_in(tmp_path)

@@ -15,6 +15,8 @@ class Area(NamedTuple):
     given: tuple[tuple[str, str, str], ...] = ()
 
 
+RENAME_FIRST = "temporary.touch(); os.replace(temporary, path); return write_durably(path, data)"
+WRITE_UNFLUSHED = "(folder / f'{name}.safetensors').write_bytes(data)"
 FILES = "ptune_dist/common/files.py"
 CHECKPOINT = "ptune_dist/run/checkpoint.py"
 DURABILITY = "tests/durability/test_durability.py"
@@ -28,8 +30,16 @@ AREAS = {
         (FILES,),
         ("tests/common/test_files.py", DURABILITY, WITHOUT_TRAINING),
         (
-            (FILES, "os.fsync(file.fileno())", "pass"),
             (FILES, "        os.fsync(handle)", "        pass"),
+            (FILES, "        flush(file.fileno())", "        pass"),
+            (FILES, "        flush(handle)", "        pass"),
+            (FILES, "    try_again(replace)\n    sync_folder(path.parent)", "    try_again(replace)"),
+            (
+                FILES,
+                "        path.mkdir(exist_ok=True)\n        sync_folder(path.parent)",
+                "        path.mkdir(exist_ok=True)",
+            ),
+            (FILES, "write_durably(temporary, data)", RENAME_FIRST),
             (FILES, 'path.with_name(f".writing-{path.name}")', "path"),
         ),
     ),
@@ -41,10 +51,13 @@ AREAS = {
             "--deselect=tests/run/test_checkpoint.py::test_a_writer_killed_at_any_moment_leaves_a_sound_newest_checkpoint",
         ),
         (
+            (CHECKPOINT, "        try_again(write)\n        sync_folder(folder)", "        try_again(write)"),
+            (CHECKPOINT, "    sync_folder(folder)\n\n\ndef digest_state", "\n\ndef digest_state"),
+            (CHECKPOINT, 'write_durably(folder / f"{name}.safetensors", data)', WRITE_UNFLUSHED),
             (
                 CHECKPOINT,
-                "        temporary.rename(final)\n        sync_folder(folder)",
-                "        temporary.rename(final)",
+                "        write_snapshot(temporary, snapshot)\n",
+                "        temporary.rename(final)\n        write_snapshot(final, snapshot)\n        return\n",
             ),
             (CHECKPOINT, "if path <= newest", "if True"),
         ),
@@ -63,7 +76,7 @@ AREAS = {
         tuple(f"tests/optim/test_{name}.py" for name in ("loss_scale", "optimizer", "prompt_state", "gradients")),
         (
             ("ptune_dist/optim/prompt_state.py", "norm[None] for norm in norms", "norms[0][None] for _ in norms"),
-            ("ptune_dist/optim/optimizer.py", "step <= warmup_steps", "step < warmup_steps"),
+            ("ptune_dist/optim/optimizer.py", "step <= train.warmup_steps", "step < train.warmup_steps"),
         ),
     ),
     "head": Area(
@@ -83,6 +96,7 @@ AREAS = {
         ),
         (
             "tests/numerics/test_attention.py",
+            "tests/architectures/test_found.py",
             SEGMENTS,
             LABELS,
             "-k",

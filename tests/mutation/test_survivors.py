@@ -30,6 +30,12 @@ def test_no_entry_is_listed_twice():
     assert len(load_survivors()) == len(LISTED)
 
 
+@pytest.mark.parametrize("name", AREAS)
+def test_each_fault_that_people_thought_of_fits_the_code_as_it_is(name):
+    for path, text, _ in AREAS[name].given:
+        assert (ROOT / path).read_text(encoding="utf-8").count(text) == 1, f"{path}: {text}"
+
+
 def test_stored_survivors_are_explained_and_nine_of_ten_mutants_are_killed():
     known = load_survivors()
     results = load_results()

@@ -160,7 +160,7 @@ def test_wrong_targets_metrics_and_options_are_one_line_each(runs, tmp_path):
         [row | {"score": text} for row, text in zip(read_rows()[:2], ["1.5", "high"], strict=True)],
     )
     cases = {
-        "bad.jsonl line 2: data.target is 'high', but train.objective needs a number": [f"data.train={bad}"],
+        "bad.jsonl line 2: data.target is 'high', but train.objective needs a plain decimal number": [f"data.train={bad}"],
         "evaluate.metrics: exact_match is for texts": ["evaluate.metrics=[exact_match]", "evaluate.best_metric=null"],
         "train.label_smoothing is for cross_entropy, this is mse": ["train.label_smoothing=0.1"],
         "train.objective: mae is none of cross_entropy, mse": ["train.objective=mae"],

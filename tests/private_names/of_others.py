@@ -111,7 +111,7 @@ TABLE: Table = {
         file("torch.autograd.graph:_engine_run_backward", "/torch/autograd/graph.py", WAITS),
         attribute("torch.autograd.graph:_engine_run_backward", WAITS),
     ],
-    "data/sources.py": [
+    "data/stored_tables.py": [
         attribute("datasets.config:HF_HUB_OFFLINE", "turn to the cache at once without a network"),
         attribute("datasets.exceptions:DatasetsError", "turn its complaints into one line"),
         attribute("datasets:are_progress_bars_disabled", "silence progress bars"),

@@ -1,13 +1,14 @@
 """A checkpoint is complete, verified and small; whatever fails, earlier ones are unchanged."""
 
+import itertools
 import json
+import multiprocessing
 import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ from ptune_dist.run.checkpoint import (
     load_newest_checkpoint,
     save_checkpoint,
 )
-from tests.processes import process_env
 
 
 def make(step: int) -> Snapshot:
@@ -170,17 +170,23 @@ def test_a_newer_damaged_checkpoint_does_not_push_out_the_sound_one_just_saved(f
     assert load_newest_checkpoint(folder, lambda _: None).step == 15
 
 
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """Writes beyond so many bytes fail, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.mark.parametrize("num_saved", [0, 1, 3])
 def test_a_save_that_fails_names_the_newest_checkpoint_that_is_kept(tmp_path, num_saved):
     for step in range(1, num_saved + 1):
         save_checkpoint(tmp_path, make(step), keep=5)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        with pytest.raises(RunFault) as caught:
-            save_checkpoint(tmp_path, make(9), keep=5)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with files_of_at_most(100), pytest.raises(RunFault) as caught:
+        save_checkpoint(tmp_path, make(9), keep=5)
     newest = tmp_path / f"step-{num_saved:08d}"
     assert str(caught.value) == (
         f"cannot save the checkpoint of step 9: {tmp_path}/step-00000009: File too large; "
@@ -189,56 +195,60 @@ def test_a_save_that_fails_names_the_newest_checkpoint_that_is_kept(tmp_path, nu
     assert len(names(tmp_path)) == num_saved
 
 
-SAVE_ONE = """
-import resource
-from tests.run.test_checkpoint import *
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-try:
-    save_checkpoint(Path(sys.argv[1]), make(30), keep=1)
-except RunFault as error:
-    print(error)
-"""
+def test_a_save_that_fails_does_not_name_a_later_damaged_checkpoint(folder):
+    truncate(folder / "step-00000020" / "prompt.safetensors")  # the run resumed from step 10
+    with files_of_at_most(100), pytest.raises(RunFault, match="step-00000010 is kept$"):
+        save_checkpoint(folder, make(15), keep=5)
+
+
+def test_where_no_folder_can_be_made_the_save_fails_in_one_line(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(RunFault, match="cannot save the checkpoint of step 9: .*: a folder is needed"):
+        save_checkpoint(tmp_path / "run" / "checkpoints", make(9), keep=5)
+
+
+def test_leftovers_that_cannot_be_deleted_do_not_stop_a_save(folder):
+    leftover = folder / ".old-step-00000005"
+    leftover.symlink_to(folder / "step-00000010")  # which shutil.rmtree refuses
+    save_checkpoint(folder, make(30), keep=5)
+    assert load_newest_checkpoint(folder, warn=pytest.fail).step == 30
+    assert leftover.is_symlink() and same(load_checkpoint(folder / "step-00000010"), make(10))
 
 
 @pytest.mark.parametrize("name", ["prompt.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_save_that_fails_in_whichever_file_says_so_and_leaves_what_was(folder, name):
     sizes = {path.name: path.stat().st_size for path in (folder / "step-00000020").iterdir()}
     assert list(sizes) and sizes["prompt.safetensors"] < sizes["optimizer.safetensors"] < sizes["state.json"]
-    most_bytes = str(sizes[name] - 20)
-    failed = subprocess.run(
-        [sys.executable, "-c", SAVE_ONE, str(folder), most_bytes], env=process_env(), capture_output=True, text=True
-    )
-    assert failed.returncode == 0, failed.stderr
-    (line,) = failed.stdout.splitlines()
-    assert "cannot save the checkpoint of step 30" in line and "File too large" in line
+    with files_of_at_most(sizes[name] - 20), pytest.raises(RunFault) as caught:
+        save_checkpoint(folder, make(30), keep=1)
+    line = str(caught.value)
+    assert "cannot save the checkpoint of step 30" in line and "File too large" in line and "\n" not in line
     assert f"{folder / 'step-00000020'} is kept" in line
     assert names(folder) == ["step-00000010", "step-00000020"]
     assert same(load_newest_checkpoint(folder, warn=pytest.fail), make(20))
 
 
+def write_checkpoints(folder: Path, first: int, said: int) -> None:
+    """Save one after another, and write the number of each that is saved, until killed."""
+    for step in itertools.count(first):
+        save_checkpoint(folder, make(step), keep=2)
+        os.write(said, f"{step}\n".encode())
+
+
 def test_a_writer_killed_at_any_moment_leaves_a_sound_newest_checkpoint(tmp_path):
-    script = """
-import sys
-from pathlib import Path
-from tests.run.test_checkpoint import *
-for step in range(int(sys.argv[2]), 10**8):
-    save_checkpoint(Path(sys.argv[1]), make(step), keep=2)
-    print(step, flush=True)
-"""
     step = 1
     for number in range(3):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path), str(step)],
-            env=process_env(),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        said = int(writer.stdout.readline())
-        time.sleep(0.05 + 0.017 * number)
-        os.kill(writer.pid, signal.SIGKILL)
-        said = max([said, *map(int, writer.stdout.read().split())])
-        writer.wait()
+        reader, said = os.pipe()
+        writer = multiprocessing.get_context("fork").Process(target=write_checkpoints, args=(tmp_path, step, said))
+        writer.start()
+        os.close(said)
+        with open(reader) as lines:
+            saved = [int(lines.readline())]
+            time.sleep(0.05 + 0.017 * number)
+            writer.kill()
+            saved += map(int, lines.read().split())
+        writer.join()
         found = load_newest_checkpoint(tmp_path, warn=pytest.fail)
-        assert found.step >= said and same(found, make(found.step))
+        assert found.step >= max(saved) and same(found, make(found.step))
         assert len(list_checkpoints(tmp_path)) in (1, 2, 3)
         step = found.step + 1

@@ -47,6 +47,7 @@ def main() -> int:
     before = json.loads(args.before.read_text(encoding="utf-8")) if args.before else {}
     ends = dict.fromkeys(before.get("passed_tests", []), "PASSED")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]
+    command += ["-p", "ptune_dist.bench.check.print_failures"]
     command += [f"--deselect={test}" for test in ends]
     status = run_pytest([*command, *map(str, files), *more], ends, args.result)
     if status == NOTHING_COLLECTED and ends:

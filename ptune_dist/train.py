@@ -20,6 +20,7 @@ from ptune_dist.evaluation.during_training import StopAgreed, agree_on_stop, eva
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.evaluation.generate import pad_id
 from ptune_dist.evaluation.row_warnings import find_warnings
+from ptune_dist.evaluation.sources import choose_sources
 from ptune_dist.evaluation.splits import build_splits, find_lead, measure_scales
 from ptune_dist.optim.optimizer import learning_rate_at
 from ptune_dist.run.accumulate import Accumulator
@@ -37,7 +38,6 @@ from ptune_dist.run.metrics_log import MetricsWriter
 from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
 from ptune_dist.run.reading import build_reading
 from ptune_dist.run.resolve import resolve_whole
-from ptune_dist.run.sources import choose_sources
 from ptune_dist.run.status import end_status, mark_running
 from ptune_dist.run.step_lines import step_lines
 from ptune_dist.run.summary import build_summary, describe_member, describe_start, say_finished

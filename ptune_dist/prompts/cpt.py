@@ -69,7 +69,7 @@ class Cpt(Method):
         super().__init__()
         self.num_virtual_tokens = len(embedding)
         self._options = options
-        self._targets: tuple[int, OwnTargets | None] | None = None
+        self._targets: list[OwnTargets | None] = []  # the one that belongs to the buffers, once it was asked for
         self.delta = nn.Parameter(torch.zeros_like(embedding, dtype=torch.float32))
         self.register_buffer("embedding", embedding.detach().float().clone())
         self.register_buffer("token_ids", torch.tensor(ids, dtype=torch.int64))
@@ -118,11 +118,14 @@ class Cpt(Method):
 
     @property
     def own_targets(self) -> OwnTargets | None:
-        """The examples' tokens that are supervised; looked up again where the kinds have been loaded."""
-        if self._targets is None or self._targets[0] != self.token_kinds._version:
-            found = find_targets(self.token_ids.tolist(), self.token_kinds.tolist(), self._options)
-            self._targets = (self.token_kinds._version, found)
-        return self._targets[1]
+        """The examples' tokens that are supervised."""
+        if not self._targets:
+            self._targets.append(find_targets(self.token_ids.tolist(), self.token_kinds.tolist(), self._options))
+        return self._targets[0]
+
+    def take(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        self._targets.clear()  # the buffers are about to change
+        return stored
 
     @torch.no_grad()
     def _project(self) -> torch.Tensor:

@@ -126,6 +126,10 @@ class Method(nn.Module):
     def begin_step(self, step: int) -> None:
         """Called before the passes of optimizer step `step`: for methods whose forward draws random numbers."""
 
+    def take(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """This prompt's parameters and buffers by name, from a prompt folder or a checkpoint, which may hold more."""
+        return stored
+
     @property
     def own_targets(self) -> OwnTargets | None:
         """What training predicts of the prompt itself, for each row that is read with it."""

@@ -139,8 +139,8 @@ class Engine:
 
     def load_prompts(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         """Set every member's trainable tensors."""
-        for name, member in self.prompts.members.items():
-            member.load_tensors(tensors[name])
+        for prompt, (name, member) in zip(self.model.members(), self.prompts.members.items(), strict=True):
+            member.load_tensors(prompt.take(tensors[name]))
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """The torch optimizers' tensors by `MEMBER/TENSOR.KEY`, whole, on the CPU."""

@@ -41,7 +41,7 @@ def test_targets_weigh_less_the_earlier_they_stand_and_are_predicted_from_the_to
 def test_targets_are_those_that_were_loaded():
     prompt = build(12, NOTHING)
     assert prompt.own_targets is None
-    for name, tensor in build(12).state_dict().items():
+    for name, tensor in prompt.take(build(12).state_dict()).items():
         prompt.state_dict()[name].copy_(tensor)
     assert prompt.own_targets == build(12).own_targets
 

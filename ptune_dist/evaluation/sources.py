@@ -43,7 +43,8 @@ def choose_sources(job: Job, rows: TrainingRows, world: World) -> list[str]:
 def load_source(job: Job, member: str, file: str) -> None:
     """Set a member's prompt to that of one of its sources; a trained head stays."""
     state = job.engine.prompts.members[member]
-    state.load_tensors(state.tensors() | job.sources[member][file].state_dict())
+    prompt = job.engine.model.prompt(job.engine.members.index(member))
+    state.load_tensors(prompt.take(state.tensors() | job.sources[member][file].state_dict()))
 
 
 def score_members(job: Job, rows: TrainingRows, names: list[str], world: World) -> dict[str, float]:

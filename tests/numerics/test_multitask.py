@@ -129,7 +129,7 @@ def test_an_encoder_trains_as_under_peft(runs, tiny_bases):
 
 def test_the_curve_depends_on_no_stage_ranks_or_micro_batches_and_members_train_as_alone(tiny_bases, rows, tmp_path):
     base = tiny_bases["llama"]
-    cases = {f"stage{stage}": {"deepspeed": zero_json(stage)} for stage in range(4)}
+    cases = {f"stage{stage}": {"deepspeed": zero_json(stage)} for stage in (0, 3)}  # 1 and 2 are as 0
     cases["small"] = {"train": {"micro_batch_tokens": 60}, "deepspeed": zero_json(3)}
     specs = [write_run(tmp_path, n, base, PROMPT, start_of(), data=data_of(rows), **more) for n, more in cases.items()]
     infix = PROMPT | {"placement": "infix"}

@@ -40,8 +40,8 @@ class DataConfig(Section):
     """The examples, and how a row becomes an input and a target."""
 
     train: str
-    """The training rows: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, a folder saved by `datasets`, or a dataset
-    on the hub (`NAME`, `NAME@CONFIG`, `NAME:SPLIT`)."""
+    """The training rows: a .jsonl (.ndjson), .json, .csv, .tsv, .txt or .parquet file, a folder saved by `datasets`, or
+    a dataset on the hub (`NAME`, `NAME@CONFIG`, `NAME:SPLIT`)."""
 
     validation: str | None = None
     """The validation rows, in the same forms."""

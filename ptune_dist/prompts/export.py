@@ -49,8 +49,12 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
     """Raise UserError for a prompt that PEFT cannot place: it puts virtual tokens before everything."""
     if METHODS[facts["method"]].trains_base:
         raise UserError(f"--to {to}: PEFT has no {facts['method']}: use --to model")
+    if "late_tokens" in tensors:
+        raise UserError(f"--to {to}: PEFT has no method whose virtual tokens enter at a later layer")
     if to == CARTRIDGE and "prefix_keys" not in tensors:
         raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {facts['method']}: use --to peft")
+    if "prefix_keys" in tensors and tensors["prefix_keys"].shape != tensors["prefix_values"].shape:
+        raise UserError(f"--to {to}: PEFT has no keys and values of unequal width, and this base has")
     if facts["placement"] not in ("prefix", "encoder"):
         has_vectors = facts["placement"] != "decoder" and "prefix_keys" not in tensors
         other = ": use --to prompt-embeds" if has_vectors else ""

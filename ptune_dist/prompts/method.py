@@ -28,7 +28,8 @@ class BaseFacts:
     width: int  # of an input embedding
     num_layers: int | None = None
     num_key_value_heads: int | None = None
-    head_width: int | None = None
+    head_width: int | None = None  # of a key
+    value_width: int | None = None  # of a value; None: as a key's
     hidden_size: int | None = None  # of what a layer reads
     num_first_layers: int | None = None  # of the first stack, an encoder's; None where they cannot be run in parts
 

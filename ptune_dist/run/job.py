@@ -17,12 +17,11 @@ from ptune_dist.base.fp8 import check_device
 from ptune_dist.base.fused import fuse
 from ptune_dist.base.layers import (
     embedding_width,
-    head_width,
     hidden_size,
+    key_value_heads,
     layers_of,
     max_positions,
     num_first_layers,
-    num_key_value_heads,
 )
 from ptune_dist.base.load import fill_whole
 from ptune_dist.base.memory_check import GIB, check_memory, find_room
@@ -32,6 +31,7 @@ from ptune_dist.base.recompute import read_settings
 from ptune_dist.base.rotary import fixed_positions
 from ptune_dist.base.source import fingerprint_base
 from ptune_dist.base.trained import parameters_of_head
+from ptune_dist.common.progress_line import BusyLine
 from ptune_dist.config.deepspeed_json import fill_deepspeed_json, show_source, zero_stage
 from ptune_dist.config.schema import Config
 from ptune_dist.data.examples import longest_answer
@@ -172,11 +172,13 @@ def choose_trained_of(reading: Reading, base: PreTrainedModel) -> set[str]:
 def base_facts(base: PreTrainedModel) -> BaseFacts:
     """What methods may need to know of a base."""
     text = base.config.get_text_config(decoder=True)
+    num_heads, of_keys, of_values = key_value_heads(base.config)
     return BaseFacts(
         width=embedding_width(base),
         num_layers=getattr(text, "num_hidden_layers", None),
-        num_key_value_heads=None if keeps_more(base) else num_key_value_heads(base.config),
-        head_width=head_width(base.config),
+        num_key_value_heads=None if keeps_more(base) else num_heads,
+        head_width=of_keys,
+        value_width=of_values,
         hidden_size=hidden_size(base),
         num_first_layers=num_first_layers(base),
     )
@@ -281,14 +283,16 @@ def build_job(
 
     `scales`: of the members' targets, where they are numbers. `rows` are those to train on, if any.
     """
-    parts = together(world, lambda: build_parts(reading, world, with_start=with_start, rows=rows))
+    path = reading.config.model.path
+    with BusyLine(f"opening the base {path}"):
+        parts = together(world, lambda: build_parts(reading, world, with_start=with_start, rows=rows))
     size = MicroBatchSize(reading.config.train.most_positions)
     if rows is not None:
         size = settle_micro_batch(reading, parts, rows, world)
     reading = reading.with_micro_batch(size.tokens)
     config = reading.config
     if parts.opened.note and world.is_main:
-        print(f"model.path: {config.model.path}: {parts.opened.note}", flush=True)
+        print(f"model.path: {path}: {parts.opened.note}", flush=True)
     slower = describe_fallback(world.device) if config.model.quantization != "none" else None
     if slower and world.is_main:
         print(slower, flush=True)
@@ -298,7 +302,7 @@ def build_job(
     began = time.perf_counter()
     base = fill_base(parts, config, world)
     loading = {"load_s": time.perf_counter() - began, "bytes_read": parts.opened.weights.bytes_read}
-    fingerprint = fingerprint_base(config.model.path, random_init=config.model.random_init, seed=config.seed)
+    fingerprint = fingerprint_base(path, random_init=config.model.random_init, seed=config.seed)
     cache = together(world, lambda: build_context_cache(config, fingerprint, world.device))
     model = reading.family.model_class(
         base,
@@ -307,9 +311,11 @@ def build_job(
         config.prompt.placement,
         [scales[name] for name in parts.prompts] if scales else None,
     )
-    engine = build_engine(model, reading.members, parts.deepspeed_json, world, cache=cache)
+    with BusyLine("starting DeepSpeed"):
+        engine = build_engine(model, reading.members, parts.deepspeed_json, world, cache=cache)
     if probe is not None:
-        check_base(engine, probe, config, world)
+        with BusyLine("comparing the base's outputs with its own (model.check)"):
+            check_base(engine, probe, config, world)
     together(world, engine.read_starts)
     longest = longest_answer(rows.examples) if rows is not None else None
     return Job(reading, engine, fingerprint, loading, size, longest, parts.sources)

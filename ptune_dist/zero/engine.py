@@ -6,6 +6,7 @@ Nothing above this file knows that DeepSpeed exists.
 
 import copy
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -208,6 +209,7 @@ class Engine:
         return self.prompts.skipped_steps
 
 
+WRONG_TYPE = (AttributeError, TypeError, LookupError)
 ALWAYS_SET = {"gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 # Where DeepSpeed's own checks look, by the name of the check.
 SECTION_OF = {
@@ -235,6 +237,8 @@ def check_with_deepspeed(content: dict[str, Any], source: Any) -> None:
             where = ".".join([*SECTION_OF.get(error.title, []), *map(str, first["loc"])])
             raise UserError(f"{file}: DeepSpeed refuses {where}: {first['msg']}, got {first['input']!r}") from None
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, WRONG_TYPE):  # its message is about Python
+            reason = f"a value in it has a type that DeepSpeed does not take: {json.dumps(content[section])[:200]}"
         raise UserError(f"{file}: DeepSpeed refuses {section}: {reason}") from None
 
 

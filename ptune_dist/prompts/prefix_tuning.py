@@ -111,13 +111,13 @@ class PrefixTuning(Method):
         check_options(options, start)
         first = options.from_layer and check_start_layer(options.from_layer, base, "prompt.from_layer")
         has_lower = keeps_lower(options, start)
-        num_layers = base.num_layers if has_lower else base.num_layers - first
         widths = (base.head_width, base.value_width or base.head_width)
-        shapes = [(num_layers, num_virtual_tokens, base.num_key_value_heads, width) for width in widths]
+        heads = [(num_virtual_tokens, base.num_key_value_heads, width) for width in widths]
+        own: list[Shape] = [(base.num_layers - first, *some) for some in heads]  # of what is trained
+        shapes: list[Shape] = [(base.num_layers, *some) for some in heads] if has_lower else own
         mlp = None
         if options.reparameterization == "mlp":
-            trained = [(base.num_layers - first, *shape[1:]) for shape in shapes]
-            mlp = PrefixMLP(trained, num_frozen, options, start)
+            mlp = PrefixMLP(own, num_frozen, options, start)
         layers: dict[str, Any] = {"from_layer": first, "has_lower": has_lower}
         if start.kind == "file":
             return cls._from_file(shapes, num_frozen, options, mlp, start, layers)
@@ -144,9 +144,9 @@ class PrefixTuning(Method):
             keys, values = read_adapter(start.file or "", shapes)
         elif layers["has_lower"] and start.holds("lower_keys"):
             first = layers["from_layer"]
-            lower = [(first, *shape[1:]) for shape in shapes]
-            upper = [(shape[0] - first, *shape[1:]) for shape in shapes]
-            found = start.tensors(dict(zip(LOWER + PLAIN, lower + upper, strict=True)))
+            lower = {name: (first, *shape[1:]) for name, shape in zip(LOWER, shapes, strict=True)}
+            upper = {name: (shape[0] - first, *shape[1:]) for name, shape in zip(PLAIN, shapes, strict=True)}
+            found = start.tensors(lower | upper)
             keys, values = (torch.cat([found[low], found[high]]) for low, high in zip(LOWER, PLAIN, strict=True))
         else:
             found = start.tensors(dict(zip(PLAIN, shapes, strict=True)))

@@ -77,7 +77,8 @@ def read_copies(segment: Segment, runs: list[Run], parts: dict[Run, int], num_pa
     if parents and runs[-1] in parts:
         contexts.append(parts[runs[-1]])
         parents = parents[1:]
-    return segment._replace(contexts=tuple(contexts), parents=parents)
+    own = (segment.offset, segment.member, segment.num_own)
+    return Segment(segment.start, segment.length, tuple(contexts), parents, *own)
 
 
 def split_readers(segments: Sequence[Segment], numbers: list[int], length: int, block: int) -> dict[int, int]:

@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from ptune_dist.config.fields import AutoOrOff, Label, Positive, Real, Section, read_header
+from ptune_dist.config.fields import AutoOrOff, Label, PathText, Positive, Real, Section, at_most, read_header
 
 
 class ModelConfig(Section):
     """The frozen base model."""
 
-    path: str
+    path: PathText
     """A local folder or a name on the Hugging Face hub: a transformers model in safetensors files."""
 
     family: str = "auto"
@@ -64,7 +64,7 @@ class PromptConfig(Section):
     method: str = "prompt_tuning"
     """How the prompt is parameterized. Some methods have options of their own, which are listed with the method."""
 
-    num_virtual_tokens: Positive = 20
+    num_virtual_tokens: Annotated[Positive, at_most(100_000)] = 20
     """The length of the prompt in positions."""
 
     placement: Literal["prefix", "infix", "template", "encoder", "decoder"] = "prefix"
@@ -81,7 +81,7 @@ class PromptConfig(Section):
     init_labels: list[Label] | None = None
     """The labels to start from, with `init: labels`; `data.labels` where left out."""
 
-    init_file: str | None = None
+    init_file: PathText | None = None
     """The run, prompt folder or PEFT adapter to start from, with `init: file`."""
 
     @model_validator(mode="after")

@@ -43,7 +43,7 @@ from ptune_dist.prompts.build import build_prompt
 from ptune_dist.prompts.method import BaseFacts, Method
 from ptune_dist.run.base_check import check_base, draw_probe
 from ptune_dist.run.memory_need import Workload, fit_micro_batch, prompt_bytes
-from ptune_dist.run.micro_batch import MicroBatchSize, read_stored
+from ptune_dist.run.micro_batch import MicroBatchSize, is_out_of_memory, read_stored
 from ptune_dist.run.reading import Reading
 from ptune_dist.zero.engine import Engine, build_engine, check_with_deepspeed
 from ptune_dist.zero.offload import settle_offload, without_autos
@@ -107,14 +107,20 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool) -> P
     prompts = {}
     for name, member in reading.members.items():
         check_positions(member, opened.model)
-        prompts[name] = build_prompt(
-            member,
-            facts,
-            reading.tokenizer,
-            opened.embed,
-            with_start=with_start,
-            num_embeddings=reading.num_embeddings,
-        )
+        try:
+            prompts[name] = build_prompt(
+                member,
+                facts,
+                reading.tokenizer,
+                opened.embed,
+                with_start=with_start,
+                num_embeddings=reading.num_embeddings,
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = f"{member.prompt.num_virtual_tokens} virtual tokens of {member.prompt.method}"
+            raise UserError(f"prompt: {size}, with its options, do not fit in this machine's memory") from None
     if world is not None:
         check_memory(opened.model, content, config.model.path, world.size, world.device)
     return Parts(opened, prompts, content)

@@ -218,6 +218,7 @@ def run_train(parsed: argparse.Namespace) -> int:
 
     def run() -> int:
         load_config(parsed.config, parsed.overrides)  # most mistakes show before torch is imported
+        warn_of_idle_hosts()
         say_start("train", parsed.config)
         with without_garbage_collection():
             from ptune_dist.run.resolve import resolve
@@ -226,6 +227,16 @@ def run_train(parsed: argparse.Namespace) -> int:
         return train(load_config(parsed.config, parsed.overrides, resolve=resolve))
 
     return report_outcome(run)
+
+
+def warn_of_idle_hosts() -> None:
+    """One line where a job of several hosts trains on one of them, from rank 0 and not under our launcher."""
+    from ptune_dist.cluster.allocation import describe_idle_hosts
+
+    if node_folder() is None and os.environ.get("RANK", "0") == "0":
+        found = describe_idle_hosts(os.environ, lambda path: Path(path).read_text())
+        if found:
+            print(f"warning: {found}", file=sys.stderr, flush=True)
 
 
 def run_check(parsed: argparse.Namespace) -> int:

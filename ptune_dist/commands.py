@@ -41,6 +41,7 @@ from ptune_dist.prompts.multitask import select_task
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.folder import write_json
 from ptune_dist.run.job import Job, open_base_of
+from ptune_dist.run.ownership import check_target
 from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.run.stored_prompt import build_trained_job, check_base
 from ptune_dist.run.whole_model import export_model
@@ -99,7 +100,7 @@ class GenerateRequest:
 def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) -> None:
     """Answer one text or the rows of a file: JSON lines in the rows' order, written as they come. Collective."""
     world = init_distributed()
-    together(world, lambda: check_output(request, config.data))
+    together(world, lambda: check_output(request, config))
     reading = together(world, lambda: build_reading(config))
     rows = together(world, lambda: read_input_rows(config.data, config.prompt.placement, request.text, request.file))
     prepare = prepare_labels if request.chooses_label else prepare_texts
@@ -180,14 +181,26 @@ def build_decoding(job: Job, run_dir: Path, request: GenerateRequest) -> Decodin
     return Decoding(asked or DEFAULT_NEW_TOKENS, job.config.train.most_positions, request.sampling, request.seed)
 
 
-def check_output(request: GenerateRequest, data: DataConfig) -> None:
-    """Raise UserError where the answers would be written over rows that are read."""
-    if request.output is None or not request.output.exists():
+def check_output(request: GenerateRequest, config: Config) -> None:
+    """Raise UserError where the answers would replace anything but earlier answers."""
+    path = request.output
+    if path is None or (path.exists() and not path.is_file()):  # a pipe, or a folder, which cannot be opened
         return
-    read = {"--input-file": request.file, "data.train": data.train, "data.validation": data.validation}
-    for key, source in read.items():
-        if source and Path(source).exists() and request.output.samefile(Path(source)):
-            raise UserError(f"--output: {request.output} is the file of {key}: choose another one")
+    check_target("--output", path, config, {"--input-file": request.file})
+    if path.exists() and not holds_answers(path):
+        raise UserError(f"--output: {path} exists and holds no answers of generate: choose another one")
+
+
+def holds_answers(path: Path) -> bool:
+    """Whether a file is empty or begins with an answer of `generate`."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            line = file.readline()
+        return not line or "generated" in dict(json.loads(line))
+    except PermissionError:  # opening it for writing tells why
+        return True
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def build_run_choices(reading: Reading, rows: Rows, tasks: np.ndarray | None) -> Candidates:
@@ -244,6 +257,7 @@ def export_run(
     Of one task or all. Raises UserError.
     """
     tensors, facts = select_task(*load_prompt(run_dir / "prompt"), task)
+    check_target("--out", out, config, {"--input-file": file})
     check_export_folder(out, to)
     if to in ("peft", CARTRIDGE):
         check_for_peft(tensors, facts, to)

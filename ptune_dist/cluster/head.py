@@ -17,7 +17,7 @@ from ptune_dist.cluster.outcome import DONE, RESTARTABLE, STOPPED, STOPPED_EARLY
 from ptune_dist.cluster.topology import Topology
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import RunFault, UserError
-from ptune_dist.run.folder import check_run_dir, is_finished, is_locked
+from ptune_dist.run.folder import check_run_dir, describe_holder, is_finished, is_locked
 from ptune_dist.run.status import begin_status, end_status
 
 SECONDS_TO_END = 30.0  # for a node to end its ranks
@@ -126,8 +126,7 @@ class Head(threading.Thread):
         if not self._wait_for_lock():
             if self._nodes.is_stop_requested:
                 return STOPPED_EARLY
-            text = f"output_dir: {self._run_dir}: another process is training here: wait for it or end it"
-            return Outcome("mistake", text)
+            return Outcome("mistake", f"output_dir: {self._run_dir}: {describe_holder(self._run_dir)}")
         if is_finished(config):
             announce(f"{self._run_dir} is finished: nothing to do")
             return Outcome(DONE)
@@ -135,8 +134,13 @@ class Head(threading.Thread):
 
     def _wait_for_lock(self) -> bool:
         """Wait until nobody trains in the run directory, while answering the nodes; False if someone still does."""
-        give_up_at = time.monotonic() + SECONDS_FOR_LOCK
+        began = time.monotonic()
+        give_up_at = began + SECONDS_FOR_LOCK
+        is_told = False
         while is_locked(self._run_dir):
+            if not is_told and time.monotonic() > began + SECONDS_BEFORE_NOTICE:
+                announce(f"waiting: output_dir: {self._run_dir}: {describe_holder(self._run_dir)}")
+                is_told = True
             self._nodes.accept_all()
             self._nodes.receive_all()
             if self._nodes.outcomes or self._nodes.is_stop_requested or time.monotonic() > give_up_at:

@@ -17,7 +17,7 @@ from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.cluster.requeue import RequeueLimits, may_requeue
 from ptune_dist.cluster.secret import create_secret, find_secret, random_text, remove_secret
 from ptune_dist.cluster.stop_requests import StopRequests
-from ptune_dist.cluster.topology import Topology, find_topology
+from ptune_dist.cluster.topology import Topology, describe_unknown_scheduler, find_topology
 from ptune_dist.config.load import load_config
 from ptune_dist.config.messages import text_keys
 from ptune_dist.config.schema import Config
@@ -56,6 +56,9 @@ def launch(parsed: argparse.Namespace) -> int:
     requests = StopRequests()
     requests.listen()
     topology = add_host_name(find_topology(os.environ, host_name=socket.gethostname()))
+    unknown = describe_unknown_scheduler(os.environ) if topology.source == "one node" else ""
+    if unknown:
+        announce(f"warning: {unknown}")
     config, facts = read_node(parsed, topology)
     if config is None and topology.num_nodes == 1:
         raise UserError(facts.mistake)

@@ -20,6 +20,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from ptune_dist.cluster.allocation import find_unknown
 from ptune_dist.cluster.environment import Environment
 from ptune_dist.cluster.host_schedulers import (
     OWN_SETTINGS,
@@ -125,6 +126,7 @@ def find_placement(variables: Variables, read_text: ReadText, host_name: str) ->
     if has_any("PTUNE_NUM_NODES", "NNODES", "NUM_NODES"):
         return read_variables(variables)
     refuse_uncounted_nodes(variables)
+    refuse_unknown_scheduler(variables, read_text)
     return Placement(source="one node", num_nodes=1, node_rank=0)
 
 
@@ -143,6 +145,28 @@ def refuse_uncounted_nodes(variables: Variables) -> None:
                 f"{name}={value} ({env.source}), but no variable tells which node this is: set {OWN_SETTINGS} on each "
                 "node, or PTUNE_NUM_NODES=1 PTUNE_NODE_RANK=0 for one"
             )
+
+
+def refuse_unknown_scheduler(variables: Variables, read_text: ReadText) -> None:
+    """Raise UserError where a scheduler that is not read here has given the job several hosts."""
+    found = find_unknown(variables, read_text)
+    if found is not None and (found.num_hosts or 1) > 1:
+        raise UserError(
+            f"{found.variable} ({found.scheduler}): this job has {found.num_hosts} hosts, and how this scheduler "
+            f"numbers them is not known here: set {OWN_SETTINGS} on each node, or PTUNE_NUM_NODES=1 PTUNE_NODE_RANK=0 "
+            "for one"
+        )
+
+
+def describe_unknown_scheduler(variables: Variables, read_text: ReadText = read_file) -> str:
+    """A warning where such a scheduler does not tell how many hosts there are; "" elsewhere."""
+    found = find_unknown(variables, read_text)
+    if found is None or found.num_hosts is not None:
+        return ""
+    return (
+        f"{found.variable} ({found.scheduler}): how many hosts this job has is not known here, and this launcher "
+        f"trains on one: for several, set {OWN_SETTINGS} on each node"
+    )
 
 
 def complete(placement: Placement, variables: Variables) -> Topology:

@@ -54,6 +54,13 @@ class Lock:
             self._owner_file = None
         self._file.close()
 
+    def sign(self) -> None:
+        """Write who holds the lock into its file, for `find_holder`. Where that cannot be written it is left out."""
+        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), content)
+
     def moved_to(self, folder: Path) -> None:
         """The folder of the locked file has been renamed."""
         if self._owner_file is not None:
@@ -135,6 +142,15 @@ def is_locked(path: Path) -> bool:
     if file is not None:
         file.close()
     return _is_alive(path.with_name(f"{path.name}.owner"))
+
+
+def find_holder(path: Path) -> tuple[str, int] | None:
+    """The host and the process id of whoever has signed a lock that is held; None where that is not known."""
+    try:
+        found = json.loads(path.read_bytes())
+        return str(found["host"]), int(found["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _take(owner_file: Path) -> bool:

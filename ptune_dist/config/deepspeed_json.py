@@ -202,6 +202,8 @@ class Settler:
         found = node.get(leaf, "auto")
         if found == "auto":
             node[leaf] = value
+        elif found is True and not isinstance(value, bool):  # equal to 1 in Python
+            raise UserError(f"{self.file}: {path} is true and must be as {key}, {json.dumps(shown or value)}")
         elif as_json(found) != as_json(value):
             raise UserError(
                 f"{self.file}: {path} is {json.dumps(found, default=str)} but {key} is {json.dumps(shown or value)}: "

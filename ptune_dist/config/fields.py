@@ -1,13 +1,44 @@
 """The kinds of values that keys of the config have, and what all its sections are."""
 
+import os
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def refuse_bool(value: Any) -> Any:
     if isinstance(value, bool):  # YAML's yes and true are 1 to pydantic
         raise ValueError("a number is needed")
+    return value
+
+
+def at_most(most: int) -> AfterValidator:
+    """Refuses larger numbers, which no machine could compute with."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"at most {most:,} is possible")
+        return value
+
+    return AfterValidator(check)
+
+
+def read_off(value: Any) -> Any:
+    """A folder that can be turned off: `off` and its like are None, and `on` is refused."""
+    if not isinstance(value, (str, bool)):
+        return value
+    word = str(value).lower()
+    if word in ("on", "true", "yes", "1"):
+        raise ValueError("a folder is needed, or off")
+    return None if word in ("", "off", "false", "no", "none", "0") else value
+
+
+def refuse_placeholder(value: Any) -> Any:
+    """Refuse `${...}` and `$NAME` in a path, which nothing fills in here."""
+    found = PLACEHOLDER.search(value) if isinstance(value, str) else None
+    if found and not os.path.exists(value):
+        raise ValueError(f"{found[0]} is not filled in here: write the path itself, or give it on the command line")
     return value
 
 
@@ -17,11 +48,11 @@ def refuse_text_but_auto(value: Any) -> Any:
     return value
 
 
-def refuse_twice(labels: list[str]) -> list[str]:
-    for number, label in enumerate(labels):
-        if label in labels[:number]:
-            raise ValueError(f"{label!r} is listed twice")
-    return labels
+def refuse_twice(names: list[str]) -> list[str]:
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise ValueError(f"{name!r} is listed twice")
+    return names
 
 
 def read_header(value: Any) -> Any:
@@ -37,12 +68,16 @@ def read_header(value: Any) -> Any:
     raise ValueError("name the columns in a list, such as [id, text], or leave it out")
 
 
-Positive = Annotated[int, BeforeValidator(refuse_bool), Field(gt=0)]
-NotNegative = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0)]
+MOST = 2**32
+PLACEHOLDER = re.compile(r"\$\{[^}]*\}?|\$\w+|\$\(.*\)?")
+PathText = Annotated[str, AfterValidator(refuse_placeholder)]
+Positive = Annotated[int, BeforeValidator(refuse_bool), Field(gt=0), at_most(MOST)]
+NotNegative = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0), at_most(MOST)]
 Real = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)]
 Share = Annotated[Real, Field(ge=0, lt=1)]
 # YAML reads a bare `off` as false.
 AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
+OptionalFolder = Annotated[PathText | None, BeforeValidator(read_off)]
 Label = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, (int, float)) else value)]
 
 

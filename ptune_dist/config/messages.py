@@ -114,6 +114,9 @@ def describe_unknown_key(key: str, known: Iterable[str]) -> str:
     A name that another trainer has for something is answered with ours, or with what to do instead.
     """
     known = list(known)
+    if key in known:  # a YAML file has it with its dots
+        section, _, leaf = key.rpartition(".")
+        return f"unknown key {key}: write {leaf} indented below {section}:, or {key}=VALUE on the command line"
     leaf = key.rpartition(".")[2]
     section = key.rpartition(".")[0]
     is_ours = any(name.rpartition(".")[2] == leaf for name in known)  # in another section

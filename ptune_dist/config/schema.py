@@ -12,10 +12,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from ptune_dist.config.fields import (
     Label,
     NotNegative,
+    OptionalFolder,
+    PathText,
     Positive,
     Real,
     Section,
     Share,
+    at_most,
     refuse_text_but_auto,
     refuse_twice,
 )
@@ -39,11 +42,11 @@ PROMPT_MARKER = re.compile(r"\{\{-?\s*prompt\s*-?\}\}")  # in data.template, for
 class DataConfig(Section):
     """The examples, and how a row becomes an input and a target."""
 
-    train: str
+    train: PathText
     """The training rows: a .jsonl (.ndjson), .json, .csv, .tsv, .txt or .parquet file, a folder saved by `datasets`, or
     a dataset on the hub (`NAME`, `NAME@CONFIG`, `NAME:SPLIT`)."""
 
-    validation: str | None = None
+    validation: PathText | None = None
     """The validation rows, in the same forms."""
 
     csv: CsvConfig = CsvConfig()
@@ -86,9 +89,9 @@ class DataConfig(Section):
     append_eos: bool = True
     """Whether the target ends with the tokenizer's end-of-sequence token."""
 
-    cache_dir: str | None = "auto"
+    cache_dir: OptionalFolder = "auto"
     """The folder in which token ids of large data are kept for all ranks and for restarts. `auto`: below the user's
-    cache folder. `null`: every rank reads all rows at every start."""
+    cache folder. `off` or `null`: every rank reads all rows at every start."""
 
     cache_gib: Annotated[Real, Field(gt=0)] = 64.0
     """The most that `cache_dir` keeps. What was not used for the longest time is removed first."""
@@ -126,7 +129,7 @@ class TrainConfig(Section):
     max_steps: Positive = 1000
     """The number of optimizer steps."""
 
-    batch_size: Positive = 32
+    batch_size: Annotated[Positive, at_most(10_000_000)] = 32
     """Examples per optimizer step, over all ranks."""
 
     micro_batch_tokens: Annotated[Positive | Literal["auto"], BeforeValidator(refuse_text_but_auto)] = 8192
@@ -183,7 +186,7 @@ class TrainConfig(Section):
     context_cache_gpu_gib: Annotated[Real, Field(ge=0)] = 0.0
     """Memory of each GPU for contexts, filled before `context_cache_gib`. Without a GPU it is not used."""
 
-    context_cache_dir: str | None = None
+    context_cache_dir: OptionalFolder = None
     """A folder for the contexts that memory does not hold."""
 
     resume: Literal["auto", "never"] = "auto"
@@ -204,7 +207,7 @@ class EvaluateConfig(Section):
     every: NotNegative = 200
     """Steps between evaluations; 0: only before and after training."""
 
-    metrics: list[Metric] = ["loss"]
+    metrics: Annotated[list[Metric], AfterValidator(refuse_twice)] = ["loss"]
     """What is computed. The loss is always among the results."""
 
     best_metric: Metric | None = None
@@ -251,7 +254,7 @@ class HalvingConfig(Section):
 class Config(Section):
     """One run."""
 
-    output_dir: str
+    output_dir: PathText
     """The run's folder, relative to the current folder."""
 
     seed: Annotated[NotNegative, Field(lt=2**32)] = 0
@@ -264,7 +267,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
-    deepspeed: str | dict[str, Any] | None = None
+    deepspeed: PathText | dict[str, Any] | None = None
     """A DeepSpeed JSON file, its content, or the name of one that comes with the package, such as `zero3_bf16`. Its
     `auto` values are filled from this config. ZeRO stage 0 where left out."""
 

@@ -4,13 +4,23 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from ptune_dist.config.fields import AutoOrOff, Label, NotNegative, Real, Section, read_header, refuse_twice
+from ptune_dist.config.fields import (
+    AutoOrOff,
+    Label,
+    NotNegative,
+    PathText,
+    Real,
+    Section,
+    at_most,
+    read_header,
+    refuse_twice,
+)
 
 
 class ModelConfig(Section):
     """The frozen base model."""
 
-    path: str
+    path: PathText
     """A local folder or a name on the Hugging Face hub: a transformers model in safetensors files."""
 
     family: str = "auto"
@@ -68,7 +78,7 @@ class PromptConfig(Section):
     method: str = "prompt_tuning"
     """How the prompt is parameterized. Some methods have options of their own, which are listed with the method."""
 
-    num_virtual_tokens: NotNegative = 20
+    num_virtual_tokens: Annotated[NotNegative, at_most(100_000)] = 20
     """The length of the prompt in positions; 0 of methods that take none."""
 
     placement: Literal["prefix", "infix", "template", "encoder", "decoder"] = "prefix"
@@ -87,7 +97,7 @@ class PromptConfig(Section):
     init_labels: list[Label] | None = None
     """The labels to start from, with `init: labels`; `data.labels` where left out."""
 
-    init_file: Annotated[str | list[str], AfterValidator(check_files)] | None = None
+    init_file: Annotated[PathText | list[PathText], AfterValidator(check_files)] | None = None
     """The run, prompt folder or PEFT adapter to start from, with `init: file`, perhaps of another task. Of several the
     one with the least loss on the first rows is taken."""
 

@@ -48,7 +48,10 @@ def check_export_folder(out: Path, to: str) -> None:
     if other:
         what = "another model or other files" if to == "model" else f"{other[0]}, which is no export to {to}"
         raise UserError(f"--out: {out} holds {what}: choose an empty or a new folder")
-    kind = read_adapter_settings(out).get("peft_type", "PROMPT_TUNING")
+    settings = read_adapter_settings(out)
+    kind = settings.get("peft_type", "PROMPT_TUNING")
+    if "auto_mapping" in settings:  # which PEFT always writes
+        raise UserError(f"--out: {out} holds an adapter that PEFT has written: choose an empty or a new folder")
     if kind not in OWN_ADAPTERS:
         raise UserError(f"--out: {out} holds a PEFT adapter of type {kind}: choose an empty or a new folder")
 

@@ -3,8 +3,8 @@
 import errno
 import json
 import os
-import re
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from ptune_dist.config.load import Resolve, load_config, render_config
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import member_config
 from ptune_dist.errors import RunFault, UserError
+from ptune_dist.run.ownership import CHECKPOINT, MARK, check_own_files
 
 # What may change when a run is resumed: its length, how it is watched and distributed, but not what is learned.
 MAY_CHANGE = (
@@ -44,7 +45,6 @@ MAY_CHANGE = (
 )
 # None until the method or the base has decided, in the ranks: the launcher compares configs before that.
 LEFT_OPEN = ("prompt.init", "data.max_length")
-CHECKPOINT = re.compile(r"step-\d{8}")
 LATE_S = 60.0  # in which a client of a network disk asks the server again: NFS keeps what it knows for so long
 WAIT_S = 0.2
 ALWAYS_THERE = ("config.yaml", "metrics.jsonl")
@@ -100,23 +100,28 @@ def find_best_member(run_dir: Path) -> str:
     summary = read_summary(run_dir)
     if summary is None:
         raise UserError(f"{run_dir}: an unfinished sweep has no best member: name one with --member")
-    member = summary["ranking"][0]["member"]
+    try:
+        member = str(summary["ranking"][0]["member"])
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f"{run_dir}/summary.json is not the summary of a sweep: name a member with --member") from None
     print(f"member: {member}", file=sys.stderr)
     return member
 
 
 def check_run_dir(config: Config) -> None:
-    """Raise UserError if the directory cannot be written, or holds a run that this config may not resume."""
+    """Raise UserError if the directory cannot be written, or holds what this config may not replace."""
     run_dir = Path(config.output_dir)
     file = run_dir / "config.yaml"
     try:
         existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if os.path.lexists(folder))
         if not existing.is_dir():
-            raise FileExistsError(errno.EEXIST, "a folder is needed", str(existing))
+            raise FileExistsError(errno.EEXIST, f"{existing} is a file", str(existing))
         if not os.access(existing, os.W_OK | os.X_OK) and not is_finished(config):
             number = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
             reason = explain(OSError(number, os.strerror(number)), existing)
             raise UserError(f"output_dir: {run_dir}: cannot write in {existing}: {reason}")
+        if os.environ.get("RANK", "0") == "0":  # others may see the files of a run later than the first
+            check_own_files(run_dir)
         if not file.exists() or not has_begun(run_dir):
             return
     except OSError as error:
@@ -152,8 +157,23 @@ def lock_run_dir(config: Config) -> locks.Lock:
         place = error.filename or run_dir
         raise kind(f"output_dir: {run_dir}: cannot write {place}: {explain(error, place)}") from None
     if lock is None:
-        raise UserError(f"output_dir: {run_dir}: another process is training here: wait for it or end it")
+        raise UserError(f"output_dir: {run_dir}: {describe_holder(run_dir)}")
+    lock.sign()
     return lock
+
+
+def describe_holder(run_dir: Path) -> str:
+    """Who trains in a folder that is locked, and what to do: a job on two hosts may have been started as two jobs."""
+    holder = locks.find_holder(run_dir / ".lock")
+    where = f", process {holder[1]} on host {holder[0]}" if holder else ""
+    text = f"another process is training here{where}: wait for it or end it"
+    here = socket.gethostname()
+    if holder and holder[0] != here:
+        text += (
+            f"; if {holder[0]} and {here} are nodes of one job, set PTUNE_NUM_NODES, PTUNE_NODE_RANK and "
+            "PTUNE_HEAD_ADDRESS on each"
+        )
+    return text
 
 
 def probe_parts(run_dir: Path) -> None:
@@ -194,7 +214,7 @@ def write_run_configs(config: Config, members: dict[str, Config]) -> None:
         file = Path(own.output_dir) / "config.yaml"
         with fault_on_failed_write(file):
             make_folder(file.parent)
-            replace_file(file, render_config(own).encode())
+            replace_file(file, (MARK + render_config(own)).encode())
 
 
 def first_difference(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
@@ -225,17 +245,26 @@ def read_key(content: dict[str, Any], key: str) -> Any:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """The summary of a finished run, else None."""
+    """The summary of a finished run, else None: also where the file is damaged, so that the run writes it again."""
     try:
-        return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
+
+
+def tells_the_end(found: dict[str, Any]) -> bool:
+    """Whether a summary holds what tells that a run is finished."""
+    if not all(isinstance(found.get(key), int) for key in ("steps", "evaluations_since_best")):
+        return False
+    ranking = found.get("ranking", [{"ended": None}])
+    return isinstance(ranking, list) and all(isinstance(line, dict) and "ended" in line for line in ranking)
 
 
 def is_finished(config: Config) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do, else None."""
     summary = read_summary(Path(config.output_dir))
-    if not summary:
+    if not summary or not tells_the_end(summary):
         return None
     is_stopped_early = 0 < config.evaluate.patience <= summary["evaluations_since_best"]
     if "ranking" in summary:

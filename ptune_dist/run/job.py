@@ -45,7 +45,7 @@ from ptune_dist.prompts.build import build_prompt, choose_trained, source_files
 from ptune_dist.prompts.method import BaseFacts, Method
 from ptune_dist.run.base_check import check_base, draw_probe
 from ptune_dist.run.memory_need import Workload, fit_micro_batch, prompt_bytes
-from ptune_dist.run.micro_batch import MicroBatchSize, read_stored
+from ptune_dist.run.micro_batch import MicroBatchSize, is_out_of_memory, read_stored
 from ptune_dist.run.reading import Reading
 from ptune_dist.zero.engine import Engine, build_engine, check_with_deepspeed
 from ptune_dist.zero.offload import settle_offload, without_autos
@@ -123,7 +123,13 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool, rows
         check_positions(member, opened.model)
         tokens = None if rows is None else functools.partial(rows.tokens_of, name)
         examples = None if rows is None else functools.partial(rows.examples_of, name)
-        prompts[name] = build(member, rows=tokens, read_examples=examples)
+        try:
+            prompts[name] = build(member, rows=tokens, read_examples=examples)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = f"{member.prompt.num_virtual_tokens} virtual tokens of {member.prompt.method}"
+            raise UserError(f"prompt: {size}, with its options, do not fit in this machine's memory") from None
         files = source_files(member.prompt)
         if with_start and len(files) > 1:
             sources[name] = {file: build(member, rows=tokens, file=file) for file in files}

@@ -13,6 +13,9 @@ from ptune_dist.cluster.link import Link, connect
 from ptune_dist.cluster.node_facts import NodeFacts
 from ptune_dist.cluster.outcome import DONE, STOPPED, STOPPED_EARLY, Outcome
 from ptune_dist.cluster.secret import sign_hello
+from ptune_dist.config.load import load_config
+from ptune_dist.run.folder import lock_run_dir, write_run_configs
+from tests.conftest import write_config
 from tests.launcher.fake_nodes import KILLED, SECRET, FakeNode, Job
 
 
@@ -221,7 +224,9 @@ def test_the_lock_of_a_killed_job_is_waited_for(tmp_path: Path):
 
 
 def test_a_finished_run_is_not_started_and_every_node_learns_that(tmp_path: Path):
-    (tmp_path / "run").mkdir()
+    config = load_config(write_config(tmp_path / "c.yaml"))
+    with lock_run_dir(config):
+        write_run_configs(config, {})
     (tmp_path / "run" / "summary.json").write_text('{"steps": 20, "evaluations_since_best": 0}')
     job = Job(tmp_path)
     a, b = job.play([], [])

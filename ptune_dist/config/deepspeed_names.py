@@ -120,8 +120,14 @@ def check_options(path: str, section: dict[str, Any], switches: list[str], numbe
     for name, value in section.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-            hint = f"did you mean {near[0]}?" if near else f"it may be {', '.join(known)}"
-            raise ValueError(f"unknown key {path}.{name}, {hint}")
+            places = ["the top level"] if name in SECTIONS else find_places(name)
+            if near:
+                hint = f", did you mean {near[0]}?"
+            elif places:
+                hint = f": it belongs in {' or '.join(places)}"
+            else:
+                hint = f", it may be {', '.join(known)}"
+            raise ValueError(f"unknown key {path}.{name}{hint}")
         check_type(f"{path}.{name}", value, name in switches, name in numbers)
 
 
@@ -154,9 +160,7 @@ def explain(key: str) -> str:
     near = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.85)
     if near:
         return f", did you mean {near[0]}?"
-    places = [path for path, kinds in OPTIONS.items() if key in " ".join(kinds).split()]
-    if key in {*ZERO, *RENAMED, *RENAMED.values(), *OFFLOADS}:
-        places.insert(0, "zero_optimization")
+    places = find_places(key)
     if places:
         return f": it belongs in {' or '.join(places)}"
     if key in TrainConfig.model_fields:
@@ -164,3 +168,11 @@ def explain(key: str) -> str:
     if key in FOREIGN_NAMES:
         return f": {FOREIGN_NAMES[key]}"
     return ": DeepSpeed has no such section: remove it"
+
+
+def find_places(key: str) -> list[str]:
+    """The sections that have an option of this name."""
+    places = [path for path, kinds in OPTIONS.items() if key in " ".join(kinds).split()]
+    if key in {*ZERO, *RENAMED, *RENAMED.values(), *OFFLOADS}:
+        places.insert(0, "zero_optimization")
+    return places

@@ -58,8 +58,12 @@ def settle_optimizer(settle: Settle, content: dict[str, Any], file: str, config:
             f"{file}: optimizer.type is {kind!r}, which is no value of train.optimizer: "
             f"it may be {', '.join(FIXED_IN_OPTIMIZER)}, and here it is {train.optimizer}"
         )
-    if OPTIMIZER_TYPES.get(kind.lower()) != train.optimizer:
-        raise UserError(f"{file}: optimizer.type is {kind!r} but train.optimizer is {train.optimizer!r}")
+    meant = OPTIMIZER_TYPES[kind.lower()]
+    if meant != train.optimizer:
+        raise UserError(
+            f"{file}: optimizer.type is {kind!r} but train.optimizer is {train.optimizer!r}: set "
+            f"train.optimizer={meant}, or remove the section"
+        )
     refuse_others(section, ("type", "params", "legacy_fusion"), f"{file}: optimizer")
     params = section.setdefault("params", {})
     place = f"{file}: optimizer.params"
@@ -116,8 +120,11 @@ def settle_scheduler(settle: Settle, content: dict[str, Any], file: str, config:
         )
     if SCHEDULER_TYPES.get(kind) != train.schedule:
         name = next(theirs for theirs, ours in SCHEDULER_TYPES.items() if ours == train.schedule)
+        meant = SCHEDULER_TYPES.get(kind, kind.lower())
+        other = "" if meant == train.schedule else f"train.schedule={meant}, or "
         raise UserError(
-            f"{file}: scheduler.type is {kind!r} but train.schedule is {train.schedule!r}, which DeepSpeed calls {name}"
+            f"{file}: scheduler.type is {kind!r} but train.schedule is {train.schedule!r}, which DeepSpeed calls "
+            f"{name}: set {other}the type to {name!r}, or remove the section"
         )
     refuse_others(section, ("type", "params"), f"{file}: scheduler")
     params = section.setdefault("params", {})

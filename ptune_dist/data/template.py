@@ -20,6 +20,7 @@ from ptune_dist.data.template_environment import (
     UntestedTruth,
     build_environment,
     find_guarded,
+    find_reserved,
     missing_column,
 )
 from ptune_dist.errors import UserError
@@ -39,7 +40,7 @@ class Template:
 
     guarded: those that it tests or gives a fallback, so that a row may lack them. empty: those that are empty text
     where a row lacks them. labels: the values that its one column may take, if they are known. fixed: values that win
-    over the row's.
+    over the row's. reserved: names that it uses and that are not columns to the template language, such as `true`.
     """
 
     source: str
@@ -49,6 +50,7 @@ class Template:
     is_target: bool = False
     guarded: frozenset[str] = frozenset()
     empty: frozenset[str] = frozenset()
+    reserved: frozenset[str] = frozenset()
     labels: tuple[str, ...] | None = None
     fixed: Mapping[str, object] = field(default_factory=dict)
 
@@ -99,7 +101,8 @@ def compile_template(source: str, *, key: str, marker: bool = False, optional: C
     is_target = key == TARGET_KEY
     guarded = frozenset(find_guarded(parsed, in_target=is_target) & columns)
     empty = frozenset(columns & set(optional))
-    return Template(source, tuple(sorted(columns)), compiled, marker, is_target, guarded, empty)
+    reserved = frozenset(find_reserved(parsed))
+    return Template(source, tuple(sorted(columns)), compiled, marker, is_target, guarded, empty, reserved)
 
 
 @functools.cache
@@ -120,10 +123,16 @@ def _compile_again(
 
 
 def check_columns(template: Template, available: Sequence[str], *, key: str, source_name: str) -> None:
-    """Raise UserError if the template under `key` needs a column that the source does not have.
+    """Raise UserError if the template under `key` needs a column that the source does not have, or cannot reach one.
 
     A column that rows may lack is not needed; `find_absent` names it.
     """
+    for column in available:
+        if column in template.reserved:
+            raise UserError(
+                f"{key} uses {column!r}, which the template language keeps for itself, and {source_name} has a column "
+                "of this name, which no template can reach: rename the column"
+            )
     for column in template.row_columns:
         if column not in available and column not in template.guarded | template.empty:
             hint = name_nearest(column, available, "? ")

@@ -25,6 +25,15 @@ TEXT_FILTERS = (
     *("title", "trim", "truncate", "upper", "wordcount", "wordwrap"),
 )
 DEFAULT_FILTERS = ("default", "d")
+CONSTANTS = {True: ("true", "True"), False: ("false", "False"), None: ("none", "None")}
+# What names mean inside a part of a template: there a column of the same name is hidden.
+MEANT_INSIDE: dict[type[jinja2.nodes.Node], tuple[str, ...]] = {
+    jinja2.nodes.Template: ("self",),
+    jinja2.nodes.For: ("loop",),
+    jinja2.nodes.Block: ("super",),
+    jinja2.nodes.Macro: ("caller", "varargs", "kwargs"),
+    jinja2.nodes.CallBlock: ("caller", "varargs", "kwargs"),
+}
 PRINTED = "_printed"  # filters that only `_Explicit` puts into a template
 FALLBACK = "_fallback"
 
@@ -278,3 +287,16 @@ def names_in(node: jinja2.nodes.Node | None) -> set[str]:
         return set()
     own = {node.name} if isinstance(node, jinja2.nodes.Name) else set()
     return own | {name.name for name in node.find_all(jinja2.nodes.Name)}
+
+
+def find_reserved(parsed: jinja2.nodes.Template) -> set[str]:
+    """The names in a template that jinja2 takes for its own, in every spelling that it has for them."""
+    found: set[str] = set()
+    for node in parsed.find_all(jinja2.nodes.Const):
+        if node.value is None or isinstance(node.value, bool):
+            found |= set(CONSTANTS[node.value])
+    for kind, names in MEANT_INSIDE.items():
+        nodes = [parsed] if kind is jinja2.nodes.Template else parsed.find_all(kind)
+        for node in nodes:
+            found |= names_in(node) & set(names)
+    return found

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ptune_dist.base.open import OpenedBase
 from ptune_dist.common.progress_line import BusyLine
+from ptune_dist.common.visible import show_controls
 from ptune_dist.config.load import render_config
 from ptune_dist.config.schema import Config
 from ptune_dist.data.build import Split
@@ -128,5 +129,5 @@ def render_example(split: Split, index: int, encoding: Encoding) -> Text:
         encoding.tokenizer.decode(examples.rest_ids(index)),
         encoding.targets.render(examples.target_ids(index), examples.number(index)),
     ]
-    before, after, target = (text.replace("\\", "\\\\").replace("\n", "\\n") for text in parts)
+    before, after, target = (show_controls(text.replace("\\", "\\\\")) for text in parts)
     return Text.assemble(before, ("<virtual tokens>", "dim"), after, ("[" + target + "]", "bold green"))

@@ -5,6 +5,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ptune_dist.common.visible import show_controls
+
 WIDTH_IN_LOGS = 120
 LINES_OF_TEXT = 2
 BORDERS = 3  # columns between two cells
@@ -17,7 +19,7 @@ def show_samples(samples: list[dict[str, str]]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, WIDTH_IN_LOGS))
-    cells = [{name: text.replace("\n", "\\n") for name, text in sample.items()} for sample in samples]
+    cells = [{name: show_controls(text) for name, text in sample.items()} for sample in samples]
     console.print(build_table(cells, console.width))
 
 

@@ -17,6 +17,9 @@ ABOUT_OTHERS = (
 # They are about gradients of a base, and a frozen one has none.
 ABOUT_GRADIENTS = ("prescale_gradients", "sparse_gradients")
 ABOUT_GRADIENTS_IN_ZERO = ("round_robin_gradients",)
+# They are about DeepSpeed's own checkpoints, which are not written. Below are its defaults of section checkpoint.
+ABOUT_CHECKPOINTS_IN_ZERO = ("elastic_checkpoint", "pipeline_loading_checkpoint", "save_muon_momentum_buffer_in_memory")
+DEFAULTS_OF_CHECKPOINT = {"tag_validation": "warn", "checkpoint_serialization": True}
 # They describe what DeepSpeed does with a base that it has, which it has at stage 3.
 ABOUT_THE_BASE = ("comms_logger", "memory_breakdown", "dump_state")
 
@@ -30,7 +33,9 @@ def describe_unused(content: dict[str, Any]) -> str | None:
     if content.get("data_types", {}).get("grad_accum_dtype") not in (None, "fp32"):  # a prompt's are summed in float32
         found.append("data_types.grad_accum_dtype")
     zero = content.get("zero_optimization", {})
-    found += [f"zero_optimization.{name}" for name in ABOUT_GRADIENTS_IN_ZERO if is_on(zero.get(name))]
+    in_zero = ABOUT_GRADIENTS_IN_ZERO + ABOUT_CHECKPOINTS_IN_ZERO
+    found += [f"zero_optimization.{name}" for name in in_zero if is_on(zero.get(name))]
+    found += [f"checkpoint.{name}" for name in content.get("checkpoint", {}) if asks_of_checkpoint(content, name)]
     found += [name for name in (*ABOUT_GRADIENTS, *ABOUT_OTHERS) if is_on(content.get(name))]
     if content.get("gradient_predivide_factor", 1) != 1:
         found.append("gradient_predivide_factor")
@@ -40,6 +45,16 @@ def describe_unused(content: dict[str, Any]) -> str | None:
         f"deepspeed: no effect: {', '.join(found)}: DeepSpeed only shards the base, and at ZeRO 3 only; a run's own "
         "figures are in metrics.jsonl and tensorboard/"
     )
+
+
+def asks_of_checkpoint(content: dict[str, Any], name: str) -> bool:
+    """Whether an option of the section `checkpoint` asks for something else than DeepSpeed's default."""
+    value = content["checkpoint"][name]
+    if name in DEFAULTS_OF_CHECKPOINT:
+        return (value.lower() if isinstance(value, str) else value) != DEFAULTS_OF_CHECKPOINT[name]
+    if name == "parallel_write":
+        return any(map(is_on, value.values())) if isinstance(value, dict) else False
+    return bool(value)
 
 
 def is_on(section: Any) -> bool:

@@ -20,6 +20,15 @@ def test_a_schedule_by_our_name_is_told_deepspeeds():
     )
 
 
+def test_a_section_that_names_another_value_is_told_both_ways_out():
+    assert error_of({"scheduler": {"type": "WarmupLR"}}).endswith(
+        "which DeepSpeed calls WarmupDecayLR: set train.schedule=constant, or the type to 'WarmupDecayLR', or remove "
+        "the section"
+    )
+    assert "set train.schedule=cosine, or the type to 'WarmupDecayLR'" in error_of({"scheduler": {"type": "cosine"}})
+    assert error_of({"optimizer": {"type": "SGD"}}).endswith(": set train.optimizer=sgd, or remove the section")
+
+
 def test_the_precision_of_a_sum_that_deepspeed_does_not_make_is_noted():
     assert "data_types.grad_accum_dtype" in (describe_unused(fill({"data_types": {"grad_accum_dtype": "bf16"}})) or "")
     assert describe_unused(fill({"data_types": {"grad_accum_dtype": "fp32"}})) is None

@@ -38,6 +38,45 @@ def test_names_of_jinja_helpers_are_columns_like_any_other():
     assert render("{{ dict }}", dict="a word") == "a word"
 
 
+@pytest.mark.parametrize(
+    ("column", "source"),
+    [
+        *(("self", source) for source in ("{{ a }} {{ self }}", "{% if self %}x{% endif %}", "{{ self | upper }}")),
+        *((name, f"{{{{ {name} }}}}") for name in ("true", "True", "false", "False", "none", "None")),
+        ("true", "{% if True %}x{% endif %}"),
+        ("loop", "{% for tag in a %}{{ loop.first }}{% endfor %}"),
+        ("super", "{% block b %}{% if super %}x{% endif %}{% endblock %}"),
+        ("kwargs", "{% macro m(x) %}{{ kwargs }}{{ varargs }}{% endmacro %}{{ m(1) }}"),
+        ("varargs", "{% macro m(x) %}{{ kwargs }}{{ varargs }}{% endmacro %}{{ m(1) }}"),
+        ("caller", "{% macro m(x) %}{% if caller is defined %}x{% endif %}{% endmacro %}{{ m(1) }}"),
+    ],
+)
+@pytest.mark.parametrize("key", ["data.template", "data.target"])
+def test_a_column_that_the_template_language_hides_is_refused(column, source, key):
+    template = build(source, key)
+    check_columns(template, ["a"], key=key, source_name="a.jsonl")
+    with pytest.raises(UserError) as caught:
+        check_columns(template, ["a", column], key=key, source_name="a.jsonl")
+    assert str(caught.value) == (
+        f"{key} uses {column!r}, which the template language keeps for itself, and a.jsonl has a column of this name, "
+        "which no template can reach: rename the column"
+    )
+
+
+def test_names_that_mean_something_elsewhere_only_are_columns():
+    names = "loop super caller varargs kwargs cycler lipsum joiner context environment if block".split()
+    source = (
+        "".join(f"{{{{ {name} }}}}" for name in names) + "{% for t in [m.self, m.true, m['none']] %}{{ t }}{% endfor %}"
+    )
+    inside = {"self": "x", "true": "y", "none": "z"}
+    check_columns(build(source), [*names, "m", "true", "self"], key="data.template", source_name="a.jsonl")
+    assert render(source, **{name: f"<{name}>" for name in names}, m=inside) == "".join(f"<{n}>" for n in names) + "xyz"
+
+
+def test_line_breaks_of_values_stay_and_those_of_a_template_are_newlines():
+    assert render("{{ a }}|\r\n{{ a | trim }}", a="a\r\nb\rc\n\r") == "a\r\nb\rc\n\r|\na\r\nb\rc"
+
+
 def test_text_around_columns_stays_as_written():
     assert render(" {{ text }}\n\n", text="a\n") == " a\n\n\n"
     assert render("{{ text }} &amp;", text="<b> & {{ c }}") == "<b> & {{ c }} &amp;"

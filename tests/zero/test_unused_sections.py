@@ -17,3 +17,11 @@ def test_what_describes_the_base_acts_at_stage_3_alone():
     assert describe_unused(content | {"zero_optimization": {"stage": 3}}) is None
     found = describe_unused(content | {"zero_optimization": {"stage": 2}})
     assert "comms_logger, data_types.buffer_dtype" in found and "\n" not in found
+
+
+def test_what_is_about_deepspeeds_checkpoints_is_named():
+    on = {"load_universal": True, "use_node_local_storage": True, "tag_validation": "Fail", "writer": {"type": "x"}}
+    found = describe_unused({"checkpoint": on, "zero_optimization": {"elastic_checkpoint": True}}) or ""
+    assert all(f"checkpoint.{name}" in found for name in on) and "zero_optimization.elastic_checkpoint" in found
+    off = {"load_universal": False, "tag_validation": "Warn", "parallel_write": {"pipeline_stage": False}}
+    assert describe_unused({"checkpoint": off | {"checkpoint_serialization": True, "writer": None}}) is None

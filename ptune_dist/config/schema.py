@@ -40,8 +40,8 @@ class DataConfig(Section):
     """The examples, and how a row becomes an input and a target."""
 
     train: str
-    """The training rows: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, a folder saved by `datasets`, or a dataset
-    on the hub (`NAME`, `NAME@CONFIG`, `NAME:SPLIT`)."""
+    """The training rows: a .jsonl (.ndjson), .json, .csv, .tsv, .txt or .parquet file, a folder saved by `datasets`, or
+    a dataset on the hub (`NAME`, `NAME@CONFIG`, `NAME:SPLIT`)."""
 
     validation: str | None = None
     """The validation rows, in the same forms."""
@@ -111,10 +111,10 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def check_tasks(self) -> "DataConfig":
-        if self.task is not None and not self.tasks:
-            raise ValueError("data.task needs data.tasks, the values that the column can take")
         if self.tasks is not None and not self.tasks:
             raise ValueError("data.tasks is empty: name the tasks, or leave it out")
+        if self.task is not None and not self.tasks:
+            raise ValueError("data.task needs data.tasks, the values that the column can take")
         if self.tasks and self.task is None and not isinstance(self.tasks, dict):
             raise ValueError("data.tasks needs data.task, the column that names a row's task")
         return self
@@ -312,10 +312,4 @@ class Config(Section):
         found = len(PROMPT_MARKER.findall(self.data.template or ""))
         if placement == "template" and found != 1:
             raise ValueError(f"prompt.placement: template needs {{{{ prompt }}}} once in data.template, found {found}")
-        for key in ("context_cache_gib", "context_cache_gpu_gib", "context_cache_dir"):
-            if getattr(self.train, key) and placement not in PLACEMENTS_WITH_CONTEXTS:
-                raise ValueError(
-                    f"train.{key} is given but placement {placement} has no contexts to keep: "
-                    f"leave it out, or set prompt.placement to one of {', '.join(PLACEMENTS_WITH_CONTEXTS)}"
-                )
         return self

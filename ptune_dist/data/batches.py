@@ -189,7 +189,8 @@ class Batch:
     computed of each row's context, for rows that have one. numbers: each row's target, where targets are numbers.
     held_parts: the parts that each row of `held` will have, known before they are computed. prepared: the model's plan
     of the pass, made ahead of it. trees: each row's labels, where labels are scored. read: what a model's `read_inputs`
-    left of the readers' inputs. tasks: the number of each row's task, where rows have tasks.
+    left of the readers' inputs. tasks: the number of each row's task, where rows have tasks. below: by how the layers
+    below later prompts read rows, what they left of each row.
     """
 
     contexts: list[np.ndarray]
@@ -204,6 +205,7 @@ class Batch:
     trees: list[LabelTree] | None = None
     read: Any = None
     tasks: list[int] | None = None
+    below: dict[Any, list[Any]] | None = None
 
     def with_held(self, held: list[Any]) -> "Batch":
         return replace(self, held=held)

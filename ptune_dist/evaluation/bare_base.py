@@ -42,10 +42,12 @@ def without_prompt(model: PromptedModel, member: int) -> Iterator[None]:
     own = slice(first, first + kept.num_tasks)
     num_vectors = model.num_vectors[own]
     num_prefix = model.num_prefix[own]
+    start_layers = model.start_layers[own]
     model.prompts[member] = NoPrompt(model.device, kept.num_tasks).eval()
     model.placement = "prefix"
     model.num_vectors[own] = [0] * kept.num_tasks
     model.num_prefix[own] = [0] * kept.num_tasks
+    model.start_layers[own] = [0] * kept.num_tasks
     try:
         yield
     finally:
@@ -53,6 +55,7 @@ def without_prompt(model: PromptedModel, member: int) -> Iterator[None]:
         model.placement = placement
         model.num_vectors[own] = num_vectors
         model.num_prefix[own] = num_prefix
+        model.start_layers[own] = start_layers
 
 
 def can_read_without_prompt(model: PromptedModel, evaluator: Evaluator) -> bool:
@@ -60,7 +63,7 @@ def can_read_without_prompt(model: PromptedModel, evaluator: Evaluator) -> bool:
 
     Where the base's own tensors are trained, it is what the evaluation before training shows.
     """
-    if any(prompt.trains_base for prompt in model.members()):
+    if any(prompt.changes_base for prompt in model.members()):
         return False
     if not model.writes_text or evaluator.split.rows.kind == "text":
         return False

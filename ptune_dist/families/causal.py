@@ -4,6 +4,7 @@ Shapes: S readers, B rows, T tokens, P virtual tokens, C context positions, D wi
 G key/value heads, Dh width of a head.
 """
 
+import dataclasses
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,16 @@ from ptune_dist.errors import UserError
 from ptune_dist.families.causal_padded import PaddedCausal, keeps_keys
 from ptune_dist.families.family import Family
 from ptune_dist.families.generation import generates_from_vectors
+from ptune_dist.families.late_decoder import LateDecoder, RereadingDecoder
 from ptune_dist.families.segment_decoder import SegmentDecoder
-from ptune_dist.families.segment_inputs import arrays_of, embed_laid, no_mask, supervise_laid, to_index
+from ptune_dist.families.segment_inputs import Late, adapt, arrays_of, embed_laid, no_mask, supervise_laid, to_index
+from ptune_dist.model.adapters import prepare_attentions
 from ptune_dist.model.attention import Segment, use_segments, windows_of
 from ptune_dist.model.attention_flex import FlexTables
-from ptune_dist.model.attention_layouts import RecordedSegments, build_attention, takes_flex
+from ptune_dist.model.attention_layouts import RecordedSegments, SegmentAttention, build_attention, takes_flex
 from ptune_dist.model.attention_trees import build_tree_attention
+from ptune_dist.model.decode import Decoder
+from ptune_dist.model.entry import FromLayer, Lower
 from ptune_dist.model.flex_plan import plan_attention
 from ptune_dist.model.given_cache import keeps_more
 from ptune_dist.model.layout import Layout, Outside, lay_out, lay_out_labels, plan_outside
@@ -58,7 +63,10 @@ class PromptedCausal(PaddedCausal):
         super().__init__(base, *args, **options)
         self.uses_segments = use_segments(base)
         self.read_base()
-        self.scores_trees = self.uses_segments
+        # Contexts of prompts that enter late are not read along with labels.
+        self.scores_trees = self.uses_segments and not (self.late_starts and self.has_contexts)
+        if any(prompt.is_gated for prompt in self.members()):
+            self.adapted_attentions = prepare_attentions(base)
 
     def read_base(self) -> None:
         self._windows = windows_of(self.base)
@@ -87,14 +95,16 @@ class PromptedCausal(PaddedCausal):
         widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
         return max(contexts, len(readers) * (widest + max(count for _, count in readers)))
 
-    def prepare(self, batch: Batch) -> PreparedSegments | None:
-        return self._prepare_segments(batch) if self.uses_segments else None
+    def prepare(self, batch: Batch) -> list[PreparedSegments] | None:
+        """Of each part of the batch."""
+        return [self._prepare_segments(part.batch) for part in self.parts(batch)] if self.uses_segments else None
 
     def _prepare_segments(self, batch: Batch) -> PreparedSegments:
         """The layout of a pass, and what attention needs of it on a GPU."""
+        start = self.start_of(batch)
         batch = self.by_contribution(batch)
-        outside = plan_outside(batch, self.num_prefix)
-        laid = lay_out(batch, self.num_vectors, outside)
+        outside = plan_outside(batch, self.only_at(self.num_prefix, start))
+        laid = lay_out(batch, self.only_at(self.num_vectors, start), outside)
         arrays = arrays_of(laid)
         shapes: dict[int | None, list[tuple[int, ...]]] = {}
         if self.device.type == "cuda" and takes_flex(head_width(self.base.config) or 0):
@@ -109,46 +119,59 @@ class PromptedCausal(PaddedCausal):
     def _supervise_segments(self, batch: Batch) -> Supervised:
         """All texts as one row of live positions."""
         prepared = batch.prepared or self._prepare_segments(batch)
-        contributions = self.contributions()
+        start = self.start_of(batch)
+        contributions = self.contributions(start)
         outside = prepared.outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         index = prepared.packed.unpack(self.device)
-        vectors = embed_laid(self, index, contributions)
+        below = self.below_of(batch)
+        vectors = embed_laid(self, index, contributions, None if below is None else torch.cat(below))
         parts = [part.to(vectors.dtype) for part in outside]
         attention = build_attention(prepared.layout.segments, parts, vectors.device, prepared.tables(index))
-        return supervise_laid(index, prepared.layout.reader, vectors, attention)
+        attention = adapt(self, attention, contributions, prepared.layout.segments)
+        late = Late(self, start) if start else None
+        return supervise_laid(index, prepared.layout.reader, vectors, attention, late)
 
-    def label_losses(self, batch: Batch) -> list[np.ndarray]:
+    def _label_losses(self, batch: Batch) -> list[np.ndarray]:
+        row_trees = batch.trees
+        assert row_trees is not None and self.head is not None
+        start = self.start_of(batch)
+        below = self._labels_below(batch, start) if start else None
         batch = self.by_contribution(batch)
-        assert batch.trees is not None and self.head is not None
-        contributions = self.contributions()
-        outside = plan_outside(batch, self.num_prefix)
-        laid = lay_out_labels(batch, self.num_vectors, outside)
+        contributions = self.contributions(start)
+        outside = plan_outside(batch, self.only_at(self.num_prefix, start))
+        laid = lay_out_labels(batch, self.only_at(self.num_vectors, start), outside)
         index = to_index(laid.layout, self.device)
-        vectors = embed_laid(self, index, contributions)
+        vectors = embed_laid(self, index, contributions, below)
         found = outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         parts = [part.to(vectors.dtype) for part in found]
         attention = build_tree_attention(laid.layout.segments, laid.trees, parts, vectors.device)
+        attention = adapt(self, attention, contributions, laid.layout.segments, laid.trees)
         order = np.argsort(laid.places, kind="stable")
         losses = np.empty(len(order))
         losses[order] = self.head.token_losses(
-            supervise_laid(index, laid.layout.reader, vectors, attention),
+            supervise_laid(index, laid.layout.reader, vectors, attention, Late(self, start) if start else None),
             laid.places[order],
             laid.targets[order],
             self.objective.validation_losses,
         ).tolist()
-        trees = [batch.trees[row] for row, _ in batch.readers]
+        trees = [row_trees[row] for row, _ in batch.readers]
         ends = np.cumsum([len(tree.targets) for tree in trees])
         return [tree.sum_paths(part) for tree, part in zip(trees, np.split(losses, ends[:-1]), strict=True)]
 
-    def open_decoder(self, number: int) -> SegmentDecoder | None:
-        if not self.uses_segments or not self.writes_text or layers_differ(self.base.config):
+    def open_decoder(self, number: int) -> Decoder | None:
+        if not self.writes_text:
             return None
-        return SegmentDecoder(self, number)
+        can_keep = self.uses_segments and not layers_differ(self.base.config)
+        if self.start_layers[number]:
+            return LateDecoder(self, number) if can_keep and not self.has_contexts else RereadingDecoder(self, number)
+        return SegmentDecoder(self, number) if can_keep else None
 
     @torch.no_grad()
     def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
         if not self.uses_segments:
             return super().read_contexts(work)
+        if work.start_layer:
+            return self._read_below(work)
         num_lead = work.lead.length if work.lead else 0
         own = [tokens[num_lead:] for tokens in work.tokens]
         ends = np.cumsum([len(tokens) for tokens in own]).tolist()
@@ -156,17 +179,91 @@ class PromptedCausal(PaddedCausal):
             Segment(end - len(tokens), len(tokens), (0,) if num_lead else (), (), num_lead)
             for tokens, end in zip(own, ends, strict=True)
         ]
-        vectors = self.embed_tokens(np.concatenate(own))
+        recorded = RecordedSegments(segments, [work.lead] if work.lead else [], self.device)
         places = np.concatenate([num_lead + np.arange(len(tokens)) for tokens in own])
-        recorded = RecordedSegments(segments, [work.lead] if work.lead else [], vectors.device)
+        self._run_segments(self.embed_tokens(np.concatenate(own)), places, recorded)
+        return list(recorded.cut())
+
+    def _read_below(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
+        """What the layers below leave of each row after its context, and the context's keys/values in those above."""
+        start = work.start_layer
+        texts = [tokens if len(tokens) else np.array([work.pad_id]) for tokens in work.tokens]
+        lengths = list(map(len, texts))
+        vectors = self.embed_tokens(np.concatenate(texts))
+        before = [work.lead] if work.lead else []
+        num_before = work.lead.length if work.lead else 0
+        attention = build_attention(segments_of(lengths, num_before), before, vectors.device)
+        with self.layer_parts.below(start) as captured:
+            self._run_segments(vectors, num_before + places_of(lengths), attention)
+        assert captured.hidden is not None
+        rows = captured.hidden[0].split(lengths)
+        rows = [hidden[: len(tokens)] for hidden, tokens in zip(rows, work.tokens, strict=True)]
+        if not self.has_contexts:
+            return [(hidden,) for hidden in rows]
+        # Every rank makes this pass, also where none of its rows has a context.
+        own = [count for count in work.lengths if count] or [1]
+        hidden = torch.cat([row[:count] for row, count in zip(rows, work.lengths, strict=True)])
+        hidden = hidden if len(hidden) else self.no_hidden(1)
+        recorded = RecordedSegments(segments_of(own), [], vectors.device)
+        with self.layer_parts.above(start, hidden[None]):
+            self._run_segments(self.no_vectors(len(hidden)), places_of(own), FromLayer(recorded, start))
+        cut = iter(recorded.cut())
+        return [(row[count:], *next(cut)) if count else (row,) for row, count in zip(rows, work.lengths, strict=True)]
+
+    def _labels_below(self, batch: Batch, start: int) -> torch.Tensor:
+        """What the layers below leave of the tokens of all readers' inputs, then of those of their labels."""
+        found: dict[tuple[tuple[int, str], int], tuple[torch.Tensor, torch.Tensor]] = {}
+        for lower in self.distinct_lowers:
+            if lower.start == start:
+                rows = {row for row, member in batch.readers if self.lower_of(member).key == lower.key}
+                # Every rank makes this pass, also where it has no reader for it.
+                for row, parts in self._rows_with_labels_below(batch, sorted(rows) or [0], lower).items():
+                    found[lower.key, row] = parts
+        parts = [found[self.lower_of(member).key, row] for row, member in batch.readers]
+        return torch.cat([of_input for of_input, _ in parts] + [of_labels for _, of_labels in parts])
+
+    def _rows_with_labels_below(
+        self, batch: Batch, rows: list[int], lower: Lower
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """By row, what the layers below leave of its input and of its tree of labels."""
+        assert batch.trees is not None
+        once = dataclasses.replace(batch, readers=[(row, 0) for row in rows])
+        outside = plan_outside(once, [lower.before.length if lower.before else 0])
+        laid = lay_out_labels(once, [0], outside)
+        index = to_index(laid.layout, self.device)
+        vectors = self.embed_tokens(index["tokens"])[index["source"]]
+        before = outside.collect(once, [lower.before])
+        attention = build_tree_attention(laid.layout.segments, laid.trees, before, vectors.device)
+        with self.layer_parts.below(lower.start) as captured:
+            self._run_segments(vectors, laid.layout.position_ids, attention)
+        assert captured.hidden is not None
+        hidden = torch.empty_like(captured.hidden[0])
+        hidden[index["source"]] = captured.hidden[0]  # in the order of the tokens
+        lengths = [len(batch.rests[row]) for row in rows] + [len(batch.trees[row].tokens) for row in rows]
+        parts = hidden.split(lengths)
+        return {row: (parts[place], parts[len(rows) + place]) for place, row in enumerate(rows)}
+
+    def _run_segments(self, vectors: torch.Tensor, places: np.ndarray, attention: SegmentAttention) -> None:
+        """The layers over vectors [N, D] of live positions, whose places in their texts are `places` [N]."""
         self.inner(
             inputs_embeds=vectors[None],
             position_ids=self.to_tensor(places)[None],
             attention_mask=no_mask(vectors),
-            segments=recorded,
+            segments=attention,
             use_cache=False,
         )
-        return list(recorded.cut())
+
+
+def segments_of(lengths: list[int], num_before: int = 0) -> list[Segment]:
+    """Texts one after another, each of which reads itself, after so many positions from outside."""
+    contexts = (0,) if num_before else ()
+    ends = np.cumsum(lengths).tolist()
+    return [Segment(end - length, length, contexts, (), num_before) for length, end in zip(lengths, ends, strict=True)]
+
+
+def places_of(lengths: list[int]) -> np.ndarray:
+    """Each position's place in its own text."""
+    return np.concatenate([np.arange(length) for length in lengths])
 
 
 def check_inputs(shape: PretrainedConfig, path: str) -> None:

@@ -20,6 +20,7 @@ from ptune_dist.families.generation import name_vectors
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.attention_layouts import join_parts
 from ptune_dist.model.given_cache import GivenCache, keeps_more, pad_contexts
+from ptune_dist.model.layout import text_of
 from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised, keys_values_of
 from ptune_dist.prompts.method import Contribution
 
@@ -46,23 +47,29 @@ class PaddedCausal(PromptedModel):
         """A padded row [virtual tokens, rest, target] for each reader, after its context or its member's prefix."""
         if batch.read is not None:
             return self._supervise_after_inputs(batch, batch.read)
+        start = self.start_of(batch)
+        below = self.below_of(batch)
         batch = self.by_contribution(batch)
-        contributions = self.contributions()
-        texts = [np.concatenate([batch.rests[row], batch.targets[row]])[:-1] for row, _ in batch.readers]
+        contributions = self.contributions(start)
+        texts = [text_of(batch, row) for row, _ in batch.readers]
         members = [member for _, member in batch.readers]
-        vectors, mask = self.embed(texts, members, contributions)
+        vectors, mask = self.embed(texts, members, contributions, below=below)
         starts = [contributions[member].num_vectors + len(batch.rests[row]) - 1 for row, member in batch.readers]
         inputs = {"inputs_embeds": vectors, "attention_mask": mask}
         before = self._before(batch, contributions, vectors.dtype)
         if before:
-            inputs |= self._after(before, mask)
-        return self.supervise_rows(batch, starts, **inputs)
+            inputs |= self._after(before, mask, start)
+        asked = self.supervise_rows(batch, starts, **inputs)
+        return self.enter_rows(asked, start) if start else asked
 
     def _before(self, batch: Batch, contributions: list[Contribution], dtype: torch.dtype) -> list[KeysValues]:
         """What each reader reads first: its row's context and then its member's prefix, or either, or nothing."""
         parts: list[list[KeysValues]] = []
-        if batch.held:
-            parts.append([batch.held[row][0] for row, _ in batch.readers])
+        held = batch.held or []
+        some = next((found[0] for found in held if found), None)
+        if some is not None:
+            nothing = KeysValues(some.keys[:, :0], some.values[:, :0])
+            parts.append([held[row][0] if held[row] else nothing for row, _ in batch.readers])
         if any(contribution.keys is not None for contribution in contributions):
             parts.append(self._prefixes_of([member for _, member in batch.readers], contributions, dtype))
         joined = [join_parts(list(some)) for some in zip(*parts, strict=True)]
@@ -74,7 +81,7 @@ class PaddedCausal(PromptedModel):
 
         A base without keys and values that can be given back reads the whole input again with every target.
         """
-        if not self._keeps_keys:
+        if not self._keeps_keys or self.late_starts:
             return batch
         contributions = self.contributions()
         asked = self.by_contribution(batch)
@@ -111,13 +118,13 @@ class PaddedCausal(PromptedModel):
         empty = KeysValues(some.keys[:, :0], some.values[:, :0])
         return [(found[member] or empty).to(dtype) for member in members]
 
-    def _after(self, before: list[KeysValues], mask: torch.Tensor) -> dict[str, Any]:
-        """Inputs of padded rows that stand after keys/values of their own."""
+    def _after(self, before: list[KeysValues], mask: torch.Tensor, start: int = 0) -> dict[str, Any]:
+        """Inputs of padded rows that stand after keys/values of their own in the layers from `start` on."""
         longest = max(part.length for part in before)
         lengths = self.to_tensor(np.array([part.length for part in before]))
         present = torch.arange(longest, device=mask.device) >= longest - lengths[:, None]
         inputs: dict[str, Any] = {
-            "past_key_values": GivenCache(pad_contexts(before)),
+            "past_key_values": GivenCache(pad_contexts(before), first_layer=start),
             "attention_mask": torch.cat([present.to(mask), mask], dim=1),
         }
         if self._takes_positions:
@@ -127,9 +134,38 @@ class PaddedCausal(PromptedModel):
     @torch.no_grad()
     def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
         padded, present = pad_rows(work.tokens, work.pad_id)
+        inputs = {"input_ids": self.to_tensor(padded), "attention_mask": self.to_tensor(present)}
+        if work.start_layer:
+            return self._read_padded_below(work, inputs)
         cache = GivenCache([], record=True)
-        self.inner(input_ids=self.to_tensor(padded), attention_mask=self.to_tensor(present), past_key_values=cache)
+        self.inner(**inputs, past_key_values=cache)
         return [cache.cut(row, len(tokens)) for row, tokens in enumerate(work.tokens)]
+
+    def _read_padded_below(self, work: Contexts, inputs: dict[str, Any]) -> list[tuple[torch.Tensor, ...]]:
+        """What the layers below leave of each row after its context, and the context's keys/values in those above."""
+        if work.lead is not None:
+            inputs |= self._after([work.lead] * len(work.tokens), inputs["attention_mask"])
+        with self.layer_parts.below(work.start_layer) as captured:
+            self.inner(**inputs, use_cache=False)
+        assert captured.hidden is not None
+        lengths = work.lengths or [0] * len(work.tokens)
+        own = [row[count : len(t)] for row, count, t in zip(captured.hidden, lengths, work.tokens, strict=True)]
+        if not self.has_contexts:
+            return [(hidden,) for hidden in own]
+        # Every rank makes this pass, also where none of its rows has a context.
+        longest = max(*lengths, 1)
+        cache = GivenCache([], record=True)
+        mask = torch.arange(longest, device=self.device) < self.to_tensor(np.maximum(lengths, 1))[:, None]
+        hidden = captured.hidden[:, :longest]
+        with self.layer_parts.above(work.start_layer, hidden):
+            self.inner(
+                inputs_embeds=self.no_vectors(*hidden.shape[:2]), attention_mask=mask.long(), past_key_values=cache
+            )
+        found = enumerate(zip(own, lengths, strict=True))
+        return [(hidden, *cache.cut(row, count)) if count else (hidden,) for row, (hidden, count) in found]
+
+    def run_layers(self, vectors: torch.Tensor) -> None:
+        self.inner(inputs_embeds=vectors, use_cache=False)
 
     def plain_outputs(self, batch: Batch, virtual: np.ndarray) -> torch.Tensor:
         losses = []

@@ -13,13 +13,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ptune_dist.base.architecture import model_types
-from ptune_dist.data.batches import Batch, Unit
+from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.examples import Examples
 from ptune_dist.data.framing import Framing, LabelTargets, NumberTargets, Targets
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.families.seq2seq import count_padded
-from ptune_dist.model.prompted_model import LossOf, PromptedModel
+from ptune_dist.model.prompted_model import Contexts, LossOf, PromptedModel
 
 POOLER = ".pooler."
 BESIDE = "mix a row with the padding beside it, so an answer would depend on the other rows of its batch"
@@ -43,14 +43,34 @@ class PromptedEncoder(PromptedModel):
     def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
         return count_padded(self, units, examples, with_contexts=with_contexts)
 
-    def label_logits(self, texts: list[np.ndarray], members: list[int]) -> torch.Tensor:
-        """[S, V]; of a regression [S, 1]."""
-        vectors, mask = self.embed(texts, members)
-        return self.base(inputs_embeds=vectors, attention_mask=mask).logits
+    def label_logits(
+        self, texts: list[np.ndarray], members: list[int], below: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """[S, V]; of a regression [S, 1]. `below`: what stands for the texts where a prompt enters at a later layer."""
+        start = self.start_layers[members[0]]
+        vectors, mask = self.embed(texts, members, self.contributions(start), below=below)
+        if not start:
+            return self.base(inputs_embeds=vectors, attention_mask=mask).logits
+        with self.layer_parts.above(start, vectors):
+            return self.base(inputs_embeds=self.no_vectors(*vectors.shape[:2]), attention_mask=mask).logits
+
+    def run_layers(self, vectors: torch.Tensor) -> None:
+        self.base(inputs_embeds=vectors, attention_mask=torch.ones(vectors.shape[:2], device=vectors.device).long())
+
+    @torch.no_grad()
+    def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
+        padded, present = pad_rows(work.tokens, work.pad_id)
+        with self.layer_parts.below(work.start_layer) as captured:
+            self.base(input_ids=self.to_tensor(padded), attention_mask=self.to_tensor(present))
+        assert captured.hidden is not None
+        return [(row[: len(tokens)],) for row, tokens in zip(captured.hidden, work.tokens, strict=True)]
+
+    def row_below(self, batch: Batch, row: int) -> tuple[np.ndarray, int]:
+        return batch.rests[row], 0
 
     def outputs(self, batch: Batch) -> torch.Tensor:
         """The logits, flat."""
-        return self.label_logits(batch.rests, [0] * len(batch.rests)).flatten()
+        return self.label_logits(batch.rests, [0] * len(batch.rests), self.below_of(batch)).flatten()
 
     def plain_outputs(self, batch: Batch, virtual: np.ndarray) -> torch.Tensor:
         found = []
@@ -60,14 +80,17 @@ class PromptedEncoder(PromptedModel):
         return torch.cat(found)
 
     def name_labels(self, texts: list[np.ndarray], number: int) -> list[str]:
-        logits = self.label_logits(texts, [number] * len(texts))
+        nothing = [np.zeros(0, np.int64)] * len(texts)
+        member = self.member_of(number)
+        batch = self.read_below(Batch(nothing, texts, nothing, [(row, member) for row in range(len(texts))], pad_id=0))
+        logits = self.label_logits(texts, [number] * len(texts), self.below_of(batch))
         names = self.base.config.id2label
         assert names is not None, "transformers names the labels of every classifier"
         return [names[index] for index in logits.argmax(dim=1).tolist()]
 
     scores_trees = True  # the classes of one output
 
-    def label_losses(self, batch: Batch) -> list[np.ndarray]:
+    def _label_losses(self, batch: Batch) -> list[np.ndarray]:
         assert batch.trees is not None, "labels are scored of rows that have some"
         logits, reader = self._outputs(batch)
         found = [np.zeros(0) for _ in batch.readers]
@@ -77,7 +100,7 @@ class PromptedEncoder(PromptedModel):
             found[number] = batch.trees[batch.readers[number][0]].sum_paths(losses.double().cpu().numpy())
         return found
 
-    def _losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
+    def _losses(self, batch: Batch, loss_of: LossOf, *, with_own: bool = False) -> tuple[torch.Tensor, np.ndarray]:
         if self.predicts_numbers:
             return self._number_losses(batch, loss_of)
         logits, reader = self._outputs(batch)
@@ -93,7 +116,8 @@ class PromptedEncoder(PromptedModel):
         readers = self.by_contribution(batch).readers
         has_target = np.array([len(batch.targets[row]) > 0 for row, _ in readers])
         reader = np.flatnonzero(has_target)
-        logits = self.label_logits([batch.rests[row] for row, _ in readers], [member for _, member in readers])
+        texts = [batch.rests[row] for row, _ in readers]
+        logits = self.label_logits(texts, [member for _, member in readers], self.below_of(batch))
         return logits[self.to_tensor(reader)], reader
 
 

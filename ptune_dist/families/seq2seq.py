@@ -83,8 +83,22 @@ class PromptedSeq2Seq(PromptedModel):
             hidden = [batch.held[row][0] for row in rows]
             read = self.to_tensor(pad_rows([np.ones(len(part)) for part in hidden], 0)[0])
             return {"encoder_outputs": EncoderOutput(pad_sequence(hidden, batch_first=True)), "attention_mask": read}
-        vectors, mask = self.embed([batch.rests[row] for row in rows], members)
-        return {"inputs_embeds": vectors, "attention_mask": mask}
+        start = self.start_layers[members[0]]
+        texts = [batch.rests[row] for row in rows]
+        vectors, mask = self.embed(texts, members, self.contributions(start), below=self.below_of(batch, members))
+        if not start:
+            return {"inputs_embeds": vectors, "attention_mask": mask}
+        no_vectors = self.no_vectors(*vectors.shape[:2])
+        with self.layer_parts.above(start, vectors):
+            hidden = self.base.get_encoder()(inputs_embeds=no_vectors, attention_mask=mask)[0]
+        return {"encoder_outputs": EncoderOutput(hidden), "attention_mask": mask}
+
+    def run_layers(self, vectors: torch.Tensor) -> None:
+        self.base.get_encoder()(inputs_embeds=vectors)
+
+    def row_below(self, batch: Batch, row: int) -> tuple[np.ndarray, int]:
+        """Of a context, which is the encoder's output, no prompt has changed anything."""
+        return batch.rests[row], 0
 
     def plain_outputs(self, batch: Batch, virtual: np.ndarray) -> torch.Tensor:
         start = [self.base.config.decoder_start_token_id]
@@ -107,12 +121,19 @@ class PromptedSeq2Seq(PromptedModel):
         encoded = source.get("encoder_outputs") or self.base.get_encoder()(**source)
         return encoded[0], source["attention_mask"]
 
+    def _encode_late(self, batch: Batch, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `encode`, of a batch that the layers below have not read."""
+        readers = [(row, self.member_of(numbers[0])) for row in range(len(batch.rests))]
+        return self.encode(self.read_below(dataclasses.replace(batch, readers=readers)), numbers)
+
     def open_decoder(self, number: int) -> Seq2SeqDecoder | None:
-        return Seq2SeqDecoder(self, self.encode, number) if self.writes_text else None
+        return Seq2SeqDecoder(self, self._encode_late, number) if self.writes_text else None
 
     @torch.no_grad()
     def read_inputs(self, batch: Batch) -> Batch:
         """The encoder once, and once the keys and values of its output that the decoder's layers read."""
+        if len(set(self.start_layers)) > 1:  # the readers' passes are several
+            return batch
         hidden, mask = self.encode(batch, [member for _, member in self.by_contribution(batch).readers])
         crossed = DynamicCache()
         start = torch.full((len(batch.readers), 1), self.base.config.decoder_start_token_id, device=mask.device)
@@ -129,7 +150,14 @@ class PromptedSeq2Seq(PromptedModel):
     def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
         padded, present = pad_rows(work.tokens, work.pad_id)
         encoder = self.base.get_encoder()
-        hidden = encoder(input_ids=self.to_tensor(padded), attention_mask=self.to_tensor(present))[0]
+        inputs = {"input_ids": self.to_tensor(padded), "attention_mask": self.to_tensor(present)}
+        if work.start_layer:
+            with self.layer_parts.below(work.start_layer) as captured:
+                encoder(**inputs)
+            assert captured.hidden is not None
+            hidden = captured.hidden
+        else:
+            hidden = encoder(**inputs)[0]
         return [(row[: len(tokens)].clone(),) for row, tokens in zip(hidden, work.tokens, strict=True)]
 
     def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:

@@ -48,6 +48,7 @@ class Seq2SeqDecoder:
 
     enters_any_time = False
     shares_beginnings = False
+    takes_contexts = True
     held_per_position = 1
 
     def __init__(self, model: PromptedModel, encode: Encode, number: int):

@@ -16,6 +16,7 @@ from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS
 from ptune_dist.data.batches import Batch, HeldPart
 from ptune_dist.distributed.world import World
 from ptune_dist.model.attention import KeysValues
+from ptune_dist.model.below import BelowReader
 from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.prompted_model import Contexts, PromptedModel
 
@@ -37,6 +38,7 @@ class ContextReader:
         self._hosts = dist.new_group(backend="gloo") if self._must_agree and world.device.type == "cuda" else None
         self._lead_tokens = np.zeros(0, np.int32)
         self._lead: KeysValues | None = None
+        self._below = BelowReader(read, self._agree, model, cache)
 
     def set_lead(self, tokens: np.ndarray, is_whole: bool) -> None:
         """What contexts begin with; `is_whole`: they end with it too."""
@@ -62,8 +64,12 @@ class ContextReader:
         """The batch with what was computed of each row's context. Collective: every rank must call.
 
         Where the base is sharded a rank whose rows have no contexts makes the passes that the others' rows need.
+        Members whose prompts enter at a later layer read what the layers below have left.
         """
-        if self._model.placement not in PLACEMENTS_WITH_CONTEXTS:
+        return self._below.hold(self._hold_contexts(batch))
+
+    def _hold_contexts(self, batch: Batch) -> Batch:
+        if self._model.placement not in PLACEMENTS_WITH_CONTEXTS or 0 not in self._model.start_layers:
             return batch
         if len(self._lead_tokens) and self._lead is None:
             self._lead = self._wrap(self._read(Contexts([self._lead_tokens], batch.pad_id))[0])
@@ -111,11 +117,15 @@ class ContextReader:
         set's contexts that are always computed together would be exact, but each miss would compute all of its group.
         """
         counts = [len(keys) if self.cache else min(1, len(keys)) for keys in missing.values()]
-        if self._must_agree:
-            most = torch.tensor(counts)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._hosts)
-            counts = most.tolist()
-        return dict(zip(missing, counts, strict=True))
+        return dict(zip(missing, self._agree(counts), strict=True))
+
+    def _agree(self, counts: list[int]) -> list[int]:
+        """Where ranks must make the same passes, the most of each number that any of them has."""
+        if not self._must_agree:
+            return counts
+        most = torch.tensor(counts)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._hosts)
+        return most.tolist()
 
     def _compute(self, contexts: list[np.ndarray], pad_id: int, begins: bool, num_passes: int) -> list[tuple]:
         """Contexts that all begin with the lead, or all do not; in `num_passes`, some of them idle."""

@@ -31,6 +31,7 @@ class Decoder(Protocol):
     enters_any_time: bool  # rows may enter beside others; else only where none is in progress
     shares_beginnings: bool  # `start` reads what all inputs begin with
     needs_contexts: bool  # of every row that enters, even of an empty one
+    takes_contexts: bool  # what was computed of contexts is given to it; else it reads them itself
 
     @property
     def held_per_position(self) -> int:

@@ -20,10 +20,14 @@ STATES = {"conv", "indexed_attention", "linear_attention", "mamba", "recurrent"}
 
 
 class GivenCache(Cache):
-    """Prepends given keys/values [B, G, C, D] to those of every layer; `record` collects the computed ones instead."""
+    """Prepends given keys/values [B, G, C, D] to those of every layer; `record` collects the computed ones instead.
 
-    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]], record: bool = False):
+    `first_layer`: the layer that the first of them are for, where only it and those above compute.
+    """
+
+    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]], record: bool = False, first_layer: int = 0):
         super().__init__(layers=[])
+        self._first_layer = first_layer
         self._given = layers
         self._is_recording = record
         self.recorded: list[tuple[torch.Tensor, torch.Tensor]] = []  # by layer
@@ -36,7 +40,7 @@ class GivenCache(Cache):
             self.recorded.append((key_states, value_states))
         if not self._given:
             return key_states, value_states
-        keys, values = self._given[layer_idx]
+        keys, values = self._given[layer_idx - self._first_layer]
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def cut(self, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

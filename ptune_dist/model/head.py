@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, U supervised positions, E tokens that are scored, D wi
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits [U, V],
 
 
 class Supervised(Protocol):
-    """Rows and places [U] where outputs are wanted, targets [U], and the base's inputs."""
+    """Rows and places [U] where outputs are wanted, targets [U], the base's inputs, and within what it runs."""
 
     @property
     def rows(self) -> torch.Tensor: ...
@@ -39,6 +40,8 @@ class Supervised(Protocol):
     def targets(self) -> torch.Tensor: ...
     @property
     def inputs(self) -> dict[str, Any]: ...
+    @property
+    def layers(self) -> Callable[[], AbstractContextManager[Any]]: ...
 
 
 @dataclass
@@ -108,7 +111,8 @@ class HeadAtTargets:
         work = Pass(asked, compute)
         self._pass = work
         try:
-            self._base(**asked.inputs, use_cache=False)
+            with asked.layers():
+                self._base(**asked.inputs, use_cache=False)
         finally:
             self._pass = None
         found = work.hidden if compute is None else work.computed

@@ -135,6 +135,12 @@ def shares_context(batch: Batch) -> bool:
     return all(np.array_equal(first, other) for other in others)
 
 
+def text_of(batch: Batch, row: int) -> np.ndarray:
+    """What is read of a row after its context; nothing is predicted from the last token of a target."""
+    text = np.concatenate([batch.rests[row], batch.targets[row]])
+    return text[:-1] if len(batch.targets[row]) else text
+
+
 def lay_out(batch: Batch, num_vectors: list[int], outside: Outside) -> Layout:
     """`num_vectors`: of each member, the virtual tokens that stand in the sequence."""
     builder = LayoutBuilder(num_vectors)
@@ -144,8 +150,7 @@ def lay_out(batch: Batch, num_vectors: list[int], outside: Outside) -> Layout:
         for member in sorted({member for _, member in batch.readers}):
             homes[member] = builder.add(builder.virtual(member), outside.of(0, member), parent=None, member=member)
     for number, (row, member) in enumerate(batch.readers):
-        text = np.concatenate([batch.rests[row], batch.targets[row]])
-        tokens = builder.take(text[:-1])  # nothing is predicted from a text's last token, so it is not read
+        tokens = builder.take(text_of(batch, row))
         before = outside.of(row, member)
         if is_shared:
             home = homes[member]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -18,6 +18,7 @@ from ptune_dist.base.layers import layers_of
 from ptune_dist.base.recompute import Recomputer
 from ptune_dist.data.batches import Batch
 from ptune_dist.model.attention import KeysValues
+from ptune_dist.model.below import BelowReader
 from ptune_dist.model.prompted_model import Contexts, PromptedModel
 
 
@@ -77,7 +78,13 @@ def measure_pass(
 
 
 def hold_contexts(model: PromptedModel, batch: Batch) -> Batch:
-    """The batch with its contexts, of which those that are equal are computed once."""
+    """The batch with its contexts, of which those that are equal are computed once, and with what late prompts read."""
+    if model.late_starts:
+        with unset_fake_temporarily():  # the prompts' own numbers are there, and looked at
+            assert model.lowers
+        batch = BelowReader(model.read_contexts, list, model, None).hold(batch)
+    if 0 not in model.start_layers:
+        return batch
     distinct = {tokens.tobytes(): tokens for tokens in batch.contexts if len(tokens)}
     if not distinct:
         return batch

@@ -6,8 +6,10 @@ without gradient, logits at targets only. A reader is one member reading one row
 Shapes: S readers, B rows, T tokens, P virtual tokens, D width, U supervised positions, K members, H hidden size.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +18,10 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ptune_dist.base.layer_parts import LayerParts
+from ptune_dist.base.layers import hidden_size
 from ptune_dist.base.trained import trained_parameters
+from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.examples import Examples
@@ -24,10 +29,12 @@ from ptune_dist.distributed.world import to_device
 from ptune_dist.errors import UserError
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.decode import Decoder
+from ptune_dist.model.entry import Below, Lower, Part, hold_above, join_lists, join_tensors, split_by_start
 from ptune_dist.model.head import HeadAtTargets
+from ptune_dist.model.layout import text_of
 from ptune_dist.model.value_head import TargetScale, ValueHeads
 from ptune_dist.objectives.objective import Objective
-from ptune_dist.prompts.method import Contribution, Method
+from ptune_dist.prompts.method import Contribution, Method, OwnTargets
 from ptune_dist.prompts.start import BASE
 
 LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # an objective's losses or validation_losses
@@ -35,18 +42,25 @@ LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # an objective's 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Contexts to compute, all of which begin with the tokens of `lead`, whose keys/values are known."""
+    """Contexts to compute, all of which begin with the tokens of `lead`, whose keys/values are known.
+
+    With a `start_layer` they are whole rows, of which only the layers below it read more than the first `lengths`; then
+    `lead` are keys/values that those layers read before each row.
+    """
 
     tokens: list[np.ndarray]
     pad_id: int
     lead: KeysValues | None = None
+    start_layer: int = 0
+    lengths: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Supervised:
     """The supervised positions of a pass and the base's inputs for it.
 
-    rows, places [U]: where the outputs are wanted. targets [U]: token ids. reader [U]: whose each one is.
+    rows, places [U]: where the outputs are wanted. targets [U]: token ids. reader [U]: whose each one is. layers:
+    within what the base runs, where only some of its layers compute.
     """
 
     rows: torch.Tensor
@@ -54,6 +68,7 @@ class Supervised:
     targets: torch.Tensor
     reader: np.ndarray
     inputs: dict[str, Any]
+    layers: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class PromptedModel(nn.Module):
@@ -82,14 +97,20 @@ class PromptedModel(nn.Module):
         self.base = base
         self._device = torch.device("cpu")  # of what has no prompt; see `place`
         self.prompts = nn.ModuleList(prompts)
+        for prompt in prompts:
+            prompt.attach(base)
         self.objective = objective
         self.placement = placement
         contributions = contributions_in_eval(prompts)
         self.num_vectors = [contribution.num_vectors for contribution in contributions]
         self.num_prefix = [contribution.num_prefix for contribution in contributions]
+        self.start_layers = [contribution.start_layer for contribution in contributions]
+        self._layer_parts: LayerParts | None = None
+        self._lowers: list[Lower] | None = None
         self.target_scales = target_scales or [TargetScale()] * len(prompts)
         self.head = HeadAtTargets(base) if self.has_language_head else None
         self.value_heads = None
+        self.adapted_attentions: list[nn.Module] = []  # of all layers, where a member has adapter tokens
         if self.predicts_numbers and self.has_language_head:
             self.value_heads = ValueHeads(base, len(prompts))
 
@@ -191,7 +212,120 @@ class PromptedModel(nn.Module):
             for name, parameter in own.items():
                 parameter.copy_(prompt.base_start[name])
 
+    # ------------------------------------------------------------- prompts that enter at a later layer
+
+    @property
+    def late_starts(self) -> list[int]:
+        """The layers, but for the first, at which members' prompts enter."""
+        return sorted(set(self.start_layers) - {0})
+
+    def read_prompts(self) -> None:
+        """What is known of the prompts' fixed numbers is forgotten: they have changed."""
+        self._lowers = None
+
+    @property
+    def lowers(self) -> list[Lower]:
+        """Of each contribution, how the layers below it read rows."""
+        if self._lowers is None:
+            dtype = self.no_hidden(0).dtype
+            contributions = contributions_in_eval(list(self.members()))
+            self._lowers = [Lower.of(contribution, dtype) for contribution in contributions]
+        return self._lowers
+
+    @property
+    def distinct_lowers(self) -> list[Lower]:
+        """Those of the members whose prompts enter late, each once, in the same order on every rank."""
+        if not self.late_starts:
+            return []
+        late = {lower.key: lower for lower, start in zip(self.lowers, self.start_layers, strict=True) if start}
+        return [late[key] for key in sorted(late)]
+
+    def below_of(self, batch: Batch, numbers: list[int] | None = None) -> list[torch.Tensor] | None:
+        """What the layers below have left of each reader's text, [T - C, H] each; None where there are none.
+
+        `numbers`: of the readers' contributions, where these are known already.
+        """
+        numbers = numbers or [self.number_of(member) for _, member in batch.readers]
+        if not self.start_layers[numbers[0]]:
+            return None
+        assert batch.below is not None, "the layers below have read the rows"
+        pairs = zip(batch.readers, numbers, strict=True)
+        return [batch.below[self.lowers[number].key][row].hidden for (row, _), number in pairs]
+
+    def start_of(self, batch: Batch) -> int:
+        """The layer at which the prompts of a batch's readers enter; it is one for all in a part of a batch."""
+        return self.start_layers[self.number_of(batch.readers[0][1])]
+
+    def lower_of(self, member: int) -> Lower:
+        return self.lowers[self.number_of(member)]
+
+    def parts(self, batch: Batch) -> list[Part]:
+        """The batch by the layers at which prompts enter."""
+        starts = [self.start_layers[self.number_of(member)] for member in range(len(self.prompts))]
+        return split_by_start(batch, starts, self._idle_below, with_contexts=self.has_contexts)
+
+    def _idle_below(self, member: int) -> dict[Any, list[Below]]:
+        return {self.lower_of(member).key: [Below(self.no_hidden(2))]}
+
+    def read_below(self, batch: Batch) -> Batch:
+        """A batch whose readers are of one member, with what the layers below its prompt leave of the rows now."""
+        lower = self.lower_of(batch.readers[0][1])
+        if not lower.start:
+            return batch
+        texts, lengths = zip(*[self.row_below(batch, row) for row in range(len(batch.rests))], strict=True)
+        work = Contexts(list(texts), batch.pad_id, lower.before, start_layer=lower.start, lengths=list(lengths))
+        batch = replace(batch, below={lower.key: [Below.of(tensors) for tensors in self.read_contexts(work)]})
+        return hold_above(batch, lower.start) if self.has_contexts else batch
+
+    @property
+    def has_contexts(self) -> bool:
+        """Whether virtual tokens stand after contexts."""
+        return self.placement in PLACEMENTS_WITH_CONTEXTS
+
+    def no_hidden(self, count: int) -> torch.Tensor:
+        """Hidden states [count, H] that stand for nothing."""
+        dtype = cast(nn.Embedding, self.base.get_input_embeddings()).weight.dtype
+        return torch.zeros(count, hidden_size(self.base), dtype=dtype, device=self.device)
+
+    def only_at(self, counts: list[int], start: int) -> list[int]:
+        """Counts of the contributions that enter at layer `start`, and 0 for the others."""
+        return [n if layer == start else 0 for n, layer in zip(counts, self.start_layers, strict=True)]
+
+    @property
+    def layer_parts(self) -> LayerParts:
+        """The base's layers, to run some of them. The first use makes a pass: it is collective."""
+        if self._layer_parts is None:
+            self._layer_parts = LayerParts(self.base)
+        if not self._layer_parts.is_known:
+            with torch.no_grad():
+                self._layer_parts.learn(lambda: self.run_layers(self.no_vectors(1, 1)))
+        return self._layer_parts
+
+    def no_vectors(self, *shape: int) -> torch.Tensor:
+        """Input embeddings [*shape, D] in place of those that no layer reads."""
+        like = cast(nn.Embedding, self.base.get_input_embeddings())
+        return torch.zeros(1, dtype=like.weight.dtype, device=self.device).expand(*shape, like.embedding_dim)
+
+    def enter(self, start: int, hidden: torch.Tensor) -> Callable[[], AbstractContextManager[None]]:
+        """For `Supervised.layers`: the pass begins with layer `start`, from hidden states [B, T, H]."""
+        return functools.partial(self.layer_parts.above, start, hidden)
+
+    def enter_rows(self, asked: Supervised, start: int) -> Supervised:
+        """A pass over padded rows with its vectors as the input of layer `start`."""
+        hidden = asked.inputs["inputs_embeds"]
+        inputs = asked.inputs | {"inputs_embeds": self.no_vectors(*hidden.shape[:2])}
+        return replace(asked, inputs=inputs, layers=self.enter(start, hidden))
+
+    def row_below(self, batch: Batch, row: int) -> tuple[np.ndarray, int]:
+        """The tokens that the layers below a prompt read of a row, and how many of them are its context."""
+        context = batch.contexts[row]
+        return np.concatenate([context, text_of(batch, row)]), len(context)
+
     # ------------------------------------------------------------- what a family provides
+
+    def run_layers(self, vectors: torch.Tensor) -> None:
+        """All layers of the base's first stack over input embeddings [B, T, D]."""
+        raise NotImplementedError
 
     def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
         """Positions that a micro-batch of these units makes a rank hold at once, padding included."""
@@ -236,20 +370,66 @@ class PromptedModel(nn.Module):
     def losses(self, batch: Batch, *, for_validation: bool = False) -> torch.Tensor:
         """The summed loss of each reader's targets, [S] in float32."""
         loss_of = self.objective.validation_losses if for_validation else self.objective.losses
-        losses, reader = self._losses(batch, loss_of)
-        return self.sum_by(losses, reader, len(batch.readers))
+        parts = self.parts(batch)
+        found = []
+        for part in parts:
+            losses, reader = self._losses(part.batch, loss_of, with_own=not for_validation)
+            found.append(self.sum_by(losses, reader, len(part.batch.readers)))
+        return join_tensors(found, parts)
 
-    def _losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
-        """Losses [U], and the number of each one's reader."""
+    def _losses(self, batch: Batch, loss_of: LossOf, *, with_own: bool = False) -> tuple[torch.Tensor, np.ndarray]:
+        """Losses [U], and the number of each one's reader; `with_own`: with those of the prompts' own targets."""
         if self.predicts_numbers:
             return self._number_losses(batch, loss_of)
         asked = self.supervise(batch)
         assert self.head is not None, "families without a language head compute their own losses"
-        return self.head.losses(asked, loss_of), asked.reader
+        if not with_own or not any(self.own_targets(member) for member in range(len(self.prompts))):
+            return self.head.losses(asked, loss_of), asked.reader
+        asked, weights = self._supervise_prompts(asked, batch)
+        return self.head.losses(asked, loss_of) * weights, asked.reader
+
+    def own_targets(self, member: int) -> OwnTargets | None:
+        """What training predicts of a member's prompt itself, for each row that is read with it."""
+        return None if self.predicts_numbers else self.prompt(member).own_targets
+
+    def _supervise_prompts(self, asked: Supervised, batch: Batch) -> tuple[Supervised, torch.Tensor]:
+        """The pass with the prompts' own targets too, as those of each member's first reader, and weights [U].
+
+        A prompt is read once for all its readers with targets, so its targets weigh as many times as there are any.
+        Virtual tokens stand before all texts: in one row of segments those of members one after another, else in each
+        reader's own row.
+        """
+        rows, places, tokens, readers, weights = [asked.rows], [asked.places], [asked.targets], [asked.reader], []
+        weights.append(torch.ones(len(asked.reader), device=asked.rows.device))
+        first_place = 0
+        for member in sorted({member for _, member in batch.readers}):
+            own = self.own_targets(member)
+            mine = [i for i, (_, reader) in enumerate(batch.readers) if reader == member]
+            if own is not None:
+                count = sum(1 for i in mine if len(batch.targets[batch.readers[i][0]]))
+                row = 0 if self.uses_segments else mine[0]
+                rows.append(self.to_tensor(np.full(len(own.places), row)))
+                places.append(self.to_tensor(first_place + np.array(own.places)))
+                tokens.append(self.to_tensor(np.array(own.tokens)))
+                readers.append(np.full(len(own.places), mine[0]))
+                weights.append(to_device(torch.tensor(own.weights) * count, self.device))
+            if self.uses_segments:
+                numbers = range(self.number_of(member), self.number_of(member) + self.prompt(member).num_tasks)
+                used = {number for _, number in self.by_contribution(batch).readers}
+                first_place += sum(self.num_vectors[number] for number in numbers if number in used)
+        found = replace(
+            asked,
+            rows=torch.cat(rows),
+            places=torch.cat(places),
+            targets=torch.cat(tokens),
+            reader=np.concatenate(readers),
+        )
+        return found, torch.cat(weights)
 
     def outputs(self, batch: Batch) -> torch.Tensor:
         """What the base check compares of a pass, [U]: the validation losses of single targets, or logits."""
-        return self._losses(batch, self.objective.validation_losses)[0]
+        (part,) = self.parts(batch)
+        return self._losses(part.batch, self.objective.validation_losses)[0]
 
     def plain_outputs(self, batch: Batch, virtual: np.ndarray) -> torch.Tensor:
         """`outputs` as the base's own forward gives them of token ids, each row alone.
@@ -260,6 +440,10 @@ class PromptedModel(nn.Module):
 
     def label_losses(self, batch: Batch) -> list[np.ndarray]:
         """Each reader's summed losses of the labels of its row's tree, in one pass without gradient."""
+        parts = self.parts(batch)
+        return join_lists([self._label_losses(part.batch) for part in parts], parts)
+
+    def _label_losses(self, batch: Batch) -> list[np.ndarray]:
         raise NotImplementedError
 
     def read_inputs(self, batch: Batch) -> Batch:
@@ -277,6 +461,10 @@ class PromptedModel(nn.Module):
 
     def values(self, batch: Batch) -> list[float]:
         """Each reader's predicted number, in the original unit of the targets."""
+        parts = self.parts(batch)
+        return join_lists([self._values(part.batch) for part in parts], parts)
+
+    def _values(self, batch: Batch) -> list[float]:
         numbers, reader = self._predict(batch)
         members = [member for _, member in pick(batch.readers, reader)]
         scaled = zip(members, numbers.tolist(), strict=True)
@@ -291,9 +479,16 @@ class PromptedModel(nn.Module):
 
     # ------------------------------------------------------------- parts of passes
 
-    def contributions(self) -> list[Contribution]:
-        """What the members add to a pass: for each member and each of its tasks, in this order."""
-        return [found for prompt in self.members() for found in prompt.contributions()]
+    def contributions(self, start: int | None = None) -> list[Contribution]:
+        """What the members add to a pass: for each member and each of its tasks, in this order.
+
+        With `start`, nothing of members whose prompts enter at another layer.
+        """
+        found: list[Contribution] = []
+        for member, prompt in enumerate(self.members()):
+            is_in = start is None or self.start_layers[self.number_of(member)] == start
+            found += prompt.contributions() if is_in else [Contribution()] * prompt.num_tasks
+        return found
 
     def member_of(self, number: int) -> int:
         """The member whose prompt makes a contribution."""
@@ -323,13 +518,15 @@ class PromptedModel(nn.Module):
         members: list[int],
         contributions: list[Contribution] | None = None,
         embeddings: nn.Module | None = None,
+        below: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[virtual tokens, text] for each text: vectors [S, P + T, D] and their mask, padded right.
 
-        `members`: the number of the contribution that each text is read with.
+        `members`: the number of the contribution that each text is read with. `below`: what stands for each text,
+        [T, H], where layers below have read it.
         """
         contributions = contributions or self.contributions()
-        tokens = self.embed_tokens(np.concatenate(texts), embeddings)
+        tokens = self.embed_tokens(np.concatenate(texts), embeddings) if below is None else torch.cat(below)
         virtual = [vectors_of(contribution, tokens) for contribution in contributions]
         parts = tokens.split([len(text) for text in texts])
         rows = [torch.cat([virtual[member], part]) for member, part in zip(members, parts, strict=True)]

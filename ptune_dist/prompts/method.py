@@ -5,7 +5,7 @@ Shapes: P positions, D width, L layers, G key/value heads, Dh width of a head.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -30,23 +30,52 @@ class BaseFacts:
     num_key_value_heads: int | None = None
     head_width: int | None = None  # of a key
     value_width: int | None = None  # of a value; None: as a key's
+    num_embeddings: int | None = None
+    model_type: str | None = None
+    hidden_size: int | None = None  # of what a layer reads
+    num_first_layers: int | None = None  # of the first stack, an encoder's; None where they cannot be run in parts
+
+
+class OwnTargets(NamedTuple):
+    """Tokens of a prompt that training predicts too, beside those of each row that is read with it.
+
+    places: of the virtual tokens that they follow. tokens: their ids. weights: of their losses.
+    """
+
+    places: list[int]
+    tokens: list[int]
+    weights: list[float]
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What a prompt adds to a pass; either part may be absent.
+    """What a prompt adds to a pass; each part may be absent.
 
     vectors [P, D]: virtual tokens that stand in the sequence. keys, values [L, P, G, Dh]: of every layer, attended to
-    by all positions and read before the sequence; rotary bases take them as already rotated.
+    by all positions and read before the sequence; rotary bases take them as already rotated. adapters [A, P, D]: tokens
+    of the last A layers that all positions attend to by a softmax of their own, and gate [A] what scales the result.
+
+    start_layer: the first layer that any of these are for; the layers below read a row without them, and L counts from
+    that layer on. lower_keys, lower_values [M, P, G, Dh]: what the M layers below read before a row; they never change.
     """
 
     vectors: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    adapters: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    start_layer: int = 0
+    lower_keys: torch.Tensor | None = None
+    lower_values: torch.Tensor | None = None
 
     @property
     def num_vectors(self) -> int:
         return 0 if self.vectors is None else len(self.vectors)
+
+    @property
+    def num_adapted(self) -> int:
+        """Layers, from the last, that have adapter tokens."""
+        return 0 if self.adapters is None else len(self.adapters)
 
     @property
     def num_prefix(self) -> int:
@@ -55,11 +84,27 @@ class Contribution:
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """What PEFT stores of a prompt: `prompt_embeddings`, entries of adapter_config.json, and more tensors by name."""
+    """What PEFT stores of a prompt: `prompt_embeddings`, entries of adapter_config.json, and more tensors by name.
 
-    prompt_embeddings: torch.Tensor
+    An adapter that is no prompt has the latter alone. In their names and in the settings, `{embeddings}` and
+    `{attentions_from_last[0]}` stand for names of the base's modules.
+    """
+
+    prompt_embeddings: torch.Tensor | None
     settings: dict[str, Any]
     more: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def check_start_layer(layer: int, base: BaseFacts, key: str) -> int:
+    """The layer, if a prompt can enter there. Raises ValueError that begins with the key."""
+    if base.num_first_layers is None:
+        raise ValueError(f"{key}: the layers of this base are no plain stack, which a prompt could enter in the middle")
+    if not 0 < layer < base.num_first_layers:
+        last = base.num_first_layers - 1
+        raise ValueError(
+            f"{key}: {layer} is no layer above the first one of {base.num_first_layers}: choose one from 1 to {last}"
+        )
+    return layer
 
 
 class Method(nn.Module):
@@ -77,11 +122,17 @@ class Method(nn.Module):
     stands_in_sequence: ClassVar[bool] = True  # False: keys and values only, so nothing can be predicted from it alone
 
     takes_positions: ClassVar[bool] = True  # False: num_virtual_tokens is 0
-    trains_base: ClassVar[bool] = False  # copies of the base's own tensors, of which there is one set: no sweeps
+    is_gated: ClassVar[bool] = False  # adapter tokens and a gate
+    changes_base: ClassVar[bool] = False  # what every member would compute with: no sweeps
+    peft_bases: ClassVar[tuple[str, ...] | None] = None  # model types that PEFT has this method for; None: all
+    names_modules: ClassVar[bool] = False  # PEFT's adapter has names of the base's modules
+    trains_base: ClassVar[bool] = False  # what is trained are copies of the base's own tensors
 
     num_virtual_tokens: int  # positions that the prompt takes
+    token_ids: list[int] = []  # tokens whose embeddings are trained
     # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
     start_tokens: Sequence[int] = ()
+    reads_layer: int = 0  # the layer whose input that is; 0: keys and values of all layers
     num_tasks: int = 1  # that it has vectors of its own for
     base_start: dict[str, torch.Tensor] | None = None  # what the trained tensors of the base start from; None: its own
 
@@ -91,12 +142,20 @@ class Method(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def enters_late(cls, options: Any) -> bool:
+        """Whether the lowest layers read rows without the prompt, so that what they leave can be kept."""
+        return False
+
+    @classmethod
     def choose_trained(cls, options: Any, base: PreTrainedModel) -> set[str]:
         """Names of the base's parameters that are trained, as float32 copies in their place.
 
         `base` has no memory yet. Raises ValueError that begins with the key.
         """
         return set()
+
+    def attach(self, base: PreTrainedModel) -> None:
+        """Have a base compute with what is trained, for methods that change more than what a pass reads."""
 
     def forward(self) -> Contribution:
         raise NotImplementedError
@@ -105,12 +164,20 @@ class Method(nn.Module):
         """What it contributes to rows of each task."""
         return [self()]
 
-    def begin_from(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Start from keys and values [L, P, G, Dh] of `start_tokens`. Raises ValueError that begins with the key."""
+    def begin_from(self, *computed: torch.Tensor) -> None:
+        """Start from keys and values [L, P, G, Dh] of `start_tokens`, or from hidden states [P, H] of `reads_layer`.
+
+        Raises ValueError that begins with the key.
+        """
         raise NotImplementedError
 
     def begin_step(self, step: int) -> None:
         """Called before the passes of optimizer step `step`: for methods whose forward draws random numbers."""
+
+    @property
+    def own_targets(self) -> OwnTargets | None:
+        """What training predicts of the prompt itself, for each row that is read with it."""
+        return None
 
     def plain(self) -> dict[str, torch.Tensor]:
         """The prompt with any reparameterization folded in, by name: what is served and exported."""

@@ -2,27 +2,36 @@
 
 They start from what the base itself computes of a text, and the first position may stay as it is (Eyuboglu et al. 2025,
 arXiv:2506.06266). Random numbers and the paper's reparameterization are options.
-Shapes: L layers, P positions, F of them frozen, G key/value heads, Dh width of a head (of values, another one in some
-architectures), E width of the MLP's embeddings.
+Shapes: L layers that are trained, M fixed ones below, P positions, F of them frozen, G key/value heads, Dh width of a
+head (of values, another one in some architectures), E width of the MLP's embeddings.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter
+from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, check_start_layer
 from ptune_dist.prompts.peft_prefix import is_adapter, pack_keys_values, read_adapter
 from ptune_dist.prompts.start import Start
 
 OF_TEXT = ("text", "rows")  # starts whose first position is that of a text, which attention falls back on
 PLAIN = ("prefix_keys", "prefix_values")
+LOWER = ("lower_keys", "lower_values")
 Shape = tuple[int, int, int, int]  # [L, P, G, Dh]
 
 
 class PrefixOptions(Options):
     """What is trained of the keys and values, and how."""
+
+    from_layer: int = Field(default=0, ge=0)
+    """The first layer, counted from 0, whose keys and values are trained. The layers below it read a row without
+    gradient, and what they leave of it can be kept in the context cache."""
+
+    lower_layers: Literal["start", "none"] | None = None
+    """What layers below `from_layer` read before a row: the keys and values of the `start`, which stay as they are, or
+    `none`. Left out: `start` where that is a text, rows or a file and `prompt.placement` is `prefix`."""
 
     num_frozen: int | None = Field(default=None, ge=0)
     """The first positions that stay as they start: models attend to the first token of a text when nothing else fits,
@@ -43,10 +52,11 @@ class PrefixOptions(Options):
 
 
 class PrefixTuning(Method):
-    """Keys and values [L, P, G, Dh].
+    """Keys and values [L, P, G, Dh] of the layers from `from_layer` on.
 
     prefix_keys, prefix_values are what is trained of them [L, P - F, G, Dh], frozen_keys, frozen_values the rest. With
-    an MLP, and for keys that are not trained, start_keys and start_values hold the start.
+    an MLP, and for keys that are not trained, start_keys and start_values hold the start. lower_keys, lower_values
+    [M, P, G, Dh]: what the layers below read, if they read something.
     """
 
     options_type = PrefixOptions
@@ -64,8 +74,18 @@ class PrefixTuning(Method):
         num_frozen: int = 0,
         train_keys: bool = True,
         mlp: "PrefixMLP | None" = None,
+        from_layer: int = 0,
+        has_lower: bool = False,
     ):
+        """keys, values: of the layers from `from_layer` on, after those below it where it `has_lower`."""
         super().__init__()
+        self.from_layer = from_layer
+        self._has_lower = has_lower
+        if has_lower:
+            self.register_buffer("lower_keys", keys[:from_layer].detach().float().clone())
+            self.register_buffer("lower_values", values[:from_layer].detach().float().clone())
+            keys = keys[from_layer:]
+            values = values[from_layer:]
         self.num_virtual_tokens = keys.shape[1]
         self.num_frozen = num_frozen
         self._train_keys = train_keys
@@ -88,33 +108,50 @@ class PrefixTuning(Method):
         if base.num_layers is None or base.num_key_value_heads is None or base.head_width is None:
             raise ValueError("prompt.method: prefix_tuning needs a base with attention of one width in every layer")
         num_frozen = count_frozen(options, num_virtual_tokens, start.asked)
-        check_options(options, start.asked)
+        check_options(options, start)
+        first = options.from_layer and check_start_layer(options.from_layer, base, "prompt.from_layer")
+        has_lower = keeps_lower(options, start)
         widths = (base.head_width, base.value_width or base.head_width)
-        shapes = [(base.num_layers, num_virtual_tokens, base.num_key_value_heads, width) for width in widths]
+        heads = [(num_virtual_tokens, base.num_key_value_heads, width) for width in widths]
+        own: list[Shape] = [(base.num_layers - first, *some) for some in heads]  # of what is trained
+        shapes: list[Shape] = [(base.num_layers, *some) for some in heads] if has_lower else own
         mlp = None
         if options.reparameterization == "mlp":
-            mlp = PrefixMLP(shapes, num_frozen, options, start)
+            mlp = PrefixMLP(own, num_frozen, options, start)
+        layers: dict[str, Any] = {"from_layer": first, "has_lower": has_lower}
         if start.kind == "file":
-            return cls._from_file(shapes, num_frozen, options, mlp, start)
+            return cls._from_file(shapes, num_frozen, options, mlp, start, layers)
         keys, values = map(torch.zeros, shapes)
         if start.kind == "random" and mlp is None:
             keys, values = (torch.randn(shape, generator=start.generator) for shape in shapes)
-        prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp)
+        prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp, **layers)
         if start.kind in OF_TEXT:
             prompt.start_tokens = start.tokens(num_virtual_tokens, options.init_rows)
         return prompt
 
     @classmethod
     def _from_file(
-        cls, shapes: list[Shape], num_frozen: int, options: PrefixOptions, mlp: "PrefixMLP | None", start: Start
+        cls,
+        shapes: list[Shape],
+        num_frozen: int,
+        options: PrefixOptions,
+        mlp: "PrefixMLP | None",
+        start: Start,
+        layers: dict[str, Any],
     ) -> "PrefixTuning":
         """From a prompt's keys and values, or from all that was trained where the file has an MLP of the same shape."""
         if is_adapter(start.file or ""):
             keys, values = read_adapter(start.file or "", shapes)
+        elif layers["has_lower"] and start.holds("lower_keys"):
+            first = layers["from_layer"]
+            lower = {name: (first, *shape[1:]) for name, shape in zip(LOWER, shapes, strict=True)}
+            upper = {name: (shape[0] - first, *shape[1:]) for name, shape in zip(PLAIN, shapes, strict=True)}
+            found = start.tensors(lower | upper)
+            keys, values = (torch.cat([found[low], found[high]]) for low, high in zip(LOWER, PLAIN, strict=True))
         else:
             found = start.tensors(dict(zip(PLAIN, shapes, strict=True)))
             keys, values = (found[name] for name in PLAIN)
-        prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp)
+        prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp, **layers)
         wanted = {name: tuple(tensor.shape) for name, tensor in prompt.state_dict().items()}
         stored = start.read().tensors
         if mlp is not None and all(name in stored and stored[name].shape == wanted[name] for name in wanted):
@@ -122,14 +159,18 @@ class PrefixTuning(Method):
         return prompt
 
     @torch.no_grad()
-    def begin_from(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def begin_from(self, *computed: torch.Tensor) -> None:
+        keys, values = computed
         own = [self.get_buffer(f"frozen_{name}").shape[2:] for name in ("keys", "values")]
         wanted = [(self.num_virtual_tokens, *heads) for heads in own]
         found = [tuple(part.shape[1:]) for part in (keys, values)]
         if found != wanted:
             raise ValueError(f"prompt.method: prefix_tuning has keys and values {wanted}, the base computes {found}")
         for name, tensor in (("keys", keys), ("values", values)):
-            frozen, own = tensor.tensor_split([self.num_frozen], dim=1)
+            below, above = tensor.tensor_split([self.from_layer])
+            if self._has_lower:
+                self.get_buffer(f"lower_{name}").copy_(below)
+            frozen, own = above.tensor_split([self.num_frozen], dim=1)
             self.get_buffer(f"frozen_{name}").copy_(frozen)
             self._own(name).copy_(own)
 
@@ -152,13 +193,17 @@ class PrefixTuning(Method):
         if self.num_frozen:
             keys = torch.cat([self.get_buffer("frozen_keys"), keys], dim=1)
             values = torch.cat([self.get_buffer("frozen_values"), values], dim=1)
-        return Contribution(keys=keys, values=values)
+        lower = {name: self.get_buffer(name) for name in LOWER} if self._has_lower else {}
+        return Contribution(keys=keys, values=values, start_layer=self.from_layer, **lower)
 
     @torch.no_grad()
     def plain(self) -> dict[str, torch.Tensor]:
         found = self()
         assert found.keys is not None and found.values is not None
-        return {"prefix_keys": found.keys.detach(), "prefix_values": found.values.detach()}
+        plain = {"prefix_keys": found.keys.detach(), "prefix_values": found.values.detach()}
+        if found.lower_keys is not None and found.lower_values is not None:
+            plain |= {"lower_keys": found.lower_keys, "lower_values": found.lower_values}
+        return plain
 
     def take(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A prompt folder has whole keys and values, a checkpoint what is trained of them."""
@@ -172,7 +217,15 @@ class PrefixTuning(Method):
 
     @classmethod
     def to_peft(cls, plain: dict[str, torch.Tensor]) -> PeftAdapter:
-        return PeftAdapter(*pack_keys_values(plain["prefix_keys"], plain["prefix_values"]))
+        """Of all layers, those below `from_layer` included. Raises UserError where these have none."""
+        if "lower_keys" not in plain:
+            return PeftAdapter(*pack_keys_values(plain["prefix_keys"], plain["prefix_values"]))
+        pairs = zip(LOWER, PLAIN, strict=True)
+        return PeftAdapter(*pack_keys_values(*(torch.cat([plain[low], plain[high]]) for low, high in pairs)))
+
+    @classmethod
+    def enters_late(cls, options: PrefixOptions) -> bool:
+        return options.from_layer > 0
 
 
 class PrefixMLP:
@@ -210,9 +263,22 @@ def count_frozen(options: PrefixOptions, num_positions: int, start: str) -> int:
     return options.num_frozen
 
 
-def check_options(options: PrefixOptions, start: str) -> None:
+def keeps_lower(options: PrefixOptions, start: Start) -> bool:
+    """Whether layers below `from_layer` have the keys and values of the start."""
+    if options.from_layer == 0 or options.lower_layers is not None:
+        return options.from_layer > 0 and options.lower_layers == "start"
+    return start.asked in (*OF_TEXT, "file") and start.placement == "prefix"
+
+
+def check_options(options: PrefixOptions, start: Start) -> None:
     """Raise ValueError for options that belong to what was not chosen."""
+    if options.lower_layers is not None and options.from_layer == 0:
+        raise ValueError("prompt.lower_layers is for layers below prompt.from_layer, which is 0")
+    if options.lower_layers == "start" and start.placement != "prefix":
+        raise ValueError("prompt.lower_layers: start is for placement prefix: use none")
+    if options.lower_layers == "start" and start.asked in ("random", "zero"):
+        raise ValueError(f"prompt.lower_layers: start needs a start from text, rows or a file, not {start.asked}")
     if options.encoder_hidden_size is not None and options.reparameterization != "mlp":
         raise ValueError("prompt.encoder_hidden_size is for the MLP: set prompt.reparameterization=mlp")
-    if options.init_rows is not None and start != "rows":
-        raise ValueError(f"prompt.init_rows is given but prompt.init is {start}: set prompt.init=rows")
+    if options.init_rows is not None and start.asked != "rows":
+        raise ValueError(f"prompt.init_rows is given but prompt.init is {start.asked}: set prompt.init=rows")

@@ -6,7 +6,7 @@ are real tokens' embeddings, and through the base's own forward, one by one.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -26,6 +26,7 @@ from ptune_dist.model.attention import KeysValues, narrow_windows
 from ptune_dist.model.prompted_model import Contexts, PromptedModel, contributions_in_eval, keys_values_of
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.build import find_method
+from ptune_dist.prompts.method import Contribution, Method
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 from ptune_dist.run.reading import Reading
 from ptune_dist.zero.engine import Engine
@@ -50,11 +51,16 @@ class Probe:
     placement: str
 
 
-def draw_probe(reading: Reading, opened: OpenedBase) -> Probe:
-    """Ordinary tokens of the base's tokenizer, the same in every job. Reads a few embeddings, so before the base."""
+def draw_probe(reading: Reading, opened: OpenedBase, prompts: Iterable[Method] = ()) -> Probe:
+    """Ordinary tokens of the base's tokenizer, the same in every job. Reads a few embeddings, so before the base.
+
+    Tokens whose embeddings `prompts` train are left out.
+    """
     draw = np.random.default_rng(SEED)
     embeddings = cast(nn.Embedding, opened.model.get_input_embeddings())
-    ids = ordinary_ids(reading, opened.model.config, embeddings.num_embeddings)
+    trained = [number for prompt in prompts for number in prompt.token_ids]
+    ordinary = ordinary_ids(reading, opened.model.config, embeddings.num_embeddings)
+    ids = np.setdiff1d(ordinary, trained)
     most = max_positions(opened.model)
     longest = max(1, (most - NUM_VIRTUAL) // 3) if most is not None else max(map(max, LENGTHS))
     rows = [[draw.choice(ids, min(length, longest)).astype(np.int32) for length in lengths] for lengths in LENGTHS]
@@ -126,30 +132,61 @@ def run_both(model: PromptedModel, probe: Probe) -> list[tuple[str, torch.Tensor
 
     Leaves the model with a prompt of its own: see `restored`.
     """
-    prefixes = [keys_values_of(contribution) for contribution in contributions_in_eval(list(model.members()))]
+    contributions = contributions_in_eval(list(model.members()))
     embeddings = model.base.get_decoder().get_input_embeddings() if probe.placement == "decoder" else None
     vectors = model.embed_tokens(probe.virtual, embeddings)
     model.prompts = nn.ModuleList([PromptTuning(vectors)])
     model.num_vectors = [len(vectors)]
     model.num_prefix = [0]
+    model.start_layers = [0]
     model.placement = probe.placement
     model.objective = CrossEntropy()
     model.read_base()
     batch = probe.batch
     if any(map(len, batch.contexts)):
         held = model.read_contexts(Contexts(batch.contexts, batch.pad_id))
-        for prefix in filter(None, prefixes):
-            check_prefix(prefix, held[0], model.base.config.model_type)
+        for contribution in contributions:
+            check_prefix(contribution, held[0], model.base.config.model_type)
         batch = batch.with_held([(KeysValues(*some) if len(some) == 2 else some[0],) for some in held])
     found = [("an output", model.outputs(batch), model.plain_outputs(probe.batch, probe.virtual))]
+    for start in sorted({contribution.start_layer for contribution in contributions} - {0}):
+        found.append((f"an output of layers {start} and above", *run_apart(model, probe, start)))
     if probe.placement != "decoder":
         found.append(("an embedding", probe.vectors, vectors))
     return [(what, one.float().cpu().flatten(), other.float().cpu().flatten()) for what, one, other in found]
 
 
-def check_prefix(prefix: KeysValues, held: tuple[torch.Tensor, ...], kind: str) -> None:
+def run_apart(model: PromptedModel, probe: Probe, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of a pass that begins at a later layer, without a prompt, and the base's own."""
+    model.prompts = nn.ModuleList([Empty(start, model.device)])
+    model.num_vectors = [0]
+    model.start_layers = [start]
+    model.read_prompts()
+    ours = model.outputs(model.read_below(probe.batch))
+    return ours, model.plain_outputs(probe.batch, probe.virtual[:0])
+
+
+class Empty(Method):
+    """Contributes nothing from a layer on."""
+
+    num_virtual_tokens = 0
+
+    def __init__(self, start: int, device: torch.device):
+        super().__init__()
+        self._start = start
+        self.nothing = nn.Parameter(torch.empty(0, device=device), requires_grad=False)  # tells the model's device
+
+    def forward(self) -> Contribution:
+        return Contribution(start_layer=self._start)
+
+
+def check_prefix(contribution: Contribution, held: tuple[torch.Tensor, ...], kind: str) -> None:
     """Raise UserError where a base's layers keep keys and values [L, C, G, D] of other sizes than a prompt's."""
-    sizes = [(part.shape[0], *part.shape[2:]) for part in held]
+    prefix = keys_values_of(contribution)
+    if prefix is None:
+        return
+    start = contribution.start_layer
+    sizes = [(part[start:].shape[0], *part.shape[2:]) for part in held]
     own = [(part.shape[0], *part.shape[2:]) for part in prefix]
     if sizes != own:
         raise UserError(
@@ -166,13 +203,15 @@ def describe_sizes(sizes: list[tuple[int, ...]]) -> str:
 @contextmanager
 def restored(model: PromptedModel) -> Iterator[None]:
     """The model gets back its prompts and what belongs to them."""
-    before = {name: getattr(model, name) for name in ("prompts", "num_vectors", "num_prefix", "placement", "objective")}
+    names = ("prompts", "num_vectors", "num_prefix", "start_layers", "placement", "objective")
+    before = {name: getattr(model, name) for name in names}
     try:
         yield
     finally:
         for name, value in before.items():
             setattr(model, name, value)
         model.read_base()
+        model.read_prompts()
         model.train(model.training)
 
 

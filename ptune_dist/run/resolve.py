@@ -1,7 +1,7 @@
 """The part of a config's checks that needs the seams: names of methods, objectives and families."""
 
 from ptune_dist.config.load import resolve_outside_sweep
-from ptune_dist.config.schema import Config
+from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config
 from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.errors import UserError
 from ptune_dist.families import FAMILIES
@@ -23,6 +23,8 @@ def resolve(config: Config) -> Config:
         raise ValueError(f"prompt.placement: {prompt.method} is for placement {' and '.join(method.placements)}")
     if not method.stands_in_sequence and config.data.train.lower().endswith(".txt"):
         raise ValueError(f"prompt.method: {prompt.method} needs an input before the target, and a .txt file has none")
+    if not config.sweep and not method.enters_late(options):
+        check_cache(config)
     positions = settle_positions(prompt)
     filled = {"init": choose_start(prompt), "num_virtual_tokens": positions, **options.model_dump()}
     return config.model_copy(update={"prompt": prompt.model_copy(update=filled)})
@@ -35,6 +37,19 @@ def resolve_whole(config: Config) -> tuple[Config, dict[str, Config]]:
         return resolved, expand_sweep(resolved, resolve)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def check_cache(config: Config) -> None:
+    """Raise ValueError for a context cache where a prompt precedes every token in every layer."""
+    placement = config.prompt.placement
+    if placement in PLACEMENTS_WITH_CONTEXTS:
+        return
+    for key in ("context_cache_gib", "context_cache_gpu_gib", "context_cache_dir"):
+        if getattr(config.train, key):
+            raise ValueError(
+                f"train.{key} is given but placement {placement} has no contexts to keep: "
+                f"leave it out, or set prompt.placement to one of {', '.join(PLACEMENTS_WITH_CONTEXTS)}"
+            )
 
 
 def check_family(config: Config) -> None:

@@ -6,6 +6,7 @@ Nothing above this file knows that DeepSpeed exists.
 
 import copy
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -126,25 +127,28 @@ class Engine:
         return self.without_gradient(lambda: self.model.read_contexts(contexts))
 
     def read_starts(self) -> None:
-        """Give every prompt that starts from what the base computes of a text those keys and values.
+        """Give every prompt that starts from what the base computes of a text those numbers.
 
         They are rank 0's on every rank. Collective: every rank must call.
         """
         known: dict[tuple[int, ...], list[torch.Tensor]] = {}
         for prompt in self.model.members():
-            tokens = tuple(prompt.start_tokens)
+            tokens = list(prompt.start_tokens)
             if not tokens:
                 continue
-            if tokens not in known:
-                contexts = Contexts([np.array(tokens, np.int32)], pad_id=tokens[0])
-                known[tokens] = [part.float().contiguous() for part in self._read_contexts(contexts)[0]]
+            key = (prompt.reads_layer, *tokens)
+            if key not in known:
+                ids = [np.array(tokens, np.int32)]
+                contexts = Contexts(ids, pad_id=tokens[0], start_layer=prompt.reads_layer, lengths=[0])
+                known[key] = [part.float().contiguous() for part in self._read_contexts(contexts)[0]]
                 if self.world.size > 1:
-                    for part in known[tokens]:
+                    for part in known[key]:
                         dist.broadcast(part, 0)
             try:
-                prompt.begin_from(*known[tokens])
+                prompt.begin_from(*known[key])
             except ValueError as error:
                 raise UserError(str(error)) from None
+        self.model.read_prompts()
 
     def without_gradient(self, work: Callable[[], T]) -> T:
         """What `work` computes of the base, with the prompts in eval mode. Collective: every rank must call."""
@@ -163,6 +167,7 @@ class Engine:
         """Set every member's trainable tensors."""
         for prompt, (name, member) in zip(self.model.members(), self.prompts.members.items(), strict=True):
             member.load_tensors(prompt.take(tensors[name]))
+        self.model.read_prompts()
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """The torch optimizers' tensors by `MEMBER/TENSOR.KEY`, whole, on the CPU."""
@@ -180,6 +185,11 @@ class Engine:
         """Set what `loss_scale_state` gave; ignored where this precision has no loss scale."""
         if self.prompts.loss_scale:
             self.prompts.loss_scale.load_state(state)
+
+    def divisor(self, member: str, num_targets: np.ndarray) -> float:
+        """What a member's summed loss is divided by; `num_targets` are those of a whole step's examples."""
+        own = self.model.own_targets(self.members.index(member))
+        return self.model.objective.divisor(num_targets + (len(own.tokens) if own else 0))
 
     def plan(self, units: Sequence[Unit], examples: Examples, micro_batch_tokens: int) -> Plan:
         """Micro-batches of every rank, by the positions that this base and placement need."""
@@ -199,6 +209,7 @@ class Engine:
         return self.prompts.skipped_steps
 
 
+WRONG_TYPE = (AttributeError, TypeError, LookupError)
 ALWAYS_SET = {"gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 # Where DeepSpeed's own checks look, by the name of the check.
 SECTION_OF = {
@@ -226,6 +237,8 @@ def check_with_deepspeed(content: dict[str, Any], source: Any) -> None:
             where = ".".join([*SECTION_OF.get(error.title, []), *map(str, first["loc"])])
             raise UserError(f"{file}: DeepSpeed refuses {where}: {first['msg']}, got {first['input']!r}") from None
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, WRONG_TYPE):  # its message is about Python
+            reason = f"a value in it has a type that DeepSpeed does not take: {json.dumps(content[section])[:200]}"
         raise UserError(f"{file}: DeepSpeed refuses {section}: {reason}") from None
 
 

@@ -204,20 +204,6 @@ def test_text_without_inputs_takes_a_prompt_at_its_beginning_only(write, placeme
     assert message.endswith(f"prompt.placement: {placement} needs an input and a .txt file has none, use prefix")
 
 
-@pytest.mark.parametrize(
-    "override", ["train.context_cache_gib=1", "train.context_cache_gpu_gib=1", "train.context_cache_dir=cache"]
-)
-def test_contexts_are_cached_where_the_placement_has_some(write, override):
-    path = write(SMALL)
-    marker = "data.template={{ text }}{{ prompt }}"
-    for placement in ("infix", "decoder", "template"):
-        load_config(path, [override, f"prompt.placement={placement}", marker])
-    for placement in ("prefix", "encoder"):
-        message = error_of(path, override, f"prompt.placement={placement}", marker)
-        assert override.partition("=")[0] in message and f"placement {placement} has no contexts" in message
-        assert "infix, template, decoder" in message
-
-
 # What is refused
 
 

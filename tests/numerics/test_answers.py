@@ -96,7 +96,9 @@ ANSWERING = {
     "gpt2": ("gpt2", {}),
     "gpt2_keys": ("gpt2", {"method": "prefix_tuning"}),
     "llama": ("llama", {}),
+    "llama_late": ("llama", {"method": "late_prompt"}),
     "bloom": ("bloom", {}),
+    "bloom_late": ("bloom", {"method": "late_prompt"}),
     "t5": ("t5", {}),
     "bart": ("bart", {"placement": "decoder"}),
 }

@@ -1,0 +1,155 @@
+"""Rows of answers in progress, where the prompt enters at a later layer.
+
+The layers below the prompt and those from there on each keep keys/values of their own: the first of the text alone, the
+others of the virtual tokens too. Each pass reads the same tokens in both.
+
+Shapes: N live positions, H hidden size, n rows in progress, m rows that enter, V vocabulary.
+"""
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from ptune_dist.data.batches import Batch
+from ptune_dist.families.segment_decoder import SegmentDecoder
+from ptune_dist.families.segment_inputs import Late, embed_laid, no_mask, supervise_laid, to_index
+from ptune_dist.model.attention_layouts import SegmentAttention
+from ptune_dist.model.layout import Layout
+from ptune_dist.model.prompted_model import PromptedModel
+from ptune_dist.prompts.method import Contribution
+
+
+class LowerHalf(SegmentDecoder):
+    """The layers below the prompt; `hidden` [N, H] is what the last pass left of its tokens, in their order."""
+
+    hidden: torch.Tensor
+
+    @property
+    def _contribution(self) -> Contribution:
+        """The keys and values that these layers read before every row, if any."""
+        if self._found is None:
+            before = self._model.lowers[self._number].before
+            self._pools.lead = before
+            self._found = Contribution() if before is None else Contribution(keys=before.keys, values=before.values)
+        return self._found
+
+    def start(self, batch: Batch) -> None:
+        self.hidden = self._model.no_hidden(0)
+        super().start(batch)
+
+    def _run(self, laid: Layout, attention: SegmentAttention) -> torch.Tensor:
+        index = to_index(laid, self._model.device)
+        vectors = embed_laid(self._model, index, [])
+        with self._model.layer_parts.below(self._model.start_layers[self._number]) as captured:
+            cast(Any, self._model).inner(
+                inputs_embeds=vectors[None],
+                position_ids=index["position_ids"][None],
+                attention_mask=no_mask(vectors),
+                segments=attention,
+                use_cache=False,
+            )
+        assert captured.hidden is not None
+        self.hidden = captured.hidden[0]
+        return self.hidden
+
+
+class UpperHalf(SegmentDecoder):
+    """The layers from the prompt on, which read the virtual tokens and what `lower` has left of the tokens."""
+
+    def __init__(self, model: Any, number: int, lower: LowerHalf):
+        super().__init__(model, number)
+        self._lower = lower
+
+    def _run(self, laid: Layout, attention: SegmentAttention) -> torch.Tensor:
+        assert self._model.head is not None
+        index = to_index(laid, self._model.device)
+        vectors = embed_laid(self._model, index, [self._contribution], self._lower.hidden)
+        late = Late(self._model, self._model.start_layers[self._number])
+        return self._model.head.logits(supervise_laid(index, laid.reader, vectors, attention, late))
+
+
+class LateDecoder:
+    """`model.decode.Decoder` over segments, of rows without contexts."""
+
+    enters_any_time = True
+    shares_beginnings = True
+    needs_contexts = False
+    takes_contexts = False
+
+    def __init__(self, model: Any, number: int):
+        self._lower = LowerHalf(model, number)
+        self._upper = UpperHalf(model, number, self._lower)
+
+    @property
+    def held_per_position(self) -> int:
+        return self._upper.held_per_position
+
+    def own_length(self, context: np.ndarray, rest: np.ndarray) -> int:
+        return self._upper.own_length(context, rest)
+
+    def start(self, batch: Batch) -> None:
+        self._lower.start(batch)
+        self._upper.start(batch)
+
+    def run(self, tokens: list[int], new: Batch, *, is_any_new: bool, is_new: bool) -> torch.Tensor:
+        self._lower.run(tokens, new, is_any_new=is_any_new, is_new=is_new)
+        return self._upper.run(tokens, new, is_any_new=is_any_new, is_new=is_new)
+
+    def settle(self, leaving: list[int], entering: list[int], needs: list[int]) -> list[int]:
+        below = self._lower.settle(leaving, entering, needs)
+        order = self._upper.settle(leaving, entering, needs)
+        assert below == order, "both keep their rows in one order"
+        return order
+
+
+class RereadingDecoder:
+    """`model.decode.Decoder` that keeps nothing of a row but its tokens, and reads it whole for each new one.
+
+    For bases whose rows are padded, and for rows with contexts.
+    """
+
+    enters_any_time = True
+    shares_beginnings = False
+    needs_contexts = False
+    takes_contexts = False
+    held_per_position = 1
+
+    def __init__(self, model: PromptedModel, number: int):
+        self._model = model
+        self._number = number
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []  # context and rest of those in progress, answers included
+        self._entering: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def own_length(self, context: np.ndarray, rest: np.ndarray) -> int:
+        return len(context) + self._model.num_virtual(self._number) + len(rest)
+
+    def start(self, batch: Batch) -> None:
+        raise NotImplementedError("every row is read whole")
+
+    def run(self, tokens: list[int], new: Batch, *, is_any_new: bool, is_new: bool) -> torch.Tensor:
+        self._rows = [(c, np.append(rest, token)) for (c, rest), token in zip(self._rows, tokens, strict=True)]
+        self._entering = list(zip(new.contexts, new.rests, strict=True)) if is_new else []
+        rows = self._rows + self._entering
+        if not rows:  # for a pass that only other ranks need
+            rows = [(np.zeros(0, np.int64), np.array([new.pad_id]))]
+        return self._read(rows, new.pad_id)
+
+    def settle(self, leaving: list[int], entering: list[int], needs: list[int]) -> list[int]:
+        count = len(self._rows)
+        order = [row for row in range(count) if row not in leaving] + [count + row for row in entering]
+        both = self._rows + self._entering
+        self._rows = [both[row] for row in order]
+        self._entering = []
+        return order
+
+    def _read(self, rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> torch.Tensor:
+        """Logits [n + m, V] after each row."""
+        model = self._model
+        assert model.head is not None
+        contexts, rests = (list(parts) for parts in zip(*rows, strict=True))
+        wanted = [np.zeros(1, np.int64)] * len(rows)  # a placeholder: what stands after the row
+        member = model.member_of(self._number)
+        readers = [(row, member) for row in range(len(rows))]
+        batch = Batch(contexts, rests, wanted, readers, pad_id, tasks=[0] * len(rows))
+        return model.head.logits(model.supervise(model.read_below(batch)))

@@ -1,0 +1,137 @@
+"""Runs whose prompts enter at a later layer: the curve of a plain loop with hooks, whatever the stage and the cache."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from ptune_dist.base.recompute import DEFAULTS
+from ptune_dist.run.checkpoint import list_checkpoints
+from ptune_dist.run.metrics_log import read_metrics
+from tests.conftest import build_tiny_base
+from tests.numerics.banks import assert_ends_as_alone, write_alone, write_bank
+from tests.numerics.banks import write_rows as write_bank_rows
+from tests.numerics.late import plain_late_logits
+from tests.numerics.methods import write_run
+from tests.numerics.plain import NUM_VIRTUAL, load_plain, padded_batches, run_loop
+from tests.numerics.test_curves import curve, train_all, zero_json
+
+pytestmark = pytest.mark.long
+START = 2
+LATE = {"method": "late_prompt", "start_layer": START}
+CACHED = {"context_cache_gib": 0.01}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return build_tiny_base("llama", tmp_path_factory.mktemp("deep") / "llama", num_hidden_layers=4)
+
+
+def start_of() -> dict[str, torch.Tensor]:
+    return {"late_tokens": torch.randn(NUM_VIRTUAL, 32, generator=torch.Generator().manual_seed(4))}
+
+
+def plain_curve(base_dir: Path, prompt: dict[str, torch.Tensor]) -> list[float]:
+    """Losses of a plain loop, each row alone."""
+    model = load_plain(base_dir)
+    trained = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in prompt.items()}
+
+    def loss_of(ids, mask, labels):
+        losses = []
+        for row, length, wanted in zip(ids, mask.sum(dim=1).tolist(), labels, strict=True):
+            target = wanted[wanted != -100]
+            parts = row[: length - len(target)].numpy(), target.numpy()
+            logits = plain_late_logits(model, START, trained, parts[0][:0], *parts)
+            losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+        return torch.stack(losses).sum() / (labels != -100).sum()
+
+    return run_loop(list(trained.values()), loss_of, padded_batches(AutoTokenizer.from_pretrained(base_dir)))
+
+
+def test_the_curve_depends_on_no_stage_no_cache_and_no_way_of_computing(base, tmp_path):
+    recomputed = zero_json(3) | {"activation_checkpointing": DEFAULTS}
+    small = {"micro_batch_tokens": 60}
+    cases = {
+        "stage0": {"deepspeed": zero_json(0)},
+        "stage2": {"deepspeed": zero_json(2), "train": small},
+        "stage3": {"deepspeed": zero_json(3), "train": small},
+        "cached": {"deepspeed": recomputed, "train": CACHED | small},
+        "int8-0": {"model": {"quantization": "int8"}},
+        "int8-3": {"model": {"quantization": "int8"}, "deepspeed": zero_json(3)},
+    }
+    specs = [write_run(tmp_path, name, base, LATE, start_of(), **sections) for name, sections in cases.items()]
+    runs = train_all(specs, tmp_path, num_ranks=2)
+    wanted = plain_curve(base, start_of())
+    for name, run in runs.items():
+        hashes = json.loads((run / "base_hashes.json").read_text())
+        assert hashes["after"] == hashes["before"] and hashes["before"]
+        if not name.startswith("int8"):
+            assert curve(run) == pytest.approx(wanted, rel=1e-5), name
+    assert curve(runs["int8-3"]) == pytest.approx(curve(runs["int8-0"]), rel=1e-5)
+
+
+TEXT = {"prompt.init": "text", "prompt.init_text": "Upper case"}
+KEYS = {"prompt.method": "prefix_tuning", "prompt.from_layer": 3}
+MEMBERS = [
+    {"prompt.method": "late_prompt", "prompt.start_layer": 1},
+    {"prompt.method": "late_prompt", "prompt.start_layer": 3, **TEXT},
+    {**KEYS, **TEXT},
+    {**KEYS, **TEXT, "seed": 1},
+    {**KEYS, "prompt.lower_layers": "none", "prompt.num_virtual_tokens": 6},
+]
+
+
+def test_each_member_of_a_mixed_sweep_ends_as_alone(base, tmp_path):
+    write_bank_rows(tmp_path)
+    members = [*MEMBERS, {"prompt.method": "prompt_tuning"}]
+    bank = write_bank(tmp_path, "mixed", base, members, "prefix", deepspeed=zero_json(3))
+    alone = write_alone(bank)
+    train_all([(str(path), []) for path in [bank, *alone.values()]], tmp_path, num_ranks=2)
+    assert_ends_as_alone(tmp_path / "mixed", alone)
+
+
+@pytest.mark.extended
+def test_a_sweep_of_eight_with_a_cache_ends_as_eight_runs_which_resume_bitwise(base, tmp_path):
+    write_bank_rows(tmp_path)
+    more = [{"prompt.method": "late_prompt", "train.learning_rate": 0.01}, {**KEYS, "prompt.init": "random"}]
+    eight = [*MEMBERS, *more, {**KEYS, **TEXT, "prompt.from_layer": 1}]
+    cached = write_bank(tmp_path, "cached", base, eight, "prefix", train=CACHED, deepspeed=zero_json(3))
+    infix = write_bank(tmp_path, "infix", base, [*MEMBERS[:2], {"prompt.method": "prompt_tuning"}], "infix")
+    alone = {"cached": write_alone(cached), "infix": write_alone(infix)}
+    configs = [cached, infix, *(path for members in alone.values() for path in members.values())]
+    train_all([(str(path), []) for path in configs], tmp_path, num_ranks=2)
+    for name, members in alone.items():
+        assert_ends_as_alone(tmp_path / name, members)
+    rates = [line["context_hit_rate"] for line in read_metrics(tmp_path / "cached")]
+    assert rates[0] == 0.0 and rates[-1] > 0.7, rates  # three steps are an epoch
+    first_late, _, first_keys, *_ = alone["cached"].items()
+    check_resumed(tmp_path, [first_late, first_keys])
+
+
+def check_resumed(folder: Path, alone: list[tuple[str, Path]]) -> None:
+    """Runs that are continued from their first checkpoint end as they ended."""
+    specs = []
+    for name, config in alone:
+        run = folder / "again" / name / "run"
+        run.parent.mkdir(parents=True)
+        specs.append((str(config), [f"output_dir={run}", "checkpoint.every=3", "checkpoint.keep=9"]))
+    train_all(specs, folder / "again", num_ranks=1)
+    kept = {}
+    for _, overrides in specs:
+        run = Path(overrides[0].partition("=")[2])
+        kept[run] = (curve(run), last_prompt(run))
+        (run / "summary.json").unlink()
+        for checkpoint in list_checkpoints(run / "checkpoints")[1:]:
+            shutil.rmtree(checkpoint)
+    train_all(specs, folder / "again", num_ranks=1)
+    for run, (losses, prompt) in kept.items():
+        assert curve(run) == losses
+        assert all(torch.equal(tensor, prompt[name]) for name, tensor in last_prompt(run).items())
+
+
+def last_prompt(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(list_checkpoints(run / "checkpoints")[-1] / "prompt.safetensors")

@@ -17,8 +17,10 @@ from ptune_dist.base.recompute import DEFAULTS, Recomputer
 from ptune_dist.data.batches import Batch, idle_batch
 from ptune_dist.data.label_tree import build_label_tree
 from ptune_dist.families import FAMILIES
+from ptune_dist.model.attention import Segment
 from ptune_dist.model.attention_flex import FlexSegments
 from ptune_dist.model.attention_layouts import has_short_prefixes
+from ptune_dist.model.layout import lay_out, plan_outside
 from ptune_dist.model.prompted_model import Contexts, PromptedModel
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.method import Method
@@ -94,11 +96,14 @@ def test_losses_and_gradients_are_those_of_transformers_with_the_same_keys_and_v
 def test_rows_that_are_shorter_than_the_prefix_read_one_copy_of_it(bases, kind):
     batch = draw_batch("prefix", lengths=(1, 2, 1, 2, 1, 2))[0]
     model = build_model(bases[kind], [draw_prefix(bases[kind], count) for count in (9, 12)], "prefix")
-    assert not has_short_prefixes(model.prepare(batch).layout.segments)
+
+    def segments_of(batch: Batch) -> list[Segment]:
+        return lay_out(batch, model.num_vectors, plan_outside(batch, model.num_prefix)).segments
+
+    assert not has_short_prefixes(segments_of(batch))
     assert_same(ours(model, batch), plain(bases[kind], model, batch))
-    longer = draw_batch("prefix")[0]
-    assert has_short_prefixes(model.prepare(longer).layout.segments)
-    assert not has_short_prefixes(model.prepare(with_rests(draw_batch("infix")[0])).layout.segments)
+    assert has_short_prefixes(segments_of(draw_batch("prefix")[0]))
+    assert not has_short_prefixes(segments_of(with_rests(draw_batch("infix")[0])))
 
 
 @pytest.mark.parametrize("options", [*OPTIONS[2:], MLP_OF_VALUES])

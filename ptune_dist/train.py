@@ -21,6 +21,7 @@ from ptune_dist.evaluation.during_training import StopAgreed, agree_on_stop, eva
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.evaluation.generate import pad_id
 from ptune_dist.evaluation.row_warnings import find_warnings
+from ptune_dist.evaluation.sources import choose_sources
 from ptune_dist.evaluation.splits import build_splits, find_lead, measure_scales
 from ptune_dist.optim.optimizer import learning_rate_at
 from ptune_dist.run.accumulate import Accumulator
@@ -107,6 +108,7 @@ def train_job(
     config = job.config
     run_dir = Path(config.output_dir)
     progress = restore(job, rows, world)
+    chosen = choose_sources(job, rows, world)
     together(world, lambda: mark_running(run_dir) if world.is_main else None)
     together(world, lambda: write_run_configs(config, job.members) if world.is_main else None)
     together(world, lambda: watch.begin_steps(run_dir))
@@ -122,6 +124,8 @@ def train_job(
         held_out = next((evaluator.split.examples for evaluator in evaluators.values()), None)
         if world.is_main:
             training.say(describe_start(job, rows, held_out, progress, world))
+            for line in chosen:
+                training.say(line)
             for line in warnings:
                 training.say(f"warning: {line}")
         try:

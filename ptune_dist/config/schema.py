@@ -111,10 +111,10 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def check_tasks(self) -> "DataConfig":
-        if self.task is not None and not self.tasks:
-            raise ValueError("data.task needs data.tasks, the values that the column can take")
         if self.tasks is not None and not self.tasks:
             raise ValueError("data.tasks is empty: name the tasks, or leave it out")
+        if self.task is not None and not self.tasks:
+            raise ValueError("data.task needs data.tasks, the values that the column can take")
         if self.tasks and self.task is None and not isinstance(self.tasks, dict):
             raise ValueError("data.tasks needs data.task, the column that names a row's task")
         return self

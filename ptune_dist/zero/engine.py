@@ -186,6 +186,11 @@ class Engine:
         if self.prompts.loss_scale:
             self.prompts.loss_scale.load_state(state)
 
+    def divisor(self, member: str, num_targets: np.ndarray) -> float:
+        """What a member's summed loss is divided by; `num_targets` are those of a whole step's examples."""
+        own = self.model.own_targets(self.members.index(member))
+        return self.model.objective.divisor(num_targets + (len(own.tokens) if own else 0))
+
     def plan(self, units: Sequence[Unit], examples: Examples, micro_batch_tokens: int) -> Plan:
         """Micro-batches of every rank, by the positions that this base and placement need."""
         count = functools.partial(self.model.count_positions, examples=examples)

@@ -12,6 +12,7 @@ import torch
 from ptune_dist.cluster.node_check import check_nodes
 from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome
 from ptune_dist.common.files import fault_on_failed_write
+from ptune_dist.common.progress_line import BusyLine
 from ptune_dist.config.schema import Config
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, init_distributed, together
@@ -20,6 +21,7 @@ from ptune_dist.evaluation.during_training import StopAgreed, agree_on_stop, eva
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.evaluation.generate import pad_id
 from ptune_dist.evaluation.row_warnings import find_warnings
+from ptune_dist.evaluation.sources import choose_sources
 from ptune_dist.evaluation.splits import build_splits, find_lead, measure_scales
 from ptune_dist.optim.optimizer import learning_rate_at
 from ptune_dist.run.accumulate import Accumulator
@@ -82,13 +84,16 @@ def train(config: Config) -> int:
         return Outcome(DONE).exit_status
     with Watch(world.rank, config.train.hang_timeout_s) as watch:
         if watch.folder:
-            check_nodes(world)
+            with BusyLine("checking the nodes"):
+                check_nodes(world)
         reading = together(world, lambda: build_reading(config))
         read = together(world, lambda: build_splits(reading))
-        warnings = together(world, lambda: find_warnings(reading, read) if world.is_main else [])
+        with BusyLine("comparing training and validation rows"):
+            warnings = together(world, lambda: find_warnings(reading, read) if world.is_main else [])
         rows = read.training
         is_new = from_main(world, lambda: not has_checkpoint(config))
-        job = build_job(reading, world, with_start=is_new, scales=measure_scales(reading, rows), rows=rows)
+        with BusyLine(f"loading the base {config.model.path}"):
+            job = build_job(reading, world, with_start=is_new, scales=measure_scales(reading, rows), rows=rows)
         job.engine.contexts.set_lead(*find_lead(rows.examples))
         run_dir = Path(config.output_dir)
         watch.begin_run()
@@ -103,6 +108,7 @@ def train_job(
     config = job.config
     run_dir = Path(config.output_dir)
     progress = restore(job, rows, world)
+    chosen = choose_sources(job, rows, world)
     together(world, lambda: mark_running(run_dir) if world.is_main else None)
     together(world, lambda: write_run_configs(config, job.members) if world.is_main else None)
     together(world, lambda: watch.begin_steps(run_dir))
@@ -118,6 +124,8 @@ def train_job(
         held_out = next((evaluator.split.examples for evaluator in evaluators.values()), None)
         if world.is_main:
             training.say(describe_start(job, rows, held_out, progress, world))
+            for line in chosen:
+                training.say(line)
             for line in warnings:
                 training.say(f"warning: {line}")
         try:

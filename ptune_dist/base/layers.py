@@ -101,14 +101,22 @@ def hidden_size(base: PreTrainedModel) -> int:
 
 def keys_values_width(shape: PretrainedConfig) -> int:
     """The numbers that a layer of a base with attention holds of one position: its keys and its values."""
+    num_heads, of_keys, of_values = key_value_heads(shape)
+    assert num_heads is not None and of_keys is not None and of_values is not None, "asked of bases with heads only"
+    return num_heads * (of_keys + of_values)
+
+
+def key_value_heads(shape: PretrainedConfig) -> tuple[int | None, int | None, int | None]:
+    """The number of key/value heads as attention reads them, and the widths of a key and of a value.
+
+    None where a base has no attention heads, or differing ones.
+    """
     text = shape.get_text_config(decoder=True)
     if getattr(text, "qk_nope_head_dim", None) is not None:  # made of one latent, for every head
         of_values = getattr(text, "v_head_dim", None) or text.hidden_size // text.num_attention_heads
-        return text.num_attention_heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + of_values)
-    num_heads = num_key_value_heads(shape)
+        return text.num_attention_heads, text.qk_nope_head_dim + text.qk_rope_head_dim, of_values
     width = head_width(shape)
-    assert num_heads is not None and width is not None, "asked of bases with attention heads only"
-    return 2 * num_heads * width
+    return num_key_value_heads(shape), width, width
 
 
 def num_key_value_heads(shape: PretrainedConfig) -> int | None:

@@ -26,6 +26,7 @@ from ptune_dist.base.random_weights import RandomWeights
 from ptune_dist.base.source import describe_load_error, is_local_only, load_shape, load_whole_shape
 from ptune_dist.base.ties import describe_untied, untie_differing, untie_trained
 from ptune_dist.base.weight_files import open_weight_files
+from ptune_dist.common.progress_line import BusyLine
 from ptune_dist.errors import UserError
 
 
@@ -209,7 +210,8 @@ def find_weights(
     if quantization:
         raise UserError(f"model.path: {path} is stored quantized and {why}: give the float base")
     check_room_for_copies(sum(p.numel() * p.element_size() for p in model.parameters()), path)
-    tensors = load_with_transformers(path, family, dtype, part_of=model if is_part else None)
+    with BusyLine(f"loading {path} with transformers, because {why}"):
+        tensors = load_with_transformers(path, family, dtype, part_of=model if is_part else None)
     matched = match_names(model, {name: tuple(t.shape) for name, t in tensors.items()}, family, path)
     note = join_notes(part, f"{why}: transformers loads it whole on every rank")
     return OpenedBase(model, family, dtype, LoadedWeights(tensors), *matched, seed, note=note)

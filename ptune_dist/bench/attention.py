@@ -41,7 +41,7 @@ def measure(segments: list[Segment], tensors: list[torch.Tensor]) -> dict[str, f
     forward: list[float] = []
     backward: list[float] = []
     for _ in range(NUM_WARM_UP + NUM_REPEATS):
-        layout = CausalSegments(segments, None, torch.device("cpu"))
+        layout = CausalSegments(segments, [], torch.device("cpu"))
         layout.attend(*tensors, layer=0, scale=scale, window=None)  # fills the buckets, once for all layers
         began = time.perf_counter()
         out = layout.attend(*tensors, layer=0, scale=scale, window=None)

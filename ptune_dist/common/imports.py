@@ -4,6 +4,10 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+from ptune_dist.common.progress_line import BusyLine
+
+LONG_S = 15.0  # the command has said that it imports
+
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
@@ -14,7 +18,8 @@ def without_garbage_collection() -> Iterator[None]:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with BusyLine("still importing torch", first_s=LONG_S):
+            yield
     finally:
         gc.freeze()
         if was_enabled:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -9,6 +10,16 @@ FIRST_LINE_S = 3.0
 BETWEEN_LINES_S = 10.0
 REPORT_S = 5.0  # where nothing else is printed
 BYTES_PER_GIB = 1 << 30
+
+_busy: list["BusyLine"] = []  # the innermost last
+_last_line_at = 0.0
+
+
+def say(line: str) -> None:
+    """A line on stderr."""
+    global _last_line_at
+    _last_line_at = time.monotonic()
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -33,7 +44,7 @@ class ProgressLine:
         now = time.monotonic()
         if self.is_shown and now >= self._next and self.done < self.total:
             self._next = now + self.between_s
-            print(self.render(now - self._began), file=sys.stderr, flush=True)
+            say(self.render(now - self._began))
 
     def render(self, seconds: float) -> str:
         left_s = seconds * (self.total - self.done) / max(1, self.done)
@@ -57,7 +68,47 @@ class WaitingLine:
         if is_first_here() and now >= self._next:
             self._next = now + REPORT_S
             waited = render_duration(now - self._began)
-            print(f"waiting for {self._what}: {waited} so far", file=sys.stderr, flush=True)
+            say(f"waiting for {self._what}: {waited} so far")
+
+
+class BusyLine:
+    """Prints `what: 0:00:05 so far` now and then while its body runs and nothing else is printed by this module.
+
+    For what cannot count its parts, on the first rank of each node. Of bodies within bodies the innermost is named, and
+    the outermost alone sees to it that there is a line every few seconds. Nothing may be forked in a body, because a
+    thread prints. A context manager.
+    """
+
+    def __init__(self, what: str, *, first_s: float = REPORT_S):
+        self._what = what
+        self._first_s = first_s
+        self._began = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._print, name="progress", daemon=True)
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+        _busy.append(self)
+        if is_first_here() and len(_busy) == 1:
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        _busy.remove(self)
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _print(self) -> None:
+        pause_s = self._first_s
+        while not self._ended.wait(pause_s):
+            pause_s = self._first_s - (time.monotonic() - max(self._began, _last_line_at))
+            if pause_s <= 0:
+                pause_s = self._first_s
+                for innermost in _busy[-1:]:
+                    say(innermost.render())
+
+    def render(self) -> str:
+        return f"{self._what}: {render_duration(time.monotonic() - self._began)} so far"
 
 
 def is_first_here() -> bool:

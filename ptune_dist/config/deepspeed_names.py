@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from ptune_dist.config.deepspeed_spellings import OFFLOADS, RENAMED
+from ptune_dist.config.deepspeed_types import check_other_type
 from ptune_dist.config.foreign_names import CHECKPOINTING, FOREIGN_NAMES
 from ptune_dist.config.schema import TrainConfig
 
@@ -103,6 +104,10 @@ def check_names(content: dict[str, Any]) -> None:
         if not isinstance(node, dict):
             raise ValueError(f"{path} must be an object, found {json.dumps(node, default=str)}")
         check_options(path, node, *(kind.split() for kind in kinds))
+    for section in ("optimizer", "scheduler"):
+        node = content.get(section)
+        if isinstance(node, dict):
+            check_other_type(f"{section}.type", node.get("type"))
     zero = content.get("zero_optimization")
     if isinstance(zero, dict):
         theirs = [name for name in zero if name.startswith(REMOVED_FROM_ZERO)]
@@ -122,6 +127,7 @@ def check_options(path: str, section: dict[str, Any], switches: list[str], numbe
 
 def check_type(path: str, value: Any, is_switch: bool, is_number: bool) -> None:
     """Raise ValueError where a switch is neither true nor false, or a number is none; `auto` and null are taken."""
+    check_other_type(path, value)
     if value is None or value == "auto":
         return
     if is_switch and value not in (True, False):

@@ -97,6 +97,8 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
     """Make the paths of files and folders that exist absolute; other names (a hub's, say) stay as they are."""
 
     def resolve(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolve(item) for item in value]
         if not isinstance(value, str) or not value.strip():
             return value
         value = os.path.expanduser(value)

@@ -40,8 +40,8 @@ class DataConfig(Section):
     """The examples, and how a row becomes an input and a target."""
 
     train: str
-    """The training rows: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, a folder saved by `datasets`, or a dataset
-    on the hub (`NAME`, `NAME@CONFIG`, `NAME:SPLIT`)."""
+    """The training rows: a .jsonl (.ndjson), .json, .csv, .tsv, .txt or .parquet file, a folder saved by `datasets`, or
+    a dataset on the hub (`NAME`, `NAME@CONFIG`, `NAME:SPLIT`)."""
 
     validation: str | None = None
     """The validation rows, in the same forms."""
@@ -111,10 +111,10 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def check_tasks(self) -> "DataConfig":
-        if self.task is not None and not self.tasks:
-            raise ValueError("data.task needs data.tasks, the values that the column can take")
         if self.tasks is not None and not self.tasks:
             raise ValueError("data.tasks is empty: name the tasks, or leave it out")
+        if self.task is not None and not self.tasks:
+            raise ValueError("data.task needs data.tasks, the values that the column can take")
         if self.tasks and self.task is None and not isinstance(self.tasks, dict):
             raise ValueError("data.tasks needs data.task, the column that names a row's task")
         return self

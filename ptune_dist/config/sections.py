@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from ptune_dist.config.fields import AutoOrOff, Label, NotNegative, Real, Section, read_header
+from ptune_dist.config.fields import AutoOrOff, Label, NotNegative, Real, Section, read_header, refuse_twice
 
 
 class ModelConfig(Section):
@@ -52,6 +52,10 @@ class ModelConfig(Section):
         return self
 
 
+def check_files(files: str | list[str]) -> str | list[str]:
+    return files if isinstance(files, str) else refuse_twice(files)
+
+
 class PromptConfig(Section):
     """The soft prompt: how it is parameterized, where it is placed and how it starts.
 
@@ -83,8 +87,9 @@ class PromptConfig(Section):
     init_labels: list[Label] | None = None
     """The labels to start from, with `init: labels`; `data.labels` where left out."""
 
-    init_file: str | None = None
-    """The run, prompt folder or PEFT adapter to start from, with `init: file`."""
+    init_file: Annotated[str | list[str], AfterValidator(check_files)] | None = None
+    """The run, prompt folder or PEFT adapter to start from, with `init: file`, perhaps of another task. Of several the
+    one with the least loss on the first rows is taken."""
 
     @model_validator(mode="after")
     def check_init(self) -> "PromptConfig":

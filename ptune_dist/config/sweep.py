@@ -137,7 +137,7 @@ def name_members(members: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def render_value(key: str, value: Any) -> str:
     """A value as part of a name: a path's last part without its suffix, the items of a list joined by +."""
     if isinstance(value, (list, tuple)):
-        return "+".join(str(item) for item in value)
+        return "+".join(render_value(key, item) for item in value)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if key in PATH_KEYS:

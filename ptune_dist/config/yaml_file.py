@@ -24,7 +24,7 @@ MERGE_TAG = "tag:yaml.org,2002:merge"
 MISREAD = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")  # octal, or in base 60
 NULLS = ("", "~", "null", "Null", "NULL")
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")  # YAML 1.1 wants 1.0e-3
-ROWS = (".jsonl", ".csv", ".tsv", ".parquet")
+ROWS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 MAX_BYTES = 2**20
 MAX_NODES = 200_000  # with what aliases repeat
 # What PyYAML raises, beside its own errors, for values that their tags do not fit.

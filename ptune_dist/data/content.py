@@ -9,6 +9,7 @@ import codecs
 import gzip
 import lzma
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -21,6 +22,17 @@ from ptune_dist.data.recoding import recode
 from ptune_dist.errors import UserError
 
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+# How files begin that are sometimes named as text.
+KINDS = {
+    ".gz": re.compile(rb"\x1f\x8b"),
+    ".bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+    ".xz": re.compile(rb"\xfd7zXZ\0"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd"),
+    ".parquet": re.compile(rb"PAR1"),
+    ".zip (or a spreadsheet)": re.compile(rb"PK\x03\x04"),
+    ".arrow": re.compile(rb"ARROW1\0"),
+}
+HEAD_BYTES = 64
 _CHUNK = 1 << 20
 _UTF8_MARK = codecs.BOM_UTF8
 _WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -93,7 +105,8 @@ class Content:
 
     def _prepare(self) -> IO[bytes]:
         plain = open_decompressed(self.path, self.name)
-        head = os.pread(plain.fileno(), 4, 0)
+        head = os.pread(plain.fileno(), HEAD_BYTES, 0)
+        refuse_binary(head, self.path, self.name)
         if self.encoding is None:
             if head.startswith(_WIDE_MARKS):
                 raise UserError(f"{self.name}: the file is UTF-16 text; save it as UTF-8{self.encoding_hint()}")
@@ -125,18 +138,54 @@ def open_decompressed(path: Path, name: str) -> IO[bytes]:
                 with opener(packed, "rb") as unpacked:
                     shutil.copyfileobj(unpacked, target, _CHUNK)
         except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, ValueError) as error:
-            raise damaged(name, suffix, error) from None
+            raise damaged(path, name, error) from None
         except OSError as error:
             if error.errno is None:  # how bz2 reports damage
-                raise damaged(name, suffix, error) from None
+                raise damaged(path, name, error) from None
             raise
     target.flush()
     return target
 
 
-def damaged(name: str, suffix: str, error: Exception) -> UserError:
+def damaged(path: Path, name: str, error: Exception) -> UserError:
+    """What is wrong with a compressed file: it is of another kind than its name says, or broken."""
+    suffix = path.suffix.lower()
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    kind = find_kind(head)
+    if kind not in (None, suffix):
+        return UserError(f"{name}: the content is {kind} and not {suffix}: name it by what it is")
+    if kind is None and looks_like_text(head):
+        return UserError(f"{name}: the content is plain text and not {suffix}: rename it without {suffix}")
     reason = " ".join(str(error).split()) or type(error).__name__
     return UserError(f"{name}: the {suffix} file is damaged or cut short ({reason})")
+
+
+def find_kind(head: bytes) -> str | None:
+    """The extension of what begins with these bytes, if it is one of KINDS."""
+    return next((kind for kind, pattern in KINDS.items() if pattern.match(head)), None)
+
+
+def looks_like_text(head: bytes) -> bool:
+    """Whether these first bytes of a file are UTF-8 text; they may end within a character."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return bool(head.strip()) and min(head) >= ord("\t")
+
+
+def refuse_binary(head: bytes, path: Path, name: str) -> None:
+    """Raise UserError where what should be text begins as a file of another kind does."""
+    kind = find_kind(head)
+    if kind is None:
+        return
+    if path.suffix.lower() in COMPRESSED_SUFFIXES:
+        raise UserError(f"{name}: what the file holds is {kind} again, and not text: unpack it first")
+    if kind in COMPRESSED_SUFFIXES:
+        raise UserError(f"{name}: the content is {kind}, which its name does not say: rename it to {path.name}{kind}")
+    hint = "rename it to .parquet" if kind == ".parquet" else "save its rows as .jsonl, .csv or .parquet"
+    raise UserError(f"{name}: the content is {kind} and not text: {hint}")
 
 
 def unpack_zst(packed: IO[bytes], target: IO[bytes], name: str) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 from ptune_dist.data.json_values import DECODER
 from ptune_dist.errors import UserError
 
+# Names of splits, which must not be taken for one another.
+SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "eval", "evaluation")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -42,6 +44,18 @@ def find_list(text: str, start: int, name: str) -> int:
         raise misplaced(name, text, skip_blanks(text, end), "after the end of the object")
     lists = [key for key, value in whole.items() if isinstance(value, list)]
     of_objects = [key for key in lists if all(isinstance(item, dict) for item in whole[key])]
+    splits = [key for key, value in whole.items() if key in SPLITS and isinstance(value, (list, dict))]
+    if splits and (len(splits) > 1 or len(of_objects) > 1):
+        found = ", ".join(dict.fromkeys([*of_objects, *splits]))
+        raise UserError(
+            f"{name}: the file is one object with the splits {found}: save the rows of each as a file of its own, and "
+            "name the files in data.train and data.validation"
+        )
+    if len(whole) == 1 and is_chat(next(iter(whole.values()))):
+        raise UserError(
+            f"{name}: the file is one chat, whose messages are no rows: write an array of such objects, or one on each "
+            "line of a .jsonl file"
+        )
     chosen = "data" if "data" in of_objects else (of_objects[0] if len(of_objects) == 1 else None)
     if chosen is None:
         found = f"several lists ({', '.join(of_objects)})" if of_objects else "no list of objects"
@@ -76,6 +90,18 @@ def skip_blanks(text: str, position: int) -> int:
     return blanks.end()
 
 
+def is_json_lines(name: str) -> bool:
+    return any(suffix in name.lower() for suffix in (".jsonl", ".ndjson"))
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is the messages of a chat, as OpenAI's or ShareGPT's format has them."""
+    if not isinstance(value, list) or not value:
+        return False
+    kinds = ({"role", "content"}, {"from", "value"})
+    return all(isinstance(item, dict) and any(kind <= item.keys() for kind in kinds) for item in value)
+
+
 def excerpt(text: str) -> str:
     if not text.strip():
         return "the end of the file"
@@ -89,5 +115,5 @@ def not_json(name: str, line: int, text: str, error: Exception) -> UserError:
         reason = "it is nested too deeply"
     elif "integer string conversion" in reason:
         reason = "a number has more than 4300 digits"
-    shape = "one object on each line" if ".jsonl" in name.lower() else "an array of objects"
+    shape = "one object on each line" if is_json_lines(name) else "an array of objects"
     return UserError(f"{name} line {line}: not JSON ({reason}), found {excerpt(text)}; the file must contain {shape}")

@@ -1,4 +1,4 @@
-"""Read .jsonl, .json, .csv, .tsv and .txt files: one pass finds where each row begins, rows are parsed when asked for.
+"""Read text files of rows: one pass finds where each row begins, rows are parsed when asked for.
 
 The loaders of `datasets` are not used for these, because they alter the data: ISO dates become timestamps, a CSV row
 with one field too many is shifted by one column, a whole number in a column of fractions becomes a fraction, and no
@@ -17,10 +17,10 @@ import numpy as np
 from ptune_dist.data.content import Content
 from ptune_dist.data.delimited import CsvDialect, DelimitedIndex, decode_line, parse_fields
 from ptune_dist.data.json_values import DECODER, has_half_surrogate, name_kind
-from ptune_dist.data.json_whole import find_rows, not_json
+from ptune_dist.data.json_whole import find_rows, is_chat, is_json_lines, not_json
 from ptune_dist.errors import UserError
 
-TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,12 @@ def _check_object(row: object, name: str, line: int, text: str, names: dict[str,
                 "write the character itself"
             )
         return
-    if isinstance(row, list) and ".jsonl" in name.lower():
+    if isinstance(row, list) and is_chat(row):
+        raise UserError(
+            f"{name} line {line}: a row must be a JSON object, and this is the list of a chat's messages: write "
+            '{"messages": [...]}'
+        )
+    if isinstance(row, list) and is_json_lines(name):
         raise UserError(
             f"{name} line {line}: a row must be a JSON object, not a list; an array of rows is a .json file"
         )

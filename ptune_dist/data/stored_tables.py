@@ -15,7 +15,9 @@ import pyarrow
 import pyarrow.parquet
 
 from ptune_dist.common.hub import hub_answers
+from ptune_dist.common.progress_line import BusyLine
 from ptune_dist.data.arrow_values import has_narrow_floats, shorten_floats, split_columns
+from ptune_dist.data.content import HEAD_BYTES, find_kind, looks_like_text
 from ptune_dist.errors import UserError
 
 
@@ -39,14 +41,22 @@ def load_parquet(path: Path, name: str, key: str) -> tuple[datasets.Dataset, dic
         options: dict[str, Any] = {}
         if unreadable:
             options = {"columns": schema.names, "features": datasets.Features.from_arrow_schema(schema)}
-        with _quiet():
+        with _quiet(), BusyLine(f"loading {name}"):
             # The stamp is passed as the dataset's config name, which is part of the key of its cache.
             files = glob.escape(str(path.resolve()))
             loaded = datasets.load_dataset("parquet", _stamp(path), data_files=files, split="train", **options)
         return loaded, unreadable
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = _one_line(error.__cause__ or error)
-        raise UserError(f"{key}: {name} cannot be read as parquet: {reason}") from None
+        raise UserError(f"{key}: {name} cannot be read as parquet: {describe_other_kind(path) or reason}") from None
+
+
+def describe_other_kind(path: Path) -> str:
+    """What a file that is named .parquet is instead; empty where it is not known."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    kind = "text, perhaps .jsonl or .csv" if looks_like_text(head) else find_kind(head)
+    return "" if kind in (None, ".parquet") else f"the content is {kind}: name it by what it is"
 
 
 def _stamp(path: Path) -> str:
@@ -59,7 +69,7 @@ def _stamp(path: Path) -> str:
 def load_saved(path: Path, name: str, split: str, key: str) -> datasets.Dataset:
     """A split of a folder that `save_to_disk` has written. Raises UserError."""
     try:
-        with _quiet():
+        with _quiet(), BusyLine(f"loading {name}"):
             loaded = datasets.load_from_disk(str(path))
     except FileNotFoundError:
         raise UserError(
@@ -80,7 +90,7 @@ def load_saved(path: Path, name: str, split: str, key: str) -> datasets.Dataset:
 
 def load_hub(source: str, name: str, config: str | None, split: str, *, key: str) -> datasets.Dataset:
     """A split of a dataset on the hub, or in its cache; the user wrote it as `source`. Raises UserError."""
-    with _quiet():
+    with _quiet(), BusyLine(f"loading {source}"):
         online = hub_answers()
         was_offline = datasets.config.HF_HUB_OFFLINE
         # Without a network, `datasets` retries every look-up for a minute or more; in offline mode it goes straight to

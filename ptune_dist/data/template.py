@@ -27,6 +27,8 @@ from ptune_dist.errors import UserError
 MARKER_NAME = "prompt"
 # {{ prompt }} is rendered as these private-use characters, which no filter alters and no text has in this order.
 MARKER = "\ue5a1\uf3c7\ue09d\uf61b\ue2f4\uf08e"
+# Columns that hold the messages of a chat, and the name of a message's text.
+CHATS = {"messages": "content", "conversations": "value", "conversation": "content"}
 TEMPLATE_KEY = "data.template"
 TARGET_KEY = "data.target"
 
@@ -127,10 +129,20 @@ def check_columns(template: Template, available: Sequence[str], *, key: str, sou
             hint = name_nearest(column, available, "? ")
             if column == MARKER_NAME:
                 hint += "set prompt.placement=template if it marks the place of the virtual tokens; "
+            hint += next((f"{describe_chat(name)}; " for name in available if name in CHATS), "")
             raise UserError(
                 f"{key} uses column {column!r}, which {source_name} does not have; {hint}"
                 f"its columns: {', '.join(available) or 'none'}"
             )
+
+
+def describe_chat(column: str) -> str:
+    """How a template reads the messages of a chat."""
+    text = CHATS[column]
+    return (
+        f"the text of a chat's messages is {{{{ {column}[0].{text} }}}} and so on, the last one's "
+        f"{{{{ {column}[-1].{text} }}}}"
+    )
 
 
 def find_absent(template: Template, available: Sequence[str]) -> list[str]:

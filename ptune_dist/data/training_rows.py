@@ -45,10 +45,15 @@ class TrainingRows:
 
     def tokens_of(self, member: str) -> Iterator[list[int]]:
         """The token ids of a member's examples in the order of its file, the target after the input if it is a text."""
+        for ids, target in self.examples_of(member):
+            yield ids + target
+
+    def examples_of(self, member: str) -> Iterator[tuple[list[int], list[int]]]:
+        """Token ids of a member's examples in the order of its file: input and target, which is empty if a number."""
         own = self.slice_of(member)
         for index in range(own.start, own.stop):
-            ids = self.examples.input_ids(index).tolist()
-            yield ids if self.examples.numbers is not None else ids + self.examples.target_ids(index).tolist()
+            target = [] if self.examples.numbers is not None else self.examples.target_ids(index).tolist()
+            yield self.examples.input_ids(index).tolist(), target
 
     def units(self, examples: dict[str, list[int]], members: Sequence[str]) -> list[Unit]:
         """Each example once, with all members that read it; members are numbered as in `members`."""

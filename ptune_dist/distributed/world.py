@@ -19,6 +19,7 @@ from ptune_dist.cluster.devices import count_promised_gpus, describe_missing_gpu
 from ptune_dist.cluster.processes import signal_on_parent_death
 from ptune_dist.cluster.rank_files import NODE_NAME, node_folder
 from ptune_dist.common.files import describe_os_error
+from ptune_dist.common.progress_line import BusyLine
 from ptune_dist.errors import NodeFault, RunFault, UserError
 
 T = TypeVar("T")
@@ -49,7 +50,8 @@ def init_distributed() -> World:
         signal_on_parent_death(signal.SIGTERM)
     device = find_device()
     if not dist.is_initialized():
-        start_process_group(device)
+        with BusyLine("waiting for the other ranks"):
+            start_process_group(device)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
 
 

@@ -141,15 +141,16 @@ class AnswerLoop:
 
 
 def answer_rows(
-    loop: AnswerLoop, inputs: Sequence[TokenPair], most_tokens: Sequence[int], first: int, world: World
+    loop: AnswerLoop, inputs: Sequence[TokenPair], most_tokens: Sequence[int], numbers: Sequence[int], world: World
 ) -> Iterator[list[tuple[int, list[int]]]]:
-    """Yield, round after round, (index, token ids) of rows that any rank has finished; indices count from `first`.
+    """Yield, round after round, (number, token ids) of rows that any rank has finished.
 
-    `most_tokens`: of each answer, one at least where it is to be read. Collective: every rank must exhaust it.
+    `numbers`: of each row, for sampling. `most_tokens`: of each answer, one at least where it is to be read.
+    Collective: every rank must exhaust it.
     """
     rows = [
-        Row(first + i, np.array(context, np.int32), np.array(rest, np.int32), most)
-        for i, ((context, rest), most) in enumerate(zip(inputs, most_tokens, strict=True))
+        Row(number, np.array(context, np.int32), np.array(rest, np.int32), most)
+        for number, (context, rest), most in zip(numbers, inputs, most_tokens, strict=True)
     ]
     yield [(row.number, []) for row in rows if row.most_tokens < 1]  # the input fills a base's last learned position
     rows = [row for row in rows if row.most_tokens >= 1]

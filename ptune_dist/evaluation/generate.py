@@ -45,23 +45,24 @@ def generate_texts(
     *,
     member: int = 0,
     task: int = 0,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
     between_batches: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, str]]:
-    """Yield (index, answer) for every input of token ids, batch after batch, on every rank.
+    """Yield (number, answer) for every input of token ids, batch after batch, on every rank.
 
     Answers have no whitespace at either end: what a target begins with depends on the template, not on the task.
 
     All inputs are of one task. An input is (context, rest), what stands before the virtual tokens and after them.
-    Inputs are shared among the ranks. Indices count from `first`, the place of these inputs among all that the caller
-    answers: sampled tokens depend on it. Collective: every rank must exhaust it.
+    Inputs are shared among the ranks. `numbers` are their places among all that the caller answers, from 0 on where
+    left out: sampled tokens depend on them. Collective: every rank must exhaust it.
     """
+    numbers = range(len(inputs)) if numbers is None else numbers
     number = engine.model.number_of(member, task)
     decoder = open_decoder(engine.model, number)
     if decoder is None:
-        found = answer_in_batches(engine, tokenizer, inputs, decoding, (member, task), first=first)
+        found = answer_in_batches(engine, tokenizer, inputs, decoding, (member, task), numbers=numbers)
     else:
-        found = decode_rows(engine, tokenizer, inputs, decoding, decoder, number=number, first=first)
+        found = decode_rows(engine, tokenizer, inputs, decoding, decoder, number=number, numbers=numbers)
     line = ProgressLine("generating answers", len(inputs), is_shown=engine.world.is_main)
     for answers in found:
         yield from ((number, text.strip()) for number, text in answers)
@@ -80,24 +81,24 @@ def generate_of_tasks(
     first: int = 0,
     between_batches: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, str]]:
-    """As `generate_texts`, task after task, of inputs whose tasks [N] these are; None: of one prompt. Collective."""
+    """As `generate_texts`, task after task, of inputs whose tasks [N] these are; None: of one prompt. Collective.
+
+    Numbers count from `first`.
+    """
     if tasks is None or engine.model.prompt(member).num_tasks == 1:
-        yield from generate_texts(
-            engine, tokenizer, inputs, decoding, member=member, first=first, between_batches=between_batches
-        )
-        return
+        tasks = np.zeros(len(inputs), np.int32)
     for task in np.unique(tasks).tolist():
         rows = np.flatnonzero(tasks == task).tolist()
-        answers = generate_texts(
+        yield from generate_texts(
             engine,
             tokenizer,
             [inputs[row] for row in rows],
             decoding,
             member=member,
             task=task,
+            numbers=[first + row for row in rows],
             between_batches=between_batches,
         )
-        yield from ((first + rows[number], text) for number, text in answers)
 
 
 def open_decoder(model: PromptedModel, number: int) -> Decoder | None:
@@ -122,7 +123,7 @@ def decode_rows(
     decoder: Decoder,
     *,
     number: int,
-    first: int,
+    numbers: Sequence[int],
 ) -> Iterator[list[tuple[int, str]]]:
     """Yield answers as rows are finished. Collective."""
     model = engine.model
@@ -136,7 +137,7 @@ def decode_rows(
     num_virtual = model.num_virtual(number)
     lengths = [len(context) + len(rest) for context, rest in inputs]
     most_tokens = [min(decoding.max_new_tokens, room_for_answer(model, length, num_virtual)) for length in lengths]
-    for found in answer_rows(loop, inputs, most_tokens, first, engine.world):
+    for found in answer_rows(loop, inputs, most_tokens, numbers, engine.world):
         ids = [tokens for _, tokens in found]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True) if found else []  # it makes a text of no rows
         yield list(zip([number for number, _ in found], texts, strict=True))
@@ -153,7 +154,7 @@ def answer_in_batches(
     decoding: Decoding,
     reader: tuple[int, int],
     *,
-    first: int,
+    numbers: Sequence[int],
 ) -> Iterator[list[tuple[int, str]]]:
     """Yield answers batch after batch; `reader`: the member and the task of all rows. Collective."""
     world = engine.world
@@ -163,10 +164,10 @@ def answer_in_batches(
             texts = [""] * len(rows)
         else:
             chosen = [inputs[i] for i in rows] or [([], [pad_id(tokenizer)])]  # a rank without rows computes along
-            numbers = [first + i for i in rows] or [0]
-            texts = answer_batch(engine, tokenizer, chosen, batch, decoding, reader, numbers=numbers)
+            own = [numbers[i] for i in rows] or [0]
+            texts = answer_batch(engine, tokenizer, chosen, batch, decoding, reader, numbers=own)
         answers = gather_from_ranks((rows, texts[: len(rows)]), world)
-        yield [(first + i, text) for rows, texts in answers for i, text in zip(rows, texts, strict=True)]
+        yield [(numbers[i], text) for rows, texts in answers for i, text in zip(rows, texts, strict=True)]
 
 
 def answer_batch(

@@ -15,7 +15,7 @@ from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config
 from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.data.examples import Examples, count_equal
 from ptune_dist.families.family import Family
-from ptune_dist.prompts.build import find_method
+from ptune_dist.prompts.build import check_options, find_method
 
 GIB = 1 << 30
 
@@ -85,10 +85,16 @@ def describe_cache(examples: Examples, config: Config, shape: PretrainedConfig, 
     """How much a cache of all contexts would be, and what the config gives it."""
     placement = config.prompt.placement
     is_split = placement in PLACEMENTS_WITH_CONTEXTS
-    tokens = count_context_tokens(examples, all_of_input=not is_split, has_lead=family.shares_leads)
-    size = tokens * family.context_bytes_per_token(shape, getattr(torch, config.model.dtype))
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    if is_split or not find_method(config.prompt).enters_late(check_options(config.prompt)):
+        tokens = count_context_tokens(examples, all_of_input=not is_split, has_lead=family.shares_leads)
+        size = tokens * family.context_bytes_per_token(shape, dtype)
+        what = f"the contexts of {placement}" if is_split else "with infix, the contexts"
+    else:  # a vector of each token that is read
+        tokens = int(examples.lengths_of(list(range(len(examples)))).sum()) - len(examples)
+        size = tokens * shape.get_text_config().hidden_size * dtype.itemsize
+        what = "the rows, as the layers below the prompt leave them,"
     given = config.train.context_cache_gib
-    what = f"the contexts of {placement}" if is_split else "with infix, the contexts"
     text = f"{what} have {tokens:,} distinct tokens, {size / GIB:,.2f} GiB if all are cached"
     epochs = config.train.max_steps * config.train.batch_size / len(examples)
     if given:

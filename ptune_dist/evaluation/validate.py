@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptune_dist.base.open import OpenedBase
+from ptune_dist.common.progress_line import BusyLine
 from ptune_dist.config.load import render_config
 from ptune_dist.config.schema import Config
 from ptune_dist.data.build import Split
@@ -23,8 +24,9 @@ from ptune_dist.evaluation.placement_costs import describe_cache, describe_choic
 from ptune_dist.evaluation.row_warnings import find_warnings
 from ptune_dist.evaluation.splits import build_splits
 from ptune_dist.run.folder import check_run_dir, list_checkpoints
-from ptune_dist.run.job import build_parts
+from ptune_dist.run.job import Parts, build_parts
 from ptune_dist.run.reading import Reading, build_reading
+from ptune_dist.zero.unused_sections import describe_unused
 
 NUM_EXAMPLES = 5
 
@@ -37,7 +39,8 @@ def validate(config: Config) -> None:
     # as `train`: the rows first, and a run that is resumed needs no longer what its prompt started from
     read = build_splits(reading)
     is_new = not list_checkpoints(Path(config.output_dir) / "checkpoints")
-    parts = build_parts(reading, None, with_start=is_new, rows=read.training)
+    with BusyLine(f"opening the base {config.model.path}"):
+        parts = build_parts(reading, None, with_start=is_new, rows=read.training)
     splits = read.distinct()
     train = next(iter(splits.values()))
 
@@ -50,6 +53,8 @@ def validate(config: Config) -> None:
     console.print(f"base: {describe_base(parts.opened, reading)}; {describe_epochs(config, train)}")
     for line in find_warnings(reading, read):
         console.print(f"warning: {line}", markup=False)
+    for line in notes_of(parts, config):
+        console.print(line, markup=False)
     if config.sweep:
         console.print(f"members: {len(reading.members)}: {', '.join(reading.members)}", markup=False)
     if train.rows.kind != "text" and takes_contexts(reading, parts.opened):
@@ -59,6 +64,14 @@ def validate(config: Config) -> None:
     encoding = reading.encoding(next(iter(reading.members.values())))
     for index in spread(len(train.examples), NUM_EXAMPLES):
         console.print(render_example(train, index, encoding))
+
+
+def notes_of(parts: Parts, config: Config) -> list[str]:
+    """What `train` prints about the base's format and about DeepSpeed's JSON."""
+    found = [describe_unused(parts.deepspeed_json)]
+    if parts.opened.note:
+        found.append(f"model.path: {config.model.path}: {parts.opened.note}")
+    return [line for line in found if line]
 
 
 def takes_contexts(reading: Reading, opened: OpenedBase) -> bool:

@@ -134,7 +134,8 @@ class PromptedCausal(PaddedCausal):
         return supervise_laid(index, prepared.layout.reader, vectors, attention, late)
 
     def _label_losses(self, batch: Batch) -> list[np.ndarray]:
-        assert batch.trees is not None and self.head is not None
+        row_trees = batch.trees
+        assert row_trees is not None and self.head is not None
         start = self.start_of(batch)
         below = self._labels_below(batch, start) if start else None
         batch = self.by_contribution(batch)
@@ -155,7 +156,7 @@ class PromptedCausal(PaddedCausal):
             laid.targets[order],
             self.objective.validation_losses,
         ).tolist()
-        trees = [batch.trees[row] for row, _ in batch.readers]
+        trees = [row_trees[row] for row, _ in batch.readers]
         ends = np.cumsum([len(tree.targets) for tree in trees])
         return [tree.sum_paths(part) for tree, part in zip(trees, np.split(losses, ends[:-1]), strict=True)]
 

@@ -100,7 +100,7 @@ class PromptedEncoder(PromptedModel):
             found[number] = batch.trees[batch.readers[number][0]].sum_paths(losses.double().cpu().numpy())
         return found
 
-    def _losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
+    def _losses(self, batch: Batch, loss_of: LossOf, *, with_own: bool = False) -> tuple[torch.Tensor, np.ndarray]:
         if self.predicts_numbers:
             return self._number_losses(batch, loss_of)
         logits, reader = self._outputs(batch)

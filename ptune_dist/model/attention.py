@@ -10,6 +10,7 @@ C positions of a context.
 """
 
 import inspect
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -162,13 +163,16 @@ def use_segments(model: PreTrainedModel) -> bool:
 
 
 class CausalSegments:
-    """Segments that read live ones before them, and perhaps one lead that all of them share.
+    """Segments that read live ones before them, and what they name of `outside`, which is copied for each of them.
 
     For devices without a kernel for ragged rows: entries of like size are padded to one call.
     """
 
-    def __init__(self, segments: list[Segment], lead: KeysValues | None, device: torch.device):
-        self._lead = lead
+    def __init__(self, segments: list[Segment], outside: list[KeysValues], device: torch.device):
+        named = sorted({number for segment in segments for number in segment.contexts})
+        self._outside = [outside[number] for number in named]
+        ends = itertools.accumulate(part.length for part in self._outside)
+        self._runs = {n: range(end - outside[n].length, end) for n, end in zip(named, ends, strict=True)}
         self._segments = segments
         self._device = device
         self._buckets: list[Bucket] = []
@@ -180,19 +184,19 @@ class CausalSegments:
         """q [N, H, D], k and v [N, G, D] -> [N, H, D]."""
         if self._places is None:
             self._places = self._fill_buckets(q, k)
-        if self._lead is not None:
-            k = torch.cat([self._lead.keys[layer], k])
-            v = torch.cat([self._lead.values[layer], v])
+        if self._outside:
+            k = torch.cat([*(part.keys[layer] for part in self._outside), k])
+            v = torch.cat([*(part.values[layer] for part in self._outside), v])
         padded = [bucket.attend(q, k, v, scale, window).flatten(0, 1) for bucket in self._buckets]
         return torch.cat(padded).index_select(0, self._places)
 
     def _fill_buckets(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """The buckets of the first layer's tensors, which are those of all layers; where live positions stand [N]."""
-        num_lead = self._lead.length if self._lead else 0
         most_keys = 0
         if self._device.type == "cpu":
             most_keys = most_keys_by_products(q.dtype, is_grouped=q.shape[1] > k.shape[1])
-        self._buckets = [Bucket(bucket, num_lead, self._device, most_keys) for bucket in split_buckets(self._segments)]
+        buckets = split_buckets(self._segments)
+        self._buckets = [Bucket(bucket, self._runs, self._device, most_keys) for bucket in buckets]
         return find_places(self._buckets).to(self._device)
 
 
@@ -222,12 +226,16 @@ def count_scores(segment: Segment) -> int:
 
 
 class Bucket:
-    """Segments of one offset as the entries of one padded call; keys are numbered [lead, live positions].
+    """Segments of one offset as the entries of one padded call; keys are numbered [outside, live positions].
 
     live: the live positions of all entries [n]. kept: where they stand among the E * Q padded queries [n].
     """
 
-    def __init__(self, segments: list[Segment], num_lead: int, device: torch.device, most_keys_by_products: int):
+    def __init__(
+        self, segments: list[Segment], runs: dict[int, range], device: torch.device, most_keys_by_products: int
+    ):
+        """`runs`: where each part from outside stands among the keys."""
+        num_outside = sum(map(len, runs.values()))
         longest = max(s.length for s in segments)
         self._offset = segments[0].offset
         self._by_products = self._offset + longest <= most_keys_by_products
@@ -249,10 +257,10 @@ class Bucket:
         for s in segments:
             # Padding repeats a position of the entry's own: where another's is not a number, this one's still is.
             own = pad_index(torch.arange(s.start, s.start + s.length), longest)
-            before = [torch.arange(num_lead)] if s.contexts else []
-            before += [num_lead + torch.arange(start, start + length) for start, length in s.parents]
+            before = [torch.arange(runs[number].start, runs[number].stop) for number in s.contexts]
+            before += [num_outside + torch.arange(start, start + length) for start, length in s.parents]
             queries.append(torch.cat([own[:1].expand(self._num_idle), own]))
-            keys.append(torch.cat([*before, num_lead + own]))
+            keys.append(torch.cat([*before, num_outside + own]))
         self._queries = torch.cat(queries).to(device)
         self._keys = torch.cat(keys).to(device)
 

@@ -43,12 +43,20 @@ def build_attention(
 def build_padded(segments: list[Segment], outside: list[KeysValues], device: torch.device) -> SegmentAttention:
     """Padded calls of torch's own attention, by what the segments read: for where no kernel takes ragged rows."""
     if not any(segment.parents for segment in segments):
-        return ContextSegments(segments, outside, device) if outside else CausalSegments(segments, None, device)
+        is_causal = not outside or has_short_prefixes(segments)
+        return (CausalSegments if is_causal else ContextSegments)(segments, outside, device)
     parents = {run for segment in segments for run in segment.parents}
     alone = [s for s in segments if s.contexts and not s.parents and (s.start, s.length) not in parents]
     if not alone:
-        return CausalSegments(segments, join_parts(outside), device)
+        return CausalSegments(segments, outside, device)
     return MixedSegments(segments, alone, outside, device)
+
+
+def has_short_prefixes(segments: list[Segment]) -> bool:
+    """Whether all that is read from outside is members' own, and shorter than the segments: copies cost little."""
+    if any(segment.num_own < len(segment.contexts) for segment in segments):
+        return False
+    return sum(segment.offset for segment in segments) <= sum(segment.length for segment in segments)
 
 
 class CudaSegments:
@@ -75,14 +83,11 @@ def takes_flex(width: int) -> bool:
 
 
 class MixedSegments:
-    """Some segments read keys/values of their own from outside, others read live ones and perhaps a shared lead."""
+    """Some segments read nothing but keys/values from outside, others live ones too."""
 
     def __init__(self, segments: list[Segment], alone: list[Segment], outside: list[KeysValues], device: torch.device):
         chained = [segment for segment in segments if segment not in alone]
-        named = {segment.contexts for segment in chained if segment.contexts}
-        assert len(named) <= 1, "segments that read live ones share their contexts"
-        lead = join_parts([outside[number] for contexts in named for number in contexts])
-        self._parts = [CausalSegments(chained, lead, device), ContextSegments(alone, outside, device)]
+        self._parts = [CausalSegments(chained, outside, device), build_padded(alone, outside, device)]
         live = [torch.arange(s.start, s.start + s.length) for part in (chained, alone) for s in by_start(part)]
         self._places = torch.cat(live).argsort().to(device)
 
@@ -108,7 +113,7 @@ class RecordedSegments:
         elif len({segment.contexts for segment in segments}) > 1:
             self._attention = ContextSegments(segments, outside, device)
         else:
-            self._attention = CausalSegments(segments, join_parts(outside), device)
+            self._attention = CausalSegments(segments, outside, device)
         self._segments = segments
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 

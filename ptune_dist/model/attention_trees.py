@@ -30,7 +30,7 @@ class PlacedTree(NamedTuple):
     contexts: tuple[int, ...]
     parents: tuple[tuple[int, int], ...]
     offset: int
-    member: int = 0
+    member: int
 
     def segments(self) -> list[Segment]:
         """The runs of the tree."""

@@ -104,7 +104,8 @@ def split_by_start(
             part = replace(idle_batch(batch.pad_id, has_contexts=False), readers=[(0, member)])
             trees = None if batch.trees is None else [build_label_tree([])]
             below = idle_below(member) if start and batch.below is not None else None
-            part = replace(part, prepared=prepared, held_parts=[()], trees=trees, below=below)
+            tasks = None if batch.tasks is None else [0]
+            part = replace(part, prepared=prepared, held_parts=[()], trees=trees, tasks=tasks, below=below)
         found.append(Part(part, np.array(own, np.int64)))
     return found
 
@@ -128,6 +129,7 @@ def pick_readers(batch: Batch, numbers: list[int]) -> Batch:
         numbers=pick(batch.numbers),
         held_parts=pick(batch.held_parts),
         trees=pick(batch.trees),
+        tasks=pick(batch.tasks),
         below=None if batch.below is None else {key: pick(found) for key, found in batch.below.items()},
     )
 

@@ -34,7 +34,7 @@ from ptune_dist.model.head import HeadAtTargets
 from ptune_dist.model.layout import text_of
 from ptune_dist.model.value_head import TargetScale, ValueHeads
 from ptune_dist.objectives.objective import Objective
-from ptune_dist.prompts.method import Contribution, Method
+from ptune_dist.prompts.method import Contribution, Method, OwnTargets
 from ptune_dist.prompts.start import BASE
 
 LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # an objective's losses or validation_losses
@@ -373,17 +373,58 @@ class PromptedModel(nn.Module):
         parts = self.parts(batch)
         found = []
         for part in parts:
-            losses, reader = self._losses(part.batch, loss_of)
+            losses, reader = self._losses(part.batch, loss_of, with_own=not for_validation)
             found.append(self.sum_by(losses, reader, len(part.batch.readers)))
         return join_tensors(found, parts)
 
-    def _losses(self, batch: Batch, loss_of: LossOf) -> tuple[torch.Tensor, np.ndarray]:
-        """Losses [U], and the number of each one's reader."""
+    def _losses(self, batch: Batch, loss_of: LossOf, *, with_own: bool = False) -> tuple[torch.Tensor, np.ndarray]:
+        """Losses [U], and the number of each one's reader; `with_own`: with those of the prompts' own targets."""
         if self.predicts_numbers:
             return self._number_losses(batch, loss_of)
         asked = self.supervise(batch)
         assert self.head is not None, "families without a language head compute their own losses"
-        return self.head.losses(asked, loss_of), asked.reader
+        if not with_own or not any(self.own_targets(member) for member in range(len(self.prompts))):
+            return self.head.losses(asked, loss_of), asked.reader
+        asked, weights = self._supervise_prompts(asked, batch)
+        return self.head.losses(asked, loss_of) * weights, asked.reader
+
+    def own_targets(self, member: int) -> OwnTargets | None:
+        """What training predicts of a member's prompt itself, for each row that is read with it."""
+        return None if self.predicts_numbers else self.prompt(member).own_targets
+
+    def _supervise_prompts(self, asked: Supervised, batch: Batch) -> tuple[Supervised, torch.Tensor]:
+        """The pass with the prompts' own targets too, as those of each member's first reader, and weights [U].
+
+        A prompt is read once for all its readers with targets, so its targets weigh as many times as there are any.
+        Virtual tokens stand before all texts: in one row of segments those of members one after another, else in each
+        reader's own row.
+        """
+        rows, places, tokens, readers, weights = [asked.rows], [asked.places], [asked.targets], [asked.reader], []
+        weights.append(torch.ones(len(asked.reader), device=asked.rows.device))
+        first_place = 0
+        for member in sorted({member for _, member in batch.readers}):
+            own = self.own_targets(member)
+            mine = [i for i, (_, reader) in enumerate(batch.readers) if reader == member]
+            if own is not None:
+                count = sum(1 for i in mine if len(batch.targets[batch.readers[i][0]]))
+                row = 0 if self.uses_segments else mine[0]
+                rows.append(self.to_tensor(np.full(len(own.places), row)))
+                places.append(self.to_tensor(first_place + np.array(own.places)))
+                tokens.append(self.to_tensor(np.array(own.tokens)))
+                readers.append(np.full(len(own.places), mine[0]))
+                weights.append(to_device(torch.tensor(own.weights) * count, self.device))
+            if self.uses_segments:
+                numbers = range(self.number_of(member), self.number_of(member) + self.prompt(member).num_tasks)
+                used = {number for _, number in self.by_contribution(batch).readers}
+                first_place += sum(self.num_vectors[number] for number in numbers if number in used)
+        found = replace(
+            asked,
+            rows=torch.cat(rows),
+            places=torch.cat(places),
+            targets=torch.cat(tokens),
+            reader=np.concatenate(readers),
+        )
+        return found, torch.cat(weights)
 
     def outputs(self, batch: Batch) -> torch.Tensor:
         """What the base check compares of a pass, [U]: the validation losses of single targets, or logits."""

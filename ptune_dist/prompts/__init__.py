@@ -4,6 +4,7 @@ To add a method, write its class in a file of its own (`method.py` is the interf
 """
 
 from ptune_dist.prompts.adaption_prompt import AdaptionPrompt
+from ptune_dist.prompts.cpt import Cpt
 from ptune_dist.prompts.late_prompt import LatePrompt
 from ptune_dist.prompts.method import Method
 from ptune_dist.prompts.multitask import MultitaskPromptTuning
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "trainable_tokens": TrainableTokens,
     "late_prompt": LatePrompt,
     "multitask_prompt_tuning": MultitaskPromptTuning,
+    "cpt": Cpt,
     "last_layers": LastLayers,
     "bias_only": BiasOnly,
     "norms_only": NormsOnly,

@@ -9,7 +9,7 @@ from ptune_dist.config.schema import Config, PromptConfig
 from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
 from ptune_dist.prompts.method import BaseFacts, Method, Options
-from ptune_dist.prompts.start import NOTHING, Lookup, ReadRows, Start
+from ptune_dist.prompts.start import NOTHING, Lookup, ReadExamples, ReadRows, Start
 
 
 def find_method(prompt: PromptConfig) -> type[Method]:
@@ -75,6 +75,12 @@ def choose_trained(prompt: PromptConfig, base: PreTrainedModel) -> set[str]:
         raise UserError(str(error)) from None
 
 
+def source_files(prompt: PromptConfig) -> list[str]:
+    """What `prompt.init_file` names."""
+    given = prompt.init_file or []
+    return [given] if isinstance(given, str) else list(given)
+
+
 def build_prompt(
     config: Config,
     base: BaseFacts,
@@ -85,11 +91,14 @@ def build_prompt(
     num_embeddings: int | None = None,
     rows: ReadRows | None = None,
     read_stored: Lookup | None = None,
+    file: str | None = None,
+    read_examples: ReadExamples | None = None,
 ) -> Method:
     """The prompt that a member's config asks for. Without a start, its numbers will be loaded. Raises UserError.
 
-    num_embeddings: the base's, where the tokenizer has ids beyond them. rows: those to train on, if any. read_stored:
-    the base's embeddings as its files have them.
+    num_embeddings: the base's, where the tokenizer has ids beyond them. rows: those to train on, if any, and
+    read_examples the same as inputs and targets. read_stored: the base's embeddings as its files have them. file: the
+    one of several to start from.
     """
     prompt = config.prompt
     asked = choose_start(prompt)
@@ -100,13 +109,14 @@ def build_prompt(
         lookup=lookup,
         text=prompt.init_text,
         labels=prompt.init_labels or config.data.labels,
-        file=prompt.init_file,
+        file=file or next(iter(source_files(prompt)), None),
         num_embeddings=num_embeddings,
         asked=asked,
         placement=prompt.placement,
         rows=rows,
         tasks=list(config.data.tasks or []),
         read_stored=read_stored,
+        read_examples=read_examples,
     )
     try:
         return find_method(prompt).build(check_options(prompt), prompt.num_virtual_tokens, base, start)

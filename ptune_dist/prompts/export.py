@@ -58,8 +58,12 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
     name = facts.get("method", "prompt_tuning")
     if METHODS[name].trains_base:
         raise UserError(f"--to {to}: PEFT has no {name}: use --to model")
+    if "late_tokens" in tensors:
+        raise UserError(f"--to {to}: PEFT has no method whose virtual tokens enter at a later layer")
     if to == CARTRIDGE and "prefix_keys" not in tensors:
         raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {name}: use --to peft")
+    if "prefix_keys" in tensors and tensors["prefix_keys"].shape != tensors["prefix_values"].shape:
+        raise UserError(f"--to {to}: PEFT has no keys and values of unequal width, and this base has")
     known = METHODS[name].peft_bases
     if known is not None and facts["base"]["model_type"] not in known:
         kind = facts["base"]["model_type"]

@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ptune_dist.errors import UserError
 from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, check_start_layer
 from ptune_dist.prompts.start import NOTHING, Start, random_vectors
 
@@ -68,5 +67,4 @@ class LatePrompt(Method):
 
     @classmethod
     def to_peft(cls, plain: dict[str, torch.Tensor]) -> PeftAdapter:
-        """Raises UserError."""
-        raise UserError("--to peft: PEFT has no method whose virtual tokens enter at a later layer")
+        raise NotImplementedError("PEFT has no method whose virtual tokens enter at a later layer")

@@ -5,7 +5,7 @@ Shapes: P positions, D width, L layers, G key/value heads, Dh width of a head.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -28,11 +28,23 @@ class BaseFacts:
     width: int  # of an input embedding
     num_layers: int | None = None
     num_key_value_heads: int | None = None
-    head_width: int | None = None
+    head_width: int | None = None  # of a key
+    value_width: int | None = None  # of a value; None: as a key's
     num_embeddings: int | None = None
     model_type: str | None = None
     hidden_size: int | None = None  # of what a layer reads
     num_first_layers: int | None = None  # of the first stack, an encoder's; None where they cannot be run in parts
+
+
+class OwnTargets(NamedTuple):
+    """Tokens of a prompt that training predicts too, beside those of each row that is read with it.
+
+    places: of the virtual tokens that they follow. tokens: their ids. weights: of their losses.
+    """
+
+    places: list[int]
+    tokens: list[int]
+    weights: list[float]
 
 
 @dataclass(frozen=True)
@@ -161,6 +173,11 @@ class Method(nn.Module):
 
     def begin_step(self, step: int) -> None:
         """Called before the passes of optimizer step `step`: for methods whose forward draws random numbers."""
+
+    @property
+    def own_targets(self) -> OwnTargets | None:
+        """What training predicts of the prompt itself, for each row that is read with it."""
+        return None
 
     def plain(self) -> dict[str, torch.Tensor]:
         """The prompt with any reparameterization folded in, by name: what is served and exported."""

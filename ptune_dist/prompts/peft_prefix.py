@@ -4,6 +4,7 @@ PEFT stores for each position the keys and values of layer after layer, [P, L * 
 Shapes: L layers, P positions, G key/value heads, Dh width of a head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ def is_adapter(source: str) -> bool:
     return "peft_type" in read_adapter_settings(find_prompt_file(source).parent)
 
 
-def read_adapter(source: str, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of this shape [L, P, G, Dh], in float32. Raises UserError."""
+def read_adapter(source: str, shapes: Sequence[tuple[int, int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of these shapes [L, P, G, Dh], in float32. Raises UserError."""
     file = find_prompt_file(source)
     settings = read_adapter_settings(file.parent)
     kind = settings["peft_type"]
@@ -51,7 +52,9 @@ def read_adapter(source: str, shape: tuple[int, ...]) -> tuple[torch.Tensor, tor
     stored = read_tensors(file).get(STORED)
     if stored is None:
         raise UserError(f"prompt.init_file: {file} holds no {STORED}")
-    num_layers, num_positions, num_heads, head_width = shape
+    num_layers, num_positions, num_heads, head_width = shapes[0]
+    if shapes[1] != shapes[0]:
+        raise UserError(f"prompt.init_file: {file} is of PEFT, which has no keys and values of unequal width")
     wanted = (num_positions, num_layers * 2 * num_heads * head_width)
     if settings.get("num_transformer_submodules") == 2:
         raise UserError(f"prompt.init_file: {file} is for encoder-decoder bases")

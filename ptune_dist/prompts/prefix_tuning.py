@@ -3,7 +3,7 @@
 They start from what the base itself computes of a text, and the first position may stay as it is (Eyuboglu et al. 2025,
 arXiv:2506.06266). Random numbers and the paper's reparameterization are options.
 Shapes: L layers that are trained, M fixed ones below, P positions, F of them frozen, G key/value heads, Dh width of a
-head, E width of the MLP's embeddings.
+head (of values, another one in some architectures), E width of the MLP's embeddings.
 """
 
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from ptune_dist.prompts.start import Start
 OF_TEXT = ("text", "rows")  # starts whose first position is that of a text, which attention falls back on
 PLAIN = ("prefix_keys", "prefix_values")
 LOWER = ("lower_keys", "lower_values")
+Shape = tuple[int, int, int, int]  # [L, P, G, Dh]
 
 
 class PrefixOptions(Options):
@@ -110,18 +111,19 @@ class PrefixTuning(Method):
         check_options(options, start)
         first = options.from_layer and check_start_layer(options.from_layer, base, "prompt.from_layer")
         has_lower = keeps_lower(options, start)
-        heads = (num_virtual_tokens, base.num_key_value_heads, base.head_width)
-        shape = (base.num_layers if has_lower else base.num_layers - first, *heads)
+        widths = (base.head_width, base.value_width or base.head_width)
+        heads = [(num_virtual_tokens, base.num_key_value_heads, width) for width in widths]
+        own: list[Shape] = [(base.num_layers - first, *some) for some in heads]  # of what is trained
+        shapes: list[Shape] = [(base.num_layers, *some) for some in heads] if has_lower else own
         mlp = None
         if options.reparameterization == "mlp":
-            mlp = PrefixMLP((base.num_layers - first, *heads), num_frozen, options, start)
+            mlp = PrefixMLP(own, num_frozen, options, start)
         layers: dict[str, Any] = {"from_layer": first, "has_lower": has_lower}
         if start.kind == "file":
-            return cls._from_file(shape, num_frozen, options, mlp, start, layers)
-        keys, values = torch.zeros(2, *shape)
+            return cls._from_file(shapes, num_frozen, options, mlp, start, layers)
+        keys, values = map(torch.zeros, shapes)
         if start.kind == "random" and mlp is None:
-            keys = torch.randn(shape, generator=start.generator)
-            values = torch.randn(shape, generator=start.generator)
+            keys, values = (torch.randn(shape, generator=start.generator) for shape in shapes)
         prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp, **layers)
         if start.kind in OF_TEXT:
             prompt.start_tokens = start.tokens(num_virtual_tokens, options.init_rows)
@@ -130,7 +132,7 @@ class PrefixTuning(Method):
     @classmethod
     def _from_file(
         cls,
-        shape: tuple[int, ...],
+        shapes: list[Shape],
         num_frozen: int,
         options: PrefixOptions,
         mlp: "PrefixMLP | None",
@@ -139,14 +141,15 @@ class PrefixTuning(Method):
     ) -> "PrefixTuning":
         """From a prompt's keys and values, or from all that was trained where the file has an MLP of the same shape."""
         if is_adapter(start.file or ""):
-            keys, values = read_adapter(start.file or "", shape)
+            keys, values = read_adapter(start.file or "", shapes)
         elif layers["has_lower"] and start.holds("lower_keys"):
-            lower = (layers["from_layer"], *shape[1:])
-            upper = (shape[0] - lower[0], *shape[1:])
-            found = start.tensors(dict.fromkeys(LOWER, lower) | dict.fromkeys(PLAIN, upper))
+            first = layers["from_layer"]
+            lower = {name: (first, *shape[1:]) for name, shape in zip(LOWER, shapes, strict=True)}
+            upper = {name: (shape[0] - first, *shape[1:]) for name, shape in zip(PLAIN, shapes, strict=True)}
+            found = start.tensors(lower | upper)
             keys, values = (torch.cat([found[low], found[high]]) for low, high in zip(LOWER, PLAIN, strict=True))
         else:
-            found = start.tensors(dict.fromkeys(PLAIN, shape))
+            found = start.tensors(dict(zip(PLAIN, shapes, strict=True)))
             keys, values = (found[name] for name in PLAIN)
         prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp, **layers)
         wanted = {name: tuple(tensor.shape) for name, tensor in prompt.state_dict().items()}
@@ -158,9 +161,10 @@ class PrefixTuning(Method):
     @torch.no_grad()
     def begin_from(self, *computed: torch.Tensor) -> None:
         keys, values = computed
-        wanted = (self.num_virtual_tokens, *self.get_buffer("frozen_keys").shape[2:])
+        own = [self.get_buffer(f"frozen_{name}").shape[2:] for name in ("keys", "values")]
+        wanted = [(self.num_virtual_tokens, *heads) for heads in own]
         found = [tuple(part.shape[1:]) for part in (keys, values)]
-        if found != [wanted, wanted]:
+        if found != wanted:
             raise ValueError(f"prompt.method: prefix_tuning has keys and values {wanted}, the base computes {found}")
         for name, tensor in (("keys", keys), ("values", values)):
             below, above = tensor.tensor_split([self.from_layer])
@@ -180,10 +184,12 @@ class PrefixTuning(Method):
         values = self._own("values")
         if not self._is_plain:
             added = self.transform(self.embedding.weight)  # [P - F, L * 2 * G * Dh], or without the keys
-            num_layers, num_own, *heads = values.shape
-            parts = added.view(num_own, num_layers, -1, *heads).permute(2, 1, 0, 3, 4)
-            keys = keys + parts[0] if self._train_keys else keys
-            values = values + parts[-1]
+            trained = [keys, values] if self._train_keys else [values]
+            by_layer = added.unflatten(1, (len(values), -1)).transpose(0, 1)  # [L, P - F, 2 * G * Dh]
+            parts = by_layer.split([part[0, 0].numel() for part in trained], dim=2)
+            sums = [part + own.view_as(part) for part, own in zip(trained, parts, strict=True)]
+            keys = sums[0] if self._train_keys else keys
+            values = sums[-1]
         if self.num_frozen:
             keys = torch.cat([self.get_buffer("frozen_keys"), keys], dim=1)
             values = torch.cat([self.get_buffer("frozen_values"), values], dim=1)
@@ -228,15 +234,17 @@ class PrefixMLP:
     It starts as PEFT's does with `init: random`, and adds nothing to any other start.
     """
 
-    def __init__(self, shape: tuple[int, ...], num_frozen: int, options: PrefixOptions, start: Start):
-        num_layers, num_positions, num_heads, head_width = shape
-        width = num_heads * head_width
-        num_parts = 2 if options.train_keys else 1
+    def __init__(self, shapes: list[Shape], num_frozen: int, options: PrefixOptions, start: Start):
+        """`shapes`: of the keys and of the values."""
+        num_layers, num_positions, num_heads, _ = shapes[0]
+        of_keys, of_values = (num_heads * shape[3] for shape in shapes)
+        width = of_keys
         hidden = options.encoder_hidden_size or width
+        of_layer = of_values + (of_keys if options.train_keys else 0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(start.seed)
             self.embedding = nn.Embedding(num_positions - num_frozen, width)
-            last = nn.Linear(hidden, num_layers * num_parts * width)
+            last = nn.Linear(hidden, num_layers * of_layer)
             self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), last)
         if start.kind != "random":
             nn.init.zeros_(last.weight)

@@ -20,12 +20,13 @@ from ptune_dist.errors import UserError
 # The paper samples from the 5,000 most common tokens, which are the first of its vocabulary.
 NUM_COMMON_TOKENS = 5000
 PROMPT_FILES = ("prompt/prompt.safetensors", "prompt.safetensors", "adapter_model.safetensors")
-VECTOR_ADAPTERS = ("PROMPT_TUNING", "P_TUNING")  # PEFT's types whose prompt_embeddings are virtual tokens
+VECTOR_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "CPT")  # PEFT's types whose prompt_embeddings are virtual tokens
 VECTOR_NAMES = ("virtual_tokens", "prompt_embeddings")  # ours and PEFT's
 BASE = "base."  # tensors of the base that a method has trained
 
 NOTHING = "nothing"
 
+ReadExamples = Callable[[], Iterable[tuple[list[int], list[int]]]]  # of each training row, input and target
 Lookup = Callable[[list[int]], torch.Tensor]  # token ids -> embeddings [len(ids), D]
 ReadRows = Callable[[], Iterable[list[int]]]  # the token ids of each training row, input and target
 
@@ -61,6 +62,7 @@ class Start:
     rows: ReadRows | None = None
     tasks: list[str] = field(default_factory=list)
     read_stored: Lookup | None = None  # the base's embeddings as its files have them: Gemma scales what it looks up
+    read_examples: ReadExamples | None = None
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -141,6 +143,10 @@ class Start:
         if not found:
             raise UserError(f"prompt.init_file: {file} has no tensors of a base, only {', '.join(sorted(stored)[:5])}")
         return found
+
+    def examples(self) -> Iterable[tuple[list[int], list[int]]]:
+        """Token ids of the training rows, (input, target) each; none where no rows are read."""
+        return self.read_examples() if self.read_examples is not None else ()
 
     def _text_vectors(self, num: int) -> torch.Tensor:
         """[P, D]: embeddings of the text's tokens, repeated or cut to P."""

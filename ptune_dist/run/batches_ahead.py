@@ -50,8 +50,7 @@ class StepSource:
         engine = self.engine
         rows = self.rows
         examples = rows.of_step(step, live)
-        divide = engine.model.objective.divisor
-        divisors = {name: divide(rows.examples.num_targets[chosen]) for name, chosen in examples.items()}
+        divisors = {name: engine.divisor(name, rows.examples.num_targets[own]) for name, own in examples.items()}
         plan = engine.plan(rows.units(examples, engine.members), rows.examples, self.micro_batch_tokens)
         batches = (engine.prepare(collate(rows.examples, shares, self.world.rank, self.pad_id)) for shares in plan)
         return StepPlan(step, examples, divisors, len(plan)), batches

@@ -6,7 +6,7 @@ What is read from files is read first, on every rank, and a mistake found by any
 import functools
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from ptune_dist.base.fp8 import check_device
 from ptune_dist.base.fused import fuse
 from ptune_dist.base.layers import (
     embedding_width,
-    head_width,
     hidden_size,
+    key_value_heads,
     layers_of,
     max_positions,
     num_first_layers,
-    num_key_value_heads,
 )
 from ptune_dist.base.load import fill_whole
 from ptune_dist.base.memory_check import GIB, check_memory, find_room
@@ -32,6 +31,7 @@ from ptune_dist.base.recompute import read_settings
 from ptune_dist.base.rotary import fixed_positions
 from ptune_dist.base.source import fingerprint_base
 from ptune_dist.base.trained import parameters_of_head
+from ptune_dist.common.progress_line import BusyLine
 from ptune_dist.config.deepspeed_json import fill_deepspeed_json, show_source, zero_stage
 from ptune_dist.config.schema import Config
 from ptune_dist.data.examples import longest_answer
@@ -41,7 +41,7 @@ from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.given_cache import keeps_more
 from ptune_dist.model.value_head import TargetScale
-from ptune_dist.prompts.build import build_prompt, choose_trained
+from ptune_dist.prompts.build import build_prompt, choose_trained, source_files
 from ptune_dist.prompts.method import BaseFacts, Method
 from ptune_dist.run.base_check import check_base, draw_probe
 from ptune_dist.run.memory_need import Workload, fit_micro_batch, prompt_bytes
@@ -61,6 +61,7 @@ class Job:
     """A base and its prompts under the engine, ready to train or to answer.
 
     longest_target: tokens of the longest target that is trained on, where targets are texts that follow an input.
+    sources: the prompts that a member may start from, by file, where there are several.
     """
 
     reading: Reading
@@ -69,6 +70,7 @@ class Job:
     loading: dict[str, float]  # this rank's seconds and bytes of reading the base
     micro_batch: MicroBatchSize
     longest_target: int | None = None
+    sources: dict[str, dict[str, Method]] = field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -90,6 +92,7 @@ class Parts:
     opened: OpenedBase
     prompts: dict[str, Method]  # of each member, at its start
     deepspeed_json: dict[str, Any]  # filled
+    sources: dict[str, dict[str, Method]]  # of each member that has several to start from
 
 
 def build_parts(reading: Reading, world: World | None, *, with_start: bool, rows: TrainingRows | None = None) -> Parts:
@@ -105,23 +108,38 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool, rows
     opened = open_base_of(reading)
     content = build_deepspeed_json(config, opened.model, world)
     reading.family.check_contexts(opened.model, config.prompt.placement)
-    facts = base_facts(opened.model)
+    build = functools.partial(
+        build_prompt,
+        base=base_facts(opened.model),
+        tokenizer=reading.tokenizer,
+        lookup=opened.embed,
+        with_start=with_start,
+        num_embeddings=reading.num_embeddings,
+        read_stored=opened.read_rows,
+    )
     prompts = {}
+    sources = {}
     for name, member in reading.members.items():
         check_positions(member, opened.model)
-        prompts[name] = build_prompt(
-            member,
-            facts,
-            reading.tokenizer,
-            opened.embed,
-            with_start=with_start,
-            num_embeddings=reading.num_embeddings,
-            rows=None if rows is None else functools.partial(rows.tokens_of, name),
-            read_stored=opened.read_rows,
-        )
+        tokens = None if rows is None else functools.partial(rows.tokens_of, name)
+        examples = None if rows is None else functools.partial(rows.examples_of, name)
+        prompts[name] = build(member, rows=tokens, read_examples=examples)
+        files = source_files(member.prompt)
+        if with_start and len(files) > 1:
+            sources[name] = {file: build(member, rows=tokens, file=file) for file in files}
+            check_sources(sources[name])
     if world is not None:
         check_memory(opened.model, content, config.model.path, world.size, world.device)
-    return Parts(opened, prompts, content)
+    return Parts(opened, prompts, content, sources)
+
+
+def check_sources(sources: dict[str, Method]) -> None:
+    """Raise UserError for prompts that are more than what their files hold as a prompt."""
+    if any(prompt.start_tokens or not prompt.state_dict() for prompt in sources.values()):
+        raise UserError(
+            f"prompt.init_file: {', '.join(sources)}: several sources are scored of prompts that are whole in their "
+            "files: name one"
+        )
 
 
 def open_base_of(reading: Reading) -> OpenedBase:
@@ -155,11 +173,13 @@ def choose_trained_of(reading: Reading, base: PreTrainedModel) -> set[str]:
 def base_facts(base: PreTrainedModel) -> BaseFacts:
     """What methods may need to know of a base."""
     text = base.config.get_text_config(decoder=True)
+    num_heads, of_keys, of_values = key_value_heads(base.config)
     return BaseFacts(
         width=embedding_width(base),
         num_layers=getattr(text, "num_hidden_layers", None),
-        num_key_value_heads=None if keeps_more(base) else num_key_value_heads(base.config),
-        head_width=head_width(base.config),
+        num_key_value_heads=None if keeps_more(base) else num_heads,
+        head_width=of_keys,
+        value_width=of_values,
         model_type=base.config.model_type,
         num_embeddings=getattr(base.get_input_embeddings(), "num_embeddings", None),
         hidden_size=hidden_size(base),
@@ -266,14 +286,16 @@ def build_job(
 
     `scales`: of the members' targets, where they are numbers. `rows` are those to train on, if any.
     """
-    parts = together(world, lambda: build_parts(reading, world, with_start=with_start, rows=rows))
+    path = reading.config.model.path
+    with BusyLine(f"opening the base {path}"):
+        parts = together(world, lambda: build_parts(reading, world, with_start=with_start, rows=rows))
     size = MicroBatchSize(reading.config.train.most_positions)
     if rows is not None:
         size = settle_micro_batch(reading, parts, rows, world)
     reading = reading.with_micro_batch(size.tokens)
     config = reading.config
     if parts.opened.note and world.is_main:
-        print(f"model.path: {config.model.path}: {parts.opened.note}", flush=True)
+        print(f"model.path: {path}: {parts.opened.note}", flush=True)
     slower = describe_fallback(world.device) if config.model.quantization != "none" else None
     if slower and world.is_main:
         print(slower, flush=True)
@@ -285,7 +307,7 @@ def build_job(
     began = time.perf_counter()
     base = fill_base(parts, config, world)
     loading = {"load_s": time.perf_counter() - began, "bytes_read": parts.opened.weights.bytes_read}
-    fingerprint = fingerprint_base(config.model.path, random_init=config.model.random_init, seed=config.seed)
+    fingerprint = fingerprint_base(path, random_init=config.model.random_init, seed=config.seed)
     cache = together(world, lambda: build_context_cache(config, fingerprint, world.device))
     model = reading.family.model_class(
         base,
@@ -294,12 +316,14 @@ def build_job(
         config.prompt.placement,
         [scales[name] for name in parts.prompts] if scales else None,
     )
-    engine = build_engine(model, reading.members, parts.deepspeed_json, world, cache=cache)
+    with BusyLine("starting DeepSpeed"):
+        engine = build_engine(model, reading.members, parts.deepspeed_json, world, cache=cache)
     if probe is not None:
-        check_base(engine, probe, config, world)
+        with BusyLine("comparing the base's outputs with its own (model.check)"):
+            check_base(engine, probe, config, world)
     together(world, engine.read_starts)
     longest = longest_answer(rows.examples) if rows is not None else None
-    return Job(reading, engine, fingerprint, loading, size, longest)
+    return Job(reading, engine, fingerprint, loading, size, longest, parts.sources)
 
 
 def fill_base(parts: Parts, config: Config, world: World) -> PreTrainedModel:

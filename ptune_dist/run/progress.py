@@ -64,8 +64,10 @@ class Standing:
         self.best = found
         self.best_step = step
         self.num_worse = 0
-        for kept, sample in zip(self.samples, samples, strict=False):  # their number may change on resume
-            kept["trained"] = sample["answer"]
+        for i, sample in enumerate(samples):
+            if i == len(self.samples):  # more than before training: their number may change on resume
+                self.samples.append({"input": sample["input"], "wanted": sample["wanted"], "untrained": ""})
+            self.samples[i]["trained"] = sample["answer"]
         return True
 
 
@@ -106,7 +108,9 @@ class Progress:
 
 
 def rank_evaluation(found: dict[str, float], name: str) -> tuple[float, float]:
-    """Larger is better."""
+    """Larger is better; an evaluation from before a metric was added, on resume, is the worst by it."""
+    if name not in found:
+        return (-math.inf, -found["loss"])
     return (found[name] if METRICS[name].higher_is_better else -found[name], -found["loss"])
 
 

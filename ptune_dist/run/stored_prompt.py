@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ptune_dist.base.layers import name_modules, setting_of
+from ptune_dist.common.progress_line import BusyLine
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import ONLY_MEMBER
 from ptune_dist.distributed.world import World, from_main
@@ -22,7 +23,8 @@ def build_trained_job(reading: Reading, run_dir: Path, world: World) -> Job:
     tensors, facts = from_main(world, lambda: load_prompt(run_dir / "prompt"))
     check_prompt(reading, facts, run_dir)
     scales = {ONLY_MEMBER: TargetScale(**facts["target_scale"])} if facts.get("target_scale") else None
-    job = build_job(reading, world, with_start=False, scales=scales)
+    with BusyLine(f"loading the base {reading.config.model.path}"):
+        job = build_job(reading, world, with_start=False, scales=scales)
     check_base(reading.config, facts, job.fingerprint, run_dir)
     job.engine.load_prompts({ONLY_MEMBER: tensors})
     return job

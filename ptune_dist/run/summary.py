@@ -153,14 +153,16 @@ def say_finished(config: Config, summary: dict[str, Any], world: World) -> None:
 def describe_gain(summary: dict[str, Any], name: str) -> str:
     """Metric `name` before training and of the best prompt, with its step where later prompts were worse.
 
-    A metric that was added on resume has no value before training; the loss always has one.
+    A metric that was added on resume has no value before training, and none at all where the run was finished already;
+    the loss always has one.
     """
     before = summary["before"]
     best = summary["validation"]
     last = summary.get("last", best)
-    shown = name if name in before else "loss"
-    if not {shown, name} <= best.keys() or not before:
+    if not before or not best:
         return ""
+    name = name if name in best else "loss"
+    shown = name if name in before else "loss"
     parts = [f"{shown} {before[shown]:.4f} before training"]
     if shown != name:
         parts.append(f"{best[shown]:.4f} after, {name} {best[name]:.4f}")

@@ -6,6 +6,7 @@ Nothing above this file knows that DeepSpeed exists.
 
 import copy
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -185,6 +186,11 @@ class Engine:
         if self.prompts.loss_scale:
             self.prompts.loss_scale.load_state(state)
 
+    def divisor(self, member: str, num_targets: np.ndarray) -> float:
+        """What a member's summed loss is divided by; `num_targets` are those of a whole step's examples."""
+        own = self.model.own_targets(self.members.index(member))
+        return self.model.objective.divisor(num_targets + (len(own.tokens) if own else 0))
+
     def plan(self, units: Sequence[Unit], examples: Examples, micro_batch_tokens: int) -> Plan:
         """Micro-batches of every rank, by the positions that this base and placement need."""
         count = functools.partial(self.model.count_positions, examples=examples)
@@ -203,6 +209,7 @@ class Engine:
         return self.prompts.skipped_steps
 
 
+WRONG_TYPE = (AttributeError, TypeError, LookupError)
 ALWAYS_SET = {"gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 # Where DeepSpeed's own checks look, by the name of the check.
 SECTION_OF = {
@@ -230,6 +237,8 @@ def check_with_deepspeed(content: dict[str, Any], source: Any) -> None:
             where = ".".join([*SECTION_OF.get(error.title, []), *map(str, first["loc"])])
             raise UserError(f"{file}: DeepSpeed refuses {where}: {first['msg']}, got {first['input']!r}") from None
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, WRONG_TYPE):  # its message is about Python
+            reason = f"a value in it has a type that DeepSpeed does not take: {json.dumps(content[section])[:200]}"
         raise UserError(f"{file}: DeepSpeed refuses {section}: {reason}") from None
 
 

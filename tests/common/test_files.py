@@ -7,11 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ptune_dist.common.files import fault_on_failed_write, make_folder, replace_file, write_durably
+from ptune_dist.common import files
+from ptune_dist.common.files import (
+    describe_os_error,
+    explain,
+    explain_unreadable,
+    fault_on_failed_write,
+    find_owner,
+    make_folder,
+    replace_file,
+    see_anew,
+    try_again,
+    write_durably,
+)
 from ptune_dist.errors import RunFault
 from tests.processes import process_env
 
@@ -92,6 +105,98 @@ def test_a_fault_says_which_file_could_not_be_written_and_why():
         with pytest.raises(RunFault) as caught, fault_on_failed_write(Path("/r/a")):
             raise error
         assert str(caught.value) == f"cannot write /r/a: {reason}"
+
+
+def test_a_fault_in_a_folder_names_the_file_in_it(tmp_path):
+    for filename, named in ((os.fsencode(tmp_path / "a"), tmp_path / "a"), (None, tmp_path)):
+        with pytest.raises(RunFault) as caught, fault_on_failed_write(tmp_path):
+            raise OSError(errno.EROFS, "Read-only file system", filename)
+        assert str(caught.value) == f"cannot write {named}: Read-only file system: choose a folder on another disk"
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "No space left on device: free some space, then run the same command again"),
+        (errno.EDQUOT, "Disk quota exceeded: free some space, then run the same command again"),
+        (errno.ESTALE, "Stale file handle: check the disk and its network"),
+        (errno.EXDEV, "Invalid cross-device link: choose a folder on another disk"),
+        (errno.ENOTDIR, "Not a directory: a folder is needed"),
+        (errno.ENAMETOOLONG, "File name too long: choose a shorter path"),
+        (errno.ELOOP, "Too many levels of symbolic links: remove its symbolic links"),
+        (errno.EACCES, "Permission denied: change its permissions"),
+        (errno.EMFILE, "Too many open files"),
+    ],
+)
+def test_an_error_is_explained_with_what_to_do(tmp_path, number, said):
+    error = OSError(number, os.strerror(number), str(tmp_path))
+    assert explain(error) == explain(error, tmp_path) == said
+    expected = f"{tmp_path}: {said}" if number != errno.EMFILE else None  # which is no state of a disk
+    assert describe_os_error(error) == expected
+    assert describe_os_error(OSError(number, os.strerror(number))) is None  # nobody knows where
+
+
+def test_what_belongs_to_somebody_else_is_named_with_its_owner(tmp_path, monkeypatch):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    assert find_owner(theirs / "a" / "b") is None
+    if os.geteuid():
+        pytest.skip("needs root, to make files of another user")
+    for user, name in ((65534, "nobody"), (54321, "54321")):
+        os.chown(theirs, user, user)
+        for path in (theirs, theirs / "a" / "b"):  # the nearest that is there
+            assert find_owner(path) == f"{theirs} belongs to user {name}"
+        said = f"Permission denied ({theirs} belongs to user {name}): ask for access"
+        assert explain(PermissionError(errno.EACCES, "Permission denied", str(theirs / "a"))) == said
+    monkeypatch.setattr(os, "geteuid", lambda: 60000)
+    assert find_owner(theirs) == f"{theirs} belongs to user 54321"
+
+
+def test_a_link_that_leads_nowhere_is_named_where_it_is_the_reason(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    for number in (errno.EEXIST, errno.ENOENT, errno.ELOOP):
+        error = OSError(number, os.strerror(number), str(link))
+        assert explain(error) == f"a symbolic link to {tmp_path}/gone, which leads nowhere: remove it"
+    assert explain(OSError(errno.EMFILE, "Too many open files"), link) == "Too many open files"
+    assert explain(OSError(errno.ENOENT, "No such file or directory"), tmp_path / "a") == "No such file or directory"
+
+
+def test_why_a_file_cannot_be_opened_is_told(tmp_path):
+    (tmp_path / "a").write_bytes(NEW)
+    assert explain_unreadable(tmp_path / "a") is None
+    assert explain_unreadable(tmp_path / "b") == "No such file or directory"
+
+
+def failing(*numbers: int) -> Callable[[], str]:
+    """A function that raises these errors, one at each call, and then succeeds."""
+    left = list(numbers)
+
+    def function() -> str:
+        if left:
+            raise OSError(left.pop(0), "fails")
+        return "done"
+
+    return function
+
+
+def test_what_fails_in_passing_is_tried_three_times_and_other_errors_once(monkeypatch):
+    pauses: list[float] = []
+    monkeypatch.setattr(files.time, "sleep", pauses.append)
+    assert try_again(failing(errno.ESTALE, errno.EIO)) == "done" and pauses == [0.1, 1.0]
+    with pytest.raises(OSError, match="fails"):
+        try_again(failing(errno.EBUSY, errno.EBUSY, errno.EBUSY))
+    pauses.clear()
+    with pytest.raises(OSError, match="fails"):
+        try_again(failing(errno.ENOSPC))
+    assert pauses == []
+
+
+def test_a_folder_is_changed_to_see_it_anew_and_nothing_is_left(tmp_path):
+    os.utime(tmp_path, (0, 0))
+    see_anew(tmp_path)
+    assert tmp_path.stat().st_mtime > 0 and not list(tmp_path.iterdir())
+    see_anew(tmp_path / "missing")
 
 
 def test_the_reason_why_a_file_could_not_even_be_made_is_not_lost(tmp_path):

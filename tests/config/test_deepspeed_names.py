@@ -1,5 +1,7 @@
 """Every key of DeepSpeed's JSON that DeepSpeed does not know is refused, and told where it belongs."""
 
+import re
+
 import pytest
 
 from ptune_dist.config.deepspeed_json import load_deepspeed_json
@@ -44,11 +46,22 @@ from tests.config.test_deepspeed_json import error_of, fill
         ({"amp": True}, "amp is not for prompts"),
         ({"flops_profiler": True}, "flops_profiler must be an object, found true"),
         ({"aio": 3}, "aio must be an object, found 3"),
-        ({"aio": {"block_size": "big"}}, 'aio.block_size must be a number, found "big"'),
+        ({"aio": {"block_size": "big"}}, 'aio.block_size must be a whole number, found "big"'),
         ({"wall_clock_breakdown": "x"}, 'wall_clock_breakdown must be true or false, found "x"'),
         ({"steps_per_print": "x"}, "steps_per_print must be a number"),
         ({"tensorboard": []}, "tensorboard must be an object"),
         ({"bf16": {"enabled": "yes"}}, "bf16.enabled must be true or false"),
+        ({"checkpoint": {"tag_validation": 3}}, "checkpoint.tag_validation must be Ignore or Warn or Fail, found 3"),
+        ({"checkpoint": {"tag_validation": "always"}}, 'must be Ignore or Warn or Fail, found "always"'),
+        ({"checkpoint": {"tag_validation": None}}, "must be Ignore or Warn or Fail, found null"),
+        ({"checkpoint": {"parallel_write": True}}, "checkpoint.parallel_write must be an object, found true"),
+        ({"checkpoint": {"writer": "fast"}}, 'checkpoint.writer must be an object, found "fast"'),
+        ({"tensorboard": {"output_path": 3}}, "tensorboard.output_path must be a text, found 3"),
+        ({"comms_logger": {"prof_ops": "all_reduce"}}, "comms_logger.prof_ops must be a list of texts"),
+        ({"data_types": {"buffer_dtype": 32}}, "data_types.buffer_dtype must be a text, found 32"),
+        ({"aio": {"block_size": 1e6}}, "aio.block_size must be a whole number, found 1000000.0"),
+        ({"optimizer": {"type": 3}}, "optimizer.type must be a text, found 3"),
+        ({"log_level": 3}, "log_level must be a text, found 3"),
         ({"optimizer": {}}, "optimizer has no type"),
         ({"scheduler": {"params": {}}}, "scheduler has no type"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type is 'Lamb', which is no value of train.optimizer"),
@@ -62,6 +75,27 @@ from tests.config.test_deepspeed_json import error_of, fill
 def test_a_key_that_deepspeed_would_ignore_is_refused_and_told_what_it_means(own, says):
     message = error_of(own)
     assert says in message and message.startswith("deepspeed: ")
+
+
+WRONG = (3, 1.5, "x", True, None, [], ["x"], [3], {}, {"x": 3})
+PYTHON = re.compile(
+    "object|attribute|operand|subscript|iterable|callable|unhashable|NoneType|argument|Traceback|convert|literal"
+)
+
+
+@pytest.mark.parametrize("section", sorted({*SECTIONS, *OPTIONS} - {"timers.throughput"}))
+def test_no_wrong_type_is_answered_in_pythons_words(section):
+    options = [*" ".join(OPTIONS.get(section, ())).split(), *(ZERO if section == "zero_optimization" else ())]
+    cases = [{section: value} for value in WRONG]
+    cases += [{section: {option: value}} for option in options for value in WRONG]
+    for own in cases:
+        try:
+            check_with_deepspeed(without_autos(fill(own)), "d.json")
+        except UserError as error:
+            message = str(error)
+            assert "\n" not in message
+            found = PYTHON.search(message.replace("must be an object", ""))
+            assert found is None, f"{own}: {message}"
 
 
 def test_a_seed_is_the_configs_own_or_refused():

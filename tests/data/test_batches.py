@@ -214,10 +214,11 @@ def test_a_row_is_there_once_however_many_members_read_it(examples):
 
 def test_an_idle_rank_reads_one_padding_token_and_has_nothing_to_predict(examples):
     idle = collate(examples, [[]], 0, pad_id=99)  # a context, so that it reads contexts with the other ranks
+    # A text's last token is not read.
     assert (lists(idle.contexts), lists(idle.rests), lists(idle.targets)) == ([[99]], [[99, 99]], [[]])
     without_contexts = dataclasses.replace(examples, num_context=np.zeros(4, np.int32))
     idle = collate(without_contexts, [[]], 0, pad_id=99)
-    assert (lists(idle.contexts), lists(idle.rests), lists(idle.targets)) == ([[]], [[99, 99]], [[]])  # the last is not read
+    assert (lists(idle.contexts), lists(idle.rests), lists(idle.targets)) == ([[]], [[99, 99]], [[]])
     assert idle.readers == [(0, 0)]
 
 

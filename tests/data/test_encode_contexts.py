@@ -65,7 +65,7 @@ def test_a_marker_first_is_prefix_and_a_marker_last_is_infix(write, single, plac
     [
         ("infix", "{{ text }}:", [("<bos>ab", ":"), ("<bos>", ":"), ("<bos>cdefgh", ":")]),
         ("infix", "{{ text }}", [("<bos>a", "b"), ("", "<bos>"), ("<bos>bcdefg", "h")]),
-        ("template", "{{ text }}{{ prompt }}:", [("<bos>ab", ":"), ("<bos>", ":"), ("<bos>cdefgh", ":")]),
+        ("template", "{{ text }}{{ prompt }}:", [("<bos>ab", ":"), ("", "<bos>:"), ("<bos>cdefgh", ":")]),
         ("template", "{{ text }}{{ prompt }}", [("<bos>a", "b"), ("", "<bos>"), ("<bos>bcdefg", "h")]),
     ],
 )

@@ -132,8 +132,8 @@ def test_fields_over_lines_that_are_not_rows_are_taken(tmp_path, row):
         ("a.jsonl", '{"a": 1' + "0" * 5000 + "}", "more than 4300 digits"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "damaged or cut short"),
         ("a.jsonl.zst", PACKERS[".zst"](b'{"a": 1}\n' * 99)[:-3], "damaged or cut short"),
-        ("a.jsonl.xz", b"not xz", "damaged or cut short"),
-        ("a.jsonl.bz2", b"not bz2", "damaged or cut short"),
+        ("a.jsonl.xz", PACKERS[".xz"](b'{"a": 1}\n' * 99)[:-9], "damaged or cut short"),
+        ("a.jsonl.bz2", b"\xff\xfe\0", "damaged or cut short"),
     ],
 )
 def test_what_looks_wrong_is_named(tmp_path, name, content, expected):
@@ -259,6 +259,66 @@ def test_compressed_files_of_every_format(tmp_path, suffix):
         rows = pickle.loads(pickle.dumps(load(tmp_path, name + suffix, PACKERS[suffix](content.encode()))))
         assert [row["text"].strip() for row in rows.read(0, 2)] == ["é", "b"], name
         assert rows.where(1).endswith(f"line {3 if name[2:] in ('csv', 'tsv') else 2}")
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_a_file_of_another_kind_than_its_name_says_is_named(tmp_path, suffix):
+    lines = b'{"text": "a"}\n' * 9
+    packed = PACKERS[suffix](lines)
+    for name in ("a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt"):
+        found = error_of(tmp_path, name, packed)
+        assert found.endswith(f"the content is {suffix}, which its name does not say: rename it to {name}{suffix}")
+    for other in set(PACKERS) - {suffix}:
+        found = error_of(tmp_path, f"a.jsonl{other}", packed)
+        assert found.endswith(f"the content is {suffix} and not {other}: name it by what it is")
+    found = error_of(tmp_path, f"a.jsonl{suffix}", lines)
+    assert found.endswith(f"the content is plain text and not {suffix}: rename it without {suffix}")
+    assert f"what the file holds is {suffix} again" in error_of(tmp_path, f"a.jsonl{suffix}", PACKERS[suffix](packed))
+    assert f"cannot be read as parquet: the content is {suffix}" in error_of(tmp_path, "a.parquet", packed)
+
+
+def test_binary_files_under_a_texts_name_are_named(tmp_path):
+    assert "the content is .parquet and not text: rename it to .parquet" in error_of(tmp_path, "a.jsonl", b"PAR1\x15")
+    assert "the content is .zip (or a spreadsheet)" in error_of(tmp_path, "a.csv", b"PK\x03\x04\0\0")
+    assert "the content is text, perhaps .jsonl" in error_of(tmp_path, "a.parquet", '{"text": "é"}')
+    for text in ("PAR", "PK and others", "BZh is a name", "é" * 99):
+        assert read(tmp_path, "a.txt", text) == [{"text": text}]
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "A.NDJSON.gz"])
+def test_ndjson_is_jsonl(tmp_path, name):
+    pack = PACKERS[".gz"] if name.endswith(".gz") else bytes
+    assert read(tmp_path, name, pack(b'{"a": 1}\n\n{"b": 2}\n')) == [{"a": 1}, {"b": 2}]
+    assert "one object on each line" in error_of(tmp_path, name, pack(b"{a\n"))
+
+
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.mark.parametrize(
+    ("whole", "says"),
+    [
+        (
+            {"train": [{"a": 1}], "validation": [{"a": 2}]},
+            "the splits train, validation: save the rows",
+        ),
+        ({"train": {"a": [1]}, "test": {"a": [2]}}, "the splits train, test: save the rows of each"),
+        ({"train": [{"a": 1}], "test": []}, "the splits train, test"),
+        ({"data": [{"a": 1}], "dev": [{"a": 2}], "n": 3}, "the splits data, dev"),
+        ({"messages": MESSAGES}, "the file is one chat, whose messages are no rows"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, "the file is one chat"),
+        ([MESSAGES, MESSAGES], 'this is the list of a chat\'s messages: write {"messages": [...]}'),
+    ],
+)
+def test_json_of_splits_and_of_chats_says_what_to_do(tmp_path, whole, says):
+    for indent in (None, 1):
+        assert says in error_of(tmp_path, "a.json", json.dumps(whole, indent=indent))
+
+
+def test_json_of_one_split_and_of_chats_in_rows_is_read(tmp_path):
+    assert read(tmp_path, "a.json", json.dumps({"train": [{"a": 1}]})) == [{"a": 1}]
+    assert read(tmp_path, "b.json", json.dumps([{"messages": MESSAGES}])) == [{"messages": MESSAGES}]
+    assert read(tmp_path, "c.jsonl", json.dumps({"messages": MESSAGES})) == [{"messages": MESSAGES}]
 
 
 def test_rows_inside_an_object(tmp_path):

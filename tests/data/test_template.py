@@ -139,6 +139,13 @@ def test_missing_column_names_the_nearest_and_what_there_is():
         check_columns(build("{{ label }}"), ["zzz"], key="data.template", source_name="a.jsonl")
 
 
+def test_a_template_over_a_chat_is_told_where_the_texts_are():
+    with pytest.raises(UserError) as caught:
+        check_columns(build("{{ text }}"), ["messages"], key="data.template", source_name="a.jsonl")
+    assert "{{ messages[0].content }} and so on, the last one's {{ messages[-1].content }}" in str(caught.value)
+    assert str(caught.value).endswith("; its columns: messages")
+
+
 @pytest.mark.parametrize("row", [{"text": None}, {}])
 def test_null_or_missing_value_names_row_and_column(row):
     assert error_of("{{ text }}", **row) == (

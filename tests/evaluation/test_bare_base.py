@@ -63,3 +63,30 @@ def test_the_base_alone_does_not_depend_on_the_ranks(tmp_path, kind):
     two = train_and_read(tmp_path / "2", 2, model=model, deepspeed={"zero_optimization": {"stage": 3}})
     assert two["base_without_prompt"] == pytest.approx(one["base_without_prompt"], rel=1e-5)
     assert one["base_without_prompt"]["loss"] != one["before"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "others"),
+    [
+        (
+            "gpt2",
+            [{"prompt": {"placement": "infix"}}, {"prompt": {"method": "prefix_tuning"}, "sweep": {"seed": [0, 1]}}],
+        ),
+        ("t5", [{"prompt": {"placement": "decoder"}}]),
+    ],
+)
+def test_the_base_alone_is_one_whatever_is_trained_over_it(tmp_path: Path, kind: str, others: list[dict]):
+    model = {"path": str(build_tiny_base(kind, tmp_path / "base"))}
+    one = train_and_read(tmp_path / "one", 1, model=model)
+    for i, sections in enumerate(others):
+        other = train_and_read(tmp_path / str(i), 1, model=model, **sections)
+        assert other["base_without_prompt"] == pytest.approx(one["base_without_prompt"], rel=1e-5)
+
+
+def test_a_new_head_says_nothing_without_training(tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": word, "label": word[0]}) + "\n" for word in ["ab", "bc", "ad", "be"]))
+    data = {"train": str(rows), "validation": str(rows), "template": "{{ text }}", "target": "{{ label }}"}
+    model = {"path": str(build_tiny_base("bert", tmp_path / "base"))}
+    found = train_and_read(tmp_path / "one", 1, model=model, data=data | {"labels": ["a", "b"]})
+    assert found["base_without_prompt"] == {} and found["before"]["loss"] > 0

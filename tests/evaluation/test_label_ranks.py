@@ -14,6 +14,8 @@ RUNS = {
     "llama": {},
     "infix": {"prompt": {"placement": "infix", "init": "random"}},
     "keys": {"prompt": {"method": "prefix_tuning"}},
+    "late": {"prompt": {"method": "late_prompt"}},
+    "late_infix": {"prompt": {"method": "late_prompt", "placement": "infix"}},
     "bank": {"sweep": {"train.learning_rate": [0.3, 0.05]}},
     "bloom": {"prompt": {"placement": "infix", "init": "random"}},
     "t5": {},

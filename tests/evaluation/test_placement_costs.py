@@ -94,5 +94,15 @@ def test_the_cache_is_described_by_what_fits(tmp_path):
     assert "160 distinct tokens" in text and "50% fit in" in text and f"{20 * 8 / 3:.1f} times" in text
 
 
+def test_of_a_late_prompt_the_cache_holds_a_vector_of_each_token(tmp_path):
+    examples = examples_of(*ROWS)
+    num_tokens = sum(int(length) for length in examples.lengths_of(range(len(examples)))) - len(examples)
+    gib = num_tokens * 32 * 4 / 2 / 2**30
+    file = write_config(tmp_path / "c.json", prompt={"method": "late_prompt"}, train={"context_cache_gib": gib})
+    shape = AutoConfig.for_model("llama", **tiny_shape("llama"))
+    text = describe_cache(examples, load_config(file), shape, FAMILIES["causal"])
+    assert f"the layers below the prompt leave them, have {num_tokens} distinct tokens" in text and "50% fit in" in text
+
+
 def test_the_cost_in_quality_is_told_for_either_choice():
     assert "quality" in describe_choice("prefix") and "quality" in describe_choice("infix")

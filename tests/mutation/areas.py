@@ -73,7 +73,10 @@ AREAS = {
     ),
     "optimizer": Area(
         ("ptune_dist/optim/",),
-        tuple(f"tests/optim/test_{name}.py" for name in ("loss_scale", "optimizer", "prompt_state", "gradients")),
+        (
+            *(f"tests/optim/test_{name}.py" for name in ("loss_scale", "optimizer", "prompt_state", "gradients")),
+            "tests/config/test_deepspeed_schedules.py",
+        ),
         (
             ("ptune_dist/optim/prompt_state.py", "norm[None] for norm in norms", "norms[0][None] for _ in norms"),
             ("ptune_dist/optim/optimizer.py", "step <= train.warmup_steps", "step < train.warmup_steps"),
@@ -100,7 +103,7 @@ AREAS = {
             SEGMENTS,
             LABELS,
             "-k",
-            "not runs_of_a_tree and (attention or window or bart)",
+            "attention or window or bart",
         ),
     ),
     "resume": Area(

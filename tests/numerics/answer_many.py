@@ -37,7 +37,7 @@ def answer(spec: dict, file: str, world: World) -> dict[str, list[str]]:
         answers: dict[int, str] = {}
         for part in parts:
             some = [inputs[i] for i in part]
-            answers |= dict(generate_texts(job.engine, job.tokenizer, some, decoding, first=part[0]))
+            answers |= dict(generate_texts(job.engine, job.tokenizer, some, decoding, numbers=part))
         found[name] = [answers[i] for i in range(len(inputs))]
     return found
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ptune_dist.base.layers import head_width, num_key_value_heads
+from ptune_dist.base.layers import key_value_heads
 from ptune_dist.data.batches import Batch
 from ptune_dist.prompts.method import BaseFacts, Contribution
 from ptune_dist.prompts.prefix_tuning import PrefixMLP, PrefixOptions, PrefixTuning
@@ -19,26 +19,22 @@ from ptune_dist.tiny.make import build_tokenizer
 
 def facts_of(base: PreTrainedModel) -> BaseFacts:
     text = base.config.get_text_config()
-    return BaseFacts(
-        width=text.hidden_size,
-        num_layers=text.num_hidden_layers,
-        num_key_value_heads=num_key_value_heads(text),
-        head_width=head_width(text),
-    )
+    return BaseFacts(text.hidden_size, text.num_hidden_layers, *key_value_heads(text))
 
 
 def draw_prefix(base: PreTrainedModel, num_positions: int, options: dict | None = None, seed: int = 0) -> PrefixTuning:
     """Random numbers under any options, an MLP's last layer among them, which adds nothing at most starts."""
     found = PrefixOptions(**options or {})
     facts = facts_of(base)
-    shape = (facts.num_layers, num_positions, facts.num_key_value_heads, facts.head_width)
+    widths = (facts.head_width, facts.value_width)
+    shapes = [(facts.num_layers, num_positions, facts.num_key_value_heads, width) for width in widths]
     draw = torch.Generator().manual_seed(seed)
-    keys, values = (torch.randn(shape, generator=draw) for _ in range(2))
+    keys, values = (torch.randn(shape, generator=draw) for shape in shapes)
     num_frozen = found.num_frozen or 0
     mlp = None
     if found.reparameterization == "mlp":
         start = Start("random", seed, build_tokenizer(), lambda ids: torch.zeros(len(ids), facts.width))
-        mlp = PrefixMLP(shape, num_frozen, found, start)
+        mlp = PrefixMLP(shapes, num_frozen, found, start)
     return PrefixTuning(keys, values, num_frozen=num_frozen, train_keys=found.train_keys, mlp=mlp)
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ptune_dist.model import attention
-from ptune_dist.model.attention import CausalSegments, KeysValues, Segment
+from ptune_dist.model.attention import CausalSegments, KeysValues, Segment, attend
 from ptune_dist.model.attention_contexts import ContextSegments
 from ptune_dist.model.attention_flex import FlexSegments
-from ptune_dist.model.attention_layouts import RecordedSegments, build_attention, join_parts
+from ptune_dist.model.attention_layouts import RecordedSegments, build_attention
 from ptune_dist.model.attention_products import most_keys_by_products
 from ptune_dist.model.layout import Before, Outside, lay_out
 from tests.numerics.passes import NUM_VIRTUAL, draw_batch
@@ -94,7 +94,7 @@ def test_products_and_the_fused_kernel_give_the_same_outputs_and_gradients(num_h
     def attend(most_keys: int, dtype: torch.dtype) -> list[torch.Tensor]:
         monkeypatch.setattr(attention, "most_keys_by_products", lambda *_args, **_facts: most_keys)
         tensors = [tensor.to(dtype).requires_grad_() for tensor in drawn]
-        kind = CausalSegments(segments, outside[0].to(dtype), CPU)
+        kind = CausalSegments(segments, [part.to(dtype) for part in outside], CPU)
         out = kind.attend(*tensors, layer=LAYER, scale=SCALE, window=window)
         return [out, *torch.autograd.grad(out.float().square().sum(), tensors)]
 
@@ -120,6 +120,38 @@ def test_products_are_chosen_by_dtype_and_by_what_the_cpu_can_do(has_tiles, has_
     assert most_keys_by_products(torch.float16, is_grouped=True) == 0
 
 
+@pytest.mark.parametrize(("device", "is_asked"), [("cpu", True), ("meta", False)])
+def test_products_are_for_a_cpu_only(device, is_asked, monkeypatch):
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(attention, "most_keys_by_products", lambda dtype, **_facts: asked.append(dtype) or 0)
+    segments, _ = draw_case("prefix", 2)
+    q, k, v = (tensor.to(device) for tensor in draw_live(segments, 4, 2))
+    CausalSegments(segments, None, torch.device(device)).attend(q, k, v, layer=LAYER, scale=SCALE, window=None)
+    assert asked == [torch.float32] * is_asked
+
+
+class Layer(torch.nn.Module):
+    """A layer's attention, as `attend` sees it. own_window: where it has a window without handing it on."""
+
+    def __init__(self, own_window: int | None):
+        super().__init__()
+        self.layer_idx = LAYER
+        self.sliding_window = own_window
+
+
+@pytest.mark.parametrize(("own", "given", "wanted"), [(None, 6, 6), (30, 6, 6), (6, None, 6), (None, None, None)])
+def test_a_window_that_a_layer_hands_on_goes_before_its_own(own, given, wanted):
+    torch.manual_seed(0)
+    segments, outside = draw_case("infix", 2)
+    q, k, v = draw_live(segments, 4, 2)
+    expected = look_up(segments, outside, q * (WIDTH**-0.5 / SCALE), k, v, wanted)  # no scale is given
+    kind = build_attention(segments, outside, CPU)
+    inputs = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+    found, weights = attend(Layer(own), *inputs, None, segments=kind, sliding_window=given)
+    assert weights is None
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("lengths", [(5, 5, 5), (1, 33, 7, 60), (12,)])
 def test_contexts_with_and_without_a_lead_are_computed_and_recorded_alike(lengths, window):
@@ -127,12 +159,13 @@ def test_contexts_with_and_without_a_lead_are_computed_and_recorded_alike(length
     starts = np.cumsum([0, *lengths]).tolist()
     for num_lead in (0, 9):
         named = (0,) if num_lead else ()
-        segments = [Segment(start, n, named, (), num_lead) for start, n in zip(starts, lengths, strict=False)]
+        before = (named, (), num_lead) if num_lead else ()  # by default a segment is the first of its text
+        segments = [Segment(start, n, *before) for start, n in zip(starts, lengths, strict=False)]
         outside = draw_outside([num_lead], 2) if num_lead else []
         q, k, v = draw_live(segments, 4, 2)
         wanted = look_up(segments, outside, q, k, v, window)
         recorded = RecordedSegments(segments, outside, CPU)
-        flex, causal = FlexSegments(segments, outside, CPU), CausalSegments(segments, join_parts(outside), CPU)
+        flex, causal = FlexSegments(segments, outside, CPU), CausalSegments(segments, outside, CPU)
         for kind in (recorded, flex, causal):
             with torch.no_grad():
                 found = kind.attend(q, k, v, layer=LAYER, scale=SCALE, window=window)

@@ -53,11 +53,13 @@ def plain_curve(base_dir: Path, prompt: dict[str, torch.Tensor]) -> list[float]:
 
 
 def test_the_curve_depends_on_no_stage_no_cache_and_no_way_of_computing(base, tmp_path):
-    cases = {f"stage{stage}": {"deepspeed": zero_json(stage)} for stage in range(4)}
-    cases |= {
-        "recomputed": {"deepspeed": zero_json(3) | {"activation_checkpointing": DEFAULTS}},
-        "small": {"train": {"micro_batch_tokens": 60}, "deepspeed": zero_json(3)},
-        "cached": {"train": CACHED | {"micro_batch_tokens": 60}, "deepspeed": zero_json(3)},
+    recomputed = zero_json(3) | {"activation_checkpointing": DEFAULTS}
+    small = {"micro_batch_tokens": 60}
+    cases = {
+        "stage0": {"deepspeed": zero_json(0)},
+        "stage2": {"deepspeed": zero_json(2), "train": small},
+        "stage3": {"deepspeed": zero_json(3), "train": small},
+        "cached": {"deepspeed": recomputed, "train": CACHED | small},
         "int8-0": {"model": {"quantization": "int8"}},
         "int8-3": {"model": {"quantization": "int8"}, "deepspeed": zero_json(3)},
     }
@@ -72,29 +74,41 @@ def test_the_curve_depends_on_no_stage_no_cache_and_no_way_of_computing(base, tm
     assert curve(runs["int8-3"]) == pytest.approx(curve(runs["int8-0"]), rel=1e-5)
 
 
-def test_each_member_of_a_sweep_ends_as_alone_and_a_run_resumes_bitwise(base, tmp_path):
-    """Rows are read more than once: three steps are an epoch."""
+TEXT = {"prompt.init": "text", "prompt.init_text": "Upper case"}
+KEYS = {"prompt.method": "prefix_tuning", "prompt.from_layer": 3}
+MEMBERS = [
+    {"prompt.method": "late_prompt", "prompt.start_layer": 1},
+    {"prompt.method": "late_prompt", "prompt.start_layer": 3, **TEXT},
+    {**KEYS, **TEXT},
+    {**KEYS, **TEXT, "seed": 1},
+    {**KEYS, "prompt.lower_layers": "none", "prompt.num_virtual_tokens": 6},
+]
+
+
+def test_each_member_of_a_mixed_sweep_ends_as_alone(base, tmp_path):
     write_bank_rows(tmp_path)
-    shutil.copy(tmp_path / "train.jsonl", tmp_path / "rows.jsonl")
-    text = {"prompt.init": "text", "prompt.init_text": "Upper case"}
-    eight = [
-        *({"prompt.method": "late_prompt", "prompt.start_layer": layer, "seed": layer} for layer in (1, 2, 3)),
-        {"prompt.method": "late_prompt", "train.learning_rate": 0.01, **text},
-        {"prompt.method": "prefix_tuning", "prompt.from_layer": 3, "prompt.num_virtual_tokens": 6, **text},
-        {"prompt.method": "prefix_tuning", "prompt.from_layer": 3, "seed": 1, **text},
-        {"prompt.method": "prefix_tuning", "prompt.from_layer": 3, "prompt.lower_layers": "none"},
-        {"prompt.method": "prefix_tuning", "prompt.from_layer": 1, "prompt.init": "random"},
-    ]
+    members = [*MEMBERS, {"prompt.method": "prompt_tuning"}]
+    bank = write_bank(tmp_path, "mixed", base, members, "prefix", deepspeed=zero_json(3))
+    alone = write_alone(bank)
+    train_all([(str(path), []) for path in [bank, *alone.values()]], tmp_path, num_ranks=2)
+    assert_ends_as_alone(tmp_path / "mixed", alone)
+
+
+@pytest.mark.extended
+def test_a_sweep_of_eight_with_a_cache_ends_as_eight_runs_which_resume_bitwise(base, tmp_path):
+    write_bank_rows(tmp_path)
+    more = [{"prompt.method": "late_prompt", "train.learning_rate": 0.01}, {**KEYS, "prompt.init": "random"}]
+    eight = [*MEMBERS, *more, {**KEYS, **TEXT, "prompt.from_layer": 1}]
     cached = write_bank(tmp_path, "cached", base, eight, "prefix", train=CACHED, deepspeed=zero_json(3))
-    mixed = write_bank(tmp_path, "mixed", base, [eight[1], {"prompt.method": "prompt_tuning"}], "infix")
-    alone = {"cached": write_alone(cached), "mixed": write_alone(mixed)}
-    configs = [cached, mixed, *(path for members in alone.values() for path in members.values())]
+    infix = write_bank(tmp_path, "infix", base, [*MEMBERS[:2], {"prompt.method": "prompt_tuning"}], "infix")
+    alone = {"cached": write_alone(cached), "infix": write_alone(infix)}
+    configs = [cached, infix, *(path for members in alone.values() for path in members.values())]
     train_all([(str(path), []) for path in configs], tmp_path, num_ranks=2)
     for name, members in alone.items():
         assert_ends_as_alone(tmp_path / name, members)
     rates = [line["context_hit_rate"] for line in read_metrics(tmp_path / "cached")]
-    assert rates[0] == 0.0 and rates[-1] > 0.7, rates
-    first_late, *_, first_keys, _, _, _ = alone["cached"].items()
+    assert rates[0] == 0.0 and rates[-1] > 0.7, rates  # three steps are an epoch
+    first_late, _, first_keys, *_ = alone["cached"].items()
     check_resumed(tmp_path, [first_late, first_keys])
 
 

@@ -18,7 +18,8 @@ from ptune_dist.data.batches import Batch, idle_batch
 from ptune_dist.data.label_tree import build_label_tree
 from ptune_dist.families import FAMILIES
 from ptune_dist.model.attention_flex import FlexSegments
-from ptune_dist.model.prompted_model import PromptedModel
+from ptune_dist.model.attention_layouts import has_short_prefixes
+from ptune_dist.model.prompted_model import Contexts, PromptedModel
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.method import Method
 from ptune_dist.prompts.prompt_tuning import PromptTuning
@@ -89,6 +90,17 @@ def test_losses_and_gradients_are_those_of_transformers_with_the_same_keys_and_v
         assert_same(ours(model, hold(model, batch)), plain(bases[kind], model, batch))
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral_window"])
+def test_rows_that_are_shorter_than_the_prefix_read_one_copy_of_it(bases, kind):
+    batch = draw_batch("prefix", lengths=(1, 2, 1, 2, 1, 2))[0]
+    model = build_model(bases[kind], [draw_prefix(bases[kind], count) for count in (9, 12)], "prefix")
+    assert not has_short_prefixes(model.prepare(batch).layout.segments)
+    assert_same(ours(model, batch), plain(bases[kind], model, batch))
+    longer = draw_batch("prefix")[0]
+    assert has_short_prefixes(model.prepare(longer).layout.segments)
+    assert not has_short_prefixes(model.prepare(with_rests(draw_batch("infix")[0])).layout.segments)
+
+
 @pytest.mark.parametrize("options", [*OPTIONS[2:], MLP_OF_VALUES])
 def test_what_is_trained_of_keys_and_values_gets_their_gradient_and_the_rest_stays(bases, options):
     batch = with_rests(draw_batch("infix")[0])
@@ -98,6 +110,30 @@ def test_what_is_trained_of_keys_and_values_gets_their_gradient_and_the_rest_sta
     assert named == (["prefix_values"] if "reparameterization" not in options else
                      ["embedding.weight", "transform.0.weight", "transform.0.bias", "transform.2.weight",
                       "transform.2.bias"])  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"num_frozen": 1, "reparameterization": "mlp"}])
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "llama"])
+def test_keys_and_values_of_a_text_are_read_as_that_text_whatever_their_widths(kind, options):
+    """transformers' cache has latents for some of these bases, so the text itself is what they are held against."""
+    base = build_base(kind)
+    batch = with_rests(draw_batch("prefix", readers=[(row, 0) for row in range(6)])[0])
+    text = np.arange(20, 26)
+    model = build_model(base, [draw_prefix(base, 6, options)], "prefix")
+    prompt = model.prompt(0)
+    if options:
+        nn.init.zeros_(prompt.transform[-1].weight)
+        nn.init.zeros_(prompt.transform[-1].bias)
+    prompt.begin_from(*model.read_contexts(Contexts([text], 1))[0])
+    vectors = base.get_input_embeddings()(torch.from_numpy(text))
+    wanted = []
+    for row, _ in batch.readers:
+        logits = plain_causal_logits(base, vectors, batch.contexts[row], batch.rests[row], batch.targets[row])
+        target = torch.from_numpy(batch.targets[row]).long()
+        wanted.append(nn.functional.cross_entropy(logits, target, reduction="sum"))
+    torch.testing.assert_close(model.losses(batch), torch.stack(wanted), rtol=1e-5, atol=0)
+    gradients = ours(model, batch)[1:]
+    assert all(gradient.isfinite().all() for gradient in gradients) and gradients[-1].any()
 
 
 @pytest.mark.parametrize("with_lead", [False, True])

@@ -129,10 +129,10 @@ def test_without_inputs_the_virtual_tokens_stand_alone(tmp_path):
 )
 def test_a_placement_that_peft_has_not_is_refused(placement, message):
     with pytest.raises(UserError) as caught:
-        check_for_peft({}, {"placement": placement})
+        check_for_peft({}, FACTS | {"placement": placement})
     assert str(caught.value) == message
-    check_for_peft({}, {"placement": "prefix"})
-    check_for_peft({}, {"placement": "encoder"})
+    check_for_peft({}, FACTS | {"placement": "prefix"})
+    check_for_peft({}, FACTS | {"placement": "encoder"})
 
 
 def test_an_earlier_export_is_replaced(tmp_path):

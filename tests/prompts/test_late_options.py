@@ -1,11 +1,18 @@
 """What late prompts and prefixes of the upper layers are refused for, and where their rows can be cached."""
 
 import pytest
+import torch
 
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
+from ptune_dist.prompts.export import check_for_peft, export_prompt_embeds
+from ptune_dist.prompts.late_prompt import LatePrompt, LatePromptOptions
 from ptune_dist.prompts.method import BaseFacts, check_start_layer
+from ptune_dist.prompts.prefix_tuning import PrefixOptions, PrefixTuning
+from ptune_dist.prompts.start import Start
+from ptune_dist.prompts.store import save_prompt
 from ptune_dist.run.resolve import resolve
+from ptune_dist.tiny.make import build_tokenizer
 from tests.conftest import write_config
 
 CACHES = ["train.context_cache_gib=1", "train.context_cache_gpu_gib=1", "train.context_cache_dir=cache"]
@@ -72,3 +79,92 @@ def test_a_layer_that_the_base_lacks_is_refused(layer):
         check_start_layer(layer, BaseFacts(8, num_first_layers=4), "prompt.x")
     with pytest.raises(ValueError, match="^prompt.x: the layers of this base are no plain stack"):
         check_start_layer(layer, BaseFacts(8), "prompt.x")
+
+
+def test_what_no_other_system_can_serve_is_refused_in_one_line(tmp_path):
+    late = {"late_tokens": torch.zeros(4, 8)}
+    facts = {"method": "late_prompt", "placement": "infix"}
+    with pytest.raises(UserError, match="^--to peft: PEFT has no method whose virtual tokens enter at a later layer$"):
+        check_for_peft(late, facts)
+    with pytest.raises(UserError, match="^--to prompt-embeds: this prompt enters at a later layer"):
+        export_prompt_embeds(late, None, [], torch.float32, tmp_path)
+    facts = {"method": "prefix_tuning", "placement": "prefix", "options": {"from_layer": 2}}
+    upper = {"prefix_keys": torch.zeros(2, 4, 2, 8), "prefix_values": torch.zeros(2, 4, 2, 8)}
+    with pytest.raises(UserError, match="^--to peft: PEFT's prefixes are in all layers, this one begins with"):
+        check_for_peft(upper, facts)
+    whole = upper | {"lower_keys": torch.ones(2, 4, 2, 8), "lower_values": torch.ones(2, 4, 2, 8)}
+    check_for_peft(whole, facts)
+    adapter = PrefixTuning.to_peft(whole)
+    assert adapter.settings["num_layers"] == 4
+    assert torch.equal(adapter.prompt_embeddings, torch.tensor([1.0, 0.0]).repeat_interleave(64).expand(4, -1))
+
+
+def facts_of() -> BaseFacts:
+    return BaseFacts(8, num_layers=4, num_key_value_heads=2, head_width=3, hidden_size=8, num_first_layers=4)
+
+
+def start_of(kind: str, asked: str, placement: str = "prefix", file: str | None = None) -> Start:
+    rows = lambda: [[5, 6, 7]]  # noqa: E731
+    return Start(
+        kind, 0, build_tokenizer(), lambda ids: torch.zeros(len(ids), 8), file=file, asked=asked, placement=placement,
+        rows=rows, text="ab",
+    )  # fmt: skip
+
+
+def test_layers_below_a_prefix_keep_the_start_and_a_run_is_trained_further(tmp_path):
+    options = PrefixOptions(from_layer=3)
+    prompt = PrefixTuning.build(options, 4, facts_of(), start_of("text", "text"))
+    assert prompt.prefix_keys.shape == (1, 3, 2, 3) and len(prompt.start_tokens) == 4
+    draw = torch.Generator().manual_seed(0)
+    computed = [torch.randn(4, 4, 2, 3, generator=draw) for _ in range(2)]
+    prompt.begin_from(*computed)
+    found = prompt()
+    assert found.start_layer == 3
+    assert torch.equal(found.lower_keys, computed[0][:3]) and torch.equal(found.keys, computed[0][3:])
+    assert torch.equal(found.lower_values, computed[1][:3]) and torch.equal(found.values, computed[1][3:])
+    stored = {name: tensor.detach() for name, tensor in prompt.state_dict().items()} | prompt.plain()
+    again = PrefixTuning.build(options, 4, facts_of(), start_of("nothing", "text"))
+    again.load_state_dict({name: again.take(stored)[name] for name in again.state_dict()})
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in again.plain().items())
+    save_prompt(tmp_path, stored, {})
+    further = PrefixTuning.build(options, 4, facts_of(), start_of("file", "file", file=str(tmp_path)))
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in further.plain().items())
+
+
+@pytest.mark.parametrize(
+    ("asked", "placement", "given", "has_lower"),
+    [
+        ("text", "prefix", None, True),
+        ("rows", "prefix", "none", False),
+        ("random", "prefix", None, False),
+        ("text", "infix", None, False),
+    ],
+)
+def test_lower_layers_follow_from_the_start_and_the_placement(asked, placement, given, has_lower):
+    options = PrefixOptions(from_layer=2, lower_layers=given)
+    prompt = PrefixTuning.build(options, 4, facts_of(), start_of(asked, asked, placement))
+    assert (prompt().lower_keys is not None) == has_lower and len(prompt().keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "placement", "message"),
+    [
+        ({"from_layer": 4}, "text", "prefix", "prompt.from_layer: 4 is no layer above the first one of 4"),
+        ({"lower_layers": "none"}, "text", "prefix", "prompt.lower_layers is for layers below prompt.from_layer"),
+        ({"from_layer": 1, "lower_layers": "start"}, "zero", "prefix", "prompt.lower_layers: start needs a start from"),
+        ({"from_layer": 1, "lower_layers": "start"}, "text", "infix", "prompt.lower_layers: start is for placement"),
+    ],
+)
+def test_prefix_options_that_do_not_fit_are_refused(options, asked, placement, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        PrefixTuning.build(PrefixOptions(**options), 4, facts_of(), start_of(asked, asked, placement))
+
+
+def test_a_late_prompt_starts_from_hidden_states_of_its_layer():
+    prompt = LatePrompt.build(LatePromptOptions(), 3, facts_of(), start_of("rows", "rows"))
+    assert (list(prompt.start_tokens), prompt.reads_layer, prompt().start_layer) == ([5, 6, 7], 2, 2)
+    hidden = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    prompt.begin_from(hidden)
+    assert torch.equal(prompt().vectors, hidden)
+    with pytest.raises(ValueError, match="^prompt.start_layer: 4 is no layer above the first one of 4"):
+        LatePrompt.build(LatePromptOptions(start_layer=4), 3, facts_of(), start_of("rows", "rows"))

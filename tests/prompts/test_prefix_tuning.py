@@ -212,7 +212,7 @@ def test_what_does_not_fit_together_is_refused_in_one_line(given, says):
 
 def test_keys_of_another_shape_than_the_bases_are_refused():
     prompt = build(init_text="ab")
-    with pytest.raises(ValueError, match=r"prompt.method: prefix_tuning has keys and values \(5, 2, 4\)"):
+    with pytest.raises(ValueError, match=r"prefix_tuning has keys and values \[\(5, 2, 4\), \(5, 2, 4\)\]"):
         prompt.begin_from(*numbers(shape=(3, 5, 2, 6)))
 
 
@@ -222,4 +222,22 @@ def test_only_keys_and_values_are_exported_as_a_cartridge():
         check_for_peft({"virtual_tokens": torch.zeros(2, 4)}, facts, "cartridge")
     facts = {"method": "prefix_tuning", "placement": "infix"}
     with pytest.raises(UserError, match="--to peft: PEFT has no placement infix$"):
-        check_for_peft({"prefix_keys": torch.zeros(2, 4)}, facts)
+        check_for_peft({"prefix_keys": torch.zeros(2, 4), "prefix_values": torch.zeros(2, 4)}, facts)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_frozen": 2}, {"reparameterization": "mlp", "init": "random"}])
+def test_values_may_have_another_width_than_keys_but_not_for_peft(options, tmp_path):
+    facts = BaseFacts(width=16, num_layers=3, num_key_value_heads=2, head_width=4, value_width=6)
+    prompt = build(facts=facts, **{"init": "random"} | options)
+    found = prompt()
+    assert (found.keys.shape, found.values.shape) == (SHAPE, (3, 5, 2, 6))
+    found.values.sum().backward()
+    assert all(p.grad is not None for name, p in prompt.named_parameters() if name != "prefix_keys")
+    save_prompt(tmp_path / "run", prompt.plain(), {})
+    further = build(facts=facts, init="file", init_file=str(tmp_path / "run"))
+    assert torch.equal(further().values, found.values)
+    with pytest.raises(UserError, match="--to peft: PEFT has no keys and values of unequal width"):
+        check_for_peft(prompt.plain(), {"method": "prefix_tuning", "placement": "prefix"})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "CARTRIDGE"}))
+    save_file({"prompt_embeddings": torch.zeros(5, 60)}, tmp_path / "adapter_model.safetensors")
+    assert "no keys and values of unequal width" in error_of(facts=facts, init="file", init_file=str(tmp_path))

@@ -1,5 +1,6 @@
 """A run is resumed only with the config that it was started with, and a finished run is left alone."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ptune_dist.config.load import load_config
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.errors import UserError
+from ptune_dist.run import folder
 from ptune_dist.run.folder import (
     check_run_dir,
     find_member_dir,
@@ -17,6 +19,7 @@ from ptune_dist.run.folder import (
     lock_run_dir,
     read_run_config,
     read_summary,
+    wait_to_see,
     write_json,
     write_run_configs,
 )
@@ -227,3 +230,44 @@ def test_a_directory_is_locked_while_a_run_trains_there(load: Load):
         with pytest.raises(UserError, match=f"output_dir: {run_dir}: another process is training here"):
             lock_run_dir(config)
     assert not is_locked(run_dir)
+
+
+def test_a_part_of_a_run_that_cannot_be_written_is_found_at_the_start_and_the_lock_is_given_back(load: Load):
+    config = load()
+    run = Path(config.output_dir)
+    claim(config)
+    assert not [name for name in os.listdir(run) if name.startswith(".probe")]
+    (run / "checkpoints").symlink_to(run / "gone")
+    with pytest.raises(UserError, match=f"cannot write {run}/checkpoints: a symbolic link to {run}/gone, which leads"):
+        lock_run_dir(config)
+    assert not is_locked(run)
+
+
+def test_a_folder_that_may_not_be_written_is_named_with_the_reason(load: Load, monkeypatch: pytest.MonkeyPatch):
+    config = load()
+    monkeypatch.setattr(os, "access", lambda *_args: False)  # as for a user other than root
+    place = Path(config.output_dir).parent
+    with pytest.raises(UserError, match=f"cannot write in {place}: Permission denied: change its permissions$"):
+        check_run_dir(config)
+
+
+def test_a_path_that_is_too_long_is_no_run(tmp_path: Path):
+    with pytest.raises(UserError, match="File name too long$"):
+        read_run_config(tmp_path / ("x" * 300))
+
+
+def test_other_ranks_than_the_first_wait_for_a_file_to_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            (tmp_path / "late").touch()
+
+    monkeypatch.setattr(folder.time, "sleep", sleep)
+    monkeypatch.setattr(folder, "LATE_S", 5.0)
+    assert not wait_to_see(tmp_path / "late") and not pauses
+    monkeypatch.setenv("RANK", "1")
+    assert wait_to_see(tmp_path / "late") and len(pauses) == 3
+    monkeypatch.setattr(folder, "LATE_S", -1.0)
+    assert not wait_to_see(tmp_path / "never") and len(pauses) == 3

@@ -87,6 +87,27 @@ def test_a_metric_that_was_added_on_resume_starts_anew():
     assert (standing.best_step, standing.num_worse) == (5, 0)
 
 
+def test_more_samples_than_before_training_have_no_untrained_answer():
+    standing = Standing()
+    standing.count_evaluation({"loss": 3.0}, [SAMPLE], "loss", 0)
+    standing.count_evaluation({"loss": 2.0}, [SAMPLE, SAMPLE | {"input": "two =", "answer": "2"}], "loss", 1)
+    assert [(s["input"], s["untrained"], s["trained"]) for s in standing.samples] == [
+        ("one =", "7", "7"),
+        ("two =", "", "2"),
+    ]
+
+
+def test_a_member_that_ended_before_a_metric_was_added_ranks_below_those_that_have_it():
+    found = {
+        "a": {"loss": 1.0},
+        "b": {"loss": 3.0, "accuracy": 0.1},
+        "c": {"loss": 0.5},
+        "d": {"loss": 2.0, "accuracy": 0.9},
+    }
+    progress = Progress({name: Standing(best=best) for name, best in found.items()})
+    assert rank_members(progress, "accuracy") == ["d", "b", "c", "a"]
+
+
 def test_a_member_that_has_ended_is_live_no_more_and_says_why():
     progress = Progress({name: Standing() for name in "abc"}, step=4)
     progress.members["b"].end("weaker", 4)

@@ -47,3 +47,5 @@ def test_a_metric_that_was_added_on_resume_stands_beside_the_gain_in_loss():
     found = {"before": {"loss": 2.0}, "validation": {"loss": 1.0, "f1": 0.9}, "best_step": 8}
     assert describe_gain(found, "f1") == "loss 2.0000 before training, 1.0000 after, f1 0.9000"
     assert describe_gain(found | {"before": {}}, "f1") == ""
+    found["validation"] = {"loss": 1.0, "accuracy": 0.5}  # finished before the metric was asked for
+    assert describe_gain(found, "f1") == "loss 2.0000 before training, 1.0000 after"

@@ -129,7 +129,7 @@ class Method(nn.Module):
     trains_base: ClassVar[bool] = False  # what is trained are copies of the base's own tensors
 
     num_virtual_tokens: int  # positions that the prompt takes
-    token_ids: list[int] = []  # tokens whose embeddings are trained
+    trained_tokens: Sequence[int] = ()  # tokens whose embeddings are trained
     # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
     start_tokens: Sequence[int] = ()
     reads_layer: int = 0  # the layer whose input that is; 0: keys and values of all layers

@@ -43,7 +43,7 @@ class TrainableTokens(Method):
 
     def __init__(self, rows: torch.Tensor, token_ids: list[int]):
         super().__init__()
-        self.token_ids = token_ids
+        self.trained_tokens = token_ids
         self.trainable_tokens = nn.Parameter(rows.detach().float().clone())
 
     @classmethod
@@ -57,13 +57,13 @@ class TrainableTokens(Method):
         return cls(start.stored_embeddings(ids), ids)
 
     def attach(self, base: PreTrainedModel) -> None:
-        put_rows(base, self.token_ids, self.trainable_tokens)
+        put_rows(base, self.trained_tokens, self.trainable_tokens)
 
     def forward(self) -> Contribution:
         return Contribution()
 
     def plain(self) -> dict[str, torch.Tensor]:
-        return {ROWS: self.trainable_tokens.detach(), INDICES: torch.tensor(self.token_ids)}
+        return {ROWS: self.trainable_tokens.detach(), INDICES: torch.tensor(self.trained_tokens)}
 
     @classmethod
     def to_peft(cls, plain: dict[str, torch.Tensor]) -> PeftAdapter:

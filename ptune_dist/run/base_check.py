@@ -58,7 +58,7 @@ def draw_probe(reading: Reading, opened: OpenedBase, prompts: Iterable[Method] =
     """
     draw = np.random.default_rng(SEED)
     embeddings = cast(nn.Embedding, opened.model.get_input_embeddings())
-    trained = [number for prompt in prompts for number in prompt.token_ids]
+    trained = [number for prompt in prompts for number in prompt.trained_tokens]
     ordinary = ordinary_ids(reading, opened.model.config, embeddings.num_embeddings)
     ids = np.setdiff1d(ordinary, trained)
     most = max_positions(opened.model)

@@ -66,6 +66,8 @@ class PromptedCausal(PaddedCausal):
         # Contexts of prompts that enter late are not read along with labels.
         self.scores_trees = self.uses_segments and not (self.late_starts and self.has_contexts)
         if any(prompt.is_gated for prompt in self.members()):
+            if not self.uses_segments:
+                raise UserError("prompt.method: this base's layers have an attention that takes no gated tokens")
             self.adapted_attentions = prepare_attentions(base)
 
     def read_base(self) -> None:

@@ -200,3 +200,13 @@ def test_labels_after_an_input_have_the_losses_of_whole_texts(kind):
         readers = [(number, member) for number in range(count)]
         whole = model.losses(Batch([nothing] * count, [batch.rests[row]] * count, labels, readers, 1))
         np.testing.assert_allclose(losses, whole.numpy(), rtol=1e-5)
+
+
+@pytest.mark.long
+def test_it_resumes_exactly(bases, tmp_path):
+    more = {"checkpoint": {"every": 10}}
+    whole, parts = (write_run(tmp_path, name, bases["llama"], PROMPT, **more)[0] for name in ("whole", "parts"))
+    constant = "train.schedule=constant"
+    first = (parts, ["train.max_steps=10", constant])
+    train_all([(whole, [constant]), first, (parts, [constant, "deepspeed=zero2_fp32"])], tmp_path, num_ranks=1)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")

@@ -92,12 +92,15 @@ def test_a_batch_of_unequal_rows_is_answered_as_each_row_alone(runs, tiny_bases,
 
 
 # How a base knows positions (learned, rotary, ALiBi; in an encoder-decoder) and where a prompt stands.
+TOKENS = {"method": "trainable_tokens", "num_virtual_tokens": 0, "init": "base", "tokens": ["a", "=", "i"]}
 ANSWERING = {
     "gpt2": ("gpt2", {}),
     "gpt2_keys": ("gpt2", {"method": "prefix_tuning"}),
     "llama": ("llama", {}),
     "llama_late": ("llama", {"method": "late_prompt"}),
+    "llama_gated": ("llama", {"method": "adaption_prompt", "num_virtual_tokens": 0}),
     "bloom": ("bloom", {}),
+    "bloom_tokens": ("bloom", TOKENS),
     "bloom_late": ("bloom", {"method": "late_prompt"}),
     "t5": ("t5", {}),
     "bart": ("bart", {"placement": "decoder"}),

@@ -143,3 +143,12 @@ def test_what_it_is_not_for_is_refused_in_one_line(runs, tiny_bases, tmp_path):
     for message, overrides in cases.items():
         failed = run_command("train", config, f"output_dir={tmp_path / 'no'}", *overrides)
         assert failed.returncode == 2 and message in failed.stderr.splitlines()[-1], failed.stderr
+
+
+def test_it_resumes_exactly(tiny_bases, tmp_path):
+    more = {"checkpoint": {"every": 10}}
+    whole, parts = (write_run(tmp_path, name, tiny_bases["gpt2"], PROMPT, **more)[0] for name in ("whole", "parts"))
+    constant = "train.schedule=constant"
+    first = (parts, ["train.max_steps=10", constant])
+    train_all([(whole, [constant]), first, (parts, [constant, "deepspeed=zero2_fp32"])], tmp_path, num_ranks=1)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")

@@ -24,6 +24,21 @@ def layers_of(base: nn.Module) -> list[nn.Module]:
     return [layer for stack in layer_stacks(base) for layer in stack]
 
 
+def name_modules(base: PreTrainedModel) -> dict[str, Any]:
+    """The names of some modules: `embeddings`, and `attentions_from_last` of the layers, from the last to the first."""
+    tokens = base.get_input_embeddings()
+    return {
+        "embeddings": next(name for name, module in base.named_modules() if module is tokens),
+        "attentions_from_last": [name for name, _ in attentions_of(base)][::-1],
+    }
+
+
+def attentions_of(base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Names and modules of self-attention, in the order of the layers; of those that call transformers' functions."""
+    found = [(name, m) for name, m in base.named_modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+    return [(name, module) for name, module in found if not getattr(module, "is_cross_attention", False)]
+
+
 def num_first_layers(base: PreTrainedModel) -> int | None:
     """The layers of the first stack, an encoder's before a decoder's; None where they are no plain stack of layers.
 

@@ -56,14 +56,26 @@ class OpenedBase:
     trained: set[str] = field(default_factory=set)  # parameters of an encoder's head, or those of partial tuning
     note: str | None = None  # how it is loaded, where that is not the ordinary way
 
+    @property
+    def embeddings_name(self) -> str:
+        """The name of the module that embeds tokens."""
+        tokens = self.model.get_input_embeddings()
+        return next(name for name, module in self.model.named_modules() if module is tokens)
+
+    def read_rows(self, ids: list[int]) -> torch.Tensor:
+        """The stored embeddings [len(ids), D] of some tokens."""
+        stored = self.names[f"{self.embeddings_name}.weight"]
+        return torch.cat([self.weights.read_rows(stored, i, i + 1) for i in ids])
+
     def embed(self, ids: list[int]) -> torch.Tensor:
         """The input vectors [len(ids), D] in float32 of some tokens, read without the rest of the base."""
         tokens = self.model.get_input_embeddings()
-        name = next(name for name, module in self.model.named_modules() if module is tokens)
-        stored = self.names[f"{name}.weight"]
-        rows = torch.cat([self.weights.read_rows(stored, i, i + 1) for i in ids]).to(self.dtype)
-        if isinstance(tokens, Int8Embedding):
-            return rows.float()
+        name = self.embeddings_name
+        rows = self.read_rows(ids)
+        if isinstance(tokens, Int8Embedding):  # a prompt starts from what the base itself will look up
+            codes, scales = tokens.quantize(rows)
+            return (codes * scales[:, None]).to(self.dtype).float()
+        rows = rows.to(self.dtype)
         few = cast(Any, copy.copy(tokens))  # its forward may do more than look up: Gemma scales, Inkling normalizes
         few.num_embeddings = len(ids)
         few.padding_idx = None

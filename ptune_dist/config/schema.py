@@ -178,7 +178,8 @@ class TrainConfig(Section):
     """The gradient is scaled down to this norm; 0: no clipping."""
 
     context_cache_gib: Annotated[Real, Field(ge=0)] = 0.0
-    """Memory of each rank for the keys and values of contexts, kept across steps and epochs."""
+    """Memory of each rank for the keys and values of contexts, and for what the layers below late prompts leave of
+    rows, kept across steps and epochs."""
 
     context_cache_gpu_gib: Annotated[Real, Field(ge=0)] = 0.0
     """Memory of each GPU for contexts, filled before `context_cache_gib`. Without a GPU it is not used."""

@@ -63,7 +63,7 @@ def can_read_without_prompt(model: PromptedModel, evaluator: Evaluator) -> bool:
 
     Where the base's own tensors are trained, it is what the evaluation before training shows.
     """
-    if any(prompt.trains_base for prompt in model.members()):
+    if any(prompt.changes_base for prompt in model.members()):
         return False
     if not model.writes_text or evaluator.split.rows.kind == "text":
         return False

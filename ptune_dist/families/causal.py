@@ -24,7 +24,8 @@ from ptune_dist.families.family import Family
 from ptune_dist.families.generation import generates_from_vectors
 from ptune_dist.families.late_decoder import LateDecoder, RereadingDecoder
 from ptune_dist.families.segment_decoder import SegmentDecoder
-from ptune_dist.families.segment_inputs import Late, arrays_of, embed_laid, no_mask, supervise_laid, to_index
+from ptune_dist.families.segment_inputs import Late, adapt, arrays_of, embed_laid, no_mask, supervise_laid, to_index
+from ptune_dist.model.adapters import prepare_attentions
 from ptune_dist.model.attention import Segment, use_segments, windows_of
 from ptune_dist.model.attention_flex import FlexTables
 from ptune_dist.model.attention_layouts import RecordedSegments, SegmentAttention, build_attention, takes_flex
@@ -64,6 +65,8 @@ class PromptedCausal(PaddedCausal):
         self.read_base()
         # Contexts of prompts that enter late are not read along with labels.
         self.scores_trees = self.uses_segments and not (self.late_starts and self.has_contexts)
+        if any(prompt.is_gated for prompt in self.members()):
+            self.adapted_attentions = prepare_attentions(base)
 
     def read_base(self) -> None:
         self._windows = windows_of(self.base)
@@ -124,6 +127,7 @@ class PromptedCausal(PaddedCausal):
         vectors = embed_laid(self, index, contributions, None if below is None else torch.cat(below))
         parts = [part.to(vectors.dtype) for part in outside]
         attention = build_attention(prepared.layout.segments, parts, vectors.device, prepared.tables(index))
+        attention = adapt(self, attention, contributions, prepared.layout.segments)
         late = Late(self, start) if start else None
         return supervise_laid(index, prepared.layout.reader, vectors, attention, late)
 
@@ -141,6 +145,7 @@ class PromptedCausal(PaddedCausal):
         found = outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         parts = [part.to(vectors.dtype) for part in found]
         attention = build_tree_attention(laid.layout.segments, laid.trees, parts, vectors.device)
+        attention = adapt(self, attention, contributions, laid.layout.segments, laid.trees)
         order = np.argsort(laid.places, kind="stable")
         losses = np.empty(len(order))
         losses[order] = self.head.token_losses(

@@ -6,7 +6,7 @@ others of the virtual tokens too. Each pass reads the same tokens in both.
 Shapes: N live positions, H hidden size, n rows in progress, m rows that enter, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class LowerHalf(SegmentDecoder):
         index = to_index(laid, self._model.device)
         vectors = embed_laid(self._model, index, [])
         with self._model.layer_parts.below(self._model.start_layers[self._number]) as captured:
-            self._model.inner(
+            cast(Any, self._model).inner(
                 inputs_embeds=vectors[None],
                 position_ids=index["position_ids"][None],
                 attention_mask=no_mask(vectors),

@@ -14,7 +14,7 @@ from torch import nn
 
 from ptune_dist.base.layers import keys_values_width
 from ptune_dist.data.batches import Batch
-from ptune_dist.families.segment_inputs import embed_laid, supervise_laid, to_index
+from ptune_dist.families.segment_inputs import adapt, embed_laid, supervise_laid, to_index
 from ptune_dist.model.attention import KeysValues, Segment
 from ptune_dist.model.attention_layouts import RecordedSegments, SegmentAttention, join_parts
 from ptune_dist.model.decode import DecodePass, Pools
@@ -154,6 +154,7 @@ class SegmentDecoder:
         assert self._model.head is not None
         index = to_index(laid, self._model.device)
         vectors = embed_laid(self._model, index, [self._contribution])
+        attention = adapt(self._model, attention, [self._contribution], laid.segments)
         return self._model.head.logits(supervise_laid(index, laid.reader, vectors, attention))
 
 

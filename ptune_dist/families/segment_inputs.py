@@ -1,12 +1,16 @@
 """The base's inputs for one row of live positions. Legend: N live positions, D width."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from ptune_dist.model.adapters import AdaptedSegments, positions_of
+from ptune_dist.model.attention import Segment
 from ptune_dist.model.attention_layouts import SegmentAttention
+from ptune_dist.model.attention_trees import PlacedTree
 from ptune_dist.model.entry import FromLayer
 from ptune_dist.model.layout import Layout
 from ptune_dist.model.packing import pack
@@ -54,6 +58,20 @@ def embed_laid(
     tokens = model.embed_tokens(index["tokens"]) if below is None else below
     vectors = [vectors_of(contribution, tokens) for contribution in contributions]
     return torch.cat([*vectors, tokens])[index["source"]]
+
+
+def adapt(
+    model: PromptedModel,
+    attention: SegmentAttention,
+    contributions: list[Contribution],
+    segments: list[Segment],
+    trees: Sequence[PlacedTree] = (),
+) -> SegmentAttention:
+    """The attention of a pass with the members' adapter tokens, where they have some."""
+    if not model.adapted_attentions:
+        return attention
+    positions = positions_of(segments, trees, len(contributions), model.device)
+    return AdaptedSegments(attention, model.adapted_attentions, contributions, positions)
 
 
 def supervise_laid(

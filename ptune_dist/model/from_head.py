@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ptune_dist.base.own_rows import ROWS
 from ptune_dist.base.trained import trained_parameters
 from ptune_dist.model.encoder_output import EncoderOutput
 
@@ -80,7 +81,9 @@ class FromHead:
     def trained(self) -> list[nn.Parameter]:
         """The head's own parameters that are trained."""
         named = trained_parameters(self._base)
-        return [parameter for path, parameter in named.items() if path.startswith(f"{self._name}.")]
+        own = [parameter for path, parameter in named.items() if path.startswith(f"{self._name}.")]
+        rows = self.head.__dict__.get(ROWS)
+        return own if rows is None else [*own, rows]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[U, D] -> [U, V]. Runs the base's forward; gradients reach `hidden` and the head's trained parameters."""

@@ -97,6 +97,8 @@ class PromptedModel(nn.Module):
         self.base = base
         self._device = torch.device("cpu")  # of what has no prompt; see `place`
         self.prompts = nn.ModuleList(prompts)
+        for prompt in prompts:
+            prompt.attach(base)
         self.objective = objective
         self.placement = placement
         contributions = contributions_in_eval(prompts)
@@ -108,6 +110,7 @@ class PromptedModel(nn.Module):
         self.target_scales = target_scales or [TargetScale()] * len(prompts)
         self.head = HeadAtTargets(base) if self.has_language_head else None
         self.value_heads = None
+        self.adapted_attentions: list[nn.Module] = []  # of all layers, where a member has adapter tokens
         if self.predicts_numbers and self.has_language_head:
             self.value_heads = ValueHeads(base, len(prompts))
 

@@ -90,13 +90,15 @@ def build_prompt(
     with_start: bool,
     num_embeddings: int | None = None,
     rows: ReadRows | None = None,
+    read_stored: Lookup | None = None,
     file: str | None = None,
     read_examples: ReadExamples | None = None,
 ) -> Method:
     """The prompt that a member's config asks for. Without a start, its numbers will be loaded. Raises UserError.
 
     num_embeddings: the base's, where the tokenizer has ids beyond them. rows: those to train on, if any, and
-    read_examples the same as inputs and targets. file: the one of several to start from.
+    read_examples the same as inputs and targets. read_stored: the base's embeddings as its files have them. file: the
+    one of several to start from.
     """
     prompt = config.prompt
     asked = choose_start(prompt)
@@ -113,6 +115,7 @@ def build_prompt(
         placement=prompt.placement,
         rows=rows,
         tasks=list(config.data.tasks or []),
+        read_stored=read_stored,
         read_examples=read_examples,
     )
     try:

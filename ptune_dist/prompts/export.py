@@ -16,7 +16,15 @@ from ptune_dist.prompts.peft_prefix import as_cartridge
 from ptune_dist.prompts.start import BASE, read_adapter_settings
 
 # PEFT's types that exports are of.
-OWN_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "MULTITASK_PROMPT_TUNING")
+OWN_ADAPTERS = (
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CARTRIDGE",
+    "MULTITASK_PROMPT_TUNING",
+    "TRAINABLE_TOKENS",
+    "ADAPTION_PROMPT",
+)
 CARTRIDGE = "cartridge"
 POOLER = ".pooler."
 VALUE_HEAD = "value_head."
@@ -47,14 +55,19 @@ def check_export_folder(out: Path, to: str) -> None:
 
 def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: str = "peft") -> None:
     """Raise UserError for a prompt that PEFT cannot place: it puts virtual tokens before everything."""
-    if METHODS[facts["method"]].trains_base:
-        raise UserError(f"--to {to}: PEFT has no {facts['method']}: use --to model")
+    name = facts.get("method", "prompt_tuning")
+    if METHODS[name].trains_base:
+        raise UserError(f"--to {to}: PEFT has no {name}: use --to model")
     if "late_tokens" in tensors:
         raise UserError(f"--to {to}: PEFT has no method whose virtual tokens enter at a later layer")
     if to == CARTRIDGE and "prefix_keys" not in tensors:
-        raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {facts['method']}: use --to peft")
+        raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {name}: use --to peft")
     if "prefix_keys" in tensors and tensors["prefix_keys"].shape != tensors["prefix_values"].shape:
         raise UserError(f"--to {to}: PEFT has no keys and values of unequal width, and this base has")
+    known = METHODS[name].peft_bases
+    if known is not None and facts["base"]["model_type"] not in known:
+        kind = facts["base"]["model_type"]
+        raise UserError(f"--to peft: PEFT has {name} for {', '.join(known)} models only, not for {kind}")
     if facts["placement"] not in ("prefix", "encoder"):
         has_vectors = facts["placement"] != "decoder" and "prefix_keys" not in tensors
         other = ": use --to prompt-embeds" if has_vectors else ""
@@ -84,23 +97,22 @@ def export_peft(
     if to == CARTRIDGE:  # an older prompt had no frozen positions
         num_frozen = tensors["frozen_values"].shape[1] if "frozen_values" in tensors else 0
         settings = as_cartridge(settings, num_frozen)
+    modules = facts.get("modules", {})
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
-    stored = {"prompt_embeddings": adapter.prompt_embeddings.contiguous()}
-    stored |= {name: tensor.contiguous() for name, tensor in adapter.more.items()}
-    stored |= {f"base_model.{name}": tensor for name, tensor in head.items()}
     config = {
         "task_type": task_type,
         "base_model_name_or_path": facts["base"]["path"],
         "inference_mode": True,
-        "num_virtual_tokens": facts["num_virtual_tokens"],
-        "token_dim": facts["width"],
-        "num_layers": facts["base"]["num_layers"],
-        "num_attention_heads": facts["base"]["num_attention_heads"],
-        "num_transformer_submodules": 1,  # of seq2seq too: its decoder gets no virtual tokens
-        "modules_to_save": head_modules(head) or None,
         "revision": None,
-        **settings,
     }
+    stored = {name.format(**modules): tensor.contiguous() for name, tensor in adapter.more.items()}
+    if adapter.prompt_embeddings is None:
+        stored |= {f"base_model.model.{name}": tensor for name, tensor in head.items()}
+    else:
+        stored |= {"prompt_embeddings": adapter.prompt_embeddings.contiguous()}
+        stored |= {f"base_model.{name}": tensor for name, tensor in head.items()}
+        config |= prompt_settings(facts) | {"modules_to_save": head_modules(head) or None}
+    config |= {key: fill_name(value, modules) for key, value in settings.items()}
     files = {
         "adapter_model.safetensors": save(stored, {"format": "pt"}),
         "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
@@ -108,6 +120,22 @@ def export_peft(
     if shape is not None:
         files["config.json"] = shape.encode()
     write_folder(out, files)
+
+
+def prompt_settings(facts: dict[str, Any]) -> dict[str, Any]:
+    """What PEFT's configuration says of every prompt."""
+    return {
+        "num_virtual_tokens": facts["num_virtual_tokens"],
+        "token_dim": facts["width"],
+        "num_layers": facts["base"]["num_layers"],
+        "num_attention_heads": facts["base"]["num_attention_heads"],
+        "num_transformer_submodules": 1,  # of seq2seq too: its decoder gets no virtual tokens
+    }
+
+
+def fill_name(value: Any, modules: dict[str, Any]) -> Any:
+    """A setting in which the names of a base's modules are put."""
+    return value.format(**modules) if isinstance(value, str) else value
 
 
 def head_modules(names: Iterable[str]) -> list[str]:

@@ -30,6 +30,8 @@ class BaseFacts:
     num_key_value_heads: int | None = None
     head_width: int | None = None  # of a key
     value_width: int | None = None  # of a value; None: as a key's
+    num_embeddings: int | None = None
+    model_type: str | None = None
     hidden_size: int | None = None  # of what a layer reads
     num_first_layers: int | None = None  # of the first stack, an encoder's; None where they cannot be run in parts
 
@@ -47,10 +49,11 @@ class OwnTargets(NamedTuple):
 
 @dataclass(frozen=True)
 class Contribution:
-    """What a prompt adds to a pass; either part may be absent.
+    """What a prompt adds to a pass; each part may be absent.
 
     vectors [P, D]: virtual tokens that stand in the sequence. keys, values [L, P, G, Dh]: of every layer, attended to
-    by all positions and read before the sequence; rotary bases take them as already rotated.
+    by all positions and read before the sequence; rotary bases take them as already rotated. adapters [A, P, D]: tokens
+    of the last A layers that all positions attend to by a softmax of their own, and gate [A] what scales the result.
 
     start_layer: the first layer that any of these are for; the layers below read a row without them, and L counts from
     that layer on. lower_keys, lower_values [M, P, G, Dh]: what the M layers below read before a row; they never change.
@@ -59,6 +62,8 @@ class Contribution:
     vectors: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    adapters: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
     start_layer: int = 0
     lower_keys: torch.Tensor | None = None
     lower_values: torch.Tensor | None = None
@@ -68,15 +73,24 @@ class Contribution:
         return 0 if self.vectors is None else len(self.vectors)
 
     @property
+    def num_adapted(self) -> int:
+        """Layers, from the last, that have adapter tokens."""
+        return 0 if self.adapters is None else len(self.adapters)
+
+    @property
     def num_prefix(self) -> int:
         return 0 if self.keys is None else self.keys.shape[1]
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """What PEFT stores of a prompt: `prompt_embeddings`, entries of adapter_config.json, and more tensors by name."""
+    """What PEFT stores of a prompt: `prompt_embeddings`, entries of adapter_config.json, and more tensors by name.
 
-    prompt_embeddings: torch.Tensor
+    An adapter that is no prompt has the latter alone. In their names and in the settings, `{embeddings}` and
+    `{attentions_from_last[0]}` stand for names of the base's modules.
+    """
+
+    prompt_embeddings: torch.Tensor | None
     settings: dict[str, Any]
     more: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -108,9 +122,14 @@ class Method(nn.Module):
     stands_in_sequence: ClassVar[bool] = True  # False: keys and values only, so nothing can be predicted from it alone
 
     takes_positions: ClassVar[bool] = True  # False: num_virtual_tokens is 0
-    trains_base: ClassVar[bool] = False  # copies of the base's own tensors, of which there is one set: no sweeps
+    is_gated: ClassVar[bool] = False  # adapter tokens and a gate
+    changes_base: ClassVar[bool] = False  # what every member would compute with: no sweeps
+    peft_bases: ClassVar[tuple[str, ...] | None] = None  # model types that PEFT has this method for; None: all
+    names_modules: ClassVar[bool] = False  # PEFT's adapter has names of the base's modules
+    trains_base: ClassVar[bool] = False  # what is trained are copies of the base's own tensors
 
     num_virtual_tokens: int  # positions that the prompt takes
+    token_ids: list[int] = []  # tokens whose embeddings are trained
     # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
     start_tokens: Sequence[int] = ()
     reads_layer: int = 0  # the layer whose input that is; 0: keys and values of all layers
@@ -134,6 +153,9 @@ class Method(nn.Module):
         `base` has no memory yet. Raises ValueError that begins with the key.
         """
         return set()
+
+    def attach(self, base: PreTrainedModel) -> None:
+        """Have a base compute with what is trained, for methods that change more than what a pass reads."""
 
     def forward(self) -> Contribution:
         raise NotImplementedError

@@ -29,6 +29,7 @@ class PartialTuning(Method):
     default_start = "base"
     stands_in_sequence = False
     takes_positions = False
+    changes_base = True
     trains_base = True
     num_virtual_tokens = 0
 

@@ -61,6 +61,7 @@ class Start:
     placement: str = "prefix"
     rows: ReadRows | None = None
     tasks: list[str] = field(default_factory=list)
+    read_stored: Lookup | None = None  # the base's embeddings as its files have them: Gemma scales what it looks up
     read_examples: ReadExamples | None = None
 
     def __post_init__(self) -> None:
@@ -98,6 +99,11 @@ class Start:
                     f"prompt.init_file: {file} holds {name} {tuple(stored[name].shape)}, this prompt has {tuple(shape)}"
                 )
         return {name: stored[name].float() for name in wanted}
+
+    def stored_embeddings(self, ids: list[int]) -> torch.Tensor:
+        """The base's own embeddings [len(ids), D] as its files have them."""
+        assert self.read_stored is not None, "whoever builds a prompt for a base can read its embeddings"
+        return self.read_stored(ids)
 
     def holds(self, *prefixes: str) -> bool:
         """Whether `prompt.init_file` is given and has tensors whose names begin so. Raises UserError."""

@@ -6,7 +6,7 @@ are real tokens' embeddings, and through the base's own forward, one by one.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -51,11 +51,16 @@ class Probe:
     placement: str
 
 
-def draw_probe(reading: Reading, opened: OpenedBase) -> Probe:
-    """Ordinary tokens of the base's tokenizer, the same in every job. Reads a few embeddings, so before the base."""
+def draw_probe(reading: Reading, opened: OpenedBase, prompts: Iterable[Method] = ()) -> Probe:
+    """Ordinary tokens of the base's tokenizer, the same in every job. Reads a few embeddings, so before the base.
+
+    Tokens whose embeddings `prompts` train are left out.
+    """
     draw = np.random.default_rng(SEED)
     embeddings = cast(nn.Embedding, opened.model.get_input_embeddings())
-    ids = ordinary_ids(reading, opened.model.config, embeddings.num_embeddings)
+    trained = [number for prompt in prompts for number in prompt.token_ids]
+    ordinary = ordinary_ids(reading, opened.model.config, embeddings.num_embeddings)
+    ids = np.setdiff1d(ordinary, trained)
     most = max_positions(opened.model)
     longest = max(1, (most - NUM_VIRTUAL) // 3) if most is not None else max(map(max, LENGTHS))
     rows = [[draw.choice(ids, min(length, longest)).astype(np.int32) for length in lengths] for lengths in LENGTHS]

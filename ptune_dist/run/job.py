@@ -115,6 +115,7 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool, rows
         lookup=opened.embed,
         with_start=with_start,
         num_embeddings=reading.num_embeddings,
+        read_stored=opened.read_rows,
     )
     prompts = {}
     sources = {}
@@ -179,6 +180,8 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
         num_key_value_heads=None if keeps_more(base) else num_heads,
         head_width=of_keys,
         value_width=of_values,
+        model_type=base.config.model_type,
+        num_embeddings=getattr(base.get_input_embeddings(), "num_embeddings", None),
         hidden_size=hidden_size(base),
         num_first_layers=num_first_layers(base),
     )
@@ -298,7 +301,9 @@ def build_job(
         print(slower, flush=True)
     if config.model.compile == "auto":
         fuse(parts.opened.model, parts.opened.trained, lambda line: print(line, flush=True) if world.is_main else None)
-    probe = together(world, lambda: draw_probe(reading, parts.opened)) if config.model.check else None
+    probe = None
+    if config.model.check:
+        probe = together(world, lambda: draw_probe(reading, parts.opened, parts.prompts.values()))
     began = time.perf_counter()
     base = fill_base(parts, config, world)
     loading = {"load_s": time.perf_counter() - began, "bytes_read": parts.opened.weights.bytes_read}

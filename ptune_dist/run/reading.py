@@ -133,7 +133,7 @@ def check_family_fits(config: Config, members: dict[str, Config], family: Family
             raise UserError(
                 f"prompt.method: {member.prompt.method} is for {bases} bases; {config.model.path} is {family.name}"
             )
-        if config.sweep and method.trains_base:
+        if config.sweep and method.changes_base:
             raise UserError(
                 f"sweep: {member.prompt.method} trains tensors of the base, which all members share: use a run for each"
             )

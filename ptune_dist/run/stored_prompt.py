@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ptune_dist.base.layers import setting_of
+from ptune_dist.base.layers import name_modules, setting_of
 from ptune_dist.common.progress_line import BusyLine
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import ONLY_MEMBER
@@ -87,6 +87,8 @@ def prompt_facts(job: Job, member: str, *, step: int, metrics: dict[str, float])
     }
     if job.longest_target is not None:
         facts["longest_target"] = job.longest_target
+    if find_method(config.prompt).names_modules:
+        facts["modules"] = name_modules(model.base)
     if config.data.tasks and find_method(config.prompt).has_tasks:
         facts["tasks"] = list(config.data.tasks)
     options = check_options(config.prompt).model_dump()

@@ -10,6 +10,7 @@ from ptune_dist.base.load import fill_whole
 from ptune_dist.base.source import load_shape
 from ptune_dist.errors import UserError
 from ptune_dist.prompts.start import BASE
+from ptune_dist.prompts.trainable_tokens import INDICES, ROWS
 from ptune_dist.run.job import open_base_of
 from ptune_dist.run.reading import Reading
 
@@ -17,12 +18,14 @@ from ptune_dist.run.reading import Reading
 def export_model(reading: Reading, tensors: dict[str, torch.Tensor], out: Path) -> None:
     """Write a folder for `from_pretrained`, in the dtype of the run. The whole base is in memory. Raises UserError."""
     trained = {name.removeprefix(BASE): tensor for name, tensor in tensors.items() if name.startswith(BASE)}
-    if not trained or len(trained) < len(tensors):
-        raise UserError(
-            f"--to model: {reading.config.prompt.method} trains more than tensors of the base: use --to peft"
-        )
+    rows = tensors.get(ROWS)
+    if len(trained) + 2 * (rows is not None) < len(tensors):
+        raise UserError(f"--to model: {reading.config.prompt.method} trains more than the base has: use --to peft")
     model = fill_whole(open_base_of(whole_precision(reading)))
     put_in(model, trained, getattr(torch, reading.config.model.dtype))
+    if rows is not None:
+        embeddings = model.get_input_embeddings().get_parameter("weight")
+        embeddings.data[tensors[INDICES].long()] = rows.to(embeddings.dtype)
     shape = load_shape(reading.config.model.path)  # what is set for training is no part of the model
     reading.family.prepare_shape(shape, reading.config.data.labels)
     shape.dtype = getattr(torch, reading.config.model.dtype)

@@ -12,7 +12,7 @@ from ptune_dist.base.recompute import DEFAULTS
 from ptune_dist.prompts.store import load_prompt
 from tests.commands import run_command, run_commands
 from tests.numerics.methods import labelled, write_run
-from tests.numerics.plain import load_plain, padded_batches, read_rows, run_loop
+from tests.numerics.plain import BATCH, ROWS, encode_row, load_plain, pad, padded_batches, read_rows, run_loop
 from tests.numerics.test_curves import curve, train_all, zero_json
 from tests.numerics.test_families import starting_head, write_rows
 
@@ -30,6 +30,7 @@ WANTED = {
     ("bloom", "last_layers"): ["h.1."],
     ("t5", "last_layers"): ["decoder.block.1."],
     ("t5", "norms_only"): ["layer_norm"],
+    ("t5", "head_only"): ["lm_head"],
     ("bart", "head_only"): ["lm_head"],
     ("bert", "last_layers"): ["encoder.layer.1.", "classifier", "pooler"],
     ("bert", "head_only"): ["classifier", "pooler"],
@@ -160,11 +161,15 @@ def test_it_resumes_exactly_and_at_another_stage_and_starts_from_an_earlier_run(
 
 def test_answers_and_an_exported_model_are_those_of_transformers(runs, tiny_bases, tmp_path):
     commands = []
-    names = ["gpt2-last_layers", "gpt2-head_only", "qwen2-bias_only", "t5-norms_only"]
+    names = ["gpt2-last_layers", "gpt2-head_only", "qwen2-bias_only", "t5-head_only", "bart-head_only"]
     for name in names:
         commands.append(["export", str(runs[name]), "--to", "model", "--out", str(tmp_path / name)])
         output = ["--max-new-tokens", "8", "--output", str(tmp_path / f"{name}.jsonl")]
         commands.append(["generate", str(runs[name]), "--input", "sample", *output])
+    run = runs[names[0]]
+    few = [f"data.validation={ROWS}", f"evaluate.max_examples={BATCH}"]
+    commands.append(["evaluate", str(run), *few])
+    commands.append(["validate", str(run / "config.json"), f"output_dir={tmp_path / 'new'}", *few])
     run_commands(commands)
     for name in names:
         kind, _, method = name.partition("-")
@@ -176,14 +181,23 @@ def test_answers_and_an_exported_model_are_those_of_transformers(runs, tiny_base
                 parameter.copy_(tensors[f"base.{key}"])
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
         ids = torch.tensor([tokenizer.encode("sample =")])
-        more = {"decoder_input_ids": torch.tensor([[1, 40]])} if kind == "t5" else {}
+        begin = exported.config.decoder_start_token_id if kind in FAMILIES else None
+        more = {} if begin is None else {"decoder_input_ids": torch.tensor([[begin, 40]])}
         with torch.no_grad():
             ours, plain = (model(ids, **more).logits for model in (exported, wanted))
             new = exported.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=1)
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
-        skipped = 1 if kind == "t5" else ids.shape[1]
+        skipped = 1 if kind in FAMILIES else ids.shape[1]
         answer = json.loads((tmp_path / f"{name}.jsonl").read_text())["generated"]
         assert answer == tokenizer.decode(new[0, skipped:], skip_special_tokens=True).strip(), name
+        if runs[name] == run:
+            coded = [encode_row(tokenizer, row, "causal") for row in read_rows()[:BATCH]]
+            labels = pad([[-100] * len(read) + written for read, written in coded], -100)
+            mask = pad([[1] * len(read + written) for read, written in coded], 0)
+            with torch.no_grad():
+                loss = exported(pad([a + b for a, b in coded], 1), attention_mask=mask, labels=labels).loss.item()
+            found = json.loads((run / "evaluation.json").read_text())
+            assert found["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_what_it_is_not_for_is_refused_in_one_line(runs, tiny_bases, tmp_path):

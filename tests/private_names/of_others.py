@@ -48,6 +48,9 @@ TABLE: Table = {
     "cluster/processes.py": [
         attribute("atexit:_run_exitfuncs", "run exit functions without the rest of Python's cleanup"),
     ],
+    "base/own_rows.py": [
+        instance(MODULE, "_parameters", "have an embedding look up other rows"),
+    ],
     "base/trained.py": [
         instance(MODULE, "_parameters", "take a trained head out of the parameters"),
     ],

@@ -107,7 +107,7 @@ def test_a_sweep_of_eight_with_a_cache_ends_as_eight_runs_which_resume_bitwise(b
     for name, members in alone.items():
         assert_ends_as_alone(tmp_path / name, members)
     rates = [line["context_hit_rate"] for line in read_metrics(tmp_path / "cached")]
-    assert rates[0] == 0.0 and rates[-1] > 0.7, rates  # three steps are an epoch
+    assert rates[0] < 0.5 and min(rates[3:]) > 0.7, rates  # three steps are an epoch
     first_late, _, first_keys, *_ = alone["cached"].items()
     check_resumed(tmp_path, [first_late, first_keys])
 

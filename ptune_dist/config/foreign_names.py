@@ -174,7 +174,7 @@ FOREIGN_NAMES = {
     "nodes": DEVICE,
     "nproc_per_node": DEVICE,
     "num_epochs": STEPS,
-    "num_frozen_tokens": here("prompt.num_frozen"),
+    "num_frozen_tokens": "it is option num_frozen of prefix_tuning here",
     "num_gpus": DEVICE,
     "num_nodes": DEVICE,
     "num_proc": LOADER,

@@ -77,7 +77,15 @@ def read_copies(segment: Segment, runs: list[Run], parts: dict[Run, int], num_pa
     if parents and runs[-1] in parts:
         contexts.append(parts[runs[-1]])
         parents = parents[1:]
-    return segment._replace(contexts=tuple(contexts), parents=parents)
+    return Segment(
+        start=segment.start,
+        length=segment.length,
+        contexts=tuple(contexts),
+        parents=parents,
+        offset=segment.offset,
+        member=segment.member,
+        num_own=segment.num_own,
+    )
 
 
 def split_readers(segments: Sequence[Segment], numbers: list[int], length: int, block: int) -> dict[int, int]:

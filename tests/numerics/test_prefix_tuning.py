@@ -21,6 +21,7 @@ from tests.numerics.banks import write_rows as write_bank_rows
 from tests.numerics.methods import write_run
 from tests.numerics.plain import NUM_VIRTUAL, ROWS, load_plain, padded_batches, peft_method_curve, run_loop
 from tests.numerics.prefixes import plain_prefix_logits
+from tests.numerics.test_bank import MARKERS
 from tests.numerics.test_curves import curve, train_all, zero_json
 
 pytestmark = pytest.mark.long
@@ -196,6 +197,33 @@ def test_a_sweep_of_several_methods_trains_each_member_as_alone(tiny_bases, tmp_
     train_all([(str(bank), [])] + [(str(path), []) for path in alone.values()], tmp_path, num_ranks=2)
     for name, path in alone.items():
         assert curve(tmp_path / "mixed" / "members" / name) == pytest.approx(curve(path.parent), rel=1e-5), name
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_beside_rows_without_contexts_and_tasks_of_another_member_each_trains_as_alone(tiny_bases, tmp_path, kind):
+    write_bank_rows(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    named = [row | {"task": "odd" if len(row["word"]) % 2 else "even"} for row in rows]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    prefix = {"prompt.method": "prefix_tuning"}
+    markers = [MARKERS[0], *({**one, **prefix} for one in MARKERS[:3])]  # the last one has empty inputs
+    of_tasks = [{"prompt.method": "multitask_prompt_tuning"}, prefix, {**prefix, "seed": 1}]
+    data = {"train": str(tmp_path / "tasks.jsonl"), "task": "task", "tasks": ["odd", "even"]}
+    sections = {"deepspeed": zero_json(3)}
+    few = {"batch_size": 2, "micro_batch_tokens": 30}  # so that a rank has rows without contexts, or none at all
+    template = {"template": MARKERS[0]["data.template"]}
+    banks = [
+        write_bank(tmp_path, "markers", tiny_bases[kind], markers, "template", train=few, data=template, **sections),
+        write_bank(tmp_path, "tasks", tiny_bases[kind], of_tasks, "infix", data=data, **sections),
+    ]
+    alone = {bank: write_alone(bank) for bank in banks}
+    paths = [*banks, *(path for some in alone.values() for path in some.values())]
+    train_all([(str(path), []) for path in paths], tmp_path, num_ranks=2)
+    for bank, members in alone.items():
+        for name, path in members.items():
+            found = curve(tmp_path / bank.stem / "members" / name)
+            assert found == pytest.approx(curve(path.parent), rel=1e-5), (bank.stem, name)
 
 
 TEXT = "Write in capitals"

@@ -204,7 +204,7 @@ def test_options_are_checked_against_the_method():
         return str(caught.value)
 
     assert error_of("prompt.encoder_hidden_size=8") == (
-        "command line: prompt.encoder_hidden_size is for p_tuning, this is prompt_tuning"
+        "command line: prompt.encoder_hidden_size is for p_tuning and prefix_tuning, this is prompt_tuning"
     )
     assert "did you mean prompt.encoder_hidden_size?" in error_of(
         "prompt.method=p_tuning", "prompt.encoder_hiden_size=8"

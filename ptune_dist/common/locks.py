@@ -35,6 +35,7 @@ class Lock:
         self.is_by_kernel = owner_file is None
         self._file = file
         self._owner_file = owner_file
+        self._is_signed = False
         self._ended = threading.Event()
         if owner_file is not None:
             threading.Thread(target=self._touch, name="lock", daemon=True).start()
@@ -52,6 +53,10 @@ class Lock:
             with contextlib.suppress(OSError):
                 self._owner_file.unlink()
             self._owner_file = None
+        if self._is_signed:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), 0)
+        self._is_signed = False
         self._file.close()
 
     def sign(self) -> None:
@@ -60,6 +65,7 @@ class Lock:
         with contextlib.suppress(OSError):
             os.ftruncate(self._file.fileno(), 0)
             os.write(self._file.fileno(), content)
+            self._is_signed = True
 
     def moved_to(self, folder: Path) -> None:
         """The folder of the locked file has been renamed."""

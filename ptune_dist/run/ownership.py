@@ -1,5 +1,6 @@
 """Which files of a folder a run has written, so that none of the user's own is replaced by one of a run's."""
 
+import contextlib
 import json
 import os
 import re
@@ -62,14 +63,16 @@ def check_own_files(run_dir: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has written the folder's config.yaml, or its checkpoints where there is no config.yaml."""
-    file = folder / "config.yaml"
-    if os.path.lexists(file):
-        return is_run_config(file) and any((folder / name).exists() for name in BESIDE_CONFIG)
+    """Whether a run has written the folder's checkpoints, or its config.yaml and a file beside it."""
     checkpoints = folder / "checkpoints"
-    if not checkpoints.is_dir():
-        return False
-    return any(CHECKPOINT.fullmatch(path.name) and (path / "state.json").exists() for path in checkpoints.iterdir())
+    with contextlib.suppress(PermissionError):  # where the run is resumed it tells so
+        if checkpoints.is_dir() and any(is_checkpoint(path) for path in checkpoints.iterdir()):
+            return True
+    return is_run_config(folder / "config.yaml") and any((folder / name).exists() for name in BESIDE_CONFIG)
+
+
+def is_checkpoint(path: Path) -> bool:
+    return bool(CHECKPOINT.fullmatch(path.name)) and (path / "state.json").exists()
 
 
 def is_run_config(file: Path) -> bool:
@@ -92,10 +95,10 @@ def find_foreign(folder: Path) -> str:
         path = folder / name
         if os.path.lexists(path) and not (name == "status.json" and is_status(path)):
             return name
-    for name in REPLACED_FOLDERS:
+    for name in REPLACED_FOLDERS:  # what is no folder there is refused when the folder is locked
         path = folder / name
-        if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
-            return f"{name}/" if path.is_dir() else name
+        if path.is_dir() and any(path.iterdir()):
+            return f"{name}/"
     return ""
 
 
@@ -123,6 +126,8 @@ def check_target(key: str, path: Path, config: Config, inputs: dict[str, Any]) -
         "deepspeed": config.deepspeed if isinstance(config.deepspeed, str) else None,
     }
     for name, source in read.items():
+        if source and not os.path.exists(source):  # FOLDER:SPLIT of a saved data set
+            source = source.rpartition(":")[0]
         if not source or not os.path.exists(source):
             continue
         place = Path(os.path.realpath(source))

@@ -152,6 +152,9 @@ def test_a_folder_in_use_names_the_host_and_the_process(load: Load, tmp_path: Pa
         (tmp_path / "exp1" / ".lock").write_text("")
         with pytest.raises(UserError, match="another process is training here: wait for it or end it$"):
             lock_run_dir(load())
+    with lock_run_dir(load()):
+        assert (tmp_path / "exp1" / ".lock").read_text()
+    assert not (tmp_path / "exp1" / ".lock").read_text()
 
 
 def test_a_file_in_the_way_is_named_once(load: Load, tmp_path: Path):

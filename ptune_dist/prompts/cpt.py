@@ -62,8 +62,8 @@ class Cpt(Method):
     default_start = "rows"
 
     embedding: torch.Tensor
-    token_ids: torch.Tensor
-    token_kinds: torch.Tensor
+    example_ids: torch.Tensor
+    example_kinds: torch.Tensor
 
     def __init__(self, embedding: torch.Tensor, ids: list[int], kinds: list[int], options: CptOptions):
         super().__init__()
@@ -72,8 +72,8 @@ class Cpt(Method):
         self._targets: list[OwnTargets | None] = []  # the one that belongs to the buffers, once it was asked for
         self.delta = nn.Parameter(torch.zeros_like(embedding, dtype=torch.float32))
         self.register_buffer("embedding", embedding.detach().float().clone())
-        self.register_buffer("token_ids", torch.tensor(ids, dtype=torch.int64))
-        self.register_buffer("token_kinds", torch.tensor(kinds, dtype=torch.int64))
+        self.register_buffer("example_ids", torch.tensor(ids, dtype=torch.int64))
+        self.register_buffer("example_kinds", torch.tensor(kinds, dtype=torch.int64))
 
     @classmethod
     def build(cls, options: CptOptions, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "Cpt":
@@ -100,8 +100,8 @@ class Cpt(Method):
         vectors = start.vectors(*shape)
         ids = source.settings.get("cpt_token_ids")
         if "delta" in source.tensors:
-            ids = source.tensors["token_ids"].tolist()
-            kinds = source.tensors["token_kinds"].tolist()
+            ids = source.tensors["example_ids"].tolist()
+            kinds = source.tensors["example_kinds"].tolist()
         elif ids:
             kinds = source.settings["cpt_tokens_type_mask"]
         else:
@@ -116,14 +116,14 @@ class Cpt(Method):
 
     def forward(self) -> Contribution:
         delta = self.delta if self.training else self._project()
-        is_trained = (self.token_kinds % NUM_KINDS != TARGET)[:, None]
+        is_trained = (self.example_kinds % NUM_KINDS != TARGET)[:, None]
         return Contribution(vectors=self.embedding + delta * is_trained)
 
     @property
     def own_targets(self) -> OwnTargets | None:
         """The examples' tokens that are supervised."""
         if not self._targets:
-            self._targets.append(find_targets(self.token_ids.tolist(), self.token_kinds.tolist(), self._options))
+            self._targets.append(find_targets(self.example_ids.tolist(), self.example_kinds.tolist(), self._options))
         return self._targets[0]
 
     def take(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -141,10 +141,10 @@ class Cpt(Method):
     def _radii(self) -> torch.Tensor:
         """[P]."""
         unit = (self.embedding.shape[1] / USUAL_WIDTH) ** 0.5
-        kinds = self.token_kinds % NUM_KINDS
+        kinds = self.example_kinds % NUM_KINDS
         radii = torch.full_like(self.embedding[:, 0], self._options.opt_projection_format_epsilon * unit)
         radii[kinds == INPUT] = self._options.opt_projection_epsilon * unit
-        radii[(kinds == TARGET) | (self.token_kinds <= 0)] = SMALLEST_RADIUS
+        radii[(kinds == TARGET) | (self.example_kinds <= 0)] = SMALLEST_RADIUS
         return radii
 
     @torch.no_grad()

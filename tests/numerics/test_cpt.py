@@ -64,16 +64,16 @@ def test_no_token_leaves_its_radius_and_those_of_targets_stay(runs):
     unit = (32 / 2048) ** 0.5
     radii = torch.tensor([{1: 0.4, 2: 2.0, 3: 0.4}.get(kind % 4, 0.0) * unit if kind else 0.0 for kind in KINDS])
     assert (moved <= radii * (1 + 1e-5) + 1e-6).all() and (moved[radii > 0] > 0).all()
-    assert tensors["token_ids"].tolist() == IDS and facts["options"]["cpt_token_ids"] == IDS
+    assert tensors["example_ids"].tolist() == IDS and facts["options"]["cpt_token_ids"] == IDS
 
 
 def test_the_examples_are_the_first_rows(runs, tiny_bases):
     tensors = load_prompt(runs["rows"] / "prompt")[0]
     tokenizer = AutoTokenizer.from_pretrained(tiny_bases["llama"])
     text = "".join(f"{row['word']} = {row['answer']}" for row in read_rows(ROWS)[:4])
-    found = tokenizer.decode(tensors["token_ids"], skip_special_tokens=True)
+    found = tokenizer.decode(tensors["example_ids"], skip_special_tokens=True)
     assert len(found) > 20 and found in text
-    kinds = tensors["token_kinds"].tolist()
+    kinds = tensors["example_kinds"].tolist()
     assert kinds == sorted(kinds) and {kind % 4 for kind in kinds} >= {0, 2, 3}
 
 
@@ -120,7 +120,7 @@ def test_pefts_adapter_is_a_start_and_ours_answers_the_same_in_peft(runs, tiny_b
     with torch.no_grad():
         wanted = model.prompt_encoder["default"](torch.arange(len(IDS)))
     torch.testing.assert_close(prompt.plain()["virtual_tokens"], wanted)
-    assert prompt.token_kinds.tolist() == KINDS
+    assert prompt.example_kinds.tolist() == KINDS
 
     run = str(runs["llama"])
     output = ["--max-new-tokens", "8", "--output", str(tmp_path / "answer.jsonl")]

@@ -52,7 +52,7 @@ def test_steps_are_projected_before_each_step_and_in_every_answer():
         prompt.delta.fill_(1.0)  # of length 8 ** 0.5
     plain = prompt.plain()["virtual_tokens"] - prompt.embedding
     radii = {1: 0.5, 2: 1.0, 3: 0.5, 0: 0.0}  # times the square root of 8 / 2048
-    wanted = torch.tensor([radii[int(kind) % 4] for kind in prompt.token_kinds])
+    wanted = torch.tensor([radii[int(kind) % 4] for kind in prompt.example_kinds])
     torch.testing.assert_close(plain.norm(dim=1), wanted)
     assert prompt.delta.norm(dim=1).min() > 2
     prompt.begin_step(1)

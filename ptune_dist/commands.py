@@ -218,8 +218,8 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
 def export_run(config: Config, run_dir: Path, *, to: str, out: Path, text: str | None, file: str | None) -> None:
     """Write a PEFT adapter, or prompt embeddings of the given inputs, to folder `out`. Raises UserError."""
     tensors, facts = load_prompt(run_dir / "prompt")
-    check_target("--out", out, config, {"--input-file": file})
     check_export_folder(out, to)
+    check_target("--out", out, config, {"--input-file": file})
     if to == "peft":
         check_for_peft(tensors, facts)
         family = FAMILIES[facts["base"]["family"]]

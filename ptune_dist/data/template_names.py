@@ -25,7 +25,9 @@ def show_expression(node: jinja2.nodes.Node | None) -> str:
     if isinstance(node, jinja2.nodes.Getitem):
         sign = "-" if isinstance(node.arg, jinja2.nodes.Neg) else ""
         index = node.arg.node if isinstance(node.arg, jinja2.nodes.Neg) else node.arg
-        inner = show_expression(node.node) if isinstance(index, jinja2.nodes.Const) else ""
+        if not isinstance(index, jinja2.nodes.Const):
+            return ""
+        inner = show_expression(node.node)
         return inner and f"{inner}[{sign}{index.value!r}]"
     if isinstance(node, jinja2.nodes.Filter) and not node.args:
         inner = show_expression(node.node)

@@ -1,7 +1,7 @@
 """Whether a base computes the same from our passes as by itself: once per job, before anything is trained.
 
 An architecture may use token ids, positions or masks in ways that input vectors and packed rows do not give it. Such a
-prompt would be trained on silently different numbers. So a short row and a longer one go through our pass, with virtual
+prompt would be trained on silently different numbers. So a row and a shorter one go through our pass, with virtual
 tokens that are real tokens' embeddings, and through the base's own forward, one by one.
 """
 
@@ -33,8 +33,9 @@ from ptune_dist.zero.engine import Engine
 
 NUM_VIRTUAL = 4
 # Of each row: context, rest, target; without contexts they belong to the rest. Some bases change what they do after
-# some tens of positions, and many outputs tell small differences from rounding.
-LENGTHS = [(3, 3, 4), (8, 40, 40)]
+# some tens of positions, many outputs tell small differences from rounding, and a row's first positions tell most of
+# what leaks into it.
+LENGTHS = [(8, 40, 24), (3, 3, 24)]
 WINDOW = 5  # a sliding window of so many positions, so that short rows tell where it is
 SEED = 0
 # Of the largest output. Each layer rounds what it adds, so errors grow with the square root of their number. Tiny bases
@@ -143,7 +144,7 @@ def describe_difference(found: Found, config: Config, num_layers: int) -> str | 
         return f"{numbers} (they may differ by {allowed:.2g})"
     if found.noise is None:
         return None
-    excess = describe_excess(ours, plain, found.noise, LEAST_TOLERANCE * largest)
+    excess = describe_excess(ours, plain, found.noise, torch.finfo(getattr(torch, config.model.dtype)).eps * largest)
     return excess and f"{numbers}, and {excess}"
 
 

@@ -71,7 +71,7 @@ class Slight(LlamaForCausalLM):
     def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **others: Any) -> Any:
         if input_ids is not None:
             vectors = self.get_input_embeddings()(input_ids)
-            inputs_embeds = vectors + 0.002 * (input_ids % 2 == 0)[..., None].to(vectors.dtype)
+            inputs_embeds = vectors + 0.003 * (input_ids % 2 == 0)[..., None].to(vectors.dtype)
         return super().forward(inputs_embeds=inputs_embeds, **others)
 
 

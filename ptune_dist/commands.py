@@ -257,8 +257,8 @@ def export_run(
     Of one task or all. Raises UserError.
     """
     tensors, facts = select_task(*load_prompt(run_dir / "prompt"), task)
-    check_target("--out", out, config, {"--input-file": file})
     check_export_folder(out, to)
+    check_target("--out", out, config, {"--input-file": file})
     if to in ("peft", CARTRIDGE):
         check_for_peft(tensors, facts, to)
         family = FAMILIES[facts["base"]["family"]]

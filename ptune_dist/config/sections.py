@@ -47,7 +47,7 @@ class ModelConfig(Section):
     runs one operation at a time, after a line that says why. `off` compiles none."""
 
     check: bool = True
-    """Before training, compare two short rows in our pass with the base's own forward: a base whose architecture needs
+    """Before training, compare two rows in our pass with the base's own forward: a base whose architecture needs
     more than it is given is refused. `false` trains on it as it is."""
 
     random_init: bool = False

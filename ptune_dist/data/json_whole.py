@@ -35,7 +35,7 @@ def find_rows(text: str, name: str) -> Iterator[tuple[int, Any]]:
 
 
 def find_list(text: str, start: int, name: str) -> int:
-    """Where the list of rows begins in the one object that is the file: its value `data`, or its only list of objects.
+    """Where the rows begin in the one object that is the file: its only list of objects, or `data` beside empty lists.
 
     Raises UserError if there is none or several.
     """
@@ -56,10 +56,14 @@ def find_list(text: str, start: int, name: str) -> int:
             f"{name}: the file is one chat, whose messages are no rows: write an array of such objects, or one on each "
             "line of a .jsonl file"
         )
-    chosen = "data" if "data" in of_objects else (of_objects[0] if len(of_objects) == 1 else None)
+    filled = [key for key in of_objects if whole[key]]
+    if "data" in of_objects and not set(filled) - {"data"}:
+        chosen = "data"
+    else:
+        chosen = of_objects[0] if len(of_objects) == 1 else None
     if chosen is None:
         found = f"several lists ({', '.join(of_objects)})" if of_objects else "no list of objects"
-        raise UserError(f"{name}: the file is one object with {found}; it must contain an array of objects, or 'data'")
+        raise UserError(f"{name}: the file is one object with {found}; it must contain one array of objects")
     position = skip_blanks(text, start + 1)
     while True:
         key, end = decode_at(text, position, name)

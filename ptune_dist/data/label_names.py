@@ -1,5 +1,6 @@
 """What a value that `data.labels` does not list differs by."""
 
+import unicodedata
 from collections.abc import Sequence
 
 from ptune_dist.data.json_values import text_of
@@ -31,12 +32,24 @@ def describe_near(value: object, labels: Sequence[str]) -> str:
         if " ".join(label.split()) == " ".join(text.split()):
             return f"; it differs from {label!r} by whitespace only: clean the rows, or list it as {text!r}"
     for label in labels:
+        if letters_of(label) == letters_of(text):
+            return (
+                f"; it differs from {label!r} by Unicode characters that look alike or are invisible: {ascii(text)} is "
+                f"not {ascii(label)}: normalize the rows, or list it as it is"
+            )
+    for label in labels:
         if label.strip().casefold() == text.strip().casefold():
             return f"; it differs from {label!r} by upper and lower case: list it as {text!r}"
     for label in labels:
         if as_number(label) is not None and as_number(label) == as_number(value):
             return f"; it is the same number as {label!r}, but of another type: list it as {text!r}"
     return ""
+
+
+def letters_of(text: str) -> str:
+    """A text without invisible characters, in the one form that Unicode has for texts that look alike."""
+    seen = "".join(character for character in text if unicodedata.category(character) != "Cf")
+    return unicodedata.normalize("NFKC", seen).strip()
 
 
 def as_number(value: object) -> float | None:

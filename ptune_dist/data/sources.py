@@ -90,6 +90,10 @@ def load_rows(source: str, *, key: str, default_split: str, csv: CsvDialect | No
         rows = _load_folder(Path(folder).expanduser(), source, folder, folder_split, key)
     elif path.is_file():
         rows = _load_file(path, source, key, csv)
+    elif path.exists():
+        raise UserError(f"{key}: {source} is a pipe or a device, and rows are read several times: save them as a file")
+    elif "://" in source:
+        raise UserError(f"{key}: {source} is a URL, {_advise_on_url(source)}")
     elif _looks_like_path(source):
         raise UserError(_describe_missing(path, source, key))
     else:
@@ -140,6 +144,16 @@ def _describe_missing(path: Path, source: str, key: str) -> str:
     near = difflib.get_close_matches(path.name, os.listdir(folder), n=1)
     hint = f"did you mean {folder / near[0]}?" if near else f"looked in {folder.resolve()}"
     return f"{key}: no file {source}; {hint}"
+
+
+def _advise_on_url(source: str) -> str:
+    scheme, _, rest = source.partition("://")
+    if scheme.lower() == "file":
+        return f"and files are named by their paths: write /{rest.partition('/')[2]}"
+    repository = re.match(r"(?:(?:www\.)?huggingface\.co/)?datasets/([\w.-]+/[\w.-]+)", rest)
+    if repository is not None and (scheme.lower() == "hf" or rest.startswith(("huggingface.co", "www."))):
+        return f"and datasets on the hub are named by their names: write {repository[1]}"
+    return "and rows are read from files: copy it to a file first"
 
 
 def split_hub_name(source: str, default_split: str) -> tuple[str, str | None, str]:

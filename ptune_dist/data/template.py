@@ -20,9 +20,9 @@ from ptune_dist.data.template_environment import (
     UntestedTruth,
     build_environment,
     find_guarded,
-    find_reserved,
     missing_column,
 )
+from ptune_dist.data.template_names import find_expressions, find_reserved
 from ptune_dist.errors import UserError
 
 MARKER_NAME = "prompt"
@@ -152,6 +152,21 @@ def describe_chat(column: str) -> str:
         f"the text of a chat's messages is {{{{ {column}[0].{text} }}}} and so on, the last one's "
         f"{{{{ {column}[-1].{text} }}}}"
     )
+
+
+def find_shared(template: Template, target: Template, row: Mapping[str, object]) -> list[str]:
+    """The texts and numbers of a row that both the input and the target are made of, as their templates write them."""
+    environment = shared_environment()
+    both = set.intersection(*(set(find_expressions(environment.parse(some.source))) for some in (template, target)))
+    found = []
+    for expression in sorted(both):
+        try:
+            value = environment.compile_expression(expression)(row)
+        except Exception:  # expressions are the user's code and may raise anything
+            continue
+        if isinstance(value, str | int | float):
+            found.append(expression)
+    return found
 
 
 def find_absent(template: Template, available: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ import jinja2.visitor
 
 from ptune_dist.data.numbers import to_float, to_integer
 from ptune_dist.data.printing import Formatter, formatted, join_values, json_text, printed
+from ptune_dist.data.template_names import names_in, show_expression, tested_names
 
 # Filters that take any value for its text. Others, such as `length` or `map`, read a list of parts as a list.
 TEXT_FILTERS = (
@@ -25,15 +26,6 @@ TEXT_FILTERS = (
     *("title", "trim", "truncate", "upper", "wordcount", "wordwrap"),
 )
 DEFAULT_FILTERS = ("default", "d")
-CONSTANTS = {True: ("true", "True"), False: ("false", "False"), None: ("none", "None")}
-# What names mean inside a part of a template: there a column of the same name is hidden.
-MEANT_INSIDE: dict[type[jinja2.nodes.Node], tuple[str, ...]] = {
-    jinja2.nodes.Template: ("self",),
-    jinja2.nodes.For: ("loop",),
-    jinja2.nodes.Block: ("super",),
-    jinja2.nodes.Macro: ("caller", "varargs", "kwargs"),
-    jinja2.nodes.CallBlock: ("caller", "varargs", "kwargs"),
-}
 PRINTED = "_printed"  # filters that only `_Explicit` puts into a template
 FALLBACK = "_fallback"
 
@@ -177,22 +169,6 @@ class _Explicit(jinja2.visitor.NodeTransformer):
         return node
 
 
-def show_expression(node: jinja2.nodes.Node | None) -> str:
-    """A simple expression as a template writes it; empty for any other."""
-    if isinstance(node, jinja2.nodes.Name):
-        return node.name
-    if isinstance(node, jinja2.nodes.Getattr):
-        inner = show_expression(node.node)
-        return inner and f"{inner}.{node.attr}"
-    if isinstance(node, jinja2.nodes.Getitem) and isinstance(node.arg, jinja2.nodes.Const):
-        inner = show_expression(node.node)
-        return inner and f"{inner}[{node.arg.value!r}]"
-    if isinstance(node, jinja2.nodes.Filter) and not node.args:
-        inner = show_expression(node.node)
-        return inner and f"{inner} | {node.name}"
-    return ""
-
-
 def filtered(node: jinja2.nodes.Expr, name: str) -> jinja2.nodes.Expr:
     return jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
@@ -268,35 +244,4 @@ def find_guarded(parsed: jinja2.nodes.Template, *, in_target: bool) -> set[str]:
     for node in parsed.find_all((jinja2.nodes.Filter, jinja2.nodes.Test)):
         if node.name in (*DEFAULT_FILTERS, FALLBACK, "defined", "undefined", "none"):
             found |= names_in(node.node)
-    return found
-
-
-def tested_names(test: jinja2.nodes.Node) -> set[str]:
-    """The names whose truth a test asks for; what is compared with a value must be there."""
-    if isinstance(test, jinja2.nodes.Compare):
-        operands = [test.expr, *(operand.expr for operand in test.ops)]
-        if not any(isinstance(node, jinja2.nodes.Const) and node.value is None for node in operands):
-            return set()
-    if isinstance(test, jinja2.nodes.Name):
-        return {test.name}
-    return set().union(*(tested_names(node) for node in test.iter_child_nodes()))
-
-
-def names_in(node: jinja2.nodes.Node | None) -> set[str]:
-    if node is None:
-        return set()
-    own = {node.name} if isinstance(node, jinja2.nodes.Name) else set()
-    return own | {name.name for name in node.find_all(jinja2.nodes.Name)}
-
-
-def find_reserved(parsed: jinja2.nodes.Template) -> set[str]:
-    """The names in a template that jinja2 takes for its own, in every spelling that it has for them."""
-    found: set[str] = set()
-    for node in parsed.find_all(jinja2.nodes.Const):
-        if node.value is None or isinstance(node.value, bool):
-            found |= set(CONSTANTS[node.value])
-    for kind, names in MEANT_INSIDE.items():
-        nodes = [parsed] if kind is jinja2.nodes.Template else parsed.find_all(kind)
-        for node in nodes:
-            found |= names_in(node) & set(names)
     return found

@@ -14,7 +14,7 @@ from ptune_dist.data.encode import Encoding
 from ptune_dist.data.examples import Examples, chunks_of
 from ptune_dist.data.framing import special_ids, tokenize
 from ptune_dist.data.sources import Rows
-from ptune_dist.data.template import MARKER, Template, find_absent, name_nearest, render_batches
+from ptune_dist.data.template import MARKER, Template, find_absent, find_shared, name_nearest, render_batches
 from ptune_dist.evaluation.evaluator import Evaluator, longest_wanted
 from ptune_dist.evaluation.splits import RunRows
 from ptune_dist.prompts.build import find_method
@@ -109,6 +109,9 @@ def warn_of_templates(templates: tuple[Template, Template], rows: Rows) -> Itera
         if not template.columns:
             what = "input" if key == "data.template" else "target"
             yield f"{key} uses no column: every row has the same {what}"
+    shared = find_shared(*templates, rows.read(0, 1)[0])
+    if shared:
+        yield f"data.template and data.target both use {', '.join(shared)}: the answer may stand in the input"
 
 
 def warn_of_specials(templates: tuple[Template, Template], rows: Rows, encoding: Encoding) -> Iterator[str]:

@@ -7,6 +7,7 @@ import pytest
 from ptune_dist.config.deepspeed_json import fill_deepspeed_json
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
+from tests.commands import Commands
 from tests.conftest import write_config
 
 HUGE = "1000000000"
@@ -66,3 +67,9 @@ def test_a_switch_is_no_number_of_deepspeeds_json(tmp_path: Path):
         fill_deepspeed_json(config, hidden_size=8)
     config = load_config(path, ["deepspeed={gradient_clipping: 1}", "train.max_grad_norm=1.0"])
     fill_deepspeed_json(config, hidden_size=8)
+
+
+def test_a_prompt_that_does_not_fit_in_memory_is_one_line(commands: Commands, tmp_path: Path):
+    given = ["prompt.method=p_tuning", "prompt.encoder_hidden_size=4000000000"]
+    done = commands.run("validate", write_config(tmp_path / "c.yaml"), *given)
+    assert done.code == 2 and "4 virtual tokens of p_tuning, with its options, do not fit" in done.errors[0]

@@ -7,6 +7,7 @@ import pytest
 
 from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.build import build_inputs, build_label_candidates, build_split, build_templates, label_values
+from ptune_dist.data.label_names import describe_unlisted
 from ptune_dist.data.template import compile_template
 from ptune_dist.errors import UserError
 from ptune_dist.tiny.make import build_tokenizer
@@ -219,3 +220,9 @@ def test_labels_that_do_not_fit_in_one_pass_are_split_and_none_is_lost(data):
     assert candidates.labels == [(0, 2), (1, 3)] * 2
     tiny, _ = build_label_candidates(section, split, encoding, 1)
     assert sorted(tiny.labels[:4]) == [(0,), (1,), (2,), (3,)]
+
+
+@pytest.mark.parametrize("value", ["cafe\u0301", "caf\u00e9\u200b", "\ufeffcafé", "ｃafé"])
+def test_a_label_of_other_unicode_characters_is_told_so(value):
+    line = describe_unlisted("a.jsonl line 1", "label", value, ["tea", "café"])
+    assert "it differs from 'café' by Unicode characters" in line and f"{ascii(value)} is not 'caf\\xe9'" in line

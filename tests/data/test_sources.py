@@ -411,3 +411,25 @@ def test_hub_name_without_a_network_is_refused_at_once(source, tmp_path, monkeyp
     assert time.monotonic() - began < 10
     assert message.startswith(f"data.train: {source} ")
     assert "there is no network, or the name is wrong" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "advice"),
+    [
+        ("s3://bucket/a.jsonl", "rows are read from files: copy it to a file first"),
+        ("gs://bucket/a.parquet", "rows are read from files: copy it to a file first"),
+        ("https://example.org/a.jsonl", "rows are read from files: copy it to a file first"),
+        ("file:///data/a.jsonl", "files are named by their paths: write /data/a.jsonl"),
+        ("hf://datasets/stanfordnlp/sst2", "datasets on the hub are named by their names: write stanfordnlp/sst2"),
+        ("https://huggingface.co/datasets/a/b", "datasets on the hub are named by their names: write a/b"),
+    ],
+)
+def test_a_url_is_told_what_to_write(source, advice):
+    assert error_of(source) == f"data.train: {source} is a URL, and {advice}"
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert error_of(str(tmp_path / "pipe.jsonl")).endswith(
+        "pipe.jsonl is a pipe or a device, and rows are read several times: save them as a file"
+    )

@@ -343,6 +343,9 @@ def test_json_by_columns_is_refused_and_rows_under_any_name_are_found(tmp_path, 
     assert read(tmp_path, "b.json", json.dumps({"version": "1.0", "rows": rows}, indent=indent)) == rows
     several = json.dumps({"a": rows, "b": rows, "n": 1}, indent=indent)
     assert "several lists (a, b)" in error_of(tmp_path, "c.json", several)
+    for named in ({"data": rows, "more": rows}, {"data": [], "rows": rows}):
+        assert f"several lists ({', '.join(named)})" in error_of(tmp_path, "d.json", json.dumps(named, indent=indent))
+    assert read(tmp_path, "e.json", json.dumps({"errors": [], "data": rows}, indent=indent)) == rows
 
 
 def test_one_object_on_one_line_is_a_row_where_it_has_a_plain_value(tmp_path):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from ptune_dist.data.examples import CHUNK_ROWS, Examples
-from ptune_dist.evaluation.row_warnings import count_same, warn_of_length
+from ptune_dist.data.sources import load_rows
+from ptune_dist.data.template import compile_template
+from ptune_dist.evaluation.row_warnings import count_same, warn_of_length, warn_of_templates
 from ptune_dist.evaluation.validate import spread
 from tests.conftest import write_config
 
@@ -170,3 +172,24 @@ def test_few_and_many_epochs(write, steps, expected):
 
     config = load_config(write(train={"max_steps": steps, "batch_size": 4}))
     assert len(list(warn_of_length(config, 40))) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "target", "shared"),
+    [
+        ("{{ text }} {{ label }}", "{{ label }}", "label"),
+        ("{% if label %}x{% endif %}{{ text }}", "{{ ['no', 'yes'][label | int] }}", "label"),
+        ("{{ m[0].content }}{{ m[-1].content | trim }}", "{{ m[-1].content }}", "m[-1].content"),
+        ("{{ m[0].content }}", "{{ m[-1].content }}", None),
+        ("{{ text[:3] }}", "{{ text[3:] }}", None),
+        ("{{ text.split()[0] }}", "{{ text.split()[1] }}", None),
+        ("{{ text }} {{ choices | join(', ') }}", "{{ choices[label | int] }}", None),
+    ],
+)
+def test_an_answer_that_stands_in_the_input_is_named(tmp_path, template, target, shared):
+    chat = [{"content": "q"}, {"content": "a"}]
+    row = {"text": "a text", "label": "1", "m": chat, "choices": ["x", "y"]}
+    rows = load_rows(write_rows(tmp_path / "a.jsonl", [row]), key="data.train", default_split="train")
+    templates = (compile_template(template, key="data.template"), compile_template(target, key="data.target"))
+    line = f"data.template and data.target both use {shared}: the answer may stand in the input"
+    assert list(warn_of_templates(templates, rows)) == ([line] if shared else [])

@@ -45,6 +45,36 @@ class Leaky(LlamaForCausalLM):
         return super().forward(inputs_embeds=vectors + 0.05 * vectors.cumsum(dim=1), **others)
 
 
+class FarConfig(LlamaConfig):
+    model_type = "far"
+
+
+class Far(LlamaForCausalLM):
+    """Has smaller embeddings where a pass has more than 40 positions."""
+
+    config_class = FarConfig
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **others: Any) -> Any:
+        vectors = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        return super().forward(inputs_embeds=vectors / (2 if vectors.shape[1] > 40 else 1), **others)
+
+
+class SlightConfig(LlamaConfig):
+    model_type = "slight"
+
+
+class Slight(LlamaForCausalLM):
+    """Adds a little to the embeddings of even token ids, less than half precision tells of one output."""
+
+    config_class = SlightConfig
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **others: Any) -> Any:
+        if input_ids is not None:
+            vectors = self.get_input_embeddings()(input_ids)
+            inputs_embeds = vectors + 0.003 * (input_ids % 2 == 0)[..., None].to(vectors.dtype)
+        return super().forward(inputs_embeds=inputs_embeds, **others)
+
+
 class FailingConfig(LlamaConfig):
     model_type = "failing"
 
@@ -62,6 +92,8 @@ class Failing(LlamaForCausalLM):
 STRANGE: dict[str, tuple[type[LlamaConfig], type[LlamaForCausalLM]]] = {
     "by_ids": (ByIdsConfig, ByIds),
     "leaky": (LeakyConfig, Leaky),
+    "far": (FarConfig, Far),
+    "slight": (SlightConfig, Slight),
     "failing": (FailingConfig, Failing),
 }
 

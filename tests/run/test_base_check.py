@@ -50,6 +50,7 @@ HALF = "model.dtype=bfloat16"
 CASES = {f"{kind} {' '.join(given)}".strip(): (kind, given) for kind, many in RIGHT.items() for given in many}
 CASES |= {kind: (kind, []) for kind in WRONG}
 CASES |= {f"{kind} unchecked": (kind, [UNCHECKED]) for kind in WRONG}
+CASES |= {f"{kind} in half": (kind, [HALF]) for kind in ("far", "slight")}
 CASES |= {"by_ids in half": ("by_ids", [HALF]), "deepseek_v3 keys": ("deepseek_v3", [KEYS])}
 ALSO_WHOLE = ["gpt2", f"exaone4 {INFIX}", "t5", "bert", "llama model.quantization=int8", f"llama {HALF}", *WRONG]
 BY_STAGE = {0: ALSO_WHOLE, 3: list(CASES)}
@@ -105,6 +106,13 @@ def test_unless_the_check_is_off(found, kind: str) -> None:
 def test_a_small_difference_is_found_in_half_precision_too(found) -> None:
     for line in found[3]["by_ids in half"]:
         assert re.search(WRONG["by_ids"], line), line
+    for line in found[3]["slight in half"]:
+        assert re.search(r"an output is .* and the .* is [\d.e-]+, where rounding explains ", line), line
+
+
+def test_what_begins_after_some_tens_of_positions_is_found(found) -> None:
+    for line in found[3]["far in half"]:
+        assert "far models need something that they are not given here: an output is " in line
 
 
 def test_a_prefix_of_other_sizes_than_a_bases_keys_and_values_is_refused(found) -> None:

@@ -38,7 +38,7 @@ def test_a_job_saves_on_each_request_to_stop_resumes_bitwise_and_is_not_repeated
     cluster.cancel(run.job, "USR2", "--full")
     assert wait_for_stop(run) == 0 and run.checkpoint_steps() == []
 
-    run.wait_for_step(EVALUATED, restarts=1)
+    run.wait_for_step(EVALUATED, restarts=1, num_early=1)
     processes = run.attempt() + run.processes("launcher")
     cluster.requeue(run.job)
     assert wait_for_stop(run) == EVALUATED and run.checkpoint_steps() == [15, EVALUATED]

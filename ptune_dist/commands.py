@@ -258,7 +258,7 @@ def export_run(
     """
     tensors, facts = select_task(*load_prompt(run_dir / "prompt"), task)
     check_export_folder(out, to)
-    check_target("--out", out, config, {"--input-file": file})
+    check_target("--out", out, config, {"--input-file": file}, makes_folder=True)
     if to in ("peft", CARTRIDGE):
         check_for_peft(tensors, facts, to)
         family = FAMILIES[facts["base"]["family"]]

@@ -69,7 +69,8 @@ def read_header(value: Any) -> Any:
 
 
 MOST = 2**32
-PLACEHOLDER = re.compile(r"\$\{[^}]*\}?|\$\w+|\$\(.*\)?")
+# Not ${{...}}, which Azure fills in before a command runs.
+PLACEHOLDER = re.compile(r"\$\{(?!\{)[^}]*\}?|\$\w+|\$\(.*\)?")
 PathText = Annotated[str, AfterValidator(refuse_placeholder)]
 Positive = Annotated[int, BeforeValidator(refuse_bool), Field(gt=0), at_most(MOST)]
 NotNegative = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0), at_most(MOST)]

@@ -111,9 +111,10 @@ def is_status(path: Path) -> bool:
     return isinstance(found, dict) and found.get("state") in STATES
 
 
-def check_target(key: str, path: Path, config: Config, inputs: dict[str, Any]) -> None:
+def check_target(key: str, path: Path, config: Config, inputs: dict[str, Any], *, makes_folder: bool = False) -> None:
     """Raise UserError where a command would write `path`, given as `key`, into a run's own files or what it reads.
 
+    A folder that is made among the files of a base leaves them as they are.
     `inputs`: files and folders that are read beside those of `config`, by the key that names them; None for none.
     """
     target = Path(os.path.realpath(path))
@@ -122,10 +123,13 @@ def check_target(key: str, path: Path, config: Config, inputs: dict[str, Any]) -
         "model.path": config.model.path,
         "data.train": config.data.train,
         "data.validation": config.data.validation,
-        "prompt.init_file": config.prompt.init_file,
         "deepspeed": config.deepspeed if isinstance(config.deepspeed, str) else None,
     }
-    for name, source in read.items():
+    sources = list(read.items())
+    started_from = config.prompt.init_file
+    files = started_from if isinstance(started_from, list) else [started_from]
+    sources += [("prompt.init_file", file) for file in files]
+    for name, source in sources:
         if source and not os.path.exists(source):  # FOLDER:SPLIT of a saved data set
             source = source.rpartition(":")[0]
         if not source or not os.path.exists(source):
@@ -134,7 +138,7 @@ def check_target(key: str, path: Path, config: Config, inputs: dict[str, Any]) -
         if target == place or (target.exists() and target.samefile(place)):
             kind = "folder" if place.is_dir() else "file"
             raise UserError(f"{key}: {path} is the {kind} of {name}: choose another one")
-        if place in target.parents and not is_run(place):
+        if place in target.parents and not is_run(place) and (target.is_file() or not makes_folder):
             raise UserError(f"{key}: {path} is inside {name}: choose another place")
     for folder in target.parents:
         first = target.relative_to(folder).parts[0]

@@ -183,3 +183,14 @@ def test_an_adapter_that_peft_has_written_is_not_replaced(tmp_path: Path):
     put(tmp_path, "adapter_config.json", '{"peft_type": "PROMPT_TUNING", "auto_mapping": null}')
     with pytest.raises(UserError, match="--out: .* that PEFT has written"):
         check_export_folder(tmp_path, "peft")
+
+
+def test_a_new_folder_beside_a_bases_files_is_taken_and_each_of_several_sources_is_kept(load: Load, tmp_path: Path):
+    base = tmp_path / "base"
+    weights = put(base, "model.safetensors", "x")
+    sources = [put(tmp_path / name, "prompt.safetensors", "x") for name in ("one", "two")]
+    config = load(f"model.path={base}", "prompt.init=file", f"prompt.init_file=[{sources[0]}, {sources[1]}]")
+    check_target("--out", base / "adapter", config, {}, makes_folder=True)
+    for path in (weights, *sources):
+        with pytest.raises(UserError, match=f"^--out: {path} is "):
+            check_target("--out", path, config, {}, makes_folder=True)

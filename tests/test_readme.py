@@ -58,6 +58,8 @@ def test_a_config_that_is_shown_is_accepted(name, tmp_path):
     for section, rest in REST.items():
         given = content.get(section, rest)
         content[section] = rest | given if isinstance(rest, dict) else given
+    if isinstance(content["data"].get("tasks"), dict):  # each has files of its own
+        del content["data"]["train"]
     if "context_cache" in YAML[name]:
         content.setdefault("prompt", {}).setdefault("placement", "infix")
     (tmp_path / "shown.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")

@@ -4,12 +4,14 @@ import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
 
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.optim.loss_scale import LossScale
+from ptune_dist.prompts.method import Method
 from ptune_dist.run.checkpoint import load_newest_checkpoint, save_checkpoint
 from ptune_dist.run.folder import list_checkpoints
 from ptune_dist.run.progress import (
@@ -163,6 +165,8 @@ def build_job(folder: Path, fingerprint: str = "base", keep: int = 3) -> SimpleN
     (folder / "config.yaml").touch()  # a folder without one is no run's any more
     engine = Engine.__new__(Engine)
     engine.prompts = build_state("one", "two", loss_scale=LossScale({"initial_scale_power": 4}))
+    prompts = [Method(), Method()]
+    engine.model = cast(Any, SimpleNamespace(members=lambda: prompts, read_prompts=lambda: None))
     members = {name: SimpleNamespace(output_dir=str(folder / name)) for name in ("one", "two")}
     config = SimpleNamespace(
         output_dir=str(folder),

@@ -114,7 +114,7 @@ def is_status(path: Path) -> bool:
 def check_target(key: str, path: Path, config: Config, inputs: dict[str, Any], *, makes_folder: bool = False) -> None:
     """Raise UserError where a command would write `path`, given as `key`, into a run's own files or what it reads.
 
-    A folder that is made among the files of a base leaves them as they are.
+    Only new folders may be made among the files of a base; what stands in folders of its own is checked by itself.
     `inputs`: files and folders that are read beside those of `config`, by the key that names them; None for none.
     """
     target = Path(os.path.realpath(path))
@@ -138,7 +138,7 @@ def check_target(key: str, path: Path, config: Config, inputs: dict[str, Any], *
         if target == place or (target.exists() and target.samefile(place)):
             kind = "folder" if place.is_dir() else "file"
             raise UserError(f"{key}: {path} is the {kind} of {name}: choose another one")
-        if place in target.parents and not is_run(place) and (target.is_file() or not makes_folder):
+        if target.parent == place and not is_run(place) and (target.is_file() or not makes_folder):
             raise UserError(f"{key}: {path} is inside {name}: choose another place")
     for folder in target.parents:
         first = target.relative_to(folder).parts[0]

@@ -147,7 +147,7 @@ def check_generate(folder: Path, family: str) -> str:
     answers = {}
     for name, tokens in (("together", 4096), ("alone", 1)):
         config = load_config(str(run_of(folder, "float32") / "config.yaml"), [f"train.micro_batch_tokens={tokens}"])
-        out = folder / f"{name}.jsonl"
+        out = run_of(folder, "float32") / f"{name}.jsonl"
         request = GenerateRequest(None, str(folder / "rows.jsonl"), out, most_tokens=8)
         generate_for_run(config, run_of(folder, "float32"), request)
         answers[name] = [json.loads(line)["generated"] for line in out.read_text().splitlines()]

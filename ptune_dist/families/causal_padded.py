@@ -213,7 +213,8 @@ class PaddedCausal(PromptedModel):
     def _generate_after_inputs(self, inputs: list[TokenPair], number: int, options: dict[str, Any]) -> torch.Tensor:
         """Tokens after [context, keys and values of the prompt, rest]; rests have one token at least.
 
-        A pass for contexts and one for the rests, whatever the rows are: under ZeRO-3 all ranks make the same passes.
+        Always one pass for contexts and one for the rests, even where there are none: under ZeRO-3 all ranks make the
+        same passes.
         """
         pad_id = options["generation_config"].pad_token_id
         contexts = [np.array(context, np.int64) for context, _ in inputs]

@@ -111,7 +111,7 @@ class Cpt(Method):
         return prompt
 
     def begin_step(self, step: int) -> None:
-        """PEFT projects the steps before each forward pass, and the optimizer goes on from what was projected."""
+        """Project the steps before the passes, as PEFT does, so that the optimizer continues from projected steps."""
         self.delta.data.copy_(self._project())
 
     def forward(self) -> Contribution:

@@ -1,4 +1,4 @@
-"""A job of several hosts that trains on one of them is named, whatever the scheduler."""
+"""A job of several hosts that trains on one of them gets a warning, under each scheduler."""
 
 import pytest
 

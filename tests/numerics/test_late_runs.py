@@ -1,4 +1,4 @@
-"""Runs whose prompts enter at a later layer: the curve of a plain loop with hooks, whatever the stage and the cache."""
+"""Runs whose prompts enter at a later layer: the curve of a plain loop with hooks, at each stage, cached or not."""
 
 import json
 import shutil

@@ -181,6 +181,10 @@ def max_positions(base: PreTrainedModel) -> int | None:
     num_positions = getattr(text, "max_position_embeddings", None)
     if not tables or num_positions is None:
         return None
-    # RoBERTa's first position is one more than the padding token's id.
-    first = [m.padding_idx + 1 for n, m in tables.items() if "position" in n and m.padding_idx is not None]
-    return num_positions - max(first, default=0)
+    return num_positions - first_position(base)
+
+
+def first_position(base: PreTrainedModel) -> int:
+    """The number of the first learned position, which is one more than the padding token's id in RoBERTa."""
+    tables = [m for name, m in base.named_modules() if "position" in name and isinstance(m, nn.Embedding)]
+    return max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)

@@ -93,7 +93,8 @@ class EncoderPrefixes:
     def __init__(self, base: PreTrainedModel):
         """Raises UserError for a base that takes no keys and values from outside."""
         inner = base.base_model
-        self._takes_cache = CACHE in inspect.signature(inner.forward).parameters
+        hands_on = hands_options_on(type(base))
+        self._takes_cache = hands_on and CACHE in inspect.signature(inner.forward).parameters
         self._takes_positions = POSITIONS in inspect.signature(base.forward).parameters
         self._first_position = first_position(base)
         self._numbers: dict[int, int] = {}
@@ -101,9 +102,9 @@ class EncoderPrefixes:
             return
         kind = base.config.model_type
         stack = layer_stacks(base)[0]
-        above = [type(module) for module in (base, inner, *stack)]
-        can_give = base._supports_attention_backend and all(map(hands_options_on, above)) and self._takes_positions
-        if not can_give or num_first_layers(base) is None:
+        above = [type(module) for module in (inner, *stack)]
+        can_give = hands_on and base._supports_attention_backend and all(map(hands_options_on, above))
+        if not can_give or not self._takes_positions or num_first_layers(base) is None:
             raise UserError(
                 f"prompt.method: prefix_tuning gives every layer keys and values, and {kind} models compute attention "
                 "in a way of their own: choose another method"
@@ -154,6 +155,7 @@ class LayerRecorder:
     def cut(self, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         layers = [self._prefix.recorded[number] for number in sorted(self._prefix.recorded)]
         keys, values = (
-            torch.stack([part[row, :, :length].transpose(0, 1) for part in parts]) for parts in zip(*layers, strict=True)
+            torch.stack([part[row, :, :length].transpose(0, 1) for part in parts])
+            for parts in zip(*layers, strict=True)
         )
         return keys, values

@@ -60,7 +60,7 @@ class PrefixTuning(Method):
     """
 
     options_type = PrefixOptions
-    families = ("causal",)
+    families = ("causal", "encoder")
     placements = ("prefix", "infix", "template")
     starts = ("text", "rows", "random", "zero", "file")
     default_start = "rows"

@@ -121,7 +121,9 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool, rows
     sources = {}
     for name, member in reading.members.items():
         check_positions(member, opened.model)
-        tokens = None if rows is None else functools.partial(rows.tokens_of, name)
+        # An encoder's targets are numbers of labels.
+        has_texts = not reading.family.trains_head
+        tokens = None if rows is None else functools.partial(rows.tokens_of, name, with_targets=has_texts)
         examples = None if rows is None else functools.partial(rows.examples_of, name)
         try:
             prompts[name] = build(member, rows=tokens, read_examples=examples)

@@ -146,13 +146,7 @@ def runs(tiny_bases, tmp_path_factory) -> dict[str, Path]:
         write_run(root, "rows", bases["modernbert"], PROMPT | {"num_virtual_tokens": 9}, **kept | still),
         write_run(root, "moved", bases["bert"], mlp, **kept),
         write_run(root, "upper", bases["bert"], upper, **kept),
-        write_run(
-            root,
-            "upper-cached",
-            bases["bert"],
-            text | {"from_layer": 1},
-            **kept | {"train": {"context_cache_gib": 0.01}},
-        ),
+        write_run(root, "upper-cached", bases["bert"], upper, **cached),
     ]
     return train_all(specs, root, num_ranks=2)
 

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from ptune_dist.errors import UserError
 from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, check_start_layer
 from ptune_dist.prompts.peft_prefix import is_adapter, pack_keys_values, read_adapter
 from ptune_dist.prompts.start import Start
@@ -35,7 +36,8 @@ class PrefixOptions(Options):
 
     num_frozen: int | None = Field(default=None, ge=0)
     """The first positions that stay as they start: models attend to the first token of a text when nothing else fits,
-    and moving it harms training. Where left out: 1 with `init: text` and `rows`, else 0."""
+    and moving it harms training. Where left out: 1 with `init: text` and `rows`, as many as the prompt of an
+    `init_file` has, else 0."""
 
     train_keys: bool = True
     """`false` trains the values alone."""
@@ -107,7 +109,7 @@ class PrefixTuning(Method):
         """Raises ValueError that begins with the key, UserError for a file."""
         if base.num_layers is None or base.num_key_value_heads is None or base.head_width is None:
             raise ValueError("prompt.method: prefix_tuning needs a base with attention of one width in every layer")
-        num_frozen = count_frozen(options, num_virtual_tokens, start.asked)
+        num_frozen = count_frozen(options, num_virtual_tokens, start)
         check_options(options, start)
         first = options.from_layer and check_start_layer(options.from_layer, base, "prompt.from_layer")
         has_lower = keeps_lower(options, start)
@@ -206,13 +208,19 @@ class PrefixTuning(Method):
         return plain
 
     def take(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A prompt folder has whole keys and values, a checkpoint what is trained of them."""
+        """A prompt folder has whole keys and values, a checkpoint what is trained of them. Raises UserError."""
         taken = dict(stored)
         for name in ("keys", "values"):
             whole = stored.get(f"prefix_{name}")
             if whole is not None and whole.shape[1] == self.num_virtual_tokens:
                 frozen, own = whole.tensor_split([self.num_frozen], dim=1)
-                taken = {f"frozen_{name}": frozen} | taken | {f"prefix_{name}": own}
+                taken |= {f"frozen_{name}": frozen, f"prefix_{name}": own}
+        num_stored = taken["frozen_values"].shape[1] if "frozen_values" in taken else self.num_frozen
+        if num_stored != self.num_frozen:  # what it started from is gone, or is another
+            raise UserError(
+                f"prompt.num_frozen: {self.num_frozen} positions stay of this prompt and {num_stored} of the stored "
+                f"one: set prompt.num_frozen={num_stored}"
+            )
         return taken
 
     @classmethod
@@ -251,16 +259,32 @@ class PrefixMLP:
             nn.init.zeros_(last.bias)
 
 
-def count_frozen(options: PrefixOptions, num_positions: int, start: str) -> int:
+def count_frozen(options: PrefixOptions, num_positions: int, start: Start) -> int:
     """F. Raises ValueError that begins with the key where nothing would be trained."""
     if options.num_frozen is None:
-        return min(1, num_positions - 1) if start in OF_TEXT else 0
+        found = 1 if start.asked in OF_TEXT else 0
+        if start.asked == "file":
+            found = count_stored(start)
+        return min(found, num_positions - 1)
     if options.num_frozen >= num_positions:
         raise ValueError(
             f"prompt.num_frozen: {options.num_frozen} of prompt.num_virtual_tokens={num_positions} leaves nothing to "
             "train"
         )
     return options.num_frozen
+
+
+def count_stored(start: Start) -> int:
+    """The positions that stay of the prompt in `prompt.init_file`. Raises UserError where it is to be read."""
+    try:
+        source = start.read()
+    except UserError:
+        if start.kind == "file":
+            raise
+        return 0  # the prompt is loaded, and what it started from may be gone
+    if "frozen_values" in source.tensors:
+        return source.tensors["frozen_values"].shape[1]
+    return int(source.settings.get("num_frozen_tokens") or 0)
 
 
 def keeps_lower(options: PrefixOptions, start: Start) -> bool:

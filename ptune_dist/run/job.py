@@ -142,11 +142,17 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool, rows
 
 
 def check_sources(sources: dict[str, Method]) -> None:
-    """Raise UserError for prompts that are more than what their files hold as a prompt."""
+    """Raise UserError for prompts that are more than what their files hold as a prompt, or of unlike shapes."""
     if any(prompt.start_tokens or not prompt.state_dict() for prompt in sources.values()):
         raise UserError(
             f"prompt.init_file: {', '.join(sources)}: several sources are scored of prompts that are whole in their "
             "files: name one"
+        )
+    shapes = [{key: tensor.shape for key, tensor in prompt.state_dict().items()} for prompt in sources.values()]
+    if any(shape != shapes[0] for shape in shapes):
+        raise UserError(
+            f"prompt.init_file: {', '.join(sources)}: these differ in the number of positions that stay: set "
+            "prompt.num_frozen"
         )
 
 

@@ -120,11 +120,21 @@ def test_a_prompt_begins_from_what_the_base_computes_and_is_stored_whole(options
     again.load_state_dict({name: again.take(stored)[name] for name in again.state_dict()})
     assert all(torch.equal(tensor, moved[name]) for name, tensor in again.plain().items())
     save_prompt(tmp_path, stored, {})
-    for count in (frozen, 0, 3):
+    for count in (None, frozen, 0, 3):
         further = build(init="file", init_file=str(tmp_path), **options | {"num_frozen": count})
+        assert further.num_frozen == (frozen if count is None else count)
         assert all(torch.equal(tensor, moved[name]) for name, tensor in further.plain().items())
         if "reparameterization" in options and count == frozen:
             assert torch.equal(further.embedding.weight, prompt.embedding.weight)
+
+
+def test_a_checkpoint_with_another_number_of_frozen_positions_is_refused(tmp_path):
+    given = {"init": "file", "init_file": str(tmp_path / "gone"), "with_start": False}
+    stored = build(init="random", num_frozen=1).state_dict()
+    with pytest.raises(UserError, match="set prompt.num_frozen=1$"):
+        build(**given).take(stored)
+    further = build(**given, num_frozen=1)
+    further.load_state_dict(further.take(stored))
 
 
 def test_a_prompt_of_a_version_without_frozen_positions_is_read():
@@ -172,7 +182,8 @@ def test_an_adapter_is_read_as_it_was_written(to, tmp_path):
     assert (config.token_dim, config.num_attention_heads, config.num_virtual_tokens) == (8, 2, 5)
     assert getattr(config, "num_frozen_tokens", 1) == 1
     assert "prefix_projection" in json.loads((tmp_path / "adapter_config.json").read_text()) or to == "cartridge"
-    again = build(init="file", init_file=str(tmp_path), num_frozen=1)
+    again = build(init="file", init_file=str(tmp_path))
+    assert again.num_frozen == (to == "cartridge")  # PEFT's other type has no such number
     assert torch.equal(again().keys, numbers()[0]) and torch.equal(again().values, numbers()[1])
     other = BaseFacts(width=16, num_layers=2, num_key_value_heads=3, head_width=4)
     for given in ({"facts": other}, {"num": 4}):

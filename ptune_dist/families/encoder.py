@@ -21,8 +21,8 @@ from ptune_dist.data.framing import Framing, LabelTargets, NumberTargets, Target
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.families.seq2seq import count_padded
-from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.encoder_prefix import EncoderPrefixes
+from ptune_dist.model.keys_values import KeysValues
 from ptune_dist.model.members import keys_values_of
 from ptune_dist.model.passes import Contexts, LossOf
 from ptune_dist.model.prompted_model import PromptedModel
@@ -89,7 +89,7 @@ class PromptedEncoder(PromptedModel):
             assert self._prefixes is not None, "only keys and values start from those of a text"
             recorder = self._prefixes.recorder()
             self.base(inputs_embeds=vectors, attention_mask=mask, **recorder.inputs)
-            return [recorder.cut(row, len(tokens)) for row, tokens in enumerate(work.tokens)]
+            return [recorder.cut(row, len(tokens)).tensors for row, tokens in enumerate(work.tokens)]
         with self.layer_parts.below(work.start_layer) as captured:
             self.base(inputs_embeds=vectors, **self._after(work.lead, vectors, mask))
         assert captured.hidden is not None

@@ -18,9 +18,9 @@ from transformers.masking_utils import sdpa_mask
 
 from ptune_dist.base.layers import first_position, layer_stacks, num_first_layers
 from ptune_dist.errors import UserError
-from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.attention_calls import hands_options_on
-from ptune_dist.model.given_cache import GivenCache, pad_contexts
+from ptune_dist.model.given_cache import GivenCache, cut_layers, pad_contexts
+from ptune_dist.model.keys_values import KeysValues
 
 NAME = "ptune_prefix"
 CACHE = "past_key_values"
@@ -140,7 +140,7 @@ class CacheRecorder:
         self._cache = GivenCache([], record=True)
         self.inputs: dict[str, Any] = {CACHE: self._cache}
 
-    def cut(self, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def cut(self, row: int, length: int) -> KeysValues:
         """Those of the first positions of a row, [L, length, G, D]."""
         return self._cache.cut(row, length)
 
@@ -152,10 +152,6 @@ class LayerRecorder:
         self._prefix = LayerPrefix(numbers, None)
         self.inputs: dict[str, Any] = {"prefix": self._prefix}
 
-    def cut(self, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        layers = [self._prefix.recorded[number] for number in sorted(self._prefix.recorded)]
-        keys, values = (
-            torch.stack([part[row, :, :length].transpose(0, 1) for part in parts])
-            for parts in zip(*layers, strict=True)
-        )
-        return keys, values
+    def cut(self, row: int, length: int) -> KeysValues:
+        recorded = self._prefix.recorded
+        return cut_layers([recorded[number] for number in sorted(recorded)], row, length)

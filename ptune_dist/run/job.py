@@ -39,7 +39,7 @@ from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, max_over_ranks, together
 from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache
-from ptune_dist.model.given_cache import keeps_more
+from ptune_dist.model.given_cache import layer_heads
 from ptune_dist.model.value_head import TargetScale
 from ptune_dist.prompts.build import build_prompt, choose_trained, source_files
 from ptune_dist.prompts.method import BaseFacts, Method
@@ -188,12 +188,15 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
     """What methods may need to know of a base."""
     text = base.config.get_text_config(decoder=True)
     num_heads, of_keys, of_values = key_value_heads(base.config)
+    own = layer_heads(base)
+    is_uniform = own is not None and len(set(own)) == 1
     return BaseFacts(
         width=embedding_width(base),
         num_layers=getattr(text, "num_hidden_layers", None),
-        num_key_value_heads=None if keeps_more(base) else num_heads,
+        num_key_value_heads=num_heads if is_uniform else None,
         head_width=of_keys,
         value_width=of_values,
+        layer_heads=None if is_uniform else own,
         model_type=base.config.model_type,
         num_embeddings=getattr(base.get_input_embeddings(), "num_embeddings", None),
         hidden_size=hidden_size(base),

@@ -214,7 +214,7 @@ def test_adapters_of_other_methods_and_files_without_keys_are_named(tmp_path):
         ({"reparameterization": "lstm"}, "prompt.reparameterization"),
         ({"num_frozen": -1}, "prompt.num_frozen"),
         ({"train_keys": 1}, "prompt.train_keys"),
-        ({"facts": BaseFacts(16, 3, None, 4)}, "needs a base with attention of one width in every layer"),
+        ({"facts": BaseFacts(16, 3, None, 4)}, "needs a base whose layers keep keys and values"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_in_one_line(given, says):
@@ -223,7 +223,7 @@ def test_what_does_not_fit_together_is_refused_in_one_line(given, says):
 
 def test_keys_of_another_shape_than_the_bases_are_refused():
     prompt = build(init_text="ab")
-    with pytest.raises(ValueError, match=r"prefix_tuning has keys and values \[\(5, 2, 4\), \(5, 2, 4\)\]"):
+    with pytest.raises(ValueError, match=r"prefix_tuning has keys \[\(5, 2, 4\)\], the base computes \[\(5, 2, 6\)\]"):
         prompt.begin_from(*numbers(shape=(3, 5, 2, 6)))
 
 

@@ -46,6 +46,14 @@ def save(rows: list[dict], out: Path) -> None:
     out.write_text(f'{{"versions": {json.dumps(versions)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
+def prepare(root: Path) -> None:
+    """Rows and bases for all runs."""
+    write_rows(root)
+    for kind in {*BASES.values(), *OTHER_BASES.values()}:
+        if not (root / "bases" / kind).exists():
+            build_tiny_base(kind, root / "bases" / kind)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*")
@@ -54,23 +62,22 @@ def main() -> None:
     args = parser.parse_args()
     root = args.out.resolve()
     root.mkdir(parents=True, exist_ok=True)
-    write_rows(root)
-    for kind in {*BASES.values(), *OTHER_BASES.values()}:
-        if not (root / "bases" / kind).exists():
-            build_tiny_base(kind, root / "bases" / kind)
+    prepare(root)
     found = []
     for row in list_rows():
         file = root / f"{row.name}.json"
         if not file.exists() and (not args.rows or any(word in row.name for word in args.rows)):
             file.write_text(json.dumps(try_row(root, row)))
-            bad = {
-                k: c["line"][:160] for k, c in json.loads(file.read_text())["cells"].items() if c["result"] == "fails"
-            }
-            print(row.name, "fails:" if bad else "ok", bad or "", flush=True)
+            say(row, json.loads(file.read_text())["cells"])
         if file.exists():
             found.append(json.loads(file.read_text()))
     if args.json:
         save(found, args.json)
+
+
+def say(row: Row, cells: dict[str, dict[str, str]]) -> None:
+    bad = {name: cell["line"][:160] for name, cell in cells.items() if cell["result"] == "fails"}
+    print(row.name, f"fails: {bad}" if bad else "ok", flush=True)
 
 
 if __name__ == "__main__":

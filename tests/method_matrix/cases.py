@@ -18,7 +18,10 @@ from tests.numerics.test_curves import zero_json
 NUM_STEPS, NUM_ROWS, BATCH, NUM_VIRTUAL = 6, 8, 4, 4  # three epochs, so that a cache is read from
 BASES = {"causal": "llama", "seq2seq": "t5", "encoder": "bert"}
 OTHER_BASES = {("causal", "bias_only"): "gpt2", ("seq2seq", "bias_only"): "bart"}  # the usual ones have no biases
-NEEDED = {"trainable_tokens": {"tokens": ["e", "a"]}}  # options without which a method does not run
+NEEDED: dict[str, dict[str, Any]] = {  # without these a method does not run, or trains nothing of so few positions
+    "trainable_tokens": {"tokens": ["e", "a"]},
+    "cpt": {"num_virtual_tokens": 24},
+}
 # Options that make another pass of a method, beside the options it has by default.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "prompt_tuning": [{"reparameterization": "residual_mlp"}],
@@ -63,8 +66,9 @@ class Row:
 
     @property
     def prompt(self) -> dict[str, Any]:
-        number = NUM_VIRTUAL if METHODS[self.method].takes_positions else 0
-        return {"method": self.method, "num_virtual_tokens": number} | NEEDED.get(self.method, {}) | self.options
+        """Without a number of virtual tokens where there are none."""
+        number = {"num_virtual_tokens": NUM_VIRTUAL} if METHODS[self.method].takes_positions else {}
+        return {"method": self.method} | number | NEEDED.get(self.method, {}) | self.options
 
     @property
     def learning_rate(self) -> float:
@@ -132,6 +136,7 @@ class Plan:
         }
         for key, value in sections.items():
             content[key] = value if key in ("deepspeed", "prompt", "sweep") else {**content.get(key, {}), **value}
+        content["prompt"].setdefault("num_virtual_tokens", 0)  # in place of that of `write_config`
         return Action("train", folder, write_config(folder / "config.json", **content))
 
     def on_one(self) -> Iterator[Action]:
@@ -184,4 +189,4 @@ class Plan:
             {f"prompt.{key}": value for key, value in self.row.prompt.items()} | {"seed": 1},
             {"prompt.method": other, "prompt.num_virtual_tokens": 3, "train.learning_rate": 0.02},
         ]
-        return self.write(name, **sections, prompt={"placement": "prefix"}, sweep=members)
+        return self.write(name, **sections, prompt={"num_virtual_tokens": NUM_VIRTUAL}, sweep=members)

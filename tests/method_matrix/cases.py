@@ -11,6 +11,7 @@ from ptune_dist.config.load import load_config, render_config
 from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.families import FAMILIES
 from ptune_dist.prompts import METHODS
+from ptune_dist.run.resolve import resolve
 from tests.conftest import LABELS, write_config
 from tests.numerics.plain import read_rows
 from tests.numerics.test_curves import zero_json
@@ -151,7 +152,7 @@ class Plan:
             yield self.write(placement, placement)
         bank = self.write_sweep("sweep", {})
         yield bank
-        for name, config in expand_sweep(load_config(str(bank.config))).items():
+        for name, config in expand_sweep(load_config(str(bank.config)), resolve).items():
             alone = self.folder / "alone" / name
             alone.mkdir(parents=True, exist_ok=True)
             file = alone / "alone.yaml"

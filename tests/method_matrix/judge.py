@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import torch
 from safetensors.torch import load_file
@@ -29,8 +30,10 @@ class Judge:
         if not file.exists():
             return {"result": "fails", "line": f"{name}: the process ended before it, or hung"}
         found = json.loads(file.read_text())
-        line = found["line"].replace(str(self.folder / name), "RUN").replace(str(self.plan.root), "ROOT")
-        return found | {"line": line}
+        root = re.escape(str(self.plan.root))
+        line = re.sub(rf"{root}/bases/\w+", "BASE", found["line"])
+        line = re.sub(rf"{root}/\S+/adapter/adapter_model.safetensors", "ADAPTER", line)
+        return found | {"line": line.replace(str(self.folder / name), "RUN")}
 
     def curve(self, name: str) -> list[float]:
         return [line["loss"] for line in read_metrics(self.folder / name)]
@@ -85,7 +88,7 @@ class Judge:
 
     def adapter(self) -> Cell:
         """Whether training continues from PEFT's adapter where it continues from the run."""
-        for run in ("adapter", "from_run", "from_adapter"):
+        for run in ("from_run", "from_adapter"):
             if self.outcome(run)["result"] != "works":
                 return self.outcome(run)
         ours, theirs = self.curve("from_adapter"), self.curve("from_run")
@@ -126,7 +129,10 @@ class Judge:
         for placement in placements:
             if found[f"placement {placement}"]["result"] == "works":
                 found[f"cache {placement}"] = self.equal(f"{placement}-cached", placement)
-        found |= {"resume": self.resume(), "answers": self.answers(), "further": self.further(), "PEFT": self.adapter()}
+        found |= {"resume": self.resume(), "answers": self.answers(), "further": self.further()}
+        found["export"] = self.outcome("adapter")
+        if found["export"]["result"] == "works":
+            found["adapter"] = self.adapter()
         return found
 
 

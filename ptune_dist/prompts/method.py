@@ -197,3 +197,18 @@ class Method(nn.Module):
     def to_peft(cls, plain: dict[str, torch.Tensor]) -> PeftAdapter:
         """A plain prompt in PEFT's format."""
         raise NotImplementedError
+
+
+class BaseTuning(Method):
+    """A method whose trained tensors stand in the base's place: it adds nothing to a pass and takes no positions."""
+
+    placements = ("prefix",)
+    starts = ("base", "file")
+    default_start = "base"
+    stands_in_sequence = False
+    takes_positions = False
+    changes_base = True
+    num_virtual_tokens = 0
+
+    def forward(self) -> Contribution:
+        return Contribution()

@@ -59,6 +59,9 @@ class Measurement:
         file = self.write_config(unit, folder)
         status = run_in_process(file) if unit.kind == "time" else train(load_config(file, resolve=resolve))
         if status == 0:
+            latest = read_content(self.out, self.content)  # another part may be measured at the same time
+            for key in ("cells", "times"):
+                self.content[key] = latest[key]
             self.read(unit, folder / "run")
             self.content |= describe_machine()
             replace_file(self.out, (json.dumps(self.content, indent=1) + "\n").encode())
@@ -162,10 +165,9 @@ def methods_of(measurement: Measurement, part: Part) -> list[str]:
     return content["best"]
 
 
-def read_content(out: Path, plan: Path) -> dict[str, Any]:
-    """The results of an earlier call."""
-    found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    return {"name": "methods_quality", "plan": plan.name, "cells": {}, "times": {}} | found
+def read_content(out: Path, otherwise: dict[str, Any]) -> dict[str, Any]:
+    """The results of an earlier call, if there is one."""
+    return json.loads(out.read_text(encoding="utf-8")) if out.exists() else otherwise
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -186,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in parts:
             if name not in plan.parts:
                 raise UserError(f"--part: {name} is none of {', '.join(plan.parts)}")
-        content = read_content(args.out, args.plan)
+        content = read_content(args.out, {"name": "methods_quality", "plan": args.plan.name, "cells": {}, "times": {}})
         measurement = Measurement(Builder(plan, args.base, args.data), args.out, args.work, content)
         status = 0 if args.again else measure(measurement, parts, args.minutes)
         if args.document:

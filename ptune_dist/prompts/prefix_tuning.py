@@ -12,7 +12,15 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, check_start_layer
+from ptune_dist.prompts.method import (
+    BaseFacts,
+    Contribution,
+    Method,
+    Options,
+    PeftAdapter,
+    TrainingDefaults,
+    check_start_layer,
+)
 from ptune_dist.prompts.peft_prefix import is_adapter, pack_keys_values, read_adapter
 from ptune_dist.prompts.start import Start
 
@@ -64,6 +72,7 @@ class PrefixTuning(Method):
     placements = ("prefix", "infix", "template")
     starts = ("text", "rows", "random", "zero", "file")
     default_start = "rows"
+    default_training = TrainingDefaults(5e-3)  # the best of PEFT's comparison on MetaMathQA
     stands_in_sequence = False
 
     def __init__(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptune_dist.base.own_rows import put_rows
 from ptune_dist.errors import UserError
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter
+from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, TrainingDefaults
 from ptune_dist.prompts.start import Start, find_prompt_file, read_adapter_settings, read_tensors
 
 ROWS = "trainable_tokens"
@@ -35,6 +35,7 @@ class TrainableTokens(Method):
     placements = ("prefix",)
     starts = ("base", "file")
     default_start = "base"
+    default_training = TrainingDefaults(1e-3)
     stands_in_sequence = False
     takes_positions = False
     changes_base = True

@@ -35,8 +35,9 @@ from ptune_dist.model.entry import FromLayer, Lower
 from ptune_dist.model.flex_plan import plan_attention
 from ptune_dist.model.given_cache import keeps_more
 from ptune_dist.model.layout import Layout, Outside, lay_out, lay_out_labels, plan_outside
+from ptune_dist.model.members import keys_values_of
 from ptune_dist.model.packing import Packed, pack
-from ptune_dist.model.prompted_model import Contexts, Supervised, keys_values_of
+from ptune_dist.model.passes import Contexts, Supervised
 
 
 @dataclass(frozen=True)

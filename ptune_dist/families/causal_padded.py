@@ -21,7 +21,9 @@ from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.attention_layouts import join_parts
 from ptune_dist.model.given_cache import GivenCache, keeps_more, pad_contexts
 from ptune_dist.model.layout import text_of
-from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised, keys_values_of
+from ptune_dist.model.members import keys_values_of
+from ptune_dist.model.passes import Contexts, Supervised
+from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.prompts.method import Contribution
 
 # What transformers calls keys and values from before, up to 5.23 and from 5.24 on, which takes the older name too.

@@ -19,7 +19,8 @@ from ptune_dist.data.framing import Framing, LabelTargets, NumberTargets, Target
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.families.seq2seq import count_padded
-from ptune_dist.model.prompted_model import Contexts, LossOf, PromptedModel
+from ptune_dist.model.passes import Contexts, LossOf
+from ptune_dist.model.prompted_model import PromptedModel
 
 POOLER = ".pooler."
 BESIDE = "mix a row with the padding beside it, so an answer would depend on the other rows of its batch"

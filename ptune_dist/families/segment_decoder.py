@@ -19,7 +19,8 @@ from ptune_dist.model.attention import KeysValues, Segment
 from ptune_dist.model.attention_layouts import RecordedSegments, SegmentAttention, join_parts
 from ptune_dist.model.decode import DecodePass, Pools
 from ptune_dist.model.layout import Before, Layout, LayoutBuilder, collect_outside
-from ptune_dist.model.prompted_model import PromptedModel, keys_values_of
+from ptune_dist.model.members import keys_values_of
+from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.prompts.method import Contribution
 
 # What training holds of a position in a layer, in widths: its input, its queries, and at least twice as much of an MLP.

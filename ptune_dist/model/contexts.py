@@ -18,7 +18,8 @@ from ptune_dist.distributed.world import World
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.below import BelowReader
 from ptune_dist.model.context_cache import ContextCache
-from ptune_dist.model.prompted_model import Contexts, PromptedModel
+from ptune_dist.model.passes import Contexts
+from ptune_dist.model.prompted_model import PromptedModel
 
 FEWEST_LEAD_TOKENS = 8  # a shorter one saves less than it costs to treat apart
 

@@ -19,7 +19,8 @@ from ptune_dist.base.recompute import Recomputer
 from ptune_dist.data.batches import Batch
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.below import BelowReader
-from ptune_dist.model.prompted_model import Contexts, PromptedModel
+from ptune_dist.model.passes import Contexts
+from ptune_dist.model.prompted_model import PromptedModel
 
 
 class LiveBytes(TorchDispatchMode):

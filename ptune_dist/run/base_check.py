@@ -23,7 +23,9 @@ from ptune_dist.data.batches import Batch
 from ptune_dist.distributed.world import World, together
 from ptune_dist.errors import UserError
 from ptune_dist.model.attention import KeysValues, narrow_windows
-from ptune_dist.model.prompted_model import Contexts, PromptedModel, contributions_in_eval, keys_values_of
+from ptune_dist.model.members import contributions_in_eval, keys_values_of
+from ptune_dist.model.passes import Contexts
+from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.build import find_method
 from ptune_dist.prompts.method import Contribution, Method

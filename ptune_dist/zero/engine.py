@@ -28,7 +28,8 @@ from ptune_dist.distributed.world import World
 from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.contexts import ContextReader
-from ptune_dist.model.prompted_model import Contexts, PromptedModel
+from ptune_dist.model.passes import Contexts
+from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.optim.loss_scale import build_loss_scale
 from ptune_dist.optim.optimizer import build_torch_optimizer
 from ptune_dist.optim.prompt_state import Measured, Member, PromptState

@@ -54,7 +54,6 @@ MARK = "<!-- learning rates -->"
 END = "<!-- end learning rates -->"
 WORST_POINTS = -2.0  # an interval must not lie wholly below
 NUM_RESAMPLES = 500
-ROUNDS = {"accuracy": 100.0, "bleu": 1.0}  # to points
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,7 @@ class Task:
     column: str
     most_characters: int
     max_steps: int
+    batch_size: int
     num_validation: int
     max_new_tokens: int = 1
 
@@ -82,8 +82,9 @@ TASKS = {
         },
         column="text",
         most_characters=60,
-        max_steps=40,
-        num_validation=100,
+        max_steps=32,
+        batch_size=8,
+        num_validation=80,
     ),
     "data_to_text": Task(
         metric="bleu",
@@ -95,12 +96,12 @@ TASKS = {
         },
         column="mr",
         most_characters=110,
-        max_steps=30,
-        num_validation=24,
+        max_steps=24,
+        batch_size=4,
+        num_validation=20,
         max_new_tokens=40,
     ),
 }
-BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Cell:
             "model": {"path": base, "dtype": "bfloat16", "check": False},
             "prompt": prompt,
             "data": {**own.data, "cache_dir": "off"},
-            "train": {"max_steps": own.max_steps, "batch_size": BATCH_SIZE},
+            "train": {"max_steps": own.max_steps, "batch_size": own.batch_size},
             "checkpoint": {"every": 5, "keep": 1},
             "sweep": {"train.learning_rate": self.rates},
         }
@@ -191,7 +192,7 @@ def run_cell(cell: Cell, base: str, data: Path, work: Path) -> dict[str, Any] | 
     found = score_members(config, held_out, cell)
     summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder)
-    return {"config": cell.digest, "train_s": summary["train_s"] if "train_s" in summary else None, **found}
+    return {"config": cell.digest, "steps": summary["steps"], "wall_s": summary["wall_s"], **found}
 
 
 def score_members(config: Config, held_out: Path, cell: Cell) -> dict[str, Any]:

@@ -94,12 +94,12 @@ def test_a_checkpoint_of_an_earlier_version_has_no_first_losses():
         (
             build(learning_rate=DEFAULT * 10),
             [3.0] * 20,
-            f"set train.learning_rate to the method's default of {DEFAULT:g}",
+            f"set train.learning_rate to the method's default, {DEFAULT:g}",
         ),
         (
             build(learning_rate=DEFAULT / 10),
             [3.0] * 20,
-            f"set train.learning_rate to the method's default of {DEFAULT:g}",
+            f"set train.learning_rate to the method's default, {DEFAULT:g}",
         ),
         (build(), [3.0] * 10 + [4.0] * 10, "lower train.learning_rate"),
         (build(), [3.0] * 20, "raise train.learning_rate"),

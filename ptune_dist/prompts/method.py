@@ -99,6 +99,16 @@ class PeftAdapter:
     more: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+class TrainingDefaults(NamedTuple):
+    """How a prompt is trained where the config leaves it out.
+
+    learning_rate: the highest one, for AdamW. warmup_share: of the steps, over which it rises.
+    """
+
+    learning_rate: float
+    warmup_share: float = 0.0
+
+
 def check_start_layer(layer: int, base: BaseFacts, key: str) -> int:
     """The layer, if a prompt can enter there. Raises ValueError that begins with the key."""
     if base.num_first_layers is None:
@@ -132,6 +142,9 @@ class Method(nn.Module):
     names_modules: ClassVar[bool] = False  # PEFT's adapter has names of the base's modules
     trains_base: ClassVar[bool] = False  # what is trained are copies of the base's own tensors
 
+    default_training: ClassVar[TrainingDefaults]  # where the config leaves it out
+    default_training_of: ClassVar[dict[str, TrainingDefaults]] = {}  # where a family needs others
+
     num_virtual_tokens: int  # positions that the prompt takes
     trained_tokens: Sequence[int] = ()  # tokens whose embeddings are trained
     # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
@@ -144,6 +157,11 @@ class Method(nn.Module):
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "Method":
         """A prompt at its start. Reading the start may raise UserError."""
         raise NotImplementedError
+
+    @classmethod
+    def choose_training(cls, options: Any, family: str) -> TrainingDefaults:
+        """How a prompt with these options is trained by default over a base of this family."""
+        return cls.default_training_of.get(family, cls.default_training)
 
     @classmethod
     def enters_late(cls, options: Any) -> bool:
@@ -197,3 +215,18 @@ class Method(nn.Module):
     def to_peft(cls, plain: dict[str, torch.Tensor]) -> PeftAdapter:
         """A plain prompt in PEFT's format."""
         raise NotImplementedError
+
+
+class BaseTuning(Method):
+    """A method whose trained tensors stand in the base's place: it adds nothing to a pass and takes no positions."""
+
+    placements = ("prefix",)
+    starts = ("base", "file")
+    default_start = "base"
+    stands_in_sequence = False
+    takes_positions = False
+    changes_base = True
+    num_virtual_tokens = 0
+
+    def forward(self) -> Contribution:
+        return Contribution()

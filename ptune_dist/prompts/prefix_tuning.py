@@ -27,7 +27,15 @@ from ptune_dist.prompts.layer_tensors import (
     place,
     unpack,
 )
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, check_start_layer
+from ptune_dist.prompts.method import (
+    BaseFacts,
+    Contribution,
+    Method,
+    Options,
+    PeftAdapter,
+    TrainingDefaults,
+    check_start_layer,
+)
 from ptune_dist.prompts.peft_prefix import is_adapter, pack_keys_values, read_adapter
 from ptune_dist.prompts.start import Start
 
@@ -79,6 +87,7 @@ class PrefixTuning(Method):
     placements = ("prefix", "infix", "template")
     starts = ("text", "rows", "random", "zero", "file")
     default_start = "rows"
+    default_training = TrainingDefaults(5e-3)  # the best of PEFT's comparison on MetaMathQA
     stands_in_sequence = False
 
     def __init__(

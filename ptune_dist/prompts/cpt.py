@@ -17,7 +17,15 @@ from pydantic import Field
 from torch import nn
 
 from ptune_dist.errors import UserError
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, OwnTargets, PeftAdapter
+from ptune_dist.prompts.method import (
+    BaseFacts,
+    Contribution,
+    Method,
+    Options,
+    OwnTargets,
+    PeftAdapter,
+    TrainingDefaults,
+)
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 from ptune_dist.prompts.start import NOTHING, Start
 
@@ -60,6 +68,7 @@ class Cpt(Method):
     placements = ("prefix",)
     starts = ("rows", "file")
     default_start = "rows"
+    default_training = TrainingDefaults(1e-3)
 
     embedding: torch.Tensor
     example_ids: torch.Tensor

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ptune_dist.base.layers import layer_stacks
 from ptune_dist.base.trained import choose_parameters, parameters_of_head
 from ptune_dist.errors import UserError
-from ptune_dist.prompts.method import BaseFacts, BaseTuning, Options, PeftAdapter
+from ptune_dist.prompts.method import BaseFacts, BaseTuning, Options, PeftAdapter, TrainingDefaults
 from ptune_dist.prompts.start import Start
 
 DEFAULT_SHARE = 0.25  # of the layers: Lee, Tang and Lin 2019 (arXiv:1911.03090) reach 90% of full quality with it
@@ -25,6 +25,7 @@ class PartialTuning(BaseTuning):
     """What the methods of this file share: the tensors are in the base, so there is nothing here."""
 
     trains_base = True
+    default_training = TrainingDefaults(1e-4, warmup_share=0.1)
 
     @classmethod
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "PartialTuning":
@@ -52,6 +53,8 @@ class LastLayersOptions(Options):
 class LastLayers(PartialTuning):
     """The last layers, whole."""
 
+    default_training = TrainingDefaults(1e-4, warmup_share=0.1)
+    default_training_of = {"encoder": TrainingDefaults(5e-5, warmup_share=0.1)}  # Devlin et al. 2019
     options_type = LastLayersOptions
 
     @classmethod
@@ -65,7 +68,9 @@ class LastLayers(PartialTuning):
 
 
 class BiasOnly(PartialTuning):
-    """All biases, of norms too: BitFit (Ben Zaken et al. 2022, arXiv:2106.10199)."""
+    """All biases, of norms too: BitFit (Ben Zaken et al. 2022, arXiv:2106.10199), which trains at 1e-4 to 1e-2."""
+
+    default_training = TrainingDefaults(1e-3, warmup_share=0.1)
 
     @classmethod
     def choose_trained(cls, options: Options, base: PreTrainedModel) -> set[str]:
@@ -74,6 +79,8 @@ class BiasOnly(PartialTuning):
 
 class NormsOnly(PartialTuning):
     """Weights and biases of all norms (Qi et al. 2022; Zhao et al. 2023, arXiv:2312.11420)."""
+
+    default_training = TrainingDefaults(1e-3, warmup_share=0.1)
 
     @classmethod
     def choose_trained(cls, options: Options, base: PreTrainedModel) -> set[str]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptune_dist.base.own_rows import put_rows
 from ptune_dist.errors import UserError
-from ptune_dist.prompts.method import BaseFacts, BaseTuning, Options, PeftAdapter
+from ptune_dist.prompts.method import BaseFacts, BaseTuning, Options, PeftAdapter, TrainingDefaults
 from ptune_dist.prompts.start import Start, find_prompt_file, read_adapter_settings, read_tensors
 
 ROWS = "trainable_tokens"
@@ -32,6 +32,7 @@ class TrainableTokens(BaseTuning):
     """R rows of width D in place of the base's."""
 
     options_type = TrainableTokensOptions
+    default_training = TrainingDefaults(1e-3)
     names_modules = True
 
     def __init__(self, rows: torch.Tensor, token_ids: list[int]):

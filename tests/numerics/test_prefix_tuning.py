@@ -307,7 +307,7 @@ def test_what_it_is_not_for_is_refused_in_one_line(runs, tiny_bases, tmp_path):
     new = f"output_dir={tmp_path / 'no'}"
     cases = {
         "prompt.placement: prefix_tuning is for placement prefix and infix and template": ["prompt.placement=encoder"],
-        "prompt.method: prefix_tuning is for causal bases": [f"model.path={tiny_bases['t5']}"],
+        "prompt.method: prefix_tuning is for causal and encoder bases": [f"model.path={tiny_bases['t5']}"],
         "needs an input before the target": ["data.train=some.txt", "data.template=null", "data.target=null"],
         "the input is empty, but prefix_tuning needs": ["data.template='{% if false %}{{ word }}{% endif %}'"],
     }

@@ -1,8 +1,8 @@
 """Try every method in every family: `python -m tests.method_matrix [--out FOLDER] [--json FILE] [ROW ...]`.
 
 Each row takes two launches, one of one process and one of two ranks. Rows that are done are left out, so a second call
-resumes. `--json docs/methods.json` writes what docs/fill_reference.py renders; it keeps that file's rows where they were
-not tried. ROW: words that a row's name contains.
+resumes. `--json docs/methods.json` writes what docs/fill_reference.py renders; rows that were not tried stay as they
+are there. ROW: words that a row's name contains.
 """
 
 import argparse

@@ -108,14 +108,14 @@ def build_arguments(config: Config, *, micro_batch_size: int, log_steps: int, wo
         per_device_train_batch_size=micro_batch_size,
         gradient_accumulation_steps=accumulation,
         train_sampling_strategy="group_by_length",
-        learning_rate=train.learning_rate,
+        learning_rate=train.peak_rate,
         weight_decay=train.weight_decay,
         adam_beta1=train.betas[0],
         adam_beta2=train.betas[1],
         adam_epsilon=train.eps,
         max_grad_norm=train.max_grad_norm,
         lr_scheduler_type=train.schedule,
-        warmup_steps=train.warmup_steps,
+        warmup_steps=train.num_warmup_steps,
         bf16=config.model.dtype == "bfloat16",
         fp16=config.model.dtype == "float16",
         deepspeed=config.deepspeed,
@@ -230,7 +230,7 @@ def run_peer(config: Config, *, micro_batch_size: int, log_steps: int) -> dict:
     assert split is not None, "data.train is required"
     model = build_model(config, tokenizer)
     arguments = build_arguments(
-        config,
+        reading.config,
         micro_batch_size=micro_batch_size,
         log_steps=log_steps or config.train.max_steps,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),

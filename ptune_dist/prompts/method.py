@@ -98,10 +98,12 @@ class PeftAdapter:
 class TrainingDefaults(NamedTuple):
     """How a prompt is trained where the config leaves it out.
 
-    learning_rate: the highest one, for AdamW. warmup_share: of the steps, over which it rises.
+    learning_rate: the highest one, for AdamW. source: where it comes from, for the docs. warmup_share: of the steps,
+    over which the rate rises.
     """
 
     learning_rate: float
+    source: str
     warmup_share: float = 0.0
 
 

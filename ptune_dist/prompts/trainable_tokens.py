@@ -35,7 +35,7 @@ class TrainableTokens(Method):
     placements = ("prefix",)
     starts = ("base", "file")
     default_start = "base"
-    default_training = TrainingDefaults(1e-3)
+    default_training = TrainingDefaults(0.01, "tried on tiny bases; 0.2 in PEFT's comparison on MetaMathQA")
     stands_in_sequence = False
     takes_positions = False
     changes_base = True

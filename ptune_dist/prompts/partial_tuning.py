@@ -15,24 +15,17 @@ from transformers import PreTrainedModel
 from ptune_dist.base.layers import layer_stacks
 from ptune_dist.base.trained import choose_parameters, parameters_of_head
 from ptune_dist.errors import UserError
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, TrainingDefaults
+from ptune_dist.prompts.method import BaseFacts, BaseTuning, Options, PeftAdapter, TrainingDefaults
 from ptune_dist.prompts.start import Start
 
 DEFAULT_SHARE = 0.25  # of the layers: Lee, Tang and Lin 2019 (arXiv:1911.03090) reach 90% of full quality with it
 
 
-class PartialTuning(Method):
+class PartialTuning(BaseTuning):
     """What the methods of this file share: the tensors are in the base, so there is nothing here."""
 
-    placements = ("prefix",)
-    starts = ("base", "file")
-    default_start = "base"
-    stands_in_sequence = False
-    takes_positions = False
-    changes_base = True
     trains_base = True
     default_training = TrainingDefaults(1e-4, "tried on tiny bases", 0.1)
-    num_virtual_tokens = 0
 
     @classmethod
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "PartialTuning":
@@ -40,9 +33,6 @@ class PartialTuning(Method):
         if start.kind == "file":
             prompt.base_start = start.base_tensors()
         return prompt
-
-    def forward(self) -> Contribution:
-        return Contribution()
 
     def plain(self) -> dict[str, torch.Tensor]:
         return {}

@@ -102,10 +102,12 @@ class PeftAdapter:
 class TrainingDefaults(NamedTuple):
     """How a prompt is trained where the config leaves it out.
 
-    learning_rate: the highest one, for AdamW. warmup_share: of the steps, over which it rises.
+    learning_rate: the highest one, for AdamW. source: where it comes from, for the docs. warmup_share: of the steps,
+    over which the rate rises.
     """
 
     learning_rate: float
+    source: str
     warmup_share: float = 0.0
 
 
@@ -142,7 +144,7 @@ class Method(nn.Module):
     names_modules: ClassVar[bool] = False  # PEFT's adapter has names of the base's modules
     trains_base: ClassVar[bool] = False  # what is trained are copies of the base's own tensors
 
-    default_training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3)  # where the config leaves it out
+    default_training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, "that of a method that names none")
     default_training_of: ClassVar[dict[str, TrainingDefaults]] = {}  # where a family needs others
 
     num_virtual_tokens: int  # positions that the prompt takes

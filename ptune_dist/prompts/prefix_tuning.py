@@ -87,7 +87,7 @@ class PrefixTuning(Method):
     placements = ("prefix", "infix", "template")
     starts = ("text", "rows", "random", "zero", "file")
     default_start = "rows"
-    default_training = TrainingDefaults(5e-3)  # the best of PEFT's comparison on MetaMathQA
+    default_training = TrainingDefaults(0.01, "a sweep on SmolLM2-135M; 5e-3 in PEFT's comparison on MetaMathQA")
     stands_in_sequence = False
 
     def __init__(

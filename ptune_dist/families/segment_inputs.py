@@ -13,8 +13,10 @@ from ptune_dist.model.attention_layouts import SegmentAttention
 from ptune_dist.model.attention_trees import PlacedTree
 from ptune_dist.model.entry import FromLayer
 from ptune_dist.model.layout import Layout
+from ptune_dist.model.members import vectors_of
 from ptune_dist.model.packing import pack
-from ptune_dist.model.prompted_model import PromptedModel, Supervised, vectors_of
+from ptune_dist.model.passes import Supervised
+from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.prompts.method import Contribution
 
 Index = dict[str, torch.Tensor]  # the arrays of a layout, by their names

@@ -28,7 +28,8 @@ from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.families.seq2seq_decoder import Seq2SeqDecoder
 from ptune_dist.model.encoder_output import EncoderOutput
-from ptune_dist.model.prompted_model import Contexts, PromptedModel, Supervised
+from ptune_dist.model.passes import Contexts, Supervised
+from ptune_dist.model.prompted_model import PromptedModel
 
 REFUSED = {  # model type -> why
     "encoder-decoder": "join two models, each with a configuration of its own: use a model of one architecture",

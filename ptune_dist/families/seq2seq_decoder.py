@@ -16,7 +16,9 @@ from transformers.cache_utils import DynamicLayer
 
 from ptune_dist.data.batches import Batch
 from ptune_dist.model.encoder_output import EncoderOutput
-from ptune_dist.model.prompted_model import PromptedModel, Supervised, vectors_of
+from ptune_dist.model.members import vectors_of
+from ptune_dist.model.passes import Supervised
+from ptune_dist.model.prompted_model import PromptedModel
 
 KEPT_SHARE = 0.75  # the batch shrinks where so few of its rows or fewer are in progress
 

@@ -14,7 +14,8 @@ import torch
 from ptune_dist.data.batches import Batch
 from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.entry import Below, Lower
-from ptune_dist.model.prompted_model import Contexts, PromptedModel
+from ptune_dist.model.passes import Contexts
+from ptune_dist.model.prompted_model import PromptedModel
 
 NO_TOKEN = -1  # stands between a row's tokens and what else its key in the cache has
 

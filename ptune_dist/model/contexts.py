@@ -18,7 +18,8 @@ from ptune_dist.distributed.world import World
 from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.below import BelowReader
 from ptune_dist.model.context_cache import ContextCache
-from ptune_dist.model.prompted_model import Contexts, PromptedModel
+from ptune_dist.model.passes import Contexts
+from ptune_dist.model.prompted_model import PromptedModel
 
 FEWEST_LEAD_TOKENS = 8  # a shorter one saves less than it costs to treat apart
 
@@ -151,9 +152,9 @@ class ContextReader:
 
     def _wrap(self, tensors: tuple[torch.Tensor, ...]) -> Any:
         """Keys/values, or what an encoder left [C, D]."""
-        return KeysValues(*tensors) if len(tensors) == 2 else tensors[0]
+        return KeysValues.of(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def empty_like(held: KeysValues | torch.Tensor) -> KeysValues | torch.Tensor:
     """What an empty context leaves."""
-    return KeysValues(*(part[:, :0] for part in held)) if isinstance(held, KeysValues) else held[:0]
+    return held.cut(slice(0)) if isinstance(held, KeysValues) else held[:0]

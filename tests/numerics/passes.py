@@ -14,7 +14,8 @@ from ptune_dist.base.recompute import DEFAULTS, Recomputer
 from ptune_dist.data.batches import Batch
 from ptune_dist.families import FAMILIES
 from ptune_dist.model.attention import KeysValues
-from ptune_dist.model.prompted_model import Contexts, PromptedModel
+from ptune_dist.model.passes import Contexts
+from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 from tests.conftest import SEQ2SEQ, tiny_shape

@@ -21,7 +21,8 @@ from ptune_dist.model.attention import Segment
 from ptune_dist.model.attention_flex import FlexSegments
 from ptune_dist.model.attention_layouts import has_short_prefixes
 from ptune_dist.model.layout import lay_out, plan_outside
-from ptune_dist.model.prompted_model import Contexts, PromptedModel
+from ptune_dist.model.passes import Contexts
+from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.method import Method
 from ptune_dist.prompts.prompt_tuning import PromptTuning

@@ -137,7 +137,8 @@ def test_layers_below_a_prefix_keep_the_start_and_a_run_is_trained_further(tmp_p
         ("text", "prefix", None, True),
         ("rows", "prefix", "none", False),
         ("random", "prefix", None, False),
-        ("text", "infix", None, False),
+        ("text", "infix", None, True),
+        ("zero", "template", None, False),
     ],
 )
 def test_lower_layers_follow_from_the_start_and_the_placement(asked, placement, given, has_lower):
@@ -152,7 +153,6 @@ def test_lower_layers_follow_from_the_start_and_the_placement(asked, placement, 
         ({"from_layer": 4}, "text", "prefix", "prompt.from_layer: 4 is no layer above the first one of 4"),
         ({"lower_layers": "none"}, "text", "prefix", "prompt.lower_layers is for layers below prompt.from_layer"),
         ({"from_layer": 1, "lower_layers": "start"}, "zero", "prefix", "prompt.lower_layers: start needs a start from"),
-        ({"from_layer": 1, "lower_layers": "start"}, "text", "infix", "prompt.lower_layers: start is for placement"),
     ],
 )
 def test_prefix_options_that_do_not_fit_are_refused(options, asked, placement, message):

@@ -16,11 +16,14 @@ from transformers import DynamicCache, PreTrainedModel
 from ptune_dist.base.layers import layers_of
 from ptune_dist.data.batches import Batch, pad_rows
 from ptune_dist.data.encode import TokenPair
+<<<<<<< HEAD
 from ptune_dist.families.below_contexts import below_contexts, fill_empty, own_texts, with_contexts
+=======
+from ptune_dist.errors import UserError
+>>>>>>> wave14b
 from ptune_dist.families.generation import name_vectors
-from ptune_dist.model.attention import KeysValues
-from ptune_dist.model.attention_layouts import join_parts
 from ptune_dist.model.given_cache import GivenCache, keeps_more, pad_contexts
+from ptune_dist.model.keys_values import KeysValues, join_parts
 from ptune_dist.model.layout import text_of
 from ptune_dist.model.members import keys_values_of
 from ptune_dist.model.passes import Contexts, Supervised
@@ -44,6 +47,14 @@ class PaddedCausal(PromptedModel):
         super().__init__(base, *args, **options)
         name_vectors(base)
         self._keeps_keys = keeps_keys(base) and not keeps_more(base)
+        # Layers with states take no mask of keys; what is padded on the right does not reach what stands before it.
+        self._takes_mask = not keeps_more(base)
+        if not self._takes_mask and len(set(self.num_prefix)) > 1:
+            kind = base.config.model_type
+            raise UserError(
+                f"prompt.num_virtual_tokens: {kind} models keep states, so in a sweep with prefix_tuning all members "
+                "need prefixes of one length"
+            )
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
 
     def supervise(self, batch: Batch) -> Supervised:
@@ -72,7 +83,7 @@ class PaddedCausal(PromptedModel):
         held = batch.held or []
         some = next((found[0] for found in held if found), None)
         if some is not None:
-            nothing = KeysValues(some.keys[:, :0], some.values[:, :0])
+            nothing = some.cut(slice(0))
             parts.append([held[row][0] if held[row] else nothing for row, _ in batch.readers])
         if any(contribution.keys is not None for contribution in contributions):
             parts.append(self._prefixes_of([member for _, member in batch.readers], contributions, dtype))
@@ -99,9 +110,8 @@ class PaddedCausal(PromptedModel):
             return batch
         read = []
         for reader, length in enumerate(mask.sum(dim=1).tolist()):
-            own = cache.cut(reader, length - 1)
-            whole = zip(*before[reader : reader + 1], own, strict=True)
-            keys_values = KeysValues(*(torch.cat(parts, dim=1) for parts in whole))
+            keys_values = join_parts([*before[reader : reader + 1], cache.cut(reader, length - 1)])
+            assert keys_values is not None
             read.append((keys_values, vectors[reader, length - 1]))
         return dataclasses.replace(batch, read=read)
 
@@ -119,7 +129,7 @@ class PaddedCausal(PromptedModel):
         """Each reader's prefix; that of a member without keys/values is empty."""
         found = [keys_values_of(contribution) for contribution in contributions]
         some = next(prefix for prefix in found if prefix is not None)
-        empty = KeysValues(some.keys[:, :0], some.values[:, :0])
+        empty = some.cut(slice(0))
         return [(found[member] or empty).to(dtype) for member in members]
 
     def _after(self, before: list[KeysValues], mask: torch.Tensor, start: int = 0) -> dict[str, Any]:
@@ -127,10 +137,8 @@ class PaddedCausal(PromptedModel):
         longest = max(part.length for part in before)
         lengths = self.to_tensor(np.array([part.length for part in before]))
         present = torch.arange(longest, device=mask.device) >= longest - lengths[:, None]
-        inputs: dict[str, Any] = {
-            "past_key_values": GivenCache(pad_contexts(before), first_layer=start),
-            "attention_mask": torch.cat([present.to(mask), mask], dim=1),
-        }
+        inputs: dict[str, Any] = {"past_key_values": GivenCache(pad_contexts(before), first_layer=start)}
+        inputs["attention_mask"] = torch.cat([present.to(mask), mask], dim=1) if self._takes_mask else None
         if self._takes_positions:
             inputs["position_ids"] = lengths[:, None] + torch.arange(mask.shape[1], device=mask.device)
         return inputs
@@ -143,7 +151,7 @@ class PaddedCausal(PromptedModel):
         cache = GivenCache([], record=True)
         inputs = {"input_ids": self.to_tensor(padded), "attention_mask": self.to_tensor(present)}
         self.inner(**inputs, past_key_values=cache)
-        return [cache.cut(row, len(tokens)) for row, tokens in enumerate(work.tokens)]
+        return [cache.cut(row, len(tokens)).tensors for row, tokens in enumerate(work.tokens)]
 
     def _read_padded_below(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
         """What the layers below leave of each row after its context, and the context's keys/values in those above."""
@@ -158,6 +166,7 @@ class PaddedCausal(PromptedModel):
         with self.layer_parts.below(work.start_layer) as captured:
             self.inner(**inputs, use_cache=False)
         assert captured.hidden is not None
+<<<<<<< HEAD
         hidden = [row[: len(tokens)] for row, tokens in zip(captured.hidden, own, strict=True)]
         return with_contexts(hidden, held, work.start_layer)
 
@@ -167,6 +176,23 @@ class PaddedCausal(PromptedModel):
         texts = [tokens[:count] if count else nothing for tokens, count in zip(work.tokens, work.lengths, strict=True)]
         found = zip(self.read_contexts(Contexts(texts, work.pad_id)), work.lengths, strict=True)
         return [KeysValues(*(part[:, :count] for part in some)) for some, count in found]
+=======
+        lengths = work.lengths or [0] * len(work.tokens)
+        own = [row[count : len(t)] for row, count, t in zip(captured.hidden, lengths, work.tokens, strict=True)]
+        if not self.has_contexts:
+            return [(hidden,) for hidden in own]
+        # Every rank makes this pass, also where none of its rows has a context.
+        longest = max(*lengths, 1)
+        cache = GivenCache([], record=True)
+        mask = torch.arange(longest, device=self.device) < self.to_tensor(np.maximum(lengths, 1))[:, None]
+        hidden = captured.hidden[:, :longest]
+        with self.layer_parts.above(work.start_layer, hidden):
+            self.inner(
+                inputs_embeds=self.no_vectors(*hidden.shape[:2]), attention_mask=mask.long(), past_key_values=cache
+            )
+        found = enumerate(zip(own, lengths, strict=True))
+        return [(hidden, *cache.cut(row, count).tensors) if count else (hidden,) for row, (hidden, count) in found]
+>>>>>>> wave14b
 
     def run_layers(self, vectors: torch.Tensor) -> None:
         self.inner(inputs_embeds=vectors, use_cache=False)
@@ -224,7 +250,7 @@ class PaddedCausal(PromptedModel):
         contexts = [np.array(context, np.int64) for context, _ in inputs]
         read = self.read_contexts(Contexts([c if len(c) else np.array([pad_id]) for c in contexts], pad_id))
         lengths = map(len, contexts)
-        held = [KeysValues(*(part[:, :length] for part in some)) for some, length in zip(read, lengths, strict=True)]
+        held = [KeysValues.of(some).cut(slice(length)) for some, length in zip(read, lengths, strict=True)]
         batch = Batch(
             contexts=contexts,
             rests=[np.array(rest, np.int64) for _, rest in inputs],

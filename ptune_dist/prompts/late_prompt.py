@@ -12,7 +12,15 @@ from pydantic import Field
 from torch import nn
 
 from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, check_start_layer
+from ptune_dist.prompts.method import (
+    BaseFacts,
+    Contribution,
+    Method,
+    Options,
+    PeftAdapter,
+    TrainingDefaults,
+    check_start_layer,
+)
 from ptune_dist.prompts.row_generator import HIDDEN_SIZE, RowGenerator
 from ptune_dist.prompts.start import NOTHING, Start, random_vectors
 
@@ -42,6 +50,7 @@ class LatePrompt(Method):
     placements = ("prefix", "infix", "template", "encoder")
     starts = ("text", "rows", "random", "file")
     default_start = "rows"
+    default_training = TrainingDefaults(0.01)
 
     def __init__(self, vectors: torch.Tensor, start_layer: int, generator: RowGenerator | None = None):
         super().__init__()

@@ -2,8 +2,9 @@
 
 A small network makes what each row adds to the virtual tokens, from hidden states of the row's input. Sizes and order
 (down, average pooling, ReLU, up) are those of the paper's code. Unlike there the hidden states are normalized first,
-since those of a first token can be a thousand times larger than others; and the network starts by adding nothing, so
-that training begins at the prompt's own start.
+since those of a first token can be a thousand times larger than others; the network starts by adding nothing, so that
+training begins at the prompt's own start; and its output is divided by M, so that one learning rate suits it and the
+virtual tokens themselves.
 
 Shapes: T tokens of an input, P virtual tokens, H hidden size, M hidden size of the network.
 """
@@ -16,7 +17,7 @@ HIDDEN_SIZE = 256
 
 
 class RowGenerator(nn.Module):
-    """up(relu(pool(down(norm(x))))) of hidden states x [T, H]: P vectors, each from its share of the tokens."""
+    """up(relu(pool(down(norm(x))))) / M of hidden states x [T, H]: P vectors, each from its share of the tokens."""
 
     def __init__(self, width: int, hidden_size: int, seed: int):
         """Draws the start from `seed` alone, as torch's linear layers do."""
@@ -36,7 +37,7 @@ class RowGenerator(nn.Module):
         narrow = functional.layer_norm(hidden, hidden.shape[-1:]) @ self.down + self.down_bias
         parts = narrow.split([len(row) for row in rows])
         pooled = torch.stack([pooling(len(part), num_vectors).to(part.device) @ part for part in parts])
-        return pooled.relu() @ self.up
+        return pooled.relu() @ self.up / len(self.up)
 
 
 def pooling(num_tokens: int, num_vectors: int) -> torch.Tensor:

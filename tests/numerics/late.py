@@ -128,7 +128,7 @@ def plain_vectors(prompt: dict[str, torch.Tensor], hidden: torch.Tensor) -> torc
     normal = (hidden - hidden.mean(1, keepdim=True)) / (hidden.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
     narrow = normal @ prompt["generator.down"] + prompt["generator.down_bias"]
     pooled = torch.nn.functional.adaptive_avg_pool1d(narrow.T[None], len(own))[0].T
-    return own + pooled.relu() @ prompt["generator.up"]
+    return own + pooled.relu() @ prompt["generator.up"] / len(prompt["generator.up"])
 
 
 def plain_late_encoder_logits(

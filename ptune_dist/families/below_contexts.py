@@ -6,7 +6,7 @@ Shapes: L layers, C positions of a context, G key/value heads, Dh width of a hea
 import numpy as np
 import torch
 
-from ptune_dist.model.attention import KeysValues
+from ptune_dist.model.keys_values import KeysValues
 from ptune_dist.model.layout import Before
 from ptune_dist.model.passes import Contexts
 
@@ -22,7 +22,8 @@ def below_contexts(held: list[KeysValues], work: Contexts) -> tuple[list[Before]
 
     `held`: those of the rows' contexts in all layers; empty where rows have none.
     """
-    outside = [KeysValues(*(part[: work.start_layer] for part in context)) for context in held if context.length]
+    end = work.start_layer
+    outside = [KeysValues(context.keys[:end], context.values[:end]) for context in held if context.length]
     lead = () if work.lead is None else (len(outside),)
     num_lead = 0 if work.lead is None else work.lead.length
     lengths = [context.length for context in held] or [0] * len(work.tokens)
@@ -37,7 +38,7 @@ def below_contexts(held: list[KeysValues], work: Contexts) -> tuple[list[Before]
 def fill_empty(parts: list[KeysValues | None]) -> list[KeysValues]:
     """Parts of which those that are missing are empty; there is one at least."""
     like = next(part for part in parts if part is not None)
-    nothing = KeysValues(like.keys[:, :0], like.values[:, :0])
+    nothing = like.cut(slice(0))
     return [nothing if part is None else part for part in parts]
 
 
@@ -46,6 +47,6 @@ def with_contexts(hidden: list[torch.Tensor], held: list[KeysValues], start: int
     if not held:
         return [(own,) for own in hidden]
     return [
-        (own, *(part[start:] for part in context)) if context.length else (own,)
+        (own, *KeysValues(context.keys[start:], context.values[start:]).tensors) if context.length else (own,)
         for own, context in zip(hidden, held, strict=True)
     ]

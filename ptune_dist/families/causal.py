@@ -172,14 +172,10 @@ class PromptedCausal(PaddedCausal):
             return None
         can_keep = self.uses_segments and not layers_differ(self.base.config)
         if self.start_layers[number]:
-<<<<<<< HEAD
             can_keep = can_keep and not self.has_contexts and not self.reads_rows
             return LateDecoder(self, number) if can_keep else RereadingDecoder(self, number)
-=======
-            return LateDecoder(self, number) if can_keep and not self.has_contexts else RereadingDecoder(self, number)
         if self.num_prefix[number] and keeps_more(self.base):
             return RereadingDecoder(self, number)
->>>>>>> wave14b
         return SegmentDecoder(self, number) if can_keep else None
 
     @torch.no_grad()
@@ -215,28 +211,9 @@ class PromptedCausal(PaddedCausal):
         with self.layer_parts.below(start) as captured:
             self._run_segments(vectors, laid.position_ids, build_attention(laid.segments, outside, vectors.device))
         assert captured.hidden is not None
-<<<<<<< HEAD
         rows = captured.hidden[0].split(list(map(len, texts)))
         hidden = [row[: len(tokens)] for row, tokens in zip(rows, own, strict=True)]
         return with_contexts(hidden, held, start)
-=======
-        rows = captured.hidden[0].split(lengths)
-        rows = [hidden[: len(tokens)] for hidden, tokens in zip(rows, work.tokens, strict=True)]
-        if not self.has_contexts:
-            return [(hidden,) for hidden in rows]
-        # Every rank makes this pass, also where none of its rows has a context.
-        own = [count for count in work.lengths if count] or [1]
-        hidden = torch.cat([row[:count] for row, count in zip(rows, work.lengths, strict=True)])
-        hidden = hidden if len(hidden) else self.no_hidden(1)
-        recorded = RecordedSegments(segments_of(own), [], vectors.device)
-        with self.layer_parts.above(start, hidden[None]):
-            self._run_segments(self.no_vectors(len(hidden)), places_of(own), FromLayer(recorded, start))
-        cut = iter(recorded.cut())
-        return [
-            (row[count:], *next(cut).tensors) if count else (row,)
-            for row, count in zip(rows, work.lengths, strict=True)
-        ]
->>>>>>> wave14b
 
     def _labels_below(self, batch: Batch, start: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What the layers below leave of the tokens of each reader's input, and of those of its labels."""

@@ -16,11 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 from ptune_dist.base.layers import layers_of
 from ptune_dist.data.batches import Batch, pad_rows
 from ptune_dist.data.encode import TokenPair
-<<<<<<< HEAD
-from ptune_dist.families.below_contexts import below_contexts, fill_empty, own_texts, with_contexts
-=======
 from ptune_dist.errors import UserError
->>>>>>> wave14b
+from ptune_dist.families.below_contexts import below_contexts, fill_empty, own_texts, with_contexts
 from ptune_dist.families.generation import name_vectors
 from ptune_dist.model.given_cache import GivenCache, keeps_more, pad_contexts
 from ptune_dist.model.keys_values import KeysValues, join_parts
@@ -166,7 +163,6 @@ class PaddedCausal(PromptedModel):
         with self.layer_parts.below(work.start_layer) as captured:
             self.inner(**inputs, use_cache=False)
         assert captured.hidden is not None
-<<<<<<< HEAD
         hidden = [row[: len(tokens)] for row, tokens in zip(captured.hidden, own, strict=True)]
         return with_contexts(hidden, held, work.start_layer)
 
@@ -175,24 +171,7 @@ class PaddedCausal(PromptedModel):
         nothing = np.array([work.pad_id])
         texts = [tokens[:count] if count else nothing for tokens, count in zip(work.tokens, work.lengths, strict=True)]
         found = zip(self.read_contexts(Contexts(texts, work.pad_id)), work.lengths, strict=True)
-        return [KeysValues(*(part[:, :count] for part in some)) for some, count in found]
-=======
-        lengths = work.lengths or [0] * len(work.tokens)
-        own = [row[count : len(t)] for row, count, t in zip(captured.hidden, lengths, work.tokens, strict=True)]
-        if not self.has_contexts:
-            return [(hidden,) for hidden in own]
-        # Every rank makes this pass, also where none of its rows has a context.
-        longest = max(*lengths, 1)
-        cache = GivenCache([], record=True)
-        mask = torch.arange(longest, device=self.device) < self.to_tensor(np.maximum(lengths, 1))[:, None]
-        hidden = captured.hidden[:, :longest]
-        with self.layer_parts.above(work.start_layer, hidden):
-            self.inner(
-                inputs_embeds=self.no_vectors(*hidden.shape[:2]), attention_mask=mask.long(), past_key_values=cache
-            )
-        found = enumerate(zip(own, lengths, strict=True))
-        return [(hidden, *cache.cut(row, count).tensors) if count else (hidden,) for row, (hidden, count) in found]
->>>>>>> wave14b
+        return [KeysValues.of(some).cut(slice(count)) for some, count in found]
 
     def run_layers(self, vectors: torch.Tensor) -> None:
         self.inner(inputs_embeds=vectors, use_cache=False)

@@ -63,8 +63,7 @@ class LatePrompt(Method):
 
     @classmethod
     def build(cls, options: LatePromptOptions, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "LatePrompt":
-        middle = max(1, (base.num_first_layers or 0) // 2)
-        layer = check_start_layer(options.start_layer or middle, base, "prompt.start_layer")
+        layer = choose_layer(options.start_layer, base)
         assert base.hidden_size is not None, "a base with layers has a hidden size"
         check_generator(options, start)
         shape = (num_virtual_tokens, base.hidden_size)
@@ -116,6 +115,12 @@ class LatePrompt(Method):
     @classmethod
     def to_peft(cls, plain: dict[str, torch.Tensor]) -> PeftAdapter:
         raise NotImplementedError("PEFT has no method whose virtual tokens enter at a later layer")
+
+
+def choose_layer(start_layer: int | None, base: BaseFacts) -> int:
+    """The layer that was asked for, or the middle one. Raises ValueError that begins with the key."""
+    middle = max(1, (base.num_first_layers or 0) // 2)
+    return check_start_layer(start_layer or middle, base, "prompt.start_layer")
 
 
 def check_generator(options: LatePromptOptions, start: Start) -> None:

@@ -3,13 +3,19 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from ptune_dist.data.batches import Batch
+from ptune_dist.families import FAMILIES
+from ptune_dist.objectives.cross_entropy import CrossEntropy
+from ptune_dist.prompts.late_prompt import LatePrompt
 from ptune_dist.run.checkpoint import list_checkpoints
 from ptune_dist.run.metrics_log import read_metrics
+from tests.commands import run_commands
 from tests.conftest import build_tiny_base
 from tests.numerics.banks import assert_ends_as_alone, check_members, write_alone, write_bank
 from tests.numerics.banks import write_rows as write_bank_rows
@@ -17,6 +23,7 @@ from tests.numerics.late import plain_late_logits
 from tests.numerics.methods import FEW, RECOMPUTED, WAYS, check_ways, pick, write_ways
 from tests.numerics.plain import NUM_VIRTUAL, load_plain, padded_batches, run_loop
 from tests.numerics.test_curves import curve, train_all, zero_json
+from tests.processes import ROOT
 
 pytestmark = pytest.mark.long
 START = 2
@@ -71,6 +78,24 @@ def test_the_curve_depends_on_no_stage_no_cache_and_no_way_of_computing(base, tm
     ways = {"cached": ways["cached"], "stage0": ways["stage0"]}
     specs["generated"] = write_ways(tmp_path / "generated", base, GENERATED, generated_start(), ways)
     check_ways(tmp_path, wanted, specs)
+    check_exported_vectors(base, tmp_path / "stage0", tmp_path / "vectors")
+
+
+def check_exported_vectors(base: Path, run: Path, out: Path) -> None:
+    """The script of docs/after_training.md gives the logits of a pass of ours."""
+    run_commands([["export", str(run), "--to", "vectors", "--out", str(out)]])
+    page = (ROOT / "docs" / "after_training.md").read_text().partition("## Export a late prompt")[2]
+    script = page.partition("```python\n")[2].partition("```")[0]
+    found: dict = {}
+    exec(script.replace('"vectors/', f'"{out}/').replace('"gpt2"', f'"{base}"'), found)
+    prompt = LatePrompt(load_file(run / "prompt" / "prompt.safetensors")["late_tokens"], START)
+    model = FAMILIES["causal"].model_class(load_plain(base), [prompt], CrossEntropy(), "prefix").eval()
+    ids = found["ids"][0].numpy()
+    targets = np.append(ids[1:], 0)
+    batch = Batch([ids[:0]], [ids[:1]], [targets], [(0, 0)], 0)
+    with torch.no_grad():
+        wanted = model.head.logits(model.supervise(model.read_below(batch)))
+    torch.testing.assert_close(found["logits"][0], wanted, rtol=1e-5, atol=1e-5)
 
 
 TEXT = {"prompt.init": "text", "prompt.init_text": "Upper case"}

@@ -5,7 +5,7 @@ import torch
 
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
-from ptune_dist.prompts.export import check_for_peft, export_prompt_embeds
+from ptune_dist.prompts.export import check_for_peft, check_for_vectors, export_prompt_embeds
 from ptune_dist.prompts.late_prompt import LatePrompt, LatePromptOptions
 from ptune_dist.prompts.method import BaseFacts, check_start_layer
 from ptune_dist.prompts.prefix_tuning import PrefixOptions, PrefixTuning
@@ -84,10 +84,17 @@ def test_a_layer_that_the_base_lacks_is_refused(layer):
 def test_what_no_other_system_can_serve_is_refused_in_one_line(tmp_path):
     late = {"late_tokens": torch.zeros(4, 8)}
     facts = {"method": "late_prompt", "placement": "infix"}
-    with pytest.raises(UserError, match="^--to peft: PEFT has no method whose virtual tokens enter at a later layer$"):
+    with pytest.raises(
+        UserError, match="^--to peft: PEFT has no method whose .* enter at a later layer: use --to vectors$"
+    ):
         check_for_peft(late, facts)
-    with pytest.raises(UserError, match="^--to prompt-embeds: this prompt enters at a later layer"):
+    with pytest.raises(UserError, match="^--to prompt-embeds: this prompt enters at a later.*: use --to vectors$"):
         export_prompt_embeds(late, None, [], torch.float32, tmp_path)
+    with pytest.raises(UserError, match="^--to vectors: this is for late_prompt, .*, not for prompt_tuning$"):
+        check_for_vectors({"virtual_tokens": late["late_tokens"]}, {})
+    with pytest.raises(UserError, match="^--to vectors: this prompt has a generator, so"):
+        check_for_vectors(late | {"generator.up": torch.zeros(2, 8)}, facts)
+    check_for_vectors(late, facts)
     facts = {"method": "prefix_tuning", "placement": "prefix", "options": {"from_layer": 2}}
     upper = {"prefix_keys": torch.zeros(2, 4, 2, 8), "prefix_values": torch.zeros(2, 4, 2, 8)}
     with pytest.raises(UserError, match="^--to peft: PEFT's prefixes are in all layers, this one begins with"):

@@ -172,8 +172,7 @@ class PromptedCausal(PaddedCausal):
             return None
         can_keep = self.uses_segments and not layers_differ(self.base.config)
         if self.start_layers[number]:
-            can_keep = can_keep and not self.has_contexts and not self.reads_rows
-            return LateDecoder(self, number) if can_keep else RereadingDecoder(self, number)
+            return LateDecoder(self, number) if can_keep and not self.has_contexts else RereadingDecoder(self, number)
         if self.num_prefix[number] and keeps_more(self.base):
             return RereadingDecoder(self, number)
         return SegmentDecoder(self, number) if can_keep else None

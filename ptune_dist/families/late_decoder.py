@@ -56,16 +56,38 @@ class LowerHalf(SegmentDecoder):
 
 
 class UpperHalf(SegmentDecoder):
-    """The layers from the prompt on, which read the virtual tokens and what `lower` has left of the tokens."""
+    """The layers from the prompt on, which read the virtual tokens and what `lower` has left of the tokens.
+
+    Where virtual tokens depend on rows, each row that enters has its own.
+    """
 
     def __init__(self, model: Any, number: int, lower: LowerHalf):
         super().__init__(model, number)
         self._lower = lower
+        self._lengths: list[int] = []  # of the inputs that the current pass reads
+
+    def _count_vectors(self, new: Batch | None) -> list[int]:
+        if not self._model.prompt_of(self._number).reads_rows:
+            return super()._count_vectors(new)
+        self._lengths = [] if new is None else [len(rest) for rest in new.rests]
+        return [self._contribution.num_vectors] * len(self._lengths)
+
+    def _number_of(self, row: int) -> int:
+        return row if self._model.prompt_of(self._number).reads_rows else 0
+
+    def _contributions(self) -> list[Contribution]:
+        """By number; inputs stand after the newest tokens of rows in progress."""
+        prompt = self._model.prompt_of(self._number)
+        if not prompt.reads_rows:
+            return [self._contribution]
+        num_read = sum(self._lengths)
+        inputs = self._lower.hidden[len(self._lower.hidden) - num_read :].split(self._lengths)
+        return prompt.of_rows(list(inputs)) if self._lengths else []
 
     def _run(self, laid: Layout, attention: SegmentAttention) -> torch.Tensor:
         assert self._model.head is not None
         index = to_index(laid, self._model.device)
-        vectors = embed_laid(self._model, index, [self._contribution], self._lower.hidden)
+        vectors = embed_laid(self._model, index, self._contributions(), self._lower.hidden)
         late = Late(self._model, self._model.start_layers[self._number])
         return self._model.head.logits(supervise_laid(index, laid.reader, vectors, attention, late))
 
@@ -74,11 +96,11 @@ class LateDecoder:
     """`model.decode.Decoder` over segments, of rows without contexts."""
 
     enters_any_time = True
-    shares_beginnings = True
     needs_contexts = False
     takes_contexts = False
 
     def __init__(self, model: Any, number: int):
+        self.shares_beginnings = not model.prompt_of(number).reads_rows  # virtual tokens stand before an input
         self._lower = LowerHalf(model, number)
         self._upper = UpperHalf(model, number, self._lower)
 

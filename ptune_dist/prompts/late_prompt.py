@@ -125,8 +125,7 @@ def choose_layer(start_layer: int | None, base: BaseFacts) -> int:
 
 def check_generator(options: LatePromptOptions, start: Start) -> None:
     """Raise ValueError for options that do not fit each other or the placement."""
-    is_given = "generator_hidden_size" in options.model_fields_set
-    if options.generator == "none" and is_given:
+    if options.generator == "none" and options.generator_hidden_size != HIDDEN_SIZE:
         raise ValueError("prompt.generator_hidden_size is for a generator: set prompt.generator=pooled")
     if options.generator != "none" and start.placement in PLACEMENTS_WITH_CONTEXTS:
         raise ValueError(

@@ -115,9 +115,10 @@ def check_start_layer(layer: int, base: BaseFacts, key: str) -> int:
         raise ValueError(f"{key}: the layers of this base are no plain stack, which a prompt could enter in the middle")
     if not 0 < layer < base.num_first_layers:
         last = base.num_first_layers - 1
-        raise ValueError(
-            f"{key}: {layer} is no layer above the first one of {base.num_first_layers}: choose one from 1 to {last}"
-        )
+        if last < 1:
+            raise ValueError(f"{key}: this base has one layer, and a prompt can enter above the first one only")
+        choice = f"one from 1 to {last}" if last > 1 else "1"
+        raise ValueError(f"{key}: {layer} is no layer above the first one of {base.num_first_layers}: choose {choice}")
     return layer
 
 

@@ -77,6 +77,10 @@ def test_a_layer_that_the_base_lacks_is_refused(layer):
         ValueError, match=f"^prompt.x: {layer} is no layer above the first one of 4: choose one from 1 to 3"
     ):
         check_start_layer(layer, BaseFacts(8, num_first_layers=4), "prompt.x")
+    with pytest.raises(ValueError, match="^prompt.x: .* of 2: choose 1$"):
+        check_start_layer(layer, BaseFacts(8, num_first_layers=2), "prompt.x")
+    with pytest.raises(ValueError, match="^prompt.x: this base has one layer, and a prompt can enter above"):
+        check_start_layer(layer, BaseFacts(8, num_first_layers=1), "prompt.x")
     with pytest.raises(ValueError, match="^prompt.x: the layers of this base are no plain stack"):
         check_start_layer(layer, BaseFacts(8), "prompt.x")
 

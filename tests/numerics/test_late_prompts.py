@@ -52,6 +52,7 @@ def late(base, start: int, num: int, seed: int, *, generator_size: int | None = 
     generator = None
     if generator_size is not None:
         generator = RowGenerator(width, generator_size, seed)
+        generator.down.data *= 4
         generator.up.data = generator_size * torch.randn(generator_size, width, generator=draw)
     return LatePrompt(torch.randn(num, width, generator=draw), start, generator)
 

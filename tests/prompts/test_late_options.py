@@ -171,6 +171,34 @@ def test_prefix_options_that_do_not_fit_are_refused(options, asked, placement, m
         PrefixTuning.build(PrefixOptions(**options), 4, facts_of(), start_of(asked, asked, placement))
 
 
+def test_a_generator_starts_by_adding_nothing_and_is_trained_further(tmp_path):
+    LatePrompt.build(LatePromptOptions(**LatePromptOptions().model_dump()), 3, facts_of(), start_of("random", "random"))
+    options = LatePromptOptions(generator="pooled", generator_hidden_size=4)
+    prompt = LatePrompt.build(options, 3, facts_of(), start_of("random", "random"))
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randn(count, 8, generator=draw) for count in (1, 2, 7)]
+    assert all(torch.equal(own.vectors, prompt().vectors) for own in prompt.of_rows(rows))
+    prompt.generator.up.data = torch.randn(4, 8, generator=draw)
+    save_prompt(tmp_path, prompt.plain(), {})
+    again = LatePrompt.build(options, 3, facts_of(), start_of("file", "file", file=str(tmp_path)))
+    for ours, theirs in zip(again.of_rows(rows), prompt.of_rows(rows), strict=True):
+        assert torch.equal(ours.vectors, theirs.vectors) and not torch.equal(ours.vectors, prompt().vectors)
+    with pytest.raises(ValueError, match="^prompt.init_file: that prompt has a generator: set prompt.generator=pooled"):
+        LatePrompt.build(LatePromptOptions(), 3, facts_of(), start_of("file", "file", file=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("options", "placement", "message"),
+    [
+        ({"generator_hidden_size": 4}, "prefix", "prompt.generator_hidden_size is for a generator: set prompt.gen"),
+        ({"generator": "pooled"}, "infix", "prompt.generator: pooled reads whole inputs, which placement infix"),
+    ],
+)
+def test_options_of_a_generator_that_do_not_fit_are_refused(options, placement, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        LatePrompt.build(LatePromptOptions(**options), 3, facts_of(), start_of("random", "random", placement))
+
+
 def test_a_late_prompt_starts_from_hidden_states_of_its_layer():
     prompt = LatePrompt.build(LatePromptOptions(), 3, facts_of(), start_of("rows", "rows"))
     assert (list(prompt.start_tokens), prompt.reads_layer, prompt().start_layer) == ([5, 6, 7], 2, 2)

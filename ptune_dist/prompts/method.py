@@ -143,7 +143,7 @@ class Method(nn.Module):
     names_modules: ClassVar[bool] = False  # PEFT's adapter has names of the base's modules
     trains_base: ClassVar[bool] = False  # what is trained are copies of the base's own tensors
 
-    default_training: ClassVar[TrainingDefaults]  # where the config leaves it out
+    default_training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3)  # where the config leaves it out
     default_training_of: ClassVar[dict[str, TrainingDefaults]] = {}  # where a family needs others
 
     num_virtual_tokens: int  # positions that the prompt takes

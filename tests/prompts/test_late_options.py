@@ -173,12 +173,12 @@ def test_prefix_options_that_do_not_fit_are_refused(options, asked, placement, m
 
 def test_a_generator_starts_by_adding_nothing_and_is_trained_further(tmp_path):
     LatePrompt.build(LatePromptOptions(**LatePromptOptions().model_dump()), 3, facts_of(), start_of("random", "random"))
-    options = LatePromptOptions(generator="pooled", generator_hidden_size=4)
+    options = LatePromptOptions(generator="pooled", generator_hidden_size=32)
     prompt = LatePrompt.build(options, 3, facts_of(), start_of("random", "random"))
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randn(count, 8, generator=draw) for count in (1, 2, 7)]
     assert all(torch.equal(own.vectors, prompt().vectors) for own in prompt.of_rows(rows))
-    prompt.generator.up.data = torch.randn(4, 8, generator=draw)
+    prompt.generator.up.data = torch.randn(32, 8, generator=draw)
     save_prompt(tmp_path, prompt.plain(), {})
     again = LatePrompt.build(options, 3, facts_of(), start_of("file", "file", file=str(tmp_path)))
     for ours, theirs in zip(again.of_rows(rows), prompt.of_rows(rows), strict=True):

@@ -27,6 +27,12 @@ def layers_of(base: nn.Module) -> list[nn.Module]:
     return [layer for stack in layer_stacks(base) for layer in stack]
 
 
+def name_first_layers(base: PreTrainedModel) -> list[str]:
+    """The names of the layers of the first stack."""
+    names = {id(module): name for name, module in base.named_modules()}
+    return [names[id(layer)] for layer in layer_stacks(base)[0]]
+
+
 def name_modules(base: PreTrainedModel) -> dict[str, Any]:
     """The names of some modules: `embeddings`, and `attentions_from_last` of the layers, from the last to the first."""
     tokens = base.get_input_embeddings()

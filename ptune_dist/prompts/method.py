@@ -117,9 +117,10 @@ def check_start_layer(layer: int, base: BaseFacts, key: str) -> int:
         raise ValueError(f"{key}: the layers of this base are no plain stack, which a prompt could enter in the middle")
     if not 0 < layer < base.num_first_layers:
         last = base.num_first_layers - 1
-        raise ValueError(
-            f"{key}: {layer} is no layer above the first one of {base.num_first_layers}: choose one from 1 to {last}"
-        )
+        if last < 1:
+            raise ValueError(f"{key}: this base has one layer, and a prompt can enter above the first one only")
+        choice = f"one from 1 to {last}" if last > 1 else "1"
+        raise ValueError(f"{key}: {layer} is no layer above the first one of {base.num_first_layers}: choose {choice}")
     return layer
 
 
@@ -152,6 +153,7 @@ class Method(nn.Module):
     # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
     start_tokens: Sequence[int] = ()
     reads_layer: int = 0  # the layer whose input that is; 0: keys and values of all layers
+    reads_rows: bool = False  # its vectors depend on what the layers below leave of a row's input: see `of_rows`
     num_tasks: int = 1  # that it has vectors of its own for
     base_start: dict[str, torch.Tensor] | None = None  # what the trained tensors of the base start from; None: its own
 
@@ -187,6 +189,10 @@ class Method(nn.Module):
     def contributions(self) -> list[Contribution]:
         """What it contributes to rows of each task."""
         return [self()]
+
+    def of_rows(self, rows: list[torch.Tensor]) -> list[Contribution]:
+        """What it contributes to each row, from hidden states [T, H] of the row's input before `start_layer`."""
+        raise NotImplementedError
 
     def begin_from(self, *computed: torch.Tensor) -> None:
         """Start from keys and values [L, P, G, Dh] of `start_tokens`, or from hidden states [P, H] of `reads_layer`.

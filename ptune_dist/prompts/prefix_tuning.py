@@ -53,7 +53,7 @@ class PrefixOptions(Options):
 
     lower_layers: Literal["start", "none"] | None = None
     """What layers below `from_layer` read before a row: the keys and values of the `start`, which stay as they are, or
-    `none`. Left out: `start` where that is a text, rows or a file and `prompt.placement` is `prefix`."""
+    `none`. Left out: `start` where that is a text, rows or a file."""
 
     num_frozen: int | None = Field(default=None, ge=0)
     """The first positions that stay as they start: models attend to the first token of a text when nothing else fits,
@@ -335,15 +335,13 @@ def keeps_lower(options: PrefixOptions, start: Start) -> bool:
     """Whether layers below `from_layer` have the keys and values of the start."""
     if options.from_layer == 0 or options.lower_layers is not None:
         return options.from_layer > 0 and options.lower_layers == "start"
-    return start.asked in (*OF_TEXT, "file") and start.placement == "prefix"
+    return start.asked in (*OF_TEXT, "file")
 
 
 def check_options(options: PrefixOptions, start: Start) -> None:
     """Raise ValueError for options that belong to what was not chosen."""
     if options.lower_layers is not None and options.from_layer == 0:
         raise ValueError("prompt.lower_layers is for layers below prompt.from_layer, which is 0")
-    if options.lower_layers == "start" and start.placement != "prefix":
-        raise ValueError("prompt.lower_layers: start is for placement prefix: use none")
     if options.lower_layers == "start" and start.asked in ("random", "zero"):
         raise ValueError(f"prompt.lower_layers: start needs a start from text, rows or a file, not {start.asked}")
     if options.encoder_hidden_size is not None and options.reparameterization != "mlp":

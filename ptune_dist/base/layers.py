@@ -119,6 +119,14 @@ def key_value_heads(shape: PretrainedConfig) -> tuple[int | None, int | None, in
     return num_key_value_heads(shape), width, width
 
 
+def heads_of_half(shape: PretrainedConfig, half: str) -> tuple[int | None, int | None]:
+    """The key/value heads and their width of an encoder-decoder's `encoder` or `decoder`, whose numbers may differ."""
+    text = shape.get_text_config(**{half: True})
+    names = {"encoder": "encoder_attention_heads", "decoder": "decoder_attention_heads"}
+    own = getattr(shape, names[half], None)
+    return (own, text.hidden_size // own) if own else heads_of(text)
+
+
 def num_key_value_heads(shape: PretrainedConfig) -> int | None:
     """G; None where a base has no attention heads, or differing ones."""
     return the_one({num_heads for num_heads, _ in heads_of_layers(shape)})

@@ -2,18 +2,31 @@
 
 They start from what the base itself computes of a text, and the first position may stay as it is (Eyuboglu et al. 2025,
 arXiv:2506.06266). Random numbers and the paper's reparameterization are options.
+Of an encoder-decoder they are those of the encoder's self-attention, of the decoder's, and of its cross-attention,
+whichever the placement has, one stack of layers after another.
+
 Shapes: L layers that are trained, M fixed ones below, P positions, F of them frozen, G key/value heads, Dh width of a
 head (of values, another one in some architectures), E width of the MLP's embeddings.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, check_start_layer
+from ptune_dist.prompts.method import (
+    BaseFacts,
+    Contribution,
+    Method,
+    Options,
+    PeftAdapter,
+    Stack,
+    check_start_layer,
+)
 from ptune_dist.prompts.peft_prefix import is_adapter, pack_keys_values, read_adapter
+from ptune_dist.prompts.stacks import check_stored, split_stacks, stacks_of
 from ptune_dist.prompts.start import Start
 
 OF_TEXT = ("text", "rows")  # starts whose first position is that of a text, which attention falls back on
@@ -60,8 +73,8 @@ class PrefixTuning(Method):
     """
 
     options_type = PrefixOptions
-    families = ("causal",)
-    placements = ("prefix", "infix", "template")
+    families = ("causal", "seq2seq")
+    placements = ("prefix", "infix", "template", "encoder", "decoder", "both")
     starts = ("text", "rows", "random", "zero", "file")
     default_start = "rows"
     stands_in_sequence = False
@@ -76,9 +89,14 @@ class PrefixTuning(Method):
         mlp: "PrefixMLP | None" = None,
         from_layer: int = 0,
         has_lower: bool = False,
+        stacks: Mapping[str, Stack] | None = None,
     ):
-        """keys, values: of the layers from `from_layer` on, after those below it where it `has_lower`."""
+        """keys, values: of the layers from `from_layer` on, after those below it where it `has_lower`.
+
+        stacks: those of an encoder-decoder, in the order of their layers.
+        """
         super().__init__()
+        self._stacks = stacks
         self.from_layer = from_layer
         self._has_lower = has_lower
         if has_lower:
@@ -109,16 +127,23 @@ class PrefixTuning(Method):
             raise ValueError("prompt.method: prefix_tuning needs a base with attention of one width in every layer")
         num_frozen = count_frozen(options, num_virtual_tokens, start.asked)
         check_options(options, start)
+        stacks = stacks_of(base, start.placement)
+        if stacks is not None and options.from_layer:
+            raise ValueError("prompt.from_layer is for bases with one stack of layers: an encoder-decoder has several")
+        num_layers = base.num_layers if stacks is None else sum(stack.num_layers for stack in stacks.values())
         first = options.from_layer and check_start_layer(options.from_layer, base, "prompt.from_layer")
         has_lower = keeps_lower(options, start)
         widths = (base.head_width, base.value_width or base.head_width)
         heads = [(num_virtual_tokens, base.num_key_value_heads, width) for width in widths]
-        own: list[Shape] = [(base.num_layers - first, *some) for some in heads]  # of what is trained
-        shapes: list[Shape] = [(base.num_layers, *some) for some in heads] if has_lower else own
+        if stacks is not None:  # in those of the first stack
+            first_stack = next(iter(stacks.values()))
+            heads = [(num_virtual_tokens, first_stack.num_heads, first_stack.head_width)] * 2
+        own: list[Shape] = [(num_layers - first, *some) for some in heads]  # of what is trained
+        shapes: list[Shape] = [(num_layers, *some) for some in heads] if has_lower else own
         mlp = None
         if options.reparameterization == "mlp":
             mlp = PrefixMLP(own, num_frozen, options, start)
-        layers: dict[str, Any] = {"from_layer": first, "has_lower": has_lower}
+        layers: dict[str, Any] = {"from_layer": first, "has_lower": has_lower, "stacks": stacks}
         if start.kind == "file":
             return cls._from_file(shapes, num_frozen, options, mlp, start, layers)
         keys, values = map(torch.zeros, shapes)
@@ -140,8 +165,10 @@ class PrefixTuning(Method):
         layers: dict[str, Any],
     ) -> "PrefixTuning":
         """From a prompt's keys and values, or from all that was trained where the file has an MLP of the same shape."""
+        if layers["stacks"] is not None:
+            check_stored(start.file or "", layers["stacks"])
         if is_adapter(start.file or ""):
-            keys, values = read_adapter(start.file or "", shapes)
+            keys, values = read_adapter(start.file or "", shapes, layers["stacks"])
         elif layers["has_lower"] and start.holds("lower_keys"):
             first = layers["from_layer"]
             lower = {name: (first, *shape[1:]) for name, shape in zip(LOWER, shapes, strict=True)}
@@ -180,6 +207,14 @@ class PrefixTuning(Method):
         return self.get_buffer(f"start_{name}") if trained is None else trained
 
     def forward(self) -> Contribution:
+        keys, values = self._whole()
+        if self._stacks is not None:
+            return Contribution(**split_stacks(keys, values, self._stacks))
+        lower = {name: self.get_buffer(name) for name in LOWER} if self._has_lower else {}
+        return Contribution(keys=keys, values=values, start_layer=self.from_layer, **lower)
+
+    def _whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [L, P, G, Dh] of all layers from `from_layer` on."""
         keys = self._own("keys")
         values = self._own("values")
         if not self._is_plain:
@@ -193,16 +228,14 @@ class PrefixTuning(Method):
         if self.num_frozen:
             keys = torch.cat([self.get_buffer("frozen_keys"), keys], dim=1)
             values = torch.cat([self.get_buffer("frozen_values"), values], dim=1)
-        lower = {name: self.get_buffer(name) for name in LOWER} if self._has_lower else {}
-        return Contribution(keys=keys, values=values, start_layer=self.from_layer, **lower)
+        return keys, values
 
     @torch.no_grad()
     def plain(self) -> dict[str, torch.Tensor]:
-        found = self()
-        assert found.keys is not None and found.values is not None
-        plain = {"prefix_keys": found.keys.detach(), "prefix_values": found.values.detach()}
-        if found.lower_keys is not None and found.lower_values is not None:
-            plain |= {"lower_keys": found.lower_keys, "lower_values": found.lower_values}
+        keys, values = self._whole()
+        plain = {"prefix_keys": keys.detach(), "prefix_values": values.detach()}
+        if self._has_lower:
+            plain |= {name: self.get_buffer(name) for name in LOWER}
         return plain
 
     def take(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -26,10 +26,12 @@ from ptune_dist.model.attention import KeysValues, narrow_windows
 from ptune_dist.model.members import contributions_in_eval, keys_values_of
 from ptune_dist.model.passes import Contexts
 from ptune_dist.model.prompted_model import PromptedModel
+from ptune_dist.model.seq2seq_prefix import keys_values_of as keys_values_of_stack
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.build import find_method
 from ptune_dist.prompts.method import Contribution, Method
 from ptune_dist.prompts.prompt_tuning import PromptTuning
+from ptune_dist.prompts.stacks import STACKS, join_stacks
 from ptune_dist.run.reading import Reading
 from ptune_dist.run.rounding_noise import LEAST_OUTPUTS, describe_excess, rounded_embeddings
 from ptune_dist.zero.engine import Engine
@@ -178,6 +180,8 @@ def run_both(model: PromptedModel, probe: Probe, *, measures_noise: bool) -> lis
     Leaves the model with a prompt of its own: see `restored`.
     """
     contributions = contributions_in_eval(list(model.members()))
+    if model.base.config.is_encoder_decoder:
+        check_stacks(model, probe, contributions)
     embeddings = model.base.get_decoder().get_input_embeddings() if probe.placement == "decoder" else None
     vectors = model.embed_tokens(probe.virtual, embeddings)
     model.prompts = nn.ModuleList([PromptTuning(vectors)])
@@ -207,7 +211,8 @@ def run_ours(model: PromptedModel, probe: Probe, contributions: list[Contributio
     if any(map(len, batch.contexts)):
         held = model.read_contexts(Contexts(batch.contexts, batch.pad_id))
         for contribution in contributions:
-            check_prefix(contribution, held[0], model.base.config.model_type)
+            if len(held[0]) == 2:  # an encoder's output is one tensor
+                check_prefix(keys_values_of(contribution), contribution.start_layer, held[0], model)
         batch = batch.with_held([(KeysValues(*some) if len(some) == 2 else some[0],) for some in held])
     return model.outputs(batch).float()
 
@@ -240,12 +245,27 @@ class Empty(Method):
         return Contribution(start_layer=self._start)
 
 
-def check_prefix(contribution: Contribution, held: tuple[torch.Tensor, ...], kind: str) -> None:
-    """Raise UserError where a base's layers keep keys and values [L, C, G, D] of other sizes than a prompt's."""
-    prefix = keys_values_of(contribution)
+def check_stacks(model: PromptedModel, probe: Probe, contributions: list[Contribution]) -> None:
+    """Raise UserError where an encoder-decoder computes keys and values of other sizes than a prompt's."""
+    computed = None
+    for contribution in contributions:
+        parts = [keys_values_of_stack(contribution, stack) for stack in STACKS[probe.placement]]
+        found = [part for part in parts if part is not None]
+        if not found:
+            continue
+        computed = computed or model.read_start(Contexts([probe.virtual], probe.batch.pad_id))
+        keys, values = (join_stacks(list(some)) for some in zip(*found, strict=True))
+        check_prefix(KeysValues(keys, values), 0, computed, model)
+
+
+def check_prefix(prefix: KeysValues | None, start: int, held: tuple[torch.Tensor, ...], model: PromptedModel) -> None:
+    """Raise UserError where a base's layers keep keys and values [L, C, G, D] of other sizes than a prompt's.
+
+    start: the layer that the prompt's begin with.
+    """
     if prefix is None:
         return
-    start = contribution.start_layer
+    kind = model.base.config.model_type
     sizes = [(part[start:].shape[0], *part.shape[2:]) for part in held]
     own = [(part.shape[0], *part.shape[2:]) for part in prefix]
     if sizes != own:

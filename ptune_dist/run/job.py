@@ -17,8 +17,10 @@ from ptune_dist.base.fp8 import check_device
 from ptune_dist.base.fused import fuse
 from ptune_dist.base.layers import (
     embedding_width,
+    heads_of_half,
     hidden_size,
     key_value_heads,
+    layer_stacks,
     layers_of,
     max_positions,
     num_first_layers,
@@ -42,7 +44,7 @@ from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.given_cache import keeps_more
 from ptune_dist.model.value_head import TargetScale
 from ptune_dist.prompts.build import build_prompt, choose_trained, source_files
-from ptune_dist.prompts.method import BaseFacts, Method
+from ptune_dist.prompts.method import BaseFacts, Method, Stack
 from ptune_dist.run.base_check import check_base, draw_probe
 from ptune_dist.run.memory_need import Workload, fit_micro_batch, prompt_bytes
 from ptune_dist.run.micro_batch import MicroBatchSize, is_out_of_memory, read_stored
@@ -180,9 +182,21 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
     """What methods may need to know of a base."""
     text = base.config.get_text_config(decoder=True)
     num_heads, of_keys, of_values = key_value_heads(base.config)
+    num_layers = getattr(text, "num_hidden_layers", None)
+    encoder = None
+    if base.config.is_encoder_decoder:
+        stacks = layer_stacks(base)
+        num_heads, of_keys = heads_of_half(base.config, "decoder")
+        of_values = of_keys
+        num_layers = len(stacks[1]) if len(stacks) == 2 else None
+        heads, width = heads_of_half(base.config, "encoder")
+        if heads is None or width is None:
+            num_heads = None
+        else:
+            encoder = Stack(len(stacks[0]), heads, width)
     return BaseFacts(
         width=embedding_width(base),
-        num_layers=getattr(text, "num_hidden_layers", None),
+        num_layers=num_layers,
         num_key_value_heads=None if keeps_more(base) else num_heads,
         head_width=of_keys,
         value_width=of_values,
@@ -190,6 +204,7 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
         num_embeddings=getattr(base.get_input_embeddings(), "num_embeddings", None),
         hidden_size=hidden_size(base),
         num_first_layers=num_first_layers(base),
+        encoder=encoder,
     )
 
 

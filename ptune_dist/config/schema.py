@@ -150,8 +150,9 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
     """The optimizer of the prompt."""
 
-    learning_rate: Annotated[Real, Field(gt=0, le=1e30)] = 0.3  # above, a step leaves float32
-    """The highest learning rate of the schedule."""
+    learning_rate: Annotated[Real, Field(gt=0, le=1e30)] | None = None  # above, a step leaves float32
+    """The highest learning rate of the schedule. Where left out, that of the method on this family of bases: see
+    docs/methods.md."""
 
     weight_decay: Annotated[Real, Field(ge=0, le=1e6)] = 0.0
     """Decoupled weight decay."""
@@ -168,8 +169,9 @@ class TrainConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """The learning rate after warm-up: constant, or falling to zero at `max_steps`."""
 
-    warmup_steps: NotNegative = 0
-    """Steps over which the learning rate rises from zero."""
+    warmup_steps: NotNegative | None = None
+    """Steps over which the learning rate rises from zero. Where left out, the method's share of `max_steps`, which is 0
+    for prompts."""
 
     warmup_type: Literal["linear", "log"] = "linear"
     """How it rises: `linear`, or `log`, which is DeepSpeed's default: fast at first."""
@@ -195,6 +197,18 @@ class TrainConfig(Section):
 
     hang_timeout_s: Annotated[Real, Field(ge=0)] = 600.0
     """A rank that makes no progress for so long ends the job; 0: never."""
+
+    @property
+    def peak_rate(self) -> float:
+        """`learning_rate` as a number, once the method's default is filled in."""
+        assert self.learning_rate is not None, "the reading has settled it"
+        return self.learning_rate
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """`warmup_steps` as a number, once the method's default is filled in."""
+        assert self.warmup_steps is not None, "the reading has settled it"
+        return self.warmup_steps
 
     @property
     def most_positions(self) -> int:
@@ -300,7 +314,7 @@ class Config(Section):
             raise ValueError("prompt.init: labels needs prompt.init_labels or data.labels")
         if self.evaluate.patience and not (self.evaluate.every and self.data.validation):
             raise ValueError("evaluate.patience needs data.validation and evaluate.every above 0")
-        if self.train.warmup_steps >= self.train.max_steps:
+        if (self.train.warmup_steps or 0) >= self.train.max_steps:
             raise ValueError("train.warmup_steps must be less than train.max_steps")
         if self.train.min_lr_ratio and self.train.schedule != "cosine":
             raise ValueError(f"train.min_lr_ratio is for schedule cosine, and train.schedule is {self.train.schedule}")

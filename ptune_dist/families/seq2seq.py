@@ -28,7 +28,7 @@ from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.families.seq2seq_decoder import Seq2SeqDecoder
 from ptune_dist.model.encoder_output import EncoderOutput
-from ptune_dist.model.given_cache import GivenCache
+from ptune_dist.model.given_cache import GivenCache, cut_layers
 from ptune_dist.model.members import contributions_in_eval
 from ptune_dist.model.passes import Contexts, Supervised
 from ptune_dist.model.prompted_model import PromptedModel
@@ -43,7 +43,7 @@ from ptune_dist.model.seq2seq_prefix import (
     unread,
 )
 from ptune_dist.prompts.method import Contribution
-from ptune_dist.prompts.stacks import ALL, CROSS, DECODER, ENCODER, STACKS, join_stacks
+from ptune_dist.prompts.stacks import ALL, CROSS, DECODER, ENCODER, STACKS
 
 REFUSED = {  # model type -> why
     "encoder-decoder": "join two models, each with a configuration of its own: use a model of one architecture",
@@ -243,9 +243,8 @@ class PromptedSeq2Seq(PromptedModel):
             past_key_values=GivenPair(recorded[DECODER], recorded[CROSS]),
             use_cache=False,
         )
-        parts = [recorded[name].cut(0, len(text)) for name in STACKS[self.placement]]
-        keys, values = (join_stacks(list(some)) for some in zip(*parts, strict=True))
-        return keys, values
+        layers = [pair for name in STACKS[self.placement] for pair in recorded[name].recorded]
+        return cut_layers(layers, 0, len(text)).tensors
 
     def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:
         """The decoder's start token, after what the decoder reads of the prompt."""

@@ -18,9 +18,9 @@ from transformers.cache_utils import Cache
 
 from ptune_dist.base.layers import layer_stacks
 from ptune_dist.errors import UserError
-from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.attention_calls import hands_options_on
 from ptune_dist.model.given_cache import GivenCache, pad_contexts
+from ptune_dist.model.keys_values import KeysValues
 from ptune_dist.prompts.method import Contribution
 from ptune_dist.prompts.stacks import ALL, FIELDS
 
@@ -58,7 +58,7 @@ def prefixes_of(
     some = next((part for part in found if part is not None), None)
     if some is None:
         return None
-    empty = KeysValues(some.keys[:, :0], some.values[:, :0])
+    empty = some.cut(slice(0))
     return Prefixes([(found[member] or empty).to(like.dtype) for member in members], like.device)
 
 
@@ -71,7 +71,7 @@ def keys_values_of(contribution: Contribution, stack: str) -> KeysValues | None:
 def unread(contributions: Sequence[Contribution]) -> torch.Tensor | int:
     """Zero: under ZeRO-3 every rank needs the same backward pass, whichever members its rows are for."""
     found = [keys_values_of(contribution, stack) for contribution in contributions for stack in ALL]
-    return sum(part[:, :0].sum() for some in found if some is not None for part in some)
+    return sum(layer[:0].sum() for some in found if some is not None for part in some for layer in part)
 
 
 class NeverUpdated(dict):

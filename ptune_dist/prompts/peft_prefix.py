@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ptune_dist.errors import UserError
+from ptune_dist.prompts.layer_tensors import Heads
 from ptune_dist.prompts.method import PeftAdapter
 from ptune_dist.prompts.stacks import DECODER
 from ptune_dist.prompts.start import find_prompt_file, read_adapter_settings, read_tensors
@@ -60,9 +61,9 @@ def is_adapter(source: str) -> bool:
 
 
 def read_adapter(
-    source: str, shapes: Sequence[tuple[int, int, int, int]], stacks: Iterable[str] | None = None
+    source: str, num_positions: int, heads: Sequence[Heads], stacks: Iterable[str] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of these shapes [L, P, G, Dh], in float32; `stacks` are those of an encoder-decoder.
+    """Keys and values [L, P, G, Dh] in float32, whose `heads` are these; `stacks` are those of an encoder-decoder.
 
     Raises UserError.
     """
@@ -74,17 +75,17 @@ def read_adapter(
     stored = read_tensors(file).get(STORED)
     if stored is None:
         raise UserError(f"prompt.init_file: {file} holds no {STORED}")
-    num_layers, num_positions, num_heads, head_width = shapes[0]
-    if shapes[1] != shapes[0]:
-        raise UserError(f"prompt.init_file: {file} is of PEFT, which has no keys and values of unequal width")
     if (settings.get("num_transformer_submodules") == 2) != (stacks is not None):
         kind = "decoder-only or encoder" if stacks is not None else "encoder-decoder"
         raise UserError(f"prompt.init_file: {file} is for {kind} bases")
     if stacks is not None and list(stacks) != [DECODER]:
         raise UserError(f"prompt.init_file: {file} is for the decoder alone: set prompt.placement=decoder")
-    num_wanted = num_layers
+    if len({*heads[0], *heads[1]}) > 1:
+        raise UserError(f"prompt.init_file: {file} is of PEFT, which has no keys and values of unequal width")
+    num_layers = len(heads[0])
     if stacks is not None:  # as many as PEFT was told of, which may be more than the decoder has
         num_layers = max(num_layers, settings.get("num_layers") or num_layers)
+    num_heads, head_width = heads[0][0]
     wanted = (num_positions, num_layers * 2 * num_heads * head_width)
     named = {"num_layers": num_layers, "num_attention_heads": num_heads, "token_dim": num_heads * head_width}
     differing = [f"{key} {settings[key]}" for key, own in named.items() if settings.get(key) not in (None, own)]
@@ -96,6 +97,6 @@ def read_adapter(
         )
     keys, values = stored.float().view(num_positions, num_layers, 2, num_heads, head_width).permute(2, 1, 0, 3, 4)
     if stacks is not None:  # see `for_decoder`
-        read = 2 * torch.arange(num_wanted) % num_layers
+        read = 2 * torch.arange(len(heads[0])) % num_layers
         keys, values = keys[read], values[read]
     return keys.contiguous(), values.contiguous()

@@ -2,14 +2,12 @@
 
 `encoder`: the encoder's self-attention. `decoder`: the decoder's self-attention, as in PEFT. `both`, for which `prefix`
 is another name: these and the decoder's attention to the encoder's output, as in the paper (Li & Liang 2021).
-Shapes: L layers of all stacks, P positions, G key/value heads, Dh width of a head.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-
-import torch
+from collections.abc import Iterable, Mapping
 
 from ptune_dist.errors import UserError
+from ptune_dist.prompts.layer_tensors import Heads, Layers, join_layers
 from ptune_dist.prompts.method import BaseFacts, Stack
 from ptune_dist.prompts.start import find_prompt_file, read_facts
 
@@ -28,16 +26,28 @@ def stacks_of(base: BaseFacts, placement: str) -> dict[str, Stack] | None:
     """
     if base.encoder is None:
         return None
-    assert base.num_layers is not None and base.num_key_value_heads is not None and base.head_width is not None
+    if base.num_layers is None or base.num_key_value_heads is None or base.head_width is None:
+        raise ValueError("prompt.method: prefix_tuning needs a base whose layers keep keys and values")
     own = Stack(base.num_layers, base.num_key_value_heads, base.head_width)
-    names = STACKS[placement]
-    if len(names) > 1 and width_of(base.encoder) != width_of(own):
-        raise ValueError(
-            f"prompt.placement: {placement} needs keys of one width in the encoder and the decoder, and these have "
-            f"{width_of(base.encoder)} and {width_of(own)} numbers: use encoder or decoder"
-        )
     every = {ENCODER: base.encoder, DECODER: own, CROSS: own}
-    return {name: every[name] for name in names}
+    return {name: every[name] for name in STACKS[placement]}
+
+
+def heads_of_stacks(stacks: Mapping[str, Stack]) -> Heads:
+    """Of every layer."""
+    return tuple((own.num_heads, own.head_width) for own in stacks.values() for _ in range(own.num_layers))
+
+
+def split_stacks(keys: Layers, values: Layers, stacks: Mapping[str, Stack]) -> dict[str, Layers]:
+    """Keys and values of all stacks' layers by the field of a contribution."""
+    found = {}
+    for name, whole in (("keys", keys), ("values", values)):
+        first = 0
+        for kind, stack in stacks.items():
+            own = whole[first : first + stack.num_layers]
+            found[FIELDS[kind] + name] = own if stack.num_layers == len(whole) else join_layers(list(own))
+            first += stack.num_layers
+    return found
 
 
 def check_stored(source: str, stacks: Iterable[str]) -> None:
@@ -45,24 +55,3 @@ def check_stored(source: str, stacks: Iterable[str]) -> None:
     placement = read_facts(find_prompt_file(source)).get("placement")
     if placement in STACKS and STACKS[placement] != tuple(stacks):
         raise UserError(f"prompt.init_file: {source} is of placement {placement}: set prompt.placement={placement}")
-
-
-def width_of(stack: Stack) -> int:
-    """The numbers of a position's keys in one layer."""
-    return stack.num_heads * stack.head_width
-
-
-def join_stacks(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Keys or values of each stack in order as one list of layers, all with the heads of the first stack."""
-    heads = parts[0].shape[2:]
-    return torch.cat([part.flatten(2).unflatten(2, heads) for part in parts])
-
-
-def split_stacks(keys: torch.Tensor, values: torch.Tensor, stacks: Mapping[str, Stack]) -> dict[str, torch.Tensor]:
-    """Keys and values [L, P, G, Dh] by the field of a contribution, each with the heads of its stack."""
-    found = {}
-    for name, whole in (("keys", keys), ("values", values)):
-        parts = whole.split([stack.num_layers for stack in stacks.values()])
-        for (kind, stack), part in zip(stacks.items(), parts, strict=True):
-            found[FIELDS[kind] + name] = part.flatten(2).unflatten(2, (stack.num_heads, stack.head_width))
-    return found

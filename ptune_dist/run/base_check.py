@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ptune_dist.base.layers import layers_of, max_positions
 from ptune_dist.base.open import OpenedBase
@@ -22,16 +22,16 @@ from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config
 from ptune_dist.data.batches import Batch
 from ptune_dist.distributed.world import World, together
 from ptune_dist.errors import UserError
-from ptune_dist.model.attention import KeysValues, narrow_windows
+from ptune_dist.model.attention import narrow_windows
+from ptune_dist.model.given_cache import keeps_more
+from ptune_dist.model.keys_values import KeysValues
 from ptune_dist.model.members import contributions_in_eval, keys_values_of
 from ptune_dist.model.passes import Contexts
 from ptune_dist.model.prompted_model import PromptedModel
-from ptune_dist.model.seq2seq_prefix import keys_values_of as keys_values_of_stack
-from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.build import find_method
 from ptune_dist.prompts.method import Contribution, Method
 from ptune_dist.prompts.prompt_tuning import PromptTuning
-from ptune_dist.prompts.stacks import STACKS, join_stacks
+from ptune_dist.run.keys_check import check_prefix, check_stacks, run_after_keys, use_prompt
 from ptune_dist.run.reading import Reading
 from ptune_dist.run.rounding_noise import LEAST_OUTPUTS, describe_excess, rounded_embeddings
 from ptune_dist.zero.engine import Engine
@@ -84,7 +84,7 @@ def draw_probe(reading: Reading, opened: OpenedBase, prompts: Iterable[Method] =
     rows = [[draw.choice(ids, min(length, longest)).astype(np.int32) for length in lengths] for lengths in LENGTHS]
     virtual = draw.choice(ids, NUM_VIRTUAL).astype(np.int32)
     contexts, rests, targets = (list(parts) for parts in zip(*rows, strict=True))
-    placement = find_placement(reading)
+    placement = find_placement(reading, opened.model)
     nothing = np.zeros(0, np.int32)
     if placement not in PLACEMENTS_WITH_CONTEXTS:
         rests = [np.concatenate(parts) for parts in zip(contexts, rests, strict=True)]
@@ -96,12 +96,16 @@ def draw_probe(reading: Reading, opened: OpenedBase, prompts: Iterable[Method] =
     return Probe(batch, virtual, opened.embed(virtual.tolist()), placement)
 
 
-def find_placement(reading: Reading) -> str:
-    """Where the job's virtual tokens stand; keys and values of a prefix are read as those of a context are."""
+def find_placement(reading: Reading, base: PreTrainedModel) -> str:
+    """Where the job's virtual tokens stand; keys and values of a prefix are read as those of a context are.
+
+    Those of a base with states are not, for a context has states too.
+    """
     placement = reading.config.prompt.placement
     methods = [find_method(member.prompt) for member in reading.members.values()]
     is_read_first = any(method.takes_positions and not method.stands_in_sequence for method in methods)
-    return "infix" if is_read_first and "infix" in reading.family.placements else placement
+    can_read = "infix" in reading.family.placements and not keeps_more(base)
+    return "infix" if is_read_first and can_read else placement
 
 
 def ordinary_ids(reading: Reading, shape: PretrainedConfig, num_embeddings: int) -> np.ndarray:
@@ -180,23 +184,23 @@ def run_both(model: PromptedModel, probe: Probe, *, measures_noise: bool) -> lis
     Leaves the model with a prompt of its own: see `restored`.
     """
     contributions = contributions_in_eval(list(model.members()))
+    found = []
     if model.base.config.is_encoder_decoder:
-        check_stacks(model, probe, contributions)
+        pad_id = probe.batch.pad_id
+        check_stacks(model, contributions, probe.virtual, pad_id, probe.placement)
+        if any(contribution.keys is not None for contribution in contributions):
+            given, written = run_after_keys(model, probe.virtual, probe.batch.targets[0], pad_id, probe.placement)
+            found.append(Found("an output after keys and values", on_host(given.float()), on_host(written)))
     embeddings = model.base.get_decoder().get_input_embeddings() if probe.placement == "decoder" else None
     vectors = model.embed_tokens(probe.virtual, embeddings)
-    model.prompts = nn.ModuleList([PromptTuning(vectors)])
-    model.num_vectors = [len(vectors)]
-    model.num_prefix = [0]
-    model.start_layers = [0]
-    model.placement = probe.placement
-    model.objective = CrossEntropy()
+    use_prompt(model, PromptTuning(vectors), probe.placement)
     model.read_base()
     ours = run_ours(model, probe, contributions)
     noise = None
     if measures_noise and len(ours) >= LEAST_OUTPUTS:
         with rounded_embeddings(model.base):
             noise = on_host(run_ours(model, probe, contributions) - ours)
-    found = [Found("an output", on_host(ours), on_host(model.plain_outputs(probe.batch, probe.virtual)), noise)]
+    found.append(Found("an output", on_host(ours), on_host(model.plain_outputs(probe.batch, probe.virtual)), noise))
     if probe.placement != "decoder":
         found.append(Found("an embedding", on_host(probe.vectors), on_host(vectors)))
     for start in sorted({contribution.start_layer for contribution in contributions} - {0}):
@@ -211,9 +215,9 @@ def run_ours(model: PromptedModel, probe: Probe, contributions: list[Contributio
     if any(map(len, batch.contexts)):
         held = model.read_contexts(Contexts(batch.contexts, batch.pad_id))
         for contribution in contributions:
-            if len(held[0]) == 2:  # an encoder's output is one tensor
-                check_prefix(keys_values_of(contribution), contribution.start_layer, held[0], model)
-        batch = batch.with_held([(KeysValues(*some) if len(some) == 2 else some[0],) for some in held])
+            if len(held[0]) > 1:  # an encoder's output is one tensor
+                check_prefix(keys_values_of(contribution), contribution.start_layer, KeysValues.of(held[0]), model)
+        batch = batch.with_held([(KeysValues.of(some) if len(some) > 1 else some[0],) for some in held])
     return model.outputs(batch).float()
 
 
@@ -243,41 +247,6 @@ class Empty(Method):
 
     def forward(self) -> Contribution:
         return Contribution(start_layer=self._start)
-
-
-def check_stacks(model: PromptedModel, probe: Probe, contributions: list[Contribution]) -> None:
-    """Raise UserError where an encoder-decoder computes keys and values of other sizes than a prompt's."""
-    computed = None
-    for contribution in contributions:
-        parts = [keys_values_of_stack(contribution, stack) for stack in STACKS[probe.placement]]
-        found = [part for part in parts if part is not None]
-        if not found:
-            continue
-        computed = computed or model.read_start(Contexts([probe.virtual], probe.batch.pad_id))
-        keys, values = (join_stacks(list(some)) for some in zip(*found, strict=True))
-        check_prefix(KeysValues(keys, values), 0, computed, model)
-
-
-def check_prefix(prefix: KeysValues | None, start: int, held: tuple[torch.Tensor, ...], model: PromptedModel) -> None:
-    """Raise UserError where a base's layers keep keys and values [L, C, G, D] of other sizes than a prompt's.
-
-    start: the layer that the prompt's begin with.
-    """
-    if prefix is None:
-        return
-    kind = model.base.config.model_type
-    sizes = [(part[start:].shape[0], *part.shape[2:]) for part in held]
-    own = [(part.shape[0], *part.shape[2:]) for part in prefix]
-    if sizes != own:
-        raise UserError(
-            f"prompt.method: prefix_tuning has keys and values of {describe_sizes(own)}, and {kind} models keep "
-            f"{describe_sizes(sizes)}: choose another method"
-        )
-
-
-def describe_sizes(sizes: list[tuple[int, ...]]) -> str:
-    (num_layers, num_heads, width), (_, _, value_width) = sizes
-    return f"{num_layers} layers x {num_heads} heads x {width} and {value_width} numbers"
 
 
 @contextmanager

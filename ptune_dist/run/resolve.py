@@ -2,7 +2,7 @@
 
 from ptune_dist.config.load import resolve_outside_sweep
 from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config
-from ptune_dist.config.sweep import expand_sweep
+from ptune_dist.config.sweep import expand_sweep, sweep_keys
 from ptune_dist.errors import UserError
 from ptune_dist.families import FAMILIES
 from ptune_dist.objectives import OBJECTIVES
@@ -29,7 +29,8 @@ def resolve(config: Config) -> Config:
         raise ValueError(f"prompt.method: {prompt.method} needs an input before the target, and a .txt file has none")
     if not config.sweep and not method.enters_late(options):
         check_cache(config)
-    positions = settle_positions(prompt)
+    is_of_members = "prompt.method" in sweep_keys(config.sweep)
+    positions = prompt.num_virtual_tokens if is_of_members else settle_positions(prompt)
     filled = {"init": choose_start(prompt), "num_virtual_tokens": positions, **options.model_dump()}
     return config.model_copy(update={"prompt": prompt.model_copy(update=filled)})
 

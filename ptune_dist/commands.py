@@ -75,14 +75,14 @@ def evaluate_run(config: Config, run_dir: Path, output: Path | None = None) -> N
         print(json.dumps(content, indent=2), flush=True)  # first: a full disk must not cost the result
         with fault_on_failed_write(output) if output else contextlib.nullcontext(), stream as out:
             if out:
-                write_predictions(evaluator, answers, out)
+                print_predictions(evaluator, answers, out)
         write_json(run_dir / "evaluation.json", content | {"samples": evaluator.samples(answers)})
 
     together(world, lambda: report() if world.is_main else None)
 
 
-def write_predictions(evaluator: Evaluator, answers: MemberAnswers, out: TextIO) -> None:
-    """Each validation row with what was answered to it, as JSON lines."""
+def print_predictions(evaluator: Evaluator, answers: MemberAnswers, out: TextIO) -> None:
+    """Each validation row, with its own columns, and what was answered to it, as JSON lines."""
     for number, found in enumerate(list_predictions(evaluator, answers)):
         row = evaluator.split.rows.read(number, number + 1)[0]
         print(dump_json(row | found, ensure_ascii=False, default=str), file=out, flush=True)
@@ -214,7 +214,7 @@ def holds_answers(path: Path) -> bool:
         with open(path, encoding="utf-8") as file:
             line = file.readline()
         row = dict(json.loads(line)) if line else {"generated": ""}
-        return "generated" in row or row.keys() >= {"gold", "loss"}
+        return "generated" in row or row.keys() >= {"gold", "num_tokens"}
     except PermissionError:  # opening it for writing tells why
         return True
     except (OSError, ValueError, TypeError):

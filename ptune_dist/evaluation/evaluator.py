@@ -6,7 +6,7 @@ same gathered numbers.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -27,8 +27,6 @@ from ptune_dist.objectives.objective import Objective
 from ptune_dist.run.reading import Reading
 from ptune_dist.zero.engine import Engine
 
-Evaluation = tuple[dict[str, float], list[dict[str, str]]]  # metrics, and answers to some rows
-
 
 @dataclass
 class MemberAnswers:
@@ -41,6 +39,14 @@ class MemberAnswers:
     given: dict[Need, Sequence[Any]]
     texts: list[str]
     label_losses: np.ndarray | None = None
+
+
+class Evaluation(NamedTuple):
+    """Of one prompt: its metrics, some rows with its answers, and what it answers to all rows."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, str]]
+    answers: MemberAnswers
 
 
 @dataclass
@@ -71,7 +77,9 @@ class Evaluator:
         `between_batches` is called on every rank after each batch, and may communicate or raise.
         """
         found = self.read(engine, members, between_batches)
-        return {name: (self.compute(answers), self.samples(answers)) for name, answers in found.items()}
+        return {
+            name: Evaluation(self.compute(answers), self.samples(answers), answers) for name, answers in found.items()
+        }
 
     def read(
         self, engine: Engine, members: Sequence[str], between_batches: Callable[[], None] = lambda: None
@@ -142,7 +150,7 @@ class Evaluator:
                 before, wanted = self._halves(i)
                 shown = [decode(self.tokenizer, ids).strip() for ids in (before, wanted)]
             else:
-                shown = [self._input(i).strip(), self.references["answers"][i][0]]
+                shown = [self.show_input(i).strip(), self.references["answers"][i][0]]
             samples.append({"input": shown[0], "wanted": shown[1], "answer": answer})
         return samples
 
@@ -152,7 +160,7 @@ class Evaluator:
         count = min(len(block) // 2, self.decoding.max_new_tokens)
         return block[:count], block[count : count + self.decoding.max_new_tokens]
 
-    def _input(self, index: int) -> str:
+    def show_input(self, index: int) -> str:
         """The text of a row's input; special tokens that its template has are shown, those around it are not."""
         text = decode(self.tokenizer, self.split.examples.input_ids(index), skip_special_tokens=False)
         tokenizer = self.tokenizer

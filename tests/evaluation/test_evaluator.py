@@ -124,7 +124,7 @@ def test_predictions_of_labels_have_probabilities(commands, tmp_path):
     assert commands.run("evaluate", tmp_path / "run", "--output", tmp_path / "out.jsonl").code == 0
     for row, prediction in zip(rows, read_rows(tmp_path / "out.jsonl"), strict=True):
         shares = prediction["probabilities"]
-        assert prediction["gold"] == row["answer"] and shares.keys() == {"A", "B", "C"}
+        assert prediction["gold_label"] == prediction["gold"] == row["answer"] and shares.keys() == {"A", "B", "C"}
         assert prediction["label"] == max(shares, key=shares.get)
         assert sum(shares.values()) == pytest.approx(1)
         assert prediction["accuracy"] == float(prediction["label"] == row["answer"])

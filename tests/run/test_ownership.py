@@ -168,7 +168,7 @@ def test_answers_replace_only_answers(load: Load, tmp_path: Path):
         check_output(path, None, load())
 
     for number, text in enumerate(
-        ["", '{"word": "a", "generated": "b"}\n', '{"gold": "b", "label": "b", "loss": 1.0}\n']
+        ["", '{"word": "a", "generated": "b"}\n', '{"gold": "b", "label": "b", "num_tokens": 1}\n']
     ):
         check(put(tmp_path, f"answers{number}.jsonl", text))
     check(tmp_path / "new.jsonl")

@@ -39,7 +39,7 @@ class Metric:
     compute: answers and references, one entry for each row, to the number. package: the library on PyPI that computes
     it; module: the name that it is imported by. signature: from the references to a text that says exactly how the
     number is computed, to be quoted with it. is_mean: the number is the mean over rows of what one row alone gives.
-    interval: as `metrics.intervals.bootstrap`, where the library resamples faster.
+    interval, p_value: as `bootstrap` and `paired_p_value` of `metrics.intervals`, where the library resamples faster.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Metric:
     signature: Callable[[References], str] | None = None
     is_mean: bool = False
     interval: Callable[[Sequence[Any], References, int], Interval] | None = None
+    p_value: Callable[[Sequence[Any], Sequence[Any], References, int], float] | None = None
 
     def check_available(self) -> None:
         """Raise UserError where the library is not installed."""

@@ -60,14 +60,47 @@ def resample(scorer: Any, answers: Sequence[str], num_resamples: int) -> Interva
     return found["confidence_mean"] - found["confidence_var"], found["confidence_mean"] + found["confidence_var"]
 
 
+def bleu_p_value(first: Sequence[str], second: Sequence[str], references: References, num_resamples: int) -> float:
+    return compare(build_bleu(references), first, second, num_resamples)
+
+
+def chrf_p_value(first: Sequence[str], second: Sequence[str], references: References, num_resamples: int) -> float:
+    return compare(build_chrf(references), first, second, num_resamples)
+
+
+def compare(scorer: Any, first: Sequence[str], second: Sequence[str], num_resamples: int) -> float:
+    """sacrebleu's paired bootstrap test."""
+    from sacrebleu.significance import PairedTest
+
+    systems: list[tuple[str, Sequence[str]]] = [("first", first), ("second", second)]
+    test = PairedTest(systems, {"score": scorer}, None, test_type="bs", n_samples=num_resamples)
+    _, found = cast(Any, test())  # its annotated type is that of other values
+    (of_both,) = [results for name, results in found.items() if name != "System"]
+    return of_both[1].p_value
+
+
 def to_streams(references: References) -> list[tuple[str, ...]]:
     """References as sacrebleu takes them: all first ones, all second ones, ..., None where a row has no more."""
     return cast(list[tuple[str, ...]], list(zip_longest(*references)))  # sacrebleu's own type leaves out the None
 
 
 BLEU = Metric(
-    "bleu", "answers", bleu, package="sacrebleu", module="sacrebleu", signature=sign_bleu, interval=bleu_interval
+    "bleu",
+    "answers",
+    bleu,
+    package="sacrebleu",
+    module="sacrebleu",
+    signature=sign_bleu,
+    interval=bleu_interval,
+    p_value=bleu_p_value,
 )
 CHRF = Metric(
-    "chrf", "answers", chrf, package="sacrebleu", module="sacrebleu", signature=sign_chrf, interval=chrf_interval
+    "chrf",
+    "answers",
+    chrf,
+    package="sacrebleu",
+    module="sacrebleu",
+    signature=sign_chrf,
+    interval=chrf_interval,
+    p_value=chrf_p_value,
 )

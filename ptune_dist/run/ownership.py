@@ -26,6 +26,7 @@ REPLACED_FILES = (
     "metrics.jsonl",
     "summary.json",
     "status.json",
+    "evaluations.jsonl",
     "evaluation.json",
     "predictions.jsonl",
     "micro_batch.json",

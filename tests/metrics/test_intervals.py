@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import bootstrap as scipy_bootstrap
 
 from ptune_dist.metrics import METRICS
-from ptune_dist.metrics.intervals import bootstrap, of_rows
+from ptune_dist.metrics.intervals import bootstrap, of_rows, paired_p_value
 from ptune_dist.metrics.metric import RowLoss
 
 WORDS = "one two three four five six seven eight nine ten".split()
@@ -52,3 +52,18 @@ def test_a_metric_that_is_a_mean_is_the_mean_of_its_rows():
 def test_the_loss_is_resampled_by_rows_with_their_tokens():
     rows = [RowLoss(2.0, 1), RowLoss(4.0, 4)]
     assert bootstrap(METRICS["loss"], rows, ()) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.needs == "answers"])
+def test_a_difference_on_many_rows_is_no_chance_and_none_is(name):
+    answers, references = texts(120)
+    worse = [f"{answer} nothing" if i % 2 else "x" for i, answer in enumerate(answers)]
+    assert paired_p_value(METRICS[name], answers, worse, references, num_resamples=200) < 0.02
+    assert paired_p_value(METRICS[name], answers, answers, references, num_resamples=200) == 1
+
+
+def test_a_p_value_is_that_of_the_sign_test_of_as_many_rows():
+    labels = ["yes"] * 50 + ["no"] * 50
+    other = ["no"] * 4 + ["yes"] * 46 + ["yes"] * 10 + ["no"] * 40  # 10 rows better, 4 worse
+    found = paired_p_value(METRICS["accuracy"], labels, other, [["yes"]] * 100, num_resamples=4000)
+    assert found == pytest.approx(0.109, abs=0.03)  # normal approximation: 6 / sqrt(14 - 0.36) = 1.62

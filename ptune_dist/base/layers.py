@@ -27,6 +27,12 @@ def layers_of(base: nn.Module) -> list[nn.Module]:
     return [layer for stack in layer_stacks(base) for layer in stack]
 
 
+def name_first_layers(base: PreTrainedModel) -> list[str]:
+    """The names of the layers of the first stack."""
+    names = {id(module): name for name, module in base.named_modules()}
+    return [names[id(layer)] for layer in layer_stacks(base)[0]]
+
+
 def name_modules(base: PreTrainedModel) -> dict[str, Any]:
     """The names of some modules: `embeddings`, and `attentions_from_last` of the layers, from the last to the first."""
     tokens = base.get_input_embeddings()
@@ -116,6 +122,17 @@ def key_value_heads(shape: PretrainedConfig) -> tuple[int | None, int | None, in
     """
     num_heads, of_keys, of_values = (the_one(set(numbers)) for numbers in zip(*heads_by_layer(shape), strict=True))
     return num_heads, of_keys, of_values
+
+
+def heads_of_half(base: PreTrainedModel, half: str) -> tuple[int | None, int | None]:
+    """The key/value heads and their width of an encoder-decoder's `encoder` or `decoder`, whose numbers may differ."""
+    module = base.get_encoder() if half == "encoder" else base.get_decoder()
+    text = module.config.get_text_config()
+    names = {"encoder": "encoder_attention_heads", "decoder": "decoder_attention_heads"}
+    own = getattr(text, names[half], None)  # of both halves in one config
+    if getattr(text, "hidden_size", None) is None:
+        return None, None
+    return (own, text.hidden_size // own) if own else heads_of(text)[:2]
 
 
 def num_key_value_heads(shape: PretrainedConfig) -> int | None:

@@ -72,7 +72,7 @@ class ContextReader:
         if self._model.placement not in PLACEMENTS_WITH_CONTEXTS or 0 not in self._model.start_layers:
             return batch
         if len(self._lead_tokens) and self._lead is None:
-            self._lead = wrap(self._read(Contexts([self._lead_tokens], batch.pad_id))[0])
+            self._lead = KeysValues.of(self._read(Contexts([self._lead_tokens], batch.pad_id))[0])
         needed = [tokens for tokens in batch.contexts if len(tokens) or self._model.needs_empty_contexts]
         distinct = {tokens.tobytes(): tokens for tokens in needed}
         held: dict[bytes, tuple] = {}

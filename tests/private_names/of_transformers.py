@@ -155,6 +155,18 @@ TABLE: Table = {
             "crossed",
         ),
     ],
+    "model/seq2seq_prefix.py": [
+        attribute(CACHE, "give an encoder's attention a prefix"),
+        attribute("transformers:EncoderDecoderCache", "give a decoder prefixes"),
+        instance("transformers:EncoderDecoderCache", "is_updated", "read the encoder's output behind a prefix"),
+        attribute("transformers:DynamicCache", "continue from a prefix"),
+        *(
+            source(
+                f"{MODELS}.{kind}", "past_key_values.is_updated.get(", "read the encoder behind a prefix", "is_updated"
+            )
+            for kind in ("t5.modeling_t5:T5Attention", "bart.modeling_bart:BartAttention")
+        ),
+    ],
     "families/seq2seq_decoder.py": [
         attribute("transformers.cache_utils:DynamicLayer", "drop the padding of rows that have left"),
         attribute("transformers:EncoderDecoderCache.batch_select_indices", "let rows leave a batch"),

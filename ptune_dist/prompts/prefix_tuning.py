@@ -286,6 +286,12 @@ class PrefixTuning(Method):
         return PeftAdapter(*pack_keys_values(*(torch.cat([plain[low], plain[high]]) for low, high in pairs)))
 
     @classmethod
+    def choose_training(cls, options: PrefixOptions, family: str) -> TrainingDefaults:
+        if options.reparameterization == "mlp":
+            return TrainingDefaults(1e-3, "that of `p_tuning`, which trains such an MLP too")
+        return super().choose_training(options, family)
+
+    @classmethod
     def enters_late(cls, options: PrefixOptions) -> bool:
         return options.from_layer > 0
 

@@ -45,6 +45,10 @@ class LateEntry(MemberPrompts):
         """
         raise NotImplementedError
 
+    def read_start(self, work: Contexts) -> tuple[torch.Tensor, ...]:
+        """What a prompt starts from that starts from the only text of `work`: see `Method.begin_from`."""
+        return self.read_contexts(work)[0]
+
     @property
     def reads_rows(self) -> bool:
         """Whether what some prompt contributes depends on the row."""

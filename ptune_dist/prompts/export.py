@@ -13,7 +13,7 @@ from ptune_dist.data.encode import TokenPair
 from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
 from ptune_dist.prompts.late_prompt import GENERATOR
-from ptune_dist.prompts.peft_prefix import as_cartridge
+from ptune_dist.prompts.peft_prefix import as_cartridge, for_decoder
 from ptune_dist.prompts.start import BASE, read_adapter_settings
 
 # PEFT's types that exports are of.
@@ -27,6 +27,7 @@ OWN_ADAPTERS = (
     "ADAPTION_PROMPT",
 )
 CARTRIDGE = "cartridge"
+SEQ2SEQ = "seq2seq"
 POOLER = ".pooler."
 VALUE_HEAD = "value_head."
 
@@ -73,7 +74,10 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
     if known is not None and facts["base"]["model_type"] not in known:
         kind = facts["base"]["model_type"]
         raise UserError(f"--to peft: PEFT has {name} for {', '.join(known)} models only, not for {kind}")
-    if facts["placement"] not in ("prefix", "encoder"):
+    if "prefix_keys" in tensors and is_of_seq2seq(facts):
+        if facts["placement"] != "decoder":
+            raise UserError(f"--to {to}: PEFT's prefixes are the decoder's alone, which is prompt.placement=decoder")
+    elif facts["placement"] not in ("prefix", "encoder"):
         has_vectors = facts["placement"] != "decoder" and "prefix_keys" not in tensors
         other = ": use --to prompt-embeds" if has_vectors else ""
         raise UserError(f"--to {to}: PEFT has no placement {facts['placement']}{other}")
@@ -81,6 +85,10 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
         raise UserError(f"--to {to}: PEFT has no head that answers numbers for language models")
     if facts.get("options", {}).get("from_layer") and "lower_keys" not in tensors:
         raise UserError(f"--to {to}: PEFT's prefixes are in all layers, this one begins with prompt.from_layer")
+
+
+def is_of_seq2seq(facts: dict[str, Any]) -> bool:
+    return facts.get("base", {}).get("family") == SEQ2SEQ
 
 
 def export_peft(
@@ -102,6 +110,9 @@ def export_peft(
     if to == CARTRIDGE:  # an older prompt had no frozen positions
         num_frozen = tensors["frozen_values"].shape[1] if "frozen_values" in tensors else 0
         settings = as_cartridge(settings, num_frozen)
+    if "prefix_keys" in tensors and is_of_seq2seq(facts):
+        adapter = for_decoder(adapter, settings)
+        settings = adapter.settings
     modules = facts.get("modules", {})
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
     config = {

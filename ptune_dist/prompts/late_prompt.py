@@ -50,7 +50,8 @@ class LatePrompt(Method):
     placements = ("prefix", "infix", "template", "encoder")
     starts = ("text", "rows", "random", "file")
     default_start = "rows"
-    default_training = TrainingDefaults(0.01)
+    default_training = TrainingDefaults(0.3, "tried on tiny bases")
+    default_training_of = {"encoder": TrainingDefaults(0.01, "on encoders as `prompt_tuning`")}
 
     def __init__(self, vectors: torch.Tensor, start_layer: int, generator: RowGenerator | None = None):
         super().__init__()

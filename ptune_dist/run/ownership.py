@@ -21,7 +21,16 @@ OLD_KEYS = {
 }
 CHECKPOINT = re.compile(r"step-\d{8}")
 # What a run replaces. It only adds to others (train.log, logs/, stacks/, tensorboard/), which may be there already.
-REPLACED_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "status.json", "evaluation.json", "micro_batch.json")
+REPLACED_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "status.json",
+    "evaluations.jsonl",
+    "evaluation.json",
+    "predictions.jsonl",
+    "micro_batch.json",
+)
 REPLACED_FOLDERS = ("checkpoints", "prompt", "members")
 PARTS_OF_A_RUN = (*REPLACED_FILES, *REPLACED_FOLDERS, "tensorboard", "stacks", "train.log", ".lock")
 BESIDE_CONFIG = (".lock", "status.json", "metrics.jsonl", "checkpoints", "prompt", "summary.json")

@@ -165,7 +165,7 @@ def build_parser() -> Parser:
     add_generate_arguments(generate)
     generate.add_argument("--task", metavar="NAME", help="of all inputs; the column of data.task where left out")
     export.add_argument("--task", metavar="NAME", help="one of the tasks of a multitask prompt")
-    export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds", "model"], required=True)
+    export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds", "vectors", "model"], required=True)
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
     add_input_arguments(export, "for prompt-embeds: ", required=False)
     bench = add("bench", run_bench, "run a matrix of benchmarks", "MATRIX")

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from ptune_dist.base.layers import name_first_layers
 from ptune_dist.base.source import fingerprint_base, load_shape
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config, DataConfig
@@ -34,13 +35,16 @@ from ptune_dist.prompts.export import (
     CARTRIDGE,
     check_export_folder,
     check_for_peft,
+    check_for_vectors,
     export_peft,
     export_prompt_embeds,
+    export_vectors,
 )
+from ptune_dist.prompts.late_prompt import choose_layer
 from ptune_dist.prompts.multitask import select_task
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.folder import write_json
-from ptune_dist.run.job import Job, open_base_of
+from ptune_dist.run.job import Job, base_facts, open_base_of
 from ptune_dist.run.ownership import check_target
 from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.run.stored_prompt import build_trained_job, check_base
@@ -252,7 +256,7 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
 def export_run(
     config: Config, run_dir: Path, *, to: str, out: Path, text: str | None, file: str | None, task: str | None = None
 ) -> None:
-    """Write a PEFT adapter (`peft`, `cartridge`), embeddings of a prompt and inputs, or a model to folder `out`.
+    """Write a PEFT adapter (`peft`, `cartridge`), embeddings, a late prompt's vectors, or a model to folder `out`.
 
     Of one task or all. Raises UserError.
     """
@@ -275,6 +279,12 @@ def export_run(
     reading = build_reading(config)
     if to == "model":
         export_model(reading, tensors, out)
+        return
+    if to == "vectors":
+        check_for_vectors(tensors, facts)
+        base = open_base_of(reading).model
+        layer = choose_layer(facts["options"]["start_layer"], base_facts(base))
+        export_vectors(tensors, facts, name_first_layers(base)[layer], out)
         return
     inputs = []
     if text is not None or file is not None:

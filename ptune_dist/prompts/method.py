@@ -119,10 +119,12 @@ class PeftAdapter:
 class TrainingDefaults(NamedTuple):
     """How a prompt is trained where the config leaves it out.
 
-    learning_rate: the highest one, for AdamW. warmup_share: of the steps, over which it rises.
+    learning_rate: the highest one, for AdamW. source: where it comes from, for the docs. warmup_share: of the steps,
+    over which the rate rises.
     """
 
     learning_rate: float
+    source: str
     warmup_share: float = 0.0
 
 
@@ -132,9 +134,10 @@ def check_start_layer(layer: int, base: BaseFacts, key: str) -> int:
         raise ValueError(f"{key}: the layers of this base are no plain stack, which a prompt could enter in the middle")
     if not 0 < layer < base.num_first_layers:
         last = base.num_first_layers - 1
-        raise ValueError(
-            f"{key}: {layer} is no layer above the first one of {base.num_first_layers}: choose one from 1 to {last}"
-        )
+        if last < 1:
+            raise ValueError(f"{key}: this base has one layer, and a prompt can enter above the first one only")
+        choice = f"one from 1 to {last}" if last > 1 else "1"
+        raise ValueError(f"{key}: {layer} is no layer above the first one of {base.num_first_layers}: choose {choice}")
     return layer
 
 
@@ -159,7 +162,7 @@ class Method(nn.Module):
     names_modules: ClassVar[bool] = False  # PEFT's adapter has names of the base's modules
     trains_base: ClassVar[bool] = False  # what is trained are copies of the base's own tensors
 
-    default_training: ClassVar[TrainingDefaults]  # where the config leaves it out
+    default_training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, "that of a method that names none")
     default_training_of: ClassVar[dict[str, TrainingDefaults]] = {}  # where a family needs others
 
     num_virtual_tokens: int  # positions that the prompt takes
@@ -167,6 +170,7 @@ class Method(nn.Module):
     # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
     start_tokens: Sequence[int] = ()
     reads_layer: int = 0  # the layer whose input that is; 0: keys and values of all layers
+    reads_rows: bool = False  # its vectors depend on what the layers below leave of a row's input: see `of_rows`
     num_tasks: int = 1  # that it has vectors of its own for
     base_start: dict[str, torch.Tensor] | None = None  # what the trained tensors of the base start from; None: its own
 
@@ -202,6 +206,10 @@ class Method(nn.Module):
     def contributions(self) -> list[Contribution]:
         """What it contributes to rows of each task."""
         return [self()]
+
+    def of_rows(self, rows: list[torch.Tensor]) -> list[Contribution]:
+        """What it contributes to each row, from hidden states [T, H] of the row's input before `start_layer`."""
+        raise NotImplementedError
 
     def begin_from(self, *computed: torch.Tensor) -> None:
         """Start from keys and values [L, P, G, Dh] of `start_tokens`, or from hidden states [P, H] of `reads_layer`.

@@ -214,9 +214,9 @@ def run_ours(model: PromptedModel, probe: Probe, contributions: list[Contributio
     batch = probe.batch
     if any(map(len, batch.contexts)):
         held = model.read_contexts(Contexts(batch.contexts, batch.pad_id))
-        for contribution in contributions:
-            if len(held[0]) > 1:  # an encoder's output is one tensor
-                check_prefix(keys_values_of(contribution), contribution.start_layer, KeysValues.of(held[0]), model)
+        keeps_keys = not model.base.config.is_encoder_decoder  # whose encoder's output is kept
+        for contribution in contributions if keeps_keys else []:
+            check_prefix(keys_values_of(contribution), contribution.start_layer, KeysValues.of(held[0]), model)
         batch = batch.with_held([(KeysValues.of(some) if len(some) > 1 else some[0],) for some in held])
     return model.outputs(batch).float()
 

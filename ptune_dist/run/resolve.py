@@ -49,11 +49,13 @@ def check_cache(config: Config) -> None:
     placement = config.prompt.placement
     if placement in PLACEMENTS_WITH_CONTEXTS:
         return
+    own = find_method(config.prompt).placements
+    others = [name for name in PLACEMENTS_WITH_CONTEXTS if own is None or name in own]
+    advice = f", or set prompt.placement to one of {', '.join(others)}" if others else ""
     for key in ("context_cache_gib", "context_cache_gpu_gib", "context_cache_dir"):
         if getattr(config.train, key):
             raise ValueError(
-                f"train.{key} is given but placement {placement} has no contexts to keep: "
-                f"leave it out, or set prompt.placement to one of {', '.join(PLACEMENTS_WITH_CONTEXTS)}"
+                f"train.{key} is given but placement {placement} has no contexts to keep: leave it out{advice}"
             )
 
 

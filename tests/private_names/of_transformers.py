@@ -21,6 +21,20 @@ ATTENTION = {
 }
 
 TABLE: Table = {
+    "model/encoder_prefix.py": [
+        attribute(f"{MODEL}._supports_attention_backend", "know whether a base's layers call a registered function"),
+        attribute("transformers:AttentionInterface.register", "give layers keys and values before their own"),
+        attribute("transformers:AttentionMaskInterface.register", "keep the masks of sdpa"),
+        attribute(f"{MODEL}.set_attn_implementation", "give layers keys and values before their own"),
+        attribute(SDPA, "attend to a prefix and to a row"),
+        *(
+            parameter(SDPA, name, "attend to a prefix and to a row")
+            for name in ("module", "query", "key", "value", "attention_mask")
+        ),
+        attribute("transformers.masking_utils:sdpa_mask", "keep the masks of sdpa"),
+        parameter(f"{MODELS}.bert.modeling_bert:BertModel.forward", "past_key_values", "give layers keys and values"),
+        parameter(f"{MODELS}.bert.modeling_bert:BertModel.forward", "position_ids", "count positions from a prefix on"),
+    ],
     "model/attention.py": [
         attribute(f"{MODEL}._supports_attention_backend", "know whether a base's layers call a registered function"),
         attribute("transformers:AttentionInterface.register", "have layers call attention over segments"),

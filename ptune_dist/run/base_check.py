@@ -217,7 +217,7 @@ def run_ours(model: PromptedModel, probe: Probe, contributions: list[Contributio
         keeps_keys = not model.base.config.is_encoder_decoder  # whose encoder's output is kept
         for contribution in contributions if keeps_keys else []:
             check_prefix(keys_values_of(contribution), contribution.start_layer, KeysValues.of(held[0]), model)
-        batch = batch.with_held([(KeysValues.of(some) if len(some) > 1 else some[0],) for some in held])
+        batch = batch.with_held([(KeysValues.of(some) if keeps_keys else some[0],) for some in held])
     return model.outputs(batch).float()
 
 

@@ -249,7 +249,7 @@ def score_rows(job: Job, evaluator: Evaluator) -> dict[str, RowScores]:
         references = evaluator.references["answers"]
         return {
             name: RowScores(number, values["loss"], text_score([s["answer"] for s in samples], references))
-            for name, (values, samples) in found.items()
+            for name, (values, samples, _) in found.items()
         }
     places = list(range(len(names)))
     scorer = Scorer(engine, places, evaluator.decoding.micro_batch_tokens, pad_id(evaluator.tokenizer))

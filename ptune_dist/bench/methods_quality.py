@@ -61,9 +61,19 @@ class Measurement:
                 self.content[key] = latest[key]
             self.read(unit, folder)
             self.content |= describe_machine()
-            replace_file(self.out, (json.dumps(self.content, indent=1) + "\n").encode())
+            write(self)
             shutil.rmtree(folder)
         return status
+
+    def take_unfinished(self, unit: Unit) -> None:
+        """Take over the evaluations of a run that was stopped; it counts as missing until it is finished."""
+        run_dir = self.work / unit.digest / "run"
+        if unit.kind != "score" or self.has(unit) or not (run_dir / "train.log").exists():
+            return
+        for name, member in unit.cells.items():
+            curve = read_curve(run_dir, member)
+            if curve:
+                self.content["cells"][name] = {"config": None, "curve": curve}
 
     def write_config(self, unit: Unit, folder: Path) -> Path:
         """The unit's config with its folders, as a file. What is timed reads as many rows as half of its steps take."""
@@ -95,6 +105,11 @@ class Measurement:
                 self.content["cells"][name] = own | {"curve": read_curve(folder / "run", member)}
         if unit.kind == "score" and summary["base_without_prompt"]:
             self.content["cells"].setdefault(f"{unit.task}/bare/0", bare)
+
+
+def write(measurement: Measurement) -> None:
+    """Replace --out."""
+    replace_file(measurement.out, (json.dumps(measurement.content, indent=1) + "\n").encode())
 
 
 def read_curve(run_dir: Path, member: str) -> list[dict[str, float]]:
@@ -145,6 +160,8 @@ def measure(measurement: Measurement, parts: list[str], minutes: float) -> int:
             print(f"part {name}: {', '.join(unit.cells)}", flush=True)
             status = measurement.run(unit)
             if status:
+                measurement.take_unfinished(unit)
+                write(measurement)
                 return status
             longest_s[unit.kind] = max(longest_s.get(unit.kind, 0), time.monotonic() - unit_began)
     return 0
@@ -172,7 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--document", type=Path, help="the page with the tables")
     parser.add_argument("--part", action="append", help="only this part of the plan; may be repeated")
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--again", action="store_true", help="only fill the document")
+    parser.add_argument(
+        "--again", action="store_true", help="run nothing: take over what unfinished runs have, fill the document"
+    )
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--work", type=Path, default=WORK, help="the folder of unfinished runs")
     args = parser.parse_args(arguments)
@@ -184,6 +203,11 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(f"--part: {name} is none of {', '.join(plan.parts)}")
         content = read_content(args.out, {"name": "methods_quality", "plan": args.plan.name, "cells": {}, "times": {}})
         measurement = Measurement(Builder(plan, args.base, args.data), args.out, args.work, content)
+        if args.again:
+            for name in parts:
+                for unit in measurement.builder.units(plan.parts[name], plan.parts[name].methods):
+                    measurement.take_unfinished(unit)
+            write(measurement)
         status = 0 if args.again else measure(measurement, parts, args.minutes)
         if args.document:
             fill_tables(args.document, content, measurement.builder.plan)

@@ -102,7 +102,11 @@ def score_columns(content: dict[str, Any], plan: Plan, task: str, method: str, m
         steps = max(at["step"] for at in next(iter(curves.values())) if at["step"] <= most)
         at_time = f"{show(metric, scores_at(curves, metric, most))}, {steps:g} steps"
     seconds = MISSING if own is None else f"{own:.2f}"
-    return [show(metric, scores_at(curves, metric, float("inf"))), at_time, seconds, str(len(curves))]
+    at_steps = show(metric, scores_at(curves, metric, float("inf")))
+    last = min((curve[-1]["step"] for curve in curves.values()), default=0)
+    if any(content["cells"][f"{task}/{method}/{seed}"].get("config", "") is None for seed in curves):
+        at_steps += f" (unfinished, step {last:g})"
+    return [at_steps, at_time, seconds, str(len(curves))]
 
 
 def others_table(content: dict[str, Any], plan: Plan, tasks: list[str]) -> str:

@@ -83,7 +83,8 @@ def start_process_group(device: torch.device, *, is_alone: bool = False) -> None
     timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 10)))
     if is_alone:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = cast(Any, dist).HashStore()  # documented, but not among the names that torch's types export
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     elif device.type != "cuda":
         dist.init_process_group("gloo", timeout=timeout)
     elif int(os.environ["WORLD_SIZE"]) > 1:

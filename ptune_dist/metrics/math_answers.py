@@ -47,4 +47,4 @@ def read_final(text: str) -> str | float:
         return line
 
 
-FINAL_ANSWER = Metric("final_answer", "answers", final_answer)
+FINAL_ANSWER = Metric("final_answer", "answers", final_answer, is_mean=True)

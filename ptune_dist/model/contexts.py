@@ -6,7 +6,6 @@ context that begins with it continues from there.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +14,9 @@ import torch.distributed as dist
 from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS
 from ptune_dist.data.batches import Batch, HeldPart
 from ptune_dist.distributed.world import World
-from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.below import BelowReader
 from ptune_dist.model.context_cache import ContextCache
+from ptune_dist.model.keys_values import KeysValues, wrap
 from ptune_dist.model.passes import Contexts
 from ptune_dist.model.prompted_model import PromptedModel
 
@@ -73,7 +72,7 @@ class ContextReader:
         if self._model.placement not in PLACEMENTS_WITH_CONTEXTS or 0 not in self._model.start_layers:
             return batch
         if len(self._lead_tokens) and self._lead is None:
-            self._lead = self._wrap(self._read(Contexts([self._lead_tokens], batch.pad_id))[0])
+            self._lead = KeysValues.of(self._read(Contexts([self._lead_tokens], batch.pad_id))[0])
         needed = [tokens for tokens in batch.contexts if len(tokens) or self._model.needs_empty_contexts]
         distinct = {tokens.tobytes(): tokens for tokens in needed}
         held: dict[bytes, tuple] = {}
@@ -108,7 +107,7 @@ class ContextReader:
         found = self.cache.get(self._key(tokens)) if self.cache else None
         if found is None:
             return None
-        return (*lead, self._wrap(tuple(found[str(i)] for i in range(len(found)))))
+        return (*lead, wrap(tuple(found[str(i)] for i in range(len(found)))))
 
     def _count_passes(self, missing: dict[bool, list[bytes]]) -> dict[bool, int]:
         """Passes for contexts that begin with the lead, and for the others; where ranks must agree, the most of any.
@@ -144,15 +143,11 @@ class ContextReader:
             for tokens, tensors in zip(contexts, computed, strict=True):
                 self.cache.put(self._key(tokens), {str(i): tensor for i, tensor in enumerate(tensors)})
         before = () if lead is None else (lead,)
-        return [(*before, self._wrap(tensors)) for tensors in computed]
+        return [(*before, wrap(tensors)) for tensors in computed]
 
     def _key(self, tokens: np.ndarray) -> np.ndarray:
         """What is held of a context is without its lead."""
         return np.append(tokens, len(self._lead_tokens) if self._begins(tokens) else 0)
-
-    def _wrap(self, tensors: tuple[torch.Tensor, ...]) -> Any:
-        """Keys/values, or what an encoder left [C, D]."""
-        return KeysValues.of(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def empty_like(held: KeysValues | torch.Tensor) -> KeysValues | torch.Tensor:

@@ -95,12 +95,12 @@ class KeysValuesPool:
         if not self._starts:
             self._end = longest
         shift = max(0, longest - self._end)  # of the rows that are there
-        self._like = [tensor[:, :0] for tensor in rows[0]]
+        self._like = [tensor[:, :0] for tensor in rows[0].tensors]
         self._reserve(self.num_rows + len(rows), shift, num_columns)
         for row in rows:
             slot = self.num_rows
             self._starts.append(self._end - row.length)
-            for held, tensor in zip(self._held, row, strict=True):
+            for held, tensor in zip(self._held, row.tensors, strict=True):
                 held[:, slot] = 0  # nothing of a former row, which may not have been a number
                 held[:, slot, :, self._starts[slot] : self._end] = tensor.transpose(1, 2)
 

@@ -60,6 +60,12 @@ class KeysValues(NamedTuple):
         return KeysValues(cut_positions(self.keys, run), cut_positions(self.values, run))
 
 
+def wrap(tensors: Sequence[torch.Tensor]) -> KeysValues | torch.Tensor:
+    """What is held of a context, from its tensors: keys and values, or the one that an encoder left."""
+    first = tensors[0]
+    return first if len(tensors) == 1 else KeysValues.of(tensors)
+
+
 def join_parts(parts: Sequence[KeysValues]) -> KeysValues | None:
     """Parts one after another as one; None for no parts."""
     if len(parts) < 2:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from ptune_dist.base.layers import layers_of
 from ptune_dist.base.recompute import Recomputer
 from ptune_dist.data.batches import Batch
-from ptune_dist.model.attention import KeysValues
 from ptune_dist.model.below import BelowReader
+from ptune_dist.model.keys_values import wrap
 from ptune_dist.model.passes import Contexts
 from ptune_dist.model.prompted_model import PromptedModel
 
@@ -90,6 +90,6 @@ def hold_contexts(model: PromptedModel, batch: Batch) -> Batch:
     if not distinct:
         return batch
     passed = model.read_contexts(Contexts(list(distinct.values()), batch.pad_id))
-    wrapped = [KeysValues.of(tensors) if len(tensors) > 1 else tensors[0] for tensors in passed]
+    wrapped = map(wrap, passed)
     held = {key: (value,) for key, value in zip(distinct, wrapped, strict=True)}
     return batch.with_held([held.get(tokens.tobytes(), ()) for tokens in batch.contexts])

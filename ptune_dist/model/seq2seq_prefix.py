@@ -9,7 +9,7 @@ Shapes: B rows, W prefix positions with padding, T positions, L layers, G key/va
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -145,7 +145,7 @@ def open_encoder(base: PreTrainedModel) -> None:
     for number, attention in enumerate(attentions):
         assert attention is not None
         attention.register_forward_pre_hook(give_to_layer(number), with_kwargs=True)
-    encoder.reads_prefix = True
+    cast(Any, encoder).reads_prefix = True
 
 
 def find_attention(layer: nn.Module) -> nn.Module | None:

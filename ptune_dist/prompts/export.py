@@ -70,6 +70,8 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
         raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {name}: use --to peft")
     if "prefix_keys" in tensors and tensors["prefix_keys"].shape != tensors["prefix_values"].shape:
         raise UserError(f"--to {to}: PEFT has no keys and values of unequal width, and this base has")
+    if not is_of_seq2seq(facts) and differ_by_layer(tensors, facts):
+        raise UserError(f"--to {to}: PEFT has no keys and values of layers that differ, and this base has")
     known = METHODS[name].peft_bases
     if known is not None and facts["base"]["model_type"] not in known:
         kind = facts["base"]["model_type"]
@@ -85,6 +87,16 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
         raise UserError(f"--to {to}: PEFT has no head that answers numbers for language models")
     if facts.get("options", {}).get("from_layer") and "lower_keys" not in tensors:
         raise UserError(f"--to {to}: PEFT's prefixes are in all layers, this one begins with prompt.from_layer")
+
+
+def differ_by_layer(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> bool:
+    """Whether the layers of a prefix have unlike heads; one tensor has fewer layers then than the base."""
+    stored = [tensors[name] for name in ("lower_keys", "prefix_keys") if name in tensors]
+    num_layers = facts.get("base", {}).get("num_layers")
+    if not stored or num_layers is None:
+        return False
+    num_below = 0 if "lower_keys" in tensors else facts.get("options", {}).get("from_layer", 0)
+    return sum(map(len, stored)) + num_below != num_layers or len({part.shape[2:] for part in stored}) > 1
 
 
 def is_of_seq2seq(facts: dict[str, Any]) -> bool:

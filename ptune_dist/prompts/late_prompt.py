@@ -72,6 +72,7 @@ class LatePrompt(Method):
         if options.generator == "pooled":
             generator = RowGenerator(base.hidden_size, options.generator_hidden_size, start.seed)
         if start.kind == "file":
+            check_stored_layer(layer, base, start)
             return cls._from_file(shape, layer, generator, start)
         if start.kind == "random":
             return cls(random_vectors(*shape, start.generator), layer, generator)
@@ -120,8 +121,22 @@ class LatePrompt(Method):
 
 def choose_layer(start_layer: int | None, base: BaseFacts) -> int:
     """The layer that was asked for, or the middle one. Raises ValueError that begins with the key."""
-    middle = max(1, (base.num_first_layers or 0) // 2)
-    return check_start_layer(start_layer or middle, base, "prompt.start_layer")
+    return check_start_layer(start_layer or middle_layer(base), base, "prompt.start_layer")
+
+
+def middle_layer(base: BaseFacts) -> int:
+    return max(1, (base.num_first_layers or 0) // 2)
+
+
+def check_stored_layer(layer: int, base: BaseFacts, start: Start) -> None:
+    """Raise ValueError where the prompt in `prompt.init_file` is known to enter at another layer. Raises UserError."""
+    options = start.read().facts.get("options", {})
+    stored = (options["start_layer"] or middle_layer(base)) if "start_layer" in options else layer
+    if stored != layer:
+        raise ValueError(
+            f"prompt.init_file: that prompt enters at layer {stored}, this one at layer {layer}: set "
+            f"prompt.start_layer={stored}"
+        )
 
 
 def check_generator(options: LatePromptOptions, start: Start) -> None:

@@ -80,7 +80,7 @@ class BiasOnly(PartialTuning):
 class NormsOnly(PartialTuning):
     """Weights and biases of all norms (Qi et al. 2022; Zhao et al. 2023, arXiv:2312.11420)."""
 
-    default_training = TrainingDefaults(1e-3, "tried on tiny bases", 0.1)
+    default_training = TrainingDefaults(3e-3, "tried on tiny bases", 0.1)
 
     @classmethod
     def choose_trained(cls, options: Options, base: PreTrainedModel) -> set[str]:
@@ -92,6 +92,9 @@ class HeadOnly(PartialTuning):
 
     An encoder's classification head is trained with every method, so here it is what remains.
     """
+
+    default_training = TrainingDefaults(3e-4, "tried on tiny bases", 0.1)
+    default_training_of = {"encoder": TrainingDefaults(1e-3, "tried on tiny bases", 0.1)}
 
     @classmethod
     def choose_trained(cls, options: Options, base: PreTrainedModel) -> set[str]:

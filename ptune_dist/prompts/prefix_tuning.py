@@ -11,6 +11,7 @@ heads, L and G of a stored tensor are 1, and Dh is what all its layers have of a
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -229,13 +230,13 @@ class PrefixTuning(Method):
     def forward(self) -> Contribution:
         keys, values = self._whole()
         if self._stacks is not None:
-            return Contribution(**split_stacks(keys, values, self._stacks))
-        return Contribution(
-            keys=keys,
-            values=values,
-            start_layer=self.from_layer,
-            **{name: unpack(self.get_buffer(name), self._heads[name]) for name in LOWER if self._has_lower},
-        )
+            fields: dict[str, Any] = split_stacks(keys, values, self._stacks)
+            return Contribution(**fields)
+        found = Contribution(keys=keys, values=values, start_layer=self.from_layer)
+        if not self._has_lower:
+            return found
+        lower_keys, lower_values = (unpack(self.get_buffer(name), self._heads[name]) for name in LOWER)
+        return replace(found, lower_keys=lower_keys, lower_values=lower_values)
 
     def _whole(self) -> tuple[Layers, Layers]:
         """Keys and values [L, P, G, Dh] of all layers from `from_layer` on."""
@@ -285,6 +286,12 @@ class PrefixTuning(Method):
         return PeftAdapter(*pack_keys_values(*(torch.cat([plain[low], plain[high]]) for low, high in pairs)))
 
     @classmethod
+    def choose_training(cls, options: PrefixOptions, family: str) -> TrainingDefaults:
+        if options.reparameterization == "mlp":
+            return TrainingDefaults(1e-3, "that of `p_tuning`, which trains such an MLP too")
+        return super().choose_training(options, family)
+
+    @classmethod
     def enters_late(cls, options: PrefixOptions) -> bool:
         return options.from_layer > 0
 
@@ -318,7 +325,7 @@ def list_heads(base: BaseFacts) -> tuple[Heads, Heads]:
         keys = tuple((num_heads, width) for num_heads, width, _ in base.layer_heads)
         return keys, tuple((num_heads, width) for num_heads, _, width in base.layer_heads)
     if base.num_layers is None or base.num_key_value_heads is None or base.head_width is None:
-        raise ValueError("prompt.method: prefix_tuning needs a base whose layers keep keys and values")
+        raise ValueError("prompt.method: prefix_tuning needs a base whose layers can be given keys and values")
     widths = (base.head_width, base.value_width or base.head_width)
     keys, values = (((base.num_key_value_heads, width),) * base.num_layers for width in widths)
     return keys, values

@@ -36,18 +36,18 @@ class RowGenerator(nn.Module):
         hidden = torch.cat(rows).float()
         narrow = functional.layer_norm(hidden, hidden.shape[-1:]) @ self.down + self.down_bias
         parts = narrow.split([len(row) for row in rows])
-        pooled = torch.stack([pooling(len(part), num_vectors).to(part.device) @ part for part in parts])
+        pooled = torch.stack([pooling(len(part), num_vectors, part.device) @ part for part in parts])
         return pooled.relu() @ self.up / len(self.up)
 
 
-def pooling(num_tokens: int, num_vectors: int) -> torch.Tensor:
+def pooling(num_tokens: int, num_vectors: int, device: torch.device) -> torch.Tensor:
     """[P, T]: the weights of tokens in vectors, those of torch's adaptive average pooling; 0 where there are no tokens.
 
     As a matrix, because that pooling's backward adds in any order on CUDA.
     """
-    weights = torch.zeros(num_vectors, num_tokens)
-    for number in range(num_vectors if num_tokens else 0):
-        first = number * num_tokens // num_vectors
-        end = -(-(number + 1) * num_tokens // num_vectors)
-        weights[number, first:end] = 1 / (end - first)
-    return weights
+    numbers = torch.arange(num_vectors, device=device)[:, None]
+    places = torch.arange(num_tokens, device=device)
+    first = numbers * num_tokens // num_vectors
+    end = -(-(numbers + 1) * num_tokens // num_vectors)
+    is_in = ((places >= first) & (places < end)).float()
+    return is_in / is_in.sum(dim=1, keepdim=True).clamp(min=1)

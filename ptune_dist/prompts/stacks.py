@@ -5,6 +5,7 @@ is another name: these and the decoder's attention to the encoder's output, as i
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ptune_dist.errors import UserError
 from ptune_dist.prompts.layer_tensors import Heads, Layers, join_layers
@@ -38,9 +39,9 @@ def heads_of_stacks(stacks: Mapping[str, Stack]) -> Heads:
     return tuple((own.num_heads, own.head_width) for own in stacks.values() for _ in range(own.num_layers))
 
 
-def split_stacks(keys: Layers, values: Layers, stacks: Mapping[str, Stack]) -> dict[str, Layers]:
+def split_stacks(keys: Layers, values: Layers, stacks: Mapping[str, Stack]) -> dict[str, Any]:
     """Keys and values of all stacks' layers by the field of a contribution."""
-    found = {}
+    found: dict[str, Layers] = {}
     for name, whole in (("keys", keys), ("values", values)):
         first = 0
         for kind, stack in stacks.items():

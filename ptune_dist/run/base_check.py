@@ -24,7 +24,7 @@ from ptune_dist.distributed.world import World, together
 from ptune_dist.errors import UserError
 from ptune_dist.model.attention import narrow_windows
 from ptune_dist.model.given_cache import keeps_more
-from ptune_dist.model.keys_values import KeysValues
+from ptune_dist.model.keys_values import KeysValues, wrap
 from ptune_dist.model.members import contributions_in_eval, keys_values_of
 from ptune_dist.model.passes import Contexts
 from ptune_dist.model.prompted_model import PromptedModel
@@ -217,7 +217,11 @@ def run_ours(model: PromptedModel, probe: Probe, contributions: list[Contributio
         for contribution in contributions:
             if len(held[0]) > 1:  # an encoder's output is one tensor
                 check_prefix(keys_values_of(contribution), contribution.start_layer, KeysValues.of(held[0]), model)
-        batch = batch.with_held([(KeysValues.of(some) if len(some) > 1 else some[0],) for some in held])
+        batch = batch.with_held([(wrap(some),) for some in held])
+    elif not model.has_language_head and any(contribution.keys is not None for contribution in contributions):
+        (held,) = model.read_contexts(Contexts(batch.rests[:1], batch.pad_id))  # an encoder reads a row as a start
+        for contribution in contributions:
+            check_prefix(keys_values_of(contribution), contribution.start_layer, KeysValues.of(held), model)
     return model.outputs(batch).float()
 
 

@@ -1,5 +1,7 @@
 """Whether a base takes the keys and values of a prompt as those that it computes itself: parts of `base_check`."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -80,7 +82,7 @@ def run_after_keys(
     computed = KeysValues.of(model.read_start(Contexts([virtual], pad_id)))
     each = len(layer_stacks(model.base)[1])
     parts = [computed.keys[-each * len(stacks) :], computed.values[-each * len(stacks) :]]
-    given = {
+    given: dict[str, Any] = {
         FIELDS[name] + kind: part[number * each : (number + 1) * each]
         for kind, part in zip(("keys", "values"), parts, strict=True)
         for number, name in enumerate(stacks)

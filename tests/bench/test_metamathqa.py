@@ -2,7 +2,6 @@
 
 import json
 
-from ptune_dist.cli import main
 from ptune_dist.config.load import load_config
 from ptune_dist.run.resolve import resolve
 from tests.processes import ROOT
@@ -10,7 +9,7 @@ from tests.processes import ROOT
 CONFIG = ROOT / "configs/bench/metamathqa.yaml"
 
 
-def test_the_setting_trains_on_one_data_set_and_is_scored_on_the_other(tmp_path, capsys):
+def test_the_setting_trains_on_one_data_set_and_is_scored_on_the_other(tmp_path, commands):
     train = [
         {
             "type": "GSM_Rephrased",
@@ -27,10 +26,12 @@ def test_the_setting_trains_on_one_data_set_and_is_scored_on_the_other(tmp_path,
         *(f"data.train={tmp_path}/train.jsonl", "data.cache_dir=off", "train.max_steps=2", "train.warmup_steps=1"),
         *("evaluate.max_new_tokens=8", "checkpoint.every=0", "data.max_length=200"),
     ]
-    assert main(["train", str(CONFIG), *small]) == 0
-    warnings = [line for line in capsys.readouterr().out.splitlines() if "no row of" in line]
+    trained = commands.run("train", CONFIG, *small)
+    assert trained.code == 0, trained.err
+    warnings = [line for line in trained.out.splitlines() if "no row of" in line]
     assert ["'question'" in warnings[0], "'answer'" in warnings[1]] == [True, True]  # GSM8K's columns
-    assert main(["evaluate", str(tmp_path / "run"), f"data.validation={tmp_path}/test.jsonl"]) == 0
+    evaluated = commands.run("evaluate", tmp_path / "run", f"data.validation={tmp_path}/test.jsonl")
+    assert evaluated.code == 0, evaluated.err
     found = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert found["num_examples"] == 3 and found["final_answer"] == 0.0 and found["loss"] > 0
     assert found["samples"][0]["input"].startswith("Question: 0 + 2? Think step by step.")

@@ -278,7 +278,7 @@ def test_a_misspelt_key_that_is_needed_is_said_to_be_misspelt_and_not_only_missi
         ("data.labels=[a, b, a]", "data.labels: 'a' is listed twice"),
         ("evaluate.metrics=[f3]", "'f3'"),
         ("checkpoint.keep=0", "greater than 0"),
-        ("prompt.placement=suffix", "'infix', 'template', 'encoder' or 'decoder'"),
+        ("prompt.placement=suffix", "'infix', 'template', 'encoder', 'decoder' or 'both'"),
         ("train.context_cache_gib=-1", "greater than or equal to 0"),
         ("train.context_cache_gpu_gib=-1", "greater than or equal to 0"),
         ("train.context_cache_gib=yes", "a number is needed"),

@@ -15,6 +15,7 @@ from ptune_dist.base.layers import layers_of
 from ptune_dist.base.recompute import DEFAULTS, Recomputer
 from ptune_dist.config.sections import PromptConfig
 from ptune_dist.data.batches import Batch
+from ptune_dist.errors import UserError
 from ptune_dist.families import FAMILIES
 from ptune_dist.model.passes import Contexts
 from ptune_dist.objectives.cross_entropy import CrossEntropy
@@ -40,10 +41,10 @@ def build_base(kind: str):
     return base
 
 
-def build_prompt(base, **options) -> PrefixTuning:
-    given = PromptConfig(method="prefix_tuning", init="random", num_virtual_tokens=NUM_VIRTUAL, **options)
-    start = Start("random", 3, build_tokenizer(), lambda ids: torch.zeros(len(ids), 1), asked="random")
-    return PrefixTuning.build(check_options(given), NUM_VIRTUAL, base_facts(base), start)
+def build_prompt(base, seed: int = 3, num: int = NUM_VIRTUAL, **options) -> PrefixTuning:
+    given = PromptConfig(method="prefix_tuning", init="random", num_virtual_tokens=num, **options)
+    start = Start("random", seed, build_tokenizer(), lambda ids: torch.zeros(len(ids), 1), asked="random")
+    return PrefixTuning.build(check_options(given), num, base_facts(base), start)
 
 
 def draw_batch() -> Batch:
@@ -51,14 +52,16 @@ def draw_batch() -> Batch:
     texts = [draw.integers(5, 250, length).astype(np.int32) for length in (11, 30, 6)]
     targets = [draw.integers(5, 250, length).astype(np.int32) for length in (3, 1, 6)]
     nothing = np.zeros(0, np.int32)
-    return Batch([nothing] * 3, texts, targets, [(row, 0) for row in range(3)], 1)
+    return Batch([nothing] * 3, texts, targets, [(0, 0), (1, 0), (1, 1), (2, 1)], 1)
 
 
-def plain_losses(base, prompt: PrefixTuning, batch: Batch) -> torch.Tensor:
-    """Of each row alone, after a cache of transformers' own."""
-    found = prompt()
+def plain_losses(base, prompts: list[PrefixTuning], batch: Batch) -> torch.Tensor:
+    """Of each reader's row alone, after a cache of transformers' own."""
     losses = []
-    for rest, target in zip(batch.rests, batch.targets, strict=True):
+    for row, member in batch.readers:
+        found = prompts[member]()
+        rest = batch.rests[row]
+        target = batch.targets[row]
         cache = DynamicCache(config=base.config)
         for layer, parts in enumerate(zip(found.keys, found.values, strict=True)):
             if parts[0].shape[1]:
@@ -71,24 +74,23 @@ def plain_losses(base, prompt: PrefixTuning, batch: Batch) -> torch.Tensor:
     return torch.stack(losses)
 
 
-def gradients_of(losses: torch.Tensor, prompt: PrefixTuning) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(losses.sum(), list(prompt.parameters())))
+def gradients_of(losses: torch.Tensor, prompts: list[PrefixTuning]) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(losses.sum(), [p for prompt in prompts for p in prompt.parameters()]))
 
 
 @pytest.mark.parametrize("kind", DIFFERING + WITH_STATES)
 def test_losses_and_gradients_are_those_after_transformers_own_cache(kind):
     base = build_base(kind)
-    prompt = build_prompt(base)
-    found = prompt()
-    assert len(set(heads_of(found.keys))) > 1
+    prompts = [build_prompt(base), build_prompt(base, seed=4)]
+    assert len(set(heads_of(prompts[0]().keys))) > 1
     own = copy.deepcopy(base)
     Recomputer(DEFAULTS, layers_of(own))
-    model = FAMILIES["causal"].model_class(own, [prompt], CrossEntropy(), "prefix").train()
+    model = FAMILIES["causal"].model_class(own, prompts, CrossEntropy(), "prefix").train()
     batch = draw_batch()
-    wanted = plain_losses(base, prompt, batch)
+    wanted = plain_losses(base, prompts, batch)
     losses = model.losses(batch)
     torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(gradients_of(losses, prompt), gradients_of(wanted, prompt), strict=True):
+    for ours, theirs in zip(gradients_of(losses, prompts), gradients_of(wanted, prompts), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
@@ -109,3 +111,10 @@ def test_it_starts_from_what_the_base_computes_of_a_text(kind):
             torch.testing.assert_close(values, cache.layers[layer].values[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
             compared += 1
     assert compared
+
+
+def test_members_over_a_base_with_states_need_prefixes_of_one_length():
+    base = build_base("lfm3")
+    prompts = [build_prompt(base), build_prompt(base, num=3)]
+    with pytest.raises(UserError, match="lfm3 models keep states, so in a sweep with prefix_tuning all members need"):
+        FAMILIES["causal"].model_class(base, prompts, CrossEntropy(), "prefix")

@@ -187,6 +187,17 @@ def test_a_generator_starts_by_adding_nothing_and_is_trained_further(tmp_path):
         LatePrompt.build(LatePromptOptions(), 3, facts_of(), start_of("file", "file", file=str(tmp_path)))
 
 
+def test_a_prompt_of_another_layer_is_no_start(tmp_path):
+    save_prompt(tmp_path / "first", {"late_tokens": torch.zeros(3, 8)}, {"options": {"start_layer": 1}})
+    save_prompt(tmp_path / "middle", {"late_tokens": torch.zeros(3, 8)}, {"options": {"start_layer": None}})
+    for layer, own, other in ((1, "first", "middle"), (2, "middle", "first"), (None, "middle", "first")):
+        options = LatePromptOptions(start_layer=layer)
+        LatePrompt.build(options, 3, facts_of(), start_of("file", "file", file=str(tmp_path / own)))
+        message = f"^prompt.init_file: that prompt enters at layer .*: set prompt.start_layer={1 if layer != 1 else 2}$"
+        with pytest.raises(ValueError, match=message):
+            LatePrompt.build(options, 3, facts_of(), start_of("file", "file", file=str(tmp_path / other)))
+
+
 @pytest.mark.parametrize(
     ("options", "placement", "message"),
     [

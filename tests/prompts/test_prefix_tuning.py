@@ -214,7 +214,7 @@ def test_adapters_of_other_methods_and_files_without_keys_are_named(tmp_path):
         ({"reparameterization": "lstm"}, "prompt.reparameterization"),
         ({"num_frozen": -1}, "prompt.num_frozen"),
         ({"train_keys": 1}, "prompt.train_keys"),
-        ({"facts": BaseFacts(16, 3, None, 4)}, "needs a base whose layers keep keys and values"),
+        ({"facts": BaseFacts(16, 3, None, 4)}, "needs a base whose layers can be given keys and values"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_in_one_line(given, says):
@@ -252,3 +252,43 @@ def test_values_may_have_another_width_than_keys_but_not_for_peft(options, tmp_p
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "CARTRIDGE"}))
     save_file({"prompt_embeddings": torch.zeros(5, 60)}, tmp_path / "adapter_model.safetensors")
     assert "no keys and values of unequal width" in error_of(facts=facts, init="file", init_file=str(tmp_path))
+
+
+HEADS = ((2, 4, 4), (0, 0, 0), (1, 6, 6), (1, 6, 6))  # of each layer; the second one has no attention
+DIFFERING = BaseFacts(width=16, num_layers=4, layer_heads=HEADS, num_first_layers=4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_frozen": 2},
+        {"reparameterization": "mlp"},
+        {"from_layer": 1},
+        {"from_layer": 2},  # the layers from there on are alike
+        {"from_layer": 2, "lower_layers": "none", "num_frozen": 0},
+    ],
+)
+def test_layers_may_differ_in_their_heads(options, tmp_path):
+    prompt = build(facts=DIFFERING, init_text="ab", **options)
+    draw = torch.Generator().manual_seed(0)
+    computed = [torch.randn(5, heads, width, generator=draw) for heads, width, _ in HEADS if heads]
+    computed += [torch.randn(5, heads, width, generator=draw) for heads, _, width in HEADS if heads]
+    prompt.begin_from(*computed)
+    first = options.get("from_layer", 0)
+    found = prompt()
+    lower = [] if found.lower_keys is None else [*found.lower_keys]
+    shown = [part for part in [*lower, *found.keys] if part.shape[1]]
+    assert len(found.keys) == 4 - first and len(lower) == (0 if options.get("lower_layers") else first)
+    assert all(torch.equal(part, whole) for part, whole in zip(reversed(shown), reversed(computed[:3]), strict=False))
+    assert torch.equal(found.values[-1], computed[-1])
+    (found.values[-1].sum() + found.keys[-1].sum()).backward()
+    save_prompt(tmp_path, prompt.plain(), {})
+    again = build(facts=DIFFERING, init="file", init_file=str(tmp_path), **options)
+    assert all(torch.equal(tensor, again.plain()[name]) for name, tensor in prompt.plain().items())
+    facts = {"method": "prefix_tuning", "placement": "prefix", "base": {"num_layers": 4}, "options": options}
+    with pytest.raises(UserError, match="--to peft: PEFT"):
+        check_for_peft(prompt.plain(), facts)
+    fewer = BaseFacts(width=16, num_layers=4, layer_heads=HEADS[::-1], num_first_layers=4)
+    with pytest.raises(ValueError, match="prefix_tuning has keys"):
+        build(facts=fewer, init_text="ab", **options).begin_from(*computed)

@@ -56,6 +56,11 @@ def test_what_is_left_out_is_the_methods_and_what_is_given_stays(tmp_path):
     assert (given.learning_rate, given.warmup_steps) == (0.07, 3)
 
 
+def test_an_mlp_that_makes_a_prefix_has_the_rate_of_one_that_makes_virtual_tokens(tmp_path):
+    found = read(tmp_path, {"method": "prefix_tuning", "reparameterization": "mlp"})
+    assert found.config.train.learning_rate == METHODS["p_tuning"].default_training.learning_rate
+
+
 def test_a_share_of_the_steps_is_a_number_of_steps(tmp_path):
     prompt = {"method": "bias_only", "num_virtual_tokens": 0}
     share = METHODS["bias_only"].default_training.warmup_share

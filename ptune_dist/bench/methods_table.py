@@ -103,10 +103,18 @@ def score_columns(content: dict[str, Any], plan: Plan, task: str, method: str, m
         at_time = f"{show(metric, scores_at(curves, metric, most))}, {steps:g} steps"
     seconds = MISSING if own is None else f"{own:.2f}"
     at_steps = show(metric, scores_at(curves, metric, float("inf")))
-    last = min((curve[-1]["step"] for curve in curves.values()), default=0)
-    if any(content["cells"][f"{task}/{method}/{seed}"].get("config", "") is None for seed in curves):
-        at_steps += f" (unfinished, step {last:g})"
-    return [at_steps, at_time, seconds, str(len(curves))]
+    return [at_steps + mark_unfinished(content, task, method), at_time, seconds, str(len(curves))]
+
+
+def mark_unfinished(content: dict[str, Any], task: str, method: str) -> str:
+    """The step of the last evaluation of a run that was stopped; empty where all runs are finished."""
+    curves = curves_of(content, task, method)
+    last = [curves[seed][-1]["step"] for seed in curves if is_unfinished(content["cells"][f"{task}/{method}/{seed}"])]
+    return f" (unfinished, step {min(last):g})" if last else ""
+
+
+def is_unfinished(cell: dict[str, Any]) -> bool:
+    return cell.get("config", "") is None
 
 
 def others_table(content: dict[str, Any], plan: Plan, tasks: list[str]) -> str:
@@ -117,7 +125,8 @@ def others_table(content: dict[str, Any], plan: Plan, tasks: list[str]) -> str:
         row = [what]
         for task in tasks:
             metric = plan.tasks[task].metric
-            row.append(show(metric, scores_at(curves_of(content, task, name), metric, float("inf"))))
+            shown = show(metric, scores_at(curves_of(content, task, name), metric, float("inf")))
+            row.append(shown + mark_unfinished(content, task, name))
         rows.append(row)
     return leave_out_empty(rows)
 
@@ -129,7 +138,8 @@ def layers_table(content: dict[str, Any], plan: Plan, task: str, methods: list[s
     rows = [["", metric, timed, "peak MiB", f"{timed}, cached", "peak MiB, cached"]]
     for method in methods:
         first = {seed: curve for seed, curve in curves_of(content, task, method).items() if seed == 0}
-        row = [f"`{method}`", show(metric, scores_at(first, metric, float("inf")))]
+        shown = show(metric, scores_at(first, metric, float("inf")))
+        row = [f"`{method}`", shown + mark_unfinished(content, task, method)]
         for suffix in ("", ", cached"):
             seconds = step_s(content, task, f"{method}{suffix}")
             memory = content["times"].get(f"{task}/{method}{suffix}", {}).get("peak_memory_bytes")

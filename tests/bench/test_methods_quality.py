@@ -129,6 +129,14 @@ def test_at_equal_time_a_slower_method_has_had_fewer_steps(plan):
     assert "0.400 (0.300-0.500) | - | 3.00" in render_blocks(content, plan)["methods quality"]
 
 
+def test_a_run_that_was_stopped_is_marked(plan):
+    cells = {"upper/prefix_tuning/0": {"config": None, "curve": curve(0.2, 0.5)}}
+    blocks = render_blocks({"cells": cells, "times": {}}, plan)
+    assert "| `prefix_tuning` | 0.500 (unfinished, step 1) | - | - | 1 |" in blocks["methods quality"]
+    assert "| `prefix_tuning` | 0.500 (unfinished, step 1) | -" in blocks["layers quality"]
+    assert blocks["others quality"] == "Not measured yet."
+
+
 def test_the_best_methods_need_results_of_all(plan):
     with pytest.raises(UserError, match="the best methods are not known yet: upper"):
         choose_best({"cells": {"upper/prompt_tuning/0": {"curve": curve(0.1)}}, "times": {}}, plan, 1)

@@ -35,6 +35,7 @@ from ptune_dist.run.folder import (
     write_run_configs,
 )
 from ptune_dist.run.job import Job, build_job
+from ptune_dist.run.length import settle_length
 from ptune_dist.run.metrics_log import MetricsWriter
 from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
 from ptune_dist.run.reading import build_reading
@@ -88,6 +89,12 @@ def train(config: Config) -> int:
                 check_nodes(world)
         reading = together(world, lambda: build_reading(config))
         read = together(world, lambda: build_splits(reading))
+        reading, lengths = together(world, lambda: settle_length(reading, read.training))
+        config = reading.config
+        summary = from_main(world, lambda: is_finished(config)) if lengths else None
+        if summary:
+            say_finished(config, summary, world)
+            return Outcome(DONE).exit_status
         with BusyLine("comparing training and validation rows"):
             warnings = together(world, lambda: find_warnings(reading, read) if world.is_main else [])
         rows = read.training
@@ -98,13 +105,14 @@ def train(config: Config) -> int:
         run_dir = Path(config.output_dir)
         watch.begin_run()
         with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
-            return train_job(job, rows, read.evaluators, warnings, watch, world)
+            notes = lengths + [f"warning: {line}" for line in warnings]
+            return train_job(job, rows, read.evaluators, notes, watch, world)
 
 
 def train_job(
-    job: Job, rows: TrainingRows, evaluators: dict[str, Evaluator], warnings: list[str], watch: Watch, world: World
+    job: Job, rows: TrainingRows, evaluators: dict[str, Evaluator], notes: list[str], watch: Watch, world: World
 ) -> int:
-    """What `train` does once everything is loaded and the run's folder is locked. Collective."""
+    """What `train` does once everything is loaded and the run's folder is locked; `notes` go to the log. Collective."""
     config = job.config
     run_dir = Path(config.output_dir)
     progress = restore(job, rows, world)
@@ -126,8 +134,8 @@ def train_job(
             training.say(describe_start(job, rows, held_out, progress, world))
             for line in chosen:
                 training.say(line)
-            for line in warnings:
-                training.say(f"warning: {line}")
+            for line in notes:
+                training.say(line)
         try:
             run_steps(training)
             summary = finish(training)
@@ -158,7 +166,7 @@ def run_steps(training: Training) -> None:
         progress.evaluation_pending = bool(training.evaluators) and is_evaluation_due(config, progress.step)
         is_asked = agree_on_stop(training.watch, training.metrics, training.world)
         is_stopped = is_asked and not is_over(config, progress)
-        if is_stopped or is_due(config.checkpoint.every, progress.step, config):
+        if is_stopped or is_due(config.checkpoint.every_steps, progress.step, config):
             checkpoint(training.job, progress, training.world)
         if is_stopped:
             raise StopAgreed
@@ -291,7 +299,8 @@ def open_metrics(job: Job, progress: Progress) -> MetricsWriter:
             max_steps=job.config.train.max_steps,
             first_step=progress.step + 1,
             members=members,
-            evaluate_every=job.config.evaluate.every,
+            evaluate_every=job.config.evaluate.every_steps,
+            log_every=job.config.train.log_every,
             settings={name if members else "": describe_settings(own) for name, own in job.members.items()},
         )
 

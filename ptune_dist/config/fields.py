@@ -68,6 +68,23 @@ def read_header(value: Any) -> Any:
     raise ValueError("name the columns in a list, such as [id, text], or leave it out")
 
 
+def read_interval(value: Any) -> Any:
+    """An interval between events: whole steps, a share of all steps, or `epoch`."""
+    if isinstance(value, bool):  # YAML's yes and true are 1
+        raise ValueError("a number of steps, a share such as 0.1, or epoch is needed")
+    if isinstance(value, str):
+        try:
+            value = float(value) if value != EPOCH else value
+        except ValueError:
+            raise ValueError("a number of steps, a share such as 0.1, or epoch is needed") from None
+    if value == EPOCH or not isinstance(value, (int, float)):
+        return value
+    if not (value >= 0 and (value < 1 or value == int(min(value, MOST)))):
+        raise ValueError("a number of steps, at least 0, or a share of all steps below 1 is needed")
+    return int(value) if value == int(value) else value
+
+
+EPOCH = "epoch"
 MOST = 2**32
 # Not ${{...}}, which Azure fills in before a command runs.
 PLACEHOLDER = re.compile(r"\$\{(?!\{)[^}]*\}?|\$\w+|\$\(.*\)?")
@@ -75,6 +92,7 @@ PathText = Annotated[str, AfterValidator(refuse_placeholder)]
 Positive = Annotated[int, BeforeValidator(refuse_bool), Field(gt=0), at_most(MOST)]
 NotNegative = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0), at_most(MOST)]
 Real = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)]
+Interval = Annotated[int | float | Literal["epoch"], BeforeValidator(read_interval)]
 Share = Annotated[Real, Field(ge=0, lt=1)]
 # YAML reads a bare `off` as false.
 AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]

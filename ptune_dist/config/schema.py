@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ptune_dist.config.fields import (
+    MOST,
+    Interval,
     Label,
     NotNegative,
     OptionalFolder,
@@ -35,6 +37,20 @@ def check_metric(name: str) -> str:
 
 Metric = Annotated[str, AfterValidator(check_metric)]
 Sweep = Annotated[dict[str, list[Any]] | list[dict[str, Any]], BeforeValidator(check_sweep)]
+UNKNOWN_STEPS = MOST  # `max_steps` until the rows are counted
+OWN_SCHEDULES = ("constant", "linear", "cosine", "constant_with_warmup")
+Schedule = Literal[
+    "constant",
+    "linear",
+    "cosine",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
 PLACEMENTS_WITH_CONTEXTS = ("infix", "template", "decoder")  # tokens stand before the prompt, and depend on none
 PROMPT_MARKER = re.compile(r"\{\{-?\s*prompt\s*-?\}\}")  # in data.template, for placement template
 
@@ -129,6 +145,10 @@ class TrainConfig(Section):
     max_steps: Positive = 1000
     """The number of optimizer steps."""
 
+    epochs: Annotated[Real, Field(gt=0, le=1e6)] | None = None
+    """How often every training row is read, in place of `max_steps`: the steps follow from the number of rows when the
+    run begins, and its config.yaml has them. A fraction is possible."""
+
     batch_size: Annotated[Positive, at_most(10_000_000)] = 32
     """Examples per optimizer step, over all ranks."""
 
@@ -165,8 +185,12 @@ class TrainConfig(Section):
     momentum: Share = 0.0
     """SGD's momentum."""
 
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """The learning rate after warm-up: constant, or falling to zero at `max_steps`."""
+    schedule: Schedule = "linear"
+    """The learning rate after warm-up: constant, or falling to zero at `max_steps`. The other names are those of
+    transformers' `get_scheduler`, with its curves after the warm-up."""
+
+    schedule_options: dict[str, Any] = {}
+    """Options of transformers' schedules, by its names: `{num_cycles: 3}`, `{power: 2.0}`, `{min_lr_rate: 0.1}`."""
 
     warmup_steps: NotNegative = 0
     """Steps over which the learning rate rises from zero."""
@@ -190,11 +214,31 @@ class TrainConfig(Section):
     context_cache_dir: OptionalFolder = None
     """A folder for the contexts that memory does not hold."""
 
+    log_every: Positive | None = None
+    """Steps between lines of a run's log: of metrics.jsonl, TensorBoard and the console; the first and the last step
+    have one too. Where left out, every step has one, but for the console, which has one every few seconds."""
+
     resume: Literal["auto", "never"] = "auto"
     """Whether the same command on an existing run resumes it or refuses."""
 
     hang_timeout_s: Annotated[Real, Field(ge=0)] = 600.0
     """A rank that makes no progress for so long ends the job; 0: never."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def leave_steps_open(cls, raw: Any) -> Any:
+        """With `epochs`, `max_steps` is not known before the rows are counted."""
+        if not isinstance(raw, dict) or raw.get("epochs") is None:
+            return raw
+        if raw.get("max_steps") not in (None, UNKNOWN_STEPS):
+            raise ValueError("train.epochs and train.max_steps are both given: leave one out, or give it as null")
+        return {**raw, "max_steps": UNKNOWN_STEPS}
+
+    @model_validator(mode="after")
+    def check_schedule_options(self) -> "TrainConfig":
+        if self.schedule_options and self.schedule in OWN_SCHEDULES:
+            raise ValueError(f"train.schedule_options is given, but schedule {self.schedule} has none: leave it out")
+        return self
 
     @property
     def most_positions(self) -> int:
@@ -202,11 +246,23 @@ class TrainConfig(Section):
         return 8192 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 
-class EvaluateConfig(Section):
+class Repeated(Section):
+    """What is done again and again as a run trains."""
+
+    @property
+    def every_steps(self) -> int:
+        """`every` in steps, once the rows are counted."""
+        every = self.every  # noqa: B009: a field of the sections below
+        assert isinstance(every, int), "the run's length is settled"
+        return every
+
+
+class EvaluateConfig(Repeated):
     """Evaluations on the validation rows during training."""
 
-    every: NotNegative = 200
-    """Steps between evaluations; 0: only before and after training."""
+    every: Interval = 200
+    """Steps between evaluations; `epoch`: an evaluation after each epoch; below 1: a share of all steps; 0: only before
+    and after training."""
 
     metrics: Annotated[list[Metric], AfterValidator(refuse_twice)] = ["loss"]
     """What is computed. The loss is always among the results."""
@@ -232,11 +288,11 @@ class EvaluateConfig(Section):
         return self.best_metric or (self.metrics[0] if self.metrics else "loss")
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Repeated):
     """Checkpoints, from which a run resumes."""
 
-    every: NotNegative = 100
-    """Steps between checkpoints; 0: only at the end."""
+    every: Interval = 100
+    """Steps between checkpoints, `epoch` or a share of all steps; 0: only at the end."""
 
     keep: Positive = 2
     """How many checkpoints are kept."""

@@ -38,6 +38,10 @@ class TrainingRows:
             found[name] = [start + i for i in chosen]
         return found
 
+    def count_rows(self, member: str) -> int:
+        """How many rows a member reads in an epoch."""
+        return self._ranges[member][1]
+
     def slice_of(self, member: str) -> slice:
         """Where a member's examples are among all."""
         start, count = self._ranges[member]

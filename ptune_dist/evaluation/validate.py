@@ -26,6 +26,7 @@ from ptune_dist.evaluation.row_warnings import find_warnings
 from ptune_dist.evaluation.splits import build_splits
 from ptune_dist.run.folder import check_run_dir, list_checkpoints
 from ptune_dist.run.job import Parts, build_parts
+from ptune_dist.run.length import settle_length
 from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.zero.unused_sections import describe_unused
 
@@ -39,6 +40,8 @@ def validate(config: Config) -> None:
     reading = build_reading(config)
     # as `train`: the rows first, and a run that is resumed needs no longer what its prompt started from
     read = build_splits(reading)
+    reading, lengths = settle_length(reading, read.training)
+    config = reading.config
     is_new = not list_checkpoints(Path(config.output_dir) / "checkpoints")
     with BusyLine(f"opening the base {config.model.path}"):
         parts = build_parts(reading, None, with_start=is_new, rows=read.training)
@@ -52,6 +55,8 @@ def validate(config: Config) -> None:
     console.rule("tokens")
     console.print(render_statistics(splits))
     console.print(f"base: {describe_base(parts.opened, reading)}; {describe_epochs(config, train)}")
+    for line in lengths:
+        console.print(line, markup=False)
     for line in find_warnings(reading, read):
         console.print(f"warning: {line}", markup=False)
     for line in notes_of(parts, config):

@@ -34,6 +34,8 @@ MAY_CHANGE = (
     "model.check",
     "deepspeed",
     "train.max_steps",
+    "train.epochs",
+    "train.log_every",
     "train.micro_batch_tokens",
     "train.resume",
     "train.hang_timeout_s",

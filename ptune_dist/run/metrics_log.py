@@ -35,6 +35,7 @@ class MetricsWriter:
         first_step: int,
         members: dict[str, Path] | None = None,
         evaluate_every: int = 0,
+        log_every: int | None = None,
         settings: dict[str, dict[str, Any]] | None = None,
     ):
         """`first_step` is the first step of this process; lines that an earlier process wrote for it and later steps
@@ -58,6 +59,7 @@ class MetricsWriter:
             write_settings(self._boards[name], values)
         self._max_steps = max_steps
         self._first_step = first_step
+        self._log_every = log_every
         self._done = first_step - 1
         self.eta = Eta(max_steps, evaluate_every)
         self._last_line = 0.0  # when a line of a step was last written
@@ -101,6 +103,11 @@ class MetricsWriter:
 
     def step(self, line: dict[str, float], members: dict[str, dict[str, float]]) -> None:
         """Write one optimizer step: a line of metrics.jsonl and of each member's, TensorBoard scalars, progress."""
+        self._done = int(line["step"])
+        if not self._is_logged(self._done):
+            self.eta.count_step()
+            self._show_bar(line)
+            return
         with self._remember_failure():
             for name, own in members.items():
                 self._members[name].write(json.dumps(own) + "\n")
@@ -109,24 +116,34 @@ class MetricsWriter:
                     self._boards[name].add_scalar(f"train/{key}", own[key], own["step"])
             self._step(line)
 
+    def _is_logged(self, step: int) -> bool:
+        """Whether a step has lines; a resumed run writes those that it would have written anyway."""
+        every = self._log_every or 1
+        return step % every == 0 or step in (1, self._max_steps)
+
+    def _show_bar(self, line: dict[str, float]) -> None:
+        if self._bar:
+            self._bar.update(self._done, self._describe(line), self._eta())
+
+    def _describe(self, line: dict[str, float]) -> str:
+        mean = "mean " if self._members else ""
+        return f"{mean}loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
+
     def _step(self, line: dict[str, float]) -> None:
         self._jsonl.write(json.dumps(line) + "\n")
         self._jsonl.flush()
-        self._done = int(line["step"])
         self.eta.count_step()
         for key, value in line.items():
             if key != "step" and not is_idle(key, value):
                 self._tensorboard.add_scalar(f"train/{key}", value, self._done)
-        mean = "mean " if self._members else ""
-        facts = f"{mean}loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
-        if self._bar:
-            self._bar.update(self._done, facts, self._eta())
+        self._show_bar(line)
         now = time.monotonic()
-        if self._done in (self._first_step, self._max_steps) or now - self._last_line > SECONDS_BETWEEN_LINES:
+        is_end = self._done in (self._first_step, self._max_steps)
+        if self._log_every or is_end or now - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = now
             check_in_place(self._run_dir)
-            rate = f"{mean}lr {line['learning_rate']:.3g}"
-            text = f"step {self._done}/{self._max_steps}  {facts}  {rate}  ETA {self._eta()}"
+            rate = f"{'mean ' if self._members else ''}lr {line['learning_rate']:.3g}"
+            text = f"step {self._done}/{self._max_steps}  {self._describe(line)}  {rate}  ETA {self._eta()}"
             self._line(text, console=self._bar is None)
 
     def evaluation(

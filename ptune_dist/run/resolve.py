@@ -1,11 +1,12 @@
 """The part of a config's checks that needs the seams: names of methods, objectives and families."""
 
 from ptune_dist.config.load import resolve_outside_sweep
-from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config
+from ptune_dist.config.schema import OWN_SCHEDULES, PLACEMENTS_WITH_CONTEXTS, Config, TrainConfig
 from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.errors import UserError
 from ptune_dist.families import FAMILIES
 from ptune_dist.objectives import OBJECTIVES
+from ptune_dist.optim.schedules import build_curve
 from ptune_dist.prompts.build import check_options, choose_start, find_method, settle_positions
 
 
@@ -16,6 +17,7 @@ def resolve(config: Config) -> Config:
     """
     check_family(config)
     check_objective(config)
+    check_schedule(config.train)
     prompt = config.prompt
     method = find_method(prompt)
     options = check_options(prompt)
@@ -50,6 +52,17 @@ def check_cache(config: Config) -> None:
                 f"train.{key} is given but placement {placement} has no contexts to keep: "
                 f"leave it out, or set prompt.placement to one of {', '.join(PLACEMENTS_WITH_CONTEXTS)}"
             )
+
+
+def check_schedule(train: TrainConfig) -> None:
+    """Raise ValueError for options that a schedule of transformers does not take, or lacks."""
+    if train.schedule in OWN_SCHEDULES:
+        return
+    try:
+        build_curve(train)(train.warmup_steps)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"train.schedule_options: {train.schedule}: {reason}") from None
 
 
 def check_family(config: Config) -> None:

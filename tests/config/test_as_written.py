@@ -111,7 +111,7 @@ def test_the_folder_of_a_run_is_no_config(tmp_path):
     "key, says",
     [
         ("train.per_device_train_batch_size", "it follows from train.batch_size"),
-        ("train.epochs", "set train.max_steps to epochs x rows / train.batch_size"),
+        ("train.num_train_epochs", "it is train.epochs here"),
         ("block_size", "it is data.max_length here"),
         ("train.early_stopping_patience", "it is evaluate.patience here"),
         ("checkpoint.save_total_limit", "it is checkpoint.keep here"),
@@ -137,7 +137,7 @@ def test_a_name_of_another_trainer_is_answered(write, key, says):  # noqa: F811
         ("completion_only_loss", "the loss is on data.target"),
         ("model.pretrained_model_name_or_path", "it is model.path here"),
         ("enable_liger_kernel", "model.compile"),
-        ("log_every_n_steps", "metrics.jsonl"),
+        ("log_every_n_steps", "train.log_every"),
         ("zero_stage", "deepspeed=zero3_bf16"),
         ("num_gpus", "the launcher decides"),
         ("nodes", "the launcher decides"),

@@ -72,7 +72,9 @@ def build_run_evaluator(reading: Reading, run_dir: Path) -> Evaluator:
     """Raises UserError."""
     config = reading.config
     encoding = reading.encoding(config)
-    split = build_split(config.data, encoding, which="validation", max_examples=config.evaluate.max_examples)
+    split = build_split(
+        config.data, encoding, which="validation", max_examples=config.evaluate.max_examples, folder=run_dir
+    )
     if split is None:
         raise UserError(f"{run_dir}/config.yaml: data.validation is missing: give data.validation=FILE")
     check_inputs(split.examples, config.prompt)

@@ -22,7 +22,7 @@ from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.evaluation.generate import pad_id
 from ptune_dist.evaluation.row_warnings import find_warnings
 from ptune_dist.evaluation.sources import choose_sources
-from ptune_dist.evaluation.splits import build_splits, find_lead, measure_scales
+from ptune_dist.evaluation.splits import RunRows, build_splits, find_lead, measure_scales, write_rows
 from ptune_dist.optim.optimizer import learning_rate_at
 from ptune_dist.run.accumulate import Accumulator
 from ptune_dist.run.batches_ahead import BatchesAhead, StepPlan, StepSource
@@ -106,19 +106,20 @@ def train(config: Config) -> int:
         watch.begin_run()
         with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
             notes = lengths + [f"warning: {line}" for line in warnings]
-            return train_job(job, rows, read.evaluators, notes, watch, world)
+            return train_job(job, read, notes, watch, world)
 
 
-def train_job(
-    job: Job, rows: TrainingRows, evaluators: dict[str, Evaluator], notes: list[str], watch: Watch, world: World
-) -> int:
+def train_job(job: Job, read: RunRows, notes: list[str], watch: Watch, world: World) -> int:
     """What `train` does once everything is loaded and the run's folder is locked; `notes` go to the log. Collective."""
     config = job.config
+    rows = read.training
+    evaluators = read.evaluators
     run_dir = Path(config.output_dir)
     progress = restore(job, rows, world)
     chosen = choose_sources(job, rows, world)
     together(world, lambda: mark_running(run_dir) if world.is_main else None)
     together(world, lambda: write_run_configs(config, job.members) if world.is_main else None)
+    together(world, lambda: write_rows(job.reading, read) if world.is_main else None)
     together(world, lambda: watch.begin_steps(run_dir))
     end = Outcome(DONE)
     summary: dict[str, Any] = {}

@@ -20,7 +20,9 @@ from ptune_dist.config.fields import (
     Real,
     Section,
     Share,
+    Sources,
     at_most,
+    read_held_out,
     refuse_text_but_auto,
     refuse_twice,
 )
@@ -55,15 +57,29 @@ PLACEMENTS_WITH_CONTEXTS = ("infix", "template", "decoder")  # tokens stand befo
 PROMPT_MARKER = re.compile(r"\{\{-?\s*prompt\s*-?\}\}")  # in data.template, for placement template
 
 
+def list_sources(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
 class DataConfig(Section):
     """The examples, and how a row becomes an input and a target."""
 
-    train: PathText
+    train: Sources
     """The training rows: a .jsonl (.ndjson), .json, .csv, .tsv, .txt or .parquet file, a folder saved by `datasets`, or
-    a dataset on the hub (`NAME`, `NAME@CONFIG`, `NAME:SPLIT`)."""
+    a dataset on the hub (`NAME`, `NAME@CONFIG`, `NAME:SPLIT`). Several of them as a list, or files as `parts/*.jsonl`,
+    are read one after another."""
 
-    validation: PathText | None = None
-    """The validation rows, in the same forms."""
+    validation: Annotated[Sources | int | float | None, BeforeValidator(read_held_out)] = None
+    """The validation rows, in the same forms. Or a number such as `500`, or a share such as `0.1`: so many of the
+    training rows are drawn, kept out of training, and named in the run's split.json."""
+
+    split_seed: Annotated[NotNegative, Field(lt=2**32)] = 0
+    """Which of the training rows are drawn for validation. `seed` does not change them."""
+
+    max_examples: Positive | None = None
+    """Only the first so many rows of `train` are read, before validation rows are drawn from them."""
 
     csv: CsvConfig = CsvConfig()
     """How .csv and .tsv files are written."""
@@ -127,6 +143,25 @@ class DataConfig(Section):
             if found:
                 filled[key] = found[0]
         return filled
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the validation rows are drawn from the training rows."""
+        return isinstance(self.validation, (int, float))
+
+    @property
+    def train_sources(self) -> list[str]:
+        return list_sources(self.train)
+
+    @property
+    def validation_sources(self) -> list[str]:
+        """Where validation rows are read, if they have sources of their own."""
+        return [] if self.holds_out else list_sources(self.validation)
+
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether the training rows have no input and no target."""
+        return any(source.lower().endswith(".txt") for source in self.train_sources)
 
     @model_validator(mode="after")
     def check_tasks(self) -> "DataConfig":
@@ -341,7 +376,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def check_across_sections(self) -> "Config":
-        is_text = self.data.train.lower().endswith(".txt")
+        is_text = self.data.is_plain_text
         if not is_text and (self.data.template is None or self.data.target is None):
             raise ValueError("data.template and data.target are needed unless data.train is a .txt file")
         needs = {METRICS[name].needs: name for name in reversed(self.evaluate.metrics)}
@@ -367,7 +402,7 @@ class Config(Section):
     @model_validator(mode="after")
     def check_placement(self) -> "Config":
         placement = self.prompt.placement
-        if placement != "prefix" and self.data.train.lower().endswith(".txt"):
+        if placement != "prefix" and self.data.is_plain_text:
             raise ValueError(f"prompt.placement: {placement} needs an input and a .txt file has none, use prefix")
         found = len(PROMPT_MARKER.findall(self.data.template or ""))
         if placement == "template" and found != 1:

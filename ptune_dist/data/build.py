@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ptune_dist.data.encode import (
     join_lines,
 )
 from ptune_dist.data.examples import Examples, Part, join_parts
+from ptune_dist.data.held_out import HeldOut, choose_held_out, read_held_out
 from ptune_dist.data.json_values import text_of
 from ptune_dist.data.label_names import describe_unlisted
 from ptune_dist.data.sources import Rows, load_rows
@@ -38,6 +39,7 @@ from ptune_dist.data.template import (
     name_nearest,
 )
 from ptune_dist.data.token_cache import open_cache
+from ptune_dist.data.views import PickedRows, join_rows
 from ptune_dist.data.workers import encode_by_all_cores, map_by_all_cores
 from ptune_dist.errors import UserError
 
@@ -50,37 +52,73 @@ class Split:
 
     rows: Rows
     examples: Examples
+    held_out: HeldOut | None = None  # which training rows these are, where they are drawn from them
 
     def digest(self) -> str:
         """Tells whether a resumed run still sees the same examples."""
         return self.examples.known.digest
 
 
-def build_split(data: DataConfig, encoding: Encoding, *, which: str, max_examples: int = 0) -> Split | None:
-    """The `train` or `validation` split of config section `data`; None where none is given. Raises UserError."""
-    source = getattr(data, which)
-    if source is None:
+def build_split(
+    data: DataConfig, encoding: Encoding, *, which: str, max_examples: int = 0, folder: Path | None = None
+) -> Split | None:
+    """The `train` or `validation` split of config section `data`; None where none is given. Raises UserError.
+
+    folder: of a run, which may have stored its validation rows.
+    """
+    if getattr(data, which) is None:
         return None
     check_csv_keys(data)
     has_files = isinstance(data.tasks, dict)
-
-    def load_source(source: str, key: str) -> Rows:
-        return load_rows(source, key=key, default_split=which, csv=csv_dialect(data))
+    read_source = functools.cache(lambda: load_source_rows(data))
+    held_out = None
+    if data.holds_out:
+        held_out = read_held_out(data, folder) or choose_held_out(data, read_source())
 
     def load() -> Rows:
-        rows = join_task_rows(data, which, load_source) if has_files else load_source(source, f"data.{which}")
+        rows = load_split(data, which, held_out, read_source)
         return rows.first(max_examples) if max_examples else rows
 
     def encode(rows: Rows) -> Generator[Part, None, None]:
         return encode_split(data, rows, encoding, which)
 
-    cache = None if has_files else open_cache(data, encoding, source, which, max_examples)
+    selection = held_out.name if held_out and not held_out.is_fresh else ""
+    cache = None if has_files else open_cache(data, encoding, which, max_examples, selection)
     if cache is not None:
         rows, examples = cache.get(load, encode)
     else:
         rows = load()
         examples = join_parts(encode(rows), where_of(rows))
-    return Split(rows, with_tasks(examples, read_tasks(data, rows)))
+    return Split(rows, with_tasks(examples, read_tasks(data, rows)), held_out)
+
+
+def load_split(data: DataConfig, which: str, held_out: HeldOut | None, read_source: Callable[[], Rows]) -> Rows:
+    """The rows of a split: those of its sources, or a part of the training rows. Raises UserError."""
+    if which == "validation" and held_out is None:
+        return load_sources(data, "validation")
+    rows = read_source()
+    if held_out is None:
+        return rows
+    held_out.check(rows)
+    return PickedRows.of(rows, held_out.rows if which == "validation" else held_out.others())
+
+
+def load_source_rows(data: DataConfig) -> Rows:
+    """The rows of `data.train`, as many as are asked for. Raises UserError."""
+    rows = load_sources(data, "train")
+    return rows.first(data.max_examples) if data.max_examples else rows
+
+
+def load_sources(data: DataConfig, which: str) -> Rows:
+    """All rows of a split's sources, one after another. Raises UserError."""
+
+    def load_source(source: str, key: str) -> Rows:
+        return load_rows(source, key=key, default_split=which, csv=csv_dialect(data))
+
+    if isinstance(data.tasks, dict):
+        return join_task_rows(data, which, load_source)
+    sources = data.train_sources if which == "train" else data.validation_sources
+    return join_rows([load_source(source, f"data.{which}") for source in sources], f"data.{which}")
 
 
 def encode_split(data: DataConfig, rows: Rows, encoding: Encoding, which: str) -> Generator[Part, None, None]:
@@ -266,7 +304,7 @@ def encode_candidates(
 def check_csv_keys(data: DataConfig) -> None:
     """Raise UserError where keys of data.csv are given that no source of the config follows."""
     given = [name for name, value in data.csv if value != getattr(CsvConfig(), name)]
-    sources = [source for source in (data.train, data.validation) if source is not None]
+    sources = [*data.train_sources, *data.validation_sources]
     if given and not any(text_suffix(Path(source)) in DELIMITED_SUFFIXES for source in sources):
         raise UserError(
             f"data.csv.{given[0]} is given, but {' and '.join(dict.fromkeys(sources))} is no .csv or .tsv file: leave "

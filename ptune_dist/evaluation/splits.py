@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from ptune_dist.config.schema import PromptConfig
 from ptune_dist.data.build import Split, build_split
 from ptune_dist.data.examples import Examples
+from ptune_dist.data.held_out import FILE
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator
 from ptune_dist.model.value_head import TargetScale, measure_scale
 from ptune_dist.prompts.build import find_method
+from ptune_dist.run.folder import write_json
 from ptune_dist.run.reading import Reading
 
 
@@ -49,9 +52,12 @@ def build_splits(reading: Reading) -> RunRows:
         encoding = reading.encoding(member)
         key = member.data.model_dump_json(), encoding.needs_rest
         if key not in known:
-            held_out = build_split(member.data, encoding, which="validation", max_examples=config.evaluate.max_examples)
+            folder = Path(member.output_dir)
+            held_out = build_split(
+                member.data, encoding, which="validation", max_examples=config.evaluate.max_examples, folder=folder
+            )
             evaluator = build_evaluator(member, held_out, reading) if held_out else None
-            split = build_split(member.data, encoding, which="train")
+            split = build_split(member.data, encoding, which="train", folder=folder)
             assert split is not None, "data.train is required"
             known[key] = split, evaluator
         splits[name], evaluator = known[key]
@@ -62,6 +68,14 @@ def build_splits(reading: Reading) -> RunRows:
     seeds = {name: member.seed for name, member in reading.members.items()}
     training = TrainingRows(splits, batch_size=config.train.batch_size, seeds=seeds)
     return RunRows(training, splits, evaluators)
+
+
+def write_rows(reading: Reading, read: RunRows) -> None:
+    """Store in the folder of each member which rows validate it, where they are drawn. One rank calls."""
+    for name, member in reading.members.items():
+        held_out = read.splits[name].held_out
+        if held_out is not None:
+            write_json(Path(member.output_dir) / FILE, held_out.content())
 
 
 def check_inputs(examples: Examples, prompt: PromptConfig) -> None:

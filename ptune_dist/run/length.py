@@ -72,8 +72,8 @@ def settle(config: Config, num_rows: int) -> tuple[Config, list[str]]:
         section = getattr(config, name)
         if isinstance(section.every, int):
             continue
-        steps = max_steps / epochs if section.every == EPOCH else math.ceil(max_steps * section.every)
-        every = max(1, round(steps))
+        steps = max_steps / epochs if section.every == EPOCH else max_steps * section.every
+        every = max(1, math.ceil(round(steps, 9)))
         updates[name] = section.model_copy(update={"every": every})
         lines.append(f"{name}.every {section.every}: every {every:,} of {max_steps:,} steps")
     return config.model_copy(update=updates), lines

@@ -21,7 +21,15 @@ OLD_KEYS = {
 }
 CHECKPOINT = re.compile(r"step-\d{8}")
 # What a run replaces. It only adds to others (train.log, logs/, stacks/, tensorboard/), which may be there already.
-REPLACED_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "status.json", "evaluation.json", "micro_batch.json")
+REPLACED_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "status.json",
+    "evaluation.json",
+    "micro_batch.json",
+    "split.json",
+)
 REPLACED_FOLDERS = ("checkpoints", "prompt", "members")
 PARTS_OF_A_RUN = (*REPLACED_FILES, *REPLACED_FOLDERS, "tensorboard", "stacks", "train.log", ".lock")
 BESIDE_CONFIG = (".lock", "status.json", "metrics.jsonl", "checkpoints", "prompt", "summary.json")
@@ -121,11 +129,11 @@ def check_target(key: str, path: Path, config: Config, inputs: dict[str, Any], *
     read = {
         **inputs,
         "model.path": config.model.path,
-        "data.train": config.data.train,
-        "data.validation": config.data.validation,
         "deepspeed": config.deepspeed if isinstance(config.deepspeed, str) else None,
     }
     sources = list(read.items())
+    sources += [("data.train", source) for source in config.data.train_sources]
+    sources += [("data.validation", source) for source in config.data.validation_sources]
     started_from = config.prompt.init_file
     files = started_from if isinstance(started_from, list) else [started_from]
     sources += [("prompt.init_file", file) for file in files]

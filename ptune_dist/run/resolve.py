@@ -23,7 +23,7 @@ def resolve(config: Config) -> Config:
     options = check_options(prompt)
     if method.placements is not None and prompt.placement not in method.placements:
         raise ValueError(f"prompt.placement: {prompt.method} is for placement {' and '.join(method.placements)}")
-    if not method.stands_in_sequence and config.data.train.lower().endswith(".txt"):
+    if not method.stands_in_sequence and config.data.is_plain_text:
         raise ValueError(f"prompt.method: {prompt.method} needs an input before the target, and a .txt file has none")
     if not config.sweep and not method.enters_late(options):
         check_cache(config)
@@ -77,7 +77,7 @@ def check_objective(config: Config) -> None:
         raise ValueError(f"train.objective: {name} is none of {', '.join(OBJECTIVES)}")
     objective = OBJECTIVES[name].build(config.train)
     if objective.target == "number":
-        if config.data.train.lower().endswith(".txt"):
+        if config.data.is_plain_text:
             raise ValueError(f"train.objective: {name} needs data.target, a number, and a .txt file has none")
         if config.data.labels:
             raise ValueError(f"data.labels is given but train.objective is {name}, whose targets are numbers")

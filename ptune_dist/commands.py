@@ -15,11 +15,12 @@ import torch
 from ptune_dist.base.source import fingerprint_base, load_shape
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config, DataConfig
-from ptune_dist.data.build import build_choices, build_inputs, build_split, build_templates, csv_dialect
+from ptune_dist.data.build import build_choices, build_inputs, build_split, build_templates
 from ptune_dist.data.candidates import Candidates
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.sources import Rows, load_rows
+from ptune_dist.data.split_rows import csv_dialect
 from ptune_dist.data.tasks import read_tasks, task_column
 from ptune_dist.distributed.world import World, from_main, init_distributed, together
 from ptune_dist.errors import UserError
@@ -239,6 +240,11 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
     """
     if file:
         return load_rows(file, key="--input-file", default_split="test", csv=csv_dialect(data))
+    if data.messages is not None:
+        import datasets
+
+        messages = [{"role": "user", "content": text}]
+        return Rows("--input", datasets.Dataset.from_list([{data.messages: messages}]), "rows")
     columns = ["text"]  # of plain text
     if data.template is not None:
         template, _ = build_templates(data, placement)

@@ -17,12 +17,13 @@ from ptune_dist.config.schema import Config
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, init_distributed, together
 from ptune_dist.errors import RunFault
+from ptune_dist.evaluation.averaging import keep_average
 from ptune_dist.evaluation.during_training import StopAgreed, agree_on_stop, evaluate_members, is_due, is_evaluation_due
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.evaluation.generate import pad_id
 from ptune_dist.evaluation.row_warnings import find_warnings
 from ptune_dist.evaluation.sources import choose_sources
-from ptune_dist.evaluation.splits import RunRows, build_splits, find_lead, measure_scales, write_rows
+from ptune_dist.evaluation.splits import RunRows, build_splits, describe_skipped, find_lead, measure_scales, write_rows
 from ptune_dist.optim.optimizer import learning_rate_at
 from ptune_dist.run.accumulate import Accumulator
 from ptune_dist.run.batches_ahead import BatchesAhead, StepPlan, StepSource
@@ -105,7 +106,7 @@ def train(config: Config) -> int:
         run_dir = Path(config.output_dir)
         watch.begin_run()
         with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
-            notes = lengths + [f"warning: {line}" for line in warnings]
+            notes = lengths + describe_skipped(config, read) + [f"warning: {line}" for line in warnings]
             return train_job(job, read, notes, watch, world)
 
 
@@ -249,6 +250,7 @@ def evaluate(training: Training) -> None:
 def finish(training: Training) -> dict[str, Any]:
     """Write the summaries and return the run's. Where nothing is evaluated the last prompt is kept. Collective."""
     job = training.job
+    config = job.config
     progress = training.progress
     world = training.world
     if any(name in training.evaluators and not progress.members[name].best for name in progress.live):
@@ -258,8 +260,11 @@ def finish(training: Training) -> dict[str, Any]:
             store_prompt(job, name, progress, world)
     if progress.step < training.config.train.max_steps:  # patience ended it, perhaps between two checkpoints
         checkpoint(job, progress, world)
+    averaged = keep_average(job, training.evaluators, progress, world, training.say)
     signatures = {name: evaluator.signatures for name, evaluator in training.evaluators.items()}
     summary = build_summary(job, progress, signatures, world)
+    if averaged:
+        summary["average_last"] = averaged if config.sweep else next(iter(averaged.values()))
     if training.metrics:
         training.metrics.ranks(progress.step, summary["ranks"])
     if job.engine.recomputer:
@@ -302,6 +307,7 @@ def open_metrics(job: Job, progress: Progress) -> MetricsWriter:
             members=members,
             evaluate_every=job.config.evaluate.every_steps,
             log_every=job.config.train.log_every,
+            report_to=job.config.train.report_to,
             settings={name if members else "": describe_settings(own) for name, own in job.members.items()},
         )
 

@@ -14,7 +14,7 @@ ALWAYS = "micro-batches hold tokens without padding already: remove it"
 NO_HUB = "nothing is uploaded: export the prompt with ptune-dist export"
 CHECKPOINTING = "it is section activation_checkpointing of DeepSpeed's JSON: deepspeed=zero3_bf16_checkpointing"
 NO_FSDP = "the base is sharded by DeepSpeed: set deepspeed=zero3_bf16"
-NO_CHAT = "messages are written out in data.template and data.target"
+CHAT = "the chat template of the base's tokenizer is used: see data.messages and data.chat"
 DEVICE = "the launcher decides: torchrun or launch/run.sh"
 TOKENIZER = "the tokenizer in model.path is used"
 BEST = "the best prompt is always kept, by evaluate.best_metric: remove it"
@@ -47,12 +47,12 @@ FOREIGN_NAMES = {
     "block_size": here("data.max_length"),
     "bnb_4bit_compute_dtype": NO_4BIT,
     "bnb_4bit_quant_type": NO_4BIT,
-    "chat_template": NO_CHAT,
+    "chat_template": CHAT,
     "checkpointer": here("model.path"),
     "chunk_size": here("data.max_length"),
     "clip_grad_norm": here("train.max_grad_norm"),
     "completion_only_loss": "the loss is on data.target: remove it",
-    "conversation_template": NO_CHAT,
+    "conversation_template": CHAT,
     "cosine_min_lr_ratio": here("train.min_lr_ratio"),
     "cutoff_len": here("data.max_length"),
     "data.csv.column_names": here("data.csv.header"),
@@ -157,7 +157,7 @@ FOREIGN_NAMES = {
     "max_steps_per_epoch": here("train.max_steps"),
     "max_target_length": "it is data.max_length here, input and target together",
     "max_train_samples": here("data.max_examples"),
-    "message_template": NO_CHAT,
+    "message_template": CHAT,
     "metric_for_best_model": here("evaluate.best_metric"),
     "metric_logger": LOGS,
     "micro_batch_size": MICRO_BATCH,
@@ -211,7 +211,7 @@ FOREIGN_NAMES = {
     "quantization_config": here("model.quantization"),
     "quantizer": here("model.quantization"),
     "remove_unused_columns": "data.template and data.target name the columns: remove it",
-    "report_to": LOGS,
+    "report_to": here("train.report_to"),
     "resume_from_checkpoint": "the same command resumes the run in output_dir: see train.resume",
     "run_name": "name the run by output_dir",
     "sample_packing": ALWAYS,
@@ -256,16 +256,16 @@ FOREIGN_NAMES = {
     "use_fast_tokenizer": TOKENIZER,
     "use_liger_kernel": "fused kernels are chosen by the device: see model.compile",
     "use_peft": NO_LORA,
-    "use_wandb": LOGS,
+    "use_wandb": "set train.report_to=[wandb]",
     "val_check_interval": here("evaluate.every"),
     "val_data": here("data.validation"),
     "val_file": here("data.validation"),
     "val_set_size": here("data.validation"),
     "val_size": here("data.validation"),
     "validation_file": here("data.validation"),
-    "wandb": LOGS,
-    "wandb_entity": LOGS,
-    "wandb_project": LOGS,
+    "wandb": "set train.report_to=[wandb]",
+    "wandb_entity": "set train.report_to=[wandb]",
+    "wandb_project": "set train.report_to=[wandb]",
     "warmup_ratio": "it is train.warmup_steps here, in steps",
     "world_size": DEVICE,
     "zero3": "set deepspeed=zero3_bf16",

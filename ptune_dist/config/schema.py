@@ -53,6 +53,7 @@ Schedule = Literal[
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
 ]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
 PLACEMENTS_WITH_CONTEXTS = ("infix", "template", "decoder")  # tokens stand before the prompt, and depend on none
 PROMPT_MARKER = re.compile(r"\{\{-?\s*prompt\s*-?\}\}")  # in data.template, for placement template
 
@@ -91,9 +92,28 @@ class DataConfig(Section):
     """The expected output: jinja2 over the columns of a row. The loss is computed only here."""
 
     references: str | None = None
-    """A column with the acceptable answers of a validation row, a text or a list of texts, for the metrics that compare
-    generated answers: the best one counts. `answers.text` is what `text` holds inside column `answers`. The target
-    where left out."""
+    """A column with the acceptable answers of a row, a text or a list of texts, for the metrics that compare generated
+    answers: the best one counts. `answers.text` is what `text` holds inside column `answers`. The target where left
+    out. Where `target` prints all of the column, as in `{{ answers }}`, each epoch trains on one of them, drawn by
+    `seed`, and the validation loss is that of the first."""
+
+    chat: bool = False
+    """Write input and target as a user's and an assistant's turn, by the chat template of the base's tokenizer: for
+    bases that are trained on chats."""
+
+    messages: str | None = None
+    """The column that holds a conversation, in place of `template` and `target`: a list of messages with `role` and
+    `content`, written by the base's chat template. Every turn of the assistant is learned, and nothing else."""
+
+    system: str | None = None
+    """The system prompt of chats that have none of their own."""
+
+    tools: str | None = None
+    """The column that holds the tools a conversation may use, as the base's chat template takes them."""
+
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a row does that cannot be used: without a value, with an empty target or one that does not fit. `skip`: it
+    is counted and named in the run's skipped_rows.jsonl."""
 
     labels: Annotated[list[Label], AfterValidator(refuse_twice)] | None = None
     """The values that the target's one column can take: for accuracy by likelihood, for `init: labels`, and as the
@@ -143,6 +163,27 @@ class DataConfig(Section):
             if found:
                 filled[key] = found[0]
         return filled
+
+    @model_validator(mode="after")
+    def check_chat(self) -> "DataConfig":
+        if self.messages is not None:
+            for key in ("template", "target", "labels"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"data.{key} and data.messages are both given: leave one out")
+        if self.chat and self.messages is not None:
+            raise ValueError("data.chat is for data.template, and data.messages is given: leave one out")
+        if self.chat and self.is_plain_text:
+            raise ValueError("data.chat needs an input and a target, and a .txt file has none")
+        if self.system is not None and not self.is_chat:
+            raise ValueError("data.system needs data.chat or data.messages")
+        if self.tools is not None and self.messages is None:
+            raise ValueError("data.tools needs data.messages")
+        return self
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the base's chat template writes the rows."""
+        return self.chat or self.messages is not None
 
     @property
     def holds_out(self) -> bool:
@@ -252,6 +293,13 @@ class TrainConfig(Section):
     log_every: Positive | None = None
     """Steps between lines of a run's log: of metrics.jsonl, TensorBoard and the console; the first and the last step
     have one too. Where left out, every step has one, but for the console, which has one every few seconds."""
+
+    average_last: NotNegative = 0
+    """At the end, the mean of the last so many checkpoints' prompts is evaluated too, and kept where it is the best."""
+
+    report_to: Annotated[list[Tracker], AfterValidator(refuse_twice)] = []
+    """Services that also get the metrics, through accelerate's trackers, each of which must be installed. TensorBoard's
+    files are always written."""
 
     resume: Literal["auto", "never"] = "auto"
     """Whether the same command on an existing run resumes it or refuses."""
@@ -377,7 +425,7 @@ class Config(Section):
     @model_validator(mode="after")
     def check_across_sections(self) -> "Config":
         is_text = self.data.is_plain_text
-        if not is_text and (self.data.template is None or self.data.target is None):
+        if not is_text and self.data.messages is None and (self.data.template is None or self.data.target is None):
             raise ValueError("data.template and data.target are needed unless data.train is a .txt file")
         needs = {METRICS[name].needs: name for name in reversed(self.evaluate.metrics)}
         if is_text and set(needs) - {"losses"}:
@@ -393,11 +441,24 @@ class Config(Section):
             raise ValueError("evaluate.patience needs data.validation and evaluate.every above 0")
         if self.train.warmup_steps >= self.train.max_steps:
             raise ValueError("train.warmup_steps must be less than train.max_steps")
+        self.check_average()
         if self.train.min_lr_ratio and self.train.schedule != "cosine":
             raise ValueError(f"train.min_lr_ratio is for schedule cosine, and train.schedule is {self.train.schedule}")
         if self.sweep_halving and not self.sweep:
             raise ValueError("sweep_halving needs sweep, the members of which it keeps some")
         return self
+
+    def check_average(self) -> None:
+        """Raises ValueError where there will be nothing to average, or nothing that says whether it is better."""
+        count = self.train.average_last
+        if not count:
+            return
+        if count == 1:
+            raise ValueError("train.average_last: 1 checkpoint is no mean: give 2 or more, or leave it out")
+        if not self.data.validation:
+            raise ValueError("train.average_last needs data.validation, by which the mean is kept or not")
+        if self.checkpoint.every == 0 or self.checkpoint.keep < count:
+            raise ValueError(f"train.average_last: {count} needs checkpoint.every above 0 and checkpoint.keep={count}")
 
     @model_validator(mode="after")
     def check_placement(self) -> "Config":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ptune_dist.common.progress_line import REPORT_S, ProgressLine, is_first_here
 from ptune_dist.config.schema import DataConfig
+from ptune_dist.data.alternatives import find_path
 from ptune_dist.data.cache_entry import FORMAT, hash_text
 from ptune_dist.data.encode import Encoding
 
@@ -31,6 +32,8 @@ def describe_options(
         "data": data.model_dump(mode="json", exclude=NOT_IN_KEY),
         "source": [source.rpartition(":")[2] if not Path(source).exists() else "" for source in sources],
         "rows": [*rows, data.validation if data.holds_out else None],
+        "chat": [encoding.chat.key, str(encoding.tokenizer.chat_template)] if encoding.chat else None,
+        "references": data.references if find_path(data) else None,
         "suffixes": [file.suffix.lower() for file in files],
         "framing": [dataclasses.asdict(encoding.framing), type(encoding.targets).__name__, encoding.targets.specials],
         "encoding": [

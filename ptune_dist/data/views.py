@@ -98,3 +98,55 @@ class PickedRows(Rows):
 
     def where(self, index: int) -> str:
         return self.whole.where(int(self.chosen[index]))
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedRows(Rows):
+    """Rows of which each row of a source makes one or several: its alternatives, or its parts.
+
+    ends: int64 [rows of the source], how many rows it and those before it make.
+    """
+
+    base: Rows | None = None
+    ends: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def whole(self) -> Rows:
+        assert self.base is not None, "rows are made of rows"
+        return self.base
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def columns(self) -> list[str]:
+        return self.whole.columns()
+
+    def make(self, row: dict[str, Any], number: int, index: int) -> dict[str, Any]:
+        """The row number `number` that a row of the source makes, which is row `index` of all. Raises UserError."""
+        raise NotImplementedError
+
+    def sources_of(self, indices: np.ndarray) -> np.ndarray:
+        """The rows of the source that these rows are made of."""
+        return np.searchsorted(self.ends, indices, side="right")
+
+    def read(self, first: int, last: int) -> list[dict[str, Any]]:
+        last = min(last, len(self))
+        if first >= last:
+            return []
+        indices = np.arange(first, last)
+        sources = self.sources_of(indices)
+        start = int(sources[0])
+        rows = self.whole.read(start, int(sources[-1]) + 1)
+        found = []
+        for index, source in zip(indices.tolist(), sources.tolist(), strict=True):
+            number = index - (int(self.ends[source - 1]) if source else 0)
+            found.append(self.make(rows[source - start], number, index))
+        return found
+
+    def first(self, count: int) -> Rows:
+        if count >= len(self):
+            return self
+        return PickedRows.of(self, np.arange(count))
+
+    def where(self, index: int) -> str:
+        return self.whole.where(int(self.sources_of(np.array([index]))[0]))

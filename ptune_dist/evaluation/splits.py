@@ -1,12 +1,14 @@
 """The rows of a run: what its members train on, and what evaluates them."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ptune_dist.config.schema import PromptConfig
+from ptune_dist.common.files import fault_on_failed_write, replace_file
+from ptune_dist.config.schema import Config, PromptConfig
 from ptune_dist.data.build import Split, build_split
 from ptune_dist.data.examples import Examples
 from ptune_dist.data.held_out import FILE
@@ -17,6 +19,8 @@ from ptune_dist.model.value_head import TargetScale, measure_scale
 from ptune_dist.prompts.build import find_method
 from ptune_dist.run.folder import write_json
 from ptune_dist.run.reading import Reading
+
+SKIPPED = "skipped_rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,33 @@ def write_rows(reading: Reading, read: RunRows) -> None:
         held_out = read.splits[name].held_out
         if held_out is not None:
             write_json(Path(member.output_dir) / FILE, held_out.content())
+    write_skipped(reading.config, read)
+
+
+def describe_skipped(config: Config, read: RunRows) -> list[str]:
+    """A line about each split with rows that cannot be used."""
+    found = []
+    for which, split in read.distinct().items():
+        if split.skipped:
+            total = len(split.skipped) + len(split.examples)
+            found.append(
+                f"data.on_error: {len(split.skipped):,} of {total:,} rows of {which} are skipped, see "
+                f"{Path(config.output_dir) / SKIPPED}; the first: {split.skipped[0]}"
+            )
+    return found
+
+
+def write_skipped(config: Config, read: RunRows) -> None:
+    """Name the skipped rows in a file of the run. One rank calls."""
+    lines = [
+        json.dumps({"split": which, "error": line}, ensure_ascii=False) + "\n"
+        for which, split in read.distinct().items()
+        for line in split.skipped
+    ]
+    if lines:
+        file = Path(config.output_dir) / SKIPPED
+        with fault_on_failed_write(file):
+            replace_file(file, "".join(lines).encode())
 
 
 def check_inputs(examples: Examples, prompt: PromptConfig) -> None:

@@ -36,6 +36,8 @@ MAY_CHANGE = (
     "train.max_steps",
     "train.epochs",
     "train.log_every",
+    "train.average_last",
+    "train.report_to",
     "train.micro_batch_tokens",
     "train.resume",
     "train.hang_timeout_s",

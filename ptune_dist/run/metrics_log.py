@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +20,7 @@ from ptune_dist.common.progress_line import render_duration
 from ptune_dist.errors import RunFault
 from ptune_dist.run.eta import Eta
 from ptune_dist.run.folder import check_in_place
+from ptune_dist.run.trackers import Trackers
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -36,6 +37,7 @@ class MetricsWriter:
         members: dict[str, Path] | None = None,
         evaluate_every: int = 0,
         log_every: int | None = None,
+        report_to: Sequence[str] = (),
         settings: dict[str, dict[str, Any]] | None = None,
     ):
         """`first_step` is the first step of this process; lines that an earlier process wrote for it and later steps
@@ -57,6 +59,8 @@ class MetricsWriter:
         self._tensorboard = self._boards[""]
         for name, values in (settings or {}).items():
             write_settings(self._boards[name], values)
+        found = settings or {}
+        self._trackers = Trackers(list(report_to), run_dir, next(iter(found.values()), {}))
         self._max_steps = max_steps
         self._first_step = first_step
         self._log_every = log_every
@@ -75,6 +79,7 @@ class MetricsWriter:
             self._bar.stop()
         if error is not None:
             self._line(f"error: {error!r}", console=False)
+        self._trackers.close()
         for stream in (self._jsonl, *self._members.values(), self._log, *self._boards.values()):
             with self._remember_failure():
                 stream.close()
@@ -136,6 +141,7 @@ class MetricsWriter:
         for key, value in line.items():
             if key != "step" and not is_idle(key, value):
                 self._tensorboard.add_scalar(f"train/{key}", value, self._done)
+        self._trackers.log({f"train/{key}": value for key, value in line.items() if key != "step"}, self._done)
         self._show_bar(line)
         now = time.monotonic()
         is_end = self._done in (self._first_step, self._max_steps)
@@ -156,6 +162,8 @@ class MetricsWriter:
         with self._remember_failure():
             for name, value in metrics.items():
                 board.add_scalar(f"validation/{name}", value, step)
+            of_member = f"/{member}" if member else ""
+            self._trackers.log({f"validation/{name}{of_member}": value for name, value in metrics.items()}, step)
             if samples:
                 board.add_text("validation/samples", render_samples(samples), step)
             board.flush()

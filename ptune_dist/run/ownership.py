@@ -28,7 +28,7 @@ REPLACED_FILES = (
     "status.json",
     "evaluation.json",
     "micro_batch.json",
-    "split.json",
+    *("split.json", "skipped_rows.jsonl"),
 )
 REPLACED_FOLDERS = ("checkpoints", "prompt", "members")
 PARTS_OF_A_RUN = (*REPLACED_FILES, *REPLACED_FOLDERS, "tensorboard", "stacks", "train.log", ".lock")

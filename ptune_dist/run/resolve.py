@@ -8,6 +8,7 @@ from ptune_dist.families import FAMILIES
 from ptune_dist.objectives import OBJECTIVES
 from ptune_dist.optim.schedules import build_curve
 from ptune_dist.prompts.build import check_options, choose_start, find_method, settle_positions
+from ptune_dist.run.trackers import check_trackers
 
 
 def resolve(config: Config) -> Config:
@@ -18,6 +19,7 @@ def resolve(config: Config) -> Config:
     check_family(config)
     check_objective(config)
     check_schedule(config.train)
+    check_trackers(config.train.report_to)
     prompt = config.prompt
     method = find_method(prompt)
     options = check_options(prompt)

@@ -115,7 +115,7 @@ def test_the_folder_of_a_run_is_no_config(tmp_path):
         ("block_size", "it is data.max_length here"),
         ("train.early_stopping_patience", "it is evaluate.patience here"),
         ("checkpoint.save_total_limit", "it is checkpoint.keep here"),
-        ("train.report_to", "a run always writes metrics.jsonl"),
+        ("train.plot_loss", "a run always writes metrics.jsonl"),
         ("model.load_in_8bit", "it is model.quantization=int8 here"),
         ("prompt.lora_r", "only prompts are trained"),
         ("tokenizer", "the tokenizer in model.path is used"),

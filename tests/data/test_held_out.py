@@ -7,8 +7,8 @@ import pytest
 
 from ptune_dist.config.load import load_config
 from ptune_dist.config.schema import DataConfig
-from ptune_dist.data.build import load_source_rows, load_sources, load_split
 from ptune_dist.data.held_out import FILE, choose_held_out, read_held_out
+from ptune_dist.data.split_rows import load_source_rows, load_sources, load_split
 from ptune_dist.errors import UserError
 from tests.conftest import write_config
 

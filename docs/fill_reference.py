@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from render_bases import render_bases
+from render_methods import render_methods
 
 from ptune_dist.config.schema import Config
 from ptune_dist.metrics import METRICS
@@ -166,6 +167,7 @@ RENDER: dict[str, Callable[[], str]] = {
     "options of methods": render_options,
     "metrics": render_metrics,
     "bases": render_bases,
+    "what methods allow": render_methods,
 }
 
 

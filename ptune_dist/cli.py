@@ -170,6 +170,7 @@ def build_parser() -> Parser:
     add_input_arguments(export, "for prompt-embeds: ", required=False)
     bench = add("bench", run_bench, "run a matrix of benchmarks", "MATRIX")
     bench.add_argument("--out", metavar="DIR")
+    bench.add_argument("--resume", action="store_true", help="keep the runs that an earlier call has finished")
     add("env", run_env, "print versions and hardware for a bug report")
     return parser
 
@@ -325,7 +326,7 @@ def run_export(parsed: argparse.Namespace) -> None:
 def run_bench(parsed: argparse.Namespace) -> int:
     from ptune_dist.bench.harness import run_matrix
 
-    return run_matrix(parsed.matrix, parsed.out)
+    return run_matrix(parsed.matrix, parsed.out, resumes=parsed.resume)
 
 
 def run_env(_: argparse.Namespace) -> None:

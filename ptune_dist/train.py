@@ -41,6 +41,7 @@ from ptune_dist.run.metrics_log import MetricsWriter
 from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
 from ptune_dist.run.reading import build_reading
 from ptune_dist.run.resolve import resolve_whole
+from ptune_dist.run.slow_start import find_slow_starts
 from ptune_dist.run.status import end_status, mark_running
 from ptune_dist.run.step_lines import step_lines
 from ptune_dist.run.summary import build_summary, describe_member, describe_start, say_finished
@@ -194,6 +195,8 @@ def take_step(training: Training) -> None:
     training.watch.beat(step)
     if training.metrics:
         training.metrics.step(*step_lines(training.job, progress, losses, learning_rates, training.world))
+        for line in find_slow_starts(training.job, progress):
+            training.say(f"warning: {line}")
 
 
 def update_members(

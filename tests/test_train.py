@@ -118,3 +118,15 @@ def test_validate_and_env_tell_what_they_promise():
     assert done.stdout.count("<virtual tokens>") == 5 and "[ RECIPES<eos>]" in done.stdout
     done = run_command("env")
     assert done.returncode == 0 and f"torch {torch.__version__}" in done.stdout and "deepspeed" in done.stdout
+
+
+def test_a_loss_that_does_not_fall_is_named_after_a_tenth_of_the_steps(tmp_path):
+    config = write_config(
+        tmp_path / "config.json", prompt={"num_virtual_tokens": 4},
+        train={"max_steps": 100, "batch_size": 4, "learning_rate": 1e-9},
+    )  # fmt: skip
+    done = run_command("train", str(config))
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "has not fallen" in line]
+    assert "warning: the loss has not fallen by 2% after 10 steps" in line
+    assert "set train.learning_rate to the method's default, 0.3 (it is 1e-09)" in line

@@ -104,7 +104,7 @@ class LayerParts:
 
         def before(_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             given = [*args, *kwargs.values()]
-            self._hands_on = self._hands_on or any(one is other for one in given for other in seen)
+            self._hands_on = self._hands_on or any(is_same(one, other) for one in given for other in seen)
 
         def after(_layer: nn.Module, _args: tuple, output: Any) -> None:
             found.append(len(output) if isinstance(output, tuple) else None)
@@ -161,3 +161,8 @@ class LayerParts:
 def input_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     """The hidden states that a layer is called with."""
     return args[0] if args else kwargs[HIDDEN]
+
+
+def is_same(given: Any, tensor: torch.Tensor) -> bool:
+    """Whether what a layer is called with is this tensor, perhaps as a view: DeepSpeed's hooks make those of ZeRO-3."""
+    return torch.is_tensor(given) and given.shape == tensor.shape and given.data_ptr() == tensor.data_ptr()

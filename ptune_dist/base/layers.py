@@ -5,6 +5,8 @@ from typing import Any, cast
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+LayerHeads = tuple[int | None, int | None, int | None]  # key/value heads, widths of a key and of a value
+
 MIN_SHARE = 0.1  # of the largest stack's parameters; smaller module lists are not stacks of layers
 
 
@@ -111,37 +113,41 @@ def key_value_heads(shape: PretrainedConfig) -> tuple[int | None, int | None, in
 
     None where a base has no attention heads, or differing ones.
     """
-    text = shape.get_text_config(decoder=True)
-    if getattr(text, "qk_nope_head_dim", None) is not None:  # made of one latent, for every head
-        of_values = getattr(text, "v_head_dim", None) or text.hidden_size // text.num_attention_heads
-        return text.num_attention_heads, text.qk_nope_head_dim + text.qk_rope_head_dim, of_values
-    width = head_width(shape)
-    return num_key_value_heads(shape), width, width
+    num_heads, of_keys, of_values = (the_one(set(numbers)) for numbers in zip(*heads_by_layer(shape), strict=True))
+    return num_heads, of_keys, of_values
 
 
 def num_key_value_heads(shape: PretrainedConfig) -> int | None:
     """G; None where a base has no attention heads, or differing ones."""
-    return the_one({num_heads for num_heads, _ in heads_of_layers(shape)})
+    return key_value_heads(shape)[0]
 
 
 def head_width(shape: PretrainedConfig) -> int | None:
     """The width of an attention head; None where a base has none, or differing ones."""
-    return the_one({width for _, width in heads_of_layers(shape)})
+    return key_value_heads(shape)[1]
 
 
 def layers_differ(shape: PretrainedConfig) -> bool:
     """Whether keys and values of one position have another shape in some layers than in others, as in Gemma 4."""
-    return len(heads_of_layers(shape)) > 1
+    return len(set(heads_by_layer(shape))) > 1
 
 
-def heads_of_layers(shape: PretrainedConfig) -> set[tuple[int | None, int | None]]:
-    """The numbers of key/value heads and the widths of a head that a base's layers have."""
+def heads_by_layer(shape: PretrainedConfig) -> list[LayerHeads]:
+    """Of each layer, the number of key/value heads and the widths of a key and of a value, as if all had attention."""
     text = shape.get_text_config(decoder=True)
-    found = {heads_of(layer) for layer in shapes_of_layers(text)}
+    layers = shapes_of_layers(text)
+    found = [heads_of(layer) for layer in layers]
+    if len(layers) == 1:
+        found *= max(1, getattr(text, "num_hidden_layers", None) or 1)
+    kinds = getattr(text, "layer_types", None) or []
     if getattr(text, "swa_head_dim", None):  # Inkling's layers with a window
-        found.add((text.swa_num_key_value_heads, text.swa_head_dim))
+        own = (text.swa_num_key_value_heads, text.swa_head_dim, text.swa_head_dim)
+        return [own if kind == "hybrid_sliding" else heads for kind, heads in zip(kinds, found, strict=True)]
     if text.model_type == "mimo_v2_flash":  # its layers with a window have twice as many
-        found |= {(2 * (num_heads or 0), width) for num_heads, width in found}
+        pairs = zip(kinds, found, strict=True)
+        return [
+            (2 * (n or 0), *widths) if kind == "sliding_attention" else (n, *widths) for kind, (n, *widths) in pairs
+        ]
     return found
 
 
@@ -156,14 +162,20 @@ def setting_of(shape: PretrainedConfig, name: str) -> Any:
     return values[0] if all(value == values[0] for value in values) else None
 
 
-def heads_of(text: PretrainedConfig) -> tuple[int | None, int | None]:
-    """The number of key/value heads that are kept of a position, and the width of a head."""
+def heads_of(text: PretrainedConfig) -> LayerHeads:
+    """The number of key/value heads that are kept of a position, and the widths of a key and of a value."""
     num_heads = getattr(text, "num_attention_heads", None)
-    own = getattr(text, "head_dim", None)
-    width = own or (text.hidden_size // num_heads if num_heads else None)
+    if getattr(text, "qk_nope_head_dim", None) is not None:  # made of one latent, for every head
+        of_values = getattr(text, "v_head_dim", None) or text.hidden_size // text.num_attention_heads
+        return num_heads, text.qk_nope_head_dim + text.qk_rope_head_dim, of_values
+    hidden = getattr(text, "true_hidden_size", None) or text.hidden_size  # within MobileBERT's bottlenecks
+    width = getattr(text, "head_dim", None) or (hidden // num_heads if num_heads else None)
+    of_values = text.v_head_dim if text.model_type == "mimo_v2_flash" else width
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
-        return 1, width  # GPT BigCode and the first Falcon
-    return getattr(text, "num_key_value_heads", None) or num_heads, width
+        return 1, width, of_values  # GPT BigCode and the first Falcon
+    if text.model_type == "jetmoe":  # each expert of its attention has keys and values
+        return text.num_key_value_heads * text.num_experts_per_tok, width, of_values
+    return getattr(text, "num_key_value_heads", None) or num_heads, width, of_values
 
 
 def the_one(found: set[int | None]) -> int | None:
@@ -181,6 +193,10 @@ def max_positions(base: PreTrainedModel) -> int | None:
     num_positions = getattr(text, "max_position_embeddings", None)
     if not tables or num_positions is None:
         return None
-    # RoBERTa's first position is one more than the padding token's id.
-    first = [m.padding_idx + 1 for n, m in tables.items() if "position" in n and m.padding_idx is not None]
-    return num_positions - max(first, default=0)
+    return num_positions - first_position(base)
+
+
+def first_position(base: PreTrainedModel) -> int:
+    """The number of the first learned position, which is one more than the padding token's id in RoBERTa."""
+    tables = [m for name, m in base.named_modules() if "position" in name and isinstance(m, nn.Embedding)]
+    return max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)

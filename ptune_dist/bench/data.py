@@ -21,6 +21,8 @@ from ptune_dist.tiny.text import read_docstrings
 SHAPE = Path("configs/shapes/llama_40m")
 # Minimum and maximum tokens of input and target, chosen so that the medians are about 230, 45 and 30.
 LENGTHS = {"long": (160, 480), "short": (25, 76), "brief": (16, 42)}
+TERSE = "terse"  # the long rows whose input has at least so many times the tokens of the target
+TERSE_RATIO = 10
 NUM_ROWS = 160
 NUM_CHECK_ROWS = 8
 VOCABULARY_SIZE = 4096
@@ -47,14 +49,23 @@ def count_tokens(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
     return [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
+def select_terse(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """The rows whose input has at least TERSE_RATIO times the tokens of the target, its end token included."""
+    inputs = tokenizer([f"{row['text']}\nSummary:" for row in rows], add_special_tokens=False)["input_ids"]
+    targets = tokenizer([f" {row['summary']}" for row in rows], add_special_tokens=False)["input_ids"]
+    pairs = zip(rows, inputs, targets, strict=True)
+    return [row for row, read, written in pairs if len(read) >= TERSE_RATIO * (len(written) + 1)]
+
+
 def write_rows(out: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, dict[str, int]]:
-    """Write {long,short,brief}.jsonl, and the first rows of each as {...}_check.jsonl; returns token counts by file."""
+    """Write {long,short,brief,terse}.jsonl, and the first rows of each as {...}_check.jsonl; returns counts by file."""
     rows = [row for row in map(split_docstring, read_docstrings()) if row]
     lengths = count_tokens(rows, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     found = {}
-    for name, bounds in LENGTHS.items():
-        chosen = select_rows(rows, lengths, bounds, NUM_ROWS, seed)
+    by_name = {name: select_rows(rows, lengths, bounds, NUM_ROWS, seed) for name, bounds in LENGTHS.items()}
+    by_name[TERSE] = select_terse(by_name["long"], tokenizer)
+    for name, chosen in by_name.items():
         for file, part in ((f"{name}.jsonl", chosen), (f"{name}_check.jsonl", chosen[:NUM_CHECK_ROWS])):
             (out / file).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
             counts = count_tokens(part, tokenizer)

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ptune_dist.bench.finished_runs import FinishedRuns
 from ptune_dist.bench.machine import OtherLoad, describe_machine, wait_until_quiet
 from ptune_dist.bench.matrix import Case, Matrix, built_in_values, fill_command, load_matrix
 from ptune_dist.bench.report import render_tables
@@ -24,15 +25,16 @@ from ptune_dist.errors import RunFault, UserError
 NUM_LAST_LINES = 3
 
 
-def run_matrix(path: str, out: str | None) -> int:
+def run_matrix(path: str, out: str | None, *, resumes: bool = False) -> int:
     """Run a benchmark; returns 0, or 1 if sides that must agree do not. Raises UserError and RunFault.
 
-    result.json and logs/ are written to `out`, by default runs/bench/NAME. The result is written after every case, so
-    that a benchmark that is stopped keeps its results so far.
+    result.json, runs.jsonl and logs/ are written to `out`, by default runs/bench/NAME. The result is written after
+    every case, and a line after every run. With `resumes`, runs that have a line already are not repeated.
     """
     matrix = load_matrix(path)
     folder = Path(out or f"runs/bench/{matrix.name}").absolute()
     make_folder(folder / "logs")
+    done = FinishedRuns(folder / "runs.jsonl", matrix, resumes=resumes)
     content = {
         "name": matrix.name,
         "about": matrix.about,
@@ -47,7 +49,7 @@ def run_matrix(path: str, out: str | None) -> int:
         words = fill_command(command, values, f"{path}: prepare")
         run_command(words, folder / "logs" / f"prepare-{number}.log", matrix)
     for case in matrix.cases:
-        content["cases"].append(run_case(matrix, case, folder, console))
+        content["cases"].append(run_case(matrix, case, folder, console, done))
         replace_file(folder / "result.json", (json.dumps(content, indent=1) + "\n").encode())
     for table in render_tables(content):
         console.print(table)
@@ -63,7 +65,7 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--out: {folder}: {error.strerror}") from None
 
 
-def run_case(matrix: Matrix, case: Case, folder: Path, console: Console) -> dict[str, Any]:
+def run_case(matrix: Matrix, case: Case, folder: Path, console: Console, done: FinishedRuns) -> dict[str, Any]:
     """All runs of one case and their comparison."""
     warm_up = matrix.warm_up if case.warm_up is None else case.warm_up
     repeats = case.repeats or matrix.repeats
@@ -71,7 +73,10 @@ def run_case(matrix: Matrix, case: Case, folder: Path, console: Console) -> dict
     runs = []
     for repeat in range(-warm_up, repeats):
         for side in sides:
-            run = run_side(matrix, case, side, repeat, folder)
+            run = done.find(case.name, side, repeat)
+            if run is None:
+                run = run_side(matrix, case, side, repeat, folder)
+                done.add(case.name, run)
             console.print(f"{case.name}  {side}  {describe_run(run, repeat)}", highlight=False, soft_wrap=True)
             if repeat >= 0:
                 runs.append(run)

@@ -1,8 +1,8 @@
-"""The peer of a benchmark: PEFT prompt tuning under the Hugging Face Trainer, with the same config as our side.
+"""The peer of a benchmark: PEFT's prompt or prefix tuning under the Hugging Face Trainer, with our side's config.
 
     torchrun --nproc-per-node 2 -m ptune_dist.bench.peft_trainer CONFIG [KEY=VALUE ...] --micro-batch-size N --result F
 
-Base, rows, tokens, starting vectors, batch per step, AdamW, schedule, clipping and the DeepSpeed JSON come from the
+Base, rows, tokens, the prompt's start, batch per step, AdamW, schedule, clipping and the DeepSpeed JSON come from the
 config; evaluation and checkpoints are off. The Trainer groups rows by length in its own way. The size of a micro-batch
 (rows per rank) and the interval of logged losses are settings of the peer.
 """
@@ -18,7 +18,7 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import torch.distributed as dist  # noqa: E402
-from peft import PromptTuningConfig, TaskType, get_peft_model  # noqa: E402
+from peft import PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, TaskType, get_peft_model  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 from transformers import (  # noqa: E402
@@ -29,7 +29,6 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from ptune_dist.base.layers import embedding_width  # noqa: E402
 from ptune_dist.base.load import fill_whole  # noqa: E402
 from ptune_dist.base.source import load_shape, load_tokenizer  # noqa: E402
 from ptune_dist.bench.arguments import side_parser  # noqa: E402
@@ -43,14 +42,26 @@ from ptune_dist.data.examples import Examples  # noqa: E402
 from ptune_dist.errors import UserError  # noqa: E402
 from ptune_dist.families.find import open_any  # noqa: E402
 from ptune_dist.prompts.build import build_prompt  # noqa: E402
-from ptune_dist.prompts.method import BaseFacts  # noqa: E402
+from ptune_dist.run.job import base_facts  # noqa: E402
 from ptune_dist.run.reading import build_reading  # noqa: E402
 
 IGNORED = -100  # the label of tokens that transformers leaves out of the loss
+# method -> PEFT's configuration of the same parameters; its other methods, and options of ours, are not compared
+PEERS: dict[str, type[PromptLearningConfig]] = {
+    "prompt_tuning": PromptTuningConfig,
+    "prefix_tuning": PrefixTuningConfig,
+}
+WIDTHS = ("token_dim", "num_attention_heads", "num_layers")  # settings of prefix tuning that follow from the base
 
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    """The base under PEFT with our initial vectors. Call it before making TrainingArguments: DeepSpeed shards later."""
+    """The base under PEFT with our prompt's start. Call it before making TrainingArguments: DeepSpeed shards later.
+
+    Raises UserError for a prompt that PEFT does not train in the same way.
+    """
+    prompt_config = config.prompt
+    if prompt_config.method not in PEERS or prompt_config.model_extra:
+        raise UserError(f"prompt.method: the peer supports {' and '.join(PEERS)} without further options")
     opened = open_any(
         config.model.path,
         dtype=getattr(torch, config.model.dtype),
@@ -58,18 +69,22 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> nn.Module
         seed=config.seed,
     )
     base = fill_whole(opened)
-    width = embedding_width(base)
 
     def lookup(ids: list[int]) -> torch.Tensor:
         return base.get_input_embeddings()(torch.tensor(ids)).float()
 
-    prompt = build_prompt(config, BaseFacts(width), tokenizer, lookup, with_start=True)
-    vectors = prompt.plain()["virtual_tokens"]
-    model = get_peft_model(
-        base, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(vectors), token_dim=width)
+    prompt = build_prompt(config, base_facts(base), tokenizer, lookup, with_start=True)
+    if prompt.start_tokens:
+        raise UserError("prompt.init: the peer does not start from what the base computes of a text: use random")
+    adapter = prompt.to_peft(prompt.plain())
+    assert adapter.prompt_embeddings is not None, "both methods store them"
+    facts = {name: adapter.settings[name] for name in WIDTHS if name in adapter.settings}
+    peer = PEERS[prompt_config.method](
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=prompt_config.num_virtual_tokens, **facts
     )
+    model = get_peft_model(base, peer)
     encoder = cast(nn.ModuleDict, model.prompt_encoder)["default"]
-    encoder.get_parameter("embedding.weight").data.copy_(vectors)
+    encoder.get_parameter("embedding.weight").data.copy_(adapter.prompt_embeddings)
     return model
 
 
@@ -93,14 +108,14 @@ def build_arguments(config: Config, *, micro_batch_size: int, log_steps: int, wo
         per_device_train_batch_size=micro_batch_size,
         gradient_accumulation_steps=accumulation,
         train_sampling_strategy="group_by_length",
-        learning_rate=train.learning_rate,
+        learning_rate=train.peak_rate,
         weight_decay=train.weight_decay,
         adam_beta1=train.betas[0],
         adam_beta2=train.betas[1],
         adam_epsilon=train.eps,
         max_grad_norm=train.max_grad_norm,
         lr_scheduler_type=train.schedule,
-        warmup_steps=train.warmup_steps,
+        warmup_steps=train.num_warmup_steps,
         bf16=config.model.dtype == "bfloat16",
         fp16=config.model.dtype == "float16",
         deepspeed=config.deepspeed,
@@ -215,7 +230,7 @@ def run_peer(config: Config, *, micro_batch_size: int, log_steps: int) -> dict:
     assert split is not None, "data.train is required"
     model = build_model(config, tokenizer)
     arguments = build_arguments(
-        config,
+        reading.config,
         micro_batch_size=micro_batch_size,
         log_steps=log_steps or config.train.max_steps,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),

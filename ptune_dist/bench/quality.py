@@ -34,8 +34,6 @@ PLACEMENTS = {
 }
 CONFIG = Path("configs/quickstart.yaml")
 SHORTEST_STEPS = 20
-MARK = "<!-- quality -->"
-END = "<!-- end quality -->"
 
 
 def write_task(folder: Path, task: str) -> tuple[Path, Path]:
@@ -91,7 +89,7 @@ def compare(folder: Path, task: str, num_steps: int, seeds: range) -> dict[str, 
 def render_table(content: dict) -> str:
     """A Markdown table of mean exact match, steps and seconds over seeds, at equal steps and at equal time."""
     header = ["", *(f"`{task}`, {which}" for task in TASKS for which in ("equal steps", "equal time"))]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    rows = [header]
     for placement in PLACEMENTS:
         cells = []
         for task in TASKS:
@@ -100,18 +98,26 @@ def render_table(content: dict) -> str:
                 names = ("exact_match", "train_s", "steps")
                 mean = {name: statistics.mean(run[which][name] for run in runs) for name in names}
                 cells.append(f"{mean['exact_match']:.2f} ({mean['steps']:.0f} steps, {mean['train_s']:.0f} s)")
-        lines.append([f"`{placement}`", *cells])
+        rows.append([f"`{placement}`", *cells])
+    return render_rows(rows)
+
+
+def render_rows(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is its header, the first column is text."""
+    lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def fill_document(path: Path, content: dict) -> None:
-    """Replace the table between the document's quality marks. Raises UserError."""
+def fill_block(path: Path, mark: str, block: str) -> None:
+    """Replace what stands in a document between the comments `MARK` and `end MARK`. Raises UserError."""
     text = path.read_text(encoding="utf-8")
-    before, found, rest = text.partition(MARK)
-    _, closed, after = rest.partition(END)
+    begin = f"<!-- {mark} -->"
+    end = f"<!-- end {mark} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise UserError(f"{path}: no block between {MARK} and {END}")
-    path.write_text(f"{before}{MARK}\n{render_table(content)}\n{END}{after}", encoding="utf-8")
+        raise UserError(f"{path}: no block between {begin} and {end}")
+    path.write_text(f"{before}{begin}\n{block}\n{end}{after}", encoding="utf-8")
 
 
 def main() -> int:
@@ -128,7 +134,7 @@ def main() -> int:
         where = describe_machine()
         write_result(str(args.out), {"name": "placement_quality", "steps": args.steps, "tasks": tasks} | where)
     if args.document:
-        fill_document(args.document, json.loads(args.out.read_text()))
+        fill_block(args.document, "quality", render_table(json.loads(args.out.read_text())))
     return 0
 
 

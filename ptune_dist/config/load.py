@@ -19,7 +19,7 @@ from ptune_dist.config.messages import (
     text_keys,
 )
 from ptune_dist.config.schema import Config, list_sources
-from ptune_dist.config.sweep import map_paths, render_members, sweep_keys
+from ptune_dist.config.sweep import map_paths, render_members, sweep_keys, validate_member
 from ptune_dist.config.yaml_file import apply_override, read_yaml
 from ptune_dist.errors import UserError
 
@@ -82,7 +82,7 @@ def check_members(config: Config, place: str, resolve: Resolve | None = None) ->
     names: dict[str, str] = {}
     for name, raw in render_members(config).items():
         try:
-            member = Config.model_validate(raw)
+            member = validate_member(config, name, raw)
             member = resolve(member) if resolve else member
         except ValidationError as error:
             raise UserError(f"{place}: sweep: {name}: {describe_first_error(error)[1]}") from None

@@ -246,8 +246,9 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
     """The optimizer of the prompt."""
 
-    learning_rate: Annotated[Real, Field(gt=0, le=1e30)] = 0.3  # above, a step leaves float32
-    """The highest learning rate of the schedule."""
+    learning_rate: Annotated[Real, Field(gt=0, le=1e30)] | None = None  # above, a step leaves float32
+    """The highest learning rate of the schedule. Where left out, that of the method on this family of bases: see
+    docs/methods.md."""
 
     weight_decay: Annotated[Real, Field(ge=0, le=1e6)] = 0.0
     """Decoupled weight decay."""
@@ -268,8 +269,9 @@ class TrainConfig(Section):
     schedule_options: dict[str, Any] = {}
     """Options of transformers' schedules, by its names: `{num_cycles: 3}`, `{power: 2.0}`, `{min_lr_rate: 0.1}`."""
 
-    warmup_steps: NotNegative = 0
-    """Steps over which the learning rate rises from zero."""
+    warmup_steps: NotNegative | None = None
+    """Steps over which the learning rate rises from zero. Where left out, the method's share of `max_steps`, which is 0
+    for prompts."""
 
     warmup_type: Literal["linear", "log"] = "linear"
     """How it rises: `linear`, or `log`, which is DeepSpeed's default: fast at first."""
@@ -322,6 +324,18 @@ class TrainConfig(Section):
         if self.schedule_options and self.schedule in OWN_SCHEDULES:
             raise ValueError(f"train.schedule_options is given, but schedule {self.schedule} has none: leave it out")
         return self
+
+    @property
+    def peak_rate(self) -> float:
+        """`learning_rate` as a number, once the method's default is filled in."""
+        assert self.learning_rate is not None, "the reading has settled it"
+        return self.learning_rate
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """`warmup_steps` as a number, once the method's default is filled in."""
+        assert self.warmup_steps is not None, "the reading has settled it"
+        return self.warmup_steps
 
     @property
     def most_positions(self) -> int:
@@ -439,7 +453,7 @@ class Config(Section):
             raise ValueError("prompt.init: labels needs prompt.init_labels or data.labels")
         if self.evaluate.patience and not (self.evaluate.every and self.data.validation):
             raise ValueError("evaluate.patience needs data.validation and evaluate.every above 0")
-        if self.train.warmup_steps >= self.train.max_steps:
+        if (self.train.warmup_steps or 0) >= self.train.max_steps:
             raise ValueError("train.warmup_steps must be less than train.max_steps")
         self.check_average()
         if self.train.min_lr_ratio and self.train.schedule != "cosine":

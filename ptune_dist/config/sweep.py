@@ -77,7 +77,7 @@ def expand_sweep(config: Config, resolve: Callable[[Config], Config] | None = No
     """
     if not config.sweep:
         return {ONLY_MEMBER: config}
-    members = {name: type(config).model_validate(raw) for name, raw in render_members(config).items()}
+    members = {name: validate_member(config, name, raw) for name, raw in render_members(config).items()}
     return {name: resolve(member) for name, member in members.items()} if resolve else members
 
 
@@ -100,6 +100,18 @@ def render_members(config: Any) -> dict[str, dict[str, Any]]:
             (raw[section] if section else raw)[leaf] = value
         members[name] = raw
     return members
+
+
+def validate_member(config: Config, name: str, raw: dict[str, Any]) -> Config:
+    """One of `render_members` as a config. Raises ValidationError.
+
+    Where members have methods of their own, the number of virtual tokens outside the sweep is for those that take some.
+    """
+    member = type(config).model_validate(raw)
+    own = name_members(list_members(config.sweep))[name]
+    if "prompt.method" in own and "prompt.num_virtual_tokens" not in own:
+        member.prompt.model_fields_set.discard("num_virtual_tokens")
+    return member
 
 
 def list_members(sweep: dict[str, list] | list[dict[str, Any]] | None) -> list[dict[str, Any]]:

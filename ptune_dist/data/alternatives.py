@@ -10,7 +10,7 @@ from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.template import shared_environment
 from ptune_dist.data.template_environment import TEXT_FILTERS
-from ptune_dist.data.template_names import find_expressions, show_expression
+from ptune_dist.data.template_names import show_expression
 from ptune_dist.data.views import GroupedRows
 
 BATCH_ROWS = 1000
@@ -29,8 +29,8 @@ def find_path(data: DataConfig) -> list[str]:
         return []
     path = data.references
     printed = sum(prints(node, path) for output in parsed.find_all(jinja2.nodes.Output) for node in output.nodes)
-    is_only_printed = printed == list(find_expressions(parsed)).count(path)
-    return path.split(".") if printed and is_only_printed else []
+    uses = sum(show_expression(node) == path for node in parsed.find_all((jinja2.nodes.Name, jinja2.nodes.Getattr)))
+    return path.split(".") if printed and printed == uses else []
 
 
 def prints(node: jinja2.nodes.Node, path: str) -> bool:

@@ -106,42 +106,47 @@ def build_split(
         rows = load_split(data, which, held_out, read_source)
         return rows.first(max_examples) if max_examples else rows
 
+    @functools.cache
     def load() -> Rows:
         return arrange(data, encoding, which, load_own())
 
-    def encode(rows: Rows) -> Generator[Part, None, None]:
-        return encode_split(data, rows, encoding, which)
-
     selection = held_out.name if held_out and not held_out.is_fresh else ""
-    skips = data.on_error == "skip"
-    is_kept = not skips and not isinstance(data.tasks, dict)
-    cache = open_cache(data, encoding, which, max_examples, selection) if is_kept else None
-    skipped: list[str] = []
-    if cache is not None:
-        rows, examples = cache.get(load, encode)
-    elif skips and load().kind != "text":
-        rows = load()
-        parts, kept, skipped = encode_sound_rows(rows, build_encode(data, rows, encoding))
-        rows = PickedRows.of(rows, kept) if skipped else rows
-        examples = join_parts(parts, where_of(rows))
-    else:
-        rows = load()
-        examples = join_parts(encode(rows), where_of(rows))
+    rows, examples, skipped = encode_or_find(data, encoding, load, (which, max_examples, selection))
+    kept = rows.chosen if skipped and isinstance(rows, PickedRows) else None
     ends = None
     if is_grouped(data, which):
         arranged = load()
         assert isinstance(arranged, GroupedRows)
-        ends = count_kept(arranged.ends, rows.chosen) if isinstance(rows, PickedRows) else arranged.ends
+        ends = arranged.ends if kept is None else count_kept(arranged.ends, kept)
     elif is_first_of_several(data, which):  # metrics read all references
-        rows = PickedRows.of(load_own(), rows.chosen) if isinstance(rows, PickedRows) else load_own()
-    return Split(
-        rows,
-        with_tasks(examples, read_tasks(data, rows)),
-        held_out,
-        ends=ends,
-        takes_all=data.messages is not None,
-        skipped=skipped,
-    )
+        rows = load_own() if kept is None else PickedRows.of(load_own(), kept)
+    tasks = read_tasks(data, rows)
+    takes_all = data.messages is not None
+    return Split(rows, with_tasks(examples, tasks), held_out, ends=ends, takes_all=takes_all, skipped=skipped)
+
+
+def encode_or_find(
+    data: DataConfig, encoding: Encoding, load: Callable[[], Rows], chosen: tuple[str, int, str]
+) -> tuple[Rows, Examples, list[str]]:
+    """The rows that `load` gives, their examples, and a line about each row that is skipped, which the rows lack.
+
+    chosen: what tells the rows apart from others of the same files, the split first.
+    """
+    which = chosen[0]
+
+    def encode(rows: Rows) -> Generator[Part, None, None]:
+        return encode_split(data, rows, encoding, which)
+
+    skips = data.on_error == "skip"
+    cache = None if skips or isinstance(data.tasks, dict) else open_cache(data, encoding, *chosen)
+    if cache is not None:
+        return *cache.get(load, encode), []
+    rows = load()
+    if not skips or rows.kind == "text":
+        return rows, join_parts(encode(rows), where_of(rows)), []
+    parts, kept, skipped = encode_sound_rows(rows, build_encode(data, rows, encoding))
+    rows = PickedRows.of(rows, kept) if skipped else rows
+    return rows, join_parts(parts, where_of(rows)), skipped
 
 
 def encode_split(data: DataConfig, rows: Rows, encoding: Encoding, which: str) -> Generator[Part, None, None]:

@@ -57,7 +57,7 @@ class Chat:
     def end_tokens(self) -> tuple[str, ...]:
         """The special tokens, one of which may end a turn."""
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return tuple(dict.fromkeys([*map(str, self.tokenizer.all_special_tokens), *added]))
+        return tuple(filter(None, dict.fromkeys([*map(str, self.tokenizer.all_special_tokens), *added])))
 
     def render(self, messages: Messages, *, tools: list[Any] | None = None, asks: bool = False) -> str:
         """The text of a conversation; with `asks`, up to where an answer begins. Raises any error of the template."""

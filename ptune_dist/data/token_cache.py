@@ -161,8 +161,7 @@ def open_cache(
     """
     if data.cache_dir is None:
         return None
-    is_own = which == "train" or not data.holds_out
-    sources = getattr(data, f"{which}_sources") if is_own else data.train_sources
+    sources = data.train_sources if which == "train" or data.holds_out else data.validation_sources
     found = [find_files(source) for source in sources]
     if not all(found):
         return None

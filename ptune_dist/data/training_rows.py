@@ -51,10 +51,13 @@ class TrainingRows:
         start, count = self._ranges[member]
         return slice(start, start + count)
 
-    def tokens_of(self, member: str) -> Iterator[list[int]]:
-        """The token ids of a member's examples in the order of its file, the target after the input if it is a text."""
+    def tokens_of(self, member: str, *, with_targets: bool = True) -> Iterator[list[int]]:
+        """The token ids of a member's examples in the order of its file: the input, and the target if it is a text.
+
+        `with_targets`: false where targets are numbers of labels, which are no tokens.
+        """
         for ids, target in self.examples_of(member):
-            yield ids + target
+            yield ids + target if with_targets else ids
 
     def examples_of(self, member: str) -> Iterator[tuple[list[int], list[int]]]:
         """Token ids of a member's examples in the order of its file: input and target, which is empty if a number."""

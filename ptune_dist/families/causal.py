@@ -167,6 +167,8 @@ class PromptedCausal(PaddedCausal):
         can_keep = self.uses_segments and not layers_differ(self.base.config)
         if self.start_layers[number]:
             return LateDecoder(self, number) if can_keep and not self.has_contexts else RereadingDecoder(self, number)
+        if self.num_prefix[number] and keeps_more(self.base):
+            return RereadingDecoder(self, number)
         return SegmentDecoder(self, number) if can_keep else None
 
     @torch.no_grad()
@@ -185,7 +187,7 @@ class PromptedCausal(PaddedCausal):
         recorded = RecordedSegments(segments, [work.lead] if work.lead else [], self.device)
         places = np.concatenate([num_lead + np.arange(len(tokens)) for tokens in own])
         self._run_segments(self.embed_tokens(np.concatenate(own)), places, recorded)
-        return list(recorded.cut())
+        return [part.tensors for part in recorded.cut()]
 
     def _read_below(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
         """What the layers below leave of each row after its context, and the context's keys/values in those above."""
@@ -211,7 +213,10 @@ class PromptedCausal(PaddedCausal):
         with self.layer_parts.above(start, hidden[None]):
             self._run_segments(self.no_vectors(len(hidden)), places_of(own), FromLayer(recorded, start))
         cut = iter(recorded.cut())
-        return [(row[count:], *next(cut)) if count else (row,) for row, count in zip(rows, work.lengths, strict=True)]
+        return [
+            (row[count:], *next(cut).tensors) if count else (row,)
+            for row, count in zip(rows, work.lengths, strict=True)
+        ]
 
     def _labels_below(self, batch: Batch, start: int) -> torch.Tensor:
         """What the layers below leave of the tokens of all readers' inputs, then of those of their labels."""

@@ -16,10 +16,10 @@ from transformers import DynamicCache, PreTrainedModel
 from ptune_dist.base.layers import layers_of
 from ptune_dist.data.batches import Batch, pad_rows
 from ptune_dist.data.encode import TokenPair
+from ptune_dist.errors import UserError
 from ptune_dist.families.generation import name_vectors
-from ptune_dist.model.attention import KeysValues
-from ptune_dist.model.attention_layouts import join_parts
 from ptune_dist.model.given_cache import GivenCache, keeps_more, pad_contexts
+from ptune_dist.model.keys_values import KeysValues, join_parts
 from ptune_dist.model.layout import text_of
 from ptune_dist.model.members import keys_values_of
 from ptune_dist.model.passes import Contexts, Supervised
@@ -43,6 +43,14 @@ class PaddedCausal(PromptedModel):
         super().__init__(base, *args, **options)
         name_vectors(base)
         self._keeps_keys = keeps_keys(base) and not keeps_more(base)
+        # Layers with states take no mask of keys; what is padded on the right does not reach what stands before it.
+        self._takes_mask = not keeps_more(base)
+        if not self._takes_mask and len(set(self.num_prefix)) > 1:
+            kind = base.config.model_type
+            raise UserError(
+                f"prompt.num_virtual_tokens: {kind} models keep states, so in a sweep with prefix_tuning all members "
+                "need prefixes of one length"
+            )
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
 
     def supervise(self, batch: Batch) -> Supervised:
@@ -70,7 +78,7 @@ class PaddedCausal(PromptedModel):
         held = batch.held or []
         some = next((found[0] for found in held if found), None)
         if some is not None:
-            nothing = KeysValues(some.keys[:, :0], some.values[:, :0])
+            nothing = some.cut(slice(0))
             parts.append([held[row][0] if held[row] else nothing for row, _ in batch.readers])
         if any(contribution.keys is not None for contribution in contributions):
             parts.append(self._prefixes_of([member for _, member in batch.readers], contributions, dtype))
@@ -97,9 +105,8 @@ class PaddedCausal(PromptedModel):
             return batch
         read = []
         for reader, length in enumerate(mask.sum(dim=1).tolist()):
-            own = cache.cut(reader, length - 1)
-            whole = zip(*before[reader : reader + 1], own, strict=True)
-            keys_values = KeysValues(*(torch.cat(parts, dim=1) for parts in whole))
+            keys_values = join_parts([*before[reader : reader + 1], cache.cut(reader, length - 1)])
+            assert keys_values is not None
             read.append((keys_values, vectors[reader, length - 1]))
         return dataclasses.replace(batch, read=read)
 
@@ -117,7 +124,7 @@ class PaddedCausal(PromptedModel):
         """Each reader's prefix; that of a member without keys/values is empty."""
         found = [keys_values_of(contribution) for contribution in contributions]
         some = next(prefix for prefix in found if prefix is not None)
-        empty = KeysValues(some.keys[:, :0], some.values[:, :0])
+        empty = some.cut(slice(0))
         return [(found[member] or empty).to(dtype) for member in members]
 
     def _after(self, before: list[KeysValues], mask: torch.Tensor, start: int = 0) -> dict[str, Any]:
@@ -125,10 +132,8 @@ class PaddedCausal(PromptedModel):
         longest = max(part.length for part in before)
         lengths = self.to_tensor(np.array([part.length for part in before]))
         present = torch.arange(longest, device=mask.device) >= longest - lengths[:, None]
-        inputs: dict[str, Any] = {
-            "past_key_values": GivenCache(pad_contexts(before), first_layer=start),
-            "attention_mask": torch.cat([present.to(mask), mask], dim=1),
-        }
+        inputs: dict[str, Any] = {"past_key_values": GivenCache(pad_contexts(before), first_layer=start)}
+        inputs["attention_mask"] = torch.cat([present.to(mask), mask], dim=1) if self._takes_mask else None
         if self._takes_positions:
             inputs["position_ids"] = lengths[:, None] + torch.arange(mask.shape[1], device=mask.device)
         return inputs
@@ -141,7 +146,7 @@ class PaddedCausal(PromptedModel):
             return self._read_padded_below(work, inputs)
         cache = GivenCache([], record=True)
         self.inner(**inputs, past_key_values=cache)
-        return [cache.cut(row, len(tokens)) for row, tokens in enumerate(work.tokens)]
+        return [cache.cut(row, len(tokens)).tensors for row, tokens in enumerate(work.tokens)]
 
     def _read_padded_below(self, work: Contexts, inputs: dict[str, Any]) -> list[tuple[torch.Tensor, ...]]:
         """What the layers below leave of each row after its context, and the context's keys/values in those above."""
@@ -164,7 +169,7 @@ class PaddedCausal(PromptedModel):
                 inputs_embeds=self.no_vectors(*hidden.shape[:2]), attention_mask=mask.long(), past_key_values=cache
             )
         found = enumerate(zip(own, lengths, strict=True))
-        return [(hidden, *cache.cut(row, count)) if count else (hidden,) for row, (hidden, count) in found]
+        return [(hidden, *cache.cut(row, count).tensors) if count else (hidden,) for row, (hidden, count) in found]
 
     def run_layers(self, vectors: torch.Tensor) -> None:
         self.inner(inputs_embeds=vectors, use_cache=False)
@@ -222,7 +227,7 @@ class PaddedCausal(PromptedModel):
         contexts = [np.array(context, np.int64) for context, _ in inputs]
         read = self.read_contexts(Contexts([c if len(c) else np.array([pad_id]) for c in contexts], pad_id))
         lengths = map(len, contexts)
-        held = [KeysValues(*(part[:, :length] for part in some)) for some, length in zip(read, lengths, strict=True)]
+        held = [KeysValues.of(some).cut(slice(length)) for some, length in zip(read, lengths, strict=True)]
         batch = Batch(
             contexts=contexts,
             rests=[np.array(rest, np.int64) for _, rest in inputs],

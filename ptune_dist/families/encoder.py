@@ -4,6 +4,8 @@ The head is new: it is trained with the prompt and stored with it. For regressio
 Shapes: S readers, U supervised readers, T tokens, P virtual tokens, V labels.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +21,9 @@ from ptune_dist.data.framing import Framing, LabelTargets, NumberTargets, Target
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.families.seq2seq import count_padded
+from ptune_dist.model.encoder_prefix import EncoderPrefixes
+from ptune_dist.model.keys_values import KeysValues
+from ptune_dist.model.members import keys_values_of
 from ptune_dist.model.passes import Contexts, LossOf
 from ptune_dist.model.prompted_model import PromptedModel
 
@@ -41,6 +46,10 @@ class PromptedEncoder(PromptedModel):
 
     has_language_head = False
 
+    def __init__(self, base: PreTrainedModel, *args: Any, **options: Any):
+        super().__init__(base, *args, **options)
+        self._prefixes = EncoderPrefixes(base) if any(self.num_prefix) else None
+
     def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
         return count_padded(self, units, examples, with_contexts=with_contexts)
 
@@ -49,20 +58,40 @@ class PromptedEncoder(PromptedModel):
     ) -> torch.Tensor:
         """[S, V]; of a regression [S, 1]. `below`: what stands for the texts where a prompt enters at a later layer."""
         start = self.start_layers[members[0]]
-        vectors, mask = self.embed(texts, members, self.contributions(start), below=below)
+        contributions = self.contributions(start)
+        vectors, mask = self.embed(texts, members, contributions, below=below)
+        # A base has one member, for it has one head.
+        inputs = self._after(keys_values_of(contributions[members[0]]), vectors, mask, start)
         if not start:
-            return self.base(inputs_embeds=vectors, attention_mask=mask).logits
+            return self.base(inputs_embeds=vectors, **inputs).logits
         with self.layer_parts.above(start, vectors):
-            return self.base(inputs_embeds=self.no_vectors(*vectors.shape[:2]), attention_mask=mask).logits
+            return self.base(inputs_embeds=self.no_vectors(*vectors.shape[:2]), **inputs).logits
+
+    def _after(
+        self, prefix: KeysValues | None, vectors: torch.Tensor, mask: torch.Tensor, start: int = 0
+    ) -> dict[str, Any]:
+        """Inputs of rows [S, T, D] of this mask that read a prefix in the layers from `start` on, or none."""
+        if prefix is None:
+            return {"attention_mask": mask}
+        assert self._prefixes is not None, "a member has keys and values"
+        return self._prefixes.inputs(prefix.to(vectors.dtype), mask, start)
 
     def run_layers(self, vectors: torch.Tensor) -> None:
         self.base(inputs_embeds=vectors, attention_mask=torch.ones(vectors.shape[:2], device=vectors.device).long())
 
     @torch.no_grad()
     def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
+        """What the layers below `start_layer` leave of each text; without one, each text's keys and values."""
         padded, present = pad_rows(work.tokens, work.pad_id)
+        vectors = self.embed_tokens(self.to_tensor(padded).flatten()).unflatten(0, padded.shape)
+        mask = self.to_tensor(present)
+        if not work.start_layer:
+            assert self._prefixes is not None, "only keys and values start from those of a text"
+            recorder = self._prefixes.recorder()
+            self.base(inputs_embeds=vectors, attention_mask=mask, **recorder.inputs)
+            return [recorder.cut(row, len(tokens)).tensors for row, tokens in enumerate(work.tokens)]
         with self.layer_parts.below(work.start_layer) as captured:
-            self.base(input_ids=self.to_tensor(padded), attention_mask=self.to_tensor(present))
+            self.base(inputs_embeds=vectors, **self._after(work.lead, vectors, mask))
         assert captured.hidden is not None
         return [(row[: len(tokens)],) for row, tokens in zip(captured.hidden, work.tokens, strict=True)]
 

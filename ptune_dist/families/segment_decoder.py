@@ -15,9 +15,10 @@ from torch import nn
 from ptune_dist.base.layers import keys_values_width
 from ptune_dist.data.batches import Batch
 from ptune_dist.families.segment_inputs import adapt, embed_laid, supervise_laid, to_index
-from ptune_dist.model.attention import KeysValues, Segment
-from ptune_dist.model.attention_layouts import RecordedSegments, SegmentAttention, join_parts
+from ptune_dist.model.attention import Segment
+from ptune_dist.model.attention_layouts import RecordedSegments, SegmentAttention
 from ptune_dist.model.decode import DecodePass, Pools
+from ptune_dist.model.keys_values import KeysValues, join_parts
 from ptune_dist.model.layout import Before, Layout, LayoutBuilder, collect_outside
 from ptune_dist.model.members import keys_values_of
 from ptune_dist.model.prompted_model import PromptedModel
@@ -94,7 +95,7 @@ class SegmentDecoder:
             laid = builder.finish()
             recorded = RecordedSegments(laid.segments, parts, self._model.device)
             self._run(laid, recorded)
-            parts.append(KeysValues(*recorded.cut()[0]))
+            parts.append(recorded.cut()[0])
         self._pools.lead = join_parts(parts)
 
     def run(self, tokens: list[int], new: Batch, *, is_any_new: bool, is_new: bool) -> torch.Tensor:
@@ -122,7 +123,7 @@ class SegmentDecoder:
             assert self._entering is not None
             cut = self._entering.recorded.cut()
             for row in entering:
-                new[count + row] = join_all([*self._entering.before[row], KeysValues(*cut[row])])
+                new[count + row] = join_all([*self._entering.before[row], cut[row]])
         self._entering = None
         return self._pools.settle(leaving, new, dict(zip(new, needs, strict=True)))
 

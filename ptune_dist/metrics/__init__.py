@@ -6,6 +6,7 @@ it here.
 
 from ptune_dist.metrics.classes import MACRO_F1, MATTHEWS
 from ptune_dist.metrics.likelihood import ACCURACY, LOSS, PERPLEXITY
+from ptune_dist.metrics.math_answers import FINAL_ANSWER
 from ptune_dist.metrics.metric import Metric
 from ptune_dist.metrics.numbers import MSE, PEARSON, SPEARMAN
 from ptune_dist.metrics.summarization import ROUGE_1, ROUGE_2, ROUGE_L
@@ -21,6 +22,7 @@ METRICS: dict[str, Metric] = {
     "exact_match": EXACT_MATCH,
     "f1": F1,
     "squad_em": SQUAD_EM,
+    "final_answer": FINAL_ANSWER,
     "bleu": BLEU,
     "chrf": CHRF,
     "rouge1": ROUGE_1,

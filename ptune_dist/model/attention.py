@@ -27,25 +27,12 @@ from transformers.masking_utils import sdpa_mask
 from ptune_dist.base.layers import setting_of
 from ptune_dist.model.attention_calls import hands_on
 from ptune_dist.model.attention_products import attend_by_products, most_keys_by_products
+from ptune_dist.model.keys_values import KeysValues
 
 NAME = "ptune_segments"
 WINDOW = "sliding_window"  # of configs and of attention layers
 # A padded call costs as much as so many scores (queries x keys): what needs more padding gets a call of its own.
 CALL_SCORES = 2000
-
-
-class KeysValues(NamedTuple):
-    """What later positions need of C earlier ones: keys and values of every layer, [L, C, G, D] each."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[1]
-
-    def to(self, dtype: torch.dtype) -> "KeysValues":
-        return KeysValues(self.keys.to(dtype), self.values.to(dtype))
 
 
 class Segment(NamedTuple):

@@ -116,7 +116,8 @@ class ContextBucket:
     def _pad(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's keys and values of all contexts, [E, G, C, D] each, padded with zeros."""
         width = self._longest_context
-        padded = [t.new_zeros(len(self._named), t.shape[2], width, t.shape[3]) for t in self._outside[0]]
+        like = [part[layer] for part in self._outside[0]]  # [C, G, D]
+        padded = [t.new_zeros(len(self._named), t.shape[1], width, t.shape[2]) for t in like]
         for row, named in enumerate(self._named):
             start = 0
             for part in (self._outside[number] for number in named):

@@ -121,19 +121,7 @@ class RecordedSegments:
         self._layers.append((k, v))
         return self._attention.attend(q, k, v, **settings)
 
-    def cut(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def cut(self) -> list[KeysValues]:
         """Keys and values [L, C, G, D] of every segment."""
-        found = []
-        for s in self._segments:
-            run = slice(s.start, s.start + s.length)
-            keys = torch.stack([k[run] for k, _ in self._layers])
-            values = torch.stack([v[run] for _, v in self._layers])
-            found.append((keys, values))
-        return found
-
-
-def join_parts(parts: list[KeysValues]) -> KeysValues | None:
-    """Parts one after another as one; None for no parts."""
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    return KeysValues(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
+        runs = [slice(s.start, s.start + s.length) for s in self._segments]
+        return [KeysValues.of_layers([(k[run], v[run]) for k, v in self._layers]) for run in runs]

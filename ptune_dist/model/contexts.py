@@ -152,9 +152,9 @@ class ContextReader:
 
     def _wrap(self, tensors: tuple[torch.Tensor, ...]) -> Any:
         """Keys/values, or what an encoder left [C, D]."""
-        return KeysValues(*tensors) if len(tensors) == 2 else tensors[0]
+        return KeysValues.of(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def empty_like(held: KeysValues | torch.Tensor) -> KeysValues | torch.Tensor:
     """What an empty context leaves."""
-    return KeysValues(*(part[:, :0] for part in held)) if isinstance(held, KeysValues) else held[:0]
+    return held.cut(slice(0)) if isinstance(held, KeysValues) else held[:0]

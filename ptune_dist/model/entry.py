@@ -37,7 +37,7 @@ class Below(NamedTuple):
     def of(cls, tensors: tuple[torch.Tensor, ...]) -> "Below":
         """From what is kept: hidden states, perhaps keys and values."""
         hidden, *context = tensors
-        return cls(hidden, KeysValues(*context) if context else None)
+        return cls(hidden, KeysValues.of(context) if context else None)
 
 
 class Lower(NamedTuple):
@@ -59,9 +59,9 @@ class Lower(NamedTuple):
         keys, values = contribution.lower_keys, contribution.lower_values
         if keys is None or values is None:
             return cls(contribution.start_layer)
-        before = KeysValues(keys.to(dtype), values.to(dtype))
-        numbers = torch.cat([part.detach().float().cpu().flatten() for part in before])
-        shape = str(tuple(before.keys.shape)).encode()
+        before = KeysValues(keys, values).to(dtype)
+        numbers = torch.cat([part.detach().float().cpu().flatten() for part in before.tensors])
+        shape = str(tuple(before.tensors[0].shape)).encode()
         return cls(contribution.start_layer, hashlib.sha256(shape + numbers.numpy().tobytes()).hexdigest(), before)
 
 

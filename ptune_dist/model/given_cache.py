@@ -13,10 +13,15 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ptune_dist.model.attention import KeysValues
+from ptune_dist.base.layers import heads_by_layer
+from ptune_dist.model.keys_values import KeysValues
+from ptune_dist.prompts.layer_tensors import Layers
 
 # Kinds of layers that keep something else than keys and values, or something beside them.
 STATES = {"conv", "indexed_attention", "linear_attention", "mamba", "recurrent"}
+WITHOUT_KEYS = {"conv", "linear_attention", "mamba", "mlp", "moe", "recurrent"}
+# Their attention reads something else than keys and values too.
+UNKNOWN = {"compressed_sparse_attention", "heavily_compressed_attention", "indexed_attention"}
 
 
 class GivenCache(Cache):
@@ -43,22 +48,41 @@ class GivenCache(Cache):
         keys, values = self._given[layer_idx - self._first_layer]
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
-    def cut(self, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def cut(self, row: int, length: int) -> KeysValues:
         """The first recorded keys and values [L, length, G, D] of a row that is padded on the right."""
-        keys, values = (
-            torch.stack([part[row, :, :length].transpose(0, 1) for part in parts])
-            for parts in zip(*self.recorded, strict=True)
-        )
-        return keys, values
+        return cut_layers(self.recorded, row, length)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._given[0][0].shape[2] if self._given else 0
+        return next((keys.shape[2] for keys, _ in self._given if keys.shape[1]), 0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
     def get_query_offset(self, *_: Any, **__: Any) -> int:
         return self.get_seq_length()
+
+    # Layers with states begin anew with every row.
+
+    def get_conv_state(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def get_recurrent_state(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, *_: Any, conv_kernel_size: int | None = None, **__: Any
+    ) -> torch.Tensor:
+        """The new inputs of a convolution, after zeros where they are fewer than it reads."""
+        return pad(conv_states, (max(0, (conv_kernel_size or 0) - conv_states.shape[-1]), 0))
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return recurrent_states
+
+    def has_previous_state(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    def is_recording_past(self, *_: Any, **__: Any) -> bool:
+        return False
 
     @property
     def is_compileable(self) -> bool:
@@ -75,14 +99,46 @@ def keeps_more(base: PreTrainedModel) -> bool:
     return base._is_stateful or bool(STATES & set(kinds))
 
 
+def layer_heads(base: PreTrainedModel) -> tuple[tuple[int, int, int], ...] | None:
+    """Of each layer, the heads that its keys and values have of a position, and the widths of a key and of a value.
+
+    No heads where a layer has no attention. None for a base that cannot be given keys and values.
+    """
+    text = base.config.get_text_config(decoder=True)
+    found = heads_by_layer(base.config)
+    kinds = getattr(text, "layer_types", None) or [None] * len(found)
+    if text.model_type == "minimax":  # it takes no cache but its own kind
+        return None
+    if set(kinds) & UNKNOWN or len(kinds) != len(found) or getattr(text, "num_kv_shared_layers", 0):
+        return None
+    if not any(kind not in WITHOUT_KEYS and heads[0] and heads[1] for kind, heads in zip(kinds, found, strict=True)):
+        return None
+    pairs = zip(kinds, found, strict=True)
+    return tuple((0, 0, 0) if kind in WITHOUT_KEYS else (n or 0, k or 0, v or 0) for kind, (n, k, v) in pairs)
+
+
 def pad_contexts(held: list[KeysValues]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Every layer's keys/values [B, G, C, D] of B contexts, padded on the left: some bases count from the right."""
     width = max(context.length for context in held)
-    keys = torch.stack([pad_left(context.keys, width) for context in held], dim=1)
-    values = torch.stack([pad_left(context.values, width) for context in held], dim=1)
+    keys = pad_layers([context.keys for context in held], width)
+    values = pad_layers([context.values for context in held], width)
     return list(zip(keys, values, strict=True))
 
 
+def pad_layers(held: list[Layers], width: int) -> Layers:
+    """Every layer of B contexts, [B, G, width, D]."""
+    whole = [layers for layers in held if isinstance(layers, torch.Tensor)]
+    if len(whole) == len(held):
+        return torch.stack([pad_left(layers, width) for layers in whole], dim=1)
+    return tuple(torch.stack([pad_left(layer, width) for layer in some]) for some in zip(*held, strict=True))
+
+
 def pad_left(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    """[L, C, G, D] -> [L, G, width, D]."""
-    return pad(tensor, (0, 0, 0, 0, width - tensor.shape[1], 0)).transpose(1, 2)
+    """[..., C, G, D] -> [..., G, width, D]."""
+    return pad(tensor, (0, 0, 0, 0, width - tensor.shape[-3], 0)).transpose(-3, -2)
+
+
+def cut_layers(layers: list[tuple[torch.Tensor, torch.Tensor]], row: int, length: int) -> KeysValues:
+    """The first keys and values [L, length, G, D] of a row, from those [B, G, T, D] of each layer."""
+    own = [(keys[row, :, :length].transpose(0, 1), values[row, :, :length].transpose(0, 1)) for keys, values in layers]
+    return KeysValues.of_layers(own)

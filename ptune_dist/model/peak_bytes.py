@@ -90,6 +90,6 @@ def hold_contexts(model: PromptedModel, batch: Batch) -> Batch:
     if not distinct:
         return batch
     passed = model.read_contexts(Contexts(list(distinct.values()), batch.pad_id))
-    wrapped = [KeysValues(*tensors) if len(tensors) == 2 else tensors[0] for tensors in passed]
+    wrapped = [KeysValues.of(tensors) if len(tensors) > 1 else tensors[0] for tensors in passed]
     held = {key: (value,) for key, value in zip(distinct, wrapped, strict=True)}
     return batch.with_held([held.get(tokens.tobytes(), ()) for tokens in batch.contexts])

@@ -19,6 +19,7 @@ class Objective:
 
     # "text": targets are tokens or labels, outputs are logits. "number": both are real numbers.
     target: ClassVar[str] = "text"
+    has_falling_loss: ClassVar[bool] = True  # False: the loss says nothing about what has been learned
 
     @classmethod
     def build(cls, train: TrainConfig) -> "Objective":

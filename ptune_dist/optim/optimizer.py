@@ -13,11 +13,11 @@ def build_torch_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) ->
     """The torch optimizer that config section `train` names."""
     if train.optimizer == "adamw":
         return torch.optim.AdamW(
-            parameters, lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
+            parameters, lr=train.peak_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
         )
     if train.optimizer == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
-    return torch.optim.SGD(parameters, lr=train.learning_rate, momentum=train.momentum, weight_decay=train.weight_decay)
+        return torch.optim.Adafactor(parameters, lr=train.peak_rate, weight_decay=train.weight_decay)
+    return torch.optim.SGD(parameters, lr=train.peak_rate, momentum=train.momentum, weight_decay=train.weight_decay)
 
 
 def learning_rate_at(step: int, train: TrainConfig) -> float:
@@ -27,12 +27,12 @@ def learning_rate_at(step: int, train: TrainConfig) -> float:
     those of DeepSpeed's WarmupLR, WarmupDecayLR and WarmupCosineLR without its first steps, which have a rate of zero.
     Other names are transformers' schedules, whose curves follow the warm-up.
     """
-    peak = train.learning_rate
-    if step <= train.warmup_steps:
+    peak = train.peak_rate
+    if step <= train.num_warmup_steps:
         return peak * warmup_share(step, train)
     if train.schedule not in OWN_SCHEDULES:
         return peak * build_curve(train)(step - 1)
-    progress = (step - 1 - train.warmup_steps) / (train.max_steps - train.warmup_steps)
+    progress = (step - 1 - train.num_warmup_steps) / (train.max_steps - train.num_warmup_steps)
     if train.schedule == "linear":
         return peak * (1 - progress)
     if train.schedule == "cosine":
@@ -43,5 +43,5 @@ def learning_rate_at(step: int, train: TrainConfig) -> float:
 def warmup_share(step: int, train: TrainConfig) -> float:
     """The share of the peak at a step of the warm-up."""
     if train.warmup_type == "log":
-        return math.log(step) / math.log(max(2, train.warmup_steps))
-    return step / train.warmup_steps
+        return math.log(step) / math.log(max(2, train.num_warmup_steps))
+    return step / train.num_warmup_steps

@@ -15,7 +15,7 @@ Curve = Callable[[int], float]  # how many steps are done -> the share of the pe
 def build_curve(train: TrainConfig) -> Curve:
     """The curve that config section `train` names. Raises TypeError or ValueError for options that it cannot have."""
     options = json.dumps(train.schedule_options, sort_keys=True)
-    return cached_curve(train.schedule, train.learning_rate, train.warmup_steps, train.max_steps, options)
+    return cached_curve(train.schedule, train.peak_rate, train.num_warmup_steps, train.max_steps, options)
 
 
 @functools.lru_cache(maxsize=256)

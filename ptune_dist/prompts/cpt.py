@@ -17,7 +17,15 @@ from pydantic import Field
 from torch import nn
 
 from ptune_dist.errors import UserError
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, OwnTargets, PeftAdapter
+from ptune_dist.prompts.method import (
+    BaseFacts,
+    Contribution,
+    Method,
+    Options,
+    OwnTargets,
+    PeftAdapter,
+    TrainingDefaults,
+)
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 from ptune_dist.prompts.start import NOTHING, Start
 
@@ -60,6 +68,7 @@ class Cpt(Method):
     placements = ("prefix",)
     starts = ("rows", "file")
     default_start = "rows"
+    default_training = TrainingDefaults(1e-3)
 
     embedding: torch.Tensor
     example_ids: torch.Tensor
@@ -91,6 +100,7 @@ class Cpt(Method):
             kinds = options.cpt_tokens_type_mask or [INPUT] * len(ids)
         else:
             ids, kinds = join_examples(start.examples(), num_virtual_tokens)
+        check_moving(kinds)
         return cls(start.lookup(ids), ids, kinds, options)
 
     @classmethod
@@ -175,6 +185,15 @@ def check_tokens(options: CptOptions, num_virtual_tokens: int) -> None:
         raise ValueError("prompt.cpt_tokens_type_mask: no kind is below 0")
     if options.opt_weighted_loss_type == "none" and options.opt_loss_decay_factor != 1:
         raise ValueError("prompt.opt_loss_decay_factor is for prompt.opt_weighted_loss_type=decay")
+
+
+def check_moving(kinds: list[int]) -> None:
+    """Raise ValueError where no token would be trained."""
+    if not any(kind > 0 and kind % NUM_KINDS != TARGET for kind in kinds):
+        raise ValueError(
+            f"prompt.num_virtual_tokens: all {len(kinds)} tokens of the examples belong to targets, which are not "
+            "trained: set it higher"
+        )
 
 
 def join_examples(examples: Iterable[tuple[list[int], list[int]]], num: int) -> tuple[list[int], list[int]]:

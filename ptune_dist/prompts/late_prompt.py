@@ -8,7 +8,15 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, check_start_layer
+from ptune_dist.prompts.method import (
+    BaseFacts,
+    Contribution,
+    Method,
+    Options,
+    PeftAdapter,
+    TrainingDefaults,
+    check_start_layer,
+)
 from ptune_dist.prompts.start import NOTHING, Start, random_vectors
 
 
@@ -27,6 +35,7 @@ class LatePrompt(Method):
     placements = ("prefix", "infix", "template", "encoder")
     starts = ("text", "rows", "random", "file")
     default_start = "rows"
+    default_training = TrainingDefaults(0.01)
 
     def __init__(self, vectors: torch.Tensor, start_layer: int):
         super().__init__()

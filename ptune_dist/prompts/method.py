@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedModel
 
+from ptune_dist.prompts.layer_tensors import Layers, count_positions
 from ptune_dist.prompts.start import Start
 
 
@@ -30,6 +31,8 @@ class BaseFacts:
     num_key_value_heads: int | None = None
     head_width: int | None = None  # of a key
     value_width: int | None = None  # of a value; None: as a key's
+    # Of each layer, where they differ: the key/value heads, which may be none, and the widths of a key and of a value.
+    layer_heads: tuple[tuple[int, int, int], ...] | None = None
     num_embeddings: int | None = None
     model_type: str | None = None
     hidden_size: int | None = None  # of what a layer reads
@@ -51,8 +54,9 @@ class OwnTargets(NamedTuple):
 class Contribution:
     """What a prompt adds to a pass; each part may be absent.
 
-    vectors [P, D]: virtual tokens that stand in the sequence. keys, values [L, P, G, Dh]: of every layer, attended to
-    by all positions and read before the sequence; rotary bases take them as already rotated. adapters [A, P, D]: tokens
+    vectors [P, D]: virtual tokens that stand in the sequence. keys, values [L, P, G, Dh], or of each layer [P, G, Dh]
+    where they differ: attended to by all positions and read before the sequence; rotary bases take them as already
+    rotated. adapters [A, P, D]: tokens
     of the last A layers that all positions attend to by a softmax of their own, and gate [A] what scales the result.
 
     start_layer: the first layer that any of these are for; the layers below read a row without them, and L counts from
@@ -60,13 +64,13 @@ class Contribution:
     """
 
     vectors: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+    keys: Layers | None = None
+    values: Layers | None = None
     adapters: torch.Tensor | None = None
     gate: torch.Tensor | None = None
     start_layer: int = 0
-    lower_keys: torch.Tensor | None = None
-    lower_values: torch.Tensor | None = None
+    lower_keys: Layers | None = None
+    lower_values: Layers | None = None
 
     @property
     def num_vectors(self) -> int:
@@ -79,7 +83,7 @@ class Contribution:
 
     @property
     def num_prefix(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[1]
+        return 0 if self.keys is None else count_positions(self.keys)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,16 @@ class PeftAdapter:
     prompt_embeddings: torch.Tensor | None
     settings: dict[str, Any]
     more: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class TrainingDefaults(NamedTuple):
+    """How a prompt is trained where the config leaves it out.
+
+    learning_rate: the highest one, for AdamW. warmup_share: of the steps, over which it rises.
+    """
+
+    learning_rate: float
+    warmup_share: float = 0.0
 
 
 def check_start_layer(layer: int, base: BaseFacts, key: str) -> int:
@@ -128,6 +142,9 @@ class Method(nn.Module):
     names_modules: ClassVar[bool] = False  # PEFT's adapter has names of the base's modules
     trains_base: ClassVar[bool] = False  # what is trained are copies of the base's own tensors
 
+    default_training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3)  # where the config leaves it out
+    default_training_of: ClassVar[dict[str, TrainingDefaults]] = {}  # where a family needs others
+
     num_virtual_tokens: int  # positions that the prompt takes
     trained_tokens: Sequence[int] = ()  # tokens whose embeddings are trained
     # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
@@ -140,6 +157,11 @@ class Method(nn.Module):
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "Method":
         """A prompt at its start. Reading the start may raise UserError."""
         raise NotImplementedError
+
+    @classmethod
+    def choose_training(cls, options: Any, family: str) -> TrainingDefaults:
+        """How a prompt with these options is trained by default over a base of this family."""
+        return cls.default_training_of.get(family, cls.default_training)
 
     @classmethod
     def enters_late(cls, options: Any) -> bool:
@@ -167,6 +189,8 @@ class Method(nn.Module):
     def begin_from(self, *computed: torch.Tensor) -> None:
         """Start from keys and values [L, P, G, Dh] of `start_tokens`, or from hidden states [P, H] of `reads_layer`.
 
+        Where layers differ: from the keys [P, G, Dh] of each layer that has some, and then their values.
+
         Raises ValueError that begins with the key.
         """
         raise NotImplementedError
@@ -191,3 +215,18 @@ class Method(nn.Module):
     def to_peft(cls, plain: dict[str, torch.Tensor]) -> PeftAdapter:
         """A plain prompt in PEFT's format."""
         raise NotImplementedError
+
+
+class BaseTuning(Method):
+    """A method whose trained tensors stand in the base's place: it adds nothing to a pass and takes no positions."""
+
+    placements = ("prefix",)
+    starts = ("base", "file")
+    default_start = "base"
+    stands_in_sequence = False
+    takes_positions = False
+    changes_base = True
+    num_virtual_tokens = 0
+
+    def forward(self) -> Contribution:
+        return Contribution()

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from ptune_dist.errors import UserError
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter
+from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, TrainingDefaults
 from ptune_dist.prompts.start import NOTHING, Start
 
 NAMES = ("shared_prompt", "task_cols", "task_rows")
@@ -41,6 +41,7 @@ class MultitaskPromptTuning(Method):
 
     options_type = MultitaskOptions
     has_tasks = True
+    default_training = TrainingDefaults(0.3)  # the paper's, on T5
 
     def __init__(self, shared: torch.Tensor, cols: torch.Tensor, rows: torch.Tensor):
         super().__init__()

@@ -15,23 +15,17 @@ from transformers import PreTrainedModel
 from ptune_dist.base.layers import layer_stacks
 from ptune_dist.base.trained import choose_parameters, parameters_of_head
 from ptune_dist.errors import UserError
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter
+from ptune_dist.prompts.method import BaseFacts, BaseTuning, Options, PeftAdapter, TrainingDefaults
 from ptune_dist.prompts.start import Start
 
 DEFAULT_SHARE = 0.25  # of the layers: Lee, Tang and Lin 2019 (arXiv:1911.03090) reach 90% of full quality with it
 
 
-class PartialTuning(Method):
+class PartialTuning(BaseTuning):
     """What the methods of this file share: the tensors are in the base, so there is nothing here."""
 
-    placements = ("prefix",)
-    starts = ("base", "file")
-    default_start = "base"
-    stands_in_sequence = False
-    takes_positions = False
-    changes_base = True
     trains_base = True
-    num_virtual_tokens = 0
+    default_training = TrainingDefaults(1e-4, warmup_share=0.1)
 
     @classmethod
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "PartialTuning":
@@ -39,9 +33,6 @@ class PartialTuning(Method):
         if start.kind == "file":
             prompt.base_start = start.base_tensors()
         return prompt
-
-    def forward(self) -> Contribution:
-        return Contribution()
 
     def plain(self) -> dict[str, torch.Tensor]:
         return {}
@@ -62,6 +53,8 @@ class LastLayersOptions(Options):
 class LastLayers(PartialTuning):
     """The last layers, whole."""
 
+    default_training = TrainingDefaults(1e-4, warmup_share=0.1)
+    default_training_of = {"encoder": TrainingDefaults(5e-5, warmup_share=0.1)}  # Devlin et al. 2019
     options_type = LastLayersOptions
 
     @classmethod
@@ -75,7 +68,9 @@ class LastLayers(PartialTuning):
 
 
 class BiasOnly(PartialTuning):
-    """All biases, of norms too: BitFit (Ben Zaken et al. 2022, arXiv:2106.10199)."""
+    """All biases, of norms too: BitFit (Ben Zaken et al. 2022, arXiv:2106.10199), which trains at 1e-4 to 1e-2."""
+
+    default_training = TrainingDefaults(1e-3, warmup_share=0.1)
 
     @classmethod
     def choose_trained(cls, options: Options, base: PreTrainedModel) -> set[str]:
@@ -84,6 +79,8 @@ class BiasOnly(PartialTuning):
 
 class NormsOnly(PartialTuning):
     """Weights and biases of all norms (Qi et al. 2022; Zhao et al. 2023, arXiv:2312.11420)."""
+
+    default_training = TrainingDefaults(1e-3, warmup_share=0.1)
 
     @classmethod
     def choose_trained(cls, options: Options, base: PreTrainedModel) -> set[str]:

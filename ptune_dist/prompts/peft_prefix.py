@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ptune_dist.errors import UserError
+from ptune_dist.prompts.layer_tensors import Heads
 from ptune_dist.prompts.start import find_prompt_file, read_adapter_settings, read_tensors
 
 KEYS_VALUES_ADAPTERS = ("PREFIX_TUNING", "CARTRIDGE")  # PEFT's types
@@ -42,8 +43,8 @@ def is_adapter(source: str) -> bool:
     return "peft_type" in read_adapter_settings(find_prompt_file(source).parent)
 
 
-def read_adapter(source: str, shapes: Sequence[tuple[int, int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of these shapes [L, P, G, Dh], in float32. Raises UserError."""
+def read_adapter(source: str, num_positions: int, heads: Sequence[Heads]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [L, P, G, Dh] in float32, whose `heads` are these. Raises UserError."""
     file = find_prompt_file(source)
     settings = read_adapter_settings(file.parent)
     kind = settings["peft_type"]
@@ -52,9 +53,10 @@ def read_adapter(source: str, shapes: Sequence[tuple[int, int, int, int]]) -> tu
     stored = read_tensors(file).get(STORED)
     if stored is None:
         raise UserError(f"prompt.init_file: {file} holds no {STORED}")
-    num_layers, num_positions, num_heads, head_width = shapes[0]
-    if shapes[1] != shapes[0]:
+    if len({*heads[0], *heads[1]}) > 1:
         raise UserError(f"prompt.init_file: {file} is of PEFT, which has no keys and values of unequal width")
+    num_layers = len(heads[0])
+    num_heads, head_width = heads[0][0]
     wanted = (num_positions, num_layers * 2 * num_heads * head_width)
     if settings.get("num_transformer_submodules") == 2:
         raise UserError(f"prompt.init_file: {file} is for encoder-decoder bases")

@@ -3,23 +3,45 @@
 They start from what the base itself computes of a text, and the first position may stay as it is (Eyuboglu et al. 2025,
 arXiv:2506.06266). Random numbers and the paper's reparameterization are options.
 Shapes: L layers that are trained, M fixed ones below, P positions, F of them frozen, G key/value heads, Dh width of a
-head (of values, another one in some architectures), E width of the MLP's embeddings.
+head (of values, another one in some architectures), E width of the MLP's embeddings. Where layers differ in their
+heads, L and G of a stored tensor are 1, and Dh is what all its layers have of a position.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, check_start_layer
+from ptune_dist.errors import UserError
+from ptune_dist.prompts.layer_tensors import (
+    Heads,
+    Layers,
+    Shape,
+    count_positions,
+    heads_of,
+    join_layers,
+    pack,
+    packed_shape,
+    place,
+    unpack,
+)
+from ptune_dist.prompts.method import (
+    BaseFacts,
+    Contribution,
+    Method,
+    Options,
+    PeftAdapter,
+    TrainingDefaults,
+    check_start_layer,
+)
 from ptune_dist.prompts.peft_prefix import is_adapter, pack_keys_values, read_adapter
 from ptune_dist.prompts.start import Start
 
 OF_TEXT = ("text", "rows")  # starts whose first position is that of a text, which attention falls back on
 PLAIN = ("prefix_keys", "prefix_values")
 LOWER = ("lower_keys", "lower_values")
-Shape = tuple[int, int, int, int]  # [L, P, G, Dh]
 
 
 class PrefixOptions(Options):
@@ -35,7 +57,8 @@ class PrefixOptions(Options):
 
     num_frozen: int | None = Field(default=None, ge=0)
     """The first positions that stay as they start: models attend to the first token of a text when nothing else fits,
-    and moving it harms training. Where left out: 1 with `init: text` and `rows`, else 0."""
+    and moving it harms training. Where left out: 1 with `init: text` and `rows`, as many as the prompt of an
+    `init_file` has, else 0."""
 
     train_keys: bool = True
     """`false` trains the values alone."""
@@ -60,16 +83,17 @@ class PrefixTuning(Method):
     """
 
     options_type = PrefixOptions
-    families = ("causal",)
+    families = ("causal", "encoder")
     placements = ("prefix", "infix", "template")
     starts = ("text", "rows", "random", "zero", "file")
     default_start = "rows"
+    default_training = TrainingDefaults(5e-3)  # the best of PEFT's comparison on MetaMathQA
     stands_in_sequence = False
 
     def __init__(
         self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: Layers,
+        values: Layers,
         *,
         num_frozen: int = 0,
         train_keys: bool = True,
@@ -81,17 +105,18 @@ class PrefixTuning(Method):
         super().__init__()
         self.from_layer = from_layer
         self._has_lower = has_lower
-        if has_lower:
-            self.register_buffer("lower_keys", keys[:from_layer].detach().float().clone())
-            self.register_buffer("lower_values", values[:from_layer].detach().float().clone())
-            keys = keys[from_layer:]
-            values = values[from_layer:]
-        self.num_virtual_tokens = keys.shape[1]
+        self.num_virtual_tokens = count_positions(keys)
         self.num_frozen = num_frozen
         self._train_keys = train_keys
         self._is_plain = mlp is None
-        for name, tensor, is_trained in (("keys", keys, train_keys), ("values", values, True)):
-            whole = tensor.detach().float()
+        self._heads: dict[str, Heads] = {}
+        for name, layers, is_trained in (("keys", keys, train_keys), ("values", values, True)):
+            num_lower = from_layer if has_lower else 0
+            self._heads[f"lower_{name}"] = heads_of(layers[:num_lower])
+            self._heads[name] = heads_of(layers[num_lower:])
+            if has_lower:
+                self.register_buffer(f"lower_{name}", pack(layers[:num_lower]).detach().float().clone())
+            whole = pack(layers[num_lower:]).detach().float()
             frozen, own = (part.contiguous().clone() for part in whole.tensor_split([num_frozen], dim=1))
             self.register_buffer(f"frozen_{name}", frozen)
             if is_trained and mlp is None:
@@ -105,25 +130,24 @@ class PrefixTuning(Method):
     @classmethod
     def build(cls, options: PrefixOptions, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "PrefixTuning":
         """Raises ValueError that begins with the key, UserError for a file."""
-        if base.num_layers is None or base.num_key_value_heads is None or base.head_width is None:
-            raise ValueError("prompt.method: prefix_tuning needs a base with attention of one width in every layer")
-        num_frozen = count_frozen(options, num_virtual_tokens, start.asked)
+        heads = list_heads(base)
+        num_frozen = count_frozen(options, num_virtual_tokens, start)
         check_options(options, start)
         first = options.from_layer and check_start_layer(options.from_layer, base, "prompt.from_layer")
         has_lower = keeps_lower(options, start)
-        widths = (base.head_width, base.value_width or base.head_width)
-        heads = [(num_virtual_tokens, base.num_key_value_heads, width) for width in widths]
-        own: list[Shape] = [(base.num_layers - first, *some) for some in heads]  # of what is trained
-        shapes: list[Shape] = [(base.num_layers, *some) for some in heads] if has_lower else own
         mlp = None
         if options.reparameterization == "mlp":
-            mlp = PrefixMLP(own, num_frozen, options, start)
+            trained = [packed_shape(num_virtual_tokens, some[first:]) for some in heads]
+            mlp = PrefixMLP(trained, num_frozen, options, start)
+        kept = heads if has_lower else [some[first:] for some in heads]
         layers: dict[str, Any] = {"from_layer": first, "has_lower": has_lower}
         if start.kind == "file":
-            return cls._from_file(shapes, num_frozen, options, mlp, start, layers)
-        keys, values = map(torch.zeros, shapes)
+            return cls._from_file(kept, num_virtual_tokens, num_frozen, options, mlp, start, layers)
+        shapes = [packed_shape(num_virtual_tokens, some) for some in kept]
+        packed = [torch.zeros(shape) for shape in shapes]
         if start.kind == "random" and mlp is None:
-            keys, values = (torch.randn(shape, generator=start.generator) for shape in shapes)
+            packed = [torch.randn(shape, generator=start.generator) for shape in shapes]
+        keys, values = map(unpack, packed, kept)
         prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp, **layers)
         if start.kind in OF_TEXT:
             prompt.start_tokens = start.tokens(num_virtual_tokens, options.init_rows)
@@ -132,7 +156,8 @@ class PrefixTuning(Method):
     @classmethod
     def _from_file(
         cls,
-        shapes: list[Shape],
+        heads: Sequence[Heads],
+        num_positions: int,
         num_frozen: int,
         options: PrefixOptions,
         mlp: "PrefixMLP | None",
@@ -141,16 +166,18 @@ class PrefixTuning(Method):
     ) -> "PrefixTuning":
         """From a prompt's keys and values, or from all that was trained where the file has an MLP of the same shape."""
         if is_adapter(start.file or ""):
-            keys, values = read_adapter(start.file or "", shapes)
-        elif layers["has_lower"] and start.holds("lower_keys"):
-            first = layers["from_layer"]
-            lower = {name: (first, *shape[1:]) for name, shape in zip(LOWER, shapes, strict=True)}
-            upper = {name: (shape[0] - first, *shape[1:]) for name, shape in zip(PLAIN, shapes, strict=True)}
-            found = start.tensors(lower | upper)
-            keys, values = (torch.cat([found[low], found[high]]) for low, high in zip(LOWER, PLAIN, strict=True))
+            keys, values = read_adapter(start.file or "", num_positions, heads)
         else:
-            found = start.tensors(dict(zip(PLAIN, shapes, strict=True)))
-            keys, values = (found[name] for name in PLAIN)
+            first = layers["from_layer"] if layers["has_lower"] and start.holds("lower_keys") else 0
+            parts = {name: some[:first] for name, some in zip(LOWER, heads, strict=True) if first}
+            parts |= {name: some[first:] for name, some in zip(PLAIN, heads, strict=True)}
+            found = start.tensors({name: packed_shape(num_positions, some) for name, some in parts.items()})
+            whole = {name: unpack(found[name], some) for name, some in parts.items()}
+            keys, values = (whole[name] for name in PLAIN)
+            if first:
+                keys, values = (
+                    join_layers([*whole[low], *whole[high]]) for low, high in zip(LOWER, PLAIN, strict=True)
+                )
         prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp, **layers)
         wanted = {name: tuple(tensor.shape) for name, tensor in prompt.state_dict().items()}
         stored = start.read().tensors
@@ -160,19 +187,24 @@ class PrefixTuning(Method):
 
     @torch.no_grad()
     def begin_from(self, *computed: torch.Tensor) -> None:
-        keys, values = computed
-        own = [self.get_buffer(f"frozen_{name}").shape[2:] for name in ("keys", "values")]
-        wanted = [(self.num_virtual_tokens, *heads) for heads in own]
-        found = [tuple(part.shape[1:]) for part in (keys, values)]
-        if found != wanted:
-            raise ValueError(f"prompt.method: prefix_tuning has keys and values {wanted}, the base computes {found}")
-        for name, tensor in (("keys", keys), ("values", values)):
-            below, above = tensor.tensor_split([self.from_layer])
-            if self._has_lower:
-                self.get_buffer(f"lower_{name}").copy_(below)
-            frozen, own = above.tensor_split([self.num_frozen], dim=1)
+        half = len(computed) // 2
+        halves = computed if half == 1 else (computed[:half], computed[half:])
+        for name, parts in zip(("keys", "values"), halves, strict=True):
+            layers = list(parts)
+            heads = self._heads[f"lower_{name}"] + self._heads[name]
+            own = layers[-sum(1 for num_heads, _ in heads if num_heads) :]
+            wanted = [(self.num_virtual_tokens, *some) for some in heads if some[0]]
+            found = [tuple(part.shape) for part in own]
+            if found != wanted:
+                both = [list(dict.fromkeys(shapes)) for shapes in (wanted, found)]
+                raise ValueError(f"prompt.method: prefix_tuning has {name} {both[0]}, the base computes {both[1]}")
+            whole = place(own, heads, self.num_virtual_tokens)
+            num_lower = len(self._heads[f"lower_{name}"])
+            if num_lower:
+                self.get_buffer(f"lower_{name}").copy_(pack(whole[:num_lower]))
+            frozen, moved = pack(whole[num_lower:]).tensor_split([self.num_frozen], dim=1)
             self.get_buffer(f"frozen_{name}").copy_(frozen)
-            self._own(name).copy_(own)
+            self._own(name).copy_(moved)
 
     def _own(self, name: str) -> torch.Tensor:
         """What is not frozen of the keys or of the values [L, P - F, G, Dh], without what an MLP adds."""
@@ -193,26 +225,34 @@ class PrefixTuning(Method):
         if self.num_frozen:
             keys = torch.cat([self.get_buffer("frozen_keys"), keys], dim=1)
             values = torch.cat([self.get_buffer("frozen_values"), values], dim=1)
-        lower = {name: self.get_buffer(name) for name in LOWER} if self._has_lower else {}
-        return Contribution(keys=keys, values=values, start_layer=self.from_layer, **lower)
+        return Contribution(
+            keys=unpack(keys, self._heads["keys"]),
+            values=unpack(values, self._heads["values"]),
+            start_layer=self.from_layer,
+            **{name: unpack(self.get_buffer(name), self._heads[name]) for name in LOWER if self._has_lower},
+        )
 
     @torch.no_grad()
     def plain(self) -> dict[str, torch.Tensor]:
         found = self()
         assert found.keys is not None and found.values is not None
-        plain = {"prefix_keys": found.keys.detach(), "prefix_values": found.values.detach()}
-        if found.lower_keys is not None and found.lower_values is not None:
-            plain |= {"lower_keys": found.lower_keys, "lower_values": found.lower_values}
-        return plain
+        plain = {"prefix_keys": pack(found.keys).detach(), "prefix_values": pack(found.values).detach()}
+        return plain | {name: self.get_buffer(name) for name in LOWER if self._has_lower}
 
     def take(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A prompt folder has whole keys and values, a checkpoint what is trained of them."""
+        """A prompt folder has whole keys and values, a checkpoint what is trained of them. Raises UserError."""
         taken = dict(stored)
         for name in ("keys", "values"):
             whole = stored.get(f"prefix_{name}")
             if whole is not None and whole.shape[1] == self.num_virtual_tokens:
                 frozen, own = whole.tensor_split([self.num_frozen], dim=1)
-                taken = {f"frozen_{name}": frozen} | taken | {f"prefix_{name}": own}
+                taken |= {f"frozen_{name}": frozen, f"prefix_{name}": own}
+        num_stored = taken["frozen_values"].shape[1] if "frozen_values" in taken else self.num_frozen
+        if num_stored != self.num_frozen:  # what it started from is gone, or is another
+            raise UserError(
+                f"prompt.num_frozen: {self.num_frozen} positions stay of this prompt and {num_stored} of the stored "
+                f"one: set prompt.num_frozen={num_stored}"
+            )
         return taken
 
     @classmethod
@@ -251,16 +291,44 @@ class PrefixMLP:
             nn.init.zeros_(last.bias)
 
 
-def count_frozen(options: PrefixOptions, num_positions: int, start: str) -> int:
+def list_heads(base: BaseFacts) -> tuple[Heads, Heads]:
+    """Of the keys and of the values. Raises ValueError that begins with the key."""
+    if base.layer_heads is not None:
+        keys = tuple((num_heads, width) for num_heads, width, _ in base.layer_heads)
+        return keys, tuple((num_heads, width) for num_heads, _, width in base.layer_heads)
+    if base.num_layers is None or base.num_key_value_heads is None or base.head_width is None:
+        raise ValueError("prompt.method: prefix_tuning needs a base whose layers keep keys and values")
+    widths = (base.head_width, base.value_width or base.head_width)
+    keys, values = (((base.num_key_value_heads, width),) * base.num_layers for width in widths)
+    return keys, values
+
+
+def count_frozen(options: PrefixOptions, num_positions: int, start: Start) -> int:
     """F. Raises ValueError that begins with the key where nothing would be trained."""
     if options.num_frozen is None:
-        return min(1, num_positions - 1) if start in OF_TEXT else 0
+        found = 1 if start.asked in OF_TEXT else 0
+        if start.asked == "file":
+            found = count_stored(start)
+        return min(found, num_positions - 1)
     if options.num_frozen >= num_positions:
         raise ValueError(
             f"prompt.num_frozen: {options.num_frozen} of prompt.num_virtual_tokens={num_positions} leaves nothing to "
             "train"
         )
     return options.num_frozen
+
+
+def count_stored(start: Start) -> int:
+    """The positions that stay of the prompt in `prompt.init_file`. Raises UserError where it is to be read."""
+    try:
+        source = start.read()
+    except UserError:
+        if start.kind == "file":
+            raise
+        return 0  # the prompt is loaded, and what it started from may be gone
+    if "frozen_values" in source.tensors:
+        return source.tensors["frozen_values"].shape[1]
+    return int(source.settings.get("num_frozen_tokens") or 0)
 
 
 def keeps_lower(options: PrefixOptions, start: Start) -> bool:

@@ -7,7 +7,7 @@ Shapes: P virtual tokens, D width.
 import torch
 from torch import nn
 
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, PeftAdapter
+from ptune_dist.prompts.method import BaseFacts, Contribution, Method, PeftAdapter, TrainingDefaults
 from ptune_dist.prompts.residual import PREFIX, ResidualMlp, ResidualOptions, build_residual
 from ptune_dist.prompts.start import Start
 
@@ -16,6 +16,8 @@ class PromptTuning(Method):
     """P trainable vectors of width D."""
 
     options_type = ResidualOptions
+    default_training = TrainingDefaults(0.3)  # Lester et al. 2021, for T5
+    default_training_of = {"encoder": TrainingDefaults(0.01)}  # the head is trained too: P-tuning v2's for its prompts
 
     virtual_tokens: nn.Parameter
     embedding: nn.Parameter  # in its place where a network adds to it; a stored prompt's virtual_tokens are the sum

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptune_dist.base.own_rows import put_rows
 from ptune_dist.errors import UserError
-from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter
+from ptune_dist.prompts.method import BaseFacts, BaseTuning, Options, PeftAdapter, TrainingDefaults
 from ptune_dist.prompts.start import Start, find_prompt_file, read_adapter_settings, read_tensors
 
 ROWS = "trainable_tokens"
@@ -28,18 +28,12 @@ class TrainableTokensOptions(Options):
     """The same by their ids, as in PEFT."""
 
 
-class TrainableTokens(Method):
+class TrainableTokens(BaseTuning):
     """R rows of width D in place of the base's."""
 
     options_type = TrainableTokensOptions
-    placements = ("prefix",)
-    starts = ("base", "file")
-    default_start = "base"
-    stands_in_sequence = False
-    takes_positions = False
-    changes_base = True
+    default_training = TrainingDefaults(1e-3)
     names_modules = True
-    num_virtual_tokens = 0
 
     def __init__(self, rows: torch.Tensor, token_ids: list[int]):
         super().__init__()
@@ -58,9 +52,6 @@ class TrainableTokens(Method):
 
     def attach(self, base: PreTrainedModel) -> None:
         put_rows(base, self.trained_tokens, self.trainable_tokens)
-
-    def forward(self) -> Contribution:
-        return Contribution()
 
     def plain(self) -> dict[str, torch.Tensor]:
         return {ROWS: self.trainable_tokens.detach(), INDICES: torch.tensor(self.trained_tokens)}

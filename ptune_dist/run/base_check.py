@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ptune_dist.base.layers import layers_of, max_positions
 from ptune_dist.base.open import OpenedBase
@@ -22,12 +22,15 @@ from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config
 from ptune_dist.data.batches import Batch
 from ptune_dist.distributed.world import World, together
 from ptune_dist.errors import UserError
-from ptune_dist.model.attention import KeysValues, narrow_windows
+from ptune_dist.model.attention import narrow_windows
+from ptune_dist.model.given_cache import keeps_more
+from ptune_dist.model.keys_values import KeysValues
 from ptune_dist.model.members import contributions_in_eval, keys_values_of
 from ptune_dist.model.passes import Contexts
 from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.build import find_method
+from ptune_dist.prompts.layer_tensors import Heads, heads_of
 from ptune_dist.prompts.method import Contribution, Method
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 from ptune_dist.run.reading import Reading
@@ -82,7 +85,7 @@ def draw_probe(reading: Reading, opened: OpenedBase, prompts: Iterable[Method] =
     rows = [[draw.choice(ids, min(length, longest)).astype(np.int32) for length in lengths] for lengths in LENGTHS]
     virtual = draw.choice(ids, NUM_VIRTUAL).astype(np.int32)
     contexts, rests, targets = (list(parts) for parts in zip(*rows, strict=True))
-    placement = find_placement(reading)
+    placement = find_placement(reading, opened.model)
     nothing = np.zeros(0, np.int32)
     if placement not in PLACEMENTS_WITH_CONTEXTS:
         rests = [np.concatenate(parts) for parts in zip(contexts, rests, strict=True)]
@@ -94,12 +97,16 @@ def draw_probe(reading: Reading, opened: OpenedBase, prompts: Iterable[Method] =
     return Probe(batch, virtual, opened.embed(virtual.tolist()), placement)
 
 
-def find_placement(reading: Reading) -> str:
-    """Where the job's virtual tokens stand; keys and values of a prefix are read as those of a context are."""
+def find_placement(reading: Reading, base: PreTrainedModel) -> str:
+    """Where the job's virtual tokens stand; keys and values of a prefix are read as those of a context are.
+
+    Those of a base with states are not, for a context has states too.
+    """
     placement = reading.config.prompt.placement
     methods = [find_method(member.prompt) for member in reading.members.values()]
     is_read_first = any(method.takes_positions and not method.stands_in_sequence for method in methods)
-    return "infix" if is_read_first and "infix" in reading.family.placements else placement
+    can_read = "infix" in reading.family.placements and not keeps_more(base)
+    return "infix" if is_read_first and can_read else placement
 
 
 def ordinary_ids(reading: Reading, shape: PretrainedConfig, num_embeddings: int) -> np.ndarray:
@@ -208,7 +215,7 @@ def run_ours(model: PromptedModel, probe: Probe, contributions: list[Contributio
         held = model.read_contexts(Contexts(batch.contexts, batch.pad_id))
         for contribution in contributions:
             check_prefix(contribution, held[0], model.base.config.model_type)
-        batch = batch.with_held([(KeysValues(*some) if len(some) == 2 else some[0],) for some in held])
+        batch = batch.with_held([(KeysValues.of(some) if len(some) > 1 else some[0],) for some in held])
     return model.outputs(batch).float()
 
 
@@ -246,8 +253,8 @@ def check_prefix(contribution: Contribution, held: tuple[torch.Tensor, ...], kin
     if prefix is None:
         return
     start = contribution.start_layer
-    sizes = [(part[start:].shape[0], *part.shape[2:]) for part in held]
-    own = [(part.shape[0], *part.shape[2:]) for part in prefix]
+    sizes = [heads_of(part[start:]) for part in KeysValues.of(held)]
+    own = [heads_of(part) for part in prefix]
     if sizes != own:
         raise UserError(
             f"prompt.method: prefix_tuning has keys and values of {describe_sizes(own)}, and {kind} models keep "
@@ -255,9 +262,12 @@ def check_prefix(contribution: Contribution, held: tuple[torch.Tensor, ...], kin
         )
 
 
-def describe_sizes(sizes: list[tuple[int, ...]]) -> str:
-    (num_layers, num_heads, width), (_, _, value_width) = sizes
-    return f"{num_layers} layers x {num_heads} heads x {width} and {value_width} numbers"
+def describe_sizes(sizes: list[Heads]) -> str:
+    """Layers, heads, and widths of a key and of a value; several of each where layers differ."""
+    keys, values = sizes
+    columns = ([n for n, _ in keys], [width for _, width in keys], [width for _, width in values])
+    num_heads, width, value_width = ("/".join(map(str, dict.fromkeys(column))) for column in columns)
+    return f"{len(keys)} layers x {num_heads} heads x {width} and {value_width} numbers"
 
 
 @contextmanager

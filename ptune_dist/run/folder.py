@@ -48,7 +48,7 @@ MAY_CHANGE = (
     "data.cache_gib",
 )
 # None until the method or the base has decided, in the ranks: the launcher compares configs before that.
-LEFT_OPEN = ("prompt.init", "data.max_length")
+LEFT_OPEN = ("prompt.init", "data.max_length", "train.learning_rate", "train.warmup_steps")
 LATE_S = 60.0  # in which a client of a network disk asks the server again: NFS keeps what it knows for so long
 WAIT_S = 0.2
 ALWAYS_THERE = ("config.yaml", "metrics.jsonl")

@@ -39,7 +39,7 @@ from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, max_over_ranks, together
 from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache
-from ptune_dist.model.given_cache import keeps_more
+from ptune_dist.model.given_cache import layer_heads
 from ptune_dist.model.value_head import TargetScale
 from ptune_dist.prompts.build import build_prompt, choose_trained, source_files
 from ptune_dist.prompts.method import BaseFacts, Method
@@ -121,7 +121,9 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool, rows
     sources = {}
     for name, member in reading.members.items():
         check_positions(member, opened.model)
-        tokens = None if rows is None else functools.partial(rows.tokens_of, name)
+        # An encoder's targets are numbers of labels.
+        has_texts = not reading.family.trains_head
+        tokens = None if rows is None else functools.partial(rows.tokens_of, name, with_targets=has_texts)
         examples = None if rows is None else functools.partial(rows.examples_of, name)
         try:
             prompts[name] = build(member, rows=tokens, read_examples=examples)
@@ -140,11 +142,17 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool, rows
 
 
 def check_sources(sources: dict[str, Method]) -> None:
-    """Raise UserError for prompts that are more than what their files hold as a prompt."""
+    """Raise UserError for prompts that are more than what their files hold as a prompt, or of unlike shapes."""
     if any(prompt.start_tokens or not prompt.state_dict() for prompt in sources.values()):
         raise UserError(
             f"prompt.init_file: {', '.join(sources)}: several sources are scored of prompts that are whole in their "
             "files: name one"
+        )
+    shapes = [{key: tensor.shape for key, tensor in prompt.state_dict().items()} for prompt in sources.values()]
+    if any(shape != shapes[0] for shape in shapes):
+        raise UserError(
+            f"prompt.init_file: {', '.join(sources)}: these differ in the number of positions that stay: set "
+            "prompt.num_frozen"
         )
 
 
@@ -180,12 +188,15 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
     """What methods may need to know of a base."""
     text = base.config.get_text_config(decoder=True)
     num_heads, of_keys, of_values = key_value_heads(base.config)
+    own = layer_heads(base)
+    is_uniform = own is not None and len(set(own)) == 1
     return BaseFacts(
         width=embedding_width(base),
         num_layers=getattr(text, "num_hidden_layers", None),
-        num_key_value_heads=None if keeps_more(base) else num_heads,
+        num_key_value_heads=num_heads if is_uniform else None,
         head_width=of_keys,
         value_width=of_values,
+        layer_heads=None if is_uniform else own,
         model_type=base.config.model_type,
         num_embeddings=getattr(base.get_input_embeddings(), "num_embeddings", None),
         hidden_size=hidden_size(base),

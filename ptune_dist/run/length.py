@@ -11,6 +11,7 @@ from ptune_dist.config.schema import Config
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.errors import UserError
 from ptune_dist.run.reading import Reading
+from ptune_dist.run.training_defaults import fill_training
 
 SECTIONS = ("evaluate", "checkpoint")  # which have a key `every`
 
@@ -31,6 +32,7 @@ def settle_length(reading: Reading, rows: TrainingRows) -> tuple[Reading, list[s
     num_rows = next(iter(counts.values()))
     settled, lines = settle(config, num_rows)
     members = {name: settle(member, num_rows)[0] for name, member in reading.members.items()}
+    settled, members = fill_training(settled, members, reading.family)  # a warm-up that is a share of the steps
     return replace(reading, config=settled, members=members), lines
 
 
@@ -60,7 +62,7 @@ def settle(config: Config, num_rows: int) -> tuple[Config, list[str]]:
     max_steps = train.max_steps
     if train.epochs is not None:
         max_steps = max(1, math.ceil(round(train.epochs * num_rows / train.batch_size, 9)))
-        if train.warmup_steps >= max_steps:
+        if (train.warmup_steps or 0) >= max_steps:
             raise UserError(
                 f"train.warmup_steps: {train.warmup_steps} must be less than the steps: train.epochs {train.epochs:g} "
                 f"of {batch} are {max_steps:,}"

@@ -28,6 +28,7 @@ class Standing:
 
     train_loss: float = math.nan  # of the last step
     recent_losses: list[float] = field(default_factory=list)  # of the last NUM_RECENT steps
+    first_losses: list[float] = field(default_factory=list)  # of the first NUM_RECENT; none where not all are known
     without_prompt: dict[str, float] = field(default_factory=dict)  # metrics of the base alone, with the template
     before: dict[str, float] = field(default_factory=dict)  # of the untrained prompt
     last: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
@@ -102,6 +103,8 @@ class Progress:
                 standing = self.members[name]
                 standing.train_loss = loss
                 standing.recent_losses = [*standing.recent_losses, loss][-NUM_RECENT:]
+                if len(standing.first_losses) == self.step - 1 < NUM_RECENT:
+                    standing.first_losses = [*standing.first_losses, loss]
         self.elapsed_s += count.seconds
         self.throughput.count(count)
         self.wall_s += self.throughput.lap()

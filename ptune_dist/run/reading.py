@@ -22,6 +22,7 @@ from ptune_dist.objectives import OBJECTIVES
 from ptune_dist.objectives.objective import Objective
 from ptune_dist.prompts.build import find_method
 from ptune_dist.run.resolve import resolve_whole
+from ptune_dist.run.training_defaults import fill_training
 
 DEFAULT_MAX_LENGTH = 512
 MOST_RESERVED_POSITIONS = 8  # RoBERTa's first position is one more than the padding token's id
@@ -73,6 +74,7 @@ def build_reading(config: Config) -> Reading:
     objective = OBJECTIVES[config.train.objective].build(config.train)
     check_family_fits(config, members, family, objective)
     config, members = fill_max_length(config, members, family)
+    config, members = fill_training(config, members, family)
     tokenizer = read_tokenizer(config, family, shape)
     end_turns(config, family, objective, tokenizer)
     num_embeddings = shape.get_text_config().vocab_size

@@ -2,7 +2,7 @@
 
 from ptune_dist.config.load import resolve_outside_sweep
 from ptune_dist.config.schema import OWN_SCHEDULES, PLACEMENTS_WITH_CONTEXTS, Config, TrainConfig
-from ptune_dist.config.sweep import expand_sweep
+from ptune_dist.config.sweep import expand_sweep, sweep_keys
 from ptune_dist.errors import UserError
 from ptune_dist.families import FAMILIES
 from ptune_dist.objectives import OBJECTIVES
@@ -29,7 +29,8 @@ def resolve(config: Config) -> Config:
         raise ValueError(f"prompt.method: {prompt.method} needs an input before the target, and a .txt file has none")
     if not config.sweep and not method.enters_late(options):
         check_cache(config)
-    positions = settle_positions(prompt)
+    is_of_members = "prompt.method" in sweep_keys(config.sweep)
+    positions = prompt.num_virtual_tokens if is_of_members else settle_positions(prompt)
     filled = {"init": choose_start(prompt), "num_virtual_tokens": positions, **options.model_dump()}
     return config.model_copy(update={"prompt": prompt.model_copy(update=filled)})
 
@@ -61,7 +62,8 @@ def check_schedule(train: TrainConfig) -> None:
     if train.schedule in OWN_SCHEDULES:
         return
     try:
-        build_curve(train)(train.warmup_steps)
+        known = {"learning_rate": train.learning_rate or 1.0, "warmup_steps": train.warmup_steps or 0}
+        build_curve(train.model_copy(update=known))(known["warmup_steps"])
     except (TypeError, ValueError, ArithmeticError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"train.schedule_options: {train.schedule}: {reason}") from None

@@ -18,7 +18,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.utils import logging
 
 from ptune_dist.base.fused import fuse
-from ptune_dist.base.layers import head_width, heads_of_layers, layers_differ, num_key_value_heads, setting_of
+from ptune_dist.base.layers import head_width, heads_by_layer, layers_differ, num_key_value_heads, setting_of
 from ptune_dist.base.load import fill_whole
 from ptune_dist.base.merge import read_directly
 from ptune_dist.base.quantized import is_linear
@@ -101,7 +101,7 @@ def test_each_layer_has_its_own_window(kind: str, windows: set[int | None]) -> N
 
 def test_heads_that_differ_by_layer_are_told() -> None:
     shape = build_shape("gemma4_text")
-    assert heads_of_layers(shape) == {(2, 256), (2, 512)} and layers_differ(shape)
+    assert heads_by_layer(shape) == [(2, 256, 256), (2, 512, 512)] and layers_differ(shape)
     assert (num_key_value_heads(shape), head_width(shape), setting_of(shape, "head_dim")) == (2, None, None)
     assert (num_key_value_heads(build_shape("falcon")), num_key_value_heads(build_shape("gpt_bigcode"))) == (1, 1)
     assert all(layers_differ(build_shape(kind)) for kind in ("inkling_text", "mimo_v2_flash"))

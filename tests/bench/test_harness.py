@@ -71,6 +71,22 @@ def test_the_result_has_medians_spread_ratios_of_pairs_and_where_it_ran(two_side
     assert content["date"].startswith("20")
 
 
+def test_a_resumed_benchmark_repeats_no_run_that_was_finished(two_sides, tmp_path):
+    path, journal = two_sides
+    out = tmp_path / "out"
+    run_matrix(path, str(out))
+    whole = read_result(out)
+    lines = (out / "runs.jsonl").read_text().splitlines()
+    (out / "runs.jsonl").write_text("\n".join(lines[:5]) + "\n" + lines[5][:40])  # stopped while it wrote the fifth
+    journal.unlink()
+    run_matrix(path, str(out), resumes=True)
+    assert journal.read_text().splitlines() == ["fast 1", "slow 1", "fast 2", "slow 2"]
+    assert read_result(out)["cases"][0]["ratios"] == whole["cases"][0]["ratios"]
+    (tmp_path / "matrix.yaml").write_text((tmp_path / "matrix.yaml").read_text().replace("repeats: 3", "repeats: 4"))
+    with pytest.raises(UserError, match="of another matrix or commit"):
+        run_matrix(path, str(out), resumes=True)
+
+
 def test_a_second_benchmark_in_the_same_folder_measures_again(two_sides, tmp_path):
     path, journal = two_sides
     for _ in range(2):

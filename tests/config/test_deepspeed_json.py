@@ -21,7 +21,7 @@ def build(deepspeed=None, *, dtype="float32", **train) -> Config:
             "output_dir": "x",
             "model": {"path": "y", "dtype": dtype},
             "data": {"train": "z", "template": "{{ a }}", "target": "{{ b }}"},
-            "train": train,
+            "train": {"learning_rate": 0.3, "warmup_steps": 0} | train,  # as a reading has settled them
             "deepspeed": deepspeed,
         }
     )

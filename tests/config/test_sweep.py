@@ -248,7 +248,7 @@ def test_a_key_of_a_sweep_on_the_command_line_is_the_command_lines_mistake(error
         ("{data.template: [null]}", "sweep: template=null: data.template and data.target are needed"),
         ("[{data.train: rows.txt}]", "sweep: train=rows: prompt.placement: encoder needs an input"),
         ("{seed: [1, 2, 1]}", "sweep: seed=1 and seed=1-2 are the same member, leave one out"),
-        ("[{seed: 0}, {train.learning_rate: 0.3}]", "sweep: seed=0 and learning_rate=0.3 are the same member"),
+        ("[{seed: 0}, {train.weight_decay: 0.0}]", "sweep: seed=0 and weight_decay=0.0 are the same member"),
         ("{train.learning_rate: [1, 1.0]}", "sweep: learning_rate=1 and learning_rate=1.0 are the same member"),
     ],
 )

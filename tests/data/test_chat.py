@@ -42,11 +42,11 @@ def load_chat_tokenizer(template: str = CHATML) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build(tmp_path: Path, rows: list[dict], template: str = CHATML, **keys) -> tuple[Split, Encoding]:
+def build(tmp_path: Path, rows: list[dict], written: str = CHATML, **keys) -> tuple[Split, Encoding]:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(train=str(file), **keys)
-    tokenizer = load_chat_tokenizer(template)
+    tokenizer = load_chat_tokenizer(written)
     chat = Chat(tokenizer, "data.chat" if data.chat else "data.messages", data.system)
     framing = Framing(ends_input=False, is_bare=True)
     encoding = Encoding(tokenizer, framing, TextTargets(tokenizer, append_eos=data.append_eos), 512, chat=chat)

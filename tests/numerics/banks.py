@@ -13,7 +13,7 @@ from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_module
 from tests.conftest import write_config
 from tests.numerics.plain import read_rows
-from tests.numerics.test_curves import SCRIPT
+from tests.numerics.test_curves import SCRIPT, curve, zero_json
 
 NUM_STEPS = 8
 NUM_ROWS, NUM_HELD_OUT = 24, 6  # three steps of 8 are an epoch
@@ -63,6 +63,22 @@ def train_all(configs: list[Path | tuple[Path, list[str]]], folder: Path, num_ra
     file.write_text(json.dumps(specs))
     done = run_module(str(script), str(file), num_ranks=num_ranks, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def check_members(folder: Path, base: Path, members, placement: str = "prefix", **sections) -> dict[str, Path]:
+    """Members of a sweep under ZeRO 3 on two ranks have the losses that each has alone on one rank under ZeRO 0.
+
+    Returns the configs of the latter by member; the sweep's run is FOLDER/mixed.
+    """
+    write_rows(folder)
+    bank = write_bank(folder, "mixed", base, members, placement, deepspeed=zero_json(3), **sections)
+    alone = write_alone(bank)
+    train_all([bank], folder, num_ranks=2)
+    train_all([(path, ["deepspeed=null"]) for path in alone.values()], folder)
+    for name, config in alone.items():
+        ours, theirs = (curve(run) for run in (folder / "mixed" / "members" / name, config.parent))
+        assert ours == pytest.approx(theirs, rel=1e-5), name
+    return alone
 
 
 def assert_ends_as_alone(bank_run: Path, alone: dict[str, Path], rel: float = 1e-5) -> None:

@@ -5,6 +5,7 @@ Shapes: B rows, T input tokens, U target tokens, P virtual tokens, D width.
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +71,12 @@ def padded_batches(tokenizer, family: str = "causal", seed: int = 0) -> Iterator
         yield pad(texts, 1), mask, labels[:, 0] if family == "encoder" else labels
 
 
-def run_loop(parameters, loss_of, batches, optimizer=None) -> list[float]:
+def run_loop(parameters, loss_of, batches, optimizer=None, num_steps: int = NUM_STEPS) -> list[float]:
     """AdamW, clipping at 1, linear to zero."""
     optimizer = optimizer or torch.optim.AdamW(parameters, lr=PEAK, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / NUM_STEPS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_steps)
     losses = []
-    for ids, mask, labels in batches:
+    for ids, mask, labels in islice(batches, num_steps):
         loss = loss_of(ids, mask, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -147,7 +148,7 @@ def peft_curve(base_dir: Path, family: str = "causal", head=None) -> list[float]
 
 
 def peft_method_curve(
-    base_dir: Path, settings, start: dict[str, torch.Tensor], family: str = "causal", head=None
+    base_dir: Path, settings, start: dict[str, torch.Tensor], family: str = "causal", head=None, **loop
 ) -> list[float]:
     """Losses of any of PEFT's prompt methods: `settings` is its config, `start` its prompt encoder's parameters."""
     from peft import get_peft_model
@@ -166,4 +167,4 @@ def peft_method_curve(
     def loss_of(ids, mask, labels):
         return model(input_ids=ids, attention_mask=mask, labels=labels).loss
 
-    return run_loop(trained, loss_of, padded_batches(AutoTokenizer.from_pretrained(base_dir), family))
+    return run_loop(trained, loss_of, padded_batches(AutoTokenizer.from_pretrained(base_dir), family), **loop)

@@ -9,19 +9,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ptune_dist.base.recompute import DEFAULTS
 from ptune_dist.data.batches import Batch
 from ptune_dist.families.causal import PromptedCausal
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.adaption_prompt import AdaptionPrompt
 from ptune_dist.prompts.store import load_prompt
 from tests.commands import run_command, run_commands
-from tests.numerics.banks import write_alone, write_bank
-from tests.numerics.banks import write_rows as write_bank_rows
-from tests.numerics.methods import write_run
+from tests.numerics.banks import check_members
+from tests.numerics.methods import FEW, check_ways, pick, write_run, write_ways
 from tests.numerics.passes import build_base
-from tests.numerics.plain import load_plain, padded_batches, run_loop
-from tests.numerics.test_curves import curve, train_all, zero_json
+from tests.numerics.plain import NUM_STEPS, load_plain, padded_batches, run_loop
+from tests.numerics.test_curves import curve, train_all
 from tests.numerics.test_labels import label_batch, words_of
 
 KINDS = ["gpt2", "llama", "mistral", "qwen2"]
@@ -65,7 +63,7 @@ def peft_model(base: Path, tensors: dict[str, torch.Tensor]):
     return model
 
 
-def peft_curve_of(base: Path) -> list[float]:
+def peft_curve_of(base: Path, num_steps: int = NUM_STEPS) -> list[float]:
     model = peft_model(base, start_of())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(trained) == 2 * LAYERS
@@ -73,7 +71,7 @@ def peft_curve_of(base: Path) -> list[float]:
     def loss_of(ids, mask, labels):
         return model(input_ids=ids, attention_mask=mask, labels=labels).loss
 
-    return run_loop(trained, loss_of, padded_batches(AutoTokenizer.from_pretrained(base)))
+    return run_loop(trained, loss_of, padded_batches(AutoTokenizer.from_pretrained(base)), num_steps=num_steps)
 
 
 @pytest.fixture(scope="module")
@@ -92,43 +90,20 @@ def test_it_trains_as_under_peft(runs, bases, kind):
 
 @pytest.mark.long
 def test_the_curve_depends_on_no_stage_and_no_way_of_computing(bases, tmp_path):
-    stage3 = {"deepspeed": zero_json(3)}
-    recomputed = {"deepspeed": zero_json(3) | {"activation_checkpointing": DEFAULTS}}
-    cases = {
-        "llama-recomputed": recomputed,
-        "gpt2-recomputed": recomputed,
-        "llama-small": stage3 | {"train": {"micro_batch_tokens": 60}},
-        "llama-int8-0": {"model": {"quantization": "int8"}},
-        "llama-int8-3": {"model": {"quantization": "int8"}} | stage3,
-        "llama-bf16-3": {"model": {"dtype": "bfloat16"}} | stage3,
-    }
-    specs = [
-        write_run(tmp_path, name, bases[name.partition("-")[0]], PROMPT, start_of(), **sections)
-        for name, sections in cases.items()
-    ]
-    runs = train_all(specs, tmp_path, num_ranks=2)
-    wanted = {kind: peft_curve_of(bases[kind]) for kind in ("llama", "gpt2")}
-    for name in ("llama-recomputed", "gpt2-recomputed", "llama-small"):
-        assert curve(runs[name]) == pytest.approx(wanted[name.partition("-")[0]], rel=1e-5), name
-    assert curve(runs["llama-int8-3"]) == pytest.approx(curve(runs["llama-int8-0"]), rel=1e-5)
-    assert curve(runs["llama-int8-0"]) == pytest.approx(wanted["llama"], rel=0.1)
-    assert curve(runs["llama-bf16-3"]) == pytest.approx(wanted["llama"], rel=0.05)
+    ways = {"llama": pick("recomputed", "small", "int8-0", "int8-3", "bf16-3"), "gpt2": pick("recomputed")}
+    specs = {kind: write_ways(tmp_path / kind, bases[kind], PROMPT, start_of(), own) for kind, own in ways.items()}
+    check_ways(tmp_path, {kind: peft_curve_of(bases[kind], FEW) for kind in ways}, specs)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.long
 def test_a_sweep_of_several_methods_trains_each_member_as_alone(bases, tmp_path, kind):
-    write_bank_rows(tmp_path)
     sweep = [
         {"prompt.method": "prompt_tuning"},
         {"prompt.method": "adaption_prompt", "prompt.num_virtual_tokens": 0, "prompt.adapter_layers": 2},
         {"prompt.method": "adaption_prompt", "prompt.num_virtual_tokens": 0, "prompt.adapter_len": 3, "seed": 1},
     ]
-    bank = write_bank(tmp_path, "mixed", bases[kind], sweep, "prefix", deepspeed=zero_json(3))
-    alone = write_alone(bank)
-    train_all([(str(bank), [])] + [(str(path), []) for path in alone.values()], tmp_path, num_ranks=2)
-    for name, path in alone.items():
-        assert curve(tmp_path / "mixed" / "members" / name) == pytest.approx(curve(path.parent), rel=1e-5), name
+    check_members(tmp_path, bases[kind], sweep)
 
 
 @pytest.mark.long

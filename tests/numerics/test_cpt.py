@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptune_dist.prompts.store import load_prompt
 from tests.commands import run_commands
-from tests.numerics.banks import write_alone, write_bank
-from tests.numerics.methods import write_run
-from tests.numerics.plain import ROWS, load_plain, padded_batches, read_rows, run_loop
-from tests.numerics.test_curves import curve, train_all, zero_json
+from tests.numerics.banks import check_members
+from tests.numerics.methods import FEW, check_ways, pick, write_run, write_ways
+from tests.numerics.plain import NUM_STEPS, ROWS, load_plain, padded_batches, read_rows, run_loop
+from tests.numerics.test_curves import curve, train_all
 
 pytestmark = pytest.mark.long
 IDS = [40, 41, 7, 9, 52, 11, 80, 81, 40, 41, 17, 19, 52, 90, 91, 92]
@@ -22,7 +22,7 @@ EXAMPLES = {"method": "cpt", "num_virtual_tokens": len(IDS), "cpt_token_ids": ID
 PROMPT = EXAMPLES | DECAY | RADII
 
 
-def peft_curve(base_dir, **options) -> list[float]:
+def peft_curve(base_dir, num_steps: int = NUM_STEPS, **options) -> list[float]:
     """Losses of PEFT's class in a plain loop; its default kinds of a row's tokens are those of targets."""
     from peft import CPTConfig, get_peft_model
 
@@ -34,7 +34,8 @@ def peft_curve(base_dir, **options) -> list[float]:
     def loss_of(ids, mask, labels):
         return model(input_ids=ids, attention_mask=mask, labels=labels.clone()).loss
 
-    return run_loop(trained, loss_of, padded_batches(AutoTokenizer.from_pretrained(base_dir)))
+    batches = padded_batches(AutoTokenizer.from_pretrained(base_dir))
+    return run_loop(trained, loss_of, batches, num_steps=num_steps)
 
 
 @pytest.fixture(scope="module")
@@ -77,27 +78,25 @@ def test_the_examples_are_the_first_rows(runs, tiny_bases):
     assert kinds == sorted(kinds) and {kind % 4 for kind in kinds} >= {0, 2, 3}
 
 
-def test_the_curve_depends_on_no_stage_and_it_resumes_beside_other_members(tiny_bases, tmp_path):
+def test_the_curve_depends_on_no_stage_and_no_way_of_computing(tiny_bases, tmp_path):
     base = tiny_bases["llama"]
-    cases = {f"stage{stage}": {"deepspeed": zero_json(stage)} for stage in (0, 3)}
-    cases["small"] = {"train": {"micro_batch_tokens": 60}, "deepspeed": zero_json(3)}
-    specs = [write_run(tmp_path, name, base, PROMPT, **sections) for name, sections in cases.items()]
-    parts = write_run(tmp_path, "parts", base, PROMPT, checkpoint={"every": 10})
-    constant = ["train.schedule=constant"]
-    whole = write_run(tmp_path, "whole", base, PROMPT)
-    specs += [(whole[0], constant), (parts[0], [*constant, "train.max_steps=10"]), (parts[0], constant)]
+    ways = pick("stage0", "small", "recomputed", "int8-0", "int8-3", "bf16-0", "bf16-3")
+    specs = {"cpt": write_ways(tmp_path, base, PROMPT, None, ways)}
+    check_ways(tmp_path, {"cpt": peft_curve(base, FEW, **DECAY, **RADII)}, specs)
+
+
+def test_it_resumes_exactly(tiny_bases, tmp_path):
+    whole, parts = (write_run(tmp_path, name, tiny_bases["llama"], PROMPT)[0] for name in ("whole", "parts"))
+    constant = ["train.schedule=constant", "train.max_steps=6"]
+    first = (parts, [constant[0], "train.max_steps=3"])
+    train_all([(whole, constant), first, (parts, constant)], tmp_path, num_ranks=1)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
+def test_beside_other_members_it_trains_as_alone(tiny_bases, tmp_path):
     given = {f"prompt.{name}": value for name, value in PROMPT.items()}
     sweep = [{"prompt.method": "prompt_tuning"}, given, given | {"prompt.opt_loss_decay_factor": 0.9, "seed": 1}]
-    bank = write_bank(tmp_path, "mixed", base, sweep, "prefix", data={"train": str(ROWS)}, deepspeed=zero_json(3))
-    alone = write_alone(bank)
-    specs += [(str(bank), [])] + [(str(path), []) for path in alone.values()]
-    runs = train_all(specs, tmp_path, num_ranks=2)
-    wanted = peft_curve(base, **DECAY, **RADII)
-    for name in cases:
-        assert curve(runs[name]) == pytest.approx(wanted, rel=1e-5), name
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
-    for name, path in alone.items():
-        assert curve(tmp_path / "mixed" / "members" / name) == pytest.approx(curve(path.parent), rel=1e-5), name
+    check_members(tmp_path, tiny_bases["llama"], sweep, data={"train": str(ROWS)})
 
 
 def test_pefts_adapter_is_a_start_and_ours_answers_the_same_in_peft(runs, tiny_bases, tmp_path):

@@ -1,6 +1,5 @@
 """Runs whose prompts enter at a later layer: the curve of a plain loop with hooks, at each stage, cached or not."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,14 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from ptune_dist.base.recompute import DEFAULTS
 from ptune_dist.run.checkpoint import list_checkpoints
 from ptune_dist.run.metrics_log import read_metrics
 from tests.conftest import build_tiny_base
-from tests.numerics.banks import assert_ends_as_alone, write_alone, write_bank
+from tests.numerics.banks import assert_ends_as_alone, check_members, write_alone, write_bank
 from tests.numerics.banks import write_rows as write_bank_rows
 from tests.numerics.late import plain_late_logits
-from tests.numerics.methods import write_run
+from tests.numerics.methods import FEW, RECOMPUTED, WAYS, check_ways, pick, write_ways
 from tests.numerics.plain import NUM_VIRTUAL, load_plain, padded_batches, run_loop
 from tests.numerics.test_curves import curve, train_all, zero_json
 
@@ -49,29 +47,18 @@ def plain_curve(base_dir: Path, prompt: dict[str, torch.Tensor]) -> list[float]:
             losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
         return torch.stack(losses).sum() / (labels != -100).sum()
 
-    return run_loop(list(trained.values()), loss_of, padded_batches(AutoTokenizer.from_pretrained(base_dir)))
+    batches = padded_batches(AutoTokenizer.from_pretrained(base_dir))
+    return run_loop(list(trained.values()), loss_of, batches, num_steps=FEW)
 
 
 def test_the_curve_depends_on_no_stage_no_cache_and_no_way_of_computing(base, tmp_path):
-    recomputed = zero_json(3) | {"activation_checkpointing": DEFAULTS}
-    small = {"micro_batch_tokens": 60}
-    cases = {
-        "stage0": {"deepspeed": zero_json(0)},
-        "stage2": {"deepspeed": zero_json(2), "train": small},
-        "stage3": {"deepspeed": zero_json(3), "train": small},
-        "cached": {"deepspeed": recomputed, "train": CACHED | small},
-        "int8-0": {"model": {"quantization": "int8"}},
-        "int8-3": {"model": {"quantization": "int8"}, "deepspeed": zero_json(3)},
+    small = {"train": {"micro_batch_tokens": 60}}
+    ways = pick("stage0", "small", "int8-0", "int8-3") | {
+        "stage2": WAYS["stage2"] | small,
+        "cached": RECOMPUTED | {"train": CACHED | small["train"]},
     }
-    specs = [write_run(tmp_path, name, base, LATE, start_of(), **sections) for name, sections in cases.items()]
-    runs = train_all(specs, tmp_path, num_ranks=2)
-    wanted = plain_curve(base, start_of())
-    for name, run in runs.items():
-        hashes = json.loads((run / "base_hashes.json").read_text())
-        assert hashes["after"] == hashes["before"] and hashes["before"]
-        if not name.startswith("int8"):
-            assert curve(run) == pytest.approx(wanted, rel=1e-5), name
-    assert curve(runs["int8-3"]) == pytest.approx(curve(runs["int8-0"]), rel=1e-5)
+    specs = {"late": write_ways(tmp_path, base, LATE, start_of(), ways)}
+    check_ways(tmp_path, {"late": plain_curve(base, start_of())}, specs)
 
 
 TEXT = {"prompt.init": "text", "prompt.init_text": "Upper case"}
@@ -86,11 +73,7 @@ MEMBERS = [
 
 
 def test_each_member_of_a_mixed_sweep_ends_as_alone(base, tmp_path):
-    write_bank_rows(tmp_path)
-    members = [*MEMBERS, {"prompt.method": "prompt_tuning"}]
-    bank = write_bank(tmp_path, "mixed", base, members, "prefix", deepspeed=zero_json(3))
-    alone = write_alone(bank)
-    train_all([(str(path), []) for path in [bank, *alone.values()]], tmp_path, num_ranks=2)
+    alone = check_members(tmp_path, base, [*MEMBERS, {"prompt.method": "prompt_tuning"}])
     assert_ends_as_alone(tmp_path / "mixed", alone)
 
 

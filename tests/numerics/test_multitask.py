@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ptune_dist.prompts.store import load_prompt
 from tests.commands import run_command, run_commands
 from tests.conftest import LABELS
-from tests.numerics.banks import write_alone, write_bank
-from tests.numerics.methods import write_run
+from tests.numerics.banks import check_members
+from tests.numerics.methods import FEW, check_ways, pick, write_run, write_ways
 from tests.numerics.plain import BATCH, NUM_STEPS, NUM_VIRTUAL, PEFT_TASK, load_plain, padded_batches, run_loop
 from tests.numerics.plain import read_rows as read_plain_rows
-from tests.numerics.test_curves import curve, train_all, zero_json
+from tests.numerics.test_curves import curve, train_all
 from tests.numerics.test_families import starting_head
 
 pytestmark = pytest.mark.long
@@ -45,7 +45,7 @@ def start_of() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=draw) * 0.6 for name, shape in shapes.items()}
 
 
-def peft_curve(base_dir: Path, family: str = "causal", head=None) -> list[float]:
+def peft_curve(base_dir: Path, family: str = "causal", head=None, num_steps: int = NUM_STEPS) -> list[float]:
     """Losses of PEFT's class in a plain loop, each row with the number of its task.
 
     With two submodules, PEFT's default for seq2seq, training has virtual tokens of the decoder that answering lacks.
@@ -70,7 +70,8 @@ def peft_curve(base_dir: Path, family: str = "causal", head=None) -> list[float]
         task_ids = torch.tensor(numbers[next(order)])
         return model(input_ids=ids, attention_mask=mask, labels=labels, task_ids=task_ids).loss
 
-    return run_loop(trained, loss_of, padded_batches(AutoTokenizer.from_pretrained(base_dir), family))
+    batches = padded_batches(AutoTokenizer.from_pretrained(base_dir), family)
+    return run_loop(trained, loss_of, batches, num_steps=num_steps)
 
 
 @pytest.fixture(scope="module")
@@ -127,35 +128,38 @@ def test_an_encoder_trains_as_under_peft(runs, tiny_bases):
     assert curve(runs["bert"]) == pytest.approx(peft_curve(tiny_bases["bert"], "encoder", head), rel=1e-5)
 
 
-def test_the_curve_depends_on_no_stage_ranks_or_micro_batches_and_members_train_as_alone(tiny_bases, rows, tmp_path):
+def test_the_curve_depends_on_no_stage_and_no_way_of_computing(tiny_bases, rows, tmp_path):
     base = tiny_bases["llama"]
-    cases = {f"stage{stage}": {"deepspeed": zero_json(stage)} for stage in (0, 3)}  # 1 and 2 are as 0
-    cases["small"] = {"train": {"micro_batch_tokens": 60}, "deepspeed": zero_json(3)}
-    specs = [write_run(tmp_path, n, base, PROMPT, start_of(), data=data_of(rows), **more) for n, more in cases.items()]
+    ways = pick("stage0", "small", "recomputed", "int8-0", "int8-3", "bf16-0", "bf16-3")
+    of_infix = pick("stage0", "cached")
     infix = PROMPT | {"placement": "infix"}
-    for name, stage in {"infix0": 0, "infix3": 3}.items():
-        sections = {"deepspeed": zero_json(stage), "data": data_of(rows)}
-        specs.append(write_run(tmp_path, name, base, infix, start_of(), **sections))
-    data = data_of(rows, template="{{ word }} =")
+    specs = {
+        "prefix": write_ways(tmp_path / "prefix", base, PROMPT, start_of(), ways, data=data_of(rows)),
+        "infix": write_ways(tmp_path / "infix", base, infix, start_of(), of_infix, data=data_of(rows)),
+    }
+    alone = write_run(tmp_path, "alone", base, infix, start_of(), data=data_of(rows), train={"max_steps": FEW})
+    wanted = {
+        "prefix": peft_curve(base, num_steps=FEW),
+        "infix": curve(train_all([alone], tmp_path, num_ranks=1)["alone"]),
+    }
+    check_ways(tmp_path, wanted, specs)
+
+
+def test_members_train_as_alone(tiny_bases, rows, tmp_path):
     sweep = [
         {"prompt.method": "prompt_tuning"},
         {"prompt.method": "multitask_prompt_tuning", "prompt.num_virtual_tokens": 6, "seed": 1},
         {"prompt.method": "multitask_prompt_tuning", "prompt.num_ranks": 3, "data.tasks": TASKS[::-1]},
     ]
-    bank = write_bank(tmp_path, "mixed", base, sweep, "prefix", data=data, deepspeed=zero_json(3))
-    alone = write_alone(bank)
-    specs += [(str(bank), [])] + [(str(path), []) for path in alone.values()]
-    whole = write_run(tmp_path, "whole", base, PROMPT, data=data_of(rows))
-    parts = write_run(tmp_path, "parts", base, PROMPT, data=data_of(rows), checkpoint={"every": 10})
-    constant = ["train.schedule=constant"]
-    specs += [(whole[0], constant), (parts[0], [*constant, "train.max_steps=10"]), (parts[0], constant)]
-    runs = train_all(specs, tmp_path, num_ranks=2)
-    wanted = peft_curve(base)
-    for name in cases:
-        assert curve(runs[name]) == pytest.approx(wanted, rel=1e-5), name
-    assert curve(runs["infix3"]) == pytest.approx(curve(runs["infix0"]), rel=1e-5)
-    for name, path in alone.items():
-        assert curve(tmp_path / "mixed" / "members" / name) == pytest.approx(curve(path.parent), rel=1e-5), name
+    check_members(tmp_path, tiny_bases["llama"], sweep, data=data_of(rows, template="{{ word }} ="))
+
+
+def test_it_resumes_exactly(tiny_bases, rows, tmp_path):
+    base = tiny_bases["llama"]
+    whole, parts = (write_run(tmp_path, name, base, PROMPT, data=data_of(rows))[0] for name in ("whole", "parts"))
+    constant = ["train.schedule=constant", "train.max_steps=6"]
+    first = (parts, [constant[0], "train.max_steps=3"])
+    train_all([(whole, constant), first, (parts, constant)], tmp_path, num_ranks=1)
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
 
 

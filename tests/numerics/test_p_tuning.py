@@ -6,17 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ptune_dist.base.recompute import DEFAULTS
 from ptune_dist.config.load import load_config
 from ptune_dist.prompts.p_tuning import PTuning, PTuningOptions
 from ptune_dist.prompts.store import load_prompt
 from tests.commands import run_command, run_commands
 from tests.conftest import TINY
-from tests.numerics.banks import write_alone, write_bank
-from tests.numerics.banks import write_rows as write_bank_rows
-from tests.numerics.methods import labelled, write_run
+from tests.numerics.banks import check_members
+from tests.numerics.methods import FEW, WAYS, check_ways, labelled, write_run, write_ways
 from tests.numerics.plain import NUM_VIRTUAL, peft_method_curve, read_rows
-from tests.numerics.test_curves import curve, train_all, zero_json
+from tests.numerics.test_curves import curve, train_all
 from tests.numerics.test_families import starting_head, write_rows
 
 pytestmark = pytest.mark.long
@@ -89,28 +87,13 @@ def test_the_folded_vectors_stand_where_plain_ones_do(runs):
 
 
 def test_the_curve_depends_on_no_stage_and_no_way_of_computing(tiny_bases, tmp_path):
-    prompt = P_TUNING | OPTIONS["LSTM"]
     base, start = tiny_bases["llama"], start_of("LSTM")
-    recomputed = zero_json(3) | {"activation_checkpointing": DEFAULTS}
-    int8 = {"model": {"quantization": "int8"}}
-    bf16 = {"model": {"dtype": "bfloat16"}}
-    cases = {f"stage{stage}": {"deepspeed": zero_json(stage)} for stage in range(4)}
-    cases |= {"recomputed": {"deepspeed": recomputed}, "small": {"train": {"micro_batch_tokens": 60}}}
-    cases |= {"int8-0": int8, "int8-3": int8 | {"deepspeed": zero_json(3)}}
-    cases |= {"bf16-0": bf16, "bf16-3": bf16 | {"deepspeed": zero_json(3)}}
-    specs = [write_run(tmp_path, name, base, prompt, start, **sections) for name, sections in cases.items()]
-    runs = train_all(specs, tmp_path, num_ranks=2)
-    wanted = peft_method_curve(base, peft_settings("LSTM"), start)
-    for name in ("stage0", "stage1", "stage2", "stage3", "recomputed", "small"):
-        assert curve(runs[name]) == pytest.approx(wanted, rel=1e-5), name
-    assert curve(runs["int8-3"]) == pytest.approx(curve(runs["int8-0"]), rel=1e-5)
-    assert curve(runs["int8-0"]) == pytest.approx(wanted, rel=0.1)
-    assert curve(runs["bf16-3"]) == pytest.approx(curve(runs["bf16-0"]), rel=0.02)
-    assert curve(runs["bf16-0"]) == pytest.approx(wanted, rel=0.05)
+    ways = {name: sections for name, sections in WAYS.items() if name != "cached"}
+    specs = {"LSTM": write_ways(tmp_path, base, P_TUNING | OPTIONS["LSTM"], start, ways)}
+    check_ways(tmp_path, {"LSTM": peft_method_curve(base, peft_settings("LSTM"), start, num_steps=FEW)}, specs)
 
 
 def test_a_sweep_mixes_it_with_prompt_tuning_and_each_member_ends_as_alone(tiny_bases, tmp_path):
-    write_bank_rows(tmp_path)
     sweep = [
         {"prompt.method": "prompt_tuning"},
         {"prompt.method": "p_tuning", "prompt.encoder_hidden_size": HIDDEN},
@@ -118,13 +101,7 @@ def test_a_sweep_mixes_it_with_prompt_tuning_and_each_member_ends_as_alone(tiny_
         {"prompt.method": "p_tuning", **RESIDUAL, "prompt.reparameterization_per_token": True},
         {"prompt.method": "p_tuning", "prompt.encoder_reparameterization_type": "LSTM", "prompt.num_virtual_tokens": 6},
     ]
-    bank = write_bank(tmp_path, "mixed", tiny_bases["llama"], sweep, "prefix", deepspeed=zero_json(3))
-    alone = write_alone(bank)
-    runs = train_all([(str(bank), [])] + [(str(path), []) for path in alone.values()], tmp_path, num_ranks=2)
-    for name, path in alone.items():
-        ours = curve(tmp_path / "mixed" / "members" / name)
-        assert ours == pytest.approx(curve(path.parent), rel=1e-5), name
-    assert runs
+    check_members(tmp_path, tiny_bases["llama"], sweep)
 
 
 def test_it_resumes_with_its_encoder_and_is_exported_folded(tiny_bases, tmp_path):

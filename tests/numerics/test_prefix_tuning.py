@@ -11,14 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ptune_dist.base.recompute import DEFAULTS
 from ptune_dist.prompts.method import Contribution
 from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.store import load_prompt
 from tests.commands import run_command, run_commands
-from tests.numerics.banks import write_alone, write_bank
+from tests.numerics.banks import check_members, write_alone, write_bank
 from tests.numerics.banks import write_rows as write_bank_rows
-from tests.numerics.methods import write_run
+from tests.numerics.methods import FEW, WAYS, check_ways, pick, write_run, write_ways
 from tests.numerics.plain import NUM_VIRTUAL, ROWS, load_plain, padded_batches, peft_method_curve, run_loop
 from tests.numerics.prefixes import plain_prefix_logits
 from tests.numerics.test_bank import MARKERS
@@ -47,11 +46,11 @@ def start_of(base: Path) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape_of(base), generator=draw) for name in ("prefix_keys", "prefix_values")}
 
 
-def peft_curve_of(base: Path) -> list[float]:
+def peft_curve_of(base: Path, **loop) -> list[float]:
     from peft import PrefixTuningConfig
 
     start = {"embedding.weight": PrefixTuning.to_peft(start_of(base)).prompt_embeddings}
-    return peft_method_curve(base, PrefixTuningConfig(num_virtual_tokens=NUM_VIRTUAL), start)
+    return peft_method_curve(base, PrefixTuningConfig(num_virtual_tokens=NUM_VIRTUAL), start, **loop)
 
 
 def infix_curve_of(base_dir: Path) -> list[float]:
@@ -69,7 +68,8 @@ def infix_curve_of(base_dir: Path) -> list[float]:
             found.append(nn.functional.cross_entropy(logits, torch.from_numpy(parts[2]), reduction="sum"))
         return sum(found) / (labels != -100).sum()
 
-    return run_loop([keys, values], loss_of, padded_batches(AutoTokenizer.from_pretrained(base_dir)))
+    batches = padded_batches(AutoTokenizer.from_pretrained(base_dir))
+    return run_loop([keys, values], loss_of, batches, num_steps=FEW)
 
 
 def mlp_start_of(base: Path) -> dict[str, torch.Tensor]:
@@ -137,40 +137,15 @@ def test_it_trains_as_under_peft(runs, tiny_bases, kind):
 def test_the_curve_depends_on_no_stage_and_no_way_of_computing(tiny_bases, tmp_path):
     base = tiny_bases["llama"]
     start = start_of(base)
-    int8 = {"model": {"quantization": "int8"}}
-    bf16 = {"model": {"dtype": "bfloat16"}}
-    cases = {f"stage{stage}": {"deepspeed": zero_json(stage)} for stage in range(4)}
-    cases |= {
-        "recomputed": {"deepspeed": zero_json(3) | {"activation_checkpointing": DEFAULTS}},
-        "small": {"train": {"micro_batch_tokens": 60}},
-        "int8-0": int8,
-        "int8-3": int8 | {"deepspeed": zero_json(3)},
-        "bf16-0": bf16,
-        "bf16-3": bf16 | {"deepspeed": zero_json(3)},
-    }
-    specs = [write_run(tmp_path, name, base, PROMPT, start, **sections) for name, sections in cases.items()]
     infix = PROMPT | {"placement": "infix"}
-    of_infix = {
-        "infix-0": {},
-        "infix-3": {"deepspeed": zero_json(3), "train": {"micro_batch_tokens": 60}},
-        "infix-cached-3": {"deepspeed": zero_json(3), "train": {"context_cache_gib": 0.01}},
-        "infix-recomputed-3": {"deepspeed": zero_json(3) | {"activation_checkpointing": DEFAULTS}},
-        "infix-int8-0": int8,
-        "infix-int8-3": int8 | {"deepspeed": zero_json(3)},
+    of_infix = pick("stage0", "small", "cached", "recomputed", "int8-0", "int8-3")
+    ways = {name: sections for name, sections in WAYS.items() if name != "cached"}
+    specs = {
+        "prefix": write_ways(tmp_path / "prefix", base, PROMPT, start, ways),
+        "infix": write_ways(tmp_path / "infix", base, infix, start, of_infix),
     }
-    specs += [write_run(tmp_path, name, base, infix, start, **sections) for name, sections in of_infix.items()]
-    runs = train_all(specs, tmp_path, num_ranks=2)
-    after_contexts = infix_curve_of(base)
-    for name in ("infix-0", "infix-3", "infix-cached-3", "infix-recomputed-3"):
-        assert curve(runs[name]) == pytest.approx(after_contexts, rel=1e-5), name
-    assert curve(runs["infix-int8-3"]) == pytest.approx(curve(runs["infix-int8-0"]), rel=1e-5)
-    wanted = peft_curve_of(base)
-    for name in ("stage0", "stage1", "stage2", "stage3", "recomputed", "small"):
-        assert curve(runs[name]) == pytest.approx(wanted, rel=1e-5), name
-    assert curve(runs["int8-3"]) == pytest.approx(curve(runs["int8-0"]), rel=1e-5)
-    assert curve(runs["int8-0"]) == pytest.approx(wanted, rel=0.1)
-    assert curve(runs["bf16-3"]) == pytest.approx(curve(runs["bf16-0"]), rel=0.02)
-    assert curve(runs["bf16-0"]) == pytest.approx(wanted, rel=0.05)
+    wanted = {"prefix": peft_curve_of(base, num_steps=FEW), "infix": infix_curve_of(base)}
+    check_ways(tmp_path, wanted, specs)
 
 
 # Of eight members, most are prefixes that differ in all that makes one.
@@ -188,15 +163,8 @@ SWEEP = [
 
 @pytest.mark.parametrize(("kind", "placement"), [("llama", "infix"), ("bloom", "prefix")])
 def test_a_sweep_of_several_methods_trains_each_member_as_alone(tiny_bases, tmp_path, kind, placement):
-    write_bank_rows(tmp_path)
-    sections = {"deepspeed": zero_json(3)}
-    if placement == "infix":
-        sections["train"] = {"context_cache_gib": 0.01}
-    bank = write_bank(tmp_path, "mixed", tiny_bases[kind], SWEEP, placement, **sections)
-    alone = write_alone(bank)
-    train_all([(str(bank), [])] + [(str(path), []) for path in alone.values()], tmp_path, num_ranks=2)
-    for name, path in alone.items():
-        assert curve(tmp_path / "mixed" / "members" / name) == pytest.approx(curve(path.parent), rel=1e-5), name
+    cached = {"train": {"context_cache_gib": 0.01}} if placement == "infix" else {}
+    check_members(tmp_path, tiny_bases[kind], SWEEP, placement, **cached)
 
 
 @pytest.mark.extended
@@ -227,10 +195,11 @@ def test_beside_rows_without_contexts_and_tasks_of_another_member_each_trains_as
 
 
 TEXT = "Write in capitals"
+LAST = f"step-{FEW:08d}"
 
 
 def test_the_start_is_what_the_base_computes_of_a_text_or_of_rows_and_a_run_resumes_from_it(tiny_bases, tmp_path):
-    sharded = {"deepspeed": zero_json(3), "checkpoint": {"every": 10, "keep": 9}}
+    sharded = {"deepspeed": zero_json(3), "checkpoint": {"every": 3, "keep": 9}, "train": {"max_steps": FEW}}
     still = sharded | {"train": {"max_steps": 1, "learning_rate": 1e-30}}
     moving = PROMPT | {"init": "text", "init_text": TEXT}
     int8 = {"model": {"quantization": "int8"}}
@@ -275,13 +244,13 @@ def test_the_start_is_what_the_base_computes_of_a_text_or_of_rows_and_a_run_resu
         copy = tmp_path / f"{name}-resumed"
         shutil.copytree(runs[name], copy)
         (copy / "summary.json").unlink()
-        shutil.rmtree(copy / "checkpoints" / "step-00000020")
+        shutil.rmtree(copy / "checkpoints" / LAST)
         resumed.append((str(runs[name] / "config.json"), [f"output_dir={copy}"]))
     again = tmp_path / "again"
     again.mkdir()
     train_all(resumed, again, num_ranks=2)
     for name in ("plain", "mlp"):
-        files = [tmp_path / run / "checkpoints" / "step-00000020" for run in (name, f"{name}-resumed")]
+        files = [tmp_path / run / "checkpoints" / LAST for run in (name, f"{name}-resumed")]
         for file in ("prompt.safetensors", "optimizer.safetensors"):
             assert (files[0] / file).read_bytes() == (files[1] / file).read_bytes(), (name, file)
 
@@ -338,7 +307,7 @@ def test_what_it_is_not_for_is_refused_in_one_line(runs, tiny_bases, tmp_path):
     new = f"output_dir={tmp_path / 'no'}"
     cases = {
         "prompt.placement: prefix_tuning is for placement prefix and infix and template": ["prompt.placement=encoder"],
-        "prompt.method: prefix_tuning is for causal bases": [f"model.path={tiny_bases['t5']}"],
+        "prompt.method: prefix_tuning is for causal and encoder bases": [f"model.path={tiny_bases['t5']}"],
         "needs an input before the target": ["data.train=some.txt", "data.template=null", "data.target=null"],
         "the input is empty, but prefix_tuning needs": ["data.template='{% if false %}{{ word }}{% endif %}'"],
     }

@@ -16,7 +16,7 @@ SHAPES = {"a": (2, 3), "b.c": (6,)}  # parameters of modules have dots in their 
 
 def settings(optimizer: str) -> SimpleNamespace:
     return SimpleNamespace(
-        optimizer=optimizer, learning_rate=0.1, betas=(0.8, 0.95), eps=1e-6, momentum=0.9, weight_decay=0.01
+        optimizer=optimizer, peak_rate=0.1, betas=(0.8, 0.95), eps=1e-6, momentum=0.9, weight_decay=0.01
     )
 
 

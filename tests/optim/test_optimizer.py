@@ -41,7 +41,7 @@ def test_warm_up_rises_evenly_from_above_zero_to_the_peak_at_its_last_step(sched
 
 def settings(optimizer: str, **more) -> SimpleNamespace:
     return SimpleNamespace(
-        optimizer=optimizer, learning_rate=0.1, betas=(0.8, 0.95), eps=1e-6, momentum=0.9, weight_decay=0.01, **more
+        optimizer=optimizer, peak_rate=0.1, betas=(0.8, 0.95), eps=1e-6, momentum=0.9, weight_decay=0.01, **more
     )
 
 

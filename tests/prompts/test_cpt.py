@@ -72,8 +72,11 @@ def test_wrong_tokens_and_kinds_take_one_line():
         ({"cpt_token_ids": [1, 2], "cpt_tokens_type_mask": [1, -1]}, "no kind is below 0"),
         ({"cpt_token_ids": [1, 100000]}, "prompt.cpt_token_ids: 100000 is no token of the base"),
         ({"cpt_token_ids": [-1, 1]}, "prompt.cpt_token_ids: -1 is no token of the base"),
+        ({"cpt_token_ids": [1, 2], "cpt_tokens_type_mask": [4, 0]}, "all 2 tokens of the examples belong to targets"),
         ({"opt_loss_decay_factor": 0.5}, "is for prompt.opt_weighted_loss_type=decay"),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             build(2, **options)
+    with pytest.raises(ValueError, match="prompt.num_virtual_tokens: all 1 tokens of the examples belong to targets"):
+        build(1)

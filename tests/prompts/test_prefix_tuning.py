@@ -120,11 +120,21 @@ def test_a_prompt_begins_from_what_the_base_computes_and_is_stored_whole(options
     again.load_state_dict({name: again.take(stored)[name] for name in again.state_dict()})
     assert all(torch.equal(tensor, moved[name]) for name, tensor in again.plain().items())
     save_prompt(tmp_path, stored, {})
-    for count in (frozen, 0, 3):
+    for count in (None, frozen, 0, 3):
         further = build(init="file", init_file=str(tmp_path), **options | {"num_frozen": count})
+        assert further.num_frozen == (frozen if count is None else count)
         assert all(torch.equal(tensor, moved[name]) for name, tensor in further.plain().items())
         if "reparameterization" in options and count == frozen:
             assert torch.equal(further.embedding.weight, prompt.embedding.weight)
+
+
+def test_a_checkpoint_with_another_number_of_frozen_positions_is_refused(tmp_path):
+    given = {"init": "file", "init_file": str(tmp_path / "gone"), "with_start": False}
+    stored = build(init="random", num_frozen=1).state_dict()
+    with pytest.raises(UserError, match="set prompt.num_frozen=1$"):
+        build(**given).take(stored)
+    further = build(**given, num_frozen=1)
+    further.load_state_dict(further.take(stored))
 
 
 def test_a_prompt_of_a_version_without_frozen_positions_is_read():
@@ -172,7 +182,8 @@ def test_an_adapter_is_read_as_it_was_written(to, tmp_path):
     assert (config.token_dim, config.num_attention_heads, config.num_virtual_tokens) == (8, 2, 5)
     assert getattr(config, "num_frozen_tokens", 1) == 1
     assert "prefix_projection" in json.loads((tmp_path / "adapter_config.json").read_text()) or to == "cartridge"
-    again = build(init="file", init_file=str(tmp_path), num_frozen=1)
+    again = build(init="file", init_file=str(tmp_path))
+    assert again.num_frozen == (to == "cartridge")  # PEFT's other type has no such number
     assert torch.equal(again().keys, numbers()[0]) and torch.equal(again().values, numbers()[1])
     other = BaseFacts(width=16, num_layers=2, num_key_value_heads=3, head_width=4)
     for given in ({"facts": other}, {"num": 4}):
@@ -203,7 +214,7 @@ def test_adapters_of_other_methods_and_files_without_keys_are_named(tmp_path):
         ({"reparameterization": "lstm"}, "prompt.reparameterization"),
         ({"num_frozen": -1}, "prompt.num_frozen"),
         ({"train_keys": 1}, "prompt.train_keys"),
-        ({"facts": BaseFacts(16, 3, None, 4)}, "needs a base with attention of one width in every layer"),
+        ({"facts": BaseFacts(16, 3, None, 4)}, "needs a base whose layers keep keys and values"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_in_one_line(given, says):
@@ -212,7 +223,7 @@ def test_what_does_not_fit_together_is_refused_in_one_line(given, says):
 
 def test_keys_of_another_shape_than_the_bases_are_refused():
     prompt = build(init_text="ab")
-    with pytest.raises(ValueError, match=r"prefix_tuning has keys and values \[\(5, 2, 4\), \(5, 2, 4\)\]"):
+    with pytest.raises(ValueError, match=r"prefix_tuning has keys \[\(5, 2, 4\)\], the base computes \[\(5, 2, 6\)\]"):
         prompt.begin_from(*numbers(shape=(3, 5, 2, 6)))
 
 

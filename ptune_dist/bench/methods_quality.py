@@ -1,0 +1,203 @@
+"""Measure what the methods learn on a real base: scores, seconds a step and memory, and the table of docs/methods.md.
+
+    python -m ptune_dist.bench.methods_quality --base DIR --data DIR --out docs/benchmarks/methods_quality.json \
+        --document docs/methods.md [--part NAME ...] [--minutes 60]
+
+configs/bench/methods_quality.yaml says what is run, in parts. Every result is written at once. What --out has already
+is not run again, and a run that was stopped is resumed, so the same command continues. --minutes ends before a run
+that would not fit. Scores are those of evaluations in the training runs; seconds are those of part `time`, to be run
+where nothing else runs.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptune_dist.bench.machine import describe_machine
+from ptune_dist.bench.methods_plan import NUM_TIMED_STEPS, Builder, Part, Unit, load_plan
+from ptune_dist.bench.methods_table import choose_best, fill_tables
+from ptune_dist.cluster.outcome import STOPPED, Outcome
+from ptune_dist.common.files import replace_file
+from ptune_dist.config.load import load_config
+from ptune_dist.errors import UserError
+from ptune_dist.run.metrics_log import read_metrics
+from ptune_dist.run.resolve import resolve
+from ptune_dist.train import train
+
+PLAN = Path("configs/bench/methods_quality.yaml")
+WORK = Path("runs/bench/methods_quality")
+EVALUATION = re.compile(r"  step (\d+)  validation  (.*)$")
+VALUE = re.compile(r"(\w+) (-?[\d.]+|inf|nan)$")
+
+
+@dataclass
+class Measurement:
+    """The results so far, and where they are written. work: the folder of unfinished runs."""
+
+    builder: Builder
+    out: Path
+    work: Path
+    content: dict[str, Any]
+
+    def has(self, unit: Unit) -> bool:
+        found = self.content["times" if unit.kind == "time" else "cells"]
+        return all(found.get(name, {}).get("config") == unit.digest for name in unit.cells)
+
+    def run(self, unit: Unit) -> int:
+        """Run or resume, and write the result; returns the exit status."""
+        folder = self.work / unit.digest
+        file = self.write_config(unit, folder)
+        status = run_in_process(file) if unit.kind == "time" else train(load_config(file, resolve=resolve))
+        if status == 0:
+            latest = read_content(self.out, self.content)  # another part may be measured at the same time
+            for key in ("cells", "times"):
+                self.content[key] = latest[key]
+            self.read(unit, folder / "run")
+            self.content |= describe_machine()
+            replace_file(self.out, (json.dumps(self.content, indent=1) + "\n").encode())
+            shutil.rmtree(folder)
+        return status
+
+    def write_config(self, unit: Unit, folder: Path) -> Path:
+        """The unit's config with its folders, as a file. What is timed reads as many rows as half of its steps take."""
+        folder.mkdir(parents=True, exist_ok=True)
+        data = dict(unit.config["data"])
+        for which in ("train", "validation"):
+            if which in data:
+                data[which] = str(self.builder.data / data[which])
+        if unit.kind == "time":
+            num_rows = unit.config["train"]["batch_size"] * NUM_TIMED_STEPS // 2
+            rows = Path(data["train"]).read_text(encoding="utf-8").splitlines(keepends=True)[:num_rows]
+            data["train"] = str(folder / "rows.jsonl")
+            Path(data["train"]).write_text("".join(rows), encoding="utf-8")
+        config = unit.config | {"output_dir": str(folder / "run"), "data": data}
+        (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")  # JSON is YAML
+        return folder / "config.json"
+
+    def read(self, unit: Unit, run_dir: Path) -> None:
+        """Take a finished run's results over."""
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        for name, member in unit.cells.items():
+            own = {"config": unit.digest}
+            if unit.kind == "time":
+                step_s = step_seconds(run_dir)
+                own |= {"step_s": statistics.median(step_s), "peak_memory_bytes": summary["peak_memory_bytes"]}
+                self.content["times"][name] = own
+            elif unit.kind == "bare":
+                self.content["cells"][name] = own | {"curve": [{"step": 0, **summary["base_without_prompt"]}]}
+            else:
+                self.content["cells"][name] = own | {"curve": read_curve(run_dir, member)}
+        if unit.kind == "score" and summary["base_without_prompt"]:
+            bare = {"config": unit.digest, "curve": [{"step": 0, **summary["base_without_prompt"]}]}
+            self.content["cells"].setdefault(f"{unit.task}/bare/0", bare)
+
+
+def step_seconds(run_dir: Path) -> list[float]:
+    """Seconds of each step after the first epoch: the second one finds what a cache has kept."""
+    ends = [line["time_s"] for line in read_metrics(run_dir)]
+    return [after - before for before, after in itertools.pairwise(ends)][NUM_TIMED_STEPS // 2 - 1 :]
+
+
+def read_curve(run_dir: Path, member: str) -> list[dict[str, float]]:
+    """A prompt's evaluations in the order of their steps, from the run's log; a resumed run may have repeated one."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (run_dir / "train.log").read_text(encoding="utf-8").splitlines():
+        match = EVALUATION.search(line)
+        if match and (not member or match[2].endswith(f"  {member}")):
+            values = (VALUE.fullmatch(part) for part in match[2].removesuffix(f"  {member}").split("  "))
+            found[int(match[1])] = {value[1]: float(value[2]) for value in values if value}
+    return [{"step": step, **found[step]} for step in sorted(found)]
+
+
+def run_in_process(file: Path) -> int:
+    """Train in a process of its own, so that its peak of memory is that of this run; returns the exit status."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ptune_dist.train"])
+    child = context.Process(target=train_and_exit, args=(file,))
+    child.start()
+    child.join()
+    assert child.exitcode is not None, "it has ended"
+    return child.exitcode
+
+
+def train_and_exit(file: Path) -> None:
+    os.environ.pop("RANK", None)  # that of an earlier run in the parent, whose port is in use
+    sys.exit(train(load_config(file, resolve=resolve)))
+
+
+def measure(measurement: Measurement, parts: list[str], minutes: float) -> int:
+    """Run what is missing of some parts; returns an exit status."""
+    began = time.monotonic()
+    longest_s: dict[str, float] = {}  # by kind
+    for name in parts:
+        part = measurement.builder.plan.parts[name]
+        for unit in measurement.builder.units(part, methods_of(measurement, part)):
+            if measurement.has(unit):
+                continue
+            unit_began = time.monotonic()
+            if unit_began - began + longest_s.get(unit.kind, 0) > 60 * minutes:
+                print(f"{minutes:g} minutes are over: the same command continues with {', '.join(unit.cells)}")
+                return Outcome(STOPPED).exit_status
+            print(f"part {name}: {', '.join(unit.cells)}", flush=True)
+            status = measurement.run(unit)
+            if status:
+                return status
+            longest_s[unit.kind] = max(longest_s.get(unit.kind, 0), time.monotonic() - unit_began)
+    return 0
+
+
+def methods_of(measurement: Measurement, part: Part) -> list[str]:
+    """The part's methods; where it asks for the best ones, those of the results so far, which are then kept."""
+    if not part.best:
+        return part.methods
+    content = measurement.content
+    content.setdefault("best", choose_best(content, measurement.builder.plan, part.best))
+    return content["best"]
+
+
+def read_content(out: Path, otherwise: dict[str, Any]) -> dict[str, Any]:
+    """The results of an earlier call, if there is one."""
+    return json.loads(out.read_text(encoding="utf-8")) if out.exists() else otherwise
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="the base: a folder or a name on the hub")
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the tasks' rows")
+    parser.add_argument("--out", type=Path, required=True, help="the results, a JSON file")
+    parser.add_argument("--document", type=Path, help="the page with the tables")
+    parser.add_argument("--part", action="append", help="only this part of the plan; may be repeated")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--again", action="store_true", help="only fill the document")
+    parser.add_argument("--plan", type=Path, default=PLAN)
+    parser.add_argument("--work", type=Path, default=WORK, help="the folder of unfinished runs")
+    args = parser.parse_args(arguments)
+    try:
+        plan = load_plan(args.plan)
+        parts = args.part or list(plan.parts)
+        for name in parts:
+            if name not in plan.parts:
+                raise UserError(f"--part: {name} is none of {', '.join(plan.parts)}")
+        content = read_content(args.out, {"name": "methods_quality", "plan": args.plan.name, "cells": {}, "times": {}})
+        measurement = Measurement(Builder(plan, args.base, args.data), args.out, args.work, content)
+        status = 0 if args.again else measure(measurement, parts, args.minutes)
+        if args.document:
+            fill_tables(args.document, content, measurement.builder.plan)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

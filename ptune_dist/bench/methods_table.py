@@ -1,0 +1,158 @@
+"""The tables of `methods_quality`, and the text between a document's marks."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ptune_dist.bench.methods_plan import Plan
+from ptune_dist.bench.quality import fill_block, render_rows
+from ptune_dist.bench.report import show_mib
+from ptune_dist.errors import UserError
+
+OUT_OF_100 = ("bleu", "chrf")  # other scores are between 0 and 1
+BARE = {"bare": "the base with the template alone", "hard prompt": "the base with the instruction as text"}
+MISSING = "-"
+Curve = list[dict[str, float]]
+
+
+def curves_of(content: dict[str, Any], task: str, method: str) -> dict[int, Curve]:
+    """A method's evaluations on a task, by seed."""
+    found = {}
+    for name, cell in content["cells"].items():
+        *which, seed = name.split("/")
+        if "/".join(which) == f"{task}/{method}":
+            found[int(seed)] = cell["curve"]
+    return found
+
+
+def step_s(content: dict[str, Any], task: str, method: str) -> float | None:
+    return content["times"].get(f"{task}/{method}", {}).get("step_s")
+
+
+def budget_s(content: dict[str, Any], task: str, methods: list[str]) -> float | None:
+    """The seconds that the fastest of some methods takes for all steps of its runs; None where one was not timed."""
+    seconds = []
+    for method in methods:
+        curves = curves_of(content, task, method)
+        own = step_s(content, task, method)
+        if curves and own is None:
+            return None
+        if curves and own is not None:
+            seconds.append(own * max(curve[-1]["step"] for curve in curves.values()))
+    return min(seconds, default=None)
+
+
+def scores_at(curves: dict[int, Curve], metric: str, most_steps: float) -> list[float]:
+    """Each seed's score at its last evaluation up to a number of steps."""
+    return [[at[metric] for at in curve if at["step"] <= most_steps][-1] for curve in curves.values()]
+
+
+def show(metric: str, scores: list[float]) -> str:
+    """The mean, with the lowest and the highest where there are several."""
+    digits = 1 if metric in OUT_OF_100 else 3
+    if not scores:
+        return MISSING
+    mean = f"{statistics.mean(scores):.{digits}f}"
+    return mean if len(scores) == 1 else f"{mean} ({min(scores):.{digits}f}-{max(scores):.{digits}f})"
+
+
+def main_table(content: dict[str, Any], plan: Plan, tasks: list[str], methods: list[str]) -> str:
+    """Scores of methods at equal steps and at equal time, with the base alone above them."""
+    header = [""]
+    for task in tasks:
+        header += [f"{task}: {plan.tasks[task].metric}, equal steps", "equal time", "s/step", "seeds"]
+    rows = [header]
+    for name, what in BARE.items():
+        row = [what]
+        for task in tasks:
+            scores = scores_at(curves_of(content, task, name), plan.tasks[task].metric, 0)
+            row += [show(plan.tasks[task].metric, scores), "", "", ""]
+        rows.append(row)
+    untrained = ["the same, as an untrained `prompt_tuning`"]
+    for task in tasks:
+        scores = scores_at(curves_of(content, task, "prompt_tuning"), plan.tasks[task].metric, 0)
+        untrained += [show(plan.tasks[task].metric, scores[:1]), "", "", ""]
+    rows.append(untrained)
+    for method in methods:
+        row = [f"`{method}`"]
+        for task in tasks:
+            row += score_columns(content, plan, task, method, methods)
+        rows.append(row)
+    return render_rows(rows)
+
+
+def score_columns(content: dict[str, Any], plan: Plan, task: str, method: str, methods: list[str]) -> list[str]:
+    """Of one method on one task: equal steps, equal time, seconds a step, the number of seeds."""
+    metric = plan.tasks[task].metric
+    curves = curves_of(content, task, method)
+    own = step_s(content, task, method)
+    budget = budget_s(content, task, methods)
+    at_time = MISSING
+    if curves and own and budget is not None:
+        most = budget / own * (1 + 1e-9)
+        steps = max(at["step"] for at in next(iter(curves.values())) if at["step"] <= most)
+        at_time = f"{show(metric, scores_at(curves, metric, most))}, {steps:g} steps"
+    seconds = MISSING if own is None else f"{own:.2f}"
+    return [show(metric, scores_at(curves, metric, float("inf"))), at_time, seconds, str(len(curves))]
+
+
+def others_table(content: dict[str, Any], plan: Plan, tasks: list[str]) -> str:
+    """The best prompts on other tasks."""
+    rows = [["", *(f"{task}: {plan.tasks[task].metric}" for task in tasks)]]
+    names = [*BARE.items(), *((name, f"`{name}`") for name in content.get("best", []))]
+    for name, what in names:
+        row = [what]
+        for task in tasks:
+            metric = plan.tasks[task].metric
+            row.append(show(metric, scores_at(curves_of(content, task, name), metric, float("inf"))))
+        rows.append(row)
+    return render_rows(rows)
+
+
+def layers_table(content: dict[str, Any], plan: Plan, task: str, methods: list[str]) -> str:
+    """A prefix by the first layer that is trained."""
+    metric = plan.tasks[task].metric
+    rows = [["", metric, "s/step", "peak MiB", "s/step, cached", "peak MiB, cached"]]
+    for method in methods:
+        first = {seed: curve for seed, curve in curves_of(content, task, method).items() if seed == 0}
+        row = [f"`{method}`", show(metric, scores_at(first, metric, float("inf")))]
+        for suffix in ("", ", cached"):
+            time = content["times"].get(f"{task}/{method}{suffix}")
+            row += [f"{time['step_s']:.2f}", show_mib(time["peak_memory_bytes"])] if time else [MISSING, MISSING]
+        rows.append(row)
+    return render_rows(rows)
+
+
+def choose_best(content: dict[str, Any], plan: Plan, number: int) -> list[str]:
+    """The prompts with the best mean rank over the tasks of the first part, at equal steps. Raises UserError."""
+    first = next(iter(plan.parts.values()))
+    ranks: dict[str, list[int]] = {method: [] for method in first.methods}
+    for task in first.tasks:
+        metric = plan.tasks[task].metric
+        scores = {method: scores_at(curves_of(content, task, method), metric, float("inf")) for method in ranks}
+        if not all(scores.values()):
+            raise UserError(f"the best methods are not known yet: {task} has not been run with all of them")
+        order = sorted(scores, key=lambda method: statistics.mean(scores[method]), reverse=True)
+        for rank, method in enumerate(order):
+            ranks[method].append(rank)
+    return sorted(ranks, key=lambda method: sum(ranks[method]))[:number]
+
+
+def render_blocks(content: dict[str, Any], plan: Plan) -> dict[str, str]:
+    """Each mark's text."""
+    parts = plan.parts
+    first = next(iter(parts.values()))
+    methods = [*first.methods, *(parts["partial"].methods if "partial" in parts else [])]
+    blocks = {"methods quality": main_table(content, plan, first.tasks, methods)}
+    if "layers_time" in parts:
+        layers = parts["layers_time"]
+        blocks["layers quality"] = layers_table(content, plan, layers.tasks[0], layers.methods)
+    if "others" in parts:
+        blocks["others quality"] = others_table(content, plan, parts["others"].tasks)
+    return blocks
+
+
+def fill_tables(path: Path, content: dict[str, Any], plan: Plan) -> None:
+    """Raises UserError where the document lacks a mark."""
+    for mark, text in render_blocks(content, plan).items():
+        fill_block(path, mark, text)

@@ -1,0 +1,84 @@
+"""Try every method in every family: `python -m tests.method_matrix [--out FOLDER] [--json FILE] [ROW ...]`.
+
+Each row takes two launches, one of one process and one of two ranks. Rows that are done are left out, so a second call
+resumes; `--json docs/methods.json` writes what docs/fill_reference.py renders. ROW: words that a row's name contains.
+"""
+
+import argparse
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+from tests.commands import run_module
+from tests.conftest import build_tiny_base
+from tests.method_matrix.cases import BASES, OTHER_BASES, Action, Plan, Row, list_rows, write_rows
+from tests.method_matrix.judge import Judge
+
+WORKER = str(Path(__file__).with_name("worker.py"))
+MAX_S = 240  # of the runs of one row
+VERSIONS = ("transformers", "torch", "deepspeed", "peft")
+
+
+def launch(plan: Plan, name: str, actions: list[Action], num_ranks: int) -> None:
+    """A process that crashes or hangs costs the cells of its row."""
+    file = plan.folder / f"{name}.json"
+    file.write_text(json.dumps([[a.do, str(a.folder), str(a.config), a.overrides] for a in actions]))
+    done = run_module(WORKER, str(file), num_ranks=num_ranks, timeout=MAX_S)
+    (plan.folder / f"{name}.log").write_text(done.stdout + done.stderr)
+
+
+def try_row(root: Path, row: Row) -> dict:
+    """The cells of one row, by name."""
+    plan = Plan(root, row)
+    shutil.rmtree(plan.folder, ignore_errors=True)
+    plan.folder.mkdir(parents=True)
+    judge = Judge(plan)
+    launch(plan, "one", list(plan.on_one()), 1)
+    if judge.plain()["result"] == "works":
+        launch(plan, "two", list(plan.on_two()), 2)
+    return {"family": row.family, "method": row.method, "options": row.options, "cells": judge.cells()}
+
+
+def save(rows: list[dict], out: Path) -> None:
+    versions = {name: version(name) for name in VERSIONS}
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    out.write_text(f'{{"versions": {json.dumps(versions)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def prepare(root: Path) -> None:
+    """Rows and bases for all runs."""
+    write_rows(root)
+    for kind in {*BASES.values(), *OTHER_BASES.values()}:
+        if not (root / "bases" / kind).exists():
+            build_tiny_base(kind, root / "bases" / kind)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*")
+    parser.add_argument("--out", type=Path, default=Path("method_matrix"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    root = args.out.resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    prepare(root)
+    found = []
+    for row in list_rows():
+        file = root / f"{row.name}.json"
+        if not file.exists() and (not args.rows or any(word in row.name for word in args.rows)):
+            file.write_text(json.dumps(try_row(root, row)))
+            say(row, json.loads(file.read_text())["cells"])
+        if file.exists():
+            found.append(json.loads(file.read_text()))
+    if args.json:
+        save(found, args.json)
+
+
+def say(row: Row, cells: dict[str, dict[str, str]]) -> None:
+    bad = {name: cell["line"][:160] for name, cell in cells.items() if cell["result"] == "fails"}
+    print(row.name, f"fails: {bad}" if bad else "ok", flush=True)
+
+
+if __name__ == "__main__":
+    main()

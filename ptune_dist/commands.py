@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from ptune_dist.base.layers import name_first_layers
 from ptune_dist.base.source import fingerprint_base, load_shape
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config, DataConfig
@@ -25,8 +26,9 @@ from ptune_dist.data.tasks import read_tasks, task_column
 from ptune_dist.distributed.world import World, from_main, init_distributed, together
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import DEFAULT_NEW_TOKENS, Decoding
-from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator
+from ptune_dist.evaluation.evaluator import Evaluator, MemberAnswers, build_evaluator
 from ptune_dist.evaluation.generate import generate_of_tasks, pad_id
+from ptune_dist.evaluation.predictions import find_intervals, list_predictions, to_probabilities
 from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.evaluation.splits import check_inputs, check_lengths
 from ptune_dist.families import FAMILIES
@@ -35,13 +37,16 @@ from ptune_dist.prompts.export import (
     CARTRIDGE,
     check_export_folder,
     check_for_peft,
+    check_for_vectors,
     export_peft,
     export_prompt_embeds,
+    export_vectors,
 )
+from ptune_dist.prompts.late_prompt import choose_layer
 from ptune_dist.prompts.multitask import select_task
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.folder import write_json
-from ptune_dist.run.job import Job, open_base_of
+from ptune_dist.run.job import Job, base_facts, open_base_of
 from ptune_dist.run.ownership import check_target
 from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.run.stored_prompt import build_trained_job, check_base
@@ -53,20 +58,39 @@ Answers = tuple[int, list[dict[str, Any]]]  # the number of a row, and what is a
 Answer = Callable[[Job, Decoding], Iterator[Answers]]
 
 
-def evaluate_run(config: Config, run_dir: Path) -> None:
-    """Evaluate the prompt on `data.validation`; print the metrics and write evaluation.json. Collective."""
+def evaluate_run(config: Config, run_dir: Path, output: Path | None = None) -> None:
+    """Evaluate the prompt on `data.validation`; print the metrics and write evaluation.json. Collective.
+
+    `output`: a file for the validation rows with what was answered to each.
+    """
     world = init_distributed()
+    together(world, lambda: check_output(output, None, config))
     reading = together(world, lambda: build_reading(config))
     evaluator = together(world, lambda: build_run_evaluator(reading, run_dir))
+    stream = together(world, lambda: open_output(output, world) if output else contextlib.nullcontext())
     engine = build_trained_job(reading, run_dir, world).engine
-    ((metrics, samples),) = evaluator(engine, engine.members).values()
-    content = {"data": config.data.validation, "num_examples": len(evaluator.split.examples), **metrics}
-    if evaluator.signatures:
-        content["signatures"] = evaluator.signatures
-    file = run_dir / "evaluation.json"
-    if world.is_main:  # first, since a disk that is full or read-only must not cost the result
-        print(json.dumps(content, indent=2), flush=True)
-    together(world, lambda: write_json(file, content | {"samples": samples}) if world.is_main else None)
+    (answers,) = evaluator.read(engine, engine.members).values()
+
+    def report() -> None:
+        content = {"data": config.data.validation, "num_examples": len(evaluator.split.examples)}
+        content |= evaluator.compute(answers)
+        content["intervals_95"] = find_intervals(evaluator, answers)
+        if evaluator.signatures:
+            content["signatures"] = evaluator.signatures
+        print(json.dumps(content, indent=2), flush=True)  # first: a full disk must not cost the result
+        with fault_on_failed_write(output) if output else contextlib.nullcontext(), stream as out:
+            if out:
+                print_predictions(evaluator, answers, out)
+        write_json(run_dir / "evaluation.json", content | {"samples": evaluator.samples(answers)})
+
+    together(world, lambda: report() if world.is_main else None)
+
+
+def print_predictions(evaluator: Evaluator, answers: MemberAnswers, out: TextIO) -> None:
+    """Each validation row, with its own columns, and what was answered to it, as JSON lines."""
+    for number, found in enumerate(list_predictions(evaluator, answers)):
+        row = evaluator.split.rows.read(number, number + 1)[0]
+        print(dump_json(row | found, ensure_ascii=False, default=str), file=out, flush=True)
 
 
 def build_run_evaluator(reading: Reading, run_dir: Path) -> Evaluator:
@@ -103,7 +127,7 @@ class GenerateRequest:
 def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) -> None:
     """Answer one text or the rows of a file: JSON lines in the rows' order, written as they come. Collective."""
     world = init_distributed()
-    together(world, lambda: check_output(request, config))
+    together(world, lambda: check_output(request.output, request.file, config))
     reading = together(world, lambda: build_reading(config))
     rows = together(world, lambda: read_input_rows(config.data, config.prompt.placement, request.text, request.file))
     prepare = prepare_labels if request.chooses_label else prepare_texts
@@ -166,13 +190,11 @@ def answer_with_labels(candidates: Candidates, job: Job, decoding: Decoding) -> 
     labels = job.config.data.labels or []
     scorer = Scorer(job.engine, [0], decoding.micro_batch_tokens, pad_id(job.tokenizer))
     (losses,) = scorer.label_losses(candidates, int(candidates.rows.max()) + 1)
-    shares = np.exp(losses.min(axis=1, keepdims=True) - losses)
-    shares /= shares.sum(axis=1, keepdims=True)
     yield (
         0,
         [
             {"generated": labels[int(row.argmax())], "probabilities": dict(zip(labels, row.tolist(), strict=True))}
-            for row in shares
+            for row in to_probabilities(losses)
         ],
     )
 
@@ -184,22 +206,22 @@ def build_decoding(job: Job, run_dir: Path, request: GenerateRequest) -> Decodin
     return Decoding(asked or DEFAULT_NEW_TOKENS, job.config.train.most_positions, request.sampling, request.seed)
 
 
-def check_output(request: GenerateRequest, config: Config) -> None:
+def check_output(path: Path | None, input_file: str | None, config: Config) -> None:
     """Raise UserError where the answers would replace anything but earlier answers."""
-    path = request.output
     if path is None or (path.exists() and not path.is_file()):  # a pipe, or a folder, which cannot be opened
         return
-    check_target("--output", path, config, {"--input-file": request.file})
+    check_target("--output", path, config, {"--input-file": input_file})
     if path.exists() and not holds_answers(path):
-        raise UserError(f"--output: {path} exists and holds no answers of generate: choose another one")
+        raise UserError(f"--output: {path} exists and holds no answers of ours: choose another one")
 
 
 def holds_answers(path: Path) -> bool:
-    """Whether a file is empty or begins with an answer of `generate`."""
+    """Whether a file is empty or begins with an answer of `generate` or a prediction of `evaluate`."""
     try:
         with open(path, encoding="utf-8") as file:
             line = file.readline()
-        return not line or "generated" in dict(json.loads(line))
+        row = dict(json.loads(line)) if line else {"generated": ""}
+        return "generated" in row or row.keys() >= {"gold", "num_tokens"}
     except PermissionError:  # opening it for writing tells why
         return True
     except (OSError, ValueError, TypeError):
@@ -260,7 +282,7 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
 def export_run(
     config: Config, run_dir: Path, *, to: str, out: Path, text: str | None, file: str | None, task: str | None = None
 ) -> None:
-    """Write a PEFT adapter (`peft`, `cartridge`), embeddings of a prompt and inputs, or a model to folder `out`.
+    """Write a PEFT adapter (`peft`, `cartridge`), embeddings, a late prompt's vectors, or a model to folder `out`.
 
     Of one task or all. Raises UserError.
     """
@@ -283,6 +305,12 @@ def export_run(
     reading = build_reading(config)
     if to == "model":
         export_model(reading, tensors, out)
+        return
+    if to == "vectors":
+        check_for_vectors(tensors, facts)
+        base = open_base_of(reading).model
+        layer = choose_layer(facts["options"]["start_layer"], base_facts(base))
+        export_vectors(tensors, facts, name_first_layers(base)[layer], out)
         return
     inputs = []
     if text is not None or file is not None:

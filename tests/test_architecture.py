@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ptune_dist"
 LAYERS = [
     ["cli", "cluster.__main__", "cluster.launch", "bench"],
     ["commands", "train"],
-    ["evaluation", "cluster"],
+    ["evaluation", "cluster", "reports"],
     ["run", "cluster.node_check"],
     ["zero"],
     ["families"],
@@ -31,7 +31,7 @@ OUTSIDE = ("__init__", "__main__", "tiny")  # the version, the entry point, and 
 MAX_TOP_LEVEL_MODULES = 6
 MAY_IMPORT_DEEPSPEED = ("zero", "bench")
 # Read on login nodes and by the launcher, which must not wait for torch.
-WITHOUT_TORCH = ("config", "metrics", "common", "errors", "cluster")
+WITHOUT_TORCH = ("config", "metrics", "common", "errors", "cluster", "reports")
 WITH_TORCH = ("cluster.node_check",)  # it runs in the ranks
 
 

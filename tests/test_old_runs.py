@@ -51,6 +51,7 @@ def assert_evaluates_as_before(commands: Commands, run: Path, old: Path, *more: 
     found = read_json(run / "evaluation.json")
     assert found.pop("samples") == expected.pop("samples")
     assert Path(found.pop("data")) == ROOT / expected.pop("data")
+    assert found.pop("intervals_95").keys() == expected.keys() - {"num_examples", "signatures"}
     assert found == pytest.approx(expected, rel=1e-5)
 
 

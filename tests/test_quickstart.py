@@ -70,3 +70,18 @@ def test_one_command_makes_base_and_data(tmp_path):
     assert (len(train), len(held_out)) == (512, 128)
     assert not {row["word"] for row in train} & {row["word"] for row in held_out}
     assert all(row["answer"] == row["word"].upper() and is_held_out(row["word"]) for row in train + held_out)
+
+
+@pytest.mark.extended
+@pytest.mark.skipif(Path(sys.prefix).resolve() != (ROOT / ".venv").resolve(), reason="needs launch/setup.sh's .venv")
+def test_a_real_base_comes_from_a_package_and_learns(tmp_path):
+    done = subprocess.run(
+        ["bash", "launch/real_base.sh", f"output_dir={tmp_path}/run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["validation"]["accuracy"] >= 0.9 > summary["before"]["accuracy"]

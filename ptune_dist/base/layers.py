@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 LayerHeads = tuple[int | None, int | None, int | None]  # key/value heads, widths of a key and of a value
 
+KEEP_LATENTS = ("bailing_hybrid", "kimi_linear")  # the latent of keys and values, and keys of positions apart
 MIN_SHARE = 0.1  # of the largest stack's parameters; smaller module lists are not stacks of layers
 
 
@@ -24,6 +25,12 @@ def layer_stacks(base: nn.Module) -> list[nn.ModuleList]:
 def layers_of(base: nn.Module) -> list[nn.Module]:
     """Every transformer layer, in the order of its stacks."""
     return [layer for stack in layer_stacks(base) for layer in stack]
+
+
+def name_first_layers(base: PreTrainedModel) -> list[str]:
+    """The names of the layers of the first stack."""
+    names = {id(module): name for name, module in base.named_modules()}
+    return [names[id(layer)] for layer in layer_stacks(base)[0]]
 
 
 def name_modules(base: PreTrainedModel) -> dict[str, Any]:
@@ -117,6 +124,17 @@ def key_value_heads(shape: PretrainedConfig) -> tuple[int | None, int | None, in
     return num_heads, of_keys, of_values
 
 
+def heads_of_half(base: PreTrainedModel, half: str) -> tuple[int | None, int | None]:
+    """The key/value heads and their width of an encoder-decoder's `encoder` or `decoder`, whose numbers may differ."""
+    module = base.get_encoder() if half == "encoder" else base.get_decoder()
+    text = module.config.get_text_config()
+    names = {"encoder": "encoder_attention_heads", "decoder": "decoder_attention_heads"}
+    own = getattr(text, names[half], None)  # of both halves in one config
+    if getattr(text, "hidden_size", None) is None:
+        return None, None
+    return (own, text.hidden_size // own) if own else heads_of(text)[:2]
+
+
 def num_key_value_heads(shape: PretrainedConfig) -> int | None:
     """G; None where a base has no attention heads, or differing ones."""
     return key_value_heads(shape)[0]
@@ -145,9 +163,7 @@ def heads_by_layer(shape: PretrainedConfig) -> list[LayerHeads]:
         return [own if kind == "hybrid_sliding" else heads for kind, heads in zip(kinds, found, strict=True)]
     if text.model_type == "mimo_v2_flash":  # its layers with a window have twice as many
         pairs = zip(kinds, found, strict=True)
-        return [
-            (2 * (n or 0), *widths) if kind == "sliding_attention" else (n, *widths) for kind, (n, *widths) in pairs
-        ]
+        return [(2 * (n or 0), k, v) if kind == "sliding_attention" else (n, k, v) for kind, (n, k, v) in pairs]
     return found
 
 
@@ -165,6 +181,8 @@ def setting_of(shape: PretrainedConfig, name: str) -> Any:
 def heads_of(text: PretrainedConfig) -> LayerHeads:
     """The number of key/value heads that are kept of a position, and the widths of a key and of a value."""
     num_heads = getattr(text, "num_attention_heads", None)
+    if text.model_type in KEEP_LATENTS:
+        return 1, text.kv_lora_rank, text.qk_rope_head_dim
     if getattr(text, "qk_nope_head_dim", None) is not None:  # made of one latent, for every head
         of_values = getattr(text, "v_head_dim", None) or text.hidden_size // text.num_attention_heads
         return num_heads, text.qk_nope_head_dim + text.qk_rope_head_dim, of_values
@@ -173,8 +191,6 @@ def heads_of(text: PretrainedConfig) -> LayerHeads:
     of_values = text.v_head_dim if text.model_type == "mimo_v2_flash" else width
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         return 1, width, of_values  # GPT BigCode and the first Falcon
-    if text.model_type == "jetmoe":  # each expert of its attention has keys and values
-        return text.num_key_value_heads * text.num_experts_per_tok, width, of_values
     return getattr(text, "num_key_value_heads", None) or num_heads, width, of_values
 
 

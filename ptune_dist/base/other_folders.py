@@ -70,15 +70,14 @@ def describe_other_folder(place: Path) -> str | None:
     return f"has no config.json: give the folder that contains it{hint}"
 
 
+def import_command(source: str) -> str:
+    """The command that makes a folder of safetensors of another format."""
+    name = Path(source).stem if source.endswith(".gguf") else Path(source).name
+    return f"ptune-dist import-base {shlex.quote(source)} --out {shlex.quote(name + '-base')}"
+
+
 def describe_gguf(file: Path) -> str:
-    """The command that makes a folder of safetensors of a GGUF file."""
-    out = f"{file.stem}-safetensors"
-    code = (
-        f"import transformers as t; p, f, out = {str(file.parent)!r}, {file.name!r}, {out!r}; "
-        "t.AutoModelForCausalLM.from_pretrained(p, gguf_file=f).save_pretrained(out); "
-        "t.AutoTokenizer.from_pretrained(p, gguf_file=f).save_pretrained(out)"
-    )
-    return f"convert one with: pip install gguf && python -c {shlex.quote(code)}"
+    return f"convert one with: {import_command(str(file))}"
 
 
 def describe_adapter(place: Path) -> str:
@@ -86,7 +85,7 @@ def describe_adapter(place: Path) -> str:
         base = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         base = "its base"
-    return f"is a PEFT adapter of {base}: give that base, or the adapter merged into it (merge_and_unload)"
+    return f"is a PEFT adapter of {base}: give that base, or merge them: {import_command(str(place))}"
 
 
 def describe_other_weights(place: Path) -> str | None:
@@ -123,15 +122,7 @@ def describe_other_weights(place: Path) -> str | None:
 
 
 def describe_conversion(path: str) -> str:
-    """The command that converts pickled weights to a folder of safetensors."""
-    out = Path(path).name + "-safetensors"
-    code = (
-        f"import transformers as t; p, out = {path!r}, {out!r}; "
-        "kind = getattr(t, t.AutoConfig.from_pretrained(p).architectures[0]); "
-        "kind.from_pretrained(p, dtype='auto').save_pretrained(out); "
-        "t.AutoTokenizer.from_pretrained(p).save_pretrained(out)"
-    )
-    return f"convert them with: python -c {shlex.quote(code)}"
+    return f"convert them with: {import_command(path)}"
 
 
 def describe_tokenizer(place: Path, error: str) -> str | None:

@@ -19,6 +19,7 @@ from ptune_dist.base.other_folders import (
     describe_other_folder,
     describe_pointers,
     describe_tokenizer,
+    import_command,
 )
 from ptune_dist.common.hub import hub_answers
 from ptune_dist.errors import UserError
@@ -90,12 +91,20 @@ def check_folder(path: str) -> None:
     if place.exists():
         if place.suffix == ".gguf":
             raise UserError(f"model.path: {path} is a GGUF file: {describe_gguf(place)}")
+        if place.suffix in (".bin", ".whl"):
+            raise UserError(f"model.path: {path} is a file: make a base of it with: {import_command(path)}")
         raise UserError(f"model.path: {path} is a file: give the folder that contains config.json")
+    check_hub_name("model.path", path)
+
+
+def check_hub_name(key: str, path: str) -> None:
+    """Raise UserError for a path of nothing here that can only mean something local."""
+    place = Path(path)
     is_in_folder = place.parent != Path(".") and place.parent.is_dir()
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or is_in_folder:
         near = difflib.get_close_matches(place.name, [p.name for p in place.parent.glob("*/")], n=1)
         hint = f", did you mean {place.parent / near[0]}?" if near else ""
-        raise UserError(f"model.path: no folder {path}{hint}")
+        raise UserError(f"{key}: no folder {path}{hint}")
 
 
 def is_local_only(path: str) -> bool:

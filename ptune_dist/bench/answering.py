@@ -129,7 +129,7 @@ def measure_labels(job: Job) -> dict[str, Any]:
     assert split is not None
     evaluator = build_evaluator(job.config, split, job.reading)
     found, times = timed(lambda: evaluator(job.engine, job.engine.members), job.engine.world)
-    ((metrics, _),) = found.values()
+    ((metrics, *_),) = found.values()
     num_inputs = split.examples.lengths - split.examples.num_targets
     return {
         "rows": len(split.examples),

@@ -3,6 +3,7 @@
 Sides alternate so that drift (heat, other load) affects both sides of a pair equally; ratios are taken within a pair.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -20,6 +21,7 @@ from ptune_dist.bench.machine import OtherLoad, describe_machine, wait_until_qui
 from ptune_dist.bench.matrix import Case, Matrix, built_in_values, fill_command, load_matrix
 from ptune_dist.bench.report import render_tables
 from ptune_dist.common.files import replace_file
+from ptune_dist.common.interrupts import before_end, forget
 from ptune_dist.errors import RunFault, UserError
 
 NUM_LAST_LINES = 3
@@ -132,13 +134,15 @@ def run_command(words: list[str], log: Path, matrix: Matrix) -> None:
             )
         except OSError as error:
             raise UserError(f"cannot run {words[0]}: {error.strerror}: {shown}") from None
+        end = functools.partial(end_process, process)
+        before_end(end)  # an interrupt must not leave ranks behind either
         try:
             status = process.wait(timeout=matrix.timeout_s)
-        except BaseException as error:  # an interrupt must not leave ranks behind either
-            end_process(process)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise RunFault(f"not finished after {matrix.timeout_s} s: {shown}: {last_lines(log)}") from None
-            raise
+        except subprocess.TimeoutExpired:
+            end()
+            raise RunFault(f"not finished after {matrix.timeout_s} s: {shown}: {last_lines(log)}") from None
+        finally:
+            forget(end)
     if status:
         raise RunFault(f"exit status {status}: {shown}: {last_lines(log)} ({log})")
 

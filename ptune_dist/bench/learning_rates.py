@@ -46,8 +46,8 @@ from ptune_dist.train import train
 
 FAMILY = "causal"
 RATES = {
-    "prompt_tuning": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
     "prefix_tuning": (0.0005, 0.002, 0.005, 0.01, 0.03, 0.1),
+    "prompt_tuning": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
 }
 WORK = Path("runs/bench/learning_rates")
 MARK = "<!-- learning rates -->"
@@ -111,6 +111,7 @@ class Cell:
     task: str
     method: str
     with_text: bool
+    max_steps: int
 
     @property
     def name(self) -> str:
@@ -131,7 +132,7 @@ class Cell:
             "model": {"path": base, "dtype": "bfloat16", "check": False},
             "prompt": prompt,
             "data": {**own.data, "cache_dir": "off"},
-            "train": {"max_steps": own.max_steps, "batch_size": own.batch_size},
+            "train": {"max_steps": self.max_steps, "batch_size": own.batch_size},
             "checkpoint": {"every": 5, "keep": 1},
             "sweep": {"train.learning_rate": self.rates},
         }
@@ -144,12 +145,14 @@ class Cell:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-CELLS = [
-    Cell(task, method, with_text)
-    for with_text in (True, False)
-    for task in ("sentiment", "data_to_text")
-    for method in ("prefix_tuning", "prompt_tuning")
-]
+def list_cells(max_steps: int | None = None) -> list[Cell]:
+    """All cells, with the tasks' own numbers of steps or with `max_steps`."""
+    return [
+        Cell(task, method, with_text, max_steps or TASKS[task].max_steps)
+        for with_text in (True, False)
+        for task in TASKS
+        for method in RATES
+    ]
 
 
 def default_rate(method: str) -> float:
@@ -282,9 +285,17 @@ def bootstrap(member: RowScores, best: RowScores) -> tuple[float, float]:
 
 def render_table(content: dict[str, Any]) -> str:
     """A Markdown table with a row for each cell that has been run."""
-    header = ["task, method, start", "default rate", "its score", "best of the sweep", "its score", "difference"]
+    header = [
+        "task, method, start",
+        "steps",
+        "default rate",
+        "its score",
+        "best of the sweep",
+        "its score",
+        "difference",
+    ]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for cell in CELLS:
+    for cell in list_cells():
         found = content["cells"].get(cell.name)
         if not found:
             continue
@@ -296,6 +307,7 @@ def render_table(content: dict[str, Any]) -> str:
         lines.append(
             [
                 f"{cell.task.replace('_', '-')}, `{cell.method}`, {start}",
+                str(found["steps"]),
                 default,
                 f"{own['score']:.1f} (loss {own['loss']:.3f})",
                 found["best"],
@@ -319,7 +331,7 @@ def fill_document(path: Path, content: dict[str, Any]) -> None:
 def list_failed(content: dict[str, Any]) -> list[str]:
     """The cells whose default is worse than it may be: the whole interval lies below WORST_POINTS."""
     failed = []
-    for cell in CELLS:
+    for cell in list_cells():
         found = content["cells"].get(cell.name)
         if found and found["members"][str(default_rate(cell.method))]["interval"][1] < WORST_POINTS:
             failed.append(cell.name)
@@ -330,7 +342,7 @@ def measure(args: argparse.Namespace, content: dict[str, Any]) -> int:
     """Run the cells that are missing; returns an exit status."""
     began = time.monotonic()
     longest_s = 0.0
-    for cell in CELLS:
+    for cell in list_cells(args.steps):
         done = content["cells"].get(cell.name, {}).get("config") == cell.digest
         if done or (args.cell and cell.name not in args.cell):
             continue
@@ -356,6 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the results, a JSON file")
     parser.add_argument("--document", type=Path, help="the page with the table")
     parser.add_argument("--cell", action="append", help="only this cell; may be repeated")
+    parser.add_argument("--steps", type=int, help="of every training, in place of the tasks' own")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--again", action="store_true", help="only fill the document")
     parser.add_argument("--work", type=Path, default=WORK, help="the folder of unfinished runs")

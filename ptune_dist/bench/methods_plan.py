@@ -18,7 +18,7 @@ from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
 
 INSTRUCTION = "{instruction}"
-NUM_TIMED_STEPS = 12  # two epochs: the second one is timed, and finds what a context cache has kept of the first
+NUM_TIMED_STEPS = 10  # two epochs: the second one is timed, and finds what a context cache has kept of the first
 
 
 class Task(Section):
@@ -134,8 +134,9 @@ class Builder:
         """A few steps of one method alone, without evaluations, over rows that are read twice."""
         config = self.config(task)
         put(config, self.keys(task, method))
-        put(config, {"train.max_steps": NUM_TIMED_STEPS, "evaluate": {"every": 0}, "checkpoint.every": 0})
+        put(config, {"train.max_steps": NUM_TIMED_STEPS, "checkpoint.every": 0})
         config["data"].pop("validation")
+        config["evaluate"] = {"every": 0}
         if is_cached:
             config["train"]["context_cache_gib"] = 1
         return Unit(task, "time", config, {f"{task}/{method}" + (", cached" if is_cached else ""): ""})

@@ -10,13 +10,11 @@ where nothing else runs.
 """
 
 import argparse
-import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -30,7 +28,6 @@ from ptune_dist.cluster.outcome import STOPPED, Outcome
 from ptune_dist.common.files import replace_file
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
-from ptune_dist.run.metrics_log import read_metrics
 from ptune_dist.run.resolve import resolve
 from ptune_dist.train import train
 
@@ -57,12 +54,12 @@ class Measurement:
         """Run or resume, and write the result; returns the exit status."""
         folder = self.work / unit.digest
         file = self.write_config(unit, folder)
-        status = run_in_process(file) if unit.kind == "time" else train(load_config(file, resolve=resolve))
+        status = run_timed(file) if unit.kind == "time" else train(load_config(file, resolve=resolve))
         if status == 0:
             latest = read_content(self.out, self.content)  # another part may be measured at the same time
             for key in ("cells", "times"):
                 self.content[key] = latest[key]
-            self.read(unit, folder / "run")
+            self.read(unit, folder)
             self.content |= describe_machine()
             replace_file(self.out, (json.dumps(self.content, indent=1) + "\n").encode())
             shutil.rmtree(folder)
@@ -84,28 +81,20 @@ class Measurement:
         (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")  # JSON is YAML
         return folder / "config.json"
 
-    def read(self, unit: Unit, run_dir: Path) -> None:
+    def read(self, unit: Unit, folder: Path) -> None:
         """Take a finished run's results over."""
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        own: dict[str, Any] = {"config": unit.digest}
+        if unit.kind == "time":
+            self.content["times"] |= {name: own | read_times(folder / "result.json") for name in unit.cells}
+            return
+        summary = json.loads((folder / "run/summary.json").read_text(encoding="utf-8"))
+        bare = own | {"curve": [{"step": 0, **summary["base_without_prompt"]}]}
         for name, member in unit.cells.items():
-            own = {"config": unit.digest}
-            if unit.kind == "time":
-                step_s = step_seconds(run_dir)
-                own |= {"step_s": statistics.median(step_s), "peak_memory_bytes": summary["peak_memory_bytes"]}
-                self.content["times"][name] = own
-            elif unit.kind == "bare":
-                self.content["cells"][name] = own | {"curve": [{"step": 0, **summary["base_without_prompt"]}]}
-            else:
-                self.content["cells"][name] = own | {"curve": read_curve(run_dir, member)}
+            self.content["cells"][name] = bare
+            if unit.kind == "score":
+                self.content["cells"][name] = own | {"curve": read_curve(folder / "run", member)}
         if unit.kind == "score" and summary["base_without_prompt"]:
-            bare = {"config": unit.digest, "curve": [{"step": 0, **summary["base_without_prompt"]}]}
             self.content["cells"].setdefault(f"{unit.task}/bare/0", bare)
-
-
-def step_seconds(run_dir: Path) -> list[float]:
-    """Seconds of each step after the first epoch: the second one finds what a cache has kept."""
-    ends = [line["time_s"] for line in read_metrics(run_dir)]
-    return [after - before for before, after in itertools.pairwise(ends)][NUM_TIMED_STEPS // 2 - 1 :]
 
 
 def read_curve(run_dir: Path, member: str) -> list[dict[str, float]]:
@@ -119,20 +108,25 @@ def read_curve(run_dir: Path, member: str) -> list[dict[str, float]]:
     return [{"step": step, **found[step]} for step in sorted(found)]
 
 
-def run_in_process(file: Path) -> int:
-    """Train in a process of its own, so that its peak of memory is that of this run; returns the exit status."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ptune_dist.train"])
-    child = context.Process(target=train_and_exit, args=(file,))
-    child.start()
-    child.join()
-    assert child.exitcode is not None, "it has ended"
-    return child.exitcode
+def run_timed(config: Path) -> int:
+    """Train in a process of its own with a probe, which writes result.json beside the config; returns the exit status.
+
+    Threads that wait do not spin: CPU seconds are those of work.
+    """
+    result = config.with_name("result.json")
+    command = [sys.executable, "-m", "ptune_dist.bench.ours", str(config), "--result", str(result)]
+    command += ["--warm-up-steps", str(NUM_TIMED_STEPS // 2)]
+    not_of_parent = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in not_of_parent}
+    return subprocess.run(command, env=environment | {"OMP_WAIT_POLICY": "PASSIVE"}).returncode
 
 
-def train_and_exit(file: Path) -> None:
-    os.environ.pop("RANK", None)  # that of an earlier run in the parent, whose port is in use
-    sys.exit(train(load_config(file, resolve=resolve)))
+def read_times(result: Path) -> dict[str, float]:
+    """Seconds a step of the second epoch, which finds what a cache has kept of the first, and memory."""
+    found = json.loads(result.read_text(encoding="utf-8"))
+    num_steps = found["steps"] - NUM_TIMED_STEPS // 2
+    cpu_s = found["cpu_s_per_1000_tokens"] * found["tokens_timed"] / 1000 / num_steps
+    return {"step_s": found["step_s"], "cpu_s": cpu_s, "peak_memory_bytes": found["peak_memory_bytes"]}
 
 
 def measure(measurement: Measurement, parts: list[str], minutes: float) -> int:

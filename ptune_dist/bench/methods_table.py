@@ -25,8 +25,17 @@ def curves_of(content: dict[str, Any], task: str, method: str) -> dict[int, Curv
     return found
 
 
+def clock(content: dict[str, Any]) -> str:
+    """What a step is timed by: on a CPU all threads' seconds, which other work on the machine changes little."""
+    return "step_s" if content.get("hardware", {}).get("gpus") else "cpu_s"
+
+
+def show_clock(content: dict[str, Any]) -> str:
+    return {"step_s": "s/step", "cpu_s": "CPU s/step"}[clock(content)]
+
+
 def step_s(content: dict[str, Any], task: str, method: str) -> float | None:
-    return content["times"].get(f"{task}/{method}", {}).get("step_s")
+    return content["times"].get(f"{task}/{method}", {}).get(clock(content))
 
 
 def budget_s(content: dict[str, Any], task: str, methods: list[str]) -> float | None:
@@ -60,7 +69,7 @@ def main_table(content: dict[str, Any], plan: Plan, tasks: list[str], methods: l
     """Scores of methods at equal steps and at equal time, with the base alone above them."""
     header = [""]
     for task in tasks:
-        header += [f"{task}: {plan.tasks[task].metric}, equal steps", "equal time", "s/step", "seeds"]
+        header += [f"{task}: {plan.tasks[task].metric}, equal steps", "equal time", show_clock(content), "seeds"]
     rows = [header]
     for name, what in BARE.items():
         row = [what]
@@ -68,7 +77,7 @@ def main_table(content: dict[str, Any], plan: Plan, tasks: list[str], methods: l
             scores = scores_at(curves_of(content, task, name), plan.tasks[task].metric, 0)
             row += [show(plan.tasks[task].metric, scores), "", "", ""]
         rows.append(row)
-    untrained = ["the same, as an untrained `prompt_tuning`"]
+    untrained = ["the instruction as an untrained `prompt_tuning`"]
     for task in tasks:
         scores = scores_at(curves_of(content, task, "prompt_tuning"), plan.tasks[task].metric, 0)
         untrained += [show(plan.tasks[task].metric, scores[:1]), "", "", ""]
@@ -78,7 +87,7 @@ def main_table(content: dict[str, Any], plan: Plan, tasks: list[str], methods: l
         for task in tasks:
             row += score_columns(content, plan, task, method, methods)
         rows.append(row)
-    return render_rows(rows)
+    return leave_out_empty(rows)
 
 
 def score_columns(content: dict[str, Any], plan: Plan, task: str, method: str, methods: list[str]) -> list[str]:
@@ -106,21 +115,23 @@ def others_table(content: dict[str, Any], plan: Plan, tasks: list[str]) -> str:
             metric = plan.tasks[task].metric
             row.append(show(metric, scores_at(curves_of(content, task, name), metric, float("inf"))))
         rows.append(row)
-    return render_rows(rows)
+    return leave_out_empty(rows)
 
 
 def layers_table(content: dict[str, Any], plan: Plan, task: str, methods: list[str]) -> str:
     """A prefix by the first layer that is trained."""
     metric = plan.tasks[task].metric
-    rows = [["", metric, "s/step", "peak MiB", "s/step, cached", "peak MiB, cached"]]
+    timed = show_clock(content)
+    rows = [["", metric, timed, "peak MiB", f"{timed}, cached", "peak MiB, cached"]]
     for method in methods:
         first = {seed: curve for seed, curve in curves_of(content, task, method).items() if seed == 0}
         row = [f"`{method}`", show(metric, scores_at(first, metric, float("inf")))]
         for suffix in ("", ", cached"):
-            time = content["times"].get(f"{task}/{method}{suffix}")
-            row += [f"{time['step_s']:.2f}", show_mib(time["peak_memory_bytes"])] if time else [MISSING, MISSING]
+            seconds = step_s(content, task, f"{method}{suffix}")
+            memory = content["times"].get(f"{task}/{method}{suffix}", {}).get("peak_memory_bytes")
+            row += [MISSING, MISSING] if seconds is None else [f"{seconds:.2f}", show_mib(memory)]
         rows.append(row)
-    return render_rows(rows)
+    return leave_out_empty(rows)
 
 
 def choose_best(content: dict[str, Any], plan: Plan, number: int) -> list[str]:
@@ -136,6 +147,12 @@ def choose_best(content: dict[str, Any], plan: Plan, number: int) -> list[str]:
         for rank, method in enumerate(order):
             ranks[method].append(rank)
     return sorted(ranks, key=lambda method: sum(ranks[method]))[:number]
+
+
+def leave_out_empty(rows: list[list[str]]) -> str:
+    """The table of the rows that have some figure; a line where none has."""
+    measured = [row for row in rows[1:] if any(cell not in ("", MISSING, "0") for cell in row[1:])]
+    return render_rows([rows[0], *measured]) if measured else "Not measured yet."
 
 
 def render_blocks(content: dict[str, Any], plan: Plan) -> dict[str, str]:

@@ -346,12 +346,14 @@ class TrainConfig(Section):
 class Repeated(Section):
     """What is done again and again as a run trains."""
 
+    every: Interval = 0
+    """Steps between two times, `epoch` or a share of all steps; 0: never."""
+
     @property
     def every_steps(self) -> int:
         """`every` in steps, once the rows are counted."""
-        every = self.every  # noqa: B009: a field of the sections below
-        assert isinstance(every, int), "the run's length is settled"
-        return every
+        assert isinstance(self.every, int), "the run's length is settled"
+        return self.every
 
 
 class EvaluateConfig(Repeated):

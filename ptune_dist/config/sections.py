@@ -81,9 +81,11 @@ class PromptConfig(Section):
     num_virtual_tokens: Annotated[NotNegative, at_most(100_000)] = 20
     """The length of the prompt in positions; 0 of methods that take none."""
 
-    placement: Literal["prefix", "infix", "template", "encoder", "decoder"] = "prefix"
+    placement: Literal["prefix", "infix", "template", "encoder", "decoder", "both"] = "prefix"
     """Where the virtual tokens stand. `prefix`: before the input. `infix`: between input and target. `template`: where
-    `{{ prompt }}` stands in `data.template`. `encoder`, `decoder`: before what that half of a seq2seq base reads."""
+    `{{ prompt }}` stands in `data.template`. `encoder`, `decoder`: before what that half of a seq2seq base reads.
+    `both`: keys and values of both halves and of the attention between them, which is what `prefix` means for
+    `prefix_tuning` on a seq2seq base."""
 
     init: Literal["random", "vocab", "text", "labels", "file", "rows", "zero", "base"] | None = None
     """What the prompt starts from; where left out, what suits the method. `random`: random numbers. `vocab`: embeddings

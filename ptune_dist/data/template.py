@@ -230,7 +230,7 @@ def split_input(text: str, placement: str, *, key: str, where: Callable[[], str]
 
     With placement `template` it is split at the marker. Raises UserError if the text does not have exactly one.
     """
-    if placement in ("prefix", "encoder"):
+    if placement in ("prefix", "encoder", "both"):
         return "", text
     if placement in ("infix", "decoder"):
         return text, ""

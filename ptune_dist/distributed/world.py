@@ -43,15 +43,15 @@ def init_distributed() -> World:
 
     Raises NodeFault if the node has GPUs that torch does not see.
     """
-    if "RANK" not in os.environ:
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+    is_alone = "RANK" not in os.environ
+    if is_alone:
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
     if "TORCHELASTIC_RUN_ID" in os.environ and node_folder() is None:  # no rank continues alone
         signal_on_parent_death(signal.SIGTERM)
     device = find_device()
     if not dist.is_initialized():
         with BusyLine("waiting for the other ranks"):
-            start_process_group(device)
+            start_process_group(device, is_alone=is_alone)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
 
 
@@ -74,23 +74,22 @@ def find_device() -> torch.device:
     return device
 
 
-def start_process_group(device: torch.device) -> None:
+def start_process_group(device: torch.device, *, is_alone: bool = False) -> None:
     """Join the default process group. A collective that waits longer than DEEPSPEED_TIMEOUT minutes, by default 10,
     fails, as it does in a process group that DeepSpeed starts. Collective.
+
+    `is_alone`: without a launcher. Such a process needs no port, which another job could take first.
     """
     timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 10)))
-    if device.type != "cuda":
+    if is_alone:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif device.type != "cuda":
         dist.init_process_group("gloo", timeout=timeout)
     elif int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
     else:  # bound to a device, torch would build every later group by splitting this one, which has no peers
         dist.init_process_group("nccl", timeout=timeout)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def is_pinned_for(device: torch.device) -> bool:

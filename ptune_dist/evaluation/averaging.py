@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ptune_dist.distributed.world import World, from_main
+from ptune_dist.evaluation.during_training import store_predictions
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.run.checkpoint import load_checkpoint
 from ptune_dist.run.folder import list_checkpoints
@@ -34,7 +35,7 @@ def keep_average(
     found: dict[str, Any] = {}
     for evaluator in {id(own): own for own in evaluators.values()}.values():
         own = [name for name in names if evaluators[name] is evaluator]
-        for name, (values, samples) in (evaluator(job.engine, own) if own else {}).items():
+        for name, (values, samples, answers) in (evaluator(job.engine, own) if own else {}).items():
             is_better = improves(job, progress, name, values)
             shown = "  ".join(f"{metric} {value:.4f}" for metric, value in values.items())
             of_member = f"  {name}" if job.config.sweep else ""
@@ -45,6 +46,7 @@ def keep_average(
             if is_better:
                 progress.members[name].count_evaluation(values, samples, job.config.evaluate.best, progress.step)
                 store_prompt(job, name, progress, world)
+                store_predictions(job, name, evaluator, answers, world)
     return found
 
 

@@ -1,12 +1,14 @@
 """Between training steps: evaluate the members of a run, keep the best prompts, and stop members and the run."""
 
 import math
+from pathlib import Path
 
 from ptune_dist.config.schema import Config
-from ptune_dist.distributed.world import World, sum_over_ranks
+from ptune_dist.distributed.world import World, sum_over_ranks, together
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.bare_base import evaluate_without_prompt
-from ptune_dist.evaluation.evaluator import Evaluation, Evaluator
+from ptune_dist.evaluation.evaluator import Evaluation, Evaluator, MemberAnswers
+from ptune_dist.evaluation.predictions import write_predictions
 from ptune_dist.run.job import Job
 from ptune_dist.run.metrics_log import MetricsWriter
 from ptune_dist.run.progress import Progress, checkpoint, rank_evaluation, store_prompt
@@ -41,7 +43,7 @@ def evaluate_members(
     """
     found = run_evaluators(job, evaluators, progress, metrics, watch, world)
     step = progress.step
-    for name, (values, samples) in found.items():
+    for name, (values, samples, answers) in found.items():
         if metrics is not None:
             metrics.evaluation(step, values, samples, member=name if job.config.sweep else None)
         if not math.isfinite(values["loss"]):
@@ -51,8 +53,15 @@ def evaluate_members(
             progress.members[name].end(reason, step, is_faulty=True)
         elif progress.members[name].count_evaluation(values, samples, job.config.evaluate.best, step):
             store_prompt(job, name, progress, world)
+            store_predictions(job, name, evaluators[name], answers, world)
     progress.evaluation_pending = False
     end_members(job.config, progress, metrics)
+
+
+def store_predictions(job: Job, member: str, evaluator: Evaluator, answers: MemberAnswers, world: World) -> None:
+    """Write what a member's best prompt answers to the validation rows. Collective; raises RunFault."""
+    folder = Path(job.members[member].output_dir)
+    together(world, lambda: write_predictions(folder, evaluator, answers) if world.is_main else None)
 
 
 def run_evaluators(

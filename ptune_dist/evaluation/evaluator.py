@@ -6,7 +6,7 @@ same gathered numbers.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,26 @@ from ptune_dist.objectives.objective import Objective
 from ptune_dist.run.reading import Reading
 from ptune_dist.zero.engine import Engine
 
-Evaluation = tuple[dict[str, float], list[dict[str, str]]]  # metrics, and answers to some rows
+
+@dataclass
+class MemberAnswers:
+    """What a prompt answers to all rows.
+
+    given: for each need of the metrics, one entry for each row. texts: generated, of the first rows at least.
+    label_losses: [rows, labels].
+    """
+
+    given: dict[Need, Sequence[Any]]
+    texts: list[str]
+    label_losses: np.ndarray | None = None
+
+
+class Evaluation(NamedTuple):
+    """Of one prompt: its metrics, some rows with its answers, and what it answers to all rows."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, str]]
+    answers: MemberAnswers
 
 
 @dataclass
@@ -57,28 +76,37 @@ class Evaluator:
 
         `between_batches` is called on every rank after each batch, and may communicate or raise.
         """
+        found = self.read(engine, members, between_batches)
+        return {
+            name: Evaluation(self.compute(answers), self.samples(answers), answers) for name, answers in found.items()
+        }
+
+    def read(
+        self, engine: Engine, members: Sequence[str], between_batches: Callable[[], None] = lambda: None
+    ) -> dict[str, MemberAnswers]:
+        """What each member answers to all rows. Collective."""
         numbers = [engine.members.index(name) for name in members]
         budget = self.decoding.micro_batch_tokens
         scorer = Scorer(engine, numbers, budget, pad_id(self.tokenizer), between_batches)
-        labels = None
+        of_labels = None
         if self.candidates is None:
             losses = scorer.losses(self.split.examples)
         else:
             of_labels = scorer.label_losses(self.candidates, len(self.split.examples))
             losses = of_labels[:, np.arange(len(self.right)), self.right].tolist()  # the right label is the target
-            labels = [[self.labels[number] for number in row] for row in of_labels.argmin(axis=2)]
         values = scorer.values(self.split.examples) if self._is_needed("values") else None
         found = {}
         for place, name in enumerate(members):
             texts = self._answers(engine, numbers[place], between_batches)
-            given: dict[Need, Sequence[Any]] = {"losses": list(map(RowLoss, losses[place], self._num_tokens))}
-            if labels is not None:
-                given["label_losses"] = labels[place]
+            answers = MemberAnswers({"losses": list(map(RowLoss, losses[place], self._num_tokens))}, texts)
+            if of_labels is not None:
+                answers.label_losses = of_labels[place]
+                answers.given["label_losses"] = [self.labels[number] for number in of_labels[place].argmin(axis=1)]
             if values is not None:
-                given["values"] = values[place]
+                answers.given["values"] = values[place]
             if self._is_needed("answers"):
-                given["answers"] = texts
-            found[name] = self._compute(given), self._samples(texts)
+                answers.given["answers"] = texts
+            found[name] = answers
         return found
 
     @property
@@ -94,7 +122,9 @@ class Evaluator:
     def _is_needed(self, need: Need) -> bool:
         return any(metric.needs == need for metric in self.metrics)
 
-    def _compute(self, given: dict[Need, Sequence[Any]]) -> dict[str, float]:
+    def compute(self, answers: MemberAnswers) -> dict[str, float]:
+        """The metrics of all rows, and of those of each task."""
+        given = answers.given
         found = self._compute_of(given, range(len(self.split.examples)))
         of_rows = self.split.examples.tasks
         for number, task in enumerate(self.tasks):
@@ -112,14 +142,15 @@ class Evaluator:
             found[metric.name] = float(metric.compute(chosen, [references[i] for i in rows] if references else ()))
         return found
 
-    def _samples(self, answers: list[str]) -> list[dict[str, str]]:
+    def samples(self, answers: MemberAnswers) -> list[dict[str, str]]:
+        """The first rows with their answers."""
         samples = []
-        for i, answer in enumerate(answers[: self.num_samples]):
+        for i, answer in enumerate(answers.texts[: self.num_samples]):
             if self.split.rows.kind == "text":
                 before, wanted = self._halves(i)
                 shown = [decode(self.tokenizer, ids).strip() for ids in (before, wanted)]
             else:
-                shown = [self._input(i).strip(), self.references["answers"][i][0]]
+                shown = [self.show_input(i).strip(), self.references["answers"][i][0]]
             samples.append({"input": shown[0], "wanted": shown[1], "answer": answer})
         return samples
 
@@ -129,7 +160,7 @@ class Evaluator:
         count = min(len(block) // 2, self.decoding.max_new_tokens)
         return block[:count], block[count : count + self.decoding.max_new_tokens]
 
-    def _input(self, index: int) -> str:
+    def show_input(self, index: int) -> str:
         """The text of a row's input; special tokens that its template has are shown, those around it are not."""
         text = decode(self.tokenizer, self.split.examples.input_ids(index), skip_special_tokens=False)
         tokenizer = self.tokenizer

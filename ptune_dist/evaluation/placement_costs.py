@@ -105,7 +105,7 @@ def describe_cache(examples: Examples, config: Config, shape: PretrainedConfig, 
 
 def describe_choice(placement: str) -> str:
     """A line about the trade-off of a placement."""
-    if placement in ("prefix", "encoder"):
+    if placement in ("prefix", "encoder", "both"):
         return (
             "prefix reads the input with the prompt in view; infix does not, which can cost quality (docs/concepts.md)"
         )

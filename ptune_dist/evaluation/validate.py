@@ -29,6 +29,7 @@ from ptune_dist.run.folder import check_run_dir, list_checkpoints
 from ptune_dist.run.job import Parts, build_parts
 from ptune_dist.run.length import settle_length
 from ptune_dist.run.reading import Reading, build_reading
+from ptune_dist.run.training_defaults import describe_rates
 from ptune_dist.zero.unused_sections import describe_unused
 
 NUM_EXAMPLES = 5
@@ -66,6 +67,7 @@ def validate(config: Config) -> None:
         console.print(line, markup=False)
     if config.sweep:
         console.print(f"members: {len(reading.members)}: {', '.join(reading.members)}", markup=False)
+        console.print(describe_rates(reading.members), markup=False)
     if train.rows.kind != "text" and takes_contexts(reading, parts.opened):
         console.rule("placement")
         print_placements(console, reading, parts.opened, train)

@@ -19,6 +19,7 @@ from ptune_dist.data.batches import Batch, Unit
 from ptune_dist.data.examples import Examples
 from ptune_dist.data.framing import Framing
 from ptune_dist.errors import UserError
+from ptune_dist.families.below_contexts import below_contexts, own_texts, with_contexts
 from ptune_dist.families.causal_padded import PaddedCausal, keeps_keys
 from ptune_dist.families.family import Family
 from ptune_dist.families.generation import generates_from_vectors
@@ -31,10 +32,10 @@ from ptune_dist.model.attention_flex import FlexTables
 from ptune_dist.model.attention_layouts import RecordedSegments, SegmentAttention, build_attention, takes_flex
 from ptune_dist.model.attention_trees import build_tree_attention
 from ptune_dist.model.decode import Decoder
-from ptune_dist.model.entry import FromLayer, Lower
+from ptune_dist.model.entry import Lower
 from ptune_dist.model.flex_plan import plan_attention
 from ptune_dist.model.given_cache import keeps_more
-from ptune_dist.model.layout import Layout, Outside, lay_out, lay_out_labels, plan_outside
+from ptune_dist.model.layout import Layout, LayoutBuilder, Outside, lay_out, lay_out_labels, plan_outside
 from ptune_dist.model.members import keys_values_of
 from ptune_dist.model.packing import Packed, pack
 from ptune_dist.model.passes import Contexts, Supervised
@@ -93,6 +94,8 @@ class PromptedCausal(PaddedCausal):
             else:
                 num_tasks = self.count_tasks(units, examples)
                 shared = sum(lengths[member] * num_tasks.get(member, 1) for member in members)
+                of_rows = [member for _, some in units for member in some if self.prompt(member).reads_rows]
+                shared += sum(lengths[member] for member in of_rows)
             return max(contexts, live + shared)
         read, written = examples.widths_of([row for row, _ in readers]).T
         widest = int((read - examples.num_context[[row for row, _ in readers]] + written).max())
@@ -105,9 +108,11 @@ class PromptedCausal(PaddedCausal):
     def _prepare_segments(self, batch: Batch) -> PreparedSegments:
         """The layout of a pass, and what attention needs of it on a GPU."""
         start = self.start_of(batch)
-        batch = self.by_contribution(batch)
-        outside = plan_outside(batch, self.only_at(self.num_prefix, start))
-        laid = lay_out(batch, self.only_at(self.num_vectors, start), outside)
+        num_prefix = self.counts_for(batch, self.num_prefix, start)
+        num_vectors = self.counts_for(batch, self.num_vectors, start)
+        batch = self.number_readers(batch)
+        outside = plan_outside(batch, num_prefix)
+        laid = lay_out(batch, num_vectors, outside)
         arrays = arrays_of(laid)
         shapes: dict[int | None, list[tuple[int, ...]]] = {}
         if self.device.type == "cuda" and takes_flex(head_width(self.base.config) or 0):
@@ -123,10 +128,10 @@ class PromptedCausal(PaddedCausal):
         """All texts as one row of live positions."""
         prepared = batch.prepared or self._prepare_segments(batch)
         start = self.start_of(batch)
-        contributions = self.contributions(start)
+        below = self.below_of(batch)
+        contributions = self.contributions_for(batch, start, below)
         outside = prepared.outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         index = prepared.packed.unpack(self.device)
-        below = self.below_of(batch)
         vectors = embed_laid(self, index, contributions, None if below is None else torch.cat(below))
         parts = [part.to(vectors.dtype) for part in outside]
         attention = build_attention(prepared.layout.segments, parts, vectors.device, prepared.tables(index))
@@ -138,13 +143,14 @@ class PromptedCausal(PaddedCausal):
         row_trees = batch.trees
         assert row_trees is not None and self.head is not None
         start = self.start_of(batch)
-        below = self._labels_below(batch, start) if start else None
-        batch = self.by_contribution(batch)
-        contributions = self.contributions(start)
-        outside = plan_outside(batch, self.only_at(self.num_prefix, start))
-        laid = lay_out_labels(batch, self.only_at(self.num_vectors, start), outside)
+        inputs, labels = self._labels_below(batch, start) if start else ([], [])
+        contributions = self.contributions_for(batch, start, inputs)
+        num_vectors = self.counts_for(batch, self.num_vectors, start)
+        outside = plan_outside(batch, self.counts_for(batch, self.num_prefix, start))
+        batch = self.number_readers(batch)
+        laid = lay_out_labels(batch, num_vectors, outside)
         index = to_index(laid.layout, self.device)
-        vectors = embed_laid(self, index, contributions, below)
+        vectors = embed_laid(self, index, contributions, torch.cat([*inputs, *labels]) if start else None)
         found = outside.collect(batch, [keys_values_of(contribution) for contribution in contributions])
         parts = [part.to(vectors.dtype) for part in found]
         attention = build_tree_attention(laid.layout.segments, laid.trees, parts, vectors.device)
@@ -192,34 +198,24 @@ class PromptedCausal(PaddedCausal):
     def _read_below(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
         """What the layers below leave of each row after its context, and the context's keys/values in those above."""
         start = work.start_layer
-        texts = [tokens if len(tokens) else np.array([work.pad_id]) for tokens in work.tokens]
-        lengths = list(map(len, texts))
-        vectors = self.embed_tokens(np.concatenate(texts))
-        before = [work.lead] if work.lead else []
-        num_before = work.lead.length if work.lead else 0
-        attention = build_attention(segments_of(lengths, num_before), before, vectors.device)
+        held = self.read_contexts_of(work) if self.has_contexts else []
+        own = own_texts(work)
+        texts = [tokens if len(tokens) else np.array([work.pad_id]) for tokens in own]
+        before, outside = below_contexts(held, work)
+        builder = LayoutBuilder([])
+        for text, some in zip(texts, before, strict=True):
+            builder.add(builder.take(text), some, parent=None)
+        laid = builder.finish()
+        vectors = self.embed_tokens(laid.tokens)
         with self.layer_parts.below(start) as captured:
-            self._run_segments(vectors, num_before + places_of(lengths), attention)
+            self._run_segments(vectors, laid.position_ids, build_attention(laid.segments, outside, vectors.device))
         assert captured.hidden is not None
-        rows = captured.hidden[0].split(lengths)
-        rows = [hidden[: len(tokens)] for hidden, tokens in zip(rows, work.tokens, strict=True)]
-        if not self.has_contexts:
-            return [(hidden,) for hidden in rows]
-        # Every rank makes this pass, also where none of its rows has a context.
-        own = [count for count in work.lengths if count] or [1]
-        hidden = torch.cat([row[:count] for row, count in zip(rows, work.lengths, strict=True)])
-        hidden = hidden if len(hidden) else self.no_hidden(1)
-        recorded = RecordedSegments(segments_of(own), [], vectors.device)
-        with self.layer_parts.above(start, hidden[None]):
-            self._run_segments(self.no_vectors(len(hidden)), places_of(own), FromLayer(recorded, start))
-        cut = iter(recorded.cut())
-        return [
-            (row[count:], *next(cut).tensors) if count else (row,)
-            for row, count in zip(rows, work.lengths, strict=True)
-        ]
+        rows = captured.hidden[0].split(list(map(len, texts)))
+        hidden = [row[: len(tokens)] for row, tokens in zip(rows, own, strict=True)]
+        return with_contexts(hidden, held, start)
 
-    def _labels_below(self, batch: Batch, start: int) -> torch.Tensor:
-        """What the layers below leave of the tokens of all readers' inputs, then of those of their labels."""
+    def _labels_below(self, batch: Batch, start: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the layers below leave of the tokens of each reader's input, and of those of its labels."""
         found: dict[tuple[tuple[int, str], int], tuple[torch.Tensor, torch.Tensor]] = {}
         for lower in self.distinct_lowers:
             if lower.start == start:
@@ -228,7 +224,7 @@ class PromptedCausal(PaddedCausal):
                 for row, parts in self._rows_with_labels_below(batch, sorted(rows) or [0], lower).items():
                     found[lower.key, row] = parts
         parts = [found[self.lower_of(member).key, row] for row, member in batch.readers]
-        return torch.cat([of_input for of_input, _ in parts] + [of_labels for _, of_labels in parts])
+        return [of_input for of_input, _ in parts], [of_labels for _, of_labels in parts]
 
     def _rows_with_labels_below(
         self, batch: Batch, rows: list[int], lower: Lower
@@ -260,18 +256,6 @@ class PromptedCausal(PaddedCausal):
             segments=attention,
             use_cache=False,
         )
-
-
-def segments_of(lengths: list[int], num_before: int = 0) -> list[Segment]:
-    """Texts one after another, each of which reads itself, after so many positions from outside."""
-    contexts = (0,) if num_before else ()
-    ends = np.cumsum(lengths).tolist()
-    return [Segment(end - length, length, contexts, (), num_before) for length, end in zip(lengths, ends, strict=True)]
-
-
-def places_of(lengths: list[int]) -> np.ndarray:
-    """Each position's place in its own text."""
-    return np.concatenate([np.arange(length) for length in lengths])
 
 
 def check_inputs(shape: PretrainedConfig, path: str) -> None:

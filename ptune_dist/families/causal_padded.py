@@ -17,6 +17,7 @@ from ptune_dist.base.layers import layers_of
 from ptune_dist.data.batches import Batch, pad_rows
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.errors import UserError
+from ptune_dist.families.below_contexts import below_contexts, fill_empty, own_texts, with_contexts
 from ptune_dist.families.generation import name_vectors
 from ptune_dist.model.given_cache import GivenCache, keeps_more, pad_contexts
 from ptune_dist.model.keys_values import KeysValues, join_parts
@@ -63,7 +64,8 @@ class PaddedCausal(PromptedModel):
         contributions = self.contributions(start)
         texts = [text_of(batch, row) for row, _ in batch.readers]
         members = [member for _, member in batch.readers]
-        vectors, mask = self.embed(texts, members, contributions, below=below)
+        num_input = [len(batch.rests[row]) for row, _ in batch.readers]
+        vectors, mask = self.embed(texts, members, contributions, below=below, num_input=num_input)
         starts = [contributions[member].num_vectors + len(batch.rests[row]) - 1 for row, member in batch.readers]
         inputs = {"inputs_embeds": vectors, "attention_mask": mask}
         before = self._before(batch, contributions, vectors.dtype)
@@ -140,36 +142,36 @@ class PaddedCausal(PromptedModel):
 
     @torch.no_grad()
     def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
-        padded, present = pad_rows(work.tokens, work.pad_id)
-        inputs = {"input_ids": self.to_tensor(padded), "attention_mask": self.to_tensor(present)}
         if work.start_layer:
-            return self._read_padded_below(work, inputs)
+            return self._read_padded_below(work)
+        padded, present = pad_rows(work.tokens, work.pad_id)
         cache = GivenCache([], record=True)
+        inputs = {"input_ids": self.to_tensor(padded), "attention_mask": self.to_tensor(present)}
         self.inner(**inputs, past_key_values=cache)
         return [cache.cut(row, len(tokens)).tensors for row, tokens in enumerate(work.tokens)]
 
-    def _read_padded_below(self, work: Contexts, inputs: dict[str, Any]) -> list[tuple[torch.Tensor, ...]]:
+    def _read_padded_below(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:
         """What the layers below leave of each row after its context, and the context's keys/values in those above."""
-        if work.lead is not None:
-            inputs |= self._after([work.lead] * len(work.tokens), inputs["attention_mask"])
+        held = self.read_contexts_of(work) if self.has_contexts else []
+        own = own_texts(work)
+        padded, present = pad_rows([tokens if len(tokens) else np.array([work.pad_id]) for tokens in own], work.pad_id)
+        inputs = {"input_ids": self.to_tensor(padded), "attention_mask": self.to_tensor(present)}
+        before, outside = below_contexts(held, work)
+        joined = [join_parts([outside[number] for number in some.numbers]) for some in before]
+        if outside:
+            inputs |= self._after(fill_empty(joined), inputs["attention_mask"])
         with self.layer_parts.below(work.start_layer) as captured:
             self.inner(**inputs, use_cache=False)
         assert captured.hidden is not None
-        lengths = work.lengths or [0] * len(work.tokens)
-        own = [row[count : len(t)] for row, count, t in zip(captured.hidden, lengths, work.tokens, strict=True)]
-        if not self.has_contexts:
-            return [(hidden,) for hidden in own]
-        # Every rank makes this pass, also where none of its rows has a context.
-        longest = max(*lengths, 1)
-        cache = GivenCache([], record=True)
-        mask = torch.arange(longest, device=self.device) < self.to_tensor(np.maximum(lengths, 1))[:, None]
-        hidden = captured.hidden[:, :longest]
-        with self.layer_parts.above(work.start_layer, hidden):
-            self.inner(
-                inputs_embeds=self.no_vectors(*hidden.shape[:2]), attention_mask=mask.long(), past_key_values=cache
-            )
-        found = enumerate(zip(own, lengths, strict=True))
-        return [(hidden, *cache.cut(row, count).tensors) if count else (hidden,) for row, (hidden, count) in found]
+        hidden = [row[: len(tokens)] for row, tokens in zip(captured.hidden, own, strict=True)]
+        return with_contexts(hidden, held, work.start_layer)
+
+    def read_contexts_of(self, work: Contexts) -> list[KeysValues]:
+        """The keys and values [L, C, G, Dh] of rows' contexts; every rank makes this pass, also where none has one."""
+        nothing = np.array([work.pad_id])
+        texts = [tokens[:count] if count else nothing for tokens, count in zip(work.tokens, work.lengths, strict=True)]
+        found = zip(self.read_contexts(Contexts(texts, work.pad_id)), work.lengths, strict=True)
+        return [KeysValues.of(some).cut(slice(count)) for some, count in found]
 
     def run_layers(self, vectors: torch.Tensor) -> None:
         self.inner(inputs_embeds=vectors, use_cache=False)

@@ -6,7 +6,8 @@ others of the virtual tokens too. Each pass reads the same tokens in both.
 Shapes: N live positions, H hidden size, n rows in progress, m rows that enter, V vocabulary.
 """
 
-from typing import Any, cast
+import dataclasses
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -55,16 +56,38 @@ class LowerHalf(SegmentDecoder):
 
 
 class UpperHalf(SegmentDecoder):
-    """The layers from the prompt on, which read the virtual tokens and what `lower` has left of the tokens."""
+    """The layers from the prompt on, which read the virtual tokens and what `lower` has left of the tokens.
+
+    Where virtual tokens depend on rows, each row that enters has its own.
+    """
 
     def __init__(self, model: Any, number: int, lower: LowerHalf):
         super().__init__(model, number)
         self._lower = lower
+        self._lengths: list[int] = []  # of the inputs that the current pass reads
+
+    def _count_vectors(self, new: Batch | None) -> list[int]:
+        if not self._model.prompt_of(self._number).reads_rows:
+            return super()._count_vectors(new)
+        self._lengths = [] if new is None else [len(rest) for rest in new.rests]
+        return [self._contribution.num_vectors] * len(self._lengths)
+
+    def _number_of(self, row: int) -> int:
+        return row if self._model.prompt_of(self._number).reads_rows else 0
+
+    def _contributions(self) -> list[Contribution]:
+        """By number; inputs stand after the newest tokens of rows in progress."""
+        prompt = self._model.prompt_of(self._number)
+        if not prompt.reads_rows:
+            return [self._contribution]
+        num_read = sum(self._lengths)
+        inputs = self._lower.hidden[len(self._lower.hidden) - num_read :].split(self._lengths)
+        return prompt.of_rows(list(inputs)) if self._lengths else []
 
     def _run(self, laid: Layout, attention: SegmentAttention) -> torch.Tensor:
         assert self._model.head is not None
         index = to_index(laid, self._model.device)
-        vectors = embed_laid(self._model, index, [self._contribution], self._lower.hidden)
+        vectors = embed_laid(self._model, index, self._contributions(), self._lower.hidden)
         late = Late(self._model, self._model.start_layers[self._number])
         return self._model.head.logits(supervise_laid(index, laid.reader, vectors, attention, late))
 
@@ -73,11 +96,11 @@ class LateDecoder:
     """`model.decode.Decoder` over segments, of rows without contexts."""
 
     enters_any_time = True
-    shares_beginnings = True
     needs_contexts = False
     takes_contexts = False
 
     def __init__(self, model: Any, number: int):
+        self.shares_beginnings = not model.prompt_of(number).reads_rows  # virtual tokens stand before an input
         self._lower = LowerHalf(model, number)
         self._upper = UpperHalf(model, number, self._lower)
 
@@ -103,6 +126,14 @@ class LateDecoder:
         return order
 
 
+class Reread(NamedTuple):
+    """The tokens of a row in progress."""
+
+    context: np.ndarray
+    rest: np.ndarray
+    answer: np.ndarray
+
+
 class RereadingDecoder:
     """`model.decode.Decoder` that keeps nothing of a row but its tokens, and reads it whole for each new one.
 
@@ -118,8 +149,8 @@ class RereadingDecoder:
     def __init__(self, model: PromptedModel, number: int):
         self._model = model
         self._number = number
-        self._rows: list[tuple[np.ndarray, np.ndarray]] = []  # context and rest of those in progress, answers included
-        self._entering: list[tuple[np.ndarray, np.ndarray]] = []
+        self._rows: list[Reread] = []  # those in progress
+        self._entering: list[Reread] = []
 
     def own_length(self, context: np.ndarray, rest: np.ndarray) -> int:
         return len(context) + self._model.num_virtual(self._number) + len(rest)
@@ -128,11 +159,17 @@ class RereadingDecoder:
         raise NotImplementedError("every row is read whole")
 
     def run(self, tokens: list[int], new: Batch, *, is_any_new: bool, is_new: bool) -> torch.Tensor:
-        self._rows = [(c, np.append(rest, token)) for (c, rest), token in zip(self._rows, tokens, strict=True)]
-        self._entering = list(zip(new.contexts, new.rests, strict=True)) if is_new else []
+        nothing = np.zeros(0, np.int64)
+        self._rows = [
+            Reread(row.context, row.rest, np.append(row.answer, token))
+            for row, token in zip(self._rows, tokens, strict=True)
+        ]
+        self._entering = []
+        if is_new:
+            self._entering = [Reread(*parts, nothing) for parts in zip(new.contexts, new.rests, strict=True)]
         rows = self._rows + self._entering
         if not rows:  # for a pass that only other ranks need
-            rows = [(np.zeros(0, np.int64), np.array([new.pad_id]))]
+            rows = [Reread(nothing, np.array([new.pad_id]), nothing)]
         return self._read(rows, new.pad_id)
 
     def settle(self, leaving: list[int], entering: list[int], needs: list[int]) -> list[int]:
@@ -143,13 +180,23 @@ class RereadingDecoder:
         self._entering = []
         return order
 
-    def _read(self, rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> torch.Tensor:
+    def _read(self, rows: list[Reread], pad_id: int) -> torch.Tensor:
         """Logits [n + m, V] after each row."""
         model = self._model
         assert model.head is not None
-        contexts, rests = (list(parts) for parts in zip(*rows, strict=True))
-        wanted = [np.zeros(1, np.int64)] * len(rows)  # a placeholder: what stands after the row
+        contexts, rests, answers = (list(parts) for parts in zip(*rows, strict=True))
+        targets = [np.append(answer, 0) for answer in answers]  # what stands after the row, which nothing reads
         member = model.member_of(self._number)
         readers = [(row, member) for row in range(len(rows))]
-        batch = Batch(contexts, rests, wanted, readers, pad_id, tasks=[0] * len(rows))
-        return model.head.logits(model.supervise(model.read_below(batch)))
+        batch = Batch(contexts, rests, targets, readers, pad_id, tasks=[0] * len(rows))
+        asked = model.supervise(model.read_below(batch))
+        lasts = np.cumsum([len(target) for target in targets]) - 1
+        last = model.to_tensor(lasts)
+        asked = dataclasses.replace(
+            asked,
+            rows=asked.rows[last],
+            places=asked.places[last],
+            targets=asked.targets[last],
+            reader=asked.reader[lasts],
+        )
+        return model.head.logits(asked)

@@ -99,7 +99,8 @@ class SegmentDecoder:
         self._pools.lead = join_parts(parts)
 
     def run(self, tokens: list[int], new: Batch, *, is_any_new: bool, is_new: bool) -> torch.Tensor:
-        builder = LayoutBuilder([self._contribution.num_vectors])
+        reads_new = is_new or not tokens
+        builder = LayoutBuilder(self._count_vectors(new if reads_new else None))
         pools = self._pools.in_order
         for pool in pools:
             pool.make_room()
@@ -107,7 +108,7 @@ class SegmentDecoder:
             run = builder.add(builder.take(np.array([token])), Before((), length), parent=None)
             builder.predict(np.array([run[0]]), np.zeros(1), 0)
         self._entering = None
-        if is_new or not tokens:
+        if reads_new:
             self._entering = self._lay_out_new(builder, new)
         laid = builder.finish()
         recorded = self._entering.recorded if self._entering else None
@@ -127,6 +128,14 @@ class SegmentDecoder:
         self._entering = None
         return self._pools.settle(leaving, new, dict(zip(new, needs, strict=True)))
 
+    def _count_vectors(self, new: Batch | None) -> list[int]:
+        """Of the virtual tokens that rows of `new` may read, so many belong to each number of `_number_of`."""
+        return [self._contribution.num_vectors]
+
+    def _number_of(self, row: int) -> int:
+        """Which of those a row of a new batch reads."""
+        return 0
+
     def _lay_out_new(self, builder: LayoutBuilder, new: Batch) -> Entering:
         """Segments of rows that enter, numbered from the first of them."""
         lead = self._pools.lead
@@ -141,7 +150,7 @@ class SegmentDecoder:
             source = builder.take(rest)
             own = Before()
             if not self._is_prompt_read:
-                source = np.concatenate([builder.virtual(0), source])
+                source = np.concatenate([builder.virtual(self._number_of(row)), source])
                 own = outside.of(row, 0)
             numbers = (*range(first_part), *(first_part + number for number in own.numbers))
             run = builder.add(source, Before(numbers, self._pools.num_lead + own.length), parent=None)

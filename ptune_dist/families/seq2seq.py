@@ -28,8 +28,22 @@ from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
 from ptune_dist.families.seq2seq_decoder import Seq2SeqDecoder
 from ptune_dist.model.encoder_output import EncoderOutput
+from ptune_dist.model.given_cache import GivenCache, cut_layers
+from ptune_dist.model.members import contributions_in_eval
 from ptune_dist.model.passes import Contexts, Supervised
 from ptune_dist.model.prompted_model import PromptedModel
+from ptune_dist.model.seq2seq_prefix import (
+    PREFIX,
+    GivenPair,
+    Prefixes,
+    check_lengths,
+    open_cache,
+    open_encoder,
+    prefixes_of,
+    unread,
+)
+from ptune_dist.prompts.method import Contribution
+from ptune_dist.prompts.stacks import ALL, CROSS, DECODER, ENCODER, STACKS
 
 REFUSED = {  # model type -> why
     "encoder-decoder": "join two models, each with a configuration of its own: use a model of one architecture",
@@ -48,9 +62,9 @@ class ReadInputs(NamedTuple):
     mask: torch.Tensor
     crossed: DynamicCache
 
-    def inputs(self) -> dict[str, Any]:
-        """Inputs of a pass over the decoder."""
-        cache = EncoderDecoderCache(DynamicCache(), self.crossed)
+    def inputs(self, own: DynamicCache | GivenCache) -> dict[str, Any]:
+        """Inputs of a pass over the decoder that has read `own` before."""
+        cache = EncoderDecoderCache(own, self.crossed)
         return {"encoder_outputs": EncoderOutput(self.hidden), "attention_mask": self.mask, "past_key_values": cache}
 
 
@@ -58,6 +72,12 @@ class PromptedSeq2Seq(PromptedModel):
     """Rows are padded; every reader has its own virtual tokens."""
 
     needs_empty_contexts = True  # the decoder wants something of every encoder's input
+
+    def __init__(self, base: PreTrainedModel, *args: Any, **options: Any):
+        super().__init__(base, *args, **options)
+        if any(contribution.encoder_keys is not None for contribution in contributions_in_eval(list(self.members()))):
+            open_encoder(base)
+        check_lengths(base, self.num_prefix)
 
     def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
         return count_padded(self, units, examples, with_contexts=with_contexts)
@@ -68,13 +88,39 @@ class PromptedSeq2Seq(PromptedModel):
         members = [member for _, member in readers]
         start = [self.base.config.decoder_start_token_id]
         written = [np.concatenate([start, batch.targets[row][:-1]]) for row, _ in readers]
-        inputs = self.source(batch, members) if batch.read is None else batch.read.inputs()
+        contributions = self.contributions(self.start_layers[members[0]])
+        inputs = {} if batch.read is not None else self.source(batch, members)
+        starts = [0] * len(readers)
         if self.placement == "decoder":
             embeddings = self.base.get_decoder().get_input_embeddings()
-            inputs["decoder_inputs_embeds"], _ = self.embed(written, members, embeddings=embeddings)
-            return self.supervise_rows(batch, [self.num_virtual(member) for member in members], **inputs)
-        inputs["decoder_input_ids"] = self.to_tensor(pad_rows(written, batch.pad_id)[0])
-        return self.supervise_rows(batch, [0] * len(readers), **inputs)
+            vectors, mask = self.embed(written, members, contributions, embeddings=embeddings)
+            inputs["decoder_inputs_embeds"] = vectors + unread(contributions)
+            starts = [contributions[member].num_vectors for member in members]
+        else:
+            ids, present = pad_rows(written, batch.pad_id)
+            inputs["decoder_input_ids"] = self.to_tensor(ids)
+            mask = self.to_tensor(present)
+        own = prefixes_of(DECODER, members, contributions, self.no_hidden(0))
+        if own is not None:
+            inputs["decoder_attention_mask"] = own.before(mask)
+        if batch.read is not None:
+            inputs |= batch.read.inputs(DynamicCache() if own is None else GivenCache(own.layers))
+        else:
+            inputs |= self.before_decoder(inputs, members, own, contributions)
+        return self.supervise_rows(batch, starts, **inputs)
+
+    def before_decoder(
+        self, inputs: dict[str, Any], members: list[int], own: Prefixes | None, contributions: list[Contribution]
+    ) -> dict[str, Any]:
+        """Inputs of a pass whose decoder reads prefixes: those of its self-attention are `own`."""
+        cross = prefixes_of(CROSS, members, contributions, self.no_hidden(0))
+        if own is None and cross is None:
+            return {}
+        caches = [GivenCache([] if prefixes is None else prefixes.layers) for prefixes in (own, cross)]
+        found: dict[str, Any] = {"past_key_values": GivenPair(*caches)}
+        if cross is not None:
+            found["attention_mask"] = cross.before(inputs["attention_mask"])
+        return found
 
     def source(self, batch: Batch, members: list[int]) -> dict[str, Any]:
         """What the encoder reads of every reader, with contributions `members`; or what it left of contexts."""
@@ -86,9 +132,16 @@ class PromptedSeq2Seq(PromptedModel):
             return {"encoder_outputs": EncoderOutput(pad_sequence(hidden, batch_first=True)), "attention_mask": read}
         start = self.start_layers[members[0]]
         texts = [batch.rests[row] for row in rows]
-        vectors, mask = self.embed(texts, members, self.contributions(start), below=self.below_of(batch, members))
+        contributions = self.contributions(start)
+        vectors, mask = self.embed(texts, members, contributions, below=self.below_of(batch, members))
+        prefixes = prefixes_of(ENCODER, members, contributions, vectors)
         if not start:
-            return {"inputs_embeds": vectors, "attention_mask": mask}
+            inputs = {"inputs_embeds": vectors + unread(contributions), "attention_mask": mask}
+            if prefixes is None:
+                return inputs
+            inputs |= {"attention_mask": prefixes.before(mask), PREFIX: GivenCache(prefixes.layers)}
+            hidden = self.base.get_encoder()(**inputs)[0]
+            return {"encoder_outputs": EncoderOutput(hidden), "attention_mask": mask}
         no_vectors = self.no_vectors(*vectors.shape[:2])
         with self.layer_parts.above(start, vectors):
             hidden = self.base.get_encoder()(inputs_embeds=no_vectors, attention_mask=mask)[0]
@@ -135,14 +188,19 @@ class PromptedSeq2Seq(PromptedModel):
         """The encoder once, and once the keys and values of its output that the decoder's layers read."""
         if len(set(self.start_layers)) > 1:  # the readers' passes are several
             return batch
-        hidden, mask = self.encode(batch, [member for _, member in self.by_contribution(batch).readers])
+        members = [member for _, member in self.by_contribution(batch).readers]
+        hidden, mask = self.encode(batch, members)
+        cross = prefixes_of(CROSS, members, self.contributions(), hidden)
         crossed = DynamicCache()
+        if cross is not None:
+            crossed = cross.cache()
+            mask = cross.before(mask)
         start = torch.full((len(batch.readers), 1), self.base.config.decoder_start_token_id, device=mask.device)
         self.base(
             encoder_outputs=EncoderOutput(hidden),
             attention_mask=mask,
             decoder_input_ids=start,
-            past_key_values=EncoderDecoderCache(DynamicCache(), crossed),
+            past_key_values=open_cache(DynamicCache(), crossed),
             use_cache=True,
         )
         return dataclasses.replace(batch, read=ReadInputs(hidden, mask, crossed))
@@ -161,9 +219,36 @@ class PromptedSeq2Seq(PromptedModel):
             hidden = encoder(**inputs)[0]
         return [(row[: len(tokens)].clone(),) for row, tokens in zip(hidden, work.tokens, strict=True)]
 
+    @torch.no_grad()
+    def read_start(self, work: Contexts) -> tuple[torch.Tensor, ...]:
+        """Keys and values of the stacks that the placement has: the encoder reads a text, the decoder writes it.
+
+        The decoder begins with its start token, so that the text's last token is left out there.
+        """
+        if work.start_layer:
+            return super().read_start(work)
+        (text,) = work.tokens
+        recorded = {name: GivenCache([], record=True) for name in ALL}
+        ids = self.to_tensor(text)[None]
+        given = {}
+        if ENCODER in STACKS[self.placement]:
+            open_encoder(self.base)
+            given = {PREFIX: recorded[ENCODER]}
+        hidden = self.base.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids), **given)[0]
+        written = np.concatenate([[self.base.config.decoder_start_token_id], text[:-1]])
+        self.base(
+            encoder_outputs=EncoderOutput(hidden),
+            attention_mask=torch.ones_like(ids),
+            decoder_input_ids=self.to_tensor(written)[None],
+            past_key_values=GivenPair(recorded[DECODER], recorded[CROSS]),
+            use_cache=False,
+        )
+        layers = [pair for name in STACKS[self.placement] for pair in recorded[name].recorded]
+        return cut_layers(layers, 0, len(text)).tensors
+
     def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:
-        """The decoder's start token, after the virtual tokens where the decoder reads them."""
-        return 1 + (num_virtual if self.placement == "decoder" else 0)
+        """The decoder's start token, after what the decoder reads of the prompt."""
+        return 1 + (num_virtual if self.placement == "decoder" or any(self.num_prefix) else 0)
 
 
 def count_padded(model: PromptedModel, units: list[Unit], examples: Examples, *, with_contexts: bool) -> int:
@@ -186,7 +271,7 @@ class Seq2Seq(Family):
     auto_class = AutoModelForSeq2SeqLM
     architectures = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     model_class = PromptedSeq2Seq
-    placements = ("prefix", "encoder", "decoder")
+    placements = ("prefix", "encoder", "decoder", "both")
     peft_task = "SEQ_2_SEQ_LM"
 
     def is_own(self, shape: PretrainedConfig) -> bool:

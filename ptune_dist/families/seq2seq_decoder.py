@@ -19,6 +19,8 @@ from ptune_dist.model.encoder_output import EncoderOutput
 from ptune_dist.model.members import vectors_of
 from ptune_dist.model.passes import Supervised
 from ptune_dist.model.prompted_model import PromptedModel
+from ptune_dist.model.seq2seq_prefix import open_cache, prefixes_of
+from ptune_dist.prompts.stacks import CROSS, DECODER
 
 KEPT_SHARE = 0.75  # the batch shrinks where so few of its rows or fewer are in progress
 
@@ -76,7 +78,7 @@ class Seq2SeqDecoder:
         encoded = self._encode(new, [self._number] * len(new.rests)) if is_any_new else None
         if is_new:
             assert encoded is not None and not tokens, "rows begin together"
-            self._fresh = State(*encoded, EncoderDecoderCache(DynamicCache(), DynamicCache()))
+            self._fresh = self._open_state(*encoded)
             return self._decode(self._fresh, self._first_vectors(len(new.rests)))
         if not tokens:  # for a pass that only other ranks need
             width = self._model.base.config.get_text_config(decoder=True).hidden_size
@@ -99,6 +101,15 @@ class Seq2SeqDecoder:
         order = [row for row in range(len(self._places)) if row not in leaving]
         self._places = [self._places[row] for row in order]
         return order
+
+    def _open_state(self, hidden: torch.Tensor, mask: torch.Tensor) -> State:
+        """Rows that a decoder has read nothing of but the prompt's own keys and values, which stand first."""
+        members = [self._number] * len(mask)
+        contributions = self._model.contributions()
+        own = prefixes_of(DECODER, members, contributions, hidden)
+        cross = prefixes_of(CROSS, members, contributions, hidden)
+        caches = [DynamicCache() if prefixes is None else prefixes.cache() for prefixes in (own, cross)]
+        return State(hidden, mask if cross is None else cross.before(mask), open_cache(*caches))
 
     def _first_vectors(self, num_rows: int) -> torch.Tensor:
         """The start token, after the virtual tokens where the decoder reads them: [S, P + 1, D]."""

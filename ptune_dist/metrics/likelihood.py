@@ -24,4 +24,4 @@ def accuracy(labels: Sequence[str], references: References) -> float:
 
 LOSS = Metric("loss", "losses", mean_loss, higher_is_better=False)
 PERPLEXITY = Metric("perplexity", "losses", perplexity, higher_is_better=False)
-ACCURACY = Metric("accuracy", "label_losses", accuracy)
+ACCURACY = Metric("accuracy", "label_losses", accuracy, is_mean=True)

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 from ptune_dist.errors import UserError
 
 Need = Literal["losses", "label_losses", "answers", "values"]
+Interval = tuple[float, float]
 References = Sequence[Sequence[Any]]  # one or several for each row
 
 
@@ -37,7 +38,8 @@ class Metric:
 
     compute: answers and references, one entry for each row, to the number. package: the library on PyPI that computes
     it; module: the name that it is imported by. signature: from the references to a text that says exactly how the
-    number is computed, to be quoted with it.
+    number is computed, to be quoted with it. is_mean: the number is the mean over rows of what one row alone gives.
+    interval, p_value: as `bootstrap` and `paired_p_value` of `metrics.intervals`, where the library resamples faster.
     """
 
     name: str
@@ -47,6 +49,9 @@ class Metric:
     package: str | None = None
     module: str | None = None
     signature: Callable[[References], str] | None = None
+    is_mean: bool = False
+    interval: Callable[[Sequence[Any], References, int], Interval] | None = None
+    p_value: Callable[[Sequence[Any], Sequence[Any], References, int], float] | None = None
 
     def check_available(self) -> None:
         """Raise UserError where the library is not installed."""

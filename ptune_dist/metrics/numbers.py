@@ -43,6 +43,6 @@ def correlate(function: Callable[..., Any], values: Sequence[float], references:
     return found if math.isfinite(found) else 0.0
 
 
-MSE = Metric("mse", "values", mse, higher_is_better=False)
+MSE = Metric("mse", "values", mse, higher_is_better=False, is_mean=True)
 PEARSON = Metric("pearson", "values", pearson, package="scipy", module="scipy")
 SPEARMAN = Metric("spearman", "values", spearman, package="scipy", module="scipy")

@@ -25,7 +25,7 @@ def rouge(kind: str, answers: Sequence[str], references: References) -> float:
 
 
 def build_rouge(kind: str) -> Metric:
-    return Metric(kind, "answers", partial(rouge, kind), package="rouge-score", module="rouge_score")
+    return Metric(kind, "answers", partial(rouge, kind), package="rouge-score", module="rouge_score", is_mean=True)
 
 
 ROUGE_1 = build_rouge("rouge1")

@@ -49,6 +49,6 @@ def overlap(answer: str, reference: str) -> float:
     return 2 * num_common / (len(words) + len(wanted))
 
 
-EXACT_MATCH = Metric("exact_match", "answers", exact_match)
-F1 = Metric("f1", "answers", f1)
-SQUAD_EM = Metric("squad_em", "answers", squad_em)
+EXACT_MATCH = Metric("exact_match", "answers", exact_match, is_mean=True)
+F1 = Metric("f1", "answers", f1, is_mean=True)
+SQUAD_EM = Metric("squad_em", "answers", squad_em, is_mean=True)

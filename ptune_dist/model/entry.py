@@ -139,8 +139,10 @@ def hold_above(batch: Batch, start: int) -> Batch:
     parts = [(HeldPart(("above", start, c.tobytes()), len(c)),) if len(c) else () for c in batch.contexts]
     if batch.below is None:
         return replace(batch, held=None, held_parts=parts)
-    below = batch.below[Lower(start).key]
-    held = [(row.context,) if row is not None and row.context else () for row in below]
+    # However the layers below read the rows, their contexts are the same.
+    found = zip(*(rows for (layer, _), rows in batch.below.items() if layer == start), strict=True)
+    contexts = [next((row.context for row in rows if row is not None and row.context), None) for rows in found]
+    held = [() if context is None else (context,) for context in contexts]
     return replace(batch, held=held, held_parts=parts)
 
 

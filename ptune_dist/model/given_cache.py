@@ -20,6 +20,8 @@ from ptune_dist.prompts.layer_tensors import Layers
 # Kinds of layers that keep something else than keys and values, or something beside them.
 STATES = {"conv", "indexed_attention", "linear_attention", "mamba", "recurrent"}
 WITHOUT_KEYS = {"conv", "linear_attention", "mamba", "mlp", "moe", "recurrent"}
+# MiniMax takes no cache but its own kind, and RecurrentGemma's states begin anew at position 0 only.
+OWN_STATES = ("minimax", "recurrent_gemma")
 # Their attention reads something else than keys and values too.
 UNKNOWN = {"compressed_sparse_attention", "heavily_compressed_attention", "indexed_attention"}
 
@@ -100,16 +102,19 @@ def keeps_more(base: PreTrainedModel) -> bool:
 
 
 def layer_heads(base: PreTrainedModel) -> tuple[tuple[int, int, int], ...] | None:
-    """Of each layer, the heads that its keys and values have of a position, and the widths of a key and of a value.
+    """Of each layer, how many heads its keys and values have of a position, and the widths of a key and of a value.
 
     No heads where a layer has no attention. None for a base that cannot be given keys and values.
     """
     text = base.config.get_text_config(decoder=True)
     found = heads_by_layer(base.config)
-    kinds = getattr(text, "layer_types", None) or [None] * len(found)
-    if text.model_type == "minimax":  # it takes no cache but its own kind
+    kinds = list(getattr(text, "layer_types", None) or [])
+    shares_keys = bool(getattr(text, "num_kv_shared_layers", 0))
+    if text.model_type in OWN_STATES or set(kinds) & UNKNOWN or shares_keys or (keeps_more(base) and not kinds):
         return None
-    if set(kinds) & UNKNOWN or len(kinds) != len(found) or getattr(text, "num_kv_shared_layers", 0):
+    if not set(kinds) & WITHOUT_KEYS:
+        kinds = [""] * len(found)
+    if len(kinds) != len(found):
         return None
     if not any(kind not in WITHOUT_KEYS and heads[0] and heads[1] for kind, heads in zip(kinds, found, strict=True)):
         return None

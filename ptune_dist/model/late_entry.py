@@ -22,7 +22,7 @@ from ptune_dist.model.entry import Below, Lower, Part, hold_above, split_by_star
 from ptune_dist.model.layout import text_of
 from ptune_dist.model.members import MemberPrompts, contributions_in_eval
 from ptune_dist.model.passes import Contexts, Supervised
-from ptune_dist.prompts.method import Method
+from ptune_dist.prompts.method import Contribution, Method
 
 
 class LateEntry(MemberPrompts):
@@ -44,6 +44,32 @@ class LateEntry(MemberPrompts):
         Keys and values [L, C, G, Dh], or the output of a seq2seq base's encoder [C, D].
         """
         raise NotImplementedError
+
+    def read_start(self, work: Contexts) -> tuple[torch.Tensor, ...]:
+        """What a prompt starts from that starts from the only text of `work`: see `Method.begin_from`."""
+        return self.read_contexts(work)[0]
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether what some prompt contributes depends on the row."""
+        return any(prompt.reads_rows for prompt in self.members())
+
+    def vectors_for(
+        self, numbers: list[int], below: list[torch.Tensor] | None, num_input: list[int]
+    ) -> dict[int, Contribution]:
+        """What readers get whose prompts depend on their rows, by reader.
+
+        numbers: of the readers' contributions. below: what the layers below left of their texts, [T, H] each, of which
+        so many tokens are input.
+        """
+        found: dict[int, Contribution] = {}
+        for number in dict.fromkeys(numbers):
+            prompt = self.prompt_of(number)
+            if prompt.reads_rows and below is not None:
+                own = [reader for reader, other in enumerate(numbers) if other == number]
+                inputs = [below[reader][: num_input[reader]] for reader in own]
+                found |= dict(zip(own, prompt.of_rows(inputs), strict=True))
+        return found
 
     @property
     def late_starts(self) -> list[int]:
@@ -122,6 +148,37 @@ class LateEntry(MemberPrompts):
         """Hidden states [count, H] that stand for nothing."""
         dtype = cast(nn.Embedding, self.base.get_input_embeddings()).weight.dtype
         return torch.zeros(count, hidden_size(self.base), dtype=dtype, device=self.device)
+
+    def number_readers(self, batch: Batch) -> Batch:
+        """As `by_contribution`, where a reader whose vectors depend on its row has a number of its own, after all."""
+        batch = self.by_contribution(batch)
+        if not self.reads_rows:
+            return batch
+        first = len(self.num_vectors)
+        readers = [
+            (row, first + place if self.prompt_of(number).reads_rows else number)
+            for place, (row, number) in enumerate(batch.readers)
+        ]
+        return replace(batch, readers=readers)
+
+    def counts_for(self, batch: Batch, counts: list[int], start: int) -> list[int]:
+        """Counts of contributions that enter at layer `start`, by the numbers of `number_readers`."""
+        own = self.only_at(counts, start)
+        if not self.reads_rows:
+            return own
+        is_own = [self.prompt(member).reads_rows for _, member in batch.readers]
+        numbers = [self.number_of(member) for _, member in batch.readers]
+        return own + [own[number] if reads else 0 for number, reads in zip(numbers, is_own, strict=True)]
+
+    def contributions_for(self, batch: Batch, start: int, below: list[torch.Tensor] | None) -> list[Contribution]:
+        """What the members add to a pass from layer `start` on, by the numbers of `number_readers`."""
+        found = self.contributions(start)
+        if not self.reads_rows:
+            return found
+        num_input = [len(batch.rests[row]) for row, _ in batch.readers]
+        numbers = [self.number_of(member) for _, member in batch.readers]
+        own = self.vectors_for(numbers, below, num_input)
+        return found + [own.get(reader, Contribution()) for reader in range(len(batch.readers))]
 
     def only_at(self, counts: list[int], start: int) -> list[int]:
         """Counts of the contributions that enter at layer `start`, and 0 for the others."""

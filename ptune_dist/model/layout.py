@@ -281,4 +281,5 @@ class LayoutBuilder:
 
     def finish(self) -> Layout:
         parts = (self._source, self._positions, self._predicts, self._targets, self._reader, self._tokens)
-        return Layout(self.segments, *(np.concatenate(part).astype(np.int64) for part in parts))
+        nothing = np.zeros(0, np.int64)
+        return Layout(self.segments, *(np.concatenate([nothing, *part]).astype(np.int64) for part in parts))

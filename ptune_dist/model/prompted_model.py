@@ -275,17 +275,23 @@ class PromptedModel(LateEntry):
         contributions: list[Contribution] | None = None,
         embeddings: nn.Module | None = None,
         below: list[torch.Tensor] | None = None,
+        num_input: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[virtual tokens, text] for each text: vectors [S, P + T, D] and their mask, padded right.
 
         `members`: the number of the contribution that each text is read with. `below`: what stands for each text,
-        [T, H], where layers below have read it.
+        [T, H], where layers below have read it. `num_input`: of each text, its tokens that are input; left out: all.
         """
         contributions = contributions or self.contributions()
         tokens = self.embed_tokens(np.concatenate(texts), embeddings) if below is None else torch.cat(below)
         virtual = [vectors_of(contribution, tokens) for contribution in contributions]
         parts = tokens.split([len(text) for text in texts])
-        rows = [torch.cat([virtual[member], part]) for member, part in zip(members, parts, strict=True)]
+        own = self.vectors_for(members, below, num_input or [len(text) for text in texts])
+        before = [
+            vectors_of(own[reader], tokens) if reader in own else virtual[member]
+            for reader, member in enumerate(members)
+        ]
+        rows = [torch.cat(pair) for pair in zip(before, parts, strict=True)]
         mask = pad_rows([np.ones(len(row)) for row in rows], 0)[0]
         # Zero: under ZeRO-3 every rank needs the same backward pass, whichever members its rows are for.
         unread = sum(vectors[:0].sum() for vectors in virtual)

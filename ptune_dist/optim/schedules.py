@@ -3,9 +3,10 @@
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from ptune_dist.config.schema import TrainConfig
 
@@ -24,5 +25,5 @@ def cached_curve(name: str, learning_rate: float, warmup_steps: int, max_steps: 
 
     given: dict[str, Any] = json.loads(options)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
-    scheduler = get_scheduler(name, optimizer, warmup_steps, max_steps, given)
+    scheduler = cast(LambdaLR, get_scheduler(name, optimizer, warmup_steps, max_steps, given))
     return scheduler.lr_lambdas[0]

@@ -40,9 +40,7 @@ class AdaptionPrompt(Method):
     placements = ("prefix",)
     starts = ("random", "file")
     default_start = "random"
-    default_training = TrainingDefaults(
-        5e-3
-    )  # PEFT's comparison on MetaMathQA; 9e-3 in the paper, with two epochs of warm-up
+    default_training = TrainingDefaults(9e-3, "Zhang et al. 2023; 5e-3 in PEFT's comparison on MetaMathQA")
     stands_in_sequence = False
     takes_positions = False
     is_gated = True

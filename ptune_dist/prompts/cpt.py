@@ -68,7 +68,7 @@ class Cpt(Method):
     placements = ("prefix",)
     starts = ("rows", "file")
     default_start = "rows"
-    default_training = TrainingDefaults(1e-3)
+    default_training = TrainingDefaults(1e-3, "tried on tiny bases: steps are short, for they end at a radius")
 
     embedding: torch.Tensor
     example_ids: torch.Tensor

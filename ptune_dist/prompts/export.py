@@ -12,7 +12,8 @@ from ptune_dist.common.files import replace_file
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
-from ptune_dist.prompts.peft_prefix import as_cartridge
+from ptune_dist.prompts.late_prompt import GENERATOR
+from ptune_dist.prompts.peft_prefix import as_cartridge, for_decoder
 from ptune_dist.prompts.start import BASE, read_adapter_settings
 
 # PEFT's types that exports are of.
@@ -26,6 +27,7 @@ OWN_ADAPTERS = (
     "ADAPTION_PROMPT",
 )
 CARTRIDGE = "cartridge"
+SEQ2SEQ = "seq2seq"
 POOLER = ".pooler."
 VALUE_HEAD = "value_head."
 
@@ -35,6 +37,7 @@ EXPORTED = {
     "peft": ADAPTER_FILES,
     CARTRIDGE: ADAPTER_FILES,
     "prompt-embeds": ("prompt_embeds.safetensors",),
+    "vectors": ("vectors.safetensors", "vectors.json"),
     "model": (),  # an earlier one could be anybody's model
 }
 
@@ -62,7 +65,7 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
     if METHODS[name].trains_base:
         raise UserError(f"--to {to}: PEFT has no {name}: use --to model")
     if "late_tokens" in tensors:
-        raise UserError(f"--to {to}: PEFT has no method whose virtual tokens enter at a later layer")
+        raise UserError(f"--to {to}: PEFT has no method whose virtual tokens enter at a later layer: use --to vectors")
     if to == CARTRIDGE and "prefix_keys" not in tensors:
         raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {name}: use --to peft")
     if "prefix_keys" in tensors and tensors["prefix_keys"].shape != tensors["prefix_values"].shape:
@@ -71,7 +74,10 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
     if known is not None and facts["base"]["model_type"] not in known:
         kind = facts["base"]["model_type"]
         raise UserError(f"--to peft: PEFT has {name} for {', '.join(known)} models only, not for {kind}")
-    if facts["placement"] not in ("prefix", "encoder"):
+    if "prefix_keys" in tensors and is_of_seq2seq(facts):
+        if facts["placement"] != "decoder":
+            raise UserError(f"--to {to}: PEFT's prefixes are the decoder's alone, which is prompt.placement=decoder")
+    elif facts["placement"] not in ("prefix", "encoder"):
         has_vectors = facts["placement"] != "decoder" and "prefix_keys" not in tensors
         other = ": use --to prompt-embeds" if has_vectors else ""
         raise UserError(f"--to {to}: PEFT has no placement {facts['placement']}{other}")
@@ -79,6 +85,10 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
         raise UserError(f"--to {to}: PEFT has no head that answers numbers for language models")
     if facts.get("options", {}).get("from_layer") and "lower_keys" not in tensors:
         raise UserError(f"--to {to}: PEFT's prefixes are in all layers, this one begins with prompt.from_layer")
+
+
+def is_of_seq2seq(facts: dict[str, Any]) -> bool:
+    return facts.get("base", {}).get("family") == SEQ2SEQ
 
 
 def export_peft(
@@ -100,6 +110,9 @@ def export_peft(
     if to == CARTRIDGE:  # an older prompt had no frozen positions
         num_frozen = tensors["frozen_values"].shape[1] if "frozen_values" in tensors else 0
         settings = as_cartridge(settings, num_frozen)
+    if "prefix_keys" in tensors and is_of_seq2seq(facts):
+        adapter = for_decoder(adapter, settings)
+        settings = adapter.settings
     modules = facts.get("modules", {})
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
     config = {
@@ -160,7 +173,9 @@ def export_prompt_embeds(
     if any(name.startswith(VALUE_HEAD) for name in tensors):
         raise UserError("--to prompt-embeds: this prompt was trained with a head that answers numbers")
     if "late_tokens" in tensors:
-        raise UserError("--to prompt-embeds: this prompt enters at a later layer and has no input embeddings")
+        raise UserError(
+            "--to prompt-embeds: this prompt enters at a later layer and has no input embeddings: use --to vectors"
+        )
     if any(name.startswith(BASE) for name in tensors):
         raise UserError("--to prompt-embeds: this run trained tensors of the base and no prompt: use --to model")
     if "virtual_tokens" not in tensors:
@@ -173,6 +188,33 @@ def export_prompt_embeds(
         context, rest = (embed(list(ids)).to(dtype) if len(ids) else virtual[:0] for ids in parts)
         found[f"prompt_embeds.{i}"] = torch.cat([context, virtual, rest])
     write_folder(out, {"prompt_embeds.safetensors": save({k: t.contiguous() for k, t in found.items()})})
+
+
+def check_for_vectors(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    """Raise UserError for a prompt that is no set of vectors at a later layer."""
+    if "late_tokens" not in tensors:
+        name = facts.get("method", "prompt_tuning")
+        raise UserError(f"--to vectors: this is for late_prompt, whose vectors enter at a later layer, not for {name}")
+    if any(name.startswith(GENERATOR) for name in tensors):
+        raise UserError("--to vectors: this prompt has a generator, so its vectors differ from row to row")
+
+
+def export_vectors(tensors: dict[str, torch.Tensor], facts: dict[str, Any], layer: str, out: Path) -> None:
+    """Write `vectors.safetensors`, a late prompt's vectors [P, H] and perhaps a head, and `vectors.json`.
+
+    `layer`: the name of the module in whose input the vectors stand. Raises UserError.
+    """
+    where = {
+        "base": facts["base"]["path"],
+        "layer": layer,
+        "placement": facts["placement"],
+        "num_virtual_tokens": facts["num_virtual_tokens"],
+    }
+    files = {
+        "vectors.safetensors": save({name: tensor.contiguous() for name, tensor in tensors.items()}),
+        "vectors.json": (json.dumps(where, indent=2) + "\n").encode(),
+    }
+    write_folder(out, files)
 
 
 def write_folder(out: Path, files: dict[str, bytes]) -> None:

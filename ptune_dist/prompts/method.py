@@ -22,6 +22,14 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
+class Stack(NamedTuple):
+    """Layers whose attention is of one kind, and the heads of their keys and values."""
+
+    num_layers: int
+    num_heads: int
+    head_width: int
+
+
 @dataclass(frozen=True)
 class BaseFacts:
     """What a method may need to know of the base. The numbers of attention are None where the base has none."""
@@ -37,6 +45,8 @@ class BaseFacts:
     model_type: str | None = None
     hidden_size: int | None = None  # of what a layer reads
     num_first_layers: int | None = None  # of the first stack, an encoder's; None where they cannot be run in parts
+    # Of an encoder-decoder, of which `num_layers` and the numbers of heads are the decoder's.
+    encoder: Stack | None = None
 
 
 class OwnTargets(NamedTuple):
@@ -56,11 +66,14 @@ class Contribution:
 
     vectors [P, D]: virtual tokens that stand in the sequence. keys, values [L, P, G, Dh], or of each layer [P, G, Dh]
     where they differ: attended to by all positions and read before the sequence; rotary bases take them as already
-    rotated. adapters [A, P, D]: tokens
-    of the last A layers that all positions attend to by a softmax of their own, and gate [A] what scales the result.
+    rotated. adapters [A, P, D]: tokens of the last A layers that all positions attend to by a softmax of their own, and
+    gate [A] what scales the result.
 
     start_layer: the first layer that any of these are for; the layers below read a row without them, and L counts from
     that layer on. lower_keys, lower_values [M, P, G, Dh]: what the M layers below read before a row; they never change.
+
+    Of an encoder-decoder, `keys` and `values` are those of the decoder's self-attention. encoder_keys, encoder_values:
+    of the encoder's. cross_keys, cross_values: of the decoder's attention to the encoder's output.
     """
 
     vectors: torch.Tensor | None = None
@@ -71,6 +84,10 @@ class Contribution:
     start_layer: int = 0
     lower_keys: Layers | None = None
     lower_values: Layers | None = None
+    encoder_keys: Layers | None = None
+    encoder_values: Layers | None = None
+    cross_keys: Layers | None = None
+    cross_values: Layers | None = None
 
     @property
     def num_vectors(self) -> int:
@@ -102,10 +119,12 @@ class PeftAdapter:
 class TrainingDefaults(NamedTuple):
     """How a prompt is trained where the config leaves it out.
 
-    learning_rate: the highest one, for AdamW. warmup_share: of the steps, over which it rises.
+    learning_rate: the highest one, for AdamW. source: where it comes from, for the docs. warmup_share: of the steps,
+    over which the rate rises.
     """
 
     learning_rate: float
+    source: str
     warmup_share: float = 0.0
 
 
@@ -115,9 +134,10 @@ def check_start_layer(layer: int, base: BaseFacts, key: str) -> int:
         raise ValueError(f"{key}: the layers of this base are no plain stack, which a prompt could enter in the middle")
     if not 0 < layer < base.num_first_layers:
         last = base.num_first_layers - 1
-        raise ValueError(
-            f"{key}: {layer} is no layer above the first one of {base.num_first_layers}: choose one from 1 to {last}"
-        )
+        if last < 1:
+            raise ValueError(f"{key}: this base has one layer, and a prompt can enter above the first one only")
+        choice = f"one from 1 to {last}" if last > 1 else "1"
+        raise ValueError(f"{key}: {layer} is no layer above the first one of {base.num_first_layers}: choose {choice}")
     return layer
 
 
@@ -129,7 +149,7 @@ class Method(nn.Module):
 
     options_type: ClassVar[type[Options]] = Options  # its own keys under `prompt:`
     families: ClassVar[tuple[str, ...] | None] = None  # of bases; None: all
-    placements: ClassVar[tuple[str, ...] | None] = None  # None: all that the family has
+    placements: ClassVar[tuple[str, ...] | None] = None  # None: all that the family has, but for `both`
     starts: ClassVar[tuple[str, ...]] = ("vocab", "random", "text", "labels", "file")  # values of prompt.init
     default_start: ClassVar[str] = "vocab"
     has_tasks: ClassVar[bool] = False  # it may have something of its own for each task of the rows
@@ -142,7 +162,7 @@ class Method(nn.Module):
     names_modules: ClassVar[bool] = False  # PEFT's adapter has names of the base's modules
     trains_base: ClassVar[bool] = False  # what is trained are copies of the base's own tensors
 
-    default_training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3)  # where the config leaves it out
+    default_training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, "that of a method that names none")
     default_training_of: ClassVar[dict[str, TrainingDefaults]] = {}  # where a family needs others
 
     num_virtual_tokens: int  # positions that the prompt takes
@@ -150,6 +170,7 @@ class Method(nn.Module):
     # Where the start is what the base computes of a text, its token ids; `begin_from` gets what was computed.
     start_tokens: Sequence[int] = ()
     reads_layer: int = 0  # the layer whose input that is; 0: keys and values of all layers
+    reads_rows: bool = False  # its vectors depend on what the layers below leave of a row's input: see `of_rows`
     num_tasks: int = 1  # that it has vectors of its own for
     base_start: dict[str, torch.Tensor] | None = None  # what the trained tensors of the base start from; None: its own
 
@@ -185,6 +206,10 @@ class Method(nn.Module):
     def contributions(self) -> list[Contribution]:
         """What it contributes to rows of each task."""
         return [self()]
+
+    def of_rows(self, rows: list[torch.Tensor]) -> list[Contribution]:
+        """What it contributes to each row, from hidden states [T, H] of the row's input before `start_layer`."""
+        raise NotImplementedError
 
     def begin_from(self, *computed: torch.Tensor) -> None:
         """Start from keys and values [L, P, G, Dh] of `start_tokens`, or from hidden states [P, H] of `reads_layer`.

@@ -41,7 +41,8 @@ class MultitaskPromptTuning(Method):
 
     options_type = MultitaskOptions
     has_tasks = True
-    default_training = TrainingDefaults(0.3)  # the paper's, on T5
+    default_training = TrainingDefaults(0.3, "Wang et al. 2023, on T5")
+    default_training_of = {"encoder": TrainingDefaults(0.01, "on encoders as `prompt_tuning`")}
 
     def __init__(self, shared: torch.Tensor, cols: torch.Tensor, rows: torch.Tensor):
         super().__init__()

@@ -25,7 +25,7 @@ class PartialTuning(BaseTuning):
     """What the methods of this file share: the tensors are in the base, so there is nothing here."""
 
     trains_base = True
-    default_training = TrainingDefaults(1e-4, warmup_share=0.1)
+    default_training = TrainingDefaults(1e-4, "tried on tiny bases", 0.1)
 
     @classmethod
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "PartialTuning":
@@ -53,8 +53,8 @@ class LastLayersOptions(Options):
 class LastLayers(PartialTuning):
     """The last layers, whole."""
 
-    default_training = TrainingDefaults(1e-4, warmup_share=0.1)
-    default_training_of = {"encoder": TrainingDefaults(5e-5, warmup_share=0.1)}  # Devlin et al. 2019
+    default_training = TrainingDefaults(1e-4, "tried on tiny bases", 0.1)
+    default_training_of = {"encoder": TrainingDefaults(5e-5, "Devlin et al. 2019", 0.1)}
     options_type = LastLayersOptions
 
     @classmethod
@@ -70,7 +70,7 @@ class LastLayers(PartialTuning):
 class BiasOnly(PartialTuning):
     """All biases, of norms too: BitFit (Ben Zaken et al. 2022, arXiv:2106.10199), which trains at 1e-4 to 1e-2."""
 
-    default_training = TrainingDefaults(1e-3, warmup_share=0.1)
+    default_training = TrainingDefaults(1e-3, "Ben Zaken et al. 2022: 1e-4 to 1e-2", 0.1)
 
     @classmethod
     def choose_trained(cls, options: Options, base: PreTrainedModel) -> set[str]:
@@ -80,7 +80,7 @@ class BiasOnly(PartialTuning):
 class NormsOnly(PartialTuning):
     """Weights and biases of all norms (Qi et al. 2022; Zhao et al. 2023, arXiv:2312.11420)."""
 
-    default_training = TrainingDefaults(1e-3, warmup_share=0.1)
+    default_training = TrainingDefaults(1e-3, "tried on tiny bases", 0.1)
 
     @classmethod
     def choose_trained(cls, options: Options, base: PreTrainedModel) -> set[str]:

@@ -16,8 +16,10 @@ class PromptTuning(Method):
     """P trainable vectors of width D."""
 
     options_type = ResidualOptions
-    default_training = TrainingDefaults(0.3)  # Lester et al. 2021, for T5
-    default_training_of = {"encoder": TrainingDefaults(0.01)}  # the head is trained too: P-tuning v2's for its prompts
+    default_training = TrainingDefaults(0.3, "Lester et al. 2021, on T5")
+    default_training_of = {
+        "encoder": TrainingDefaults(0.01, "on encoders, which train a head too, Liu et al. 2022 (arXiv:2110.07602)")
+    }
 
     virtual_tokens: nn.Parameter
     embedding: nn.Parameter  # in its place where a network adds to it; a stored prompt's virtual_tokens are the sum

@@ -32,7 +32,7 @@ class TrainableTokens(BaseTuning):
     """R rows of width D in place of the base's."""
 
     options_type = TrainableTokensOptions
-    default_training = TrainingDefaults(1e-3)
+    default_training = TrainingDefaults(0.01, "tried on tiny bases; 0.2 in PEFT's comparison on MetaMathQA")
     names_modules = True
 
     def __init__(self, rows: torch.Tensor, token_ids: list[int]):

@@ -28,11 +28,10 @@ from ptune_dist.model.keys_values import KeysValues
 from ptune_dist.model.members import contributions_in_eval, keys_values_of
 from ptune_dist.model.passes import Contexts
 from ptune_dist.model.prompted_model import PromptedModel
-from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.build import find_method
-from ptune_dist.prompts.layer_tensors import Heads, heads_of
 from ptune_dist.prompts.method import Contribution, Method
 from ptune_dist.prompts.prompt_tuning import PromptTuning
+from ptune_dist.run.keys_check import check_prefix, check_stacks, run_after_keys, use_prompt
 from ptune_dist.run.reading import Reading
 from ptune_dist.run.rounding_noise import LEAST_OUTPUTS, describe_excess, rounded_embeddings
 from ptune_dist.zero.engine import Engine
@@ -185,21 +184,23 @@ def run_both(model: PromptedModel, probe: Probe, *, measures_noise: bool) -> lis
     Leaves the model with a prompt of its own: see `restored`.
     """
     contributions = contributions_in_eval(list(model.members()))
+    found = []
+    if model.base.config.is_encoder_decoder:
+        pad_id = probe.batch.pad_id
+        check_stacks(model, contributions, probe.virtual, pad_id, probe.placement)
+        if any(contribution.keys is not None for contribution in contributions):
+            given, written = run_after_keys(model, probe.virtual, probe.batch.targets[0], pad_id, probe.placement)
+            found.append(Found("an output after keys and values", on_host(given.float()), on_host(written)))
     embeddings = model.base.get_decoder().get_input_embeddings() if probe.placement == "decoder" else None
     vectors = model.embed_tokens(probe.virtual, embeddings)
-    model.prompts = nn.ModuleList([PromptTuning(vectors)])
-    model.num_vectors = [len(vectors)]
-    model.num_prefix = [0]
-    model.start_layers = [0]
-    model.placement = probe.placement
-    model.objective = CrossEntropy()
+    use_prompt(model, PromptTuning(vectors), probe.placement)
     model.read_base()
     ours = run_ours(model, probe, contributions)
     noise = None
     if measures_noise and len(ours) >= LEAST_OUTPUTS:
         with rounded_embeddings(model.base):
             noise = on_host(run_ours(model, probe, contributions) - ours)
-    found = [Found("an output", on_host(ours), on_host(model.plain_outputs(probe.batch, probe.virtual)), noise)]
+    found.append(Found("an output", on_host(ours), on_host(model.plain_outputs(probe.batch, probe.virtual)), noise))
     if probe.placement != "decoder":
         found.append(Found("an embedding", on_host(probe.vectors), on_host(vectors)))
     for start in sorted({contribution.start_layer for contribution in contributions} - {0}):
@@ -214,7 +215,8 @@ def run_ours(model: PromptedModel, probe: Probe, contributions: list[Contributio
     if any(map(len, batch.contexts)):
         held = model.read_contexts(Contexts(batch.contexts, batch.pad_id))
         for contribution in contributions:
-            check_prefix(contribution, held[0], model.base.config.model_type)
+            if len(held[0]) > 1:  # an encoder's output is one tensor
+                check_prefix(keys_values_of(contribution), contribution.start_layer, KeysValues.of(held[0]), model)
         batch = batch.with_held([(KeysValues.of(some) if len(some) > 1 else some[0],) for some in held])
     return model.outputs(batch).float()
 
@@ -245,29 +247,6 @@ class Empty(Method):
 
     def forward(self) -> Contribution:
         return Contribution(start_layer=self._start)
-
-
-def check_prefix(contribution: Contribution, held: tuple[torch.Tensor, ...], kind: str) -> None:
-    """Raise UserError where a base's layers keep keys and values [L, C, G, D] of other sizes than a prompt's."""
-    prefix = keys_values_of(contribution)
-    if prefix is None:
-        return
-    start = contribution.start_layer
-    sizes = [heads_of(part[start:]) for part in KeysValues.of(held)]
-    own = [heads_of(part) for part in prefix]
-    if sizes != own:
-        raise UserError(
-            f"prompt.method: prefix_tuning has keys and values of {describe_sizes(own)}, and {kind} models keep "
-            f"{describe_sizes(sizes)}: choose another method"
-        )
-
-
-def describe_sizes(sizes: list[Heads]) -> str:
-    """Layers, heads, and widths of a key and of a value; several of each where layers differ."""
-    keys, values = sizes
-    columns = ([n for n, _ in keys], [width for _, width in keys], [width for _, width in values])
-    num_heads, width, value_width = ("/".join(map(str, dict.fromkeys(column))) for column in columns)
-    return f"{len(keys)} layers x {num_heads} heads x {width} and {value_width} numbers"
 
 
 @contextmanager

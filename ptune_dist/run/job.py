@@ -17,8 +17,10 @@ from ptune_dist.base.fp8 import check_device
 from ptune_dist.base.fused import fuse
 from ptune_dist.base.layers import (
     embedding_width,
+    heads_of_half,
     hidden_size,
     key_value_heads,
+    layer_stacks,
     layers_of,
     max_positions,
     num_first_layers,
@@ -42,7 +44,7 @@ from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.given_cache import layer_heads
 from ptune_dist.model.value_head import TargetScale
 from ptune_dist.prompts.build import build_prompt, choose_trained, source_files
-from ptune_dist.prompts.method import BaseFacts, Method
+from ptune_dist.prompts.method import BaseFacts, Method, Stack
 from ptune_dist.run.base_check import check_base, draw_probe
 from ptune_dist.run.memory_need import Workload, fit_micro_batch, prompt_bytes
 from ptune_dist.run.micro_batch import MicroBatchSize, is_out_of_memory, read_stored
@@ -190,9 +192,16 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
     num_heads, of_keys, of_values = key_value_heads(base.config)
     own = layer_heads(base)
     is_uniform = own is not None and len(set(own)) == 1
+    num_layers = getattr(text, "num_hidden_layers", None)
+    encoder = None
+    if base.config.is_encoder_decoder:
+        encoder, decoder = stacks_of_base(base) or (None, None)
+        num_layers, num_heads, of_keys = decoder or (None, None, None)
+        of_values = of_keys
+        is_uniform = True
     return BaseFacts(
         width=embedding_width(base),
-        num_layers=getattr(text, "num_hidden_layers", None),
+        num_layers=num_layers,
         num_key_value_heads=num_heads if is_uniform else None,
         head_width=of_keys,
         value_width=of_values,
@@ -201,7 +210,17 @@ def base_facts(base: PreTrainedModel) -> BaseFacts:
         num_embeddings=getattr(base.get_input_embeddings(), "num_embeddings", None),
         hidden_size=hidden_size(base),
         num_first_layers=num_first_layers(base),
+        encoder=encoder,
     )
+
+
+def stacks_of_base(base: PreTrainedModel) -> tuple[Stack, Stack] | None:
+    """The attention of an encoder-decoder's encoder and of its decoder; None where they are of an unknown shape."""
+    stacks = layer_stacks(base)
+    (of_encoder, width), (of_decoder, decoder_width) = (heads_of_half(base, h) for h in ("encoder", "decoder"))
+    if len(stacks) != 2 or not (of_encoder and width and of_decoder and decoder_width):
+        return None
+    return Stack(len(stacks[0]), of_encoder, width), Stack(len(stacks[1]), of_decoder, decoder_width)
 
 
 def check_precision(config: Config) -> None:

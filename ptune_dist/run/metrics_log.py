@@ -23,6 +23,8 @@ from ptune_dist.run.folder import check_in_place
 from ptune_dist.run.trackers import Trackers
 
 SECONDS_BETWEEN_LINES = 5.0
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"  # a line for each evaluation; one that was repeated has two
 
 
 class MetricsWriter:
@@ -51,8 +53,10 @@ class MetricsWriter:
         self.failure: RunFault | None = None
         self._excepthook = threading.excepthook
         threading.excepthook = self._on_thread_error
-        self._jsonl = open_metrics(run_dir, first_step)
-        self._members = {name: open_metrics(folder, first_step) for name, folder in (members or {}).items()}
+        own = {"": run_dir, **(members or {})}
+        self._jsonl = open_lines(run_dir / METRICS, first_step)
+        self._members = {name: open_lines(own[name] / METRICS, first_step) for name in members or {}}
+        self._evaluations = {name: open_lines(folder / EVALUATIONS, first_step) for name, folder in own.items()}
         self._log: TextIO = open(run_dir / "train.log", "a", encoding="utf-8")
         boards = {name: run_dir / "tensorboard" / name for name in ("", *self._members)}
         self._boards = {name: SummaryWriter(str(path), purge_step=first_step) for name, path in boards.items()}
@@ -80,7 +84,8 @@ class MetricsWriter:
         if error is not None:
             self._line(f"error: {error!r}", console=False)
         self._trackers.close()
-        for stream in (self._jsonl, *self._members.values(), self._log, *self._boards.values()):
+        streams = (self._jsonl, *self._members.values(), *self._evaluations.values(), self._log, *self._boards.values())
+        for stream in streams:
             with self._remember_failure():
                 stream.close()
         threading.excepthook = self._excepthook
@@ -159,7 +164,10 @@ class MetricsWriter:
         values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.say(f"step {step}  validation  {values}" + (f"  {member}" if member else ""))
         board = self._boards[member or ""]
+        lines = self._evaluations[member or ""]
         with self._remember_failure():
+            lines.write(json.dumps({"step": step, **metrics}) + "\n")
+            lines.flush()
             for name, value in metrics.items():
                 board.add_scalar(f"validation/{name}", value, step)
             of_member = f"/{member}" if member else ""
@@ -238,11 +246,11 @@ class StepBar:
         self._progress.console.print(text, highlight=False, markup=False)
 
 
-def open_metrics(folder: Path, first_step: int) -> TextIO:
-    """A folder's metrics.jsonl, opened to append the lines of `first_step` and later."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drop_lines_from_step(folder / "metrics.jsonl", first_step)
-    return open(folder / "metrics.jsonl", "a", encoding="utf-8")
+def open_lines(file: Path, first_step: int) -> TextIO:
+    """A file of JSON lines, opened to append those of `first_step` and later."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    drop_lines_from_step(file, first_step)
+    return open(file, "a", encoding="utf-8")
 
 
 def drop_lines_from_step(path: Path, step: int) -> None:
@@ -262,7 +270,7 @@ def drop_lines_from_step(path: Path, step: int) -> None:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (run_dir / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def render_samples(samples: list[dict[str, str]]) -> str:

@@ -26,9 +26,12 @@ REPLACED_FILES = (
     "metrics.jsonl",
     "summary.json",
     "status.json",
+    "evaluations.jsonl",
     "evaluation.json",
+    "predictions.jsonl",
     "micro_batch.json",
-    *("split.json", "skipped_rows.jsonl"),
+    "split.json",
+    "skipped_rows.jsonl",
 )
 REPLACED_FOLDERS = ("checkpoints", "prompt", "members")
 PARTS_OF_A_RUN = (*REPLACED_FILES, *REPLACED_FOLDERS, "tensorboard", "stacks", "train.log", ".lock")

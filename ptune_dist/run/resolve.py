@@ -7,6 +7,7 @@ from ptune_dist.errors import UserError
 from ptune_dist.families import FAMILIES
 from ptune_dist.objectives import OBJECTIVES
 from ptune_dist.optim.schedules import build_curve
+from ptune_dist.prompts import METHODS
 from ptune_dist.prompts.build import check_options, choose_start, find_method, settle_positions
 from ptune_dist.run.trackers import check_trackers
 
@@ -25,6 +26,9 @@ def resolve(config: Config) -> Config:
     options = check_options(prompt)
     if method.placements is not None and prompt.placement not in method.placements:
         raise ValueError(f"prompt.placement: {prompt.method} is for placement {' and '.join(method.placements)}")
+    if prompt.placement == "both" and method.placements is None:
+        owners = " and ".join(name for name, found in METHODS.items() if "both" in (found.placements or ()))
+        raise ValueError(f"prompt.placement: both is for {owners}; {prompt.method} has encoder and decoder")
     if not method.stands_in_sequence and config.data.is_plain_text:
         raise ValueError(f"prompt.method: {prompt.method} needs an input before the target, and a .txt file has none")
     if not config.sweep and not method.enters_late(options):
@@ -49,11 +53,13 @@ def check_cache(config: Config) -> None:
     placement = config.prompt.placement
     if placement in PLACEMENTS_WITH_CONTEXTS:
         return
+    own = find_method(config.prompt).placements
+    others = [name for name in PLACEMENTS_WITH_CONTEXTS if own is None or name in own]
+    advice = f", or set prompt.placement to one of {', '.join(others)}" if others else ""
     for key in ("context_cache_gib", "context_cache_gpu_gib", "context_cache_dir"):
         if getattr(config.train, key):
             raise ValueError(
-                f"train.{key} is given but placement {placement} has no contexts to keep: "
-                f"leave it out, or set prompt.placement to one of {', '.join(PLACEMENTS_WITH_CONTEXTS)}"
+                f"train.{key} is given but placement {placement} has no contexts to keep: leave it out{advice}"
             )
 
 

@@ -18,6 +18,7 @@ from ptune_dist.run.job import Job
 from ptune_dist.run.memory import peak_memory_by_kind, peak_memory_bytes
 from ptune_dist.run.progress import Progress, Standing, rank_members
 from ptune_dist.run.sample_table import show_samples
+from ptune_dist.run.training_defaults import describe_rates
 
 MIB = 1 << 20
 
@@ -33,6 +34,7 @@ def describe_start(job: Job, rows: TrainingRows, held_out: Examples | None, prog
     parts.append(f"{world.size} ranks on {world.device.type}, ZeRO {job.engine.stage}, {precision}")
     base_mib = held_bytes(job.engine.model.base) / MIB
     parts.append(f"base {base_mib:,.2f} MiB per rank, loaded in {job.loading['load_s']:.1f} s")
+    parts.append(describe_rates(job.members))
     parts.append(f"from step {progress.step}" if progress.step else "from the start")
     return "; ".join(parts)
 

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ ALWAYS = "tensorboard"  # which every run writes by itself
 PROJECT = "ptune_dist"
 
 
-def check_trackers(names: list[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Raise UserError for a tracker that is not installed."""
     for name in names:
         module = MODULES.get(name)

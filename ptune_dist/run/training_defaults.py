@@ -50,6 +50,14 @@ def settle(member: Config, family: Family, *, has_run: bool) -> Config:
     return with_training(member, {key: filled[key] for key in missing})
 
 
+def describe_rates(members: dict[str, Config]) -> str:
+    """The highest learning rate of each member, in one phrase where they agree."""
+    rates = {name: member.train.peak_rate for name, member in members.items()}
+    if len(set(rates.values())) == 1:
+        return f"learning rate {next(iter(rates.values())):g}"
+    return "learning rates " + ", ".join(f"{rate:g} ({name})" for name, rate in rates.items())
+
+
 def left_out(config: Config) -> list[str]:
     """The keys of KEYS that a config does not have."""
     return [key for key in KEYS if getattr(config.train, key) is None]

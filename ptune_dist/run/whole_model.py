@@ -20,7 +20,8 @@ def export_model(reading: Reading, tensors: dict[str, torch.Tensor], out: Path) 
     trained = {name.removeprefix(BASE): tensor for name, tensor in tensors.items() if name.startswith(BASE)}
     rows = tensors.get(ROWS)
     if len(trained) + 2 * (rows is not None) < len(tensors):
-        raise UserError(f"--to model: {reading.config.prompt.method} trains more than the base has: use --to peft")
+        other = "vectors" if "late_tokens" in tensors else "peft"
+        raise UserError(f"--to model: {reading.config.prompt.method} trains more than the base has: use --to {other}")
     model = fill_whole(open_base_of(whole_precision(reading)))
     put_in(model, trained, getattr(torch, reading.config.model.dtype))
     if rows is not None:

@@ -130,6 +130,9 @@ class Engine:
     def _read_contexts(self, contexts: Contexts) -> list[tuple[torch.Tensor, ...]]:
         return self.without_gradient(lambda: self.model.read_contexts(contexts))
 
+    def _read_start(self, contexts: Contexts) -> tuple[torch.Tensor, ...]:
+        return self.without_gradient(lambda: self.model.read_start(contexts))
+
     def read_starts(self) -> None:
         """Give every prompt that starts from what the base computes of a text those numbers.
 
@@ -144,7 +147,7 @@ class Engine:
             if key not in known:
                 ids = [np.array(tokens, np.int32)]
                 contexts = Contexts(ids, pad_id=tokens[0], start_layer=prompt.reads_layer, lengths=[0])
-                known[key] = [part.float().contiguous() for part in self._read_contexts(contexts)[0]]
+                known[key] = [part.float().contiguous() for part in self._read_start(contexts)]
                 if self.world.size > 1:
                     for part in known[key]:
                         dist.broadcast(part, 0)

@@ -167,7 +167,7 @@ CHECKS = {
     "contexts": check_contexts,
     "prefix_tuning": check_prefix_tuning,
 }
-NOT_OF = {"encoder": ("contexts",), "seq2seq": ("prefix_tuning",)}  # checks that a family is without
+NOT_OF = {"encoder": ("contexts",)}  # checks that a family is without
 
 
 def checks_of(family: str) -> dict[str, Callable[[Path, str], str]]:

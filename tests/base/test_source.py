@@ -108,7 +108,7 @@ def test_a_missing_or_damaged_tokenizer_is_refused(base, content):
     "files, expected",
     [
         ({"adapter_config.json": '{"base_model_name_or_path": "org/base"}'}, "is a PEFT adapter of org/base"),
-        ({"model-Q4_K_M.gguf": "GGUF"}, "gguf_file"),
+        ({"model-Q4_K_M.gguf": "GGUF"}, "ptune-dist import-base"),
         ({}, "is an empty folder"),
         ({"config.yaml": "", "status.json": "{}"}, "is a run of ptune-dist"),
         ({"latest": "global_step5"}, "is a checkpoint of DeepSpeed"),
@@ -137,9 +137,10 @@ def test_a_folder_that_is_something_else_is_told_what_it_is(tmp_path, files, exp
     assert message.startswith(f"model.path: {place} ") and expected in message
 
 
-def test_a_gguf_file_is_told_how_to_convert_it(tmp_path):
-    (tmp_path / "a.gguf").write_text("GGUF")
-    assert "gguf_file" in error_of(load_shape, str(tmp_path / "a.gguf"))
+@pytest.mark.parametrize("name", ["a.gguf", "pytorch_model.bin", "a-1-py3-none-any.whl"])
+def test_a_file_is_told_how_to_convert_it(tmp_path, name):
+    (tmp_path / name).write_text("GGUF")
+    assert f"ptune-dist import-base {tmp_path / name} --out " in error_of(load_shape, str(tmp_path / name))
 
 
 # Bases without weights that are read

@@ -37,6 +37,17 @@ def test_rows_have_the_median_lengths_of_their_names_and_no_row_is_repeated(writ
         assert read_rows(folder / f"{name}_check.jsonl") == rows[:8]
 
 
+def test_terse_rows_are_the_long_ones_with_a_tenth_of_the_input_as_target_at_most(written, tokenizer):
+    folder, _ = written
+    terse = read_rows(folder / "terse.jsonl")
+    ratios = {}
+    for row in read_rows(folder / "long.jsonl"):
+        read = len(tokenizer(f"{row['text']}\nSummary:")["input_ids"])
+        ratios[row["text"]] = read / (len(tokenizer(f" {row['summary']}")["input_ids"]) + 1)
+    assert [row["text"] for row in terse] == [text for text, ratio in ratios.items() if ratio >= 10]
+    assert 0 < len(terse) < len(ratios)
+
+
 @pytest.mark.extended
 def test_rows_are_the_same_every_time(tmp_path, written, tokenizer):
     write_rows(tmp_path, tokenizer, seed=3)

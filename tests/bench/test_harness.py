@@ -1,6 +1,9 @@
 """The harness: sides in turn, their measures, ratios within a pair, and failures in one line."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -10,6 +13,7 @@ import pytest
 from ptune_dist.bench.harness import compare_sides, run_matrix, summarize
 from ptune_dist.bench.matrix import load_matrix
 from ptune_dist.errors import RunFault, UserError
+from tests.processes import process_env
 
 PYTHON = f"'{sys.executable}' -c"
 # Leaves {speed} + repeat as its speed, and a line in a journal of who ran when.
@@ -155,3 +159,25 @@ def test_what_one_result_lacks_is_not_summarized_or_compared():
         for side, result in (("x", {"a": 6.0, "zero": 1.0}), ("base", {"a": 2.0 + repeat, "zero": 0.0, "b": 1.0}))
     ]
     assert compare_sides(runs, "base") == {"x": {"a": {"median": 2.5, "pairs": [3.0, 2.0]}}}
+
+
+def test_an_interrupt_ends_the_side_too(tmp_path):
+    pid_file = tmp_path / "pid"
+    sleep = f"import os, time; open('{pid_file}', 'w').write(str(os.getpid())); time.sleep(60)"
+    side = json.dumps(f'{{python}} -c "{sleep}"')
+    path = write_matrix(tmp_path / "matrix.yaml", sides=f"slow: {side}", cases="- name: one")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ptune_dist", "bench", path, "--out", str(tmp_path / "out")],
+        env=process_env(),
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
+    give_up_at = time.monotonic() + 60
+    while not (pid_file.exists() and pid_file.read_text()):
+        assert process.poll() is None and time.monotonic() < give_up_at
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, b"interrupted: nothing to save\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)

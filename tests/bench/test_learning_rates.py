@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 
 from ptune_dist.bench import learning_rates
-from ptune_dist.bench.learning_rates import CELLS, END, MARK, TASKS, WORST_POINTS, RowScores, bootstrap, main
+from ptune_dist.bench.learning_rates import END, MARK, TASKS, WORST_POINTS, RowScores, bootstrap, list_cells, main
 from tests.conftest import TINY
 
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    """A folder of rows for two tasks, and steps that are few."""
+    """A folder of rows for two tasks, and short answers."""
     for which in ("train", "validation"):
         sentiment = [{"text": f"film {i}", "label": ("positive", "negative")[i % 2]} for i in range(6)]
         meaning = [{"mr": f"name[{i}]", "references": [f"It is {i}.", f"This is {i}."]} for i in range(6)]
         for task, rows in (("sentiment", sentiment), ("data_to_text", meaning)):
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (tmp_path / f"{task}_{which}.jsonl").write_text(text)
-    short = {name: replace(task, max_steps=2, max_new_tokens=4) for name, task in TASKS.items()}
+    short = {name: replace(task, max_new_tokens=4) for name, task in TASKS.items()}
     monkeypatch.setattr(learning_rates, "TASKS", short)
     return tmp_path
 
@@ -31,10 +31,10 @@ def test_cells_are_measured_once_and_fill_the_table(data, capsys):
     out = data / "out.json"
     chosen = ["sentiment/prompt_tuning/text", "data_to_text/prefix_tuning/default start"]
     arguments = ["--base", str(TINY / "causal"), "--data", str(data), "--out", str(out), "--document", str(page)]
-    arguments += ["--work", str(data / "work"), *(part for name in chosen for part in ("--cell", name))]
+    arguments += ["--steps", "2", "--work", str(data / "work"), *(part for name in chosen for part in ("--cell", name))]
     assert main(arguments) == 0
     content = json.loads(out.read_text())
-    assert list(content["cells"]) == [cell.name for cell in CELLS if cell.name in chosen]
+    assert list(content["cells"]) == [cell.name for cell in list_cells() if cell.name in chosen]
     for found in content["cells"].values():
         best = found["members"][found["best"]]
         assert best["score"] == max(member["score"] for member in found["members"].values())
@@ -46,6 +46,7 @@ def test_cells_are_measured_once_and_fill_the_table(data, capsys):
     capsys.readouterr()
     assert main(arguments) == 0  # nothing is left to run
     assert out.read_bytes() == before and "cell " not in capsys.readouterr().out
+    assert "| 2 |" in text
 
 
 def test_an_interval_is_over_the_same_draws_for_both():
@@ -56,7 +57,7 @@ def test_an_interval_is_over_the_same_draws_for_both():
 
 
 def test_a_default_that_is_surely_worse_is_named():
-    cell = CELLS[0]
+    cell = list_cells()[0]
     member = {"score": 1.0, "loss": 1.0, "difference": -9.0, "interval": [-12.0, WORST_POINTS - 0.1]}
     members = {str(rate): member for rate in cell.rates}
     content = {"cells": {cell.name: {"members": members, "best": str(cell.rates[0])}}}

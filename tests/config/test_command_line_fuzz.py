@@ -41,6 +41,7 @@ COMMANDS = [
     ["export", RUN, "--to", "peft", "--out", "folder"],
     ["export", RUN, "--to=prompt-embeds", "--out=folder", "--input", "a text"],
     ["bench", str(ROOT / "configs/bench/saving.yaml"), "--out", "folder"],
+    ["import-base", "model.gguf", "--out", "folder", "--dtype", "bfloat16"],
     ["env"],
 ]
 # What a shell can pass: no NUL; half a surrogate is a byte that is not UTF-8.

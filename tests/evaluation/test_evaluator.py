@@ -83,3 +83,48 @@ def test_a_row_without_references_is_named_before_anything_is_made(commands, run
     assert done.errors == [
         f"error: {held_out} line 2: data.references is missing, null or empty for this row; fill it or drop the row"
     ]
+
+
+def test_predictions_have_each_row_with_its_scores_and_intervals_hold_the_metrics(commands, run):
+    out = run.parent / "predictions.jsonl"
+    done = commands.run("evaluate", run, "--output", out)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    rows = read_rows(run.parent / "held_out.jsonl")
+    predictions = read_rows(out)
+    assert [{name: prediction[name] for name in rows[0]} for prediction in predictions] == rows
+    assert [prediction["gold"] for prediction in predictions] == [
+        row["accepted"] if len(row["accepted"]) > 1 else row["accepted"][0] for row in rows
+    ]
+    for name in NAMES:
+        if METRICS[name].is_mean:
+            assert sum(row[name] for row in predictions) / len(rows) == pytest.approx(found[name]), name
+    assert all("generated" in row and row["loss"] > 0 for row in predictions)
+    assert found["intervals_95"].keys() == {"loss", *NAMES}
+    assert all(low <= found[name] <= high for name, (low, high) in found["intervals_95"].items())
+    assert commands.run("evaluate", run, "--output", out).code == 0  # replaces earlier predictions
+    held_out = run.parent / "held_out.jsonl"
+    refused = commands.run("evaluate", run, "--output", held_out)
+    assert refused.code == 2 and read_rows(held_out) == rows
+
+
+def test_predictions_of_labels_have_probabilities(commands, tmp_path):
+    config = write_config(
+        tmp_path / "c.json",
+        data={"labels": ["A", "B", "C"]},
+        train={"max_steps": 1, "batch_size": 4},
+        evaluate={"every": 0, "metrics": ["accuracy"], "max_new_tokens": 2},
+    )
+    rows = [row | {"answer": "ABC"[i % 3]} for i, row in enumerate(read_rows(TINY / "data" / "validation.jsonl")[:9])]
+    for which in ("train", "validation"):
+        (tmp_path / f"{which}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"data.{which}={tmp_path / which}.jsonl" for which in ("train", "validation")]
+    given.append("data.target= {{ answer }}")
+    assert commands.run("train", config, *given).code == 0
+    assert commands.run("evaluate", tmp_path / "run", "--output", tmp_path / "out.jsonl").code == 0
+    for row, prediction in zip(rows, read_rows(tmp_path / "out.jsonl"), strict=True):
+        shares = prediction["probabilities"]
+        assert prediction["gold_label"] == prediction["gold"] == row["answer"] and shares.keys() == {"A", "B", "C"}
+        assert prediction["label"] == max(shares, key=shares.get)
+        assert sum(shares.values()) == pytest.approx(1)
+        assert prediction["accuracy"] == float(prediction["label"] == row["answer"])

@@ -1,7 +1,8 @@
 """Try every method in every family: `python -m tests.method_matrix [--out FOLDER] [--json FILE] [ROW ...]`.
 
 Each row takes two launches, one of one process and one of two ranks. Rows that are done are left out, so a second call
-resumes; `--json docs/methods.json` writes what docs/fill_reference.py renders. ROW: words that a row's name contains.
+resumes. `--json docs/methods.json` writes what docs/fill_reference.py renders; rows that were not tried stay as they
+are there. ROW: words that a row's name contains.
 """
 
 import argparse
@@ -63,7 +64,8 @@ def main() -> None:
     root = args.out.resolve()
     root.mkdir(parents=True, exist_ok=True)
     prepare(root)
-    found = []
+    found: list[dict] = []
+    earlier = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     for row in list_rows():
         file = root / f"{row.name}.json"
         if not file.exists() and (not args.rows or any(word in row.name for word in args.rows)):
@@ -71,8 +73,14 @@ def main() -> None:
             say(row, json.loads(file.read_text())["cells"])
         if file.exists():
             found.append(json.loads(file.read_text()))
+        else:
+            found += [one for one in earlier if identity_of(one) == (row.family, row.method, row.options)]
     if args.json:
         save(found, args.json)
+
+
+def identity_of(row: dict) -> tuple[str, str, dict]:
+    return row["family"], row["method"], row["options"]
 
 
 def say(row: Row, cells: dict[str, dict[str, str]]) -> None:

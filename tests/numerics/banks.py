@@ -16,6 +16,7 @@ from tests.numerics.plain import read_rows
 from tests.numerics.test_curves import SCRIPT, curve, zero_json
 
 NUM_STEPS = 8
+FEW_STEPS = 4  # one of them in the second epoch
 NUM_ROWS, NUM_HELD_OUT = 24, 6  # three steps of 8 are an epoch
 
 
@@ -71,7 +72,8 @@ def check_members(folder: Path, base: Path, members, placement: str = "prefix", 
     Returns the configs of the latter by member; the sweep's run is FOLDER/mixed.
     """
     write_rows(folder)
-    bank = write_bank(folder, "mixed", base, members, placement, deepspeed=zero_json(3), **sections)
+    train = {"max_steps": FEW_STEPS} | sections.pop("train", {})
+    bank = write_bank(folder, "mixed", base, members, placement, deepspeed=zero_json(3), train=train, **sections)
     alone = write_alone(bank)
     train_all([bank], folder, num_ranks=2)
     train_all([(path, ["deepspeed=null"]) for path in alone.values()], folder)

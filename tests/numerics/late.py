@@ -82,31 +82,63 @@ def plain_late_logits(base, start: int, prompt: dict[str, torch.Tensor], context
         hidden = read_to(layer, lambda: base(input_ids=ids, use_cache=False))
     if "late_tokens" in prompt:
         before, after = hidden[0].split([len(context), ids.shape[1] - len(context)])
-        hidden = torch.cat([before, prompt["late_tokens"], after])[None]
+        hidden = torch.cat([before, plain_vectors(prompt, after[: len(rest)]), after])[None]
     vectors = torch.zeros(1, hidden.shape[1], base.get_input_embeddings().embedding_dim)
     if "late_tokens" in prompt:
         run = lambda: base(inputs_embeds=vectors, use_cache=False)  # noqa: E731
         return run_from(layer, hidden, run).logits[0, -len(target) - 1 : -1]
+    return plain_prefix_logits(base, start, prompt, hidden, ids, len(context))[-len(target) - 1 : -1]
+
+
+def plain_prefix_logits(base, start: int, prompt, hidden, ids: torch.Tensor, num_context: int) -> torch.Tensor:
+    """Logits [T - C, V] after [context, prefix], of tokens [1, T] or of what layers below `start` leave of them."""
     keys, values = prompt["prefix_keys"], prompt["prefix_values"]
     lower = prompt.get("lower_keys", keys[:0]), prompt.get("lower_values", values[:0])
     cache = DynamicCache(config=base.config)
-    for number in range(start + len(keys)):
+    for number, context in enumerate(read_keys_values(base, ids[:, :num_context], keys)):
         parts = lower if number < len(lower[0]) else (keys, values)
         place = number if number < len(lower[0]) else max(0, number - start)  # of those below nothing is read
-        cache.update(*(part[place].transpose(0, 1)[None] for part in parts), number)
+        prefix = (part[place].transpose(0, 1)[None] for part in parts)
+        cache.update(*(torch.cat(pair, dim=2) for pair in zip(context, prefix, strict=True)), number)
+    own = ids[:, num_context:]
     if len(lower[0]):  # an ordinary prefix, part of which does not change
-        return base(input_ids=ids, past_key_values=cache).logits[0, -len(target) - 1 : -1]
-    mask = torch.ones(1, keys.shape[1] + hidden.shape[1], dtype=torch.long)
+        return base(input_ids=own, past_key_values=cache).logits[0]
+    mask = torch.ones(1, keys.shape[1] + ids.shape[1], dtype=torch.long)
+    vectors = torch.zeros(*own.shape, base.get_input_embeddings().embedding_dim)
     run = lambda: base(inputs_embeds=vectors, attention_mask=mask, past_key_values=cache)  # noqa: E731
-    return run_from(layer, hidden, run).logits[0, -len(target) - 1 : -1]
+    return run_from(stack_of(base)[start], hidden[:, num_context:], run).logits[0]
 
 
-def plain_late_encoder_logits(base, start: int, prompt: torch.Tensor, ids: torch.Tensor, **more) -> torch.Tensor:
+@torch.no_grad()
+def read_keys_values(base, ids: torch.Tensor, like: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each layer, keys and values [1, G, C, Dh] of tokens [1, C]."""
+    if ids.shape[1]:
+        cache = DynamicCache()
+        base(input_ids=ids, past_key_values=cache)
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    nothing = like.new_zeros(1, like.shape[2], 0, like.shape[3])
+    return [(nothing, nothing)] * len(stack_of(base))
+
+
+def plain_vectors(prompt: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    """Virtual tokens [P, H] of a row whose input has left `hidden` [T, H]."""
+    own = prompt["late_tokens"]
+    if "generator.up" not in prompt:
+        return own
+    normal = (hidden - hidden.mean(1, keepdim=True)) / (hidden.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    narrow = normal @ prompt["generator.down"] + prompt["generator.down_bias"]
+    pooled = torch.nn.functional.adaptive_avg_pool1d(narrow.T[None], len(own))[0].T
+    return own + pooled.relu() @ prompt["generator.up"] / len(prompt["generator.up"])
+
+
+def plain_late_encoder_logits(
+    base, start: int, prompt: dict[str, torch.Tensor], ids: torch.Tensor, **more
+) -> torch.Tensor:
     """Logits of a classifier [1, V], or of a target [U, V] after `decoder_input_ids`."""
     layer = stack_of(base)[start]
     with torch.no_grad():
         hidden = read_to(layer, lambda: base(input_ids=ids, **more))
-    hidden = torch.cat([prompt[None], hidden], dim=1)
+    hidden = torch.cat([plain_vectors(prompt, hidden[0])[None], hidden], dim=1)
     vectors = torch.zeros(1, hidden.shape[1], base.get_input_embeddings().embedding_dim)
     return run_from(layer, hidden, lambda: base(inputs_embeds=vectors, **more)).logits
 

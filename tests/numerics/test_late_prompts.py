@@ -15,6 +15,7 @@ from ptune_dist.families import FAMILIES
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.late_prompt import LatePrompt
 from ptune_dist.prompts.prefix_tuning import PrefixTuning
+from ptune_dist.prompts.row_generator import RowGenerator
 from tests.conftest import ENCODERS, SEQ2SEQ
 from tests.evaluation.test_decoding import decode
 from tests.numerics.late import (
@@ -44,9 +45,16 @@ def test_the_layers_that_a_prompt_can_enter_are_known_of_every_base(bases):
     assert num_first_layers(AutoModelForSequenceClassification.from_config(shape)) is None
 
 
-def late(base, start: int, num: int, seed: int) -> LatePrompt:
+def late(base, start: int, num: int, seed: int, *, generator_size: int | None = None) -> LatePrompt:
+    """With a generator of so many hidden numbers, where a size is given, that has been trained a while."""
     draw = torch.Generator().manual_seed(seed)
-    return LatePrompt(torch.randn(num, base.config.hidden_size, generator=draw), start)
+    width = base.config.hidden_size
+    generator = None
+    if generator_size is not None:
+        generator = RowGenerator(width, generator_size, seed)
+        generator.down.data *= 4
+        generator.up.data = generator_size * torch.randn(generator_size, width, generator=draw)
+    return LatePrompt(torch.randn(num, width, generator=draw), start, generator)
 
 
 def keys(base, start: int, num: int, seed: int, *, lower_seed: int | None = None) -> PrefixTuning:
@@ -112,16 +120,59 @@ def test_a_prefix_of_the_upper_layers_is_that_of_the_plain_forward(bases, kind):
         assert reader.cache.misses == (6 if num_distinct == 1 else len(batch.readers))
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bloom", "qwen2_window"])
+def test_vectors_that_depend_on_a_row_are_those_of_the_plain_forward(bases, kind):
+    base = bases[kind]
+    batch, _ = draw_batch("prefix")
+    for prompts in (
+        [late(base, 2, 4, 0, generator_size=8), late(base, 2, 7, 1, generator_size=5)],
+        [late(base, 2, 4, 0, generator_size=8), keys(base, 2, 4, 1)],
+        [late(base, 1, 4, 0), late(base, 3, 7, 1, generator_size=8)],
+    ):
+        model = build(base, "prefix", prompts, recompute=True)
+        reader = build_reader(model)
+        wanted = plain_late_losses(base, model, batch)
+        assert_same(late_losses(model, reader.hold(batch)), wanted)
+
+
+@pytest.mark.parametrize("case", ["infix", "shared", "template"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bloom", "qwen2_window"])
+def test_a_prefix_of_the_upper_layers_may_stand_after_contexts(bases, kind, case):
+    base = bases[kind]
+    batch = with_rests(draw_batch(case)[0])
+    for prompts, num_distinct in (
+        ([keys(base, 2, 4, 0), late(base, 3, 5, 1)], 2),
+        ([keys(base, 3, 4, 0, lower_seed=7), keys(base, 3, 4, 1, lower_seed=7)], 1),
+        ([keys(base, 2, 4, 0, lower_seed=7), keys(base, 2, 4, 1, lower_seed=8)], 2),
+    ):
+        model = build(base, placement_of(case), prompts)
+        reader = build_reader(model)
+        wanted = plain_late_losses(base, model, batch)
+        assert_same(late_losses(model, reader.hold(batch)), wanted)
+        assert reader.cache.misses == (6 if num_distinct == 1 else len(batch.readers))
+        assert_same(late_losses(model, reader.hold(batch)), wanted)
+        assert reader.cache.misses == reader.cache.hits
+
+
+def with_rests(batch):
+    """The batch with the last token of a context after the prompt where nothing else is: a prefix predicts nothing."""
+    pairs = zip(batch.contexts, batch.rests, strict=True)
+    split = [(c, rest) if len(rest) else (c[:-1], c[-1:]) for c, rest in pairs]
+    return dataclasses.replace(batch, contexts=[c for c, _ in split], rests=[rest for _, rest in split])
+
+
 @pytest.mark.parametrize("kind", [*SEQ2SEQ, *ENCODERS])
 def test_in_an_encoder_losses_and_gradients_are_those_of_the_plain_forward(kind):
     base = build_deep(kind)
     family = "seq2seq" if kind in SEQ2SEQ else "encoder"
-    prompts = [late(base, 2, 4, 0)] + ([late(base, 1, 7, 1)] if kind in SEQ2SEQ else [])
+    # Of BART, whose layers end with a norm, the gradient of a generator is smaller than is compared here.
+    generated = late(base, 2, 4, 0, generator_size=None if kind == "bart" else 8)
+    prompts = [generated] + ([late(base, 1, 7, 1)] if kind in SEQ2SEQ else [])
     model = FAMILIES[family].model_class(copy.deepcopy(base), prompts, CrossEntropy(), "prefix").train()
     batch, _ = draw_batch("prefix", readers=[(row, row % len(prompts)) for row in range(6)])
     if family == "encoder":
         batch = dataclasses.replace(batch, targets=[np.array([row % 2]) for row in range(6)])
-    own = [prompt.late_tokens.detach().clone().requires_grad_() for prompt in prompts]
+    own = [{name: p.detach().clone().requires_grad_() for name, p in prompt.named_parameters()} for prompt in prompts]
     losses = []
     for row, member in batch.readers:
         ids = torch.from_numpy(batch.rests[row]).long()[None]
@@ -131,7 +182,7 @@ def test_in_an_encoder_losses_and_gradients_are_those_of_the_plain_forward(kind)
         losses.append(cross_entropy(logits.flatten(0, -2), target, reduction="sum"))
     losses = torch.stack(losses)
     (losses * weights_of(batch)).sum().backward()
-    wanted = [losses.detach(), *(prompt.grad for prompt in own)]
+    wanted = [losses.detach(), *(p.grad for prompt in own for p in prompt.values())]
     reader = build_reader(model)
     for _ in range(2):
         assert_same(late_losses(model, reader.hold(batch)), wanted)
@@ -146,7 +197,7 @@ def start_of(base, target: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", SEQ2SEQ)
 def test_answers_of_an_encoder_decoder_are_those_of_the_plain_forward(kind):
     base = build_deep(kind)
-    prompt = late(base, 2, 4, 0)
+    prompt = late(base, 2, 4, 0, generator_size=8)
     model = FAMILIES["seq2seq"].model_class(copy.deepcopy(base), [prompt], CrossEntropy(), "prefix").eval()
     draw = np.random.default_rng(3)
     texts = [draw_tokens(draw, length) for length in (3, 40, 1, 17)]
@@ -157,7 +208,7 @@ def test_answers_of_an_encoder_decoder_are_those_of_the_plain_forward(kind):
             more = {"decoder_input_ids": start_of(base, torch.tensor([*answer, 0])), "use_cache": False}
             ids = torch.from_numpy(text).long()[None]
             with torch.no_grad():
-                logits = plain_late_encoder_logits(base, 2, prompt.late_tokens, ids, **more)
+                logits = plain_late_encoder_logits(base, 2, dict(prompt.named_parameters()), ids, **more)
             answer.append(int(logits[0, -1].argmax()))
         wanted.append(answer)
     assert decode(model, [([], text.tolist()) for text in texts], 4096, None, MOST) == wanted
@@ -166,10 +217,11 @@ def test_answers_of_an_encoder_decoder_are_those_of_the_plain_forward(kind):
 @pytest.mark.parametrize("case", ["prefix", "infix", "template"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bloom"])
 def test_labels_have_the_losses_of_plain_forwards(bases, kind, case):
-    batch = label_batch(case)
+    batch = with_rests(label_batch(case)) if case != "prefix" else label_batch(case)
     base = bases[kind]
-    first = keys(base, 2, 4, 0, lower_seed=7) if case == "prefix" else late(base, 2, 4, 0)
-    model = build(base, case, [first, late(base, 2 if case == "prefix" else 3, 7, 1)])
+    first = keys(base, 2, 4, 0, lower_seed=7)
+    second = late(base, 2, 7, 1, generator_size=8) if case == "prefix" else late(base, 3, 7, 1)
+    model = build(base, case, [first, second])
     prompts = [dict(prompt.named_parameters()) | dict(prompt.named_buffers()) for prompt in model.prompts]
     wanted = []
     with torch.no_grad():
@@ -202,10 +254,12 @@ def test_rows_that_come_and_go_are_answered_as_each_alone(bases, kind, case):
     begin = draw_tokens(draw, 5)
     texts = [np.concatenate([begin, draw_tokens(draw, length)]) for length in (3, 40, 1, 17)]
     nothing = np.zeros(0, np.int32)
-    rows = [(text, nothing) if case == "infix" else (nothing, text) for text in texts]
-    for prompt in [late(base, 2, 4, 0)] + (
-        [keys(base, 3, 4, 0), keys(base, 2, 4, 0, lower_seed=7)] if case == "prefix" else []
-    ):
+    prompts = [late(base, 2, 4, 0), keys(base, 3, 4, 0), keys(base, 2, 5, 0, lower_seed=7)]
+    prompts += [late(base, 2, 4, 0, generator_size=8)] if case == "prefix" else []
+    for prompt in prompts:
+        num_rest = 0 if prompt.stands_in_sequence else 1
+        rows = [(text[: len(text) - num_rest], text[len(text) - num_rest :]) for text in texts]
+        rows = rows if case == "infix" else [(nothing, text) for text in texts]
         model = build(base, case, [prompt]).eval()
         numbers = {name: p.detach() for name, p in prompt.named_parameters()}
         numbers |= dict(prompt.named_buffers())

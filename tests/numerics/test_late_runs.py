@@ -3,13 +3,19 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from ptune_dist.data.batches import Batch
+from ptune_dist.families import FAMILIES
+from ptune_dist.objectives.cross_entropy import CrossEntropy
+from ptune_dist.prompts.late_prompt import LatePrompt
 from ptune_dist.run.checkpoint import list_checkpoints
 from ptune_dist.run.metrics_log import read_metrics
+from tests.commands import run_commands
 from tests.conftest import build_tiny_base
 from tests.numerics.banks import assert_ends_as_alone, check_members, write_alone, write_bank
 from tests.numerics.banks import write_rows as write_bank_rows
@@ -17,6 +23,7 @@ from tests.numerics.late import plain_late_logits
 from tests.numerics.methods import FEW, RECOMPUTED, WAYS, check_ways, pick, write_ways
 from tests.numerics.plain import NUM_VIRTUAL, load_plain, padded_batches, run_loop
 from tests.numerics.test_curves import curve, train_all, zero_json
+from tests.processes import ROOT
 
 pytestmark = pytest.mark.long
 START = 2
@@ -31,6 +38,15 @@ def base(tmp_path_factory) -> Path:
 
 def start_of() -> dict[str, torch.Tensor]:
     return {"late_tokens": torch.randn(NUM_VIRTUAL, 32, generator=torch.Generator().manual_seed(4))}
+
+
+GENERATED = LATE | {"generator": "pooled", "generator_hidden_size": 8}
+
+
+def generated_start() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    shapes = {"down": (32, 8), "down_bias": (8,), "up": (8, 32)}
+    return start_of() | {f"generator.{name}": torch.randn(shape, generator=draw) for name, shape in shapes.items()}
 
 
 def plain_curve(base_dir: Path, prompt: dict[str, torch.Tensor]) -> list[float]:
@@ -58,7 +74,28 @@ def test_the_curve_depends_on_no_stage_no_cache_and_no_way_of_computing(base, tm
         "cached": RECOMPUTED | {"train": CACHED | small["train"]},
     }
     specs = {"late": write_ways(tmp_path, base, LATE, start_of(), ways)}
-    check_ways(tmp_path, {"late": plain_curve(base, start_of())}, specs)
+    wanted = {"late": plain_curve(base, start_of()), "generated": plain_curve(base, generated_start())}
+    ways = {"cached": ways["cached"], "stage0": ways["stage0"]}
+    specs["generated"] = write_ways(tmp_path / "generated", base, GENERATED, generated_start(), ways)
+    check_ways(tmp_path, wanted, specs)
+    check_exported_vectors(base, tmp_path / "stage0", tmp_path / "vectors")
+
+
+def check_exported_vectors(base: Path, run: Path, out: Path) -> None:
+    """The script of docs/after_training.md gives the logits of a pass of ours."""
+    run_commands([["export", str(run), "--to", "vectors", "--out", str(out)]])
+    page = (ROOT / "docs" / "after_training.md").read_text().partition("## Export a late prompt")[2]
+    script = page.partition("```python\n")[2].partition("```")[0]
+    found: dict = {}
+    exec(script.replace('"vectors/', f'"{out}/').replace('"gpt2"', f'"{base}"'), found)
+    prompt = LatePrompt(load_file(run / "prompt" / "prompt.safetensors")["late_tokens"], START)
+    model = FAMILIES["causal"].model_class(load_plain(base), [prompt], CrossEntropy(), "prefix").eval()
+    ids = found["ids"][0].numpy()
+    targets = np.append(ids[1:], 0)
+    batch = Batch([ids[:0]], [ids[:1]], [targets], [(0, 0)], 0)
+    with torch.no_grad():
+        wanted = model.head.logits(model.supervise(model.read_below(batch)))
+    torch.testing.assert_close(found["logits"][0], wanted, rtol=1e-5, atol=1e-5)
 
 
 TEXT = {"prompt.init": "text", "prompt.init_text": "Upper case"}
@@ -69,6 +106,7 @@ MEMBERS = [
     {**KEYS, **TEXT},
     {**KEYS, **TEXT, "seed": 1},
     {**KEYS, "prompt.lower_layers": "none", "prompt.num_virtual_tokens": 6},
+    {"prompt.method": "late_prompt", "prompt.start_layer": 3, "prompt.generator": "pooled"},
 ]
 
 
@@ -78,12 +116,12 @@ def test_each_member_of_a_mixed_sweep_ends_as_alone(base, tmp_path):
 
 
 @pytest.mark.extended
-def test_a_sweep_of_eight_with_a_cache_ends_as_eight_runs_which_resume_bitwise(base, tmp_path):
+def test_a_sweep_with_a_cache_ends_as_its_runs_alone_which_resume_bitwise(base, tmp_path):
     write_bank_rows(tmp_path)
     more = [{"prompt.method": "late_prompt", "train.learning_rate": 0.01}, {**KEYS, "prompt.init": "random"}]
-    eight = [*MEMBERS, *more, {**KEYS, **TEXT, "prompt.from_layer": 1}]
-    cached = write_bank(tmp_path, "cached", base, eight, "prefix", train=CACHED, deepspeed=zero_json(3))
-    infix = write_bank(tmp_path, "infix", base, [*MEMBERS[:2], {"prompt.method": "prompt_tuning"}], "infix")
+    nine = [*MEMBERS, *more, {**KEYS, **TEXT, "prompt.from_layer": 1}]
+    cached = write_bank(tmp_path, "cached", base, nine, "prefix", train=CACHED, deepspeed=zero_json(3))
+    infix = write_bank(tmp_path, "infix", base, [*MEMBERS[:4], {"prompt.method": "prompt_tuning"}], "infix")
     alone = {"cached": write_alone(cached), "infix": write_alone(infix)}
     configs = [cached, infix, *(path for members in alone.values() for path in members.values())]
     train_all([(str(path), []) for path in configs], tmp_path, num_ranks=2)
@@ -92,8 +130,8 @@ def test_a_sweep_of_eight_with_a_cache_ends_as_eight_runs_which_resume_bitwise(b
     rates = [line["context_hit_rate"] for line in read_metrics(tmp_path / "cached")]
     # Three steps are an epoch; a row that moves to the other rank is missed once more.
     assert rates[0] < 0.3 and min(rates[3:]) > 0.6, rates
-    first_late, _, first_keys, *_ = alone["cached"].items()
-    check_resumed(tmp_path, [first_late, first_keys])
+    first_late, _, first_keys, _, _, generated, *_ = alone["cached"].items()
+    check_resumed(tmp_path, [first_late, first_keys, generated])
 
 
 def check_resumed(folder: Path, alone: list[tuple[str, Path]]) -> None:

@@ -306,8 +306,8 @@ def test_what_it_is_not_for_is_refused_in_one_line(runs, tiny_bases, tmp_path):
     config = str(runs["llama"] / "config.json")
     new = f"output_dir={tmp_path / 'no'}"
     cases = {
-        "prompt.placement: prefix_tuning is for placement prefix and infix and template": ["prompt.placement=encoder"],
-        "prompt.method: prefix_tuning is for causal and encoder bases": [f"model.path={tiny_bases['t5']}"],
+        "prompt.placement: encoder is for seq2seq bases": ["prompt.placement=encoder"],
+        "prompt.placement: both is for seq2seq bases": ["prompt.placement=both"],
         "needs an input before the target": ["data.train=some.txt", "data.template=null", "data.target=null"],
         "the input is empty, but prefix_tuning needs": ["data.template='{% if false %}{{ word }}{% endif %}'"],
     }

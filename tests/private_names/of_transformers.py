@@ -21,6 +21,20 @@ ATTENTION = {
 }
 
 TABLE: Table = {
+    "model/encoder_prefix.py": [
+        attribute(f"{MODEL}._supports_attention_backend", "know whether a base's layers call a registered function"),
+        attribute("transformers:AttentionInterface.register", "give layers keys and values before their own"),
+        attribute("transformers:AttentionMaskInterface.register", "keep the masks of sdpa"),
+        attribute(f"{MODEL}.set_attn_implementation", "give layers keys and values before their own"),
+        attribute(SDPA, "attend to a prefix and to a row"),
+        *(
+            parameter(SDPA, name, "attend to a prefix and to a row")
+            for name in ("module", "query", "key", "value", "attention_mask")
+        ),
+        attribute("transformers.masking_utils:sdpa_mask", "keep the masks of sdpa"),
+        parameter(f"{MODELS}.bert.modeling_bert:BertModel.forward", "past_key_values", "give layers keys and values"),
+        parameter(f"{MODELS}.bert.modeling_bert:BertModel.forward", "position_ids", "count positions from a prefix on"),
+    ],
     "model/attention.py": [
         attribute(f"{MODEL}._supports_attention_backend", "know whether a base's layers call a registered function"),
         attribute("transformers:AttentionInterface.register", "have layers call attention over segments"),
@@ -139,6 +153,18 @@ TABLE: Table = {
             "if is_cross_attention and past_key_values is not None and is_updated:",
             "compute the keys and values of an encoder's output once",
             "crossed",
+        ),
+    ],
+    "model/seq2seq_prefix.py": [
+        attribute(CACHE, "give an encoder's attention a prefix"),
+        attribute("transformers:EncoderDecoderCache", "give a decoder prefixes"),
+        instance("transformers:EncoderDecoderCache", "is_updated", "read the encoder's output behind a prefix"),
+        attribute("transformers:DynamicCache", "continue from a prefix"),
+        *(
+            source(
+                f"{MODELS}.{kind}", "past_key_values.is_updated.get(", "read the encoder behind a prefix", "is_updated"
+            )
+            for kind in ("t5.modeling_t5:T5Attention", "bart.modeling_bart:BartAttention")
         ),
     ],
     "families/seq2seq_decoder.py": [

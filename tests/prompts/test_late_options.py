@@ -5,7 +5,7 @@ import torch
 
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
-from ptune_dist.prompts.export import check_for_peft, export_prompt_embeds
+from ptune_dist.prompts.export import check_for_peft, check_for_vectors, export_prompt_embeds
 from ptune_dist.prompts.late_prompt import LatePrompt, LatePromptOptions
 from ptune_dist.prompts.method import BaseFacts, check_start_layer
 from ptune_dist.prompts.prefix_tuning import PrefixOptions, PrefixTuning
@@ -77,6 +77,10 @@ def test_a_layer_that_the_base_lacks_is_refused(layer):
         ValueError, match=f"^prompt.x: {layer} is no layer above the first one of 4: choose one from 1 to 3"
     ):
         check_start_layer(layer, BaseFacts(8, num_first_layers=4), "prompt.x")
+    with pytest.raises(ValueError, match="^prompt.x: .* of 2: choose 1$"):
+        check_start_layer(layer, BaseFacts(8, num_first_layers=2), "prompt.x")
+    with pytest.raises(ValueError, match="^prompt.x: this base has one layer, and a prompt can enter above"):
+        check_start_layer(layer, BaseFacts(8, num_first_layers=1), "prompt.x")
     with pytest.raises(ValueError, match="^prompt.x: the layers of this base are no plain stack"):
         check_start_layer(layer, BaseFacts(8), "prompt.x")
 
@@ -84,10 +88,17 @@ def test_a_layer_that_the_base_lacks_is_refused(layer):
 def test_what_no_other_system_can_serve_is_refused_in_one_line(tmp_path):
     late = {"late_tokens": torch.zeros(4, 8)}
     facts = {"method": "late_prompt", "placement": "infix"}
-    with pytest.raises(UserError, match="^--to peft: PEFT has no method whose virtual tokens enter at a later layer$"):
+    with pytest.raises(
+        UserError, match="^--to peft: PEFT has no method whose .* enter at a later layer: use --to vectors$"
+    ):
         check_for_peft(late, facts)
-    with pytest.raises(UserError, match="^--to prompt-embeds: this prompt enters at a later layer"):
+    with pytest.raises(UserError, match="^--to prompt-embeds: this prompt enters at a later.*: use --to vectors$"):
         export_prompt_embeds(late, None, [], torch.float32, tmp_path)
+    with pytest.raises(UserError, match="^--to vectors: this is for late_prompt, .*, not for prompt_tuning$"):
+        check_for_vectors({"virtual_tokens": late["late_tokens"]}, {})
+    with pytest.raises(UserError, match="^--to vectors: this prompt has a generator, so"):
+        check_for_vectors(late | {"generator.up": torch.zeros(2, 8)}, facts)
+    check_for_vectors(late, facts)
     facts = {"method": "prefix_tuning", "placement": "prefix", "options": {"from_layer": 2}}
     upper = {"prefix_keys": torch.zeros(2, 4, 2, 8), "prefix_values": torch.zeros(2, 4, 2, 8)}
     with pytest.raises(UserError, match="^--to peft: PEFT's prefixes are in all layers, this one begins with"):
@@ -137,7 +148,8 @@ def test_layers_below_a_prefix_keep_the_start_and_a_run_is_trained_further(tmp_p
         ("text", "prefix", None, True),
         ("rows", "prefix", "none", False),
         ("random", "prefix", None, False),
-        ("text", "infix", None, False),
+        ("text", "infix", None, True),
+        ("zero", "template", None, False),
     ],
 )
 def test_lower_layers_follow_from_the_start_and_the_placement(asked, placement, given, has_lower):
@@ -152,12 +164,39 @@ def test_lower_layers_follow_from_the_start_and_the_placement(asked, placement, 
         ({"from_layer": 4}, "text", "prefix", "prompt.from_layer: 4 is no layer above the first one of 4"),
         ({"lower_layers": "none"}, "text", "prefix", "prompt.lower_layers is for layers below prompt.from_layer"),
         ({"from_layer": 1, "lower_layers": "start"}, "zero", "prefix", "prompt.lower_layers: start needs a start from"),
-        ({"from_layer": 1, "lower_layers": "start"}, "text", "infix", "prompt.lower_layers: start is for placement"),
     ],
 )
 def test_prefix_options_that_do_not_fit_are_refused(options, asked, placement, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         PrefixTuning.build(PrefixOptions(**options), 4, facts_of(), start_of(asked, asked, placement))
+
+
+def test_a_generator_starts_by_adding_nothing_and_is_trained_further(tmp_path):
+    LatePrompt.build(LatePromptOptions(**LatePromptOptions().model_dump()), 3, facts_of(), start_of("random", "random"))
+    options = LatePromptOptions(generator="pooled", generator_hidden_size=32)
+    prompt = LatePrompt.build(options, 3, facts_of(), start_of("random", "random"))
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randn(count, 8, generator=draw) for count in (1, 2, 7)]
+    assert all(torch.equal(own.vectors, prompt().vectors) for own in prompt.of_rows(rows))
+    prompt.generator.up.data = torch.randn(32, 8, generator=draw)
+    save_prompt(tmp_path, prompt.plain(), {})
+    again = LatePrompt.build(options, 3, facts_of(), start_of("file", "file", file=str(tmp_path)))
+    for ours, theirs in zip(again.of_rows(rows), prompt.of_rows(rows), strict=True):
+        assert torch.equal(ours.vectors, theirs.vectors) and not torch.equal(ours.vectors, prompt().vectors)
+    with pytest.raises(ValueError, match="^prompt.init_file: that prompt has a generator: set prompt.generator=pooled"):
+        LatePrompt.build(LatePromptOptions(), 3, facts_of(), start_of("file", "file", file=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("options", "placement", "message"),
+    [
+        ({"generator_hidden_size": 4}, "prefix", "prompt.generator_hidden_size is for a generator: set prompt.gen"),
+        ({"generator": "pooled"}, "infix", "prompt.generator: pooled reads whole inputs, which placement infix"),
+    ],
+)
+def test_options_of_a_generator_that_do_not_fit_are_refused(options, placement, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        LatePrompt.build(LatePromptOptions(**options), 3, facts_of(), start_of("random", "random", placement))
 
 
 def test_a_late_prompt_starts_from_hidden_states_of_its_layer():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ptune_dist.commands import GenerateRequest, check_output
+from ptune_dist.commands import check_output
 from ptune_dist.config.load import load_config, render_config
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
@@ -165,14 +165,16 @@ def test_a_file_in_the_way_is_named_once(load: Load, tmp_path: Path):
 
 def test_answers_replace_only_answers(load: Load, tmp_path: Path):
     def check(path: Path) -> None:
-        check_output(GenerateRequest("a", None, path), load())
+        check_output(path, None, load())
 
-    for number, text in enumerate(["", '{"word": "a", "generated": "b"}\n']):
+    for number, text in enumerate(
+        ["", '{"word": "a", "generated": "b"}\n', '{"gold": "b", "label": "b", "num_tokens": 1}\n']
+    ):
         check(put(tmp_path, f"answers{number}.jsonl", text))
     check(tmp_path / "new.jsonl")
     check(Path("/dev/null"))
     for number, text in enumerate(["notes", '{"word": "a"}\n', "[1]\n", "\n", '"generated"\n']):
-        with pytest.raises(UserError, match=r"^--output: .* holds no answers of generate: choose another one$"):
+        with pytest.raises(UserError, match=r"^--output: .* holds no answers of ours: choose another one$"):
             check(put(tmp_path, f"notes{number}.txt", text))
 
 

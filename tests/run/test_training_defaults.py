@@ -12,6 +12,7 @@ from ptune_dist.prompts import METHODS
 from ptune_dist.run.folder import first_difference
 from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.run.resolve import resolve
+from ptune_dist.run.training_defaults import describe_rates
 from tests.conftest import write_config
 
 
@@ -68,6 +69,12 @@ def test_members_of_other_methods_have_their_own(tmp_path):
     assert list(rates(found).values()) == expected
     assert found.config.train.learning_rate is None  # so that a resumed sweep leaves each member its own
     assert found.config.train.warmup_steps == 0  # of both
+
+
+def test_the_rates_are_told_in_one_phrase_or_for_each_member(tmp_path):
+    assert describe_rates(read(tmp_path).members) == "learning rate 0.3"
+    found = read(tmp_path, sweep={"train.learning_rate": [0.001, 0.2]}).members
+    assert describe_rates(found) == "learning rates 0.001 (learning_rate=0.001), 0.2 (learning_rate=0.2)"
 
 
 def test_members_given_a_rate_keep_it_and_null_means_left_out(tmp_path):

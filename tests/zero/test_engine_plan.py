@@ -9,6 +9,7 @@ from ptune_dist.distributed.world import World
 from ptune_dist.families import FAMILIES
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.optim.prompt_state import PromptState
+from ptune_dist.prompts.method import Method
 from ptune_dist.zero.engine import MOST_POSITIONS_ON_CPU, Engine
 from ptune_dist.zero.passes import WholePasses
 from tests.gpu_offline.work_steps import draw_examples
@@ -21,7 +22,7 @@ def build_engine(placement: str, device: str = "cpu") -> Engine:
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", intermediate_size=8, vocab_size=40, **shape))
-    prompts = [draw_prefix(base, 5, seed=seed) for seed in range(8)]
+    prompts: list[Method] = [draw_prefix(base, 5, seed=seed) for seed in range(8)]
     model = FAMILIES["causal"].model_class(base.eval().requires_grad_(False), prompts, CrossEntropy(), placement)
     world = World(0, 1, torch.device(device))
     return Engine(model, WholePasses(), PromptState({}, world), world, 0)

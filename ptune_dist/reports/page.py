@@ -1,0 +1,68 @@
+"""A comparison as one page that opens without a network: tables, charts, and the held-out rows with all answers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ptune_dist import __version__
+from ptune_dist.reports.plots import as_svg, draw_charts
+from ptune_dist.reports.results import Result, differing_keys, is_higher_better
+from ptune_dist.reports.scores import Scores
+
+MOST_ROWS = 1000  # of the table of answers
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def write_page(file: Path, results: Sequence[Result], scores: Scores) -> None:
+    """Write the page of one result or several."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    rows = list_rows(results)
+    content = template.render(
+        title=" / ".join(result.name for result in results[:3]) + (" / ..." if len(results) > 3 else ""),
+        version=__version__,
+        results=results,
+        differing=differing_keys(results),
+        scores=scores,
+        best={name: (max if is_higher_better(name) else min)(s.value for s in own) for name, own in scores.items()},
+        charts=[Markup(as_svg(figure)) for _, figure in draw_charts(results)],
+        num_rows=max((len(result.predictions) for result in results), default=0),
+        most_rows=MOST_ROWS,
+        rows=Markup(as_script(rows)),
+    )
+    file.write_text(content, encoding="utf-8")
+
+
+def list_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The held-out rows: input, what is right, and each result's answer; null where a result has another row there."""
+    longest = max(results, key=lambda result: len(result.predictions)).predictions
+    found = []
+    for number, row in enumerate(longest[:MOST_ROWS]):
+        others = [result.predictions[number] if number < len(result.predictions) else None for result in results]
+        gold = right_of(row)
+        answers = [answer_of(other) if other and right_of(other) == gold else None for other in others]
+        found.append({"input": row["input"], "gold": gold, "answers": answers})
+    return found
+
+
+def right_of(row: dict[str, Any]) -> str:
+    """What is right, as one text."""
+    gold = row.get("gold_label", row.get("gold", ""))
+    return " | ".join(map(str, gold)) if isinstance(gold, list) else str(gold)
+
+
+def answer_of(row: dict[str, Any]) -> str:
+    """What was answered: the label, the text or the number; without one the loss."""
+    for key in ("label", "generated", "predicted"):
+        if key in row:
+            return str(row[key])
+    return f"loss {row['loss']:.4f}"
+
+
+def as_script(rows: list[dict[str, Any]]) -> str:
+    """JSON that is safe inside a script element."""
+    return json.dumps(rows, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")

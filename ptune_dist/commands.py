@@ -16,11 +16,12 @@ from ptune_dist.base.layers import name_first_layers
 from ptune_dist.base.source import fingerprint_base, load_shape
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config, DataConfig
-from ptune_dist.data.build import build_choices, build_inputs, build_split, build_templates, csv_dialect
+from ptune_dist.data.build import build_choices, build_inputs, build_split, build_templates
 from ptune_dist.data.candidates import Candidates
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.sources import Rows, load_rows
+from ptune_dist.data.split_rows import csv_dialect
 from ptune_dist.data.tasks import read_tasks, task_column
 from ptune_dist.distributed.world import World, from_main, init_distributed, together
 from ptune_dist.errors import UserError
@@ -96,7 +97,9 @@ def build_run_evaluator(reading: Reading, run_dir: Path) -> Evaluator:
     """Raises UserError."""
     config = reading.config
     encoding = reading.encoding(config)
-    split = build_split(config.data, encoding, which="validation", max_examples=config.evaluate.max_examples)
+    split = build_split(
+        config.data, encoding, which="validation", max_examples=config.evaluate.max_examples, folder=run_dir
+    )
     if split is None:
         raise UserError(f"{run_dir}/config.yaml: data.validation is missing: give data.validation=FILE")
     check_inputs(split.examples, config.prompt)
@@ -259,6 +262,11 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
     """
     if file:
         return load_rows(file, key="--input-file", default_split="test", csv=csv_dialect(data))
+    if data.messages is not None:
+        import datasets
+
+        messages = [{"role": "user", "content": text}]
+        return Rows("--input", datasets.Dataset.from_list([{data.messages: messages}]), "rows")
     columns = ["text"]  # of plain text
     if data.template is not None:
         template, _ = build_templates(data, placement)

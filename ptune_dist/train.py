@@ -17,12 +17,13 @@ from ptune_dist.config.schema import Config
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, init_distributed, together
 from ptune_dist.errors import RunFault
+from ptune_dist.evaluation.averaging import keep_average
 from ptune_dist.evaluation.during_training import StopAgreed, agree_on_stop, evaluate_members, is_due, is_evaluation_due
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.evaluation.generate import pad_id
 from ptune_dist.evaluation.row_warnings import find_warnings
 from ptune_dist.evaluation.sources import choose_sources
-from ptune_dist.evaluation.splits import build_splits, find_lead, measure_scales
+from ptune_dist.evaluation.splits import RunRows, build_splits, describe_skipped, find_lead, measure_scales, write_rows
 from ptune_dist.optim.optimizer import learning_rate_at
 from ptune_dist.run.accumulate import Accumulator
 from ptune_dist.run.batches_ahead import BatchesAhead, StepPlan, StepSource
@@ -35,6 +36,7 @@ from ptune_dist.run.folder import (
     write_run_configs,
 )
 from ptune_dist.run.job import Job, build_job
+from ptune_dist.run.length import settle_length
 from ptune_dist.run.metrics_log import MetricsWriter
 from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
 from ptune_dist.run.reading import build_reading
@@ -89,6 +91,12 @@ def train(config: Config) -> int:
                 check_nodes(world)
         reading = together(world, lambda: build_reading(config))
         read = together(world, lambda: build_splits(reading))
+        reading, lengths = together(world, lambda: settle_length(reading, read.training))
+        config = reading.config
+        summary = from_main(world, lambda: is_finished(config)) if lengths else None
+        if summary:
+            say_finished(config, summary, world)
+            return Outcome(DONE).exit_status
         with BusyLine("comparing training and validation rows"):
             warnings = together(world, lambda: find_warnings(reading, read) if world.is_main else [])
         rows = read.training
@@ -99,19 +107,21 @@ def train(config: Config) -> int:
         run_dir = Path(config.output_dir)
         watch.begin_run()
         with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
-            return train_job(job, rows, read.evaluators, warnings, watch, world)
+            notes = lengths + describe_skipped(config, read) + [f"warning: {line}" for line in warnings]
+            return train_job(job, read, notes, watch, world)
 
 
-def train_job(
-    job: Job, rows: TrainingRows, evaluators: dict[str, Evaluator], warnings: list[str], watch: Watch, world: World
-) -> int:
-    """What `train` does once everything is loaded and the run's folder is locked. Collective."""
+def train_job(job: Job, read: RunRows, notes: list[str], watch: Watch, world: World) -> int:
+    """What `train` does once everything is loaded and the run's folder is locked; `notes` go to the log. Collective."""
     config = job.config
+    rows = read.training
+    evaluators = read.evaluators
     run_dir = Path(config.output_dir)
     progress = restore(job, rows, world)
     chosen = choose_sources(job, rows, world)
     together(world, lambda: mark_running(run_dir) if world.is_main else None)
     together(world, lambda: write_run_configs(config, job.members) if world.is_main else None)
+    together(world, lambda: write_rows(job.reading, read) if world.is_main else None)
     together(world, lambda: watch.begin_steps(run_dir))
     end = Outcome(DONE)
     summary: dict[str, Any] = {}
@@ -127,8 +137,8 @@ def train_job(
             training.say(describe_start(job, rows, held_out, progress, world))
             for line in chosen:
                 training.say(line)
-            for line in warnings:
-                training.say(f"warning: {line}")
+            for line in notes:
+                training.say(line)
         try:
             run_steps(training)
             summary = finish(training)
@@ -159,7 +169,7 @@ def run_steps(training: Training) -> None:
         progress.evaluation_pending = bool(training.evaluators) and is_evaluation_due(config, progress.step)
         is_asked = agree_on_stop(training.watch, training.metrics, training.world)
         is_stopped = is_asked and not is_over(config, progress)
-        if is_stopped or is_due(config.checkpoint.every, progress.step, config):
+        if is_stopped or is_due(config.checkpoint.every_steps, progress.step, config):
             checkpoint(training.job, progress, training.world)
         if is_stopped:
             raise StopAgreed
@@ -243,6 +253,7 @@ def evaluate(training: Training) -> None:
 def finish(training: Training) -> dict[str, Any]:
     """Write the summaries and return the run's. Where nothing is evaluated the last prompt is kept. Collective."""
     job = training.job
+    config = job.config
     progress = training.progress
     world = training.world
     if any(name in training.evaluators and not progress.members[name].best for name in progress.live):
@@ -252,8 +263,11 @@ def finish(training: Training) -> dict[str, Any]:
             store_prompt(job, name, progress, world)
     if progress.step < training.config.train.max_steps:  # patience ended it, perhaps between two checkpoints
         checkpoint(job, progress, world)
+    averaged = keep_average(job, training.evaluators, progress, world, training.say)
     signatures = {name: evaluator.signatures for name, evaluator in training.evaluators.items()}
     summary = build_summary(job, progress, signatures, world)
+    if averaged:
+        summary["average_last"] = averaged if config.sweep else next(iter(averaged.values()))
     if training.metrics:
         training.metrics.ranks(progress.step, summary["ranks"])
     if job.engine.recomputer:
@@ -294,7 +308,9 @@ def open_metrics(job: Job, progress: Progress) -> MetricsWriter:
             max_steps=job.config.train.max_steps,
             first_step=progress.step + 1,
             members=members,
-            evaluate_every=job.config.evaluate.every,
+            evaluate_every=job.config.evaluate.every_steps,
+            log_every=job.config.train.log_every,
+            report_to=job.config.train.report_to,
             settings={name if members else "": describe_settings(own) for name, own in job.members.items()},
         )
 

@@ -68,13 +68,50 @@ def read_header(value: Any) -> Any:
     raise ValueError("name the columns in a list, such as [id, text], or leave it out")
 
 
+def read_held_out(value: Any) -> Any:
+    """`data.validation`: files, or how many of the training rows, as a number or a share."""
+    if isinstance(value, str) and NUMBER.fullmatch(value) and not os.path.exists(value):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if not (0 < value < 1 or value >= 1 and value == int(min(value, MOST))):
+        raise ValueError("a file, a number of the training rows, or a share of them such as 0.1 is needed")
+    return int(value) if value >= 1 else value
+
+
+def refuse_empty(values: Any) -> Any:
+    if values == []:
+        raise ValueError("a path or a name is needed, and the list is empty")
+    return values
+
+
+def read_interval(value: Any) -> Any:
+    """An interval between events: whole steps, a share of all steps, or `epoch`."""
+    if isinstance(value, bool):  # YAML's yes and true are 1
+        raise ValueError("a number of steps, a share such as 0.1, or epoch is needed")
+    if isinstance(value, str):
+        try:
+            value = float(value) if value != EPOCH else value
+        except ValueError:
+            raise ValueError("a number of steps, a share such as 0.1, or epoch is needed") from None
+    if value == EPOCH or not isinstance(value, (int, float)):
+        return value
+    if not (value >= 0 and (value < 1 or value == int(min(value, MOST)))):
+        raise ValueError("a number of steps, at least 0, or a share of all steps below 1 is needed")
+    return int(value) if value == int(value) else value
+
+
+EPOCH = "epoch"
+NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 MOST = 2**32
 # Not ${{...}}, which Azure fills in before a command runs.
 PLACEHOLDER = re.compile(r"\$\{(?!\{)[^}]*\}?|\$\w+|\$\(.*\)?")
 PathText = Annotated[str, AfterValidator(refuse_placeholder)]
+Sources = Annotated[PathText | list[PathText], AfterValidator(refuse_empty)]
 Positive = Annotated[int, BeforeValidator(refuse_bool), Field(gt=0), at_most(MOST)]
 NotNegative = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0), at_most(MOST)]
 Real = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)]
+Interval = Annotated[int | float | Literal["epoch"], BeforeValidator(read_interval)]
 Share = Annotated[Real, Field(ge=0, lt=1)]
 # YAML reads a bare `off` as false.
 AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]

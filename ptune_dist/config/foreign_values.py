@@ -32,7 +32,6 @@ FOREIGN_VALUES = {
         "adamw_torch_fused": "adamw",
         "sgd": "sgd",
     },
-    "train.schedule": {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"},
 }
 
 

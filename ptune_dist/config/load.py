@@ -1,5 +1,6 @@
 """YAML and `key.path=value` overrides in, one validated `Config` out; and the resolved config as YAML again."""
 
+import glob
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from ptune_dist.config.messages import (
     name_place,
     text_keys,
 )
-from ptune_dist.config.schema import Config
+from ptune_dist.config.schema import Config, list_sources
 from ptune_dist.config.sweep import map_paths, render_members, sweep_keys, validate_member
 from ptune_dist.config.yaml_file import apply_override, read_yaml
 from ptune_dist.errors import UserError
@@ -50,7 +51,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Res
     except ValidationError as error:
         raise UserError(describe_validation_error(error, path, overrides)) from None
     config = resolve_paths(config, Path(path).resolve().parent)
-    for key, value in (("model.path", config.model.path), ("data.train", config.data.train)):
+    paths = [("model.path", config.model.path), *(("data.train", source) for source in config.data.train_sources)]
+    for key, value in paths:
         if not value.strip():
             raise UserError(f"{name_place(key, path, overrides)}: {key}: a path or a name is needed, and it is empty")
     wrong = describe_wrong_folder(config)
@@ -110,6 +112,19 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
                 return os.path.abspath(folder / name) + colon + split
         return value
 
+    def expand(value: Any) -> Any:
+        """As `resolve`, with the files that a pattern names in place of it."""
+        if isinstance(value, list):
+            return [path for item in value for path in list_sources(expand(item))]
+        found = resolve(value)
+        if not isinstance(found, str) or os.path.exists(found) or not glob.has_magic(found):
+            return found
+        for folder in (Path.cwd(), config_dir):
+            files = sorted(glob.glob(str(folder / found), recursive=True))
+            if files:
+                return [os.path.abspath(file) for file in files]
+        return found
+
     tasks = config.data.tasks
     if isinstance(tasks, dict):
         tasks = {
@@ -126,14 +141,14 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
             "prompt": config.prompt.model_copy(update={"init_file": resolve(config.prompt.init_file)}),
             "data": config.data.model_copy(
                 update={
-                    "train": resolve(config.data.train),
-                    "validation": resolve(config.data.validation),
+                    "train": expand(config.data.train),
+                    "validation": expand(config.data.validation),
                     "tasks": tasks,
                 }
             ),
             "train": config.train.model_copy(update={"context_cache_dir": cache_dir}),
             "deepspeed": find_preset(resolve(config.deepspeed)),
-            "sweep": map_paths(config.sweep, resolve),
+            "sweep": map_paths(config.sweep, expand),
         }
     )
 
@@ -151,7 +166,9 @@ def describe_wrong_folder(config: Config) -> str:
     model = os.path.abspath(config.model.path)
     if os.path.isdir(model) and os.path.commonpath([folder, model]) == model:
         return f"{given} is model.path or inside it, and a run would write among the base's files: choose another"
-    for key, data in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+    sources = [("data.train", source) for source in config.data.train_sources]
+    sources += [("data.validation", source) for source in config.data.validation_sources]
+    for key, data in sources:
         if data and os.path.isdir(data) and os.path.commonpath([folder, os.path.abspath(data)]) == data:
             return f"{given} is {key} or inside it, and a run would write among the rows: choose another"
     return ""

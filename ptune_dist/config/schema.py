@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ptune_dist.config.fields import (
+    MOST,
+    Interval,
     Label,
     NotNegative,
     OptionalFolder,
@@ -18,7 +20,9 @@ from ptune_dist.config.fields import (
     Real,
     Section,
     Share,
+    Sources,
     at_most,
+    read_held_out,
     refuse_text_but_auto,
     refuse_twice,
 )
@@ -35,19 +39,48 @@ def check_metric(name: str) -> str:
 
 Metric = Annotated[str, AfterValidator(check_metric)]
 Sweep = Annotated[dict[str, list[Any]] | list[dict[str, Any]], BeforeValidator(check_sweep)]
+UNKNOWN_STEPS = MOST  # `max_steps` until the rows are counted
+OWN_SCHEDULES = ("constant", "linear", "cosine", "constant_with_warmup")
+Schedule = Literal[
+    "constant",
+    "linear",
+    "cosine",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
 PLACEMENTS_WITH_CONTEXTS = ("infix", "template", "decoder")  # tokens stand before the prompt, and depend on none
 PROMPT_MARKER = re.compile(r"\{\{-?\s*prompt\s*-?\}\}")  # in data.template, for placement template
+
+
+def list_sources(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
 
 
 class DataConfig(Section):
     """The examples, and how a row becomes an input and a target."""
 
-    train: PathText
+    train: Sources
     """The training rows: a .jsonl (.ndjson), .json, .csv, .tsv, .txt or .parquet file, a folder saved by `datasets`, or
-    a dataset on the hub (`NAME`, `NAME@CONFIG`, `NAME:SPLIT`)."""
+    a dataset on the hub (`NAME`, `NAME@CONFIG`, `NAME:SPLIT`). Several of them as a list, or files as `parts/*.jsonl`,
+    are read one after another."""
 
-    validation: PathText | None = None
-    """The validation rows, in the same forms."""
+    validation: Annotated[Sources | int | float | None, BeforeValidator(read_held_out)] = None
+    """The validation rows, in the same forms. Or a number such as `500`, or a share such as `0.1`: so many of the
+    training rows are drawn, kept out of training, and named in the run's split.json."""
+
+    split_seed: Annotated[NotNegative, Field(lt=2**32)] = 0
+    """Which of the training rows are drawn for validation. `seed` does not change them."""
+
+    max_examples: Positive | None = None
+    """Only the first so many rows of `train` are read, before validation rows are drawn from them."""
 
     csv: CsvConfig = CsvConfig()
     """How .csv and .tsv files are written."""
@@ -59,9 +92,28 @@ class DataConfig(Section):
     """The expected output: jinja2 over the columns of a row. The loss is computed only here."""
 
     references: str | None = None
-    """A column with the acceptable answers of a validation row, a text or a list of texts, for the metrics that compare
-    generated answers: the best one counts. `answers.text` is what `text` holds inside column `answers`. The target
-    where left out."""
+    """A column with the acceptable answers of a row, a text or a list of texts, for the metrics that compare generated
+    answers: the best one counts. `answers.text` is what `text` holds inside column `answers`. The target where left
+    out. Where `target` prints all of the column, as in `{{ answers }}`, each epoch trains on one of them, drawn by
+    `seed`, and the validation loss is that of the first."""
+
+    chat: bool = False
+    """Write input and target as a user's and an assistant's turn, by the chat template of the base's tokenizer: for
+    bases that are trained on chats."""
+
+    messages: str | None = None
+    """The column that holds a conversation, in place of `template` and `target`: a list of messages with `role` and
+    `content`, written by the base's chat template. Every turn of the assistant is learned, and nothing else."""
+
+    system: str | None = None
+    """The system prompt of chats that have none of their own."""
+
+    tools: str | None = None
+    """The column that holds the tools a conversation may use, as the base's chat template takes them."""
+
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a row does that cannot be used: without a value, with an empty target or one that does not fit. `skip`: it
+    is counted and named in the run's skipped_rows.jsonl."""
 
     labels: Annotated[list[Label], AfterValidator(refuse_twice)] | None = None
     """The values that the target's one column can take: for accuracy by likelihood, for `init: labels`, and as the
@@ -113,6 +165,46 @@ class DataConfig(Section):
         return filled
 
     @model_validator(mode="after")
+    def check_chat(self) -> "DataConfig":
+        if self.messages is not None:
+            for key in ("template", "target", "labels"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"data.{key} and data.messages are both given: leave one out")
+        if self.chat and self.messages is not None:
+            raise ValueError("data.chat is for data.template, and data.messages is given: leave one out")
+        if self.chat and self.is_plain_text:
+            raise ValueError("data.chat needs an input and a target, and a .txt file has none")
+        if self.system is not None and not self.is_chat:
+            raise ValueError("data.system needs data.chat or data.messages")
+        if self.tools is not None and self.messages is None:
+            raise ValueError("data.tools needs data.messages")
+        return self
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the base's chat template writes the rows."""
+        return self.chat or self.messages is not None
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the validation rows are drawn from the training rows."""
+        return isinstance(self.validation, (int, float))
+
+    @property
+    def train_sources(self) -> list[str]:
+        return list_sources(self.train)
+
+    @property
+    def validation_sources(self) -> list[str]:
+        """Where validation rows are read, if they have sources of their own."""
+        return [] if self.holds_out else list_sources(self.validation)
+
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether the training rows have no input and no target."""
+        return any(source.lower().endswith(".txt") for source in self.train_sources)
+
+    @model_validator(mode="after")
     def check_tasks(self) -> "DataConfig":
         if self.tasks is not None and not self.tasks:
             raise ValueError("data.tasks is empty: name the tasks, or leave it out")
@@ -128,6 +220,10 @@ class TrainConfig(Section):
 
     max_steps: Positive = 1000
     """The number of optimizer steps."""
+
+    epochs: Annotated[Real, Field(gt=0, le=1e6)] | None = None
+    """How often every training row is read, in place of `max_steps`: the steps follow from the number of rows when the
+    run begins, and its config.yaml has them. A fraction is possible."""
 
     batch_size: Annotated[Positive, at_most(10_000_000)] = 32
     """Examples per optimizer step, over all ranks."""
@@ -166,8 +262,12 @@ class TrainConfig(Section):
     momentum: Share = 0.0
     """SGD's momentum."""
 
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """The learning rate after warm-up: constant, or falling to zero at `max_steps`."""
+    schedule: Schedule = "linear"
+    """The learning rate after warm-up: constant, or falling to zero at `max_steps`. The other names are those of
+    transformers' `get_scheduler`, with its curves after the warm-up."""
+
+    schedule_options: dict[str, Any] = {}
+    """Options of transformers' schedules, by its names: `{num_cycles: 3}`, `{power: 2.0}`, `{min_lr_rate: 0.1}`."""
 
     warmup_steps: NotNegative | None = None
     """Steps over which the learning rate rises from zero. Where left out, the method's share of `max_steps`, which is 0
@@ -192,11 +292,38 @@ class TrainConfig(Section):
     context_cache_dir: OptionalFolder = None
     """A folder for the contexts that memory does not hold."""
 
+    log_every: Positive | None = None
+    """Steps between lines of a run's log: of metrics.jsonl, TensorBoard and the console; the first and the last step
+    have one too. Where left out, every step has one, but for the console, which has one every few seconds."""
+
+    average_last: NotNegative = 0
+    """At the end, the mean of the last so many checkpoints' prompts is evaluated too, and kept where it is the best."""
+
+    report_to: Annotated[list[Tracker], AfterValidator(refuse_twice)] = []
+    """Services that also get the metrics, through accelerate's trackers, each of which must be installed. TensorBoard's
+    files are always written."""
+
     resume: Literal["auto", "never"] = "auto"
     """Whether the same command on an existing run resumes it or refuses."""
 
     hang_timeout_s: Annotated[Real, Field(ge=0)] = 600.0
     """A rank that makes no progress for so long ends the job; 0: never."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def leave_steps_open(cls, raw: Any) -> Any:
+        """With `epochs`, `max_steps` is not known before the rows are counted."""
+        if not isinstance(raw, dict) or raw.get("epochs") is None:
+            return raw
+        if raw.get("max_steps") not in (None, UNKNOWN_STEPS):
+            raise ValueError("train.epochs and train.max_steps are both given: leave one out, or give it as null")
+        return {**raw, "max_steps": UNKNOWN_STEPS}
+
+    @model_validator(mode="after")
+    def check_schedule_options(self) -> "TrainConfig":
+        if self.schedule_options and self.schedule in OWN_SCHEDULES:
+            raise ValueError(f"train.schedule_options is given, but schedule {self.schedule} has none: leave it out")
+        return self
 
     @property
     def peak_rate(self) -> float:
@@ -216,11 +343,25 @@ class TrainConfig(Section):
         return 8192 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 
-class EvaluateConfig(Section):
+class Repeated(Section):
+    """What is done again and again as a run trains."""
+
+    every: Interval = 0
+    """Steps between two times, `epoch` or a share of all steps; 0: never."""
+
+    @property
+    def every_steps(self) -> int:
+        """`every` in steps, once the rows are counted."""
+        assert isinstance(self.every, int), "the run's length is settled"
+        return self.every
+
+
+class EvaluateConfig(Repeated):
     """Evaluations on the validation rows during training."""
 
-    every: NotNegative = 200
-    """Steps between evaluations; 0: only before and after training."""
+    every: Interval = 200
+    """Steps between evaluations; `epoch`: an evaluation after each epoch; below 1: a share of all steps; 0: only before
+    and after training."""
 
     metrics: Annotated[list[Metric], AfterValidator(refuse_twice)] = ["loss"]
     """What is computed. The loss is always among the results."""
@@ -246,11 +387,11 @@ class EvaluateConfig(Section):
         return self.best_metric or (self.metrics[0] if self.metrics else "loss")
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Repeated):
     """Checkpoints, from which a run resumes."""
 
-    every: NotNegative = 100
-    """Steps between checkpoints; 0: only at the end."""
+    every: Interval = 100
+    """Steps between checkpoints, `epoch` or a share of all steps; 0: only at the end."""
 
     keep: Positive = 2
     """How many checkpoints are kept."""
@@ -299,8 +440,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def check_across_sections(self) -> "Config":
-        is_text = self.data.train.lower().endswith(".txt")
-        if not is_text and (self.data.template is None or self.data.target is None):
+        is_text = self.data.is_plain_text
+        if not is_text and self.data.messages is None and (self.data.template is None or self.data.target is None):
             raise ValueError("data.template and data.target are needed unless data.train is a .txt file")
         needs = {METRICS[name].needs: name for name in reversed(self.evaluate.metrics)}
         if is_text and set(needs) - {"losses"}:
@@ -316,16 +457,29 @@ class Config(Section):
             raise ValueError("evaluate.patience needs data.validation and evaluate.every above 0")
         if (self.train.warmup_steps or 0) >= self.train.max_steps:
             raise ValueError("train.warmup_steps must be less than train.max_steps")
+        self.check_average()
         if self.train.min_lr_ratio and self.train.schedule != "cosine":
             raise ValueError(f"train.min_lr_ratio is for schedule cosine, and train.schedule is {self.train.schedule}")
         if self.sweep_halving and not self.sweep:
             raise ValueError("sweep_halving needs sweep, the members of which it keeps some")
         return self
 
+    def check_average(self) -> None:
+        """Raises ValueError where there will be nothing to average, or nothing that says whether it is better."""
+        count = self.train.average_last
+        if not count:
+            return
+        if count == 1:
+            raise ValueError("train.average_last: 1 checkpoint is no mean: give 2 or more, or leave it out")
+        if not self.data.validation:
+            raise ValueError("train.average_last needs data.validation, by which the mean is kept or not")
+        if self.checkpoint.every == 0 or self.checkpoint.keep < count:
+            raise ValueError(f"train.average_last: {count} needs checkpoint.every above 0 and checkpoint.keep={count}")
+
     @model_validator(mode="after")
     def check_placement(self) -> "Config":
         placement = self.prompt.placement
-        if placement != "prefix" and self.data.train.lower().endswith(".txt"):
+        if placement != "prefix" and self.data.is_plain_text:
             raise ValueError(f"prompt.placement: {placement} needs an input and a .txt file has none, use prefix")
         found = len(PROMPT_MARKER.findall(self.data.template or ""))
         if placement == "template" and found != 1:

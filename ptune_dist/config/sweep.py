@@ -50,6 +50,7 @@ SWEEPABLE = (
     "data.truncation_side",
     "data.append_eos",
 )
+NO_MISSPELLINGS = ("train.epochs",)  # it is like train.eps
 PROMPT_KEY = re.compile(r"prompt\.(?!placement$)\w+")  # the schema has not all of them: a method has its own options
 PATH_KEYS = ("data.train", "data.validation", "prompt.init_file")
 # Without these outside the sweep a config can be incomplete although every member of it is complete.
@@ -185,7 +186,7 @@ def check_key(key: Any, value: Any) -> None:
         raise ValueError(f"sweep.{key}: the keys of a sweep are dotted, such as train.learning_rate")
     compared = {known if "." in str(key) else known.rpartition(".")[2]: known for known in SWEEPABLE}
     # A high cutoff: train.max_steps is no misspelled warmup_steps.
-    near = difflib.get_close_matches(str(key), compared, n=1, cutoff=0.8)
+    near = [] if key in NO_MISSPELLINGS else difflib.get_close_matches(str(key), compared, n=1, cutoff=0.8)
     hint = f", did you mean {compared[near[0]]}?" if near else ""
     raise ValueError(f"sweep.{key}: not a key that members can differ in{hint}")
 

@@ -49,12 +49,18 @@ def order_part_size(num_examples: int) -> int:
 
 def step_examples(step: int, *, batch_size: int, num_examples: int, seed: int) -> list[int]:
     """Examples of optimizer step `step` (from 1). A batch may span two epochs; no example is dropped."""
+    places = step_places(step, batch_size=batch_size, num_examples=num_examples, seed=seed)
+    return [example for _, example in places]
+
+
+def step_places(step: int, *, batch_size: int, num_examples: int, seed: int) -> list[tuple[int, int]]:
+    """As `step_examples`, each with its epoch (from 0)."""
     size = order_part_size(num_examples)
     found = []
     for position in range((step - 1) * batch_size, step * batch_size):
         epoch, place = divmod(position, num_examples)
         part, index = divmod(place, size)
-        found.append(int(part_of_order(num_examples, seed, epoch, part)[index]))
+        found.append((epoch, int(part_of_order(num_examples, seed, epoch, part)[index])))
     return found
 
 

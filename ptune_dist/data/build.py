@@ -2,18 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ptune_dist.common.progress_line import REPORT_S, ProgressLine
-from ptune_dist.config.schema import CsvConfig, DataConfig
+from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.cache_entry import where_of
 from ptune_dist.data.candidates import CandidateInput, Candidates, build_candidates
-from ptune_dist.data.content import text_suffix
-from ptune_dist.data.delimited import DELIMITED_SUFFIXES, CsvDialect
+from ptune_dist.data.chat import INPUT, TARGET, ask_rows
 from ptune_dist.data.encode import (
     Encoding,
     TokenPair,
@@ -24,10 +24,20 @@ from ptune_dist.data.encode import (
     join_lines,
 )
 from ptune_dist.data.examples import Examples, Part, join_parts
+from ptune_dist.data.held_out import HeldOut, choose_held_out, read_held_out
 from ptune_dist.data.json_values import text_of
 from ptune_dist.data.label_names import describe_unlisted
-from ptune_dist.data.sources import Rows, load_rows
-from ptune_dist.data.tasks import join_task_rows, read_tasks, with_tasks
+from ptune_dist.data.skipping import count_kept, encode_sound_rows
+from ptune_dist.data.sources import Rows
+from ptune_dist.data.split_rows import (
+    arrange,
+    check_csv_keys,
+    is_first_of_several,
+    is_grouped,
+    load_source_rows,
+    load_split,
+)
+from ptune_dist.data.tasks import read_tasks, with_tasks
 from ptune_dist.data.template import (
     MARKER_NAME,
     TARGET_KEY,
@@ -38,55 +48,111 @@ from ptune_dist.data.template import (
     name_nearest,
 )
 from ptune_dist.data.token_cache import open_cache
+from ptune_dist.data.views import GroupedRows, PickedRows
 from ptune_dist.data.workers import encode_by_all_cores, map_by_all_cores
 from ptune_dist.errors import UserError
 
+CHAT_INPUT = compile_template(f"{{{{ {INPUT} }}}}", key=TEMPLATE_KEY)
+CHAT_TARGET = compile_template(f"{{{{ {TARGET} }}}}", key=TARGET_KEY)
 PLAIN_TEXT = compile_template("{{ text[:-1] if text[-1:] == '\\n' else text }}", key=TEMPLATE_KEY)
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one source and their token ids."""
+    """The rows of one source and their token ids.
+
+    held_out: which training rows validate, where they are drawn. ends: int64 [rows], how many examples each row and
+    those before it make, where they make several: all are read together where `takes_all`, else one in each epoch.
+    skipped: a line about each row that cannot be used.
+    """
 
     rows: Rows
     examples: Examples
+    held_out: HeldOut | None = None
+    ends: np.ndarray | None = None
+    takes_all: bool = False
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows an epoch has."""
+        return len(self.examples) if self.ends is None else len(self.ends)
 
     def digest(self) -> str:
         """Tells whether a resumed run still sees the same examples."""
-        return self.examples.known.digest
+        own = self.examples.known.digest
+        if self.ends is None:
+            return own
+        return f"{own}/{hashlib.sha256(np.ascontiguousarray(self.ends).data).hexdigest()[:16]}"
 
 
-def build_split(data: DataConfig, encoding: Encoding, *, which: str, max_examples: int = 0) -> Split | None:
-    """The `train` or `validation` split of config section `data`; None where none is given. Raises UserError."""
-    source = getattr(data, which)
-    if source is None:
+def build_split(
+    data: DataConfig, encoding: Encoding, *, which: str, max_examples: int = 0, folder: Path | None = None
+) -> Split | None:
+    """The `train` or `validation` split of config section `data`; None where none is given. Raises UserError.
+
+    folder: of a run, which may have stored its validation rows.
+    """
+    if getattr(data, which) is None:
         return None
     check_csv_keys(data)
-    has_files = isinstance(data.tasks, dict)
+    read_source = functools.cache(lambda: load_source_rows(data))
+    held_out = None
+    if data.holds_out:
+        held_out = read_held_out(data, folder) or choose_held_out(data, read_source())
 
-    def load_source(source: str, key: str) -> Rows:
-        return load_rows(source, key=key, default_split=which, csv=csv_dialect(data))
-
-    def load() -> Rows:
-        rows = join_task_rows(data, which, load_source) if has_files else load_source(source, f"data.{which}")
+    @functools.cache
+    def load_own() -> Rows:
+        rows = load_split(data, which, held_out, read_source)
         return rows.first(max_examples) if max_examples else rows
+
+    @functools.cache
+    def load() -> Rows:
+        return arrange(data, encoding, which, load_own())
+
+    selection = held_out.name if held_out and not held_out.is_fresh else ""
+    rows, examples, skipped = encode_or_find(data, encoding, load, (which, max_examples, selection))
+    kept = rows.chosen if skipped and isinstance(rows, PickedRows) else None
+    ends = None
+    if is_grouped(data, which):
+        arranged = load()
+        assert isinstance(arranged, GroupedRows)
+        ends = arranged.ends if kept is None else count_kept(arranged.ends, kept)
+    elif is_first_of_several(data, which):  # metrics read all references
+        rows = load_own() if kept is None else PickedRows.of(load_own(), kept)
+    tasks = read_tasks(data, rows)
+    takes_all = data.messages is not None
+    return Split(rows, with_tasks(examples, tasks), held_out, ends=ends, takes_all=takes_all, skipped=skipped)
+
+
+def encode_or_find(
+    data: DataConfig, encoding: Encoding, load: Callable[[], Rows], chosen: tuple[str, int, str]
+) -> tuple[Rows, Examples, list[str]]:
+    """The rows that `load` gives, their examples, and a line about each row that is skipped, which the rows lack.
+
+    chosen: what tells the rows apart from others of the same files, the split first.
+    """
+    which = chosen[0]
 
     def encode(rows: Rows) -> Generator[Part, None, None]:
         return encode_split(data, rows, encoding, which)
 
-    cache = None if has_files else open_cache(data, encoding, source, which, max_examples)
+    skips = data.on_error == "skip"
+    cache = None if skips or isinstance(data.tasks, dict) else open_cache(data, encoding, *chosen)
     if cache is not None:
-        rows, examples = cache.get(load, encode)
-    else:
-        rows = load()
-        examples = join_parts(encode(rows), where_of(rows))
-    return Split(rows, with_tasks(examples, read_tasks(data, rows)))
+        return *cache.get(load, encode), []
+    rows = load()
+    if not skips or rows.kind == "text":
+        return rows, join_parts(encode(rows), where_of(rows)), []
+    parts, kept, skipped = encode_sound_rows(rows, build_encode(data, rows, encoding))
+    rows = PickedRows.of(rows, kept) if skipped else rows
+    return rows, join_parts(parts, where_of(rows)), skipped
 
 
 def encode_split(data: DataConfig, rows: Rows, encoding: Encoding, which: str) -> Generator[Part, None, None]:
     """The token ids of rows, in parts. Raises UserError."""
     if rows.kind != "text":
-        yield from encode_with_templates(data, rows, encoding)
+        yield from encode_by_all_cores(rows, build_encode(data, rows, encoding))
         return
     if not encoding.framing.reads_plain_text:
         raise UserError(f"data.{which}: {rows.name} is plain text, which only a causal base can be trained on")
@@ -101,14 +167,15 @@ def encode_split(data: DataConfig, rows: Rows, encoding: Encoding, which: str) -
     yield from cut_blocks(pieces, encoding.max_length, rows.name)
 
 
-def encode_with_templates(data: DataConfig, rows: Rows, encoding: Encoding) -> Iterator[Part]:
+def build_encode(data: DataConfig, rows: Rows, encoding: Encoding) -> Callable[..., Examples]:
+    """What encodes a range of rows. Raises UserError for columns that the templates cannot use."""
     template, target = build_templates(data, encoding.placement)
     check_template_columns(template, rows)
     check_readable(target, rows, TARGET_KEY)
     check_columns(target, list(rows.columns()), key=TARGET_KEY, source_name=rows.name)
     if data.labels and len(target.columns) == 1 and encoding.targets.takes_room:  # classes are checked as such
         target = dataclasses.replace(target, labels=tuple(data.labels))
-    return encode_by_all_cores(rows, functools.partial(encode_rows, rows, encoding, template=template, target=target))
+    return functools.partial(encode_rows, rows, encoding, template=template, target=target)
 
 
 def check_template_columns(template: Template, rows: Rows) -> None:
@@ -135,6 +202,8 @@ def check_readable(template: Template, rows: Rows, key: str) -> None:
 
 def build_templates(data: DataConfig, placement: str = "prefix") -> tuple[Template, Template]:
     """The compiled `data.template`, with a marker under placement template, and `data.target`. Raises UserError."""
+    if data.messages is not None:
+        return CHAT_INPUT, CHAT_TARGET
     if data.template is None or data.target is None:
         raise UserError("data.template and data.target are needed unless the data is a .txt file")
     optional = data.optional_columns
@@ -153,6 +222,9 @@ def build_inputs(data: DataConfig, rows: Rows, encoding: Encoding) -> list[Token
 
     Where the training data is plain text, an input is the column `text` as it stands: what the answer continues.
     """
+    if data.messages is not None:
+        assert encoding.chat is not None
+        return encode_inputs(ask_rows(rows, data, encoding.chat), encoding, template=CHAT_INPUT)
     if data.template is None:
         check_columns(PLAIN_TEXT, list(rows.columns()), key="--input-file", source_name=rows.name)
         plain = dataclasses.replace(encoding, framing=dataclasses.replace(encoding.framing, is_bare=True))
@@ -261,21 +333,6 @@ def encode_candidates(
     encoded = [longest, *(encode(kind[0], rows) for kind in kinds[1:])]
     inputs = [found for row in range(len(rows)) for found in distinct_inputs(row, kinds, encoded)]
     return build_candidates(inputs, label_ids, longest, most_tokens)
-
-
-def check_csv_keys(data: DataConfig) -> None:
-    """Raise UserError where keys of data.csv are given that no source of the config follows."""
-    given = [name for name, value in data.csv if value != getattr(CsvConfig(), name)]
-    sources = [source for source in (data.train, data.validation) if source is not None]
-    if given and not any(text_suffix(Path(source)) in DELIMITED_SUFFIXES for source in sources):
-        raise UserError(
-            f"data.csv.{given[0]} is given, but {' and '.join(dict.fromkeys(sources))} is no .csv or .tsv file: leave "
-            "data.csv out"
-        )
-
-
-def csv_dialect(data: DataConfig) -> CsvDialect:
-    return CsvDialect(**data.csv.model_dump())
 
 
 def distinct_inputs(row: int, kinds: list[list[int]], encoded: list[Examples]) -> list[CandidateInput]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ptune_dist.common.progress_line import REPORT_S, ProgressLine, is_first_here
 from ptune_dist.config.schema import DataConfig
+from ptune_dist.data.alternatives import find_path
 from ptune_dist.data.cache_entry import FORMAT, hash_text
 from ptune_dist.data.encode import Encoding
 
@@ -20,16 +21,19 @@ NOT_IN_KEY = {"train", "validation", "references", "task", "tasks", "cache_dir",
 
 
 def describe_options(
-    data: DataConfig, encoding: Encoding, source: str, which: str, max_examples: int, files: list[Path]
+    data: DataConfig, encoding: Encoding, sources: list[str], rows: tuple[str, int, str], files: list[Path]
 ) -> str:
-    """All that the token ids of a source depend on besides the content of its files."""
+    """All that the token ids of a split depend on besides the content of its files; `rows` is which of them it has."""
     options = {
         "format": FORMAT,
         "code": hash_code(),
         "versions": [version(name) for name in ("transformers", "tokenizers", "jinja2", "numpy", "datasets")],
         "tokenizer": hash_tokenizer(encoding),
         "data": data.model_dump(mode="json", exclude=NOT_IN_KEY),
-        "source": [source.rpartition(":")[2] if Path(source).is_dir() is False else "", which, max_examples],
+        "source": [source.rpartition(":")[2] if not Path(source).exists() else "" for source in sources],
+        "rows": [*rows, data.validation if data.holds_out else None],
+        "chat": [encoding.chat.key, str(encoding.tokenizer.chat_template)] if encoding.chat else None,
+        "references": data.references if find_path(data) else None,
         "suffixes": [file.suffix.lower() for file in files],
         "framing": [dataclasses.asdict(encoding.framing), type(encoding.targets).__name__, encoding.targets.specials],
         "encoding": [

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ptune_dist.data.chat import Chat
 from ptune_dist.data.examples import Examples, Part, join_parts
 from ptune_dist.data.framing import Framing, Targets, check_ids, special_ids, tokenize, without_beginning, without_end
 from ptune_dist.data.sources import Rows
@@ -46,7 +47,8 @@ class Encoding:
     """How rows become token ids: `placement` is prompt.placement, lengths are in tokens.
 
     num_embeddings: the base's, where its tokenizer has ids beyond them, else None. needs_rest: the first token of the
-    target is predicted from a token of the input, so the last one belongs to the rest even under infix.
+    target is predicted from a token of the input, so the last one belongs to the rest even under infix. chat: the chat
+    template that writes the rows, if one does.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -57,6 +59,7 @@ class Encoding:
     truncation_side: str = "left"
     num_embeddings: int | None = None
     needs_rest: bool = False
+    chat: Chat | None = None
 
     @functools.cached_property
     def specials(self) -> TokenPair:
@@ -93,6 +96,13 @@ def encode_rows(
     for first, inputs, texts in render_batches(
         rows, {template_key: template, target_key: target}, BATCH_ROWS, first_row, end_row
     ):
+        if encoding.chat is not None and encoding.chat.wraps:
+            pairs = [
+                encoding.chat.wrap(text, target_text, functools.partial(rows.where, index))
+                for index, (text, target_text) in enumerate(zip(inputs, texts, strict=True), first)
+            ]
+            inputs = [text for text, _ in pairs]
+            texts = [target_text for _, target_text in pairs]
         bodies = _tokenize_inputs(encoding, inputs, template_key, rows.where, first)
         targets = encoding.targets.encode(texts, lambda index, first=first: rows.where(first + index), target_key)
         for index, (body, tail) in enumerate(zip(bodies, targets, strict=True), first):
@@ -130,6 +140,11 @@ def encode_inputs(
     room = max(0, encoding.max_length - len(start) - len(end))
     encoded = []
     for first, inputs in render_batches(rows, {template_key: template}, BATCH_ROWS):
+        if encoding.chat is not None and encoding.chat.wraps:
+            inputs = [
+                encoding.chat.wrap_input(text, functools.partial(rows.where, index))
+                for index, text in enumerate(inputs, first)
+            ]
         bodies = _tokenize_inputs(encoding, inputs, template_key, rows.where, first)
         for index, body in enumerate(bodies, first):
             context, rest = _frame(body, encoding, room)

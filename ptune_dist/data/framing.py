@@ -17,6 +17,8 @@ from ptune_dist.errors import UserError
 
 # Methods by which a class of tokenizers may make other ids than its backend.
 WAYS_TO_ENCODE = ("__call__", "_call_one", "_encode_plus", "_batch_encode_plus", "backend_tokenizer")
+LEAD = "\n"
+SPACES = ("\u2581", "\u0120")  # how tokens show a space: SentencePiece, byte-level BPE
 Where = Callable[[int], str]  # index of a text -> the name of its row, for messages
 
 
@@ -62,12 +64,14 @@ class TextTargets(Targets):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True, starts: bool = False):
         """`starts`: begin as the tokenizer begins a text. Raises UserError where there is no token to end with."""
         self._tokenizer = tokenizer
+        self._starts = starts
         self.specials = (special_ids(tokenizer)[0] if starts else [], end_ids(tokenizer) if append_eos else [])
 
     def encode(self, texts: list[str], where: Where, key: str) -> list[Target]:
         before, after = self.specials
         found = []
-        for index, (text, ids) in enumerate(zip(texts, tokenize(self._tokenizer, texts), strict=True)):
+        split = tokenize if self._starts else tokenize_continuations
+        for index, (text, ids) in enumerate(zip(texts, split(self._tokenizer, texts), strict=True)):
             if not text.strip() or not ids:
                 raise UserError(describe_empty(where(index), key))
             found.append(Target(before + without_end(without_beginning(ids, before), after) + after))
@@ -133,6 +137,29 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
         found = dict(zip(distinct, tokenize_distinct(tokenizer, list(distinct)), strict=True))
         return [found[text] for text in texts]
     return tokenize_distinct(tokenizer, texts)
+
+
+def tokenize_continuations(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts that continue others.
+
+    A tokenizer that puts a space before every text would put one between an input and its target too
+    (transformers#26273): texts are then tokenized after a line break, whose tokens are dropped.
+    """
+    if not puts_space(tokenizer):
+        return tokenize(tokenizer, texts)
+    (lead,) = tokenize(tokenizer, [LEAD])
+    led = tokenize(tokenizer, [LEAD + text for text in texts])
+    if all(ids[: len(lead)] == lead for ids in led):
+        return [ids[len(lead) :] for ids in led]
+    plain = tokenize(tokenizer, texts)
+    return [ids[len(lead) :] if ids[: len(lead)] == lead else own for ids, own in zip(led, plain, strict=True)]
+
+
+def puts_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text begins with a space that is not in it, as SentencePiece's dummy prefix."""
+    (ids,) = tokenize(tokenizer, ["a"])
+    first = str(tokenizer.convert_ids_to_tokens(ids[:1])[0]) if ids else ""
+    return first.startswith(SPACES)
 
 
 def tokenize_distinct(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

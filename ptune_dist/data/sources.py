@@ -7,6 +7,7 @@ Parquet files, saved folders and hub datasets are loaded by `datasets` (stored_t
 
 import dataclasses
 import difflib
+import glob
 import os
 import re
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ def load_rows(source: str, *, key: str, default_split: str, csv: CsvDialect | No
         rows = _load_file(path, source, key, csv)
     elif path.exists():
         raise UserError(f"{key}: {source} is a pipe or a device, and rows are read several times: save them as a file")
+    elif glob.has_magic(source):
+        raise UserError(f"{key}: no file matches {source}")
     elif "://" in source:
         raise UserError(f"{key}: {source} is a URL, {_advise_on_url(source)}")
     elif _looks_like_path(source):

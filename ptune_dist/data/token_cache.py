@@ -152,16 +152,26 @@ class TokenCache:
             return None
 
 
-def open_cache(data: DataConfig, encoding: Encoding, source: str, which: str, max_examples: int) -> TokenCache | None:
-    """The place for the token ids of a source; None where they are not kept: little data, a name on the hub."""
+def open_cache(
+    data: DataConfig, encoding: Encoding, which: str, max_examples: int, selection: str = ""
+) -> TokenCache | None:
+    """The place for the token ids of a split; None where they are not kept: little data, a name on the hub.
+
+    selection: tells apart rows that are chosen otherwise than by the config.
+    """
     if data.cache_dir is None:
         return None
-    files = find_files(source)
+    sources = data.train_sources if which == "train" or data.holds_out else data.validation_sources
+    found = [find_files(source) for source in sources]
+    if not all(found):
+        return None
+    files = [file for some in found for file in some]
     if sum(size_of(file) for file in files) < SMALLEST_BYTES:
         return None
     folder = default_folder() if data.cache_dir == "auto" else Path(data.cache_dir).expanduser()
-    text = describe_options(data, encoding, source, which, max_examples, files)
-    return TokenCache(folder.absolute(), source, files, text, data.cache_gib * GIB)
+    text = describe_options(data, encoding, sources, (which, max_examples, selection), files)
+    name = sources[0] if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"
+    return TokenCache(folder.absolute(), name, files, text, data.cache_gib * GIB)
 
 
 def default_folder() -> Path:

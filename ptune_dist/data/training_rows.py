@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from ptune_dist.data.batches import Unit, join_readers, step_examples
+from ptune_dist.data.batches import Unit, join_readers, step_places
 from ptune_dist.data.build import Split
 from ptune_dist.data.examples import Examples, Facts, count_equal
 
@@ -22,6 +22,7 @@ class TrainingRows:
         self._digests = [split.digest() for split in distinct]
         # member -> its first example and how many it has
         self._ranges = {name: (starts[id(split)], len(split.examples)) for name, split in splits.items()}
+        self._splits = splits
         self._batch_size = batch_size
         self._seeds = seeds
 
@@ -33,10 +34,17 @@ class TrainingRows:
         """The examples that each of these members reads in a step: the same as if it were trained alone."""
         found = {}
         for name in members:
-            start, count = self._ranges[name]
-            chosen = step_examples(step, batch_size=self._batch_size, num_examples=count, seed=self._seeds[name])
+            start, _ = self._ranges[name]
+            split = self._splits[name]
+            seed = self._seeds[name]
+            places = step_places(step, batch_size=self._batch_size, num_examples=split.num_rows, seed=seed)
+            chosen = [i for epoch, row in places for i in examples_of_row(split, row, epoch, seed)]
             found[name] = [start + i for i in chosen]
         return found
+
+    def count_rows(self, member: str) -> int:
+        """How many rows a member reads in an epoch."""
+        return self._splits[member].num_rows
 
     def slice_of(self, member: str) -> slice:
         """Where a member's examples are among all."""
@@ -61,6 +69,18 @@ class TrainingRows:
     def units(self, examples: dict[str, list[int]], members: Sequence[str]) -> list[Unit]:
         """Each example once, with all members that read it; members are numbered as in `members`."""
         return join_readers((i, members.index(name)) for name, chosen in examples.items() for i in chosen)
+
+
+def examples_of_row(split: Split, row: int, epoch: int, seed: int) -> range:
+    """The examples of a row that are read in an epoch: its own, all of a conversation's, or one of its alternatives."""
+    if split.ends is None:
+        return range(row, row + 1)
+    first = int(split.ends[row - 1]) if row else 0
+    end = int(split.ends[row])
+    if split.takes_all or end - first == 1:
+        return range(first, end)
+    drawn = first + int(np.random.default_rng([seed, epoch, row]).integers(end - first))
+    return range(drawn, drawn + 1)
 
 
 def join_examples(parts: list[Examples]) -> Examples:

@@ -135,7 +135,7 @@ def find_halved(config: Config, progress: Progress, live: list[str]) -> list[str
 
 def is_evaluation_due(config: Config, step: int) -> bool:
     halving = config.sweep_halving
-    return is_due(config.evaluate.every, step, config) or bool(halving and step % halving.every == 0)
+    return is_due(config.evaluate.every_steps, step, config) or bool(halving and step % halving.every == 0)
 
 
 def is_due(every: int, step: int, config: Config) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ptune_dist.config.schema import DataConfig
+from ptune_dist.data.chat import ANSWER
 from ptune_dist.data.framing import tokenize
 from ptune_dist.data.json_values import text_of
 from ptune_dist.data.sources import Rows
@@ -23,6 +24,8 @@ def build_references(data: DataConfig, rows: Rows) -> list[list[str]]:
     They are read from the column `data.references`, in which `answers.text` is what `text` holds inside column
     `answers`; without one, the rendered target is the only reference. Raises UserError with the row and the key.
     """
+    if data.references is None and data.messages is not None:
+        return [[row[ANSWER].strip()] for row in rows.read(0, len(rows))]
     if data.references is None:
         assert data.target is not None, "rows that are not plain text have a target"
         template = compile_template(data.target, key="data.target", optional=data.optional_columns)

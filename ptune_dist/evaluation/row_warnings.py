@@ -38,11 +38,12 @@ def find_warnings(reading: Reading, read: RunRows) -> list[str]:
 def warn_of_member(reading: Reading, member: Config, split: Split, evaluator: Evaluator | None) -> Iterator[str]:
     yield from warn_of_start(reading, member)
     yield from warn_of_start_rows(member, split.examples)
-    yield from warn_of_length(member, len(split.examples))
+    yield from warn_of_length(member, split.num_rows)
     if split.rows.kind != "text":
         templates = build_templates(member.data, member.prompt.placement)
         yield from warn_of_templates(templates, split.rows)
-        yield from warn_of_specials(templates, split.rows, reading.encoding(member))
+        if not member.data.is_chat:
+            yield from warn_of_specials(templates, split.rows, reading.encoding(member))
         yield from warn_of_sameness(templates, split.examples)
     if evaluator:
         yield from warn_of_validation(split, evaluator)

@@ -1,19 +1,26 @@
 """The rows of a run: what its members train on, and what evaluates them."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from ptune_dist.config.schema import PromptConfig
+from ptune_dist.common.files import fault_on_failed_write, replace_file
+from ptune_dist.config.schema import Config, PromptConfig
 from ptune_dist.data.build import Split, build_split
 from ptune_dist.data.examples import Examples
+from ptune_dist.data.held_out import FILE
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.evaluator import Evaluator, build_evaluator
 from ptune_dist.model.value_head import TargetScale, measure_scale
 from ptune_dist.prompts.build import find_method
+from ptune_dist.run.folder import write_json
 from ptune_dist.run.reading import Reading
+
+SKIPPED = "skipped_rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,12 @@ def build_splits(reading: Reading) -> RunRows:
         encoding = reading.encoding(member)
         key = member.data.model_dump_json(), encoding.needs_rest
         if key not in known:
-            held_out = build_split(member.data, encoding, which="validation", max_examples=config.evaluate.max_examples)
+            folder = Path(member.output_dir)
+            held_out = build_split(
+                member.data, encoding, which="validation", max_examples=config.evaluate.max_examples, folder=folder
+            )
             evaluator = build_evaluator(member, held_out, reading) if held_out else None
-            split = build_split(member.data, encoding, which="train")
+            split = build_split(member.data, encoding, which="train", folder=folder)
             assert split is not None, "data.train is required"
             known[key] = split, evaluator
         splits[name], evaluator = known[key]
@@ -62,6 +72,41 @@ def build_splits(reading: Reading) -> RunRows:
     seeds = {name: member.seed for name, member in reading.members.items()}
     training = TrainingRows(splits, batch_size=config.train.batch_size, seeds=seeds)
     return RunRows(training, splits, evaluators)
+
+
+def write_rows(reading: Reading, read: RunRows) -> None:
+    """Store in the folder of each member which rows validate it, where they are drawn. One rank calls."""
+    for name, member in reading.members.items():
+        held_out = read.splits[name].held_out
+        if held_out is not None:
+            write_json(Path(member.output_dir) / FILE, held_out.content())
+    write_skipped(reading.config, read)
+
+
+def describe_skipped(config: Config, read: RunRows) -> list[str]:
+    """A line about each split with rows that cannot be used."""
+    found = []
+    for which, split in read.distinct().items():
+        if split.skipped:
+            total = len(split.skipped) + len(split.examples)
+            found.append(
+                f"data.on_error: {len(split.skipped):,} of {total:,} rows of {which} are skipped, see "
+                f"{Path(config.output_dir) / SKIPPED}; the first: {split.skipped[0]}"
+            )
+    return found
+
+
+def write_skipped(config: Config, read: RunRows) -> None:
+    """Name the skipped rows in a file of the run. One rank calls."""
+    lines = [
+        json.dumps({"split": which, "error": line}, ensure_ascii=False) + "\n"
+        for which, split in read.distinct().items()
+        for line in split.skipped
+    ]
+    if lines:
+        file = Path(config.output_dir) / SKIPPED
+        with fault_on_failed_write(file):
+            replace_file(file, "".join(lines).encode())
 
 
 def check_inputs(examples: Examples, prompt: PromptConfig) -> None:

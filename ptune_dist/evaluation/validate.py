@@ -23,9 +23,11 @@ from ptune_dist.data.examples import token_statistics
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.placement_costs import describe_cache, describe_choice, render_costs
 from ptune_dist.evaluation.row_warnings import find_warnings
-from ptune_dist.evaluation.splits import build_splits
+from ptune_dist.evaluation.seam import describe_seams
+from ptune_dist.evaluation.splits import build_splits, describe_skipped
 from ptune_dist.run.folder import check_run_dir, list_checkpoints
 from ptune_dist.run.job import Parts, build_parts
+from ptune_dist.run.length import settle_length
 from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.run.training_defaults import describe_rates
 from ptune_dist.zero.unused_sections import describe_unused
@@ -40,6 +42,8 @@ def validate(config: Config) -> None:
     reading = build_reading(config)
     # as `train`: the rows first, and a run that is resumed needs no longer what its prompt started from
     read = build_splits(reading)
+    reading, lengths = settle_length(reading, read.training)
+    config = reading.config
     is_new = not list_checkpoints(Path(config.output_dir) / "checkpoints")
     with BusyLine(f"opening the base {config.model.path}"):
         parts = build_parts(reading, None, with_start=is_new, rows=read.training)
@@ -53,8 +57,12 @@ def validate(config: Config) -> None:
     console.rule("tokens")
     console.print(render_statistics(splits))
     console.print(f"base: {describe_base(parts.opened, reading)}; {describe_epochs(config, train)}")
+    for line in lengths + describe_skipped(config, read):
+        console.print(line, markup=False)
     for line in find_warnings(reading, read):
         console.print(f"warning: {line}", markup=False)
+    for line in describe_seams(reading, read):
+        console.print(line, markup=False)
     for line in notes_of(parts, config):
         console.print(line, markup=False)
     if config.sweep:
@@ -119,7 +127,7 @@ def render_statistics(splits: dict[str, Split]) -> Table:
 
 
 def describe_epochs(config: Config, split: Split) -> str:
-    epochs = config.train.max_steps * config.train.batch_size / len(split.examples)
+    epochs = config.train.max_steps * config.train.batch_size / split.num_rows
     return f"{config.train.max_steps:,} steps of {config.train.batch_size} are {epochs:.1f} epochs"
 
 

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from ptune_dist.config.schema import TrainConfig
+from ptune_dist.config.schema import OWN_SCHEDULES, TrainConfig
+from ptune_dist.optim.schedules import build_curve
 
 
 def build_torch_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -24,10 +25,13 @@ def learning_rate_at(step: int, train: TrainConfig) -> float:
 
     Linear ends at zero and cosine at `min_lr_ratio`, one step after the last. Warm-up ends at the peak. The curves are
     those of DeepSpeed's WarmupLR, WarmupDecayLR and WarmupCosineLR without its first steps, which have a rate of zero.
+    Other names are transformers' schedules, whose curves follow the warm-up.
     """
     peak = train.peak_rate
     if step <= train.num_warmup_steps:
         return peak * warmup_share(step, train)
+    if train.schedule not in OWN_SCHEDULES:
+        return peak * build_curve(train)(step - 1)
     progress = (step - 1 - train.num_warmup_steps) / (train.max_steps - train.num_warmup_steps)
     if train.schedule == "linear":
         return peak * (1 - progress)

@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +20,7 @@ from ptune_dist.common.progress_line import render_duration
 from ptune_dist.errors import RunFault
 from ptune_dist.run.eta import Eta
 from ptune_dist.run.folder import check_in_place
+from ptune_dist.run.trackers import Trackers
 
 SECONDS_BETWEEN_LINES = 5.0
 METRICS = "metrics.jsonl"
@@ -37,6 +38,8 @@ class MetricsWriter:
         first_step: int,
         members: dict[str, Path] | None = None,
         evaluate_every: int = 0,
+        log_every: int | None = None,
+        report_to: Sequence[str] = (),
         settings: dict[str, dict[str, Any]] | None = None,
     ):
         """`first_step` is the first step of this process; lines that an earlier process wrote for it and later steps
@@ -60,8 +63,11 @@ class MetricsWriter:
         self._tensorboard = self._boards[""]
         for name, values in (settings or {}).items():
             write_settings(self._boards[name], values)
+        found = settings or {}
+        self._trackers = Trackers(list(report_to), run_dir, next(iter(found.values()), {}))
         self._max_steps = max_steps
         self._first_step = first_step
+        self._log_every = log_every
         self._done = first_step - 1
         self.eta = Eta(max_steps, evaluate_every)
         self._last_line = 0.0  # when a line of a step was last written
@@ -77,6 +83,7 @@ class MetricsWriter:
             self._bar.stop()
         if error is not None:
             self._line(f"error: {error!r}", console=False)
+        self._trackers.close()
         streams = (self._jsonl, *self._members.values(), *self._evaluations.values(), self._log, *self._boards.values())
         for stream in streams:
             with self._remember_failure():
@@ -106,6 +113,11 @@ class MetricsWriter:
 
     def step(self, line: dict[str, float], members: dict[str, dict[str, float]]) -> None:
         """Write one optimizer step: a line of metrics.jsonl and of each member's, TensorBoard scalars, progress."""
+        self._done = int(line["step"])
+        if not self._is_logged(self._done):
+            self.eta.count_step()
+            self._show_bar(line)
+            return
         with self._remember_failure():
             for name, own in members.items():
                 self._members[name].write(json.dumps(own) + "\n")
@@ -114,24 +126,35 @@ class MetricsWriter:
                     self._boards[name].add_scalar(f"train/{key}", own[key], own["step"])
             self._step(line)
 
+    def _is_logged(self, step: int) -> bool:
+        """Whether a step has lines; a resumed run writes those that it would have written anyway."""
+        every = self._log_every or 1
+        return step % every == 0 or step in (1, self._max_steps)
+
+    def _show_bar(self, line: dict[str, float]) -> None:
+        if self._bar:
+            self._bar.update(self._done, self._describe(line), self._eta())
+
+    def _describe(self, line: dict[str, float]) -> str:
+        mean = "mean " if self._members else ""
+        return f"{mean}loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
+
     def _step(self, line: dict[str, float]) -> None:
         self._jsonl.write(json.dumps(line) + "\n")
         self._jsonl.flush()
-        self._done = int(line["step"])
         self.eta.count_step()
         for key, value in line.items():
             if key != "step" and not is_idle(key, value):
                 self._tensorboard.add_scalar(f"train/{key}", value, self._done)
-        mean = "mean " if self._members else ""
-        facts = f"{mean}loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
-        if self._bar:
-            self._bar.update(self._done, facts, self._eta())
+        self._trackers.log({f"train/{key}": value for key, value in line.items() if key != "step"}, self._done)
+        self._show_bar(line)
         now = time.monotonic()
-        if self._done in (self._first_step, self._max_steps) or now - self._last_line > SECONDS_BETWEEN_LINES:
+        is_end = self._done in (self._first_step, self._max_steps)
+        if self._log_every or is_end or now - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = now
             check_in_place(self._run_dir)
-            rate = f"{mean}lr {line['learning_rate']:.3g}"
-            text = f"step {self._done}/{self._max_steps}  {facts}  {rate}  ETA {self._eta()}"
+            rate = f"{'mean ' if self._members else ''}lr {line['learning_rate']:.3g}"
+            text = f"step {self._done}/{self._max_steps}  {self._describe(line)}  {rate}  ETA {self._eta()}"
             self._line(text, console=self._bar is None)
 
     def evaluation(
@@ -147,6 +170,8 @@ class MetricsWriter:
             lines.flush()
             for name, value in metrics.items():
                 board.add_scalar(f"validation/{name}", value, step)
+            of_member = f"/{member}" if member else ""
+            self._trackers.log({f"validation/{name}{of_member}": value for name, value in metrics.items()}, step)
             if samples:
                 board.add_text("validation/samples", render_samples(samples), step)
             board.flush()

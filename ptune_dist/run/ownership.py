@@ -30,6 +30,8 @@ REPLACED_FILES = (
     "evaluation.json",
     "predictions.jsonl",
     "micro_batch.json",
+    "split.json",
+    "skipped_rows.jsonl",
 )
 REPLACED_FOLDERS = ("checkpoints", "prompt", "members")
 PARTS_OF_A_RUN = (*REPLACED_FILES, *REPLACED_FOLDERS, "tensorboard", "stacks", "train.log", ".lock")
@@ -130,11 +132,11 @@ def check_target(key: str, path: Path, config: Config, inputs: dict[str, Any], *
     read = {
         **inputs,
         "model.path": config.model.path,
-        "data.train": config.data.train,
-        "data.validation": config.data.validation,
         "deepspeed": config.deepspeed if isinstance(config.deepspeed, str) else None,
     }
     sources = list(read.items())
+    sources += [("data.train", source) for source in config.data.train_sources]
+    sources += [("data.validation", source) for source in config.data.validation_sources]
     started_from = config.prompt.init_file
     files = started_from if isinstance(started_from, list) else [started_from]
     sources += [("prompt.init_file", file) for file in files]

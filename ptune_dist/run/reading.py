@@ -12,7 +12,8 @@ from ptune_dist.base.layers import max_positions
 from ptune_dist.base.open import make_without_memory
 from ptune_dist.base.rotary import fixed_positions
 from ptune_dist.base.source import largest_id, load_shape, load_tokenizer
-from ptune_dist.config.schema import Config
+from ptune_dist.config.schema import Config, DataConfig
+from ptune_dist.data.chat import Chat
 from ptune_dist.data.encode import Encoding
 from ptune_dist.errors import UserError
 from ptune_dist.families.family import Family
@@ -42,15 +43,17 @@ class Reading:
         """How a member's rows become token ids. Raises UserError."""
         data = member.data
         placement = self.config.prompt.placement
+        framing = self.family.frame_text()
         return Encoding(
             self.tokenizer,
-            self.family.frame_text(),
+            replace(framing, is_bare=True) if data.is_chat else framing,
             self.family.build_targets(self.objective.target, self.tokenizer, data.labels, data.append_eos),
             max_length=data.max_length or DEFAULT_MAX_LENGTH,
             placement=placement,
             truncation_side=data.truncation_side,
             num_embeddings=self.num_embeddings,
             needs_rest=placement in ("infix", "template") and not find_method(member.prompt).stands_in_sequence,
+            chat=build_chat(data, self.tokenizer),
         )
 
     def with_micro_batch(self, tokens: int) -> "Reading":
@@ -73,6 +76,7 @@ def build_reading(config: Config) -> Reading:
     config, members = fill_max_length(config, members, family)
     config, members = fill_training(config, members, family)
     tokenizer = read_tokenizer(config, family, shape)
+    end_turns(config, family, objective, tokenizer)
     num_embeddings = shape.get_text_config().vocab_size
     has_more = largest_id(tokenizer) >= num_embeddings
     return Reading(config, members, family, tokenizer, objective, num_embeddings if has_more else None)
@@ -118,6 +122,25 @@ def limit_default(shape: PretrainedConfig, most: int | None, num_virtual: int) -
 def read_tokenizer(config: Config, family: Family, shape: PretrainedConfig) -> PreTrainedTokenizerBase:
     """A family with a classification head writes no text, so its tokenizer needs no token to end with."""
     return load_tokenizer(config.model.path, shape, with_eos=not family.trains_head)
+
+
+def build_chat(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Chat | None:
+    """What writes a config's rows as chats, if they are."""
+    if not data.is_chat:
+        return None
+    return Chat(tokenizer, "data.chat" if data.chat else "data.messages", data.system)
+
+
+def end_turns(config: Config, family: Family, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> None:
+    """With chats, have answers end as the chat template ends a turn. Raises UserError where it cannot be used."""
+    chat = build_chat(config.data, tokenizer)
+    if chat is None:
+        return
+    if family.name != "causal" or objective.target != "text":
+        raise UserError(f"{chat.key}: chats are for causal bases that answer with a text: leave it out")
+    end = chat.find_end(has_tools=config.data.tools is not None)
+    if end is not None:
+        tokenizer.eos_token = end
 
 
 def check_family_fits(config: Config, members: dict[str, Config], family: Family, objective: Objective) -> None:

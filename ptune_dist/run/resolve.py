@@ -1,13 +1,15 @@
 """The part of a config's checks that needs the seams: names of methods, objectives and families."""
 
 from ptune_dist.config.load import resolve_outside_sweep
-from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config
+from ptune_dist.config.schema import OWN_SCHEDULES, PLACEMENTS_WITH_CONTEXTS, Config, TrainConfig
 from ptune_dist.config.sweep import expand_sweep, sweep_keys
 from ptune_dist.errors import UserError
 from ptune_dist.families import FAMILIES
 from ptune_dist.objectives import OBJECTIVES
+from ptune_dist.optim.schedules import build_curve
 from ptune_dist.prompts import METHODS
 from ptune_dist.prompts.build import check_options, choose_start, find_method, settle_positions
+from ptune_dist.run.trackers import check_trackers
 
 
 def resolve(config: Config) -> Config:
@@ -17,6 +19,8 @@ def resolve(config: Config) -> Config:
     """
     check_family(config)
     check_objective(config)
+    check_schedule(config.train)
+    check_trackers(config.train.report_to)
     prompt = config.prompt
     method = find_method(prompt)
     options = check_options(prompt)
@@ -25,7 +29,7 @@ def resolve(config: Config) -> Config:
     if prompt.placement == "both" and method.placements is None:
         owners = " and ".join(name for name, found in METHODS.items() if "both" in (found.placements or ()))
         raise ValueError(f"prompt.placement: both is for {owners}; {prompt.method} has encoder and decoder")
-    if not method.stands_in_sequence and config.data.train.lower().endswith(".txt"):
+    if not method.stands_in_sequence and config.data.is_plain_text:
         raise ValueError(f"prompt.method: {prompt.method} needs an input before the target, and a .txt file has none")
     if not config.sweep and not method.enters_late(options):
         check_cache(config)
@@ -59,6 +63,18 @@ def check_cache(config: Config) -> None:
             )
 
 
+def check_schedule(train: TrainConfig) -> None:
+    """Raise ValueError for options that a schedule of transformers does not take, or lacks."""
+    if train.schedule in OWN_SCHEDULES:
+        return
+    try:
+        known = {"learning_rate": train.learning_rate or 1.0, "warmup_steps": train.warmup_steps or 0}
+        build_curve(train.model_copy(update=known))(known["warmup_steps"])
+    except (TypeError, ValueError, ArithmeticError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"train.schedule_options: {train.schedule}: {reason}") from None
+
+
 def check_family(config: Config) -> None:
     asked = config.model.family
     if asked != "auto" and asked not in FAMILIES:
@@ -71,7 +87,7 @@ def check_objective(config: Config) -> None:
         raise ValueError(f"train.objective: {name} is none of {', '.join(OBJECTIVES)}")
     objective = OBJECTIVES[name].build(config.train)
     if objective.target == "number":
-        if config.data.train.lower().endswith(".txt"):
+        if config.data.is_plain_text:
             raise ValueError(f"train.objective: {name} needs data.target, a number, and a .txt file has none")
         if config.data.labels:
             raise ValueError(f"data.labels is given but train.objective is {name}, whose targets are numbers")

@@ -6,7 +6,7 @@ The one place where they are filled in. A run keeps the ones it was started with
 from pathlib import Path
 
 from ptune_dist.config.load import load_config
-from ptune_dist.config.schema import Config
+from ptune_dist.config.schema import UNKNOWN_STEPS, Config
 from ptune_dist.families.family import Family
 from ptune_dist.prompts.build import check_options, find_method
 from ptune_dist.run.folder import has_begun
@@ -45,6 +45,8 @@ def settle(member: Config, family: Family, *, has_run: bool) -> Config:
     if has_run and file.is_file():
         stored = load_config(file).train
         filled |= {key: getattr(stored, key) for key in KEYS if getattr(stored, key) is not None}
+    elif member.train.max_steps == UNKNOWN_STEPS:  # known once the rows are counted
+        missing = [key for key in missing if key != "warmup_steps"]
     return with_training(member, {key: filled[key] for key in missing})
 
 

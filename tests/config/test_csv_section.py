@@ -3,7 +3,7 @@
 import pytest
 
 from ptune_dist.config.load import load_config
-from ptune_dist.data.build import csv_dialect
+from ptune_dist.data.split_rows import csv_dialect
 from ptune_dist.errors import UserError
 
 SMALL = """\

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ptune_dist.config.schema import CsvConfig, DataConfig
-from ptune_dist.data.build import check_csv_keys
 from ptune_dist.data.delimited import CsvDialect
 from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.sources import Rows, load_rows
+from ptune_dist.data.split_rows import check_csv_keys
 from ptune_dist.errors import UserError
 
 PACKERS = {

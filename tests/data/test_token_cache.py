@@ -14,7 +14,7 @@ import pytest
 
 from ptune_dist.common import progress_line
 from ptune_dist.config.schema import DataConfig
-from ptune_dist.data import build, cache_entry, encode, token_cache, workers
+from ptune_dist.data import build, cache_entry, encode, split_rows, token_cache, workers
 from ptune_dist.data.batches import epoch_order, part_of_order, step_examples
 from ptune_dist.data.build import build_split
 from ptune_dist.data.examples import find_facts
@@ -79,7 +79,7 @@ def forbid_reading(monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the data is read again")
 
-    monkeypatch.setattr(build, "load_rows", refuse)
+    monkeypatch.setattr(split_rows, "load_rows", refuse)
     monkeypatch.setattr(token_cache, "hash_file", refuse)
 
 
@@ -131,7 +131,7 @@ def test_another_content_option_or_tokenizer_is_another_entry(section, tmp_path)
 def test_a_file_that_was_only_touched_is_not_encoded_again(section, tmp_path, monkeypatch):
     train(section())
     os.utime(tmp_path / "a.jsonl", (1, 1))
-    monkeypatch.setattr(build, "load_rows", None)
+    monkeypatch.setattr(split_rows, "load_rows", None)
     train(section())
 
 
@@ -307,3 +307,25 @@ def test_few_parts_are_computed_ahead_of_their_use(monkeypatch):
     assert next(found) == "0" and len(asked) <= 4
     assert [next(found) for _ in range(3)] == ["1", "2", "3"] and len(asked) <= 7
     found.close()
+
+
+@pytest.mark.parametrize("options", [{"validation": 0.25}, {"references": "label", "target": "{{ label }}"}])
+def test_drawn_rows_and_alternatives_are_found_as_they_are_built(tmp_path, options):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"t{i}", "label": [f"a{i}", f"b{i % 3}"][: 1 + i % 2]} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"template": "{{ text }}", "target": "{{ label | join(' ') }}", "validation": str(path)} | options
+
+    def build_both(cache_dir: Path | None, **more: object) -> list[build.Split]:
+        data = DataConfig(train=str(path), cache_dir=None if cache_dir is None else str(cache_dir), **common, **more)
+        return [build_split(data, encoding_of(TOKENIZER), which=which) for which in ("train", "validation")]
+
+    alone = build_both(None)
+    for _ in range(2):
+        for split, wanted in zip(build_both(tmp_path / "cache"), alone, strict=True):
+            assert isinstance(split.examples.ids.base, np.memmap)
+            assert arrays_of(split.examples) == arrays_of(wanted.examples)
+            assert split.digest() == wanted.digest() and split.num_rows == wanted.num_rows
+            assert split.rows.read(0, 40) == wanted.rows.read(0, 40)
+    other = build_both(tmp_path / "cache", split_seed=1, max_examples=20)
+    assert arrays_of(other[0].examples) != arrays_of(alone[0].examples)

@@ -1,0 +1,85 @@
+"""Experiment trackers: one line where one is missing, all metrics where it is there, no harm where it fails."""
+
+import json
+
+import pytest
+from accelerate import tracking
+
+from ptune_dist.config.load import load_config
+from ptune_dist.config.schema import Tracker
+from ptune_dist.errors import UserError
+from ptune_dist.run.metrics_log import MetricsWriter
+from ptune_dist.run.resolve import resolve
+from ptune_dist.run.trackers import ALWAYS, MODULES, check_trackers
+from tests.conftest import write_config
+from tests.run.test_metrics_log import line
+
+
+class FileTracker(tracking.GeneralTracker):
+    """Of accelerate's interface: writes lines to a file."""
+
+    name = "files"
+    requires_logging_directory = True
+
+    def __init__(self, run_name: str, logging_dir: str):
+        super().__init__()
+        self.file = f"{logging_dir}.jsonl"
+        self.lines = [{"run": run_name}]
+
+    @property
+    def tracker(self):
+        return self.lines
+
+    def store_init_configuration(self, values):
+        self.lines.append(values)
+
+    def log(self, values, step, **_):
+        if step == 3:
+            raise OSError("the service is away")
+        self.lines.append({"step": step, **values})
+
+    def finish(self):
+        with open(self.file, "w") as file:
+            json.dump(self.lines, file)
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"^train.report_to: comet_ml is not installed: pip install comet-ml$"):
+        check_trackers(["tensorboard", "comet_ml"])
+    with pytest.raises(UserError, match=r"train.report_to: wandb is not installed: pip install wandb$"):
+        load_config(write_config(tmp_path / "c.json"), ["train.report_to=[wandb]"], resolve=resolve)
+    with pytest.raises(UserError, match="train.report_to"):
+        load_config(write_config(tmp_path / "c.json"), ["train.report_to=[wandbb]"])
+
+
+def test_every_name_is_one_of_accelerates():
+    assert {*MODULES, ALWAYS} == set(Tracker.__args__) <= set(tracking.LOGGER_TYPE_TO_CLASS)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_tracker_gets_what_tensorboard_gets_until_it_fails(tmp_path, monkeypatch, capsys, fails):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", FileTracker)
+    settings = {"": {"learning_rate": 0.1}}
+    with MetricsWriter(tmp_path, max_steps=4, first_step=1, settings=settings, report_to=["wandb"]) as metrics:
+        metrics.step(line(1), {})
+        metrics.evaluation(2, {"loss": 0.5}, [])
+        if fails:
+            metrics.step(line(3), {})
+            metrics.step(line(4), {})
+    assert metrics.failure is None
+    assert ("train.report_to: wandb is left out: the service is away" in capsys.readouterr().err) == fails
+    if fails:
+        assert not (tmp_path / "wandb.jsonl").exists()
+        return
+    found = json.loads((tmp_path / "wandb.jsonl").read_text())
+    assert found[:2] == [{"run": "ptune_dist"}, settings[""]]
+    assert found[2]["train/loss"] == 1.0 and found[2]["step"] == 1
+    assert found[3] == {"step": 2, "validation/loss": 0.5}
+
+
+def test_lines_are_written_every_so_many_steps(tmp_path):
+    with MetricsWriter(tmp_path, max_steps=8, first_step=1, log_every=3) as metrics:
+        for step in range(1, 9):
+            metrics.step(line(step), {})
+    steps = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 3, 6, 8]

@@ -43,8 +43,8 @@ def init_distributed() -> World:
 
     Raises NodeFault if the node has GPUs that torch does not see.
     """
-    is_alone = "RANK" not in os.environ
-    if is_alone:
+    is_alone = "RANK" not in os.environ or ("MASTER_ADDR" not in os.environ and os.environ.get("WORLD_SIZE") == "1")
+    if is_alone:  # also at the second call of one process
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
     if "TORCHELASTIC_RUN_ID" in os.environ and node_folder() is None:  # no rank continues alone
         signal_on_parent_death(signal.SIGTERM)

@@ -248,8 +248,8 @@ def score_rows(job: Job, evaluator: Evaluator) -> dict[str, RowScores]:
         found = evaluator(engine, names)
         references = evaluator.references["answers"]
         return {
-            name: RowScores(number, values["loss"], text_score([s["answer"] for s in samples], references))
-            for name, (values, samples, _) in found.items()
+            name: RowScores(number, of.metrics["loss"], text_score([s["answer"] for s in of.samples], references))
+            for name, of in found.items()
         }
     places = list(range(len(names)))
     scorer = Scorer(engine, places, evaluator.decoding.micro_batch_tokens, pad_id(evaluator.tokenizer))

@@ -27,7 +27,7 @@ from tests.numerics.test_families import starting_head, write_rows
 
 pytestmark = pytest.mark.long
 RATE = 0.002
-SECTIONS = {"train": {"learning_rate": RATE}}
+SECTIONS = {"train": {"learning_rate": RATE, "warmup_steps": 0}}
 # What each method trains, in words that the names of transformers' parameters contain or end with.
 WANTED = {
     ("gpt2", "last_layers"): ["transformer.h.1."],

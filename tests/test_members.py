@@ -13,6 +13,7 @@ from ptune_dist.config.schema import Config
 from ptune_dist.distributed.world import World
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.during_training import end_members, evaluate_members
+from ptune_dist.evaluation.evaluator import Evaluation, MemberAnswers
 from ptune_dist.optim.prompt_state import Measured
 from ptune_dist.run.batches_ahead import StepPlan
 from ptune_dist.run.progress import Progress, Standing, rank_members
@@ -39,11 +40,15 @@ def load(tmp_path):
 
 @pytest.fixture
 def stored(monkeypatch) -> list[str]:
-    """Names of members whose prompt was stored."""
+    """Names of members whose prompt was stored, and then what it answers."""
     names = []
-    monkeypatch.setattr(
-        ptune_dist.evaluation.during_training, "store_prompt", lambda job, name, progress, world: names.append(name)
-    )
+    module = ptune_dist.evaluation.during_training
+
+    def store_predictions(job, name, evaluator, answers, world):
+        assert name == names[-1] and answers.texts == [name]
+
+    monkeypatch.setattr(module, "store_prompt", lambda job, name, progress, world: names.append(name))
+    monkeypatch.setattr(module, "store_predictions", store_predictions)
     return names
 
 
@@ -56,7 +61,7 @@ class FakeEvaluator:
     def __call__(self, engine, members, between_batches):
         assert members, "nothing to evaluate"
         self.asked.append(list(members))
-        return {name: ({"loss": self.losses[name]}, []) for name in members}
+        return {name: Evaluation({"loss": self.losses[name]}, [], MemberAnswers({}, texts=[name])) for name in members}
 
 
 def job_of(config: Config) -> SimpleNamespace:

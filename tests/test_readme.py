@@ -60,6 +60,8 @@ def test_a_config_that_is_shown_is_accepted(name, tmp_path):
         content[section] = rest | given if isinstance(rest, dict) else given
     if isinstance(content["data"].get("tasks"), dict):  # each has files of its own
         content["data"] = {key: value for key, value in content["data"].items() if key not in ("train", "validation")}
+    if "messages" in content["data"]:  # in place of templates
+        content["data"] = {key: value for key, value in content["data"].items() if key not in ("template", "target")}
     if "context_cache" in YAML[name]:
         content.setdefault("prompt", {}).setdefault("placement", "infix")
     (tmp_path / "shown.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")

@@ -22,7 +22,7 @@ def write(tmp_path: Path):
 
 
 def data_of(references: str | None, target: str = " {{ answer }}\n") -> SimpleNamespace:
-    return SimpleNamespace(references=references, target=target, optional_columns=[])
+    return SimpleNamespace(references=references, target=target, optional_columns=[], messages=None)
 
 
 def test_without_a_column_the_rendered_target_is_the_only_reference(write):

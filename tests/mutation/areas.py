@@ -79,7 +79,7 @@ AREAS = {
         ),
         (
             ("ptune_dist/optim/prompt_state.py", "norm[None] for norm in norms", "norms[0][None] for _ in norms"),
-            ("ptune_dist/optim/optimizer.py", "step <= train.warmup_steps", "step < train.warmup_steps"),
+            ("ptune_dist/optim/optimizer.py", "step <= train.num_warmup_steps", "step < train.num_warmup_steps"),
         ),
     ),
     "head": Area(

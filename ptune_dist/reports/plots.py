@@ -33,7 +33,7 @@ def draw_charts(results: Sequence[Result]) -> Iterator[tuple[str, "Figure"]]:
                 file_name(f"validation-{name}"),
                 chart(f"{name} on validation", "step", lambda axes, name=name: draw_evaluations(axes, results, name)),
             )
-    if any("peak_memory_bytes" in result.summary for result in results):
+    if len(results) > 1 and any("peak_memory_bytes" in result.summary for result in results):
         yield "peak-memory", chart("peak memory, MiB", "", lambda axes: draw_memory(axes, results))
     for key, values in differing_keys(results).items():
         if len(results) > 2 and all(is_number(value) for value in values):
@@ -103,7 +103,7 @@ def as_svg(figure: "Figure") -> str:
 
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ptune_dist"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
+        figure.savefig(stream, format="svg", metadata={"Date": None}, bbox_inches="tight")
     text = stream.getvalue()
     return text[text.index("<svg") :]
 
@@ -113,6 +113,6 @@ def write_plots(folder: Path, results: Sequence[Result]) -> list[Path]:
     files = []
     for name, figure in draw_charts(results):
         file = folder / f"{name}.png"
-        figure.savefig(file, dpi=150)
+        figure.savefig(file, dpi=150, bbox_inches="tight")
         files.append(file)
     return files

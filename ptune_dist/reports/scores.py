@@ -27,7 +27,7 @@ def score(results: Sequence[Result]) -> Scores:
     if not results:
         return {}
     names = common_metrics(results)
-    if not names and len(results) > 1:
+    if not names and any(result.validation for result in results):
         raise UserError("these runs have no metric in common: evaluate them with the same evaluate.metrics")
     found: Scores = {}
     for name in names:

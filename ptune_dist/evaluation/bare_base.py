@@ -48,6 +48,7 @@ def without_prompt(model: PromptedModel, member: int) -> Iterator[None]:
     model.num_vectors[own] = [0] * kept.num_tasks
     model.num_prefix[own] = [0] * kept.num_tasks
     model.start_layers[own] = [0] * kept.num_tasks
+    model.read_prompts()
     try:
         yield
     finally:
@@ -56,6 +57,7 @@ def without_prompt(model: PromptedModel, member: int) -> Iterator[None]:
         model.num_vectors[own] = num_vectors
         model.num_prefix[own] = num_prefix
         model.start_layers[own] = start_layers
+        model.read_prompts()
 
 
 def can_read_without_prompt(model: PromptedModel, evaluator: Evaluator) -> bool:

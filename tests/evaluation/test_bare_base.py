@@ -70,7 +70,10 @@ def test_the_base_alone_does_not_depend_on_the_ranks(tmp_path, kind):
     [
         (
             "gpt2",
-            [{"prompt": {"placement": "infix"}}, {"prompt": {"method": "prefix_tuning"}, "sweep": {"seed": [0, 1]}}],
+            [
+                {"prompt": {"placement": "infix"}},
+                {"prompt": {"method": "prefix_tuning", "from_layer": 1}, "sweep": {"seed": [0, 1]}},
+            ],
         ),
         ("t5", [{"prompt": {"placement": "decoder"}}]),
     ],

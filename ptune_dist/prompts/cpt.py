@@ -116,6 +116,12 @@ class Cpt(Method):
             kinds = source.settings["cpt_tokens_type_mask"]
         else:
             raise UserError(f"prompt.init_file: {source.file} is no prompt of cpt, so its examples are not known")
+        for name, given, stored in (
+            ("cpt_token_ids", options.cpt_token_ids, ids),
+            ("cpt_tokens_type_mask", options.cpt_tokens_type_mask, kinds),
+        ):
+            if given is not None and given != stored:
+                raise UserError(f"prompt.{name}: {source.file} has others: leave it out to train its prompt further")
         prompt = cls(source.tensors.get("embedding", start.lookup(ids)), ids, kinds, options)
         prompt.delta.data.copy_(source.tensors.get("delta", vectors - prompt.embedding))
         return prompt

@@ -49,6 +49,7 @@ MAY_CHANGE = (
 )
 # None until the method or the base has decided, in the ranks: the launcher compares configs before that.
 LEFT_OPEN = ("prompt.init", "data.max_length", "train.learning_rate", "train.warmup_steps")
+LEFT_TO_FILE = ("prompt.num_frozen",)  # None: as the prompt in `prompt.init_file` has it, which may be gone
 LATE_S = 60.0  # in which a client of a network disk asks the server again: NFS keeps what it knows for so long
 WAIT_S = 0.2
 ALWAYS_THERE = ("config.yaml", "metrics.jsonl")
@@ -230,6 +231,8 @@ def first_difference(before: dict[str, Any], now: dict[str, Any], prefix: str = 
         if key in MAY_CHANGE or before.get(name) == now[name]:
             continue
         if key in LEFT_OPEN and now[name] is None:
+            continue
+        if key in LEFT_TO_FILE and before.get(name) is None:  # loading the prompt compares it
             continue
         if name not in before:  # an option that the method did not have when the run began
             continue

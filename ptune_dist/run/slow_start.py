@@ -47,7 +47,7 @@ def describe_slow_start(config: Config, standing: Standing, step: int, family: s
     now = sum(last) / num_compared
     if before < SMALL_LOSS or now < (1 - FALL) * before:
         return ""
-    remedies = " or ".join(choose_remedies(config, family, is_rising=now > (1 + FALL) * before))
+    remedies = ", or ".join(choose_remedies(config, family, is_rising=now > (1 + FALL) * before))
     return f"the loss has not fallen by {FALL:.0%} after {step} steps ({before:.4g}, now {now:.4g}): {remedies}"
 
 

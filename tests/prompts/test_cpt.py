@@ -7,6 +7,7 @@ from ptune_dist.errors import UserError
 from ptune_dist.prompts.cpt import Cpt, CptOptions, join_examples
 from ptune_dist.prompts.method import BaseFacts
 from ptune_dist.prompts.start import NOTHING, Start
+from ptune_dist.prompts.store import save_prompt
 from ptune_dist.tiny.make import build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -14,9 +15,9 @@ EMBEDDINGS = torch.randn(len(TOKENIZER), 8, generator=torch.Generator().manual_s
 ROWS = [([1, 2, 30, 31, 3], [40]), ([1, 2, 32, 3], [41, 42]), ([1, 2, 33, 3], [43])]
 
 
-def build(num: int, kind: str = "rows", **options) -> Cpt:
+def build(num: int, kind: str = "rows", file: str | None = None, **options) -> Cpt:
     lookup = lambda ids: EMBEDDINGS[torch.tensor(ids)]  # noqa: E731
-    start = Start(kind, 0, TOKENIZER, lookup, read_examples=lambda: iter(ROWS))
+    start = Start(kind, 0, TOKENIZER, lookup, file=file, read_examples=lambda: iter(ROWS))
     return Cpt.build(CptOptions(**options), num, BaseFacts(8), start)
 
 
@@ -80,3 +81,14 @@ def test_wrong_tokens_and_kinds_take_one_line():
             build(2, **options)
     with pytest.raises(ValueError, match="prompt.num_virtual_tokens: all 1 tokens of the examples belong to targets"):
         build(1)
+
+
+def test_an_earlier_prompt_keeps_its_tokens_and_others_are_refused(tmp_path):
+    first = build(3, cpt_token_ids=[1, 2, 30])
+    save_prompt(tmp_path, first.plain() | first.state_dict(), {})
+    again = build(3, "file", str(tmp_path))
+    assert again.example_ids.tolist() == [1, 2, 30]
+    assert build(3, "file", str(tmp_path), cpt_token_ids=[1, 2, 30]).example_ids.tolist() == [1, 2, 30]
+    for given in ({"cpt_token_ids": [1, 2, 31]}, {"cpt_token_ids": [1, 2, 30], "cpt_tokens_type_mask": [1, 2, 3]}):
+        with pytest.raises(UserError, match="has others: leave it out to train its prompt further"):
+            build(3, "file", str(tmp_path), **given)

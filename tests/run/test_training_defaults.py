@@ -115,3 +115,9 @@ def test_a_folder_without_anything_that_was_trained_gets_the_defaults(tmp_path):
     store(config, learning_rate=0.123)
     (Path(config.output_dir) / "checkpoints").rmdir()
     assert read(tmp_path).config.train.learning_rate == METHODS["prompt_tuning"].default_training.learning_rate
+
+
+def test_frozen_positions_that_a_file_had_may_be_named_once_it_is_gone():
+    before = {"prompt": {"num_frozen": None, "num_virtual_tokens": 4}}
+    assert first_difference(before, {"prompt": {"num_frozen": 1, "num_virtual_tokens": 4}}) is None
+    assert first_difference({"prompt": {"num_frozen": 2}}, {"prompt": {"num_frozen": 1}}) == "prompt.num_frozen"

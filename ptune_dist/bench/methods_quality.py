@@ -53,6 +53,8 @@ class Measurement:
     def run(self, unit: Unit) -> int:
         """Run or resume, and write the result; returns the exit status."""
         folder = self.work / unit.digest
+        if unit.kind == "time" and folder.exists():  # stopped: its steps of before cannot be timed any more
+            shutil.rmtree(folder)
         file = self.write_config(unit, folder)
         status = run_timed(file) if unit.kind == "time" else train(load_config(file, resolve=resolve))
         if status == 0:

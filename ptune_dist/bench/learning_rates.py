@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from ptune_dist.bench.machine import describe_machine
+from ptune_dist.bench.quality import measurement_parser
 from ptune_dist.cluster.outcome import STOPPED, Outcome
 from ptune_dist.commands import build_run_evaluator
 from ptune_dist.common.files import replace_file
@@ -362,16 +363,9 @@ def measure(args: argparse.Namespace, content: dict[str, Any]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="the base: a folder or a name on the hub")
-    parser.add_argument("--data", type=Path, required=True, help="the folder of the tasks' rows")
-    parser.add_argument("--out", type=Path, required=True, help="the results, a JSON file")
-    parser.add_argument("--document", type=Path, help="the page with the table")
+    parser = measurement_parser(__doc__, WORK)
     parser.add_argument("--cell", action="append", help="only this cell; may be repeated")
     parser.add_argument("--steps", type=int, help="of every training, in place of the tasks' own")
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--again", action="store_true", help="only fill the document")
-    parser.add_argument("--work", type=Path, default=WORK, help="the folder of unfinished runs")
     args = parser.parse_args(arguments)
     content = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     content = {"name": "learning_rates", "cells": {}} | content

@@ -9,7 +9,6 @@ that would not fit. Scores are those of evaluations in the training runs; second
 where nothing else runs.
 """
 
-import argparse
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any
 from ptune_dist.bench.machine import describe_machine
 from ptune_dist.bench.methods_plan import NUM_TIMED_STEPS, Builder, Part, Unit, load_plan
 from ptune_dist.bench.methods_table import choose_best, fill_tables
+from ptune_dist.bench.quality import measurement_parser
 from ptune_dist.cluster.outcome import STOPPED, Outcome
 from ptune_dist.common.files import replace_file
 from ptune_dist.config.load import load_config
@@ -184,18 +184,9 @@ def read_content(out: Path, otherwise: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="the base: a folder or a name on the hub")
-    parser.add_argument("--data", type=Path, required=True, help="the folder of the tasks' rows")
-    parser.add_argument("--out", type=Path, required=True, help="the results, a JSON file")
-    parser.add_argument("--document", type=Path, help="the page with the tables")
+    parser = measurement_parser(__doc__, WORK)
     parser.add_argument("--part", action="append", help="only this part of the plan; may be repeated")
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument(
-        "--again", action="store_true", help="run nothing: take over what unfinished runs have, fill the document"
-    )
     parser.add_argument("--plan", type=Path, default=PLAN)
-    parser.add_argument("--work", type=Path, default=WORK, help="the folder of unfinished runs")
     args = parser.parse_args(arguments)
     try:
         plan = load_plan(args.plan)

@@ -108,6 +108,19 @@ def render_rows(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def measurement_parser(text: str | None, work: Path) -> argparse.ArgumentParser:
+    """What the resumable measurements on a real base have in common. `work`: the folder of unfinished runs."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="the base: a folder or a name on the hub")
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the tasks' rows")
+    parser.add_argument("--out", type=Path, required=True, help="the results, a JSON file")
+    parser.add_argument("--document", type=Path, help="the page with the tables")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--again", action="store_true", help="run nothing: fill the document")
+    parser.add_argument("--work", type=Path, default=work, help="the folder of unfinished runs")
+    return parser
+
+
 def fill_block(path: Path, mark: str, block: str) -> None:
     """Replace what stands in a document between the comments `MARK` and `end MARK`. Raises UserError."""
     text = path.read_text(encoding="utf-8")

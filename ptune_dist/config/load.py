@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ptune_dist.config.data_section import list_sources
 from ptune_dist.config.deepspeed_json import find_preset
 from ptune_dist.config.messages import (
     MAX_MESSAGE,
@@ -18,7 +19,7 @@ from ptune_dist.config.messages import (
     name_place,
     text_keys,
 )
-from ptune_dist.config.schema import Config, list_sources
+from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import map_paths, render_members, sweep_keys, validate_member
 from ptune_dist.config.yaml_file import apply_override, read_yaml
 from ptune_dist.errors import UserError

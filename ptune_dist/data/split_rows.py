@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ptune_dist.config.schema import CsvConfig, DataConfig
+from ptune_dist.config.schema import DataConfig
+from ptune_dist.config.sections import CsvConfig
 from ptune_dist.data.alternatives import find_path, spread_alternatives
 from ptune_dist.data.chat import spread_turns
 from ptune_dist.data.content import text_suffix

@@ -31,7 +31,7 @@ from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.prompts.build import find_method
 from ptune_dist.prompts.method import Contribution, Method
 from ptune_dist.prompts.prompt_tuning import PromptTuning
-from ptune_dist.run.keys_check import check_prefix, check_stacks, run_after_keys, use_prompt
+from ptune_dist.run.keys_check import Fixed, check_prefix, check_stacks, run_after_keys, use_prompt
 from ptune_dist.run.reading import Reading
 from ptune_dist.run.rounding_noise import LEAST_OUTPUTS, describe_excess, rounded_embeddings
 from ptune_dist.zero.engine import Engine
@@ -231,26 +231,12 @@ def on_host(values: torch.Tensor) -> torch.Tensor:
 
 def run_apart(model: PromptedModel, probe: Probe, start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs of a pass that begins at a later layer, without a prompt, and the base's own."""
-    model.prompts = nn.ModuleList([Empty(start, model.device)])
+    model.prompts = nn.ModuleList([Fixed(Contribution(start_layer=start), model.device)])
     model.num_vectors = [0]
     model.start_layers = [start]
     model.read_prompts()
     ours = model.outputs(model.read_below(probe.batch))
     return ours, model.plain_outputs(probe.batch, probe.virtual[:0])
-
-
-class Empty(Method):
-    """Contributes nothing from a layer on."""
-
-    num_virtual_tokens = 0
-
-    def __init__(self, start: int, device: torch.device):
-        super().__init__()
-        self._start = start
-        self.nothing = nn.Parameter(torch.empty(0, device=device), requires_grad=False)  # tells the model's device
-
-    def forward(self) -> Contribution:
-        return Contribution(start_layer=self._start)
 
 
 @contextmanager

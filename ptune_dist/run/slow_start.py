@@ -32,7 +32,7 @@ def describe_slow_start(config: Config, standing: Standing, step: int, family: s
     """What to say after step `step`, mostly nothing.
 
     The mean loss of some steps is compared with that of as many first ones: one step's rows differ from another's. A
-    prompt from a file may have learned already, so nothing is said about it.
+    prompt from a file may have learned already, so it gets no line.
     """
     num_steps = math.ceil(SHARE * config.train.max_steps)
     is_due = step == config.train.num_warmup_steps + num_steps  # the rate is low before

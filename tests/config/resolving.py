@@ -5,6 +5,11 @@ from pydantic import ValidationError
 from ptune_dist.config.messages import describe_first_error, describe_unknown_key
 from ptune_dist.config.schema import Config, Positive, PromptConfig, Section
 
+SMALL = """\
+output_dir: runs/x
+model: {path: some/base}
+data: {train: rows.jsonl, template: "{{ text }}", target: " {{ label }}"}
+"""
 OBJECTIVES = ("cross_entropy",)
 
 

@@ -7,13 +7,7 @@ from ptune_dist.config.load import load_config, render_config
 from ptune_dist.config.messages import describe_unknown_key, find_key, nearest_key
 from ptune_dist.config.sweep import expand_sweep, member_config
 from ptune_dist.errors import UserError
-from tests.config.resolving import resolve
-
-SMALL = """\
-output_dir: runs/x
-model: {path: some/base}
-data: {train: rows.jsonl, template: "{{ text }}", target: " {{ label }}"}
-"""
+from tests.config.resolving import SMALL, resolve
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ptune_dist.config.schema import CsvConfig, DataConfig
+from ptune_dist.config.schema import DataConfig
+from ptune_dist.config.sections import CsvConfig
 from ptune_dist.data.delimited import CsvDialect
 from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.sources import Rows, load_rows

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from ptune_dist.config.schema import CsvConfig
+from ptune_dist.config.sections import CsvConfig
 from ptune_dist.data.json_values import dump_json
 from ptune_dist.data.recoding import read_utf8
 from ptune_dist.data.sources import Rows

@@ -83,6 +83,17 @@ def check_members(folder: Path, base: Path, members, placement: str = "prefix", 
     return alone
 
 
+def check_banks(banks: list[Path], folder: Path) -> None:
+    """Train sweeps and each of their members alone, on two ranks in one launch: the curves are the same."""
+    alone = {bank: write_alone(bank) for bank in banks}
+    paths = [*banks, *(path for some in alone.values() for path in some.values())]
+    train_all(paths, folder, num_ranks=2)
+    for bank, members in alone.items():
+        for name, path in members.items():
+            found = curve(folder / bank.stem / "members" / name)
+            assert found == pytest.approx(curve(path.parent), rel=1e-5), (bank.stem, name)
+
+
 def assert_ends_as_alone(bank_run: Path, alone: dict[str, Path], rel: float = 1e-5) -> None:
     """Every member's curve, prompt and standing are those of its run alone."""
     for name, config in alone.items():

@@ -15,7 +15,7 @@ from ptune_dist.prompts.method import Contribution
 from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.store import load_prompt
 from tests.commands import run_command, run_commands
-from tests.numerics.banks import check_members, write_alone, write_bank
+from tests.numerics.banks import check_banks, check_members, write_bank
 from tests.numerics.banks import write_rows as write_bank_rows
 from tests.numerics.methods import FEW, WAYS, check_ways, pick, write_run, write_ways
 from tests.numerics.plain import NUM_VIRTUAL, ROWS, load_plain, padded_batches, peft_method_curve, run_loop
@@ -185,13 +185,7 @@ def test_beside_rows_without_contexts_and_tasks_of_another_member_each_trains_as
         write_bank(tmp_path, "markers", tiny_bases[kind], markers, "template", train=few, data=template, **sections),
         write_bank(tmp_path, "tasks", tiny_bases[kind], of_tasks, "infix", data=data, **sections),
     ]
-    alone = {bank: write_alone(bank) for bank in banks}
-    paths = [*banks, *(path for some in alone.values() for path in some.values())]
-    train_all([(str(path), []) for path in paths], tmp_path, num_ranks=2)
-    for bank, members in alone.items():
-        for name, path in members.items():
-            found = curve(tmp_path / bank.stem / "members" / name)
-            assert found == pytest.approx(curve(path.parent), rel=1e-5), (bank.stem, name)
+    check_banks(banks, tmp_path)
 
 
 TEXT = "Write in capitals"

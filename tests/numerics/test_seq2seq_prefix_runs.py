@@ -13,7 +13,7 @@ from ptune_dist.prompts.peft_prefix import for_decoder
 from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.store import load_prompt
 from tests.commands import run_command, run_commands
-from tests.numerics.banks import write_alone, write_bank
+from tests.numerics.banks import check_banks, write_bank
 from tests.numerics.banks import write_rows as write_bank_rows
 from tests.numerics.methods import write_run
 from tests.numerics.plain import NUM_VIRTUAL, load_plain, peft_method_curve
@@ -108,13 +108,7 @@ def test_a_sweep_trains_each_member_as_alone(tiny_bases, tmp_path):
         write_bank(tmp_path, "decoder", tiny_bases["t5"], SWEEP, "decoder", **sharded, **cached),
         write_bank(tmp_path, "both", tiny_bases["t5"], SWEEP, "both", **sharded),
     ]
-    alone = {bank: write_alone(bank) for bank in banks}
-    paths = [*banks, *(path for some in alone.values() for path in some.values())]
-    train_all([(str(path), []) for path in paths], tmp_path, num_ranks=2)
-    for bank, members in alone.items():
-        for name, path in members.items():
-            found = curve(tmp_path / bank.stem / "members" / name)
-            assert found == pytest.approx(curve(path.parent), rel=1e-5), (bank.stem, name)
+    check_banks(banks, tmp_path)
 
 
 def test_a_run_from_a_text_resumes_bit_for_bit_and_its_prompt_is_a_start(tiny_bases, tmp_path):

@@ -6,12 +6,7 @@ from ptune_dist.config.load import load_config, render_config
 from ptune_dist.config.sweep import expand_sweep
 from ptune_dist.errors import UserError
 from ptune_dist.run.resolve import resolve
-
-SMALL = """\
-output_dir: runs/x
-model: {path: some/base}
-data: {train: rows.jsonl, template: "{{ text }}", target: " {{ label }}"}
-"""
+from tests.config.resolving import SMALL
 
 
 @pytest.fixture

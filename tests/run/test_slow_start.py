@@ -29,7 +29,7 @@ def build(prompt: dict[str, Any] | None = None, **train: Any) -> Config:
 
 
 def follow(config: Config, losses: list[float], family: str = "causal") -> dict[int, str]:
-    """What is said after which step."""
+    """The lines, by the step after which they come."""
     progress = Progress({"prompt": Standing()})
     said = {}
     for loss in losses:

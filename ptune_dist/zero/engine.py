@@ -214,8 +214,11 @@ class Engine:
 
     @property
     def _passes_share_work(self) -> bool:
-        """Whether two passes cost more than one: for gathers, for contexts, or for what the layers below leave."""
-        return self.is_sharded or self.model.has_contexts or bool(self.model.late_starts)
+        """Whether two passes cost more than one: for contexts, or for what the layers below leave.
+
+        Gathers of ZeRO-3 do not count: the layers' work on thousands of positions takes far longer on a CPU.
+        """
+        return self.model.has_contexts or bool(self.model.late_starts)
 
     @property
     def skipped_steps(self) -> int:

@@ -19,6 +19,8 @@ from ptune_dist.data.label_tree import LabelTree
 Unit = tuple[int, tuple[int, ...]]
 # micro step -> rank -> units; a rank with an empty list takes part in the micro step with weight zero
 Plan = list[list[list[Unit]]]
+# What a rank gets of a window has at least this many parts, so that the ranks' work is even.
+LEAST_PIECES = 8
 # If examples have owners, examples move to another rank while the busiest rank has more than this many times the mean
 # work: movable ones above the first limit, any others above the second.
 MAX_IMBALANCE = 1.05
@@ -88,7 +90,8 @@ def plan_micro_batches(
 
     Units are sorted by cost and cut into as few windows as possible. The units of a window, which have similar lengths,
     are distributed over the ranks so that the ranks have similar work. A unit with too many members is split by
-    members; a single member's row that exceeds the budget is a micro-batch of its own.
+    members, and so is a large one whose members share nothing; a single member's row that exceeds the budget is a
+    micro-batch of its own.
 
     With `work`, the cost of a unit on the rank that holds its context, examples have owners: rank `example %
     world_size` holds the context. To balance the work, one example in four may move to another rank; if the imbalance
@@ -96,11 +99,15 @@ def plan_micro_batches(
     """
     pieces = [piece for unit in units for piece in split_unit(unit, cost, micro_batch_tokens)]
     sizes = {piece: cost([piece]) for piece in pieces}
-    loads = {piece: work([piece]) for piece in sizes} if work else sizes
-    pieces.sort(key=lambda piece: -sizes[piece])
     # Units cost less together than apart if they share positions, and more if they are padded.
     least = min(cost(pieces), sum(sizes[piece] for piece in pieces))
     num_windows = max(1, math.ceil(least / (world_size * micro_batch_tokens)))
+    if world_size > 1 and not work:
+        largest = least // (num_windows * world_size * LEAST_PIECES)
+        pieces = [part for piece in pieces for part in split_if_free(piece, sizes[piece], cost, largest)]
+        sizes |= {piece: cost([piece]) for piece in pieces if piece not in sizes}
+    loads = {piece: work([piece]) for piece in sizes} if work else sizes
+    pieces.sort(key=lambda piece: -sizes[piece])
     while True:
         windows = cut_evenly(pieces, sizes, num_windows)
         plan = [
@@ -120,6 +127,14 @@ def split_unit(unit: Unit, cost: Callable[[list[Unit]], int], max_cost: int) -> 
         if size == 1 or cost([parts[0]]) <= max_cost:
             return parts
     return [unit]
+
+
+def split_if_free(unit: Unit, size: int, cost: Callable[[list[Unit]], int], largest: int) -> list[Unit]:
+    """A unit's parts of at most `largest`, where they cost no more than the unit together; else the unit."""
+    if size <= largest or len(unit[1]) == 1:
+        return [unit]
+    parts = split_unit(unit, cost, largest)
+    return parts if sum(cost([part]) for part in parts) <= size else [unit]
 
 
 def cut_evenly(pieces: list[Unit], sizes: dict[Unit, int], num: int) -> list[list[Unit]]:

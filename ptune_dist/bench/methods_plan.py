@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
 
 INSTRUCTION = "{instruction}"
+AT_EQUAL_TIME = " at equal time"  # in the names of results
 NUM_TIMED_STEPS = 10  # two epochs: the second one is timed, and finds what a context cache has kept of the first
 
 
@@ -34,7 +35,7 @@ class Task(Section):
 class Part(Section):
     """Some cells of the tables. best: the number of prompts that were best in the parts before, as methods."""
 
-    kind: Literal["score", "bare", "time"] = "score"
+    kind: Literal["score", "bare", "time", "equal_time"] = "score"
     tasks: list[str]
     methods: list[str] = []
     best: NotNegative = 0
@@ -49,6 +50,11 @@ class Plan(Section):
     tasks: dict[str, Task]
     methods: dict[str, dict[str, Any]]
     parts: dict[str, Part]
+
+    def num_steps(self, task: str) -> int:
+        """The steps of a whole run over a task."""
+        steps: int = (self.run["train"] | self.tasks[task].train)["max_steps"]
+        return steps
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,8 @@ class Builder:
     base: str
     data: Path
 
-    def units(self, part: Part, methods: list[str]) -> Iterator[Unit]:
-        """The runs of a part, in order."""
+    def units(self, part: Part, methods: list[str], steps_in_time: Callable[[str, str], int]) -> Iterator[Unit]:
+        """The runs of a part, in order. steps_in_time: of a task and a method, the steps that equal time leaves it."""
         for seed in part.seeds:
             for task in part.tasks:
                 if part.kind == "bare":
@@ -101,6 +107,11 @@ class Builder:
                         yield self.timed(task, method, is_cached=False)
                         if part.cached and any("layer" in key for key in self.plan.methods[method]):
                             yield self.timed(task, method, is_cached=True)
+                elif part.kind == "equal_time":
+                    for method in methods:
+                        num_steps = steps_in_time(task, method)
+                        if num_steps < self.plan.num_steps(task):  # the fastest one has its run of equal steps
+                            yield self.shorter(task, method, seed, num_steps)
                 else:
                     yield from self.scored(task, methods, seed)
 
@@ -118,16 +129,21 @@ class Builder:
             )
         for name in alone:
             config = self.config(task)
-            config["seed"] = seed
-            put(config, self.keys(task, name))
+            put(config, self.keys(task, name) | {"seed": seed})
             yield Unit(task, "score", config, {f"{task}/{name}/{seed}": ""})
+
+    def shorter(self, task: str, method: str, seed: int, num_steps: int) -> Unit:
+        """A run of fewer steps, of one method alone."""
+        config = self.config(task)
+        put(config, self.keys(task, method) | {"seed": seed, "train.max_steps": num_steps})
+        return Unit(task, "score", config, {f"{task}/{method}{AT_EQUAL_TIME}/{seed}": ""})
 
     def bare(self, task: str) -> Unit:
         """The base that reads the instruction as a part of the text. Its one step of training is for nothing."""
         config = self.config(task)
         config["data"]["template"] = f"{self.plan.tasks[task].instruction}\n{config['data']['template']}"
         config["prompt"]["num_virtual_tokens"] = 1
-        put(config, {"train.max_steps": 1, "train.warmup_steps": 0, "evaluate.every": 0, "checkpoint.every": 0})
+        put(config, {"train.max_steps": 1, "evaluate.every": 0, "checkpoint.every": 0})
         return Unit(task, "bare", config, {f"{task}/hard prompt/0": ""})
 
     def timed(self, task: str, method: str, *, is_cached: bool) -> Unit:
@@ -163,9 +179,6 @@ class Builder:
                 value = round(value["of_layers"] * load_shape(self.base).num_hidden_layers)
             found[key] = value
         return found
-
-    def num_steps(self, task: str) -> int:
-        return self.config(task)["train"]["max_steps"]
 
 
 def put(config: dict[str, Any], keys: dict[str, Any]) -> None:

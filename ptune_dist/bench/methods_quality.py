@@ -9,6 +9,7 @@ that would not fit. Scores are those of evaluations in the training runs; second
 where nothing else runs.
 """
 
+import functools
 import json
 import os
 import re
@@ -16,13 +17,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ptune_dist.bench.machine import describe_machine
 from ptune_dist.bench.methods_plan import NUM_TIMED_STEPS, Builder, Part, Unit, load_plan
-from ptune_dist.bench.methods_table import choose_best, fill_tables
+from ptune_dist.bench.methods_table import choose_best, fill_tables, steps_in_time
 from ptune_dist.bench.quality import measurement_parser
 from ptune_dist.cluster.outcome import STOPPED, Outcome
 from ptune_dist.common.files import replace_file
@@ -152,7 +154,7 @@ def measure(measurement: Measurement, parts: list[str], minutes: float) -> int:
     longest_s: dict[str, float] = {}  # by kind
     for name in parts:
         part = measurement.builder.plan.parts[name]
-        for unit in measurement.builder.units(part, methods_of(measurement, part)):
+        for unit in units_of(measurement, part, methods_of(measurement, part)):
             if measurement.has(unit):
                 continue
             unit_began = time.monotonic()
@@ -167,6 +169,13 @@ def measure(measurement: Measurement, parts: list[str], minutes: float) -> int:
                 return status
             longest_s[unit.kind] = max(longest_s.get(unit.kind, 0), time.monotonic() - unit_began)
     return 0
+
+
+def units_of(measurement: Measurement, part: Part, methods: list[str]) -> Iterator[Unit]:
+    """The part's runs."""
+    builder = measurement.builder
+    steps = functools.partial(steps_in_time, measurement.content, builder.plan, methods=methods)
+    return builder.units(part, methods, steps)
 
 
 def methods_of(measurement: Measurement, part: Part) -> list[str]:
@@ -198,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         measurement = Measurement(Builder(plan, args.base, args.data), args.out, args.work, content)
         if args.again:
             for name in parts:
-                for unit in measurement.builder.units(plan.parts[name], plan.parts[name].methods):
+                for unit in units_of(measurement, plan.parts[name], plan.parts[name].methods):
                     measurement.take_unfinished(unit)
             write(measurement)
         status = 0 if args.again else measure(measurement, parts, args.minutes)

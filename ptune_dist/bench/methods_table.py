@@ -1,10 +1,11 @@
 """The tables of `methods_quality`, and the text between a document's marks."""
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-from ptune_dist.bench.methods_plan import Plan
+from ptune_dist.bench.methods_plan import AT_EQUAL_TIME, Plan
 from ptune_dist.bench.quality import fill_block, render_rows
 from ptune_dist.bench.report import show_mib
 from ptune_dist.errors import UserError
@@ -38,17 +39,17 @@ def step_s(content: dict[str, Any], task: str, method: str) -> float | None:
     return content["times"].get(f"{task}/{method}", {}).get(clock(content))
 
 
-def budget_s(content: dict[str, Any], task: str, methods: list[str]) -> float | None:
-    """The seconds that the fastest of some methods takes for all steps of its runs; None where one was not timed."""
-    seconds = []
-    for method in methods:
-        curves = curves_of(content, task, method)
-        own = step_s(content, task, method)
-        if curves and own is None:
-            return None
-        if curves and own is not None:
-            seconds.append(own * max(curve[-1]["step"] for curve in curves.values()))
-    return min(seconds, default=None)
+def steps_in_time(content: dict[str, Any], plan: Plan, task: str, method: str, methods: list[str]) -> int:
+    """The steps that a method makes in the seconds that the fastest of some methods takes for all of its steps.
+
+    Raises UserError where one of them was not timed.
+    """
+    seconds = {name: step_s(content, task, name) for name in {method, *methods}}
+    missing = [name for name, value in seconds.items() if value is None]
+    if missing:
+        raise UserError(f"equal time is not known yet: a step of {task} has not been timed with {missing[0]}")
+    known = {name: value for name, value in seconds.items() if value is not None}
+    return math.floor(plan.num_steps(task) * min(known[name] for name in methods) / known[method] * (1 + 1e-9))
 
 
 def scores_at(curves: dict[int, Curve], metric: str, most_steps: float) -> list[float]:
@@ -95,12 +96,13 @@ def score_columns(content: dict[str, Any], plan: Plan, task: str, method: str, m
     metric = plan.tasks[task].metric
     curves = curves_of(content, task, method)
     own = step_s(content, task, method)
-    budget = budget_s(content, task, methods)
     at_time = MISSING
-    if curves and own and budget is not None:
-        most = budget / own * (1 + 1e-9)
-        steps = max(at["step"] for at in next(iter(curves.values())) if at["step"] <= most)
-        at_time = f"{show(metric, scores_at(curves, metric, most))}, {steps:g} steps"
+    if curves and all(step_s(content, task, name) for name in methods):
+        num_steps = steps_in_time(content, plan, task, method, methods)
+        is_fastest = num_steps == plan.num_steps(task)
+        shorter = curves if is_fastest else curves_of(content, task, method + AT_EQUAL_TIME)
+        if shorter:
+            at_time = f"{show(metric, scores_at(shorter, metric, float('inf')))}, {num_steps} steps"
     seconds = MISSING if own is None else f"{own:.2f}"
     at_steps = show(metric, scores_at(curves, metric, float("inf")))
     return [at_steps + mark_unfinished(content, task, method), at_time, seconds, str(len(curves))]

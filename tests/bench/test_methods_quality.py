@@ -35,13 +35,14 @@ methods:
   prompt_tuning: {prompt.method: prompt_tuning, prompt.init_text: "{instruction}", train.learning_rate: 0.05}
   prefix_tuning: {prompt.method: prefix_tuning, prompt.init_text: "{instruction}", train.learning_rate: 0.01}
   upper half: {prompt.method: prefix_tuning, prompt.from_layer: {of_layers: 0.5}, train.learning_rate: 0.01}
-  norms_only: {prompt.method: norms_only, prompt.num_virtual_tokens: 0, train.learning_rate: 0.001}
+  norms_only: {prompt.method: norms_only, prompt.num_virtual_tokens: 0}
 parts:
   first: {tasks: [upper], methods: [prompt_tuning, prefix_tuning]}
   bare: {kind: bare, tasks: [upper]}
   partial: {tasks: [upper], methods: [norms_only]}
   layers_time: {kind: time, tasks: [upper], methods: [prefix_tuning, upper half], cached: true}
   others: {tasks: [upper], best: 1, seeds: [1]}
+  equal_time: {kind: equal_time, tasks: [upper], methods: [prompt_tuning, prefix_tuning], seeds: [3]}
 """
 CELLS = {f"upper/{name}" for name in ("prompt_tuning/0", "prefix_tuning/0", "bare/0", "hard prompt/0", "norms_only/0")}
 
@@ -85,6 +86,16 @@ def test_each_cell_is_a_real_run_whose_result_is_kept(command):
     assert {name for name in changed if changed[name] != content["cells"][name]} == {"upper/norms_only/0"}
 
 
+def test_equal_time_is_a_run_of_the_steps_that_fit_into_the_seconds_of_the_fastest(command, capsys):
+    assert command("--part", "equal_time")[0] == 2
+    assert "equal time is not known yet: a step of upper has not been timed with" in capsys.readouterr().err
+    times = {f"upper/{name}": {"cpu_s": cpu_s} for name, cpu_s in (("prompt_tuning", 3.0), ("prefix_tuning", 2.0))}
+    Path("out.json").write_text(json.dumps({"cells": {}, "times": times}))
+    status, content = command("--part", "equal_time")
+    assert status == 0 and set(content["cells"]) == {"upper/prompt_tuning at equal time/3", "upper/bare/0"}
+    assert [at["step"] for at in content["cells"]["upper/prompt_tuning at equal time/3"]["curve"]] == [0, 1]
+
+
 @pytest.mark.extended
 def test_seconds_and_memory_are_those_of_a_process_of_its_own(command):
     status, content = command("--part", "layers_time")
@@ -113,6 +124,8 @@ def test_at_equal_time_a_slower_method_has_had_fewer_steps(plan):
     cells = {
         "upper/prompt_tuning/0": {"curve": curve(0.1, 0.2, 0.3)},
         "upper/prompt_tuning/1": {"curve": curve(0.1, 0.4, 0.5)},
+        "upper/prompt_tuning at equal time/0": {"curve": curve(0.1, 0.2)},
+        "upper/prompt_tuning at equal time/1": {"curve": curve(0.1, 0.4)},
         "upper/prefix_tuning/0": {"curve": curve(0.2, 0.5, 0.6)},
         "upper/bare/0": {"curve": curve(0.05)},
     }
@@ -167,7 +180,7 @@ def test_the_configs_of_the_shipped_plan_are_valid(tmp_path):
         for which in ("train", "validation"):
             (tmp_path / f"{task}_{which}.jsonl").write_text("{}\n")
     for part in plan.parts.values():
-        for unit in builder.units(part, part.methods or ["prefix_tuning"]):
+        for unit in builder.units(part, part.methods or ["prefix_tuning"], lambda task, method: 7):
             data = {
                 key: f"{tmp_path}/{value}"
                 for key, value in unit.config["data"].items()

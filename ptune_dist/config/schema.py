@@ -88,8 +88,8 @@ class TrainConfig(Section):
     """The optimizer of the prompt."""
 
     learning_rate: Annotated[Real, Field(gt=0, le=1e30)] | None = None  # above, a step leaves float32
-    """The highest learning rate of the schedule. Where left out, that of the method on this family of bases: see
-    docs/methods.md."""
+    """The highest learning rate of the schedule. Where left out, that of the method on this family of bases, which is
+    for `adamw`: see docs/methods.md. Other optimizers need one."""
 
     weight_decay: Annotated[Real, Field(ge=0, le=1e6)] = 0.0
     """Decoupled weight decay."""

@@ -7,7 +7,8 @@ import difflib
 import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,6 +88,18 @@ def member_config(config: Config, name: str, resolve: Callable[[Config], Config]
     if name not in members:
         raise UserError(f"--member: {name} is none of {', '.join(members)}")
     return members[name]
+
+
+@contextmanager
+def naming_member(members: dict[str, Any], name: str, *sections: str) -> Iterator[None]:
+    """Have a member's UserError begin with its name, where members differ in these sections of the config."""
+    try:
+        yield
+    except UserError as error:
+        own, *others = ({key: one.model_dump()[key] for key in sections} for one in members.values())
+        if any(other != own for other in others):
+            raise UserError(f"sweep: {name}: {error}") from None
+        raise
 
 
 def render_members(config: Any) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,8 @@ from ptune_dist.errors import UserError
 from ptune_dist.model.value_head import TargetScale
 from ptune_dist.prompts.build import check_options, find_method
 from ptune_dist.prompts.store import load_prompt
-from ptune_dist.run.job import Job, base_facts, build_job
+from ptune_dist.run.job import Job, build_job
+from ptune_dist.run.parts import base_facts
 from ptune_dist.run.reading import Reading
 
 

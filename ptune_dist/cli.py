@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 USER_MISTAKE = 2
 FAULT = 1
 SECONDS_FOR_RANK_0 = 2.0
+DEFAULT_SHOTS = 4
 
 COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "compare", "import-base", "bench", "env")
 TAKE_CONFIG = ("train", "validate", "check")
@@ -169,6 +170,8 @@ def build_parser() -> Parser:
     for command in (evaluate, generate, export):
         command.add_argument("--member", metavar="NAME", help="of a sweep; the best-ranked one where left out")
     evaluate.add_argument("--output", type=Path, metavar="F", help="JSON lines: each row, what was right and answered")
+    evaluate.add_argument("--baselines", action="store_true", help="a table beside the base without the prompt")
+    evaluate.add_argument("--shots", type=bounded(int, low=0), metavar="K", help="with --baselines: examples, 4")
     add_generate_arguments(generate)
     generate.add_argument("--task", metavar="NAME", help="of all inputs; the column of data.task where left out")
     export.add_argument("--task", metavar="NAME", help="one of the tasks of a multitask prompt")
@@ -282,11 +285,16 @@ def run_validate(parsed: argparse.Namespace) -> None:
 
 
 def run_evaluate(parsed: argparse.Namespace) -> None:
+    if parsed.shots is not None and not parsed.baselines:
+        raise UserError("--shots: examples are for --baselines: give both")
     run_dir, config = read_trained_run(parsed)
     with without_garbage_collection():
-        from ptune_dist.commands import evaluate_run
+        from ptune_dist.commands import compare_baselines, evaluate_run
 
-    evaluate_run(config, run_dir, parsed.output)
+    if parsed.baselines:
+        compare_baselines(config, run_dir, DEFAULT_SHOTS if parsed.shots is None else parsed.shots, parsed.output)
+    else:
+        evaluate_run(config, run_dir, parsed.output)
 
 
 def read_trained_run(parsed: argparse.Namespace) -> "tuple[Path, Config]":

@@ -30,9 +30,11 @@ from ptune_dist.evaluation.baselines import evaluate_baselines, render_baselines
 from ptune_dist.evaluation.evaluator import Evaluator, MemberAnswers, build_evaluator
 from ptune_dist.evaluation.generate import generate_of_tasks, pad_id
 from ptune_dist.evaluation.predictions import find_intervals, list_predictions, to_probabilities
+from ptune_dist.evaluation.row_scores import add_scores, build_row_scores
 from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.evaluation.splits import check_inputs, check_lengths
 from ptune_dist.families import FAMILIES
+from ptune_dist.metrics import METRICS
 from ptune_dist.prompts.build import find_method
 from ptune_dist.prompts.export import (
     CARTRIDGE,
@@ -105,6 +107,16 @@ def compare_baselines(config: Config, run_dir: Path, num_shots: int, output: Pat
     together(world, lambda: report() if world.is_main else None)
 
 
+def choose_labels(config: Config) -> Config:
+    """The config of an evaluation whose answers are the likeliest of `data.labels`. Raises UserError."""
+    if not config.data.labels:
+        raise UserError("--labels: the run's config has no data.labels to choose among: name them, as yes,no")
+    names = config.evaluate.metrics
+    if any(METRICS[name].needs == "label_losses" for name in names):
+        return config
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metrics": [*names, "accuracy"]})})
+
+
 def print_predictions(evaluator: Evaluator, answers: MemberAnswers, out: TextIO) -> None:
     """Each validation row, with its own columns, and what was answered to it, as JSON lines."""
     for number, found in enumerate(list_predictions(evaluator, answers)):
@@ -152,6 +164,8 @@ def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) ->
     prepare = prepare_labels if request.chooses_label else prepare_texts
     tasks = together(world, lambda: find_tasks(config, rows, request.task))
     answer = together(world, lambda: prepare(reading, rows, tasks))
+    chooses = request.chooses_label
+    scores = together(world, lambda: build_row_scores(config.data, config.evaluate, rows, chooses_label=chooses))
     stream = together(world, lambda: open_output(request.output, world))
     job = build_trained_job(reading, run_dir, world)
     decoding = from_main(world, lambda: build_decoding(job, run_dir, request))
@@ -159,8 +173,8 @@ def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) ->
         for first, answers in answer(job, decoding):
             if out:
                 for number, found in enumerate(answers, first):
-                    (row,) = rows.read(number, number + 1)
-                    print(dump_json(row | found, ensure_ascii=False, default=str), file=out, flush=True)
+                    row = add_scores(scores, rows, number, found)
+                    print(dump_json(row, ensure_ascii=False, default=str), file=out, flush=True)
 
 
 def find_tasks(config: Config, rows: Rows, task: str | None) -> np.ndarray | None:

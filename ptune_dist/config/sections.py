@@ -151,7 +151,7 @@ class PromptConfig(Section):
     @property
     def start_text(self) -> str | None:
         """The text that the virtual tokens start from, with `init: text`."""
-        return self.text.around().head() if self.text and self.replaces_text else self.init_text
+        return self.text.around().head().rstrip(" ") if self.text and self.replaces_text else self.init_text
 
 
 class TaskFiles(Section):

@@ -268,7 +268,7 @@ def build_choices(
 ) -> Candidates:
     """Every row's input with all of `data.labels`, for rows that need no label of their own. Raises UserError."""
     if not data.labels:
-        raise UserError("--labels: the run's config has no data.labels to choose among")
+        raise UserError("--labels: the run's config has no data.labels to choose among: name them, as yes,no")
     _, target = build_templates(data, encoding.placement)
     choices = label_values(target, label_column(data), data.labels)
     return encode_candidates(data, rows, encoding, choices, most_tokens, tasks)

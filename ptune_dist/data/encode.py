@@ -67,7 +67,7 @@ class Encoding:
 
     def count_kept(self, text: str) -> int:
         """The first tokens of a written input that are kept where it is cut: those of what every row begins with."""
-        beginning = self.lead + self.around.beginning
+        beginning = (self.lead + self.around.beginning).rstrip(" ")  # a space begins the next token
         if self.chat is not None and self.chat.wraps and (beginning or self.chat.earlier):
             beginning = self.chat.opening + beginning
         if not beginning or not text.startswith(beginning):

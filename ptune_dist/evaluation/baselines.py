@@ -36,7 +36,7 @@ Reader = Literal["base", "start", "trained"]  # who reads the rows: no prompt, t
 NAMES = {
     "template": "base, template alone",
     "hard_prompt": "base, hard prompt",
-    "shots": "base, {} examples",
+    "shots": "base, {} in the prompt",
     "untrained": "prompt, untrained",
     "trained": "prompt, trained",
 }
@@ -56,7 +56,10 @@ class Plan:
 
 
 def evaluate_baselines(reading: Reading, run_dir: Path, num_shots: int, world: World) -> dict[str, Any]:
-    """The metrics of each baseline and of the trained prompt, with intervals, as JSON. Collective; raises UserError."""
+    """The metrics of each baseline and of the trained prompt, with intervals, as JSON; of rank 0 only.
+
+    Collective; raises UserError.
+    """
     config = reading.config
     tensors, facts = from_main(world, lambda: load_prompt(run_dir / "prompt"))
     together(world, lambda: check_prompt(reading, facts, run_dir))
@@ -76,7 +79,7 @@ def evaluate_baselines(reading: Reading, run_dir: Path, num_shots: int, world: W
         found["untrained"] = read_by_prompt(job, plan.evaluators["untrained"])
     job.engine.load_prompts({ONLY_MEMBER: tensors})
     found["trained"] = read_by_prompt(job, plan.evaluators["trained"])
-    return describe(config, plan, found)
+    return together(world, lambda: describe(config, plan, found) if world.is_main else {})
 
 
 def read_training_rows(reading: Reading, run_dir: Path) -> Split:
@@ -94,6 +97,7 @@ def plan_baselines(reading: Reading, run_dir: Path, train: Split, num_shots: int
     build = Builder(reading, run_dir)
     plan = Plan()
     trained = build(own)
+    check_inputs(trained.split.examples, config.prompt)
     plan.evaluators["trained"] = trained
     why = why_no_start(config)
     if why:
@@ -137,7 +141,6 @@ class Builder:
         )
         if split is None:
             raise UserError(f"{self.run_dir}/config.yaml: data.validation is missing: give data.validation=FILE")
-        check_inputs(split.examples, config.prompt)
         return build_evaluator(config, split, self.reading, encoding)
 
 
@@ -163,18 +166,21 @@ def plan_shots(build: Builder, own: Encoding, train: Split, count: int, plan: Pl
     framed = write_around(own, config, frame)
     drawn = draw_shots(config.data, train, framed, count, config.seed)
     most = find_most_positions(build.reading)
+    bare = write_around(own, config, Around())
     longest = int(plan.evaluators["template"].split.examples.lengths.max())
-    needed = 0
+    needed = []
     for number in range(len(drawn), 0, -1):
         encoding = with_shots(framed, drawn[:number], task)
-        needed = max(needed, longest + count_added(encoding, own))
-        if most is None or longest + count_added(encoding, own) <= most:
+        needed.append(longest + count_added(encoding, bare))
+        if most is None or needed[-1] <= most:
             plan.num_shots = number
             plan.evaluators["shots"] = build(lengthen(encoding, own, build.reading))
             break
-    if plan.num_shots < len(drawn):
-        used = f"{plan.num_shots} are used" if plan.num_shots else "none is used"
-        line = f"{len(drawn)} examples and the longest row need {needed:,} tokens, the base has {most:,}: {used}"
+    if most is not None and plan.num_shots < len(drawn):
+        used = f"{count_examples(plan.num_shots)} used" if plan.num_shots else "none is used"
+        line = (
+            f"{count_examples(len(drawn))} and the longest row need {needed[0]:,} tokens, the base has {most:,}: {used}"
+        )
         plan.notes.append(f"--shots: {line}")
     if not plan.num_shots:
         plan.left_out["shots"] = "no example fits the base's length"
@@ -207,9 +213,9 @@ def with_shots(framed: Encoding, shots: list[Shot], task: str) -> Encoding:
     return replace(framed, lead=write_shots(shots, task, on_new_line=framed.framing.starts_target))
 
 
-def count_added(encoding: Encoding, own: Encoding) -> int:
-    """How many tokens the texts around every row have more than the run's own."""
-    return max(0, count_around(encoding) - count_around(own))
+def count_added(encoding: Encoding, other: Encoding) -> int:
+    """How many tokens the texts around every row have more than those of another encoding."""
+    return max(0, count_around(encoding) - count_around(other))
 
 
 def count_around(encoding: Encoding) -> int:
@@ -253,7 +259,7 @@ def describe(config: Config, plan: Plan, found: dict[str, MemberAnswers]) -> dic
         evaluator = plan.evaluators[key]
         examples = evaluator.split.examples
         rows[key] = {
-            "name": NAMES[key].format(plan.num_shots),
+            "name": NAMES[key].format(count_examples(plan.num_shots)),
             "num_rows": len(examples),
             "num_truncated": int(examples.num_truncated),
             "metrics": evaluator.compute(answers),
@@ -285,9 +291,13 @@ def render_baselines(content: dict[str, Any]) -> Iterator[str]:
     yield "[ ]: 95% intervals by the bootstrap over rows"
     left_out = content["left_out"]
     for reason in dict.fromkeys(left_out.values()):
-        keys = [NAMES[key].format("k") for key in left_out if left_out[key] == reason]
+        keys = [NAMES[key].format("examples") for key in left_out if left_out[key] == reason]
         yield f"left out: {'; '.join(keys)}: {reason}"
     yield from content["notes"]
+
+
+def count_examples(number: int) -> str:
+    return f"{number} example{'' if number == 1 else 's'}"
 
 
 def show_metric(value: float | None, interval: tuple[float, float] | None) -> str:

@@ -140,5 +140,5 @@ def test_examples_that_do_not_fit_are_left_out_and_a_start_is_a_hard_prompt(tmp_
     found = evaluate(run)
     assert found["baselines"]["hard_prompt"]["first_input"].startswith("Say {it} loud:\nxxx")
     assert found["num_shots"] == 1 and "--shots: 4 examples and the longest row need" in found["notes"][0]
-    assert found["baselines"]["shots"]["name"] == "base, 1 examples"
+    assert found["baselines"]["shots"]["name"] == "base, 1 example in the prompt"
     assert found["baselines"]["shots"]["num_truncated"] == 0

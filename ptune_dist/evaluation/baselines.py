@@ -178,10 +178,8 @@ def plan_shots(build: Builder, own: Encoding, train: Split, count: int, plan: Pl
             break
     if most is not None and plan.num_shots < len(drawn):
         used = f"{count_examples(plan.num_shots)} used" if plan.num_shots else "none is used"
-        line = (
-            f"{count_examples(len(drawn))} and the longest row need {needed[0]:,} tokens, the base has {most:,}: {used}"
-        )
-        plan.notes.append(f"--shots: {line}")
+        need = f"{count_examples(len(drawn))} and the longest row need {needed[0]:,} tokens"
+        plan.notes.append(f"--shots: {need}, the base has {most:,}: {used}")
     if not plan.num_shots:
         plan.left_out["shots"] = "no example fits the base's length"
 

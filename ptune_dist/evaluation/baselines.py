@@ -4,6 +4,7 @@ All answer the same validation rows. One base is loaded: it is read without virt
 start, and then with the trained one.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,9 +76,11 @@ def evaluate_baselines(reading: Reading, run_dir: Path, num_shots: int, world: W
         if key in plan.evaluators:
             read_by_base(job, key, plan, found)
     if "untrained" in plan.evaluators:
+        say_next("untrained", plan, job)
         plan.notes += choose_sources(job, rows, world)
         found["untrained"] = read_by_prompt(job, plan.evaluators["untrained"])
     job.engine.load_prompts({ONLY_MEMBER: tensors})
+    say_next("trained", plan, job)
     found["trained"] = read_by_prompt(job, plan.evaluators["trained"])
     return together(world, lambda: describe(config, plan, found) if world.is_main else {})
 
@@ -235,6 +238,7 @@ def read_by_base(job: Job, key: str, plan: Plan, found: dict[str, MemberAnswers]
     """What the base alone answers. Collective."""
     evaluator = plan.evaluators[key]
     model = job.engine.model
+    say_next(key, plan, job)
     if model.prompt(0).changes_base:  # it has started as the base, and is not trained yet
         found[key] = read_by_prompt(job, evaluator)
     elif can_read_without_prompt(model, evaluator):
@@ -242,6 +246,16 @@ def read_by_base(job: Job, key: str, plan: Plan, found: dict[str, MemberAnswers]
             found[key] = read_by_prompt(job, join_contexts_of(evaluator))
     else:
         plan.left_out[key] = "a row's input is empty, and the base alone answers nothing to it"
+
+
+def say_next(key: str, plan: Plan, job: Job) -> None:
+    """One line of progress, from rank 0."""
+    if job.engine.world.is_main:
+        print(f"evaluating: {name_of(key, plan.num_shots)}", file=sys.stderr, flush=True)
+
+
+def name_of(key: str, num_shots: int) -> str:
+    return NAMES[key].format(count_examples(num_shots))
 
 
 def read_by_prompt(job: Job, evaluator: Evaluator) -> MemberAnswers:
@@ -257,7 +271,7 @@ def describe(config: Config, plan: Plan, found: dict[str, MemberAnswers]) -> dic
         evaluator = plan.evaluators[key]
         examples = evaluator.split.examples
         rows[key] = {
-            "name": NAMES[key].format(count_examples(plan.num_shots)),
+            "name": name_of(key, plan.num_shots),
             "num_rows": len(examples),
             "num_truncated": int(examples.num_truncated),
             "metrics": evaluator.compute(answers),

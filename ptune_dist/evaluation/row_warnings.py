@@ -21,6 +21,7 @@ from ptune_dist.prompts.build import find_method
 from ptune_dist.run.reading import Reading
 
 MANY_EPOCHS = 100
+CUES = (":", "=", ">")  # how an input ends that a target continues
 BRACED = re.compile(r"(?<!\{)\{\s*(\w+)\s*\}(?!\})")
 
 
@@ -38,6 +39,7 @@ def find_warnings(reading: Reading, read: RunRows) -> list[str]:
 def warn_of_member(reading: Reading, member: Config, split: Split, evaluator: Evaluator | None) -> Iterator[str]:
     yield from warn_of_start(reading, member)
     yield from warn_of_start_rows(member, split.examples)
+    yield from warn_of_text(member)
     yield from warn_of_length(member, split.num_rows)
     if split.rows.kind != "text":
         templates = build_templates(member.data, member.prompt.placement, member.prompt.around)
@@ -64,6 +66,18 @@ def warn_of_start(reading: Reading, member: Config) -> Iterator[str]:
         yield (
             f"prompt.{key} has {num_tokens} tokens and the prompt {num_virtual} virtual tokens: the last "
             f"{num_tokens - num_virtual} tokens are left out"
+        )
+
+
+def warn_of_text(member: Config) -> Iterator[str]:
+    """A text between an input that asks for the target and the target."""
+    around = member.prompt.around
+    template = (member.data.template or "").rstrip()
+    text = around.tail().rstrip()
+    if text and not around.joins and template.endswith(CUES) and not text.endswith(CUES):
+        yield (
+            f"prompt.text.output stands between data.template, which ends with {template[-12:]!r}, and the target: "
+            "write {{ template }} at its end to have data.template last"
         )
 
 

@@ -130,10 +130,10 @@ def surround(template: Template, around: Around) -> Template:
     for key, text in texts:
         own = compile_template(text, key=key)
         owners |= {column: key for column in own.columns if column not in template.columns}
-    own = template.source
+    source = template.source
     if around.after and not around.joins:
-        own = own.removesuffix("\n")
-    whole = around.head(LINE_BREAK) + own + around.tail(LINE_BREAK)
+        source = source.removesuffix("\n")
+    whole = around.head(LINE_BREAK) + source + around.tail(LINE_BREAK)
     found = compile_template(whole, key=TEMPLATE_KEY, marker=template.has_marker, optional=template.empty)
     return dataclasses.replace(found, owners=owners)
 

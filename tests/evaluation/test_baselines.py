@@ -122,6 +122,8 @@ def test_what_a_base_cannot_answer_is_left_out_in_one_line(tmp_path):
     encoder = train(tmp_path / "bert", model={"path": str(base)}, data=labels, evaluate={"metrics": ["exact_match"]})
     found = evaluate(encoder)
     assert list(found["baselines"]) == ["untrained", "trained"]
+    before = json.loads((encoder / "summary.json").read_text())["before"]
+    assert found["baselines"]["untrained"]["metrics"] == pytest.approx(before, rel=1e-5)
     assert set(found["left_out"]) == {"template", "hard_prompt", "shots"}
     assert "its head is new" in found["left_out"]["shots"]
     tuned = train(tmp_path / "tuned", prompt={"method": "partial_tuning", "num_virtual_tokens": 0, "text": TEXT})

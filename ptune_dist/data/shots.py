@@ -57,7 +57,7 @@ def write_shots(shots: list[Shot], task: str, *, on_new_line: bool) -> str:
 
     on_new_line: a target stands on a line of its own, where it is no continuation of the input.
     """
-    examples = [f"{text}\n{target}" if on_new_line else text + target for text, target in shots]
+    examples = [f"{text}\n{target.strip()}" if on_new_line else text + target for text, target in shots]
     return "".join(part.rstrip() + "\n\n" for part in ([task] if task else []) + examples)
 
 

@@ -65,5 +65,5 @@ def test_of_several_answers_the_first_is_shown_and_few_rows_are_all(draw):
 def test_examples_stand_apart_after_the_task():
     shots = [("a:", " A\n"), ("b:", " B")]
     assert write_shots(shots, "Task.", on_new_line=False) == "Task.\n\na: A\n\nb: B\n\n"
-    assert write_shots(shots[1:], "", on_new_line=True) == "b:\n B\n\n"
+    assert write_shots(shots[1:], "", on_new_line=True) == "b:\nB\n\n"
     assert write_turns(shots, "Task.") == (("Task.\na:", "A"), ("b:", "B"))

@@ -126,10 +126,10 @@ def test_what_a_base_cannot_answer_is_left_out_in_one_line(tmp_path):
     assert found["baselines"]["untrained"]["metrics"] == pytest.approx(before, rel=1e-5)
     assert set(found["left_out"]) == {"template", "hard_prompt", "shots"}
     assert "its head is new" in found["left_out"]["shots"]
-    tuned = train(tmp_path / "tuned", prompt={"method": "partial_tuning", "num_virtual_tokens": 0, "text": TEXT})
+    tuned = train(tmp_path / "tuned", prompt={"method": "norms_only", "num_virtual_tokens": 0, "text": TEXT})
     found = evaluate(tuned, "--shots", "1")
     assert list(found["baselines"]) == ["template", "hard_prompt", "shots", "trained"]
-    assert found["left_out"] == {"untrained": "partial_tuning starts as the base itself"}
+    assert found["left_out"] == {"untrained": "norms_only starts as the base itself"}
     plain = plain_loss(TINY / "causal", lambda row: f"In capitals.\nWord: {row['word']}\nAnswer:")
     assert found["baselines"]["hard_prompt"]["metrics"]["loss"] == pytest.approx(plain, rel=1e-4)
 

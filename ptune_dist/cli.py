@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 USER_MISTAKE = 2
 FAULT = 1
 SECONDS_FOR_RANK_0 = 2.0
+DEFAULT_SHOTS = 4
 
 COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "compare", "import-base", "bench", "env")
 TAKE_CONFIG = ("train", "validate", "check")
@@ -111,9 +112,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if set(words) & set(FLAGS):
         parser.parse_args(words)  # ends here, before the config's package is imported
-    from ptune_dist.config.arguments import drop_dashes, explain_command, explain_words, overrides_last
+    from ptune_dist.config.arguments import (
+        drop_dashes,
+        explain_command,
+        explain_words,
+        join_labels,
+        overrides_last,
+        render_labels,
+    )
 
-    words = [drop_dashes(word) for word in words]
+    words = join_labels([drop_dashes(word) for word in words])
     if not words:
         parser.error(f"a command is needed: {', '.join(COMMANDS)}")
     first = words[0]
@@ -132,6 +140,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise UserError(f"command line: {explain_words(wrong, f'ptune-dist {first}')}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
+    if getattr(parsed, "labels", None):
+        parsed.overrides = [*parsed.overrides, f"data.labels={render_labels(parsed.labels)}"]
     return parsed
 
 
@@ -166,9 +176,13 @@ def build_parser() -> Parser:
     evaluate = add("evaluate", run_evaluate, "evaluate a run's prompt on data.validation", "RUN")
     generate = add("generate", run_generate, "answer inputs with a run's prompt", "RUN")
     export = add("export", run_export, "take a run's prompt elsewhere", "RUN")
+    for command in (evaluate, generate):
+        command.add_argument("--labels", metavar="A,B", help="choose among these, or data.labels where left out")
     for command in (evaluate, generate, export):
         command.add_argument("--member", metavar="NAME", help="of a sweep; the best-ranked one where left out")
     evaluate.add_argument("--output", type=Path, metavar="F", help="JSON lines: each row, what was right and answered")
+    evaluate.add_argument("--baselines", action="store_true", help="a table beside the base without the prompt")
+    evaluate.add_argument("--shots", type=bounded(int, low=0), metavar="K", help="with --baselines: examples, 4")
     add_generate_arguments(generate)
     generate.add_argument("--task", metavar="NAME", help="of all inputs; the column of data.task where left out")
     export.add_argument("--task", metavar="NAME", help="one of the tasks of a multitask prompt")
@@ -198,7 +212,6 @@ def add_input_arguments(command: argparse.ArgumentParser, prefix: str, *, requir
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     add_input_arguments(command, "", required=True)
     command.add_argument("--output", type=Path, metavar="F", help="JSON lines; standard output where left out")
-    command.add_argument("--labels", action="store_true", help="choose among data.labels, with probabilities")
     count = bounded(int, low=1)
     share = bounded(float, above=0, high=1)
     above_0 = bounded(float, above=0)
@@ -282,11 +295,18 @@ def run_validate(parsed: argparse.Namespace) -> None:
 
 
 def run_evaluate(parsed: argparse.Namespace) -> None:
+    if parsed.shots is not None and not parsed.baselines:
+        raise UserError("--shots: examples are for --baselines: give both")
     run_dir, config = read_trained_run(parsed)
     with without_garbage_collection():
-        from ptune_dist.commands import evaluate_run
+        from ptune_dist.commands import choose_labels, compare_baselines, evaluate_run
 
-    evaluate_run(config, run_dir, parsed.output)
+    if parsed.labels is not None:
+        config = choose_labels(config)
+    if parsed.baselines:
+        compare_baselines(config, run_dir, DEFAULT_SHOTS if parsed.shots is None else parsed.shots, parsed.output)
+    else:
+        evaluate_run(config, run_dir, parsed.output)
 
 
 def read_trained_run(parsed: argparse.Namespace) -> "tuple[Path, Config]":
@@ -314,7 +334,7 @@ def run_generate(parsed: argparse.Namespace) -> None:
         parsed.max_new_tokens,
         sampling_of(parsed),
         parsed.seed,
-        chooses_label=parsed.labels,
+        chooses_label=parsed.labels is not None,
         task=parsed.task,
     )
     generate_for_run(config, run_dir, request)

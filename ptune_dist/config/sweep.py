@@ -39,6 +39,7 @@ SWEEPABLE = (
     "prompt.init_text",
     "prompt.init_labels",
     "prompt.init_file",
+    "prompt.text",
     "data.train",
     "data.validation",
     "data.template",
@@ -51,7 +52,8 @@ SWEEPABLE = (
     "data.truncation_side",
     "data.append_eos",
 )
-NO_MISSPELLINGS = ("train.epochs",)  # it is like train.eps
+# Keys that are like train.eps and prompt.text.
+NO_MISSPELLINGS = ("train.epochs", "prompt.text.task", "prompt.text.input", "prompt.text.output")
 PROMPT_KEY = re.compile(r"prompt\.(?!placement$)\w+")  # the schema has not all of them: a method has its own options
 PATH_KEYS = ("data.train", "data.validation", "prompt.init_file")
 # Without these outside the sweep a config can be incomplete although every member of it is complete.
@@ -65,6 +67,7 @@ FILLED_KEYS = (
     "prompt.init_text",
     "prompt.init_labels",
     "prompt.init_file",
+    "prompt.text",
 )
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # 1e-3, which YAML reads as text
 
@@ -161,7 +164,9 @@ def name_members(members: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def render_value(key: str, value: Any) -> str:
-    """A value as part of a name: a path's last part without its suffix, the items of a list joined by +."""
+    """A value as part of a name: a path's last part without its suffix, the items of a list or mapping joined by +."""
+    if isinstance(value, dict):  # prompt.text
+        value = [part for part in value.values() if part]
     if isinstance(value, (list, tuple)):
         return "+".join(render_value(key, item) for item in value)
     if value is None or isinstance(value, bool):

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,10 +54,10 @@ def build_splits(reading: Reading) -> RunRows:
     config = reading.config
     splits: dict[str, Split] = {}
     evaluators: dict[str, Evaluator] = {}
-    known: dict[tuple[str, bool], tuple[Split, Evaluator | None]] = {}
+    known: dict[Any, tuple[Split, Evaluator | None]] = {}
     for name, member in reading.members.items():
         encoding = reading.encoding(member)
-        key = member.data.model_dump_json(), encoding.needs_rest
+        key = member.data.model_dump_json(), encoding.needs_rest, member.prompt.around
         if key not in known:
             with naming_member(reading.members, name, "data"):
                 known[key] = read_member(member, encoding, reading)

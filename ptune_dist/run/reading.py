@@ -12,6 +12,7 @@ from ptune_dist.base.layers import max_positions
 from ptune_dist.base.open import make_without_memory
 from ptune_dist.base.rotary import fixed_positions
 from ptune_dist.base.source import largest_id, load_shape, load_tokenizer
+from ptune_dist.config.prompt_text import Around
 from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config, DataConfig
 from ptune_dist.config.sweep import naming_member
 from ptune_dist.data.chat import Chat
@@ -54,7 +55,8 @@ class Reading:
             truncation_side=data.truncation_side,
             num_embeddings=self.num_embeddings,
             needs_rest=placement in ("infix", "template") and not find_method(member.prompt).stands_in_sequence,
-            chat=build_chat(data, self.tokenizer),
+            chat=build_chat(data, self.tokenizer, member.prompt.around),
+            around=Around() if data.messages is not None else member.prompt.around,
         )
 
     def with_micro_batch(self, tokens: int) -> "Reading":
@@ -115,6 +117,17 @@ def fill_max_length(config: Config, members: dict[str, Config], family: Family) 
     return config if config.sweep else settle(config), settled
 
 
+def find_most_positions(reading: Reading) -> int | None:
+    """The most tokens that the base was made to read; None where nothing limits them. Raises UserError."""
+    path = reading.config.model.path
+    shape = load_shape(path)
+    stated = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    fixed = fixed_positions(shape)
+    reading.family.prepare_shape(shape, reading.config.data.labels)
+    learned = max_positions(make_without_memory(shape, path, reading.family, torch.float32))
+    return min((limit for limit in (learned, fixed, stated) if limit is not None), default=None)
+
+
 def limit_default(shape: PretrainedConfig, most: int | None, num_virtual: int) -> int:
     """The default of `data.max_length`, or what `most` learned positions or fixed rotary frequencies leave of it."""
     limits = [limit for limit in (most, fixed_positions(shape)) if limit is not None]
@@ -126,16 +139,21 @@ def read_tokenizer(config: Config, family: Family, shape: PretrainedConfig) -> P
     return load_tokenizer(config.model.path, shape, with_eos=not family.trains_head)
 
 
-def build_chat(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Chat | None:
-    """What writes a config's rows as chats, if they are."""
+def build_chat(data: DataConfig, tokenizer: PreTrainedTokenizerBase, around: Around) -> Chat | None:
+    """What writes a config's rows as chats, if they are.
+
+    around: texts around data.template; where the rows are conversations, they are part of the system prompt.
+    """
     if not data.is_chat:
         return None
-    return Chat(tokenizer, "data.chat" if data.chat else "data.messages", data.system)
+    if data.chat:
+        return Chat(tokenizer, "data.chat", data.system)
+    return Chat(tokenizer, "data.messages", data.system, "\n".join(text for _, text in around.before + around.after))
 
 
 def end_turns(config: Config, family: Family, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> None:
     """With chats, have answers end as the chat template ends a turn. Raises UserError where it cannot be used."""
-    chat = build_chat(config.data, tokenizer)
+    chat = build_chat(config.data, tokenizer, config.prompt.around)
     if chat is None:
         return
     if family.name != "causal" or objective.target != "text":

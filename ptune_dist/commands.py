@@ -31,7 +31,11 @@ from ptune_dist.evaluation.generate import generate_of_tasks, pad_id
 from ptune_dist.evaluation.predictions import find_intervals, list_predictions, to_probabilities
 from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.evaluation.splits import check_inputs, check_lengths
+from ptune_dist.export.kv import export_kv
+from ptune_dist.export.model import export_tokens
+from ptune_dist.export.token_prompts import TrainedPrompt, name_prompts
 from ptune_dist.families import FAMILIES
+from ptune_dist.prompts import METHODS
 from ptune_dist.prompts.build import find_method
 from ptune_dist.prompts.export import (
     CARTRIDGE,
@@ -279,16 +283,84 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
     return Rows("--input", datasets.Dataset.from_list([{columns[0]: text}]), "rows")
 
 
-def export_run(
-    config: Config, run_dir: Path, *, to: str, out: Path, text: str | None, file: str | None, task: str | None = None
-) -> None:
-    """Write a PEFT adapter (`peft`, `cartridge`), embeddings, a late prompt's vectors, or a model to folder `out`.
+@dataclass(frozen=True)
+class ExportRequest:
+    """What `export` is asked for: the format and the folder, and what some formats take.
+
+    text and file: inputs for prompt-embeds. names: of the prompts in a model, the folders' where there are none.
+    """
+
+    to: str
+    out: Path
+    text: str | None = None
+    file: str | None = None
+    task: str | None = None
+    names: tuple[str, ...] = ()
+    uses_reserved: bool = False
+    by_name: bool = False
+
+
+def export_runs(runs: list[tuple[Config, Path]], request: ExportRequest) -> list[str]:
+    """Write what a run's prompt, or several runs' prompts in one model, becomes; returns lines for people.
 
     Of one task or all. Raises UserError.
     """
-    tensors, facts = select_task(*load_prompt(run_dir / "prompt"), task)
-    check_export_folder(out, to)
-    check_target("--out", out, config, {"--input-file": file}, makes_folder=True)
+    config, run_dir = runs[0]
+    check_request(request, len(runs))
+    check_export_folder(request.out, request.to)
+    for each, _ in runs:
+        check_target("--out", request.out, each, {"--input-file": request.file}, makes_folder=True)
+    if request.to == "model":
+        return export_to_model(runs, request)
+    export_one(config, run_dir, request)
+    return []
+
+
+def check_request(request: ExportRequest, num_runs: int) -> None:
+    """Raise UserError for what the format does not take."""
+    given = {
+        "--names": request.names,
+        "--reserved": request.uses_reserved,
+        "--by-name": request.by_name,
+        "several runs": num_runs > 1,
+    }
+    for flag, value in given.items():
+        if value and request.to != "model":
+            raise UserError(f"{flag}: only for --to model")
+
+
+def export_to_model(runs: list[tuple[Config, Path]], request: ExportRequest) -> list[str]:
+    """Raises UserError."""
+    names = name_prompts([run_dir.resolve().name for _, run_dir in runs], request.names)
+    prompts = []
+    for name, (config, run_dir) in zip(names, runs, strict=True):
+        tensors, facts = select_task(*load_prompt(run_dir / "prompt"), request.task)
+        prompts.append(TrainedPrompt(name, tensors, facts, read_checked(config, facts, run_dir)))
+    (first, *others) = prompts
+    if not others and METHODS[first.facts.get("method", "prompt_tuning")].changes_base:
+        if request.uses_reserved or request.by_name:
+            raise UserError("--to model: this run trained tensors of the base and no prompt: it takes no such option")
+        export_model(first.reading, first.tensors, request.out)
+        return []
+    return export_tokens(prompts, request.out, uses_reserved=request.uses_reserved, by_name=request.by_name)
+
+
+def read_checked(config: Config, facts: dict[str, Any], run_dir: Path) -> Reading:
+    """How a run's base reads examples. Raises UserError where it is not the one of the run's prompt."""
+    model = config.model
+    fingerprint = fingerprint_base(model.path, random_init=model.random_init, seed=config.seed)
+    check_base(config, facts, fingerprint, run_dir)
+    return build_reading(config)
+
+
+def export_one(config: Config, run_dir: Path, request: ExportRequest) -> None:
+    """Write a PEFT adapter (`peft`, `cartridge`), embeddings, keys and values, or a late prompt's vectors.
+
+    Raises UserError.
+    """
+    to = request.to
+    out = request.out
+    tensors, facts = select_task(*load_prompt(run_dir / "prompt"), request.task)
     if to in ("peft", CARTRIDGE):
         check_for_peft(tensors, facts, to)
         family = FAMILIES[facts["base"]["family"]]
@@ -299,13 +371,10 @@ def export_run(
             shape = with_labels.to_json_string()
         export_peft(tensors, facts, family.peft_task, out, shape, to)
         return
-    model = config.model
-    fingerprint = fingerprint_base(model.path, random_init=model.random_init, seed=config.seed)
-    check_base(config, facts, fingerprint, run_dir)
-    reading = build_reading(config)
-    if to == "model":
-        export_model(reading, tensors, out)
+    if to == "kv":
+        export_kv(tensors, facts, getattr(torch, config.model.dtype), out)
         return
+    reading = read_checked(config, facts, run_dir)
     if to == "vectors":
         check_for_vectors(tensors, facts)
         base = open_base_of(reading).model
@@ -313,7 +382,7 @@ def export_run(
         export_vectors(tensors, facts, name_first_layers(base)[layer], out)
         return
     inputs = []
-    if text is not None or file is not None:
-        rows = read_input_rows(config.data, config.prompt.placement, text, file)
+    if request.text is not None or request.file is not None:
+        rows = read_input_rows(config.data, config.prompt.placement, request.text, request.file)
         inputs = build_inputs(config.data, rows, reading.encoding(config))
-    export_prompt_embeds(tensors, open_base_of(reading).embed, inputs, getattr(torch, model.dtype), out)
+    export_prompt_embeds(tensors, open_base_of(reading).embed, inputs, getattr(torch, config.model.dtype), out)

@@ -36,7 +36,8 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 EXPORTED = {
     "peft": ADAPTER_FILES,
     CARTRIDGE: ADAPTER_FILES,
-    "prompt-embeds": ("prompt_embeds.safetensors",),
+    "prompt-embeds": ("prompt_embeds.safetensors", "requests.jsonl"),
+    "kv": ("past_key_values.safetensors", "past_key_values.json"),
     "vectors": ("vectors.safetensors", "vectors.json"),
     "model": (),  # an earlier one could be anybody's model
 }

@@ -347,7 +347,8 @@ def run_export(parsed: argparse.Namespace) -> None:
     for folder in parsed.more_runs:
         runs.append(read_trained_run(argparse.Namespace(**vars(parsed) | {"run_dir": folder})))
     with without_garbage_collection():
-        from ptune_dist.commands import ExportRequest, export_runs
+        from ptune_dist.commands import export_runs
+        from ptune_dist.export.runs import ExportRequest
 
     request = ExportRequest(
         parsed.to,

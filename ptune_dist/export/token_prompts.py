@@ -16,7 +16,7 @@ RESERVED = re.compile(
     r"<\|?(?:reserved(?:_special_token)?_\d+|unused_?(?:token_)?\d+|extra_id_\d+|dummy_\d+|SPECIAL_\d+)\|?>"
     r"|\[(?:unused|control_)\d+\]"
 )
-ROLES = ("bos", "eos", "unk", "pad", "cls", "sep", "mask")
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
 NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
@@ -117,7 +117,7 @@ def choose_tokens(
 
 def list_reserved(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The tokens that a base has for others' use, in the order of their ids, without those that it uses itself."""
-    used = {str(getattr(tokenizer, f"{role}_token", None)) for role in ROLES}
+    used = {str(getattr(tokenizer, role, None)) for role in ROLES}
     template = str(tokenizer.chat_template or "")
     by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return [token for token, _ in by_id if RESERVED.fullmatch(token) and token not in used and token not in template]

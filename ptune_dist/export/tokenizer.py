@@ -37,9 +37,10 @@ def put_by_itself(tokenizer: PreTrainedTokenizerBase, prompt: TokenPrompt, *, en
     if end and not ends:
         before = begin_with(tokenizer, start)
     name = prompt.name_token
+    kind = max(backend.encode("a", "a").type_ids, default=0)  # of a pair's second text
     around = processors.TemplateProcessing(
         single=f"$A {name}" if is_last else f"{name} $A",
-        pair=f"$A $B {name}" if is_last else f"{name} $A $B",
+        pair=f"$A $B:{kind} {name}" if is_last else f"{name} $A $B:{kind}",
         special_tokens=[cast(Any, {"id": name, "ids": prompt.ids, "tokens": prompt.tokens})],
     )
     backend.post_processor = around if before is None else processors.Sequence([before, around])

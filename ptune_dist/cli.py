@@ -132,6 +132,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if first in TAKE_CONFIG:
         words[1:] = overrides_last(words[1:])
     parsed, rest = parser.parse_known_args(words)
+    if first == "export":
+        rest = take_more_runs(parsed, rest)
     given = [*rest, *getattr(parsed, "overrides", [])]
     wrong = [word for word in given if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
     if wrong and first in WITHOUT_OVERRIDES:
@@ -143,6 +145,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if getattr(parsed, "labels", None):
         parsed.overrides = [*parsed.overrides, f"data.labels={render_labels(parsed.labels)}"]
     return parsed
+
+
+def take_more_runs(parsed: argparse.Namespace, rest: list[str]) -> list[str]:
+    """Set `more_runs` to the words beside the first run that are folders; returns the rest without them."""
+    words = [*parsed.overrides, *rest]
+    parsed.more_runs = [word for word in words if os.path.isdir(word)]
+    parsed.overrides = [word for word in parsed.overrides if word not in parsed.more_runs]
+    return [word for word in rest if word not in parsed.more_runs]
 
 
 def leave_process_group() -> None:
@@ -186,9 +196,12 @@ def build_parser() -> Parser:
     add_generate_arguments(generate)
     generate.add_argument("--task", metavar="NAME", help="of all inputs; the column of data.task where left out")
     export.add_argument("--task", metavar="NAME", help="one of the tasks of a multitask prompt")
-    export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds", "vectors", "model"], required=True)
+    export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds", "vectors", "model", "kv"], required=True)
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
     add_input_arguments(export, "for prompt-embeds: ", required=False)
+    export.add_argument("--names", metavar="A,B", help="for model: of the runs' prompts; the folders' where left out")
+    export.add_argument("--reserved", action="store_true", help="for model: use the tokens that the base reserves")
+    export.add_argument("--by-name", action="store_true", help="for model: a text has a prompt where it names one")
     compare = add("compare", run_compare, "compare runs and members of sweeps on the same validation rows")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     compare.add_argument("--out", type=Path, metavar="DIR", help="for report.html, charts as PNG, comparison.json")
@@ -348,12 +361,27 @@ def sampling_of(parsed: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def run_export(parsed: argparse.Namespace) -> None:
-    run_dir, config = read_trained_run(parsed)
+    if parsed.more_runs and parsed.member:
+        raise UserError("--member: with several runs, give the members' folders: RUN/members/NAME")
+    runs = [read_trained_run(parsed)]
+    for folder in parsed.more_runs:
+        runs.append(read_trained_run(argparse.Namespace(**vars(parsed) | {"run_dir": folder})))
     with without_garbage_collection():
-        from ptune_dist.commands import export_run
+        from ptune_dist.commands import export_runs
+        from ptune_dist.export.runs import ExportRequest
 
-    inputs = {"text": parsed.input, "file": parsed.input_file}
-    export_run(config, run_dir, to=parsed.to, out=parsed.out, **inputs, task=parsed.task)
+    request = ExportRequest(
+        parsed.to,
+        parsed.out,
+        parsed.input,
+        parsed.input_file,
+        parsed.task,
+        names=tuple(parsed.names.split(",")) if parsed.names else (),
+        uses_reserved=parsed.reserved,
+        by_name=parsed.by_name,
+    )
+    for line in export_runs([(config, run_dir) for run_dir, config in runs], request):
+        print(line)
     print(f"exported: {parsed.out}")
 
 

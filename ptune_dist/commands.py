@@ -1,4 +1,4 @@
-"""What `evaluate`, `generate` and `export` do with a run's trained prompt."""
+"""What `evaluate` and `generate` do with a run's trained prompt, and where `export` gets its inputs."""
 
 import contextlib
 import functools
@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import torch
 
-from ptune_dist.base.layers import name_first_layers
-from ptune_dist.base.source import fingerprint_base, load_shape
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.prompt_text import Around
 from ptune_dist.config.schema import Config, DataConfig
@@ -34,28 +31,15 @@ from ptune_dist.evaluation.predictions import find_intervals, list_predictions, 
 from ptune_dist.evaluation.row_scores import add_scores, build_row_scores
 from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.evaluation.splits import check_inputs, check_lengths
-from ptune_dist.families import FAMILIES
+from ptune_dist.export.runs import ExportRequest, export_prompts
 from ptune_dist.metrics import METRICS
 from ptune_dist.prompts.build import find_method
-from ptune_dist.prompts.export import (
-    CARTRIDGE,
-    check_export_folder,
-    check_for_peft,
-    check_for_vectors,
-    export_peft,
-    export_prompt_embeds,
-    export_vectors,
-)
-from ptune_dist.prompts.late_prompt import choose_layer
-from ptune_dist.prompts.multitask import select_task
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.folder import write_json
 from ptune_dist.run.job import Job
 from ptune_dist.run.ownership import check_target
-from ptune_dist.run.parts import base_facts, open_base_of
 from ptune_dist.run.reading import Reading, build_reading
-from ptune_dist.run.stored_prompt import build_trained_job, check_base
-from ptune_dist.run.whole_model import export_model
+from ptune_dist.run.stored_prompt import build_trained_job
 
 BASELINES = "baselines.json"
 CHUNK_ROWS = 256  # rows of one rank that are answered before they are written
@@ -331,41 +315,11 @@ def read_input_rows(
     return Rows("--input", datasets.Dataset.from_list([{columns[0]: text}]), "rows")
 
 
-def export_run(
-    config: Config, run_dir: Path, *, to: str, out: Path, text: str | None, file: str | None, task: str | None = None
-) -> None:
-    """Write a PEFT adapter (`peft`, `cartridge`), embeddings, a late prompt's vectors, or a model to folder `out`.
-
-    Of one task or all. Raises UserError.
-    """
-    tensors, facts = select_task(*load_prompt(run_dir / "prompt"), task)
-    check_export_folder(out, to)
-    check_target("--out", out, config, {"--input-file": file}, makes_folder=True)
-    if to in ("peft", CARTRIDGE):
-        check_for_peft(tensors, facts, to)
-        family = FAMILIES[facts["base"]["family"]]
-        shape = None
-        if family.trains_head:  # the base's own config.json does not know the labels
-            with_labels = load_shape(config.model.path)
-            family.prepare_shape(with_labels, config.data.labels)
-            shape = with_labels.to_json_string()
-        export_peft(tensors, facts, family.peft_task, out, shape, to)
-        return
-    model = config.model
-    fingerprint = fingerprint_base(model.path, random_init=model.random_init, seed=config.seed)
-    check_base(config, facts, fingerprint, run_dir)
-    reading = build_reading(config)
-    if to == "model":
-        export_model(reading, tensors, out)
-        return
-    if to == "vectors":
-        check_for_vectors(tensors, facts)
-        base = open_base_of(reading).model
-        layer = choose_layer(facts["options"]["start_layer"], base_facts(base))
-        export_vectors(tensors, facts, name_first_layers(base)[layer], out)
-        return
-    inputs = []
-    if text is not None or file is not None:
-        rows = read_input_rows(config.data, config.prompt.placement, text, file, config.prompt.around)
-        inputs = build_inputs(config.data, rows, reading.encoding(config))
-    export_prompt_embeds(tensors, open_base_of(reading).embed, inputs, getattr(torch, model.dtype), out)
+def export_runs(runs: list[tuple[Config, Path]], request: ExportRequest) -> list[str]:
+    """Write what the prompts of runs become; returns lines for people. Raises UserError."""
+    config, _ = runs[0]
+    prompt = config.prompt
+    read_rows = functools.partial(
+        read_input_rows, config.data, prompt.placement, request.text, request.file, prompt.around
+    )
+    return export_prompts(runs, request, read_rows)

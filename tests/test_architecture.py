@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ptune_dist"
 LAYERS = [
     ["cli", "cluster.__main__", "cluster.launch", "bench"],
     ["commands", "train"],
-    ["evaluation", "cluster", "reports"],
+    ["evaluation", "export", "cluster", "reports"],
     ["run", "cluster.node_check"],
     ["zero"],
     ["families"],

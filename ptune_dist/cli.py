@@ -262,8 +262,8 @@ def run_train(parsed: argparse.Namespace) -> int:
         warn_of_idle_hosts()
         say_start("train", parsed.config)
         with without_garbage_collection():
+            from ptune_dist.loop import train
             from ptune_dist.run.resolve import resolve
-            from ptune_dist.train import train
 
         return train(load_config(parsed.config, parsed.overrides, resolve=resolve))
 

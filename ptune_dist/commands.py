@@ -48,8 +48,8 @@ Answers = tuple[int, list[dict[str, Any]]]  # the number of a row, and what is a
 Answer = Callable[[Job, Decoding], Iterator[Answers]]
 
 
-def evaluate_run(config: Config, run_dir: Path, output: Path | None = None) -> None:
-    """Evaluate the prompt on `data.validation`; print the metrics and write evaluation.json. Collective.
+def evaluate_run(config: Config, run_dir: Path, output: Path | None = None, *, is_shown: bool = True) -> dict[str, Any]:
+    """Evaluate the prompt on `data.validation`; print the metrics, write evaluation.json and return it. Collective.
 
     `output`: a file for the validation rows with what was answered to each.
     """
@@ -61,19 +61,22 @@ def evaluate_run(config: Config, run_dir: Path, output: Path | None = None) -> N
     engine = build_trained_job(reading, run_dir, world).engine
     (answers,) = evaluator.read(engine, engine.members).values()
 
-    def report() -> None:
+    def report() -> dict[str, Any]:
         content = {"data": config.data.validation, "num_examples": len(evaluator.split.examples)}
         content |= evaluator.compute(answers)
         content["intervals_95"] = find_intervals(evaluator, answers)
         if evaluator.signatures:
             content["signatures"] = evaluator.signatures
-        print(json.dumps(content, indent=2), flush=True)  # first: a full disk must not cost the result
+        if is_shown:
+            print(json.dumps(content, indent=2), flush=True)  # first: a full disk must not cost the result
         with fault_on_failed_write(output) if output else contextlib.nullcontext(), stream as out:
             if out:
                 print_predictions(evaluator, answers, out)
-        write_json(run_dir / "evaluation.json", content | {"samples": evaluator.samples(answers)})
+        content |= {"samples": evaluator.samples(answers)}
+        write_json(run_dir / "evaluation.json", content)
+        return content
 
-    together(world, lambda: report() if world.is_main else None)
+    return from_main(world, report)
 
 
 def compare_baselines(config: Config, run_dir: Path, num_shots: int, output: Path | None) -> None:

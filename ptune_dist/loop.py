@@ -35,7 +35,7 @@ from ptune_dist.run.folder import (
 )
 from ptune_dist.run.job import Job, build_job
 from ptune_dist.run.length import settle_length
-from ptune_dist.run.metrics_log import MetricsWriter
+from ptune_dist.run.metrics_log import Listener, MetricsWriter
 from ptune_dist.run.open_log import open_metrics
 from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
 from ptune_dist.run.reading import build_reading
@@ -76,8 +76,11 @@ class Training:
             self.metrics.say(text)
 
 
-def train(config: Config) -> int:
-    """Train the prompts that `config` asks for, or resume their run; returns the exit status. Collective."""
+def train(config: Config, listener: Listener | None = None) -> int:
+    """Train the prompts that `config` asks for, or resume their run; returns the exit status. Collective.
+
+    `listener` gets the numbers that trackers get, on rank 0.
+    """
     world = init_distributed()
     config, _ = together(world, lambda: resolve_whole(config))
     together(world, lambda: check_run_dir(config))
@@ -109,10 +112,12 @@ def train(config: Config) -> int:
         with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
             notes = lengths + describe_skipped(config, read) + [f"warning: {line}" for line in warnings]
             notes += describe_trained_tokens(job.prompts, read.splits, reading)
-            return train_job(job, read, notes, watch, world)
+            return train_job(job, read, notes, watch, world, listener)
 
 
-def train_job(job: Job, read: RunRows, notes: list[str], watch: Watch, world: World) -> int:
+def train_job(
+    job: Job, read: RunRows, notes: list[str], watch: Watch, world: World, listener: Listener | None = None
+) -> int:
     """What `train` does once everything is loaded and the run's folder is locked; `notes` go to the log. Collective."""
     config = job.config
     rows = read.training
@@ -131,6 +136,8 @@ def train_job(job: Job, read: RunRows, notes: list[str], watch: Watch, world: Wo
     source = StepSource(job.engine, rows, world, job.micro_batch.tokens, pad_id(job.tokenizer))
     with on_main(world, lambda: open_metrics(job, progress)) as metrics, BatchesAhead(source) as batches:
         say = metrics.say if metrics else lambda _: None
+        if metrics:
+            metrics.listener = listener
         accumulate = Accumulator(job, batches, world, watch.beat, say)
         training = Training(job, rows, accumulate, evaluators, progress, metrics, watch, world)
         held_out = next((evaluator.split.examples for evaluator in evaluators.values()), None)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 
 from ptune_dist.common.files import replace_file
+from ptune_dist.common.hub import split_revision
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
@@ -133,11 +134,12 @@ def export_peft(
         settings = adapter.settings
     modules = facts.get("modules", {})
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
+    base_name, revision = split_revision(facts["base"]["path"])
     config = {
         "task_type": task_type,
-        "base_model_name_or_path": facts["base"]["path"],
+        "base_model_name_or_path": base_name,
         "inference_mode": True,
-        "revision": None,
+        "revision": revision,
     }
     stored = {name.format(**modules): tensor.contiguous() for name, tensor in adapter.more.items()}
     if adapter.prompt_embeddings is None:

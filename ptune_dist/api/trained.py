@@ -165,6 +165,18 @@ class TrainedPrompt:
         tensors, facts = select_task(self._tensors, self.facts, task)
         return attach(model, tensors, facts)
 
+    def export(self, to: str, out: str | Path, *options: str) -> Path:
+        """Write the prompt for other software into a folder, which is returned.
+
+        to: "peft", "prompt-embeds" or another value of `ptune-dist export --to`. options: more words of that command,
+        such as "--task", "nli". Raises UserError.
+        """
+        from ptune_dist.cli import parse
+
+        parsed = parse(["export", str(self.folder), "--to", to, "--out", str(out), *options])
+        parsed.run(parsed)
+        return Path(out)
+
     @contextlib.contextmanager
     def _rows(self, inputs: str | Row | Sequence[str | Row]) -> "Iterator[Rows]":
         """Inputs as rows of a file, so that they are read as the command reads them."""

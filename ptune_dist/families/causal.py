@@ -19,6 +19,7 @@ from ptune_dist.data.batches import Batch, Unit
 from ptune_dist.data.examples import Examples
 from ptune_dist.data.framing import Framing
 from ptune_dist.errors import UserError
+from ptune_dist.families.bank_decoder import BankDecoder
 from ptune_dist.families.below_contexts import below_contexts, own_texts, with_contexts
 from ptune_dist.families.causal_padded import PaddedCausal, keeps_keys
 from ptune_dist.families.family import Family
@@ -176,6 +177,13 @@ class PromptedCausal(PaddedCausal):
         if self.num_prefix[number] and keeps_more(self.base):
             return RereadingDecoder(self, number)
         return SegmentDecoder(self, number) if can_keep else None
+
+    def open_bank_decoder(self) -> Decoder | None:
+        is_plain = not (self.late_starts or self.reads_rows or any(prompt.is_gated for prompt in self.members()))
+        has_tasks = any(prompt.num_tasks > 1 for prompt in self.members())
+        if not (self.writes_text and self.uses_segments and is_plain) or has_tasks or layers_differ(self.base.config):
+            return None
+        return None if any(self.num_prefix) and keeps_more(self.base) else BankDecoder(self)
 
     @torch.no_grad()
     def read_contexts(self, work: Contexts) -> list[tuple[torch.Tensor, ...]]:

@@ -29,6 +29,7 @@ REPLACED_FILES = (
     "evaluations.jsonl",
     "evaluation.json",
     "predictions.jsonl",
+    "report.html",
     "micro_batch.json",
     "split.json",
     "skipped_rows.jsonl",

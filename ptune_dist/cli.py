@@ -31,6 +31,7 @@ USER_MISTAKE = 2
 FAULT = 1
 SECONDS_FOR_RANK_0 = 2.0
 ALL_MEMBERS = "all"  # the value of `generate --member` that stands for every member of a sweep
+DEFAULT_SHOTS = 4
 
 COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "compare", "import-base", "bench", "env")
 TAKE_CONFIG = ("train", "validate", "check")
@@ -112,9 +113,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if set(words) & set(FLAGS):
         parser.parse_args(words)  # ends here, before the config's package is imported
-    from ptune_dist.config.arguments import drop_dashes, explain_command, explain_words, overrides_last
+    from ptune_dist.config.arguments import (
+        drop_dashes,
+        explain_command,
+        explain_words,
+        join_labels,
+        overrides_last,
+        render_labels,
+    )
 
-    words = [drop_dashes(word) for word in words]
+    words = join_labels([drop_dashes(word) for word in words])
     if not words:
         parser.error(f"a command is needed: {', '.join(COMMANDS)}")
     first = words[0]
@@ -125,6 +133,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if first in TAKE_CONFIG:
         words[1:] = overrides_last(words[1:])
     parsed, rest = parser.parse_known_args(words)
+    if first == "export":
+        rest = take_more_runs(parsed, rest)
     given = [*rest, *getattr(parsed, "overrides", [])]
     wrong = [word for word in given if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides")]
     if wrong and first in WITHOUT_OVERRIDES:
@@ -133,7 +143,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise UserError(f"command line: {explain_words(wrong, f'ptune-dist {first}')}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
+    if getattr(parsed, "labels", None):
+        parsed.overrides = [*parsed.overrides, f"data.labels={render_labels(parsed.labels)}"]
     return parsed
+
+
+def take_more_runs(parsed: argparse.Namespace, rest: list[str]) -> list[str]:
+    """Set `more_runs` to the words beside the first run that are folders; returns the rest without them."""
+    words = [*parsed.overrides, *rest]
+    parsed.more_runs = [word for word in words if os.path.isdir(word)]
+    parsed.overrides = [word for word in parsed.overrides if word not in parsed.more_runs]
+    return [word for word in rest if word not in parsed.more_runs]
 
 
 def leave_process_group() -> None:
@@ -167,17 +187,24 @@ def build_parser() -> Parser:
     evaluate = add("evaluate", run_evaluate, "evaluate a run's prompt on data.validation", "RUN")
     generate = add("generate", run_generate, "answer inputs with a run's prompt", "RUN")
     export = add("export", run_export, "take a run's prompt elsewhere", "RUN")
+    for command in (evaluate, generate):
+        command.add_argument("--labels", metavar="A,B", help="choose among these, or data.labels where left out")
     for command in (evaluate, generate, export):
         every = "; all: every member answers" if command is generate else ""
         command.add_argument("--member", metavar="NAME", help=f"of a sweep; the best-ranked one where left out{every}")
     evaluate.add_argument("--output", type=Path, metavar="F", help="JSON lines: each row, what was right and answered")
+    evaluate.add_argument("--baselines", action="store_true", help="a table beside the base without the prompt")
+    evaluate.add_argument("--shots", type=bounded(int, low=0), metavar="K", help="with --baselines: examples, 4")
     add_generate_arguments(generate)
     generate.add_argument("--member-column", metavar="COLUMN", help="of a sweep: names the member for each row")
     generate.add_argument("--task", metavar="NAME", help="of all inputs; the column of data.task where left out")
     export.add_argument("--task", metavar="NAME", help="one of the tasks of a multitask prompt")
-    export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds", "vectors", "model"], required=True)
+    export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds", "vectors", "model", "kv"], required=True)
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
     add_input_arguments(export, "for prompt-embeds: ", required=False)
+    export.add_argument("--names", metavar="A,B", help="for model: of the runs' prompts; the folders' where left out")
+    export.add_argument("--reserved", action="store_true", help="for model: use the tokens that the base reserves")
+    export.add_argument("--by-name", action="store_true", help="for model: a text has a prompt where it names one")
     compare = add("compare", run_compare, "compare runs and members of sweeps on the same validation rows")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     compare.add_argument("--out", type=Path, metavar="DIR", help="for report.html, charts as PNG, comparison.json")
@@ -204,7 +231,6 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     group = add_input_arguments(command, "", required=True)
     group.add_argument("--interactive", action="store_true", help="a chat in the terminal; an empty line ends it")
     command.add_argument("--output", type=Path, metavar="F", help="JSON lines; standard output where left out")
-    command.add_argument("--labels", action="store_true", help="choose among data.labels, with probabilities")
     count = bounded(int, low=1)
     share = bounded(float, above=0, high=1)
     above_0 = bounded(float, above=0)
@@ -288,11 +314,18 @@ def run_validate(parsed: argparse.Namespace) -> None:
 
 
 def run_evaluate(parsed: argparse.Namespace) -> None:
+    if parsed.shots is not None and not parsed.baselines:
+        raise UserError("--shots: examples are for --baselines: give both")
     run_dir, config = read_trained_run(parsed)
     with without_garbage_collection():
-        from ptune_dist.commands import evaluate_run
+        from ptune_dist.commands import choose_labels, compare_baselines, evaluate_run
 
-    evaluate_run(config, run_dir, parsed.output)
+    if parsed.labels is not None:
+        config = choose_labels(config)
+    if parsed.baselines:
+        compare_baselines(config, run_dir, DEFAULT_SHOTS if parsed.shots is None else parsed.shots, parsed.output)
+    else:
+        evaluate_run(config, run_dir, parsed.output)
 
 
 def read_trained_run(parsed: argparse.Namespace) -> "tuple[Path, Config]":
@@ -309,7 +342,7 @@ def read_trained_run(parsed: argparse.Namespace) -> "tuple[Path, Config]":
 
 
 def run_generate(parsed: argparse.Namespace) -> None:
-    if parsed.interactive and (parsed.output or parsed.member_column or parsed.member == ALL_MEMBERS or parsed.labels):
+    if parsed.interactive and (parsed.output or parsed.member_column or parsed.member == ALL_MEMBERS):
         raise UserError("--interactive: a chat is with one prompt, in a terminal: leave the other options out")
     is_of_several = parsed.member == ALL_MEMBERS or parsed.member_column is not None
     run_dir, config = read_sweep(parsed) if is_of_several else read_trained_run(parsed)
@@ -323,7 +356,7 @@ def run_generate(parsed: argparse.Namespace) -> None:
         parsed.max_new_tokens,
         sampling_of(parsed),
         parsed.seed,
-        chooses_label=parsed.labels,
+        chooses_label=parsed.labels is not None,
         task=parsed.task,
     )
     if parsed.interactive:
@@ -363,12 +396,27 @@ def sampling_of(parsed: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def run_export(parsed: argparse.Namespace) -> None:
-    run_dir, config = read_trained_run(parsed)
+    if parsed.more_runs and parsed.member:
+        raise UserError("--member: with several runs, give the members' folders: RUN/members/NAME")
+    runs = [read_trained_run(parsed)]
+    for folder in parsed.more_runs:
+        runs.append(read_trained_run(argparse.Namespace(**vars(parsed) | {"run_dir": folder})))
     with without_garbage_collection():
-        from ptune_dist.commands import export_run
+        from ptune_dist.commands import export_runs
+        from ptune_dist.export.runs import ExportRequest
 
-    inputs = {"text": parsed.input, "file": parsed.input_file}
-    export_run(config, run_dir, to=parsed.to, out=parsed.out, **inputs, task=parsed.task)
+    request = ExportRequest(
+        parsed.to,
+        parsed.out,
+        parsed.input,
+        parsed.input_file,
+        parsed.task,
+        names=tuple(parsed.names.split(",")) if parsed.names else (),
+        uses_reserved=parsed.reserved,
+        by_name=parsed.by_name,
+    )
+    for line in export_runs([(config, run_dir) for run_dir, config in runs], request):
+        print(line)
     print(f"exported: {parsed.out}")
 
 

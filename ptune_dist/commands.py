@@ -1,4 +1,4 @@
-"""What `evaluate`, `generate` and `export` do with a run's trained prompt."""
+"""What `evaluate` and `generate` do with a run's trained prompt, and where `export` gets its inputs."""
 
 import contextlib
 import functools
@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import torch
 
-from ptune_dist.base.layers import name_first_layers
-from ptune_dist.base.source import fingerprint_base, load_shape
 from ptune_dist.common.files import fault_on_failed_write
+from ptune_dist.config.prompt_text import Around
 from ptune_dist.config.schema import Config, DataConfig
 from ptune_dist.data.build import build_choices, build_inputs, build_split, build_templates
 from ptune_dist.data.candidates import Candidates
@@ -26,32 +24,24 @@ from ptune_dist.data.tasks import read_tasks, task_column
 from ptune_dist.distributed.world import World, from_main, init_distributed, together
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import DEFAULT_NEW_TOKENS, Decoding
+from ptune_dist.evaluation.baselines import evaluate_baselines, render_baselines
 from ptune_dist.evaluation.evaluator import Evaluator, MemberAnswers, build_evaluator
 from ptune_dist.evaluation.generate import generate_of_tasks, pad_id
 from ptune_dist.evaluation.predictions import find_intervals, list_predictions, to_probabilities
+from ptune_dist.evaluation.row_scores import add_scores, build_row_scores
 from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.evaluation.splits import check_inputs, check_lengths
-from ptune_dist.families import FAMILIES
+from ptune_dist.export.runs import ExportRequest, export_prompts
+from ptune_dist.metrics import METRICS
 from ptune_dist.prompts.build import find_method
-from ptune_dist.prompts.export import (
-    CARTRIDGE,
-    check_export_folder,
-    check_for_peft,
-    check_for_vectors,
-    export_peft,
-    export_prompt_embeds,
-    export_vectors,
-)
-from ptune_dist.prompts.late_prompt import choose_layer
-from ptune_dist.prompts.multitask import select_task
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.folder import write_json
-from ptune_dist.run.job import Job, base_facts, open_base_of
+from ptune_dist.run.job import Job
 from ptune_dist.run.ownership import check_target
 from ptune_dist.run.reading import Reading, build_reading
-from ptune_dist.run.stored_prompt import build_trained_job, check_base
-from ptune_dist.run.whole_model import export_model
+from ptune_dist.run.stored_prompt import build_trained_job
 
+BASELINES = "baselines.json"
 CHUNK_ROWS = 256  # rows of one rank that are answered before they are written
 
 Answers = tuple[int, list[dict[str, Any]]]  # the number of a row, and what is added to it and to those that follow
@@ -87,6 +77,33 @@ def evaluate_run(config: Config, run_dir: Path, output: Path | None = None, *, i
         return content
 
     return from_main(world, report)
+
+
+def compare_baselines(config: Config, run_dir: Path, num_shots: int, output: Path | None) -> None:
+    """Print the table of the prompt beside its baselines and write baselines.json, and `output`. Collective."""
+    world = init_distributed()
+    together(world, lambda: check_output(output, None, config, is_own=holds_baselines))
+    reading = together(world, lambda: build_reading(config))
+    content = evaluate_baselines(reading, run_dir, num_shots, world)
+
+    def report() -> None:
+        for line in render_baselines(content):
+            print(line, flush=True)
+        for file in (run_dir / BASELINES, output):
+            if file:
+                write_json(file, content)
+
+    together(world, lambda: report() if world.is_main else None)
+
+
+def choose_labels(config: Config) -> Config:
+    """The config of an evaluation whose answers are the likeliest of `data.labels`. Raises UserError."""
+    if not config.data.labels:
+        raise UserError("--labels: the run's config has no data.labels to choose among: name them, as yes,no")
+    names = config.evaluate.metrics
+    if any(METRICS[name].needs == "label_losses" for name in names):
+        return config
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metrics": [*names, "accuracy"]})})
 
 
 def print_predictions(evaluator: Evaluator, answers: MemberAnswers, out: TextIO) -> None:
@@ -132,10 +149,13 @@ def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) ->
     world = init_distributed()
     together(world, lambda: check_output(request.output, request.file, config))
     reading = together(world, lambda: build_reading(config))
-    rows = together(world, lambda: read_input_rows(config.data, config.prompt.placement, request.text, request.file))
+    asked = (config.prompt.placement, request.text, request.file, config.prompt.around)
+    rows = together(world, lambda: read_input_rows(config.data, *asked))
     prepare = prepare_labels if request.chooses_label else prepare_texts
     tasks = together(world, lambda: find_tasks(config, rows, request.task))
     answer = together(world, lambda: prepare(reading, rows, tasks))
+    chooses = request.chooses_label
+    scores = together(world, lambda: build_row_scores(config.data, config.evaluate, rows, chooses_label=chooses))
     stream = together(world, lambda: open_output(request.output, world))
     job = build_trained_job(reading, run_dir, world)
     decoding = from_main(world, lambda: build_decoding(job, run_dir, request))
@@ -143,8 +163,8 @@ def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) ->
         for first, answers in answer(job, decoding):
             if out:
                 for number, found in enumerate(answers, first):
-                    (row,) = rows.read(number, number + 1)
-                    print(dump_json(row | found, ensure_ascii=False, default=str), file=out, flush=True)
+                    row = add_scores(scores, rows, number, found)
+                    print(dump_json(row, ensure_ascii=False, default=str), file=out, flush=True)
 
 
 def find_tasks(config: Config, rows: Rows, task: str | None) -> np.ndarray | None:
@@ -209,12 +229,14 @@ def build_decoding(job: Job, run_dir: Path, request: GenerateRequest) -> Decodin
     return Decoding(asked or DEFAULT_NEW_TOKENS, job.config.train.most_positions, request.sampling, request.seed)
 
 
-def check_output(path: Path | None, input_file: str | None, config: Config) -> None:
-    """Raise UserError where the answers would replace anything but earlier answers."""
+def check_output(
+    path: Path | None, input_file: str | None, config: Config, is_own: Callable[[Path], bool] | None = None
+) -> None:
+    """Raise UserError where the answers would replace anything but earlier answers, which `is_own` knows."""
     if path is None or (path.exists() and not path.is_file()):  # a pipe, or a folder, which cannot be opened
         return
     check_target("--output", path, config, {"--input-file": input_file})
-    if path.exists() and not holds_answers(path):
+    if path.exists() and not (is_own or holds_answers)(path):
         raise UserError(f"--output: {path} exists and holds no answers of ours: choose another one")
 
 
@@ -225,6 +247,17 @@ def holds_answers(path: Path) -> bool:
             line = file.readline()
         row = dict(json.loads(line)) if line else {"generated": ""}
         return "generated" in row or row.keys() >= {"gold", "num_tokens"}
+    except PermissionError:  # opening it for writing tells why
+        return True
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def holds_baselines(path: Path) -> bool:
+    """Whether a file is empty or holds the result of an earlier `evaluate --baselines`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return not text or "baselines" in dict(json.loads(text))
     except PermissionError:  # opening it for writing tells why
         return True
     except (OSError, ValueError, TypeError):
@@ -258,10 +291,13 @@ def open_output(path: Path | None, world: World) -> contextlib.AbstractContextMa
         raise UserError(f"--output: {path}: {error.strerror}") from None
 
 
-def read_input_rows(data: DataConfig, placement: str, text: str | None, file: str | None) -> Rows:
+def read_input_rows(
+    data: DataConfig, placement: str, text: str | None, file: str | None, around: Around | None = None
+) -> Rows:
     """The rows of a file, or the one row that a text makes for a template of one column. Raises UserError.
 
-    Where the training data is plain text, rows are texts to continue. A column that rows may lack is left out.
+    Where the training data is plain text, rows are texts to continue. A column that rows may lack is left out. around:
+    the texts around the template.
     """
     if file:
         return load_rows(file, key="--input-file", default_split="test", csv=csv_dialect(data))
@@ -272,7 +308,7 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
         return Rows("--input", datasets.Dataset.from_list([{data.messages: messages}]), "rows")
     columns = ["text"]  # of plain text
     if data.template is not None:
-        template, _ = build_templates(data, placement)
+        template, _ = build_templates(data, placement, around)
         needed = [column for column in template.columns if column not in template.guarded | template.empty]
         columns = needed if len(needed) == 1 else list(template.columns)
     if len(columns) != 1:
@@ -282,41 +318,11 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
     return Rows("--input", datasets.Dataset.from_list([{columns[0]: text}]), "rows")
 
 
-def export_run(
-    config: Config, run_dir: Path, *, to: str, out: Path, text: str | None, file: str | None, task: str | None = None
-) -> None:
-    """Write a PEFT adapter (`peft`, `cartridge`), embeddings, a late prompt's vectors, or a model to folder `out`.
-
-    Of one task or all. Raises UserError.
-    """
-    tensors, facts = select_task(*load_prompt(run_dir / "prompt"), task)
-    check_export_folder(out, to)
-    check_target("--out", out, config, {"--input-file": file}, makes_folder=True)
-    if to in ("peft", CARTRIDGE):
-        check_for_peft(tensors, facts, to)
-        family = FAMILIES[facts["base"]["family"]]
-        shape = None
-        if family.trains_head:  # the base's own config.json does not know the labels
-            with_labels = load_shape(config.model.path)
-            family.prepare_shape(with_labels, config.data.labels)
-            shape = with_labels.to_json_string()
-        export_peft(tensors, facts, family.peft_task, out, shape, to)
-        return
-    model = config.model
-    fingerprint = fingerprint_base(model.path, random_init=model.random_init, seed=config.seed)
-    check_base(config, facts, fingerprint, run_dir)
-    reading = build_reading(config)
-    if to == "model":
-        export_model(reading, tensors, out)
-        return
-    if to == "vectors":
-        check_for_vectors(tensors, facts)
-        base = open_base_of(reading).model
-        layer = choose_layer(facts["options"]["start_layer"], base_facts(base))
-        export_vectors(tensors, facts, name_first_layers(base)[layer], out)
-        return
-    inputs = []
-    if text is not None or file is not None:
-        rows = read_input_rows(config.data, config.prompt.placement, text, file)
-        inputs = build_inputs(config.data, rows, reading.encoding(config))
-    export_prompt_embeds(tensors, open_base_of(reading).embed, inputs, getattr(torch, model.dtype), out)
+def export_runs(runs: list[tuple[Config, Path]], request: ExportRequest) -> list[str]:
+    """Write what the prompts of runs become; returns lines for people. Raises UserError."""
+    config, _ = runs[0]
+    prompt = config.prompt
+    read_rows = functools.partial(
+        read_input_rows, config.data, prompt.placement, request.text, request.file, prompt.around
+    )
+    return export_prompts(runs, request, read_rows)

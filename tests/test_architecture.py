@@ -15,7 +15,7 @@ LAYERS = [
     ["api", "cli", "cluster.__main__", "cluster.launch", "bench"],
     ["answering"],
     ["commands", "loop"],
-    ["evaluation", "cluster", "reports"],
+    ["evaluation", "export", "cluster", "reports"],
     ["run", "cluster.node_check"],
     ["zero"],
     ["families"],

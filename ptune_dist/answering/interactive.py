@@ -74,13 +74,15 @@ class Conversation:
         """The next question as a row, and how it is read. Raises UserError."""
         config = self._reading.config
         self._text = text
-        rows = read_input_rows(config.data, config.prompt.placement, text, None)
+        rows = read_input_rows(config.data, config.prompt, text, None)
         if not self.has_history or not self._turns:
             return self._reading, rows
         column = config.data.messages or MESSAGES
         turns = [*self._turns, {"role": "user", "content": self._render(rows)}]
-        data = config.data.model_copy(update={"messages": column, "chat": False})
-        reading = replace(self._reading, config=config.model_copy(update={"data": data}))
+        update: dict[str, Any] = {"data": config.data.model_copy(update={"messages": column, "chat": False})}
+        if config.data.chat:  # the user's turns hold what stands around the template
+            update["prompt"] = config.prompt.model_copy(update={"text": None})
+        reading = replace(self._reading, config=config.model_copy(update=update))
         return reading, make_rows({column: turns})
 
     def _render(self, rows: Rows) -> str:
@@ -88,7 +90,7 @@ class Conversation:
         config = self._reading.config
         if config.data.messages is not None:
             return self._text
-        template, _ = build_templates(config.data, config.prompt.placement)
+        template, _ = build_templates(config.data, config.prompt.placement, config.prompt.around)
         return template.render(rows.read(0, 1)[0])
 
     def hear(self, answer: str) -> None:
@@ -96,7 +98,7 @@ class Conversation:
         if not self.has_history or not answer:
             return
         config = self._reading.config
-        rows = read_input_rows(config.data, config.prompt.placement, self._text, None)
+        rows = read_input_rows(config.data, config.prompt, self._text, None)
         self._turns.append({"role": "user", "content": self._render(rows)})
         self._turns.append({"role": "assistant", "content": answer})
 

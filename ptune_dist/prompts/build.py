@@ -107,7 +107,7 @@ def build_prompt(
         seed=config.seed,
         tokenizer=tokenizer,
         lookup=lookup,
-        text=prompt.init_text,
+        text=prompt.start_text,
         labels=prompt.init_labels or config.data.labels,
         file=file or next(iter(source_files(prompt)), None),
         num_embeddings=num_embeddings,

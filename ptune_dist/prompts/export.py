@@ -1,5 +1,7 @@
 """Take a trained prompt elsewhere: a PEFT adapter, or the embeddings that vLLM's prompt-embeds input takes."""
 
+import base64
+import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,7 +38,8 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 EXPORTED = {
     "peft": ADAPTER_FILES,
     CARTRIDGE: ADAPTER_FILES,
-    "prompt-embeds": ("prompt_embeds.safetensors",),
+    "prompt-embeds": ("prompt_embeds.safetensors", "requests.jsonl"),
+    "kv": ("past_key_values.safetensors", "past_key_values.json"),
     "vectors": ("vectors.safetensors", "vectors.json"),
     "model": (),  # an earlier one could be anybody's model
 }
@@ -172,9 +175,17 @@ def head_modules(names: Iterable[str]) -> list[str]:
 
 
 def export_prompt_embeds(
-    tensors: dict[str, torch.Tensor], embed: Any, inputs: Sequence[TokenPair], dtype: torch.dtype, out: Path
+    tensors: dict[str, torch.Tensor],
+    embed: Any,
+    inputs: Sequence[TokenPair],
+    dtype: torch.dtype,
+    out: Path,
+    placeholder: int = 0,
 ) -> None:
     """Write `prompt_embeds.safetensors`: `virtual_tokens` [P, D], and `prompt_embeds.I` [T, D] for each input.
+
+    With inputs, `requests.jsonl` has a line for each, as vLLM's server takes them; token id `placeholder` stands for
+    the virtual tokens there.
 
     The latter stand in the order in which the base reads them: context, virtual tokens, rest. `embed` maps T token ids,
     at least one, to [T, D]. The tensors are in the base's dtype, as vLLM wants them; those of a seq2seq base are its
@@ -196,10 +207,32 @@ def export_prompt_embeds(
     if virtual.dim() == 3:
         raise UserError(f"--to prompt-embeds: this prompt is of {len(virtual)} tasks: choose one with --task")
     found = {"virtual_tokens": virtual}
+    requests = []
     for i, parts in enumerate(inputs):
         context, rest = (embed(list(ids)).to(dtype) if len(ids) else virtual[:0] for ids in parts)
         found[f"prompt_embeds.{i}"] = torch.cat([context, virtual, rest])
-    write_folder(out, {"prompt_embeds.safetensors": save({k: t.contiguous() for k, t in found.items()})})
+        ids = [*parts[0], *[placeholder] * len(virtual), *parts[1]]
+        requests.append(render_request(found[f"prompt_embeds.{i}"], ids))
+    files = {"prompt_embeds.safetensors": save({k: t.contiguous() for k, t in found.items()})}
+    if requests:
+        files["requests.jsonl"] = "".join(requests).encode()
+    write_folder(out, files)
+
+
+def render_request(vectors: torch.Tensor, ids: list[int]) -> str:
+    """A line of JSON with vectors [T, D] as vLLM's server takes them, and what its `LLM` takes beside them.
+
+    Some bases place positions by token ids, which no vector tells (vllm#44842): `prompt_token_ids`, none of which is
+    looked up, as `prompt_is_token_ids` says.
+    """
+    stored = io.BytesIO()
+    torch.save(vectors.clone(), stored)
+    request = {
+        "prompt_embeds": base64.b64encode(stored.getvalue()).decode(),
+        "prompt_token_ids": [int(i) for i in ids],
+        "prompt_is_token_ids": [False] * len(ids),
+    }
+    return json.dumps(request) + "\n"
 
 
 def check_for_vectors(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:

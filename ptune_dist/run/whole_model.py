@@ -11,7 +11,7 @@ from ptune_dist.base.source import load_shape
 from ptune_dist.errors import UserError
 from ptune_dist.prompts.start import BASE
 from ptune_dist.prompts.trainable_tokens import INDICES, ROWS
-from ptune_dist.run.job import open_base_of
+from ptune_dist.run.parts import open_base_of
 from ptune_dist.run.reading import Reading
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ptune_dist.commands import GenerateRequest, evaluate_run, export_run, generate_for_run
+from ptune_dist.commands import GenerateRequest, evaluate_run, export_runs, generate_for_run
 from ptune_dist.config.load import load_config
 from ptune_dist.evaluation.validate import validate
-from ptune_dist.run.metrics_log import read_metrics
+from ptune_dist.export.runs import ExportRequest
 from ptune_dist.loop import train
+from ptune_dist.run.metrics_log import read_metrics
 from tests.architectures.bases import LABELS
 from tests.architectures.checks import Differs
 
@@ -132,7 +133,7 @@ def check_resume(folder: Path, family: str) -> str:
 def check_export(folder: Path, family: str) -> str:
     """A PEFT adapter is written, with the names of the labels that an encoder tells apart."""
     config = load_config(str(run_of(folder, "float32") / "config.yaml"), [])
-    export_run(config, run_of(folder, "float32"), to="peft", out=folder / "adapter", text=None, file=None)
+    export_runs([(config, run_of(folder, "float32"))], ExportRequest("peft", folder / "adapter"))
     if not (folder / "adapter" / "adapter_config.json").exists():
         raise Differs("no adapter")
     if family == "encoder":

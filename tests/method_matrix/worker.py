@@ -9,8 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-from ptune_dist.commands import GenerateRequest, export_run, generate_for_run
+from ptune_dist.commands import GenerateRequest, export_runs, generate_for_run
 from ptune_dist.config.load import load_config
+from ptune_dist.export.runs import ExportRequest
 from ptune_dist.loop import train
 from tests.architectures.checks import Differs, outcome_of
 
@@ -24,7 +25,7 @@ def train_in(folder: Path, config: str, overrides: list[str]) -> str:
 
 def export(folder: Path, config: str, overrides: list[str]) -> str:
     run = Path(config).parent
-    export_run(load_config(str(run / "config.yaml"), []), run, to="peft", out=folder, text=None, file=None)
+    export_runs([(load_config(str(run / "config.yaml"), []), run)], ExportRequest("peft", folder))
     return ""
 
 

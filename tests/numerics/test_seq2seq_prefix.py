@@ -25,7 +25,7 @@ from ptune_dist.prompts.method import Contribution, Method
 from ptune_dist.prompts.prefix_tuning import PrefixOptions, PrefixTuning
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 from ptune_dist.prompts.start import Start
-from ptune_dist.run.job import base_facts
+from ptune_dist.run.parts import base_facts
 from ptune_dist.tiny.make import build_tokenizer
 from tests.conftest import SEQ2SEQ
 from tests.evaluation.test_decoding import LENGTHS, MOST_TOKENS, decode, draw_inputs

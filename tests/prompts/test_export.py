@@ -1,5 +1,7 @@
 """What `export` writes: PEFT's adapter folder, and the tensors of vLLM's prompt-embeds input."""
 
+import base64
+import io
 import json
 
 import pytest
@@ -96,6 +98,19 @@ def test_prompt_embeds_are_the_virtual_tokens_followed_by_each_inputs_embeddings
     assert torch.equal(tensors["virtual_tokens"], VECTORS)
     assert torch.equal(tensors["prompt_embeds.0"], torch.cat([VECTORS, embed.weight[[1, 2, 3]]]))
     assert torch.equal(tensors["prompt_embeds.1"], VECTORS)
+
+
+def test_a_request_holds_what_vllm_reads_of_an_input(tmp_path):
+    """As vLLM decodes it: base64 of `torch.save`, loaded with weights only; as many token ids as vectors."""
+    embed, inputs = torch.nn.Embedding(10, 8), [([7], [1, 2, 3]), ([], [])]
+    export_prompt_embeds({"virtual_tokens": VECTORS}, look_up(embed), inputs, torch.bfloat16, tmp_path, placeholder=9)
+    tensors = load_file(tmp_path / "prompt_embeds.safetensors")
+    lines = (tmp_path / "requests.jsonl").read_text().splitlines()
+    for number, (line, ids) in enumerate(zip(lines, [[7, 9, 9, 9, 9, 1, 2, 3], [9, 9, 9, 9]], strict=True)):
+        request = json.loads(line)
+        found = torch.load(io.BytesIO(base64.b64decode(request["prompt_embeds"], validate=True)), weights_only=True)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, tensors[f"prompt_embeds.{number}"])
+        assert request["prompt_token_ids"] == ids and request["prompt_is_token_ids"] == [False] * len(ids)
 
 
 def test_prompt_embeds_of_a_context_have_it_before_the_virtual_tokens(tmp_path):

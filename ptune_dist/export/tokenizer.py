@@ -1,0 +1,153 @@
+"""A tokenizer and a chat template that put a prompt's tokens where they were trained, by themselves or by name."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import Tokenizer, normalizers, processors
+from transformers import PreTrainedTokenizerBase
+
+from ptune_dist.data.framing import special_ids
+from ptune_dist.errors import UserError
+from ptune_dist.export.token_prompts import TokenPrompt
+
+PROBE = "A fine film."
+ROLE = "prompt"  # of a message that names a prompt
+END = "{{ '' }}"  # template text that follows a statement loses its line break; what follows an expression keeps it
+
+
+def backend_of(tokenizer: PreTrainedTokenizerBase, path: str) -> Tokenizer:
+    """Raises UserError for a tokenizer that is not one of the library `tokenizers`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"--to model: the tokenizer of {path} has no tokenizer.json, which prompts are added to")
+    return cast(Tokenizer, backend)
+
+
+def put_by_itself(tokenizer: PreTrainedTokenizerBase, prompt: TokenPrompt, *, ends: bool, path: str) -> None:
+    """Have the tokenizer put the prompt around every text, and the chat template around every conversation.
+
+    `ends`: an input ends as the tokenizer ends a text. The prompt comes before a BOS, or under infix last of all.
+    """
+    backend = backend_of(tokenizer, path)
+    start, end = special_ids(tokenizer)
+    is_last = prompt.trained.placement == "infix"
+    before = backend.post_processor
+    if end and not ends:
+        before = begin_with(tokenizer, start)
+    name = prompt.name_token
+    kind = max(backend.encode("a", "a").type_ids, default=0)  # of a pair's second text
+    around = processors.TemplateProcessing(
+        single=f"$A {name}" if is_last else f"{name} $A",
+        pair=f"$A $B:{kind} {name}" if is_last else f"{name} $A $B:{kind}",
+        special_tokens=[cast(Any, {"id": name, "ids": prompt.ids, "tokens": prompt.tokens})],
+    )
+    backend.post_processor = around if before is None else processors.Sequence([before, around])
+    text = quote(prompt.text)
+    if is_last:
+        change_chat(tokenizer, after=f"{{% if add_generation_prompt %}}{{{{ {text} }}}}{{% endif %}}")
+    else:
+        change_chat(tokenizer, before=f"{{{{ {text} }}}}")
+
+
+def begin_with(tokenizer: PreTrainedTokenizerBase, start: list[int], end: Sequence[int] = ()) -> Any:
+    """What puts special tokens around a text."""
+    pieces = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in [*start, *end]}
+    single = " ".join([*(pieces[i] for i in start), "$A", *(pieces[i] for i in end)])
+    return processors.TemplateProcessing(single=single, special_tokens=[(piece, i) for i, piece in pieces.items()])
+
+
+def put_by_name(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[TokenPrompt], path: str) -> dict[str, str]:
+    """Have texts name prompts: `<|NAME|>` becomes a prompt's tokens; a chat names one by its variable `prompt`.
+
+    Returns the text that each stands for. A tokenizer that begins texts with a BOS begins none any more where prompts
+    precede it: their names do. Raises UserError.
+    """
+    backend = backend_of(tokenizer, path)
+    start, end = special_ids(tokenizer)
+    are_first = {prompt.trained.placement in ("prefix", "encoder") for prompt in prompts}
+    lead = ""
+    if start and len(are_first) > 1:
+        raise UserError(
+            f"--to model: the tokenizer of {path} begins texts with {tokenizer.convert_ids_to_tokens(start[0])}, which "
+            "prompts of placement prefix precede and others follow: export them apart"
+        )
+    if start and True in are_first:
+        lead = "".join(str(tokenizer.convert_ids_to_tokens(i)) for i in start)
+        backend.post_processor = begin_with(tokenizer, [], end)
+    wanted = {
+        prompt.trained.name: prompt.ids + (start if lead else []) + plain_ids(tokenizer, PROBE) for prompt in prompts
+    }
+    texts = {prompt.trained.name: prompt.text + lead for prompt in prompts}
+    before = backend.normalizer
+    replacing = [normalizers.Replace(prompt.name_token, texts[prompt.trained.name]) for prompt in prompts]
+    backend.normalizer = normalizers.Sequence([*replacing, *([] if before is None else [before])])
+    for prompt in prompts:
+        name = prompt.trained.name
+        found = [plain_ids(tokenizer, text + PROBE) for text in (prompt.name_token, texts[name])]
+        if found != [wanted[name]] * 2:
+            raise UserError(
+                f"--to model: the tokenizer of {path} splits a text otherwise once a prompt precedes it, so a prompt "
+                "cannot be named in it: export one run alone, without --by-name"
+            )
+    name_in_chat(tokenizer, prompts)
+    return texts
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def name_in_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[TokenPrompt]) -> None:
+    """Have chats choose a prompt: `apply_chat_template(messages, prompt=NAME)`, or a first message of role `prompt`."""
+    first = {p.trained.name: p.text for p in prompts if p.trained.placement in ("prefix", "encoder")}
+    last = {p.trained.name: p.text for p in prompts if p.trained.placement == "infix"}
+    names = ", ".join(sorted(first | last))
+    before = (
+        f"{{% set prompts_before = {json.dumps(first)} %}}{{% set prompts_after = {json.dumps(last)} %}}"
+        f"{{% if messages and messages[0]['role'] == '{ROLE}' %}}{{% set prompt = messages[0]['content'] %}}"
+        "{% set messages = messages[1:] %}{% endif %}"
+        "{% if prompt is defined and prompt %}{% if prompt not in prompts_before and prompt not in prompts_after %}"
+        f"{{{{ raise_exception({quote(f'prompt is none of {names}')}) }}}}{{% endif %}}"
+        "{{ prompts_before.get(prompt, '') }}{% endif %}" + END
+    )
+    after = (
+        "{% if add_generation_prompt and prompt is defined and prompt %}{{ prompts_after.get(prompt, '') }}{% endif %}"
+    )
+    change_chat(tokenizer, before=before, after=after if last else "")
+
+
+def change_chat(tokenizer: PreTrainedTokenizerBase, *, before: str = "", after: str = "") -> None:
+    """Put template text around the chat template, or around each of several; a base without one gets none."""
+    template = cast(Any, tokenizer.chat_template)
+    if isinstance(template, dict):
+        tokenizer.chat_template = cast(Any, {name: before + each + after for name, each in template.items()})
+    elif template:
+        tokenizer.chat_template = before + template + after
+
+
+def set_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
+    """Have conversations without a system's turn begin with this one, as a run with `data.system` had it."""
+    turn = f"{{'role': 'system', 'content': {quote(system)}}}"
+    change_chat(
+        tokenizer,
+        before=f"{{% if not messages or messages[0]['role'] != 'system' %}}{{% set messages = [{turn}] + messages %}}"
+        "{% endif %}" + END,
+    )
+
+
+def quote(text: str) -> str:
+    """A text as a literal of Jinja."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write a tokenizer whose class takes tokenizer.json as it is: many others make their own of its vocabulary."""
+    tokenizer.save_pretrained(out)
+    file = out / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    for key in ("add_bos_token", "add_eos_token", "local_files_only", "is_local", "tokenizer_file", "backend"):
+        settings.pop(key, None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

@@ -30,14 +30,19 @@ if TYPE_CHECKING:
 USER_MISTAKE = 2
 FAULT = 1
 SECONDS_FOR_RANK_0 = 2.0
+ALL_MEMBERS = "all"  # the value of `generate --member` that stands for every member of a sweep
 DEFAULT_SHOTS = 4
 
-COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "compare", "import-base", "bench", "env")
+COMMANDS = (
+    *("init", "train", "validate", "check", "evaluate", "generate", "export", "compare", "import-base"),
+    *("launcher-files", "bench", "env"),
+)
 TAKE_CONFIG = ("train", "validate", "check")
-WITHOUT_OVERRIDES = ("compare", "import-base", "bench", "env")
+WITHOUT_OVERRIDES = ("init", "compare", "import-base", "launcher-files", "bench", "env")
 FLAGS = ("-h", "--help", "--version")
 MISSING = {
     "CONFIG": "a YAML file",
+    "TASK": "such as sentiment, or a recipe",
     "RUN": "the folder of a run",
     "MATRIX": "a YAML file of benchmarks",
     "SOURCE": "a GGUF file, a folder or a wheel",
@@ -180,6 +185,8 @@ def build_parser() -> Parser:
             )
         return command
 
+    init = add("init", run_init, "write a commented config for a task, or a recipe by its name", "TASK")
+    init.add_argument("--out", type=Path, metavar="FILE", help="TASK.yaml where left out")
     add("train", run_train, "train a prompt, or resume a run", "CONFIG")
     add("validate", run_validate, "show what a config will do, without training", "CONFIG")
     add("check", run_check, "test this job's nodes: GPUs, products, network; launch/run.sh --check adds more", "CONFIG")
@@ -189,11 +196,13 @@ def build_parser() -> Parser:
     for command in (evaluate, generate):
         command.add_argument("--labels", metavar="A,B", help="choose among these, or data.labels where left out")
     for command in (evaluate, generate, export):
-        command.add_argument("--member", metavar="NAME", help="of a sweep; the best-ranked one where left out")
+        every = "; all: every member answers" if command is generate else ""
+        command.add_argument("--member", metavar="NAME", help=f"of a sweep; the best-ranked one where left out{every}")
     evaluate.add_argument("--output", type=Path, metavar="F", help="JSON lines: each row, what was right and answered")
     evaluate.add_argument("--baselines", action="store_true", help="a table beside the base without the prompt")
     evaluate.add_argument("--shots", type=bounded(int, low=0), metavar="K", help="with --baselines: examples, 4")
     add_generate_arguments(generate)
+    generate.add_argument("--member-column", metavar="COLUMN", help="of a sweep: names the member for each row")
     generate.add_argument("--task", metavar="NAME", help="of all inputs; the column of data.task where left out")
     export.add_argument("--task", metavar="NAME", help="one of the tasks of a multitask prompt")
     export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds", "vectors", "model", "kv"], required=True)
@@ -209,6 +218,8 @@ def build_parser() -> Parser:
     imported.add_argument("--out", type=Path, required=True, metavar="DIR")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     imported.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; as they are where left out")
+    files = add("launcher-files", run_launcher_files, "write the Slurm, ssh and cloud files, to edit")
+    files.add_argument("folder", type=Path, metavar="DIR")
     bench = add("bench", run_bench, "run a matrix of benchmarks", "MATRIX")
     bench.add_argument("--out", metavar="DIR")
     bench.add_argument("--resume", action="store_true", help="keep the runs that an earlier call has finished")
@@ -216,14 +227,17 @@ def build_parser() -> Parser:
     return parser
 
 
-def add_input_arguments(command: argparse.ArgumentParser, prefix: str, *, required: bool) -> None:
+def add_input_arguments(command: argparse.ArgumentParser, prefix: str, *, required: bool) -> Any:
+    """The group of arguments of which one may be given."""
     group = command.add_mutually_exclusive_group(required=required)
     group.add_argument("--input", metavar="TEXT", help=prefix + "the value of the template's one column")
     group.add_argument("--input-file", metavar="F", help=prefix + "rows with the template's columns")
+    return group
 
 
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
-    add_input_arguments(command, "", required=True)
+    group = add_input_arguments(command, "", required=True)
+    group.add_argument("--interactive", action="store_true", help="a chat in the terminal; an empty line ends it")
     command.add_argument("--output", type=Path, metavar="F", help="JSON lines; standard output where left out")
     count = bounded(int, low=1)
     share = bounded(float, above=0, high=1)
@@ -251,6 +265,19 @@ def bounded(kind: type, *, low: float = -math.inf, above: float = -math.inf, hig
 
     parse_number.__name__ = kind.__name__
     return parse_number
+
+
+def run_init(parsed: argparse.Namespace) -> None:
+    from ptune_dist.config.shipped import write_first_config
+
+    print(f"config: {write_first_config(parsed.task, parsed.out)}")
+
+
+def run_launcher_files(parsed: argparse.Namespace) -> None:
+    from ptune_dist.config.shipped import write_launcher_files
+
+    for file in write_launcher_files(parsed.folder):
+        print(file)
 
 
 def run_train(parsed: argparse.Namespace) -> int:
@@ -336,7 +363,10 @@ def read_trained_run(parsed: argparse.Namespace) -> "tuple[Path, Config]":
 
 
 def run_generate(parsed: argparse.Namespace) -> None:
-    run_dir, config = read_trained_run(parsed)
+    if parsed.interactive and (parsed.output or parsed.member_column or parsed.member == ALL_MEMBERS):
+        raise UserError("--interactive: a chat is with one prompt, in a terminal: leave the other options out")
+    is_of_several = parsed.member == ALL_MEMBERS or parsed.member_column is not None
+    run_dir, config = read_sweep(parsed) if is_of_several else read_trained_run(parsed)
     with without_garbage_collection():
         from ptune_dist.commands import GenerateRequest, generate_for_run
 
@@ -350,7 +380,33 @@ def run_generate(parsed: argparse.Namespace) -> None:
         chooses_label=parsed.labels is not None,
         task=parsed.task,
     )
-    generate_for_run(config, run_dir, request)
+    if parsed.interactive:
+        from ptune_dist.answering.interactive import chat_with_run
+
+        chat_with_run(config, run_dir, request)
+    elif is_of_several:
+        from ptune_dist.answering.members import generate_for_members
+
+        generate_for_members(config, run_dir, request, parsed.member_column)
+    else:
+        generate_for_run(config, run_dir, request)
+
+
+def read_sweep(parsed: argparse.Namespace) -> "tuple[Path, Config]":
+    """The folder of a sweep whose members are to answer, and its config. Raises UserError."""
+    from ptune_dist.run.folder import read_run_config
+
+    option = "--member" if parsed.member_column is None else "--member-column"
+    if parsed.member not in (None, ALL_MEMBERS) or (parsed.member and parsed.member_column):
+        raise UserError("--member-column: each row names its member: leave --member out")
+    run_dir = Path(parsed.run_dir)
+    if not read_run_config(run_dir, parsed.overrides).sweep:
+        raise UserError(f"{option}: {run_dir} is not a sweep: omit it")
+    say_start("generate", run_dir, sys.stderr)
+    with without_garbage_collection():
+        from ptune_dist.run.resolve import resolve
+
+    return run_dir, read_run_config(run_dir, parsed.overrides, resolve=resolve)
 
 
 def sampling_of(parsed: argparse.Namespace) -> dict[str, Any] | None:

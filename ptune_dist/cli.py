@@ -30,13 +30,18 @@ if TYPE_CHECKING:
 USER_MISTAKE = 2
 FAULT = 1
 SECONDS_FOR_RANK_0 = 2.0
+DEFAULT_SHOTS = 4
 
-COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "compare", "import-base", "bench", "env")
+COMMANDS = (
+    *("init", "train", "validate", "check", "evaluate", "generate", "export", "compare", "import-base"),
+    *("launcher-files", "bench", "env"),
+)
 TAKE_CONFIG = ("train", "validate", "check")
-WITHOUT_OVERRIDES = ("compare", "import-base", "bench", "env")
+WITHOUT_OVERRIDES = ("init", "compare", "import-base", "launcher-files", "bench", "env")
 FLAGS = ("-h", "--help", "--version")
 MISSING = {
     "CONFIG": "a YAML file",
+    "TASK": "such as sentiment, or a recipe",
     "RUN": "the folder of a run",
     "MATRIX": "a YAML file of benchmarks",
     "SOURCE": "a GGUF file, a folder or a wheel",
@@ -111,9 +116,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if set(words) & set(FLAGS):
         parser.parse_args(words)  # ends here, before the config's package is imported
-    from ptune_dist.config.arguments import drop_dashes, explain_command, explain_words, overrides_last
+    from ptune_dist.config.arguments import (
+        drop_dashes,
+        explain_command,
+        explain_words,
+        join_labels,
+        overrides_last,
+        render_labels,
+    )
 
-    words = [drop_dashes(word) for word in words]
+    words = join_labels([drop_dashes(word) for word in words])
     if not words:
         parser.error(f"a command is needed: {', '.join(COMMANDS)}")
     first = words[0]
@@ -134,6 +146,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise UserError(f"command line: {explain_words(wrong, f'ptune-dist {first}')}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
+    if getattr(parsed, "labels", None):
+        parsed.overrides = [*parsed.overrides, f"data.labels={render_labels(parsed.labels)}"]
     return parsed
 
 
@@ -170,15 +184,21 @@ def build_parser() -> Parser:
             )
         return command
 
+    init = add("init", run_init, "write a commented config for a task, or a recipe by its name", "TASK")
+    init.add_argument("--out", type=Path, metavar="FILE", help="TASK.yaml where left out")
     add("train", run_train, "train a prompt, or resume a run", "CONFIG")
     add("validate", run_validate, "show what a config will do, without training", "CONFIG")
     add("check", run_check, "test this job's nodes: GPUs, products, network; launch/run.sh --check adds more", "CONFIG")
     evaluate = add("evaluate", run_evaluate, "evaluate a run's prompt on data.validation", "RUN")
     generate = add("generate", run_generate, "answer inputs with a run's prompt", "RUN")
     export = add("export", run_export, "take a run's prompt elsewhere", "RUN")
+    for command in (evaluate, generate):
+        command.add_argument("--labels", metavar="A,B", help="choose among these, or data.labels where left out")
     for command in (evaluate, generate, export):
         command.add_argument("--member", metavar="NAME", help="of a sweep; the best-ranked one where left out")
     evaluate.add_argument("--output", type=Path, metavar="F", help="JSON lines: each row, what was right and answered")
+    evaluate.add_argument("--baselines", action="store_true", help="a table beside the base without the prompt")
+    evaluate.add_argument("--shots", type=bounded(int, low=0), metavar="K", help="with --baselines: examples, 4")
     add_generate_arguments(generate)
     generate.add_argument("--task", metavar="NAME", help="of all inputs; the column of data.task where left out")
     export.add_argument("--task", metavar="NAME", help="one of the tasks of a multitask prompt")
@@ -195,6 +215,8 @@ def build_parser() -> Parser:
     imported.add_argument("--out", type=Path, required=True, metavar="DIR")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     imported.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; as they are where left out")
+    files = add("launcher-files", run_launcher_files, "write the Slurm, ssh and cloud files, to edit")
+    files.add_argument("folder", type=Path, metavar="DIR")
     bench = add("bench", run_bench, "run a matrix of benchmarks", "MATRIX")
     bench.add_argument("--out", metavar="DIR")
     bench.add_argument("--resume", action="store_true", help="keep the runs that an earlier call has finished")
@@ -211,7 +233,6 @@ def add_input_arguments(command: argparse.ArgumentParser, prefix: str, *, requir
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     add_input_arguments(command, "", required=True)
     command.add_argument("--output", type=Path, metavar="F", help="JSON lines; standard output where left out")
-    command.add_argument("--labels", action="store_true", help="choose among data.labels, with probabilities")
     count = bounded(int, low=1)
     share = bounded(float, above=0, high=1)
     above_0 = bounded(float, above=0)
@@ -240,6 +261,19 @@ def bounded(kind: type, *, low: float = -math.inf, above: float = -math.inf, hig
     return parse_number
 
 
+def run_init(parsed: argparse.Namespace) -> None:
+    from ptune_dist.config.shipped import write_first_config
+
+    print(f"config: {write_first_config(parsed.task, parsed.out)}")
+
+
+def run_launcher_files(parsed: argparse.Namespace) -> None:
+    from ptune_dist.config.shipped import write_launcher_files
+
+    for file in write_launcher_files(parsed.folder):
+        print(file)
+
+
 def run_train(parsed: argparse.Namespace) -> int:
     from ptune_dist.config.load import load_config
     from ptune_dist.run.watch import report_outcome
@@ -249,8 +283,8 @@ def run_train(parsed: argparse.Namespace) -> int:
         warn_of_idle_hosts()
         say_start("train", parsed.config)
         with without_garbage_collection():
+            from ptune_dist.loop import train
             from ptune_dist.run.resolve import resolve
-            from ptune_dist.train import train
 
         return train(load_config(parsed.config, parsed.overrides, resolve=resolve))
 
@@ -295,11 +329,18 @@ def run_validate(parsed: argparse.Namespace) -> None:
 
 
 def run_evaluate(parsed: argparse.Namespace) -> None:
+    if parsed.shots is not None and not parsed.baselines:
+        raise UserError("--shots: examples are for --baselines: give both")
     run_dir, config = read_trained_run(parsed)
     with without_garbage_collection():
-        from ptune_dist.commands import evaluate_run
+        from ptune_dist.commands import choose_labels, compare_baselines, evaluate_run
 
-    evaluate_run(config, run_dir, parsed.output)
+    if parsed.labels is not None:
+        config = choose_labels(config)
+    if parsed.baselines:
+        compare_baselines(config, run_dir, DEFAULT_SHOTS if parsed.shots is None else parsed.shots, parsed.output)
+    else:
+        evaluate_run(config, run_dir, parsed.output)
 
 
 def read_trained_run(parsed: argparse.Namespace) -> "tuple[Path, Config]":
@@ -327,7 +368,7 @@ def run_generate(parsed: argparse.Namespace) -> None:
         parsed.max_new_tokens,
         sampling_of(parsed),
         parsed.seed,
-        chooses_label=parsed.labels,
+        chooses_label=parsed.labels is not None,
         task=parsed.task,
     )
     generate_for_run(config, run_dir, request)

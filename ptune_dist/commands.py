@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ptune_dist.common.files import fault_on_failed_write
+from ptune_dist.config.prompt_text import Around
 from ptune_dist.config.schema import Config, DataConfig
 from ptune_dist.data.build import build_choices, build_inputs, build_split, build_templates
 from ptune_dist.data.candidates import Candidates
@@ -23,12 +24,15 @@ from ptune_dist.data.tasks import read_tasks, task_column
 from ptune_dist.distributed.world import World, from_main, init_distributed, together
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import DEFAULT_NEW_TOKENS, Decoding
+from ptune_dist.evaluation.baselines import evaluate_baselines, render_baselines
 from ptune_dist.evaluation.evaluator import Evaluator, MemberAnswers, build_evaluator
 from ptune_dist.evaluation.generate import generate_of_tasks, pad_id
 from ptune_dist.evaluation.predictions import find_intervals, list_predictions, to_probabilities
+from ptune_dist.evaluation.row_scores import add_scores, build_row_scores
 from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.evaluation.splits import check_inputs, check_lengths
 from ptune_dist.export.runs import ExportRequest, export_prompts
+from ptune_dist.metrics import METRICS
 from ptune_dist.prompts.build import find_method
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.folder import write_json
@@ -37,14 +41,15 @@ from ptune_dist.run.ownership import check_target
 from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.run.stored_prompt import build_trained_job
 
+BASELINES = "baselines.json"
 CHUNK_ROWS = 256  # rows of one rank that are answered before they are written
 
 Answers = tuple[int, list[dict[str, Any]]]  # the number of a row, and what is added to it and to those that follow
 Answer = Callable[[Job, Decoding], Iterator[Answers]]
 
 
-def evaluate_run(config: Config, run_dir: Path, output: Path | None = None) -> None:
-    """Evaluate the prompt on `data.validation`; print the metrics and write evaluation.json. Collective.
+def evaluate_run(config: Config, run_dir: Path, output: Path | None = None, *, is_shown: bool = True) -> dict[str, Any]:
+    """Evaluate the prompt on `data.validation`; print the metrics, write evaluation.json and return it. Collective.
 
     `output`: a file for the validation rows with what was answered to each.
     """
@@ -56,19 +61,49 @@ def evaluate_run(config: Config, run_dir: Path, output: Path | None = None) -> N
     engine = build_trained_job(reading, run_dir, world).engine
     (answers,) = evaluator.read(engine, engine.members).values()
 
-    def report() -> None:
+    def report() -> dict[str, Any]:
         content = {"data": config.data.validation, "num_examples": len(evaluator.split.examples)}
         content |= evaluator.compute(answers)
         content["intervals_95"] = find_intervals(evaluator, answers)
         if evaluator.signatures:
             content["signatures"] = evaluator.signatures
-        print(json.dumps(content, indent=2), flush=True)  # first: a full disk must not cost the result
+        if is_shown:
+            print(json.dumps(content, indent=2), flush=True)  # first: a full disk must not cost the result
         with fault_on_failed_write(output) if output else contextlib.nullcontext(), stream as out:
             if out:
                 print_predictions(evaluator, answers, out)
-        write_json(run_dir / "evaluation.json", content | {"samples": evaluator.samples(answers)})
+        content |= {"samples": evaluator.samples(answers)}
+        write_json(run_dir / "evaluation.json", content)
+        return content
+
+    return from_main(world, report)
+
+
+def compare_baselines(config: Config, run_dir: Path, num_shots: int, output: Path | None) -> None:
+    """Print the table of the prompt beside its baselines and write baselines.json, and `output`. Collective."""
+    world = init_distributed()
+    together(world, lambda: check_output(output, None, config, is_own=holds_baselines))
+    reading = together(world, lambda: build_reading(config))
+    content = evaluate_baselines(reading, run_dir, num_shots, world)
+
+    def report() -> None:
+        for line in render_baselines(content):
+            print(line, flush=True)
+        for file in (run_dir / BASELINES, output):
+            if file:
+                write_json(file, content)
 
     together(world, lambda: report() if world.is_main else None)
+
+
+def choose_labels(config: Config) -> Config:
+    """The config of an evaluation whose answers are the likeliest of `data.labels`. Raises UserError."""
+    if not config.data.labels:
+        raise UserError("--labels: the run's config has no data.labels to choose among: name them, as yes,no")
+    names = config.evaluate.metrics
+    if any(METRICS[name].needs == "label_losses" for name in names):
+        return config
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metrics": [*names, "accuracy"]})})
 
 
 def print_predictions(evaluator: Evaluator, answers: MemberAnswers, out: TextIO) -> None:
@@ -114,10 +149,13 @@ def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) ->
     world = init_distributed()
     together(world, lambda: check_output(request.output, request.file, config))
     reading = together(world, lambda: build_reading(config))
-    rows = together(world, lambda: read_input_rows(config.data, config.prompt.placement, request.text, request.file))
+    asked = (config.prompt.placement, request.text, request.file, config.prompt.around)
+    rows = together(world, lambda: read_input_rows(config.data, *asked))
     prepare = prepare_labels if request.chooses_label else prepare_texts
     tasks = together(world, lambda: find_tasks(config, rows, request.task))
     answer = together(world, lambda: prepare(reading, rows, tasks))
+    chooses = request.chooses_label
+    scores = together(world, lambda: build_row_scores(config.data, config.evaluate, rows, chooses_label=chooses))
     stream = together(world, lambda: open_output(request.output, world))
     job = build_trained_job(reading, run_dir, world)
     decoding = from_main(world, lambda: build_decoding(job, run_dir, request))
@@ -125,8 +163,8 @@ def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) ->
         for first, answers in answer(job, decoding):
             if out:
                 for number, found in enumerate(answers, first):
-                    (row,) = rows.read(number, number + 1)
-                    print(dump_json(row | found, ensure_ascii=False, default=str), file=out, flush=True)
+                    row = add_scores(scores, rows, number, found)
+                    print(dump_json(row, ensure_ascii=False, default=str), file=out, flush=True)
 
 
 def find_tasks(config: Config, rows: Rows, task: str | None) -> np.ndarray | None:
@@ -191,12 +229,14 @@ def build_decoding(job: Job, run_dir: Path, request: GenerateRequest) -> Decodin
     return Decoding(asked or DEFAULT_NEW_TOKENS, job.config.train.most_positions, request.sampling, request.seed)
 
 
-def check_output(path: Path | None, input_file: str | None, config: Config) -> None:
-    """Raise UserError where the answers would replace anything but earlier answers."""
+def check_output(
+    path: Path | None, input_file: str | None, config: Config, is_own: Callable[[Path], bool] | None = None
+) -> None:
+    """Raise UserError where the answers would replace anything but earlier answers, which `is_own` knows."""
     if path is None or (path.exists() and not path.is_file()):  # a pipe, or a folder, which cannot be opened
         return
     check_target("--output", path, config, {"--input-file": input_file})
-    if path.exists() and not holds_answers(path):
+    if path.exists() and not (is_own or holds_answers)(path):
         raise UserError(f"--output: {path} exists and holds no answers of ours: choose another one")
 
 
@@ -207,6 +247,17 @@ def holds_answers(path: Path) -> bool:
             line = file.readline()
         row = dict(json.loads(line)) if line else {"generated": ""}
         return "generated" in row or row.keys() >= {"gold", "num_tokens"}
+    except PermissionError:  # opening it for writing tells why
+        return True
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def holds_baselines(path: Path) -> bool:
+    """Whether a file is empty or holds the result of an earlier `evaluate --baselines`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return not text or "baselines" in dict(json.loads(text))
     except PermissionError:  # opening it for writing tells why
         return True
     except (OSError, ValueError, TypeError):
@@ -240,10 +291,13 @@ def open_output(path: Path | None, world: World) -> contextlib.AbstractContextMa
         raise UserError(f"--output: {path}: {error.strerror}") from None
 
 
-def read_input_rows(data: DataConfig, placement: str, text: str | None, file: str | None) -> Rows:
+def read_input_rows(
+    data: DataConfig, placement: str, text: str | None, file: str | None, around: Around | None = None
+) -> Rows:
     """The rows of a file, or the one row that a text makes for a template of one column. Raises UserError.
 
-    Where the training data is plain text, rows are texts to continue. A column that rows may lack is left out.
+    Where the training data is plain text, rows are texts to continue. A column that rows may lack is left out. around:
+    the texts around the template.
     """
     if file:
         return load_rows(file, key="--input-file", default_split="test", csv=csv_dialect(data))
@@ -254,7 +308,7 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
         return Rows("--input", datasets.Dataset.from_list([{data.messages: messages}]), "rows")
     columns = ["text"]  # of plain text
     if data.template is not None:
-        template, _ = build_templates(data, placement)
+        template, _ = build_templates(data, placement, around)
         needed = [column for column in template.columns if column not in template.guarded | template.empty]
         columns = needed if len(needed) == 1 else list(template.columns)
     if len(columns) != 1:
@@ -267,5 +321,8 @@ def read_input_rows(data: DataConfig, placement: str, text: str | None, file: st
 def export_runs(runs: list[tuple[Config, Path]], request: ExportRequest) -> list[str]:
     """Write what the prompts of runs become; returns lines for people. Raises UserError."""
     config, _ = runs[0]
-    read_rows = functools.partial(read_input_rows, config.data, config.prompt.placement, request.text, request.file)
+    prompt = config.prompt
+    read_rows = functools.partial(
+        read_input_rows, config.data, prompt.placement, request.text, request.file, prompt.around
+    )
     return export_prompts(runs, request, read_rows)

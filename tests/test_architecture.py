@@ -12,8 +12,8 @@ from tests.processes import ROOT, process_env
 PACKAGE = ROOT / "ptune_dist"
 # From the top. A module belongs to the longest entry that its name begins with; a layer imports itself and those below.
 LAYERS = [
-    ["cli", "cluster.__main__", "cluster.launch", "bench"],
-    ["commands", "train"],
+    ["api", "cli", "cluster.__main__", "cluster.launch", "bench"],
+    ["commands", "loop"],
     ["evaluation", "export", "cluster", "reports"],
     ["run", "cluster.node_check"],
     ["zero"],

@@ -14,12 +14,12 @@ from ptune_dist.distributed.world import World
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.during_training import end_members, evaluate_members
 from ptune_dist.evaluation.evaluator import Evaluation, MemberAnswers
+from ptune_dist.loop import Training, is_over, update_members
 from ptune_dist.optim.prompt_state import Measured
 from ptune_dist.run.batches_ahead import StepPlan
 from ptune_dist.run.progress import Progress, Standing, rank_members
 from ptune_dist.run.step_lines import step_lines
 from ptune_dist.run.throughput import StepCount
-from ptune_dist.train import Training, is_over, update_members
 from tests.conftest import TINY, write_config
 
 WORLD = World(1, 2, None)  # not rank 0: nothing is written

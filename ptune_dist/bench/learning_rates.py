@@ -37,13 +37,13 @@ from ptune_dist.errors import UserError
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.evaluation.generate import pad_id
 from ptune_dist.evaluation.scoring import Scorer
+from ptune_dist.loop import train
 from ptune_dist.metrics import METRICS
 from ptune_dist.prompts import METHODS
 from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.job import Job, build_job
 from ptune_dist.run.reading import build_reading
 from ptune_dist.run.resolve import resolve
-from ptune_dist.train import train
 
 FAMILY = "causal"
 RATES = {

@@ -30,8 +30,8 @@ from ptune_dist.cluster.outcome import STOPPED, Outcome
 from ptune_dist.common.files import replace_file
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
+from ptune_dist.loop import train
 from ptune_dist.run.resolve import resolve
-from ptune_dist.train import train
 
 PLAN = Path("configs/bench/methods_quality.yaml")
 WORK = Path("runs/bench/methods_quality")

@@ -97,8 +97,9 @@ def score_columns(content: dict[str, Any], plan: Plan, task: str, method: str, m
     curves = curves_of(content, task, method)
     own = step_s(content, task, method)
     at_time = MISSING
-    if curves and all(step_s(content, task, name) for name in methods):
-        num_steps = steps_in_time(content, plan, task, method, methods)
+    compared = [name for name in methods if curves_of(content, task, name)]
+    if curves and all(step_s(content, task, name) for name in compared):
+        num_steps = steps_in_time(content, plan, task, method, compared)
         is_fastest = num_steps == plan.num_steps(task)
         shorter = curves if is_fastest else curves_of(content, task, method + AT_EQUAL_TIME)
         if shorter:

@@ -42,7 +42,7 @@ from ptune_dist.data.examples import Examples  # noqa: E402
 from ptune_dist.errors import UserError  # noqa: E402
 from ptune_dist.families.find import open_any  # noqa: E402
 from ptune_dist.prompts.build import build_prompt  # noqa: E402
-from ptune_dist.run.job import base_facts  # noqa: E402
+from ptune_dist.run.parts import base_facts  # noqa: E402
 from ptune_dist.run.reading import build_reading  # noqa: E402
 
 IGNORED = -100  # the label of tokens that transformers leaves out of the loss

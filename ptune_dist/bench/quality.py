@@ -20,9 +20,9 @@ from ptune_dist.bench.machine import describe_machine
 from ptune_dist.bench.probe import write_result
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
+from ptune_dist.loop import train
 from ptune_dist.run.metrics_log import read_metrics
 from ptune_dist.tiny.text import SKILLS
-from ptune_dist.train import train
 
 TASKS = ("upper", "reverse")
 # placement -> template

@@ -27,7 +27,7 @@ try:
 except ImportError:  # an older version
     from contextlib import nullcontext as importing
 with importing():
-    import ptune_dist.run.resolve, ptune_dist.train
+    import ptune_dist.run.resolve, ptune_dist.loop
 """
 COMMANDS = {
     "--help": ["-m", "ptune_dist", "--help"],

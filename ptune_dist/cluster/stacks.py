@@ -17,7 +17,7 @@ WAITING_CODE = ("/torch/distributed/", "/torch/cuda/", "/deepspeed/runtime/", "/
 # Code whose operations are kernels. A rank that does not return from them waits for its GPU.
 KERNEL_CODE = re.compile(
     r"/(torch(?!/utils/data)|deepspeed|transformers|triton|flash_attn|liger_kernel)/"
-    r"|/ptune_dist/(base|evaluation|families|model|objectives|optim|prompts|zero)/|/ptune_dist/train\.py$"
+    r"|/ptune_dist/(base|evaluation|families|model|objectives|optim|prompts|zero)/|/ptune_dist/loop\.py$"
 )
 # Calls that wait for the GPU, as they stand in a line of source.
 SYNCHRONIZES = re.compile(r"\.(item|tolist|cpu|numpy|nonzero|synchronize|to|cuda)\(|\b(bool|int|float)\(")

@@ -1,5 +1,6 @@
 """What stands on the command line besides options: overrides in the ways people write them, and words that are none."""
 
+import json
 import re
 from collections.abc import Sequence
 
@@ -13,6 +14,22 @@ OVERRIDE = re.compile(rf"({'|'.join(SECTIONS)})(\.[\w.]+)?=")
 def drop_dashes(word: str) -> str:
     """`--train.max_steps=5`, as other programs want it, as `train.max_steps=5`; other words as they are."""
     return word.removeprefix("--") if OVERRIDE.match(word.removeprefix("--")) else word
+
+
+def join_labels(words: Sequence[str]) -> list[str]:
+    """`--labels yes,no` as one word, and `--labels` alone as an empty list: only a word with a comma belongs to it."""
+    found: list[str] = []
+    for word in words:
+        if found[-1:] == ["--labels="] and "," in word and not OVERRIDE.match(word) and not word.startswith("-"):
+            found[-1] += word
+        else:
+            found.append("--labels=" if word == "--labels" else word)
+    return found
+
+
+def render_labels(text: str) -> str:
+    """`yes,no` as the value of an override; a list in brackets stays as it is."""
+    return text if text.startswith("[") else json.dumps([label.strip() for label in text.split(",") if label.strip()])
 
 
 def overrides_last(words: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ from ptune_dist.config.fields import (
     refuse_text_but_auto,
     refuse_twice,
 )
+from ptune_dist.config.prompt_text import JINJA
 from ptune_dist.config.sections import ModelConfig, PromptConfig
 from ptune_dist.config.sweep import check_sweep, fill_from_members
 from ptune_dist.metrics import METRICS
@@ -88,8 +89,8 @@ class TrainConfig(Section):
     """The optimizer of the prompt."""
 
     learning_rate: Annotated[Real, Field(gt=0, le=1e30)] | None = None  # above, a step leaves float32
-    """The highest learning rate of the schedule. Where left out, that of the method on this family of bases: see
-    docs/methods.md."""
+    """The highest learning rate of the schedule. Where left out, that of the method on this family of bases, which is
+    for `adamw`: see docs/methods.md. Other optimizers need one."""
 
     weight_decay: Annotated[Real, Field(ge=0, le=1e6)] = 0.0
     """Decoupled weight decay."""
@@ -316,6 +317,20 @@ class Config(Section):
             raise ValueError("train.average_last needs data.validation, by which the mean is kept or not")
         if self.checkpoint.every == 0 or self.checkpoint.keep < count:
             raise ValueError(f"train.average_last: {count} needs checkpoint.every above 0 and checkpoint.keep={count}")
+
+    @model_validator(mode="after")
+    def check_text(self) -> "Config":
+        text = self.prompt.text
+        if text is None:
+            return self
+        if self.data.is_plain_text:
+            raise ValueError("prompt.text stands around an input, and a .txt file has none: leave it out")
+        if self.data.messages is not None:
+            if text.has_place():
+                raise ValueError("prompt.text: data.messages has no template that {{ template }} could stand for")
+            if any(JINJA.search(part) for part in text.parts().values()):
+                raise ValueError("prompt.text: with data.messages it is a system prompt, which has no columns")
+        return self
 
     @model_validator(mode="after")
     def check_placement(self) -> "Config":

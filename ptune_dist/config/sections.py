@@ -15,13 +15,18 @@ from ptune_dist.config.fields import (
     read_header,
     refuse_twice,
 )
+from ptune_dist.config.prompt_text import JINJA, Around, TextConfig
 
 
 class ModelConfig(Section):
     """The frozen base model."""
 
     path: PathText
-    """A local folder or a name on the Hugging Face hub: a transformers model in safetensors files."""
+    """A local folder or a name on the Hugging Face hub: a transformers model in safetensors files. Or one of the tiny
+    bases that come with the package: `tiny-causal`, `tiny-gpt2`, `tiny-t5`, `tiny-bert`."""
+
+    revision: str | None = None
+    """A commit, tag or branch of the base on the hub: a commit pins it. The hub's `main` where left out."""
 
     family: str = "auto"
     """How the base reads an example; `auto` takes it from the base's own config."""
@@ -96,6 +101,10 @@ class PromptConfig(Section):
     init_text: str | None = None
     """The text to start from, with `init: text`, which is the default where a text is given."""
 
+    text: TextConfig | None = None
+    """A written prompt around `data.template`, which the base reads beside the virtual tokens. With `init: text` and no
+    `init_text` the virtual tokens start from what stands before the template, and take its place."""
+
     init_labels: list[Label] | None = None
     """The labels to start from, with `init: labels`; `data.labels` where left out."""
 
@@ -107,13 +116,46 @@ class PromptConfig(Section):
     def check_init(self) -> "PromptConfig":
         for kind in ("text", "file"):
             given = getattr(self, f"init_{kind}")
-            if self.init == kind and not given:
+            if self.init == kind and not given and not (kind == "text" and self.text):
                 raise ValueError(f"prompt.init: {kind} needs prompt.init_{kind}")
             if given and self.init != kind and not (kind == "text" and self.init is None):
                 raise ValueError(f"prompt.init_{kind} is given but prompt.init is {self.init}: set prompt.init={kind}")
         if self.init_labels and self.init != "labels":
             raise ValueError(f"prompt.init_labels is given but prompt.init is {self.init}: set prompt.init=labels")
+        if self.replaces_text:
+            self.check_start_text()
         return self
+
+    def check_start_text(self) -> None:
+        """Raises ValueError for a written prompt that virtual tokens cannot start from."""
+        assert self.text is not None
+        before = self.text.around().before
+        if not any(text.strip() for _, text in before):
+            raise ValueError("prompt.init: text needs a text before data.template in prompt.text, or prompt.init_text")
+        for key, text in before:
+            if JINJA.search(text):
+                raise ValueError(
+                    f"{key}: with prompt.init=text the virtual tokens start from it, and they know no columns: give "
+                    "prompt.init_text too"
+                )
+
+    @property
+    def replaces_text(self) -> bool:
+        """Whether the virtual tokens start from `text` and take the place of what stands before the template."""
+        return self.init == "text" and self.init_text is None and self.text is not None
+
+    @property
+    def around(self) -> Around:
+        """The texts that the base reads around `data.template`."""
+        if self.text is None:
+            return Around()
+        found = self.text.around()
+        return found._replace(before=()) if self.replaces_text else found
+
+    @property
+    def start_text(self) -> str | None:
+        """The text that the virtual tokens start from, with `init: text`."""
+        return self.text.around().head().rstrip(" ") if self.text and self.replaces_text else self.init_text
 
 
 class TaskFiles(Section):

@@ -7,7 +7,8 @@ import difflib
 import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,7 @@ SWEEPABLE = (
     "prompt.init_text",
     "prompt.init_labels",
     "prompt.init_file",
+    "prompt.text",
     "data.train",
     "data.validation",
     "data.template",
@@ -50,7 +52,8 @@ SWEEPABLE = (
     "data.truncation_side",
     "data.append_eos",
 )
-NO_MISSPELLINGS = ("train.epochs",)  # it is like train.eps
+# Keys that are like train.eps and prompt.text.
+NO_MISSPELLINGS = ("train.epochs", "prompt.text.task", "prompt.text.input", "prompt.text.output")
 PROMPT_KEY = re.compile(r"prompt\.(?!placement$)\w+")  # the schema has not all of them: a method has its own options
 PATH_KEYS = ("data.train", "data.validation", "prompt.init_file")
 # Without these outside the sweep a config can be incomplete although every member of it is complete.
@@ -64,6 +67,7 @@ FILLED_KEYS = (
     "prompt.init_text",
     "prompt.init_labels",
     "prompt.init_file",
+    "prompt.text",
 )
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # 1e-3, which YAML reads as text
 
@@ -87,6 +91,18 @@ def member_config(config: Config, name: str, resolve: Callable[[Config], Config]
     if name not in members:
         raise UserError(f"--member: {name} is none of {', '.join(members)}")
     return members[name]
+
+
+@contextmanager
+def naming_member(members: dict[str, Any], name: str, *sections: str) -> Iterator[None]:
+    """Have a member's UserError begin with its name, where members differ in these sections of the config."""
+    try:
+        yield
+    except UserError as error:
+        own, *others = ({key: one.model_dump()[key] for key in sections} for one in members.values())
+        if any(other != own for other in others):
+            raise UserError(f"sweep: {name}: {error}") from None
+        raise
 
 
 def render_members(config: Any) -> dict[str, dict[str, Any]]:
@@ -148,7 +164,9 @@ def name_members(members: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def render_value(key: str, value: Any) -> str:
-    """A value as part of a name: a path's last part without its suffix, the items of a list joined by +."""
+    """A value as part of a name: a path's last part without its suffix, the items of a list or mapping joined by +."""
+    if isinstance(value, dict):  # prompt.text
+        value = [part for part in value.values() if part]
     if isinstance(value, (list, tuple)):
         return "+".join(render_value(key, item) for item in value)
     if value is None or isinstance(value, bool):

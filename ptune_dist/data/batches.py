@@ -85,13 +85,16 @@ def plan_micro_batches(
     world_size: int,
     micro_batch_tokens: int,
     work: Callable[[list[Unit]], int] | None = None,
+    members_share: bool = True,
 ) -> Plan:
     """Split units into micro-batches whose `cost` is at most `micro_batch_tokens`, one per rank and micro step.
 
     Units are sorted by cost and cut into as few windows as possible. The units of a window, which have similar lengths,
     are distributed over the ranks so that the ranks have similar work. A unit with too many members is split by
-    members, and so is a large one whose members share nothing; a single member's row that exceeds the budget is a
+    members, and without `members_share` so is a large one; a single member's row that exceeds the budget is a
     micro-batch of its own.
+
+    members_share: whether members that read a row in one micro-batch share work.
 
     With `work`, the cost of a unit on the rank that holds its context, examples have owners: rank `example %
     world_size` holds the context. To balance the work, one example in four may move to another rank; if the imbalance
@@ -102,9 +105,9 @@ def plan_micro_batches(
     # Units cost less together than apart if they share positions, and more if they are padded.
     least = min(cost(pieces), sum(sizes[piece] for piece in pieces))
     num_windows = max(1, math.ceil(least / (world_size * micro_batch_tokens)))
-    if world_size > 1 and not work:
+    if world_size > 1 and not members_share:
         largest = least // (num_windows * world_size * LEAST_PIECES)
-        pieces = [part for piece in pieces for part in split_if_free(piece, sizes[piece], cost, largest)]
+        pieces = [part for piece in pieces for part in split_unit(piece, cost, largest)]
         sizes |= {piece: cost([piece]) for piece in pieces if piece not in sizes}
     loads = {piece: work([piece]) for piece in sizes} if work else sizes
     pieces.sort(key=lambda piece: -sizes[piece])
@@ -127,14 +130,6 @@ def split_unit(unit: Unit, cost: Callable[[list[Unit]], int], max_cost: int) -> 
         if size == 1 or cost([parts[0]]) <= max_cost:
             return parts
     return [unit]
-
-
-def split_if_free(unit: Unit, size: int, cost: Callable[[list[Unit]], int], largest: int) -> list[Unit]:
-    """A unit's parts of at most `largest`, where they cost no more than the unit together; else the unit."""
-    if size <= largest or len(unit[1]) == 1:
-        return [unit]
-    parts = split_unit(unit, cost, largest)
-    return parts if sum(cost([part]) for part in parts) <= size else [unit]
 
 
 def cut_evenly(pieces: list[Unit], sizes: dict[Unit, int], num: int) -> list[list[Unit]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ptune_dist.common.progress_line import REPORT_S, ProgressLine
+from ptune_dist.config.prompt_text import Around
 from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.cache_entry import where_of
 from ptune_dist.data.candidates import CandidateInput, Candidates, build_candidates
@@ -46,6 +47,7 @@ from ptune_dist.data.template import (
     check_columns,
     compile_template,
     name_nearest,
+    surround,
 )
 from ptune_dist.data.token_cache import open_cache
 from ptune_dist.data.views import GroupedRows, PickedRows
@@ -169,7 +171,7 @@ def encode_split(data: DataConfig, rows: Rows, encoding: Encoding, which: str) -
 
 def build_encode(data: DataConfig, rows: Rows, encoding: Encoding) -> Callable[..., Examples]:
     """What encodes a range of rows. Raises UserError for columns that the templates cannot use."""
-    template, target = build_templates(data, encoding.placement)
+    template, target = build_templates(data, encoding.placement, encoding.around)
     check_template_columns(template, rows)
     check_readable(target, rows, TARGET_KEY)
     check_columns(target, list(rows.columns()), key=TARGET_KEY, source_name=rows.name)
@@ -200,8 +202,13 @@ def check_readable(template: Template, rows: Rows, key: str) -> None:
             )
 
 
-def build_templates(data: DataConfig, placement: str = "prefix") -> tuple[Template, Template]:
-    """The compiled `data.template`, with a marker under placement template, and `data.target`. Raises UserError."""
+def build_templates(
+    data: DataConfig, placement: str = "prefix", around: Around | None = None
+) -> tuple[Template, Template]:
+    """The compiled `data.template`, with a marker under placement template, and `data.target`. Raises UserError.
+
+    around: the texts that stand around `data.template`.
+    """
     if data.messages is not None:
         return CHAT_INPUT, CHAT_TARGET
     if data.template is None or data.target is None:
@@ -209,6 +216,8 @@ def build_templates(data: DataConfig, placement: str = "prefix") -> tuple[Templa
     optional = data.optional_columns
     template = compile_template(data.template, key=TEMPLATE_KEY, marker=placement == "template", optional=optional)
     target = compile_template(data.target, key=TARGET_KEY, optional=optional)
+    if around is not None:
+        template = surround(template, around)
     used = sorted({*template.columns, *target.columns})
     for column in optional:
         if column not in used:
@@ -229,7 +238,7 @@ def build_inputs(data: DataConfig, rows: Rows, encoding: Encoding) -> list[Token
         check_columns(PLAIN_TEXT, list(rows.columns()), key="--input-file", source_name=rows.name)
         plain = dataclasses.replace(encoding, framing=dataclasses.replace(encoding.framing, is_bare=True))
         return encode_inputs(rows, plain, template=PLAIN_TEXT)
-    template, _ = build_templates(data, encoding.placement)
+    template, _ = build_templates(data, encoding.placement, encoding.around)
     check_template_columns(template, rows)
     return encode_inputs(rows, encoding, template=template)
 
@@ -259,7 +268,7 @@ def build_choices(
 ) -> Candidates:
     """Every row's input with all of `data.labels`, for rows that need no label of their own. Raises UserError."""
     if not data.labels:
-        raise UserError("--labels: the run's config has no data.labels to choose among")
+        raise UserError("--labels: the run's config has no data.labels to choose among: name them, as yes,no")
     _, target = build_templates(data, encoding.placement)
     choices = label_values(target, label_column(data), data.labels)
     return encode_candidates(data, rows, encoding, choices, most_tokens, tasks)
@@ -307,7 +316,7 @@ def encode_candidates(
 ) -> Candidates:
     """Every row's input with all labels, whose values are `choices`; `tasks` of the rows. Raises UserError."""
     column = label_column(data)
-    template, target = build_templates(data, encoding.placement)
+    template, target = build_templates(data, encoding.placement, encoding.around)
     check_template_columns(template.with_fixed(column, None), rows)
 
     def encode(number: int, some: Rows) -> Examples:

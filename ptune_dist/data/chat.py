@@ -8,6 +8,7 @@ when the answer follows, up to the token that ends the turn. So every turn of th
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -42,11 +43,21 @@ Messages = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """The tokenizer's chat template with what a config adds. `key` names the config's key in errors."""
+    """The tokenizer's chat template with what a config adds. `key` names the config's key in errors.
+
+    system: the system prompt of chats without one. text: added to every chat's system prompt. earlier: turns of a user
+    and the assistant that precede what is wrapped.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     key: str
     system: str | None = None
+    text: str = ""
+    earlier: tuple[tuple[str, str], ...] = ()
+
+    def facts(self) -> list[Any]:
+        """What the text of a chat depends on beside the template and the row."""
+        return [self.key, self.system, self.text, self.earlier]
 
     @property
     def wraps(self) -> bool:
@@ -59,15 +70,30 @@ class Chat:
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return tuple(filter(None, dict.fromkeys([*map(str, self.tokenizer.all_special_tokens), *added])))
 
+    @functools.cached_property
+    def opening(self) -> str:
+        """What precedes the text of every question that is wrapped. Raises UserError."""
+        return os.path.commonprefix([self.wrap_input(text, lambda: "data.chat") for text in ("A", "B")])
+
     def render(self, messages: Messages, *, tools: list[Any] | None = None, asks: bool = False) -> str:
         """The text of a conversation; with `asks`, up to where an answer begins. Raises any error of the template."""
         if self.system is not None and (not messages or messages[0]["role"] != "system"):
             messages = [{"role": "system", "content": self.system}, *messages]
+        if self.text:
+            messages = self.add_text(messages)
         found = self.tokenizer.apply_chat_template(
             messages, tools=tools or None, tokenize=False, add_generation_prompt=asks
         )
         assert isinstance(found, str), "one conversation gives one text"
         return found
+
+    def add_text(self, messages: Messages) -> Messages:
+        """The same conversation whose system prompt ends with `text`."""
+        if not messages or messages[0]["role"] != "system":
+            return [{"role": "system", "content": self.text}, *messages]
+        first = messages[0]
+        whole = f"{text_of_content(first['content']).rstrip()}\n\n{self.text}"
+        return [{**first, "content": whole}, *messages[1:]]
 
     def split_turn(
         self, messages: Messages, where: Callable[[], str], *, tools: list[Any] | None = None
@@ -94,8 +120,8 @@ class Chat:
         """An input and a target as turns of a user and of the assistant. Raises UserError."""
         if not target.strip():
             raise UserError(describe_empty(where(), "data.target"))
-        user = {"role": "user", "content": text}
-        return self.split_turn([user, {"role": "assistant", "content": target.strip()}], where)
+        turns = [*self.earlier, (text, target.strip())]
+        return self.split_turn([message for turn in turns for message in messages_of(*turn)], where)
 
     def wrap_input(self, text: str, where: Callable[[], str]) -> str:
         """As `wrap`, of an input alone."""
@@ -109,6 +135,10 @@ class Chat:
         if has_tools and self.split_turn(PROBE, lambda: "model.path", tools=PROBE_TOOLS)[0] == before:
             raise UserError("data.tools: the base's chat template writes no tools: leave it out")
         return next((token for token in self.end_tokens if turn.endswith(token)), None)
+
+
+def messages_of(question: str, answer: str) -> Messages:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def describe_unstable(tokenizer: PreTrainedTokenizerBase) -> str:

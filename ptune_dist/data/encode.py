@@ -17,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ptune_dist.config.prompt_text import Around
 from ptune_dist.data.chat import Chat
 from ptune_dist.data.examples import Examples, Part, join_parts
 from ptune_dist.data.framing import Framing, Targets, check_ids, special_ids, tokenize, without_beginning, without_end
 from ptune_dist.data.sources import Rows
-from ptune_dist.data.template import Template, render_batches, split_input
+from ptune_dist.data.template import MARKER, Template, render_batches, split_input
 from ptune_dist.errors import UserError
 
 BATCH_ROWS = 1000
@@ -48,7 +49,8 @@ class Encoding:
 
     num_embeddings: the base's, where its tokenizer has ids beyond them, else None. needs_rest: the first token of the
     target is predicted from a token of the input, so the last one belongs to the rest even under infix. chat: the chat
-    template that writes the rows, if one does.
+    template that writes the rows, if one does. around: the texts around data.template. lead: the same text before every
+    input, such as examples.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -60,6 +62,18 @@ class Encoding:
     num_embeddings: int | None = None
     needs_rest: bool = False
     chat: Chat | None = None
+    around: Around = Around()
+    lead: str = ""
+
+    def count_kept(self, text: str) -> int:
+        """The first tokens of a written input that are kept where it is cut: those of what every row begins with."""
+        beginning = (self.lead + self.around.beginning).rstrip(" ")  # a space begins the next token
+        if self.chat is not None and self.chat.wraps and (beginning or self.chat.earlier):
+            beginning = self.chat.opening + beginning
+        if not beginning or not text.startswith(beginning):
+            return 0
+        (ids,) = tokenize(self.tokenizer, [beginning.replace(MARKER, "")])
+        return len(without_beginning(ids, self.specials[0]))
 
     @functools.cached_property
     def specials(self) -> TokenPair:
@@ -84,10 +98,11 @@ def encode_rows(
     """Encode rows, all or a range, to at most `max_length` tokens of input and target together.
 
     The input starts as the tokenizer starts a text (a BOS, say): in the context, or in the rest where the row has no
-    context. Too long an input loses tokens at `truncation_side`, but not its start or end; a target loses none. Where
-    an input has both parts, the longer one (of equals the rest) loses tokens first, all if need be, and only then the
-    other: a short shared instruction outlives a long input. Raises UserError, with the row's line, for a target that
-    is empty, does not fit or is of the wrong kind, for a row without a value, and for one without a single marker.
+    context. Too long an input loses tokens at `truncation_side`, but not its start or end, nor, at the left, a text
+    that every row begins with (`count_kept`); a target loses none. Where an input has both parts, the longer one (of
+    equals the rest) loses tokens first, all if need be, and only then the other: a short shared instruction outlives a
+    long input. Raises UserError, with the row's line, for a target that is empty, does not fit or is of the wrong kind,
+    for a row without a value, and for one without a single marker.
     """
     start, end = encoding.specials
     all_ids = array("i")
@@ -103,16 +118,17 @@ def encode_rows(
             ]
             inputs = [text for text, _ in pairs]
             texts = [target_text for _, target_text in pairs]
+        inputs = [encoding.lead + text for text in inputs]
         bodies = _tokenize_inputs(encoding, inputs, template_key, rows.where, first)
         targets = encoding.targets.encode(texts, lambda index, first=first: rows.where(first + index), target_key)
-        for index, (body, tail) in enumerate(zip(bodies, targets, strict=True), first):
+        for index, (text, body, tail) in enumerate(zip(inputs, bodies, targets, strict=True), first):
             room = encoding.max_length - len(start) - len(end)
             if encoding.targets.takes_room:
                 room -= len(tail.ids)
             if room < 0:
                 where = rows.where(index)  # reads the file again, so for messages only
                 raise UserError(_describe_long_target(where, target_key, tail.ids, start + end, encoding.max_length))
-            context, rest = _frame(body, encoding, room)
+            context, rest = _frame(body, encoding, room, text)
             ids = context + rest + tail.ids
             check_ids(ids, encoding.num_embeddings, encoding.tokenizer, functools.partial(rows.where, index))
             all_ids.extend(ids)
@@ -145,9 +161,10 @@ def encode_inputs(
                 encoding.chat.wrap_input(text, functools.partial(rows.where, index))
                 for index, text in enumerate(inputs, first)
             ]
+        inputs = [encoding.lead + text for text in inputs]
         bodies = _tokenize_inputs(encoding, inputs, template_key, rows.where, first)
-        for index, body in enumerate(bodies, first):
-            context, rest = _frame(body, encoding, room)
+        for index, (text, body) in enumerate(zip(inputs, bodies, strict=True), first):
+            context, rest = _frame(body, encoding, room, text)
             where = functools.partial(rows.where, index)
             check_ids(context + rest, encoding.num_embeddings, encoding.tokenizer, where)
             encoded.append((context, rest))
@@ -224,15 +241,16 @@ def _without_specials(context: list[int], rest: list[int], encoding: Encoding) -
     return Body(context, without_end(rest, end), has_context)
 
 
-def _frame(body: Body, encoding: Encoding, room: int) -> TokenPair:
-    """An input's parts, cut to `room` tokens together and put between the special tokens of a text."""
+def _frame(body: Body, encoding: Encoding, room: int, text: str) -> TokenPair:
+    """An input's parts, cut to `room` tokens together and put between the special tokens of a text, which it has."""
     start, end = encoding.specials
     context, rest, has_context = body  # as written: the start does not move because a context was cut to nothing
     side = encoding.truncation_side
     excess = max(0, len(context) + len(rest) - room)
     from_context = min(excess, len(context)) if len(context) > len(rest) else max(0, excess - len(rest))
-    context = _cut(context, len(context) - from_context, side)
-    rest = _cut(rest, len(rest) - (excess - from_context), side)
+    kept = encoding.count_kept(text) if excess else 0
+    context = _cut(context, len(context) - from_context, side, kept)
+    rest = _cut(rest, len(rest) - (excess - from_context), side, 0 if has_context else kept)
     if encoding.placement in ("infix", "decoder"):
         framed = start + context + end, []
     else:
@@ -242,11 +260,15 @@ def _frame(body: Body, encoding: Encoding, room: int) -> TokenPair:
     return framed
 
 
-def _cut(body: list[int], room: int, side: str) -> list[int]:
+def _cut(body: list[int], room: int, side: str, kept: int) -> list[int]:
+    """At most `room` tokens, the first `kept` among them."""
     assert side in ("left", "right"), side
     if side == "right":
         return body[:room]
-    return body[len(body) - room :] if len(body) > room else body
+    if len(body) <= room:
+        return body
+    kept = min(kept, room)
+    return body[:kept] + body[len(body) - room + kept :]
 
 
 def _describe_long_target(where: str, key: str, tail: list[int], start: list[int], max_length: int) -> str:

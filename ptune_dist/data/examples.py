@@ -235,6 +235,24 @@ def count_common(examples: Examples, rows: np.ndarray, ids: np.ndarray) -> int:
     return len(ids)
 
 
+def count_rows_with(examples: Examples, tokens: Sequence[int], *, in_targets: bool) -> list[int]:
+    """In how many examples each of these tokens stands, and last in how many any of them does."""
+    counts = np.zeros(len(tokens) + 1, np.int64)
+    for chunk in chunks_of(len(examples)):
+        first = examples.offsets[chunk.start]
+        ids = examples.ids[first : examples.offsets[chunk.stop]]
+        places = np.flatnonzero(np.isin(ids, tokens))
+        rows = np.searchsorted(examples.offsets[chunk], first + places, side="right") - 1
+        if not in_targets:
+            is_input = first + places < examples.offsets[chunk.start + 1 :][rows] - examples.num_targets[chunk][rows]
+            places = places[is_input]
+            rows = rows[is_input]
+        for number, token in enumerate(tokens):
+            counts[number] += len(np.unique(rows[ids[places] == token]))
+        counts[-1] += len(np.unique(rows))
+    return counts.tolist()
+
+
 def token_statistics(examples: Examples) -> dict:
     """Counts for people: p50, p90, max and total of input, context (a part of it) and target tokens; inputs cut.
 

@@ -8,10 +8,12 @@ import difflib
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jinja2
 import jinja2.meta
 
+from ptune_dist.config.prompt_text import Around
 from ptune_dist.data.json_values import text_of
 from ptune_dist.data.label_names import describe_unlisted
 from ptune_dist.data.sources import Rows
@@ -26,6 +28,7 @@ from ptune_dist.data.template_names import find_expressions, find_reserved
 from ptune_dist.errors import UserError
 
 MARKER_NAME = "prompt"
+LINE_BREAK = '{{ "\\n" }}'  # one that no `-` of a neighbour removes
 # {{ prompt }} is rendered as these private-use characters, which no filter alters and no text has in this order.
 MARKER = "\ue5a1\uf3c7\ue09d\uf61b\ue2f4\uf08e"
 # Columns that hold the messages of a chat, and the name of a message's text.
@@ -41,6 +44,7 @@ class Template:
     guarded: those that it tests or gives a fallback, so that a row may lack them. empty: those that are empty text
     where a row lacks them. labels: the values that its one column may take, if they are known. fixed: values that win
     over the row's. reserved: names that it uses and that are not columns to the template language, such as `true`.
+    owners: the config keys of columns that only the texts around a template use.
     """
 
     source: str
@@ -53,11 +57,13 @@ class Template:
     reserved: frozenset[str] = frozenset()
     labels: tuple[str, ...] | None = None
     fixed: Mapping[str, object] = field(default_factory=dict)
+    owners: Mapping[str, str] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Callable[..., "Template"], tuple[object, ...]]:
         """Pickled as its source: compiled templates have no pickled form."""
         key = TARGET_KEY if self.is_target else TEMPLATE_KEY
-        return _compile_again, (self.source, key, self.has_marker, self.empty, self.labels, dict(self.fixed))
+        given = {"labels": self.labels, "fixed": dict(self.fixed), "owners": dict(self.owners)}
+        return _compile_again, (self.source, key, self.has_marker, self.empty, given)
 
     @property
     def row_columns(self) -> list[str]:
@@ -110,16 +116,26 @@ def shared_environment() -> jinja2.Environment:
     return build_environment()
 
 
-def _compile_again(
-    source: str,
-    key: str,
-    marker: bool,
-    empty: frozenset[str],
-    labels: tuple[str, ...] | None,
-    fixed: Mapping[str, object],
-) -> Template:
+def _compile_again(source: str, key: str, marker: bool, empty: frozenset[str], given: Mapping[str, Any]) -> Template:
     template = compile_template(source, key=key, marker=marker, optional=empty)
-    return dataclasses.replace(template, labels=labels, fixed=fixed)
+    return dataclasses.replace(template, **given)
+
+
+def surround(template: Template, around: Around) -> Template:
+    """An input's template with the texts around it. Raises UserError as `compile_template` does, with a text's key."""
+    texts = [*around.before, *around.after]
+    if not texts:
+        return template
+    owners: dict[str, str] = {}
+    for key, text in texts:
+        own = compile_template(text, key=key)
+        owners |= {column: key for column in own.columns if column not in template.columns}
+    source = template.source
+    if around.after and not around.joins:
+        source = source.removesuffix("\n")
+    whole = around.head(LINE_BREAK) + source + around.tail(LINE_BREAK)
+    found = compile_template(whole, key=TEMPLATE_KEY, marker=template.has_marker, optional=template.empty)
+    return dataclasses.replace(found, owners=owners)
 
 
 def check_columns(template: Template, available: Sequence[str], *, key: str, source_name: str) -> None:
@@ -140,7 +156,7 @@ def check_columns(template: Template, available: Sequence[str], *, key: str, sou
                 hint += "set prompt.placement=template if it marks the place of the virtual tokens; "
             hint += next((f"{describe_chat(name)}; " for name in available if name in CHATS), "")
             raise UserError(
-                f"{key} uses column {column!r}, which {source_name} does not have; {hint}"
+                f"{template.owners.get(column, key)} uses column {column!r}, which {source_name} does not have; {hint}"
                 f"its columns: {', '.join(available) or 'none'}"
             )
 
@@ -190,6 +206,7 @@ def render_row(template: Template, row: Mapping[str, object], *, key: str, where
     try:
         return template.render(row)
     except MissingColumn as error:
+        key = template.owners.get(str(error), key)
         raise UserError(describe_missing(str(error), key, where(), isinstance(error, UntestedTruth))) from None
     except Exception as error:  # expressions are the user's code and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__

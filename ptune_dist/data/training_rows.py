@@ -51,6 +51,10 @@ class TrainingRows:
         start, count = self._ranges[member]
         return slice(start, start + count)
 
+    def own_examples(self, member: str) -> Examples:
+        """A member's examples without those of others."""
+        return self._splits[member].examples
+
     def tokens_of(self, member: str, *, with_targets: bool = True) -> Iterator[list[int]]:
         """The token ids of a member's examples in the order of its file: the input, and the target if it is a text.
 

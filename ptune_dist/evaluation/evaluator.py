@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ptune_dist.config.schema import Config
 from ptune_dist.data.build import Split, build_label_candidates
 from ptune_dist.data.candidates import Candidates
+from ptune_dist.data.encode import Encoding
 from ptune_dist.data.examples import longest_answer
 from ptune_dist.data.framing import decode
 from ptune_dist.errors import UserError
@@ -187,8 +188,11 @@ class Evaluator:
         return [answers[i] for i in range(count)]
 
 
-def build_evaluator(config: Config, split: Split, reading: Reading) -> Evaluator:
-    """The evaluator that config section `evaluate` asks for, over a split. Raises UserError."""
+def build_evaluator(config: Config, split: Split, reading: Reading, encoding: Encoding | None = None) -> Evaluator:
+    """The evaluator that config section `evaluate` asks for, over a split. Raises UserError.
+
+    encoding: how the split's rows are written, where it is not as the config says.
+    """
     metrics = [METRICS[name] for name in dict.fromkeys(["loss", *config.evaluate.metrics])]
     for metric in metrics:
         metric.check_available()
@@ -202,7 +206,8 @@ def build_evaluator(config: Config, split: Split, reading: Reading) -> Evaluator
     if any(metric.needs == "label_losses" for metric in metrics):
         # Half of a micro-batch: an input that is as long as all of it leaves no room anyway.
         most_tokens = config.train.most_positions // 2
-        candidates, right = build_label_candidates(config.data, split, reading.encoding(config), most_tokens)
+        encoding = encoding or reading.encoding(config)
+        candidates, right = build_label_candidates(config.data, split, encoding, most_tokens)
         references["label_losses"] = [[labels[number]] for number in right]
     if split.examples.numbers is not None:
         references["values"] = [[number] for number in split.examples.numbers.tolist()]

@@ -21,6 +21,7 @@ from ptune_dist.prompts.build import find_method
 from ptune_dist.run.reading import Reading
 
 MANY_EPOCHS = 100
+CUES = (":", "=", ">")  # how an input ends that a target continues
 BRACED = re.compile(r"(?<!\{)\{\s*(\w+)\s*\}(?!\})")
 
 
@@ -38,9 +39,10 @@ def find_warnings(reading: Reading, read: RunRows) -> list[str]:
 def warn_of_member(reading: Reading, member: Config, split: Split, evaluator: Evaluator | None) -> Iterator[str]:
     yield from warn_of_start(reading, member)
     yield from warn_of_start_rows(member, split.examples)
+    yield from warn_of_text(member)
     yield from warn_of_length(member, split.num_rows)
     if split.rows.kind != "text":
-        templates = build_templates(member.data, member.prompt.placement)
+        templates = build_templates(member.data, member.prompt.placement, member.prompt.around)
         yield from warn_of_templates(templates, split.rows)
         if not member.data.is_chat:
             yield from warn_of_specials(templates, split.rows, reading.encoding(member))
@@ -52,17 +54,30 @@ def warn_of_member(reading: Reading, member: Config, split: Split, evaluator: Ev
 
 def warn_of_start(reading: Reading, member: Config) -> Iterator[str]:
     """A text to start from of which only a part has room."""
-    text = member.prompt.init_text
-    if not text:
+    text = member.prompt.start_text
+    if member.prompt.init != "text" or not text:
         return
     num_tokens = len(tokenize(reading.tokenizer, [text])[0])
     if not find_method(member.prompt).stands_in_sequence:  # keys and values are those of the text as the base reads it
         num_tokens += len(special_ids(reading.tokenizer)[0])
     num_virtual = member.prompt.num_virtual_tokens
     if num_tokens > num_virtual:
+        key = "text" if member.prompt.replaces_text else "init_text"
         yield (
-            f"prompt.init_text has {num_tokens} tokens and the prompt {num_virtual} virtual tokens: the last "
+            f"prompt.{key} has {num_tokens} tokens and the prompt {num_virtual} virtual tokens: the last "
             f"{num_tokens - num_virtual} tokens are left out"
+        )
+
+
+def warn_of_text(member: Config) -> Iterator[str]:
+    """A text between an input that asks for the target and the target."""
+    around = member.prompt.around
+    template = (member.data.template or "").rstrip()
+    text = around.tail().rstrip()
+    if text and not around.joins and template.endswith(CUES) and not text.endswith(CUES):
+        yield (
+            f"prompt.text.output stands between data.template, which ends with {template[-12:]!r}, and the target: "
+            "write {{ template }} at its end to have data.template last"
         )
 
 

@@ -37,7 +37,7 @@ def describe_seam(reading: Reading, member: Config, split: Split) -> Iterator[st
     if data.is_chat or data.labels and not reading.encoding(member).targets.takes_room:
         return
     rows = split.rows.first(MOST_ROWS)
-    template, target = build_templates(data, member.prompt.placement)
+    template, target = build_templates(data, member.prompt.placement, member.prompt.around)
     keyed = {"data.template": template, "data.target": target}
     num_merged = 0
     example = ("", "")

@@ -4,12 +4,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ptune_dist.common.files import fault_on_failed_write, replace_file
 from ptune_dist.config.schema import Config, PromptConfig
+from ptune_dist.config.sweep import naming_member
 from ptune_dist.data.build import Split, build_split
+from ptune_dist.data.encode import Encoding
 from ptune_dist.data.examples import Examples
 from ptune_dist.data.held_out import FILE
 from ptune_dist.data.training_rows import TrainingRows
@@ -51,27 +54,34 @@ def build_splits(reading: Reading) -> RunRows:
     config = reading.config
     splits: dict[str, Split] = {}
     evaluators: dict[str, Evaluator] = {}
-    known: dict[tuple[str, bool], tuple[Split, Evaluator | None]] = {}
+    known: dict[Any, tuple[Split, Evaluator | None]] = {}
     for name, member in reading.members.items():
         encoding = reading.encoding(member)
-        key = member.data.model_dump_json(), encoding.needs_rest
+        key = member.data.model_dump_json(), encoding.needs_rest, member.prompt.around
         if key not in known:
-            folder = Path(member.output_dir)
-            held_out = build_split(
-                member.data, encoding, which="validation", max_examples=config.evaluate.max_examples, folder=folder
-            )
-            evaluator = build_evaluator(member, held_out, reading) if held_out else None
-            split = build_split(member.data, encoding, which="train", folder=folder)
-            assert split is not None, "data.train is required"
-            known[key] = split, evaluator
+            with naming_member(reading.members, name, "data"):
+                known[key] = read_member(member, encoding, reading)
         splits[name], evaluator = known[key]
-        check_inputs(splits[name].examples, member.prompt)
+        with naming_member(reading.members, name, "data", "prompt"):
+            check_inputs(splits[name].examples, member.prompt)
+            if evaluator:
+                check_inputs(evaluator.split.examples, member.prompt)
         if evaluator:
-            check_inputs(evaluator.split.examples, member.prompt)
             evaluators[name] = evaluator
     seeds = {name: member.seed for name, member in reading.members.items()}
     training = TrainingRows(splits, batch_size=config.train.batch_size, seeds=seeds)
     return RunRows(training, splits, evaluators)
+
+
+def read_member(member: Config, encoding: Encoding, reading: Reading) -> tuple[Split, Evaluator | None]:
+    """A member's training rows, and what evaluates it where it has validation rows. Raises UserError."""
+    folder = Path(member.output_dir)
+    most = reading.config.evaluate.max_examples
+    held_out = build_split(member.data, encoding, which="validation", max_examples=most, folder=folder)
+    evaluator = build_evaluator(member, held_out, reading) if held_out else None
+    split = build_split(member.data, encoding, which="train", folder=folder)
+    assert split is not None, "data.train is required"
+    return split, evaluator
 
 
 def write_rows(reading: Reading, read: RunRows) -> None:
@@ -124,7 +134,7 @@ def check_lengths(lengths: np.ndarray, prompt: PromptConfig, where: Callable[[in
 
 
 def describe_empty_input(where: str, prompt: PromptConfig) -> str:
-    return f"{where}: the input is empty, but {prompt.method} needs one token at least"
+    return f"{where}: the input is empty, but {prompt.method} needs at least one token"
 
 
 def measure_scales(reading: Reading, rows: TrainingRows) -> dict[str, TargetScale] | None:

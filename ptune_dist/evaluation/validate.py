@@ -26,10 +26,11 @@ from ptune_dist.evaluation.row_warnings import find_warnings
 from ptune_dist.evaluation.seam import describe_seams
 from ptune_dist.evaluation.splits import build_splits, describe_skipped
 from ptune_dist.run.folder import check_run_dir, list_checkpoints
-from ptune_dist.run.job import Parts, build_parts
 from ptune_dist.run.length import settle_length
+from ptune_dist.run.parts import Parts, build_parts
 from ptune_dist.run.reading import Reading, build_reading
-from ptune_dist.run.training_defaults import describe_rates
+from ptune_dist.run.trained_tokens import describe_trained_tokens
+from ptune_dist.run.training_defaults import describe_rates, describe_warm_ups
 from ptune_dist.zero.unused_sections import describe_unused
 
 NUM_EXAMPLES = 5
@@ -65,9 +66,12 @@ def validate(config: Config) -> None:
         console.print(line, markup=False)
     for line in notes_of(parts, config):
         console.print(line, markup=False)
+    for line in describe_trained_tokens(parts.prompts, read.splits, reading):
+        console.print(line, markup=False)
     if config.sweep:
         console.print(f"members: {len(reading.members)}: {', '.join(reading.members)}", markup=False)
         console.print(describe_rates(reading.members), markup=False)
+        console.print(describe_warm_ups(reading.members), markup=False)
     if train.rows.kind != "text" and takes_contexts(reading, parts.opened):
         console.rule("placement")
         print_placements(console, reading, parts.opened, train)

@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +25,8 @@ from ptune_dist.run.trackers import Trackers
 SECONDS_BETWEEN_LINES = 5.0
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"  # a line for each evaluation; one that was repeated has two
+
+Listener = Callable[[int, dict[str, float]], None]  # gets a step and its numbers by TensorBoard's names
 
 
 class MetricsWriter:
@@ -51,6 +53,7 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
         self.failure: RunFault | None = None
+        self.listener: Listener | None = None
         self._excepthook = threading.excepthook
         threading.excepthook = self._on_thread_error
         own = {"": run_dir, **(members or {})}
@@ -146,7 +149,7 @@ class MetricsWriter:
         for key, value in line.items():
             if key != "step" and not is_idle(key, value):
                 self._tensorboard.add_scalar(f"train/{key}", value, self._done)
-        self._trackers.log({f"train/{key}": value for key, value in line.items() if key != "step"}, self._done)
+        self._track({f"train/{key}": value for key, value in line.items() if key != "step"}, self._done)
         self._show_bar(line)
         now = time.monotonic()
         is_end = self._done in (self._first_step, self._max_steps)
@@ -171,10 +174,15 @@ class MetricsWriter:
             for name, value in metrics.items():
                 board.add_scalar(f"validation/{name}", value, step)
             of_member = f"/{member}" if member else ""
-            self._trackers.log({f"validation/{name}{of_member}": value for name, value in metrics.items()}, step)
+            self._track({f"validation/{name}{of_member}": value for name, value in metrics.items()}, step)
             if samples:
                 board.add_text("validation/samples", render_samples(samples), step)
             board.flush()
+
+    def _track(self, values: dict[str, float], step: int) -> None:
+        self._trackers.log(values, step)
+        if self.listener is not None:
+            self.listener(step, values)
 
     def without_prompt(self, metrics: dict[str, float]) -> None:
         """Write the validation metrics of the base alone."""

@@ -28,6 +28,7 @@ REPLACED_FILES = (
     "status.json",
     "evaluations.jsonl",
     "evaluation.json",
+    "baselines.json",
     "predictions.jsonl",
     "micro_batch.json",
     "split.json",

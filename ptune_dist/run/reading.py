@@ -3,6 +3,7 @@
 Built once per command; everything that reads data takes it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,9 @@ from ptune_dist.base.layers import max_positions
 from ptune_dist.base.open import make_without_memory
 from ptune_dist.base.rotary import fixed_positions
 from ptune_dist.base.source import largest_id, load_shape, load_tokenizer
-from ptune_dist.config.schema import Config, DataConfig
+from ptune_dist.config.prompt_text import Around
+from ptune_dist.config.schema import PLACEMENTS_WITH_CONTEXTS, Config, DataConfig
+from ptune_dist.config.sweep import naming_member
 from ptune_dist.data.chat import Chat
 from ptune_dist.data.encode import Encoding
 from ptune_dist.errors import UserError
@@ -20,7 +23,9 @@ from ptune_dist.families.family import Family
 from ptune_dist.families.find import find_family
 from ptune_dist.objectives import OBJECTIVES
 from ptune_dist.objectives.objective import Objective
-from ptune_dist.prompts.build import find_method
+from ptune_dist.prompts.build import check_options, find_method
+from ptune_dist.prompts.method import Method
+from ptune_dist.run.file_options import fill_options, store_options
 from ptune_dist.run.resolve import resolve_whole
 from ptune_dist.run.training_defaults import fill_training
 
@@ -53,7 +58,8 @@ class Reading:
             truncation_side=data.truncation_side,
             num_embeddings=self.num_embeddings,
             needs_rest=placement in ("infix", "template") and not find_method(member.prompt).stands_in_sequence,
-            chat=build_chat(data, self.tokenizer),
+            chat=build_chat(data, self.tokenizer, member.prompt.around),
+            around=Around() if data.messages is not None else member.prompt.around,
         )
 
     def with_micro_batch(self, tokens: int) -> "Reading":
@@ -65,6 +71,11 @@ class Reading:
         members = {name: settle(member) for name, member in self.members.items()}
         return replace(self, config=settle(self.config), members=members)
 
+    def with_file_options(self, prompts: Mapping[str, Method]) -> "Reading":
+        """The same with the options that prompts have taken from the files they start from."""
+        config, members = store_options(self.config, self.members, prompts)
+        return replace(self, config=config, members=members)
+
 
 def build_reading(config: Config) -> Reading:
     """Raises UserError, also for what the config asks of a base that cannot do it."""
@@ -73,7 +84,9 @@ def build_reading(config: Config) -> Reading:
     family = find_family(shape, config.model.family, config.model.path)
     objective = OBJECTIVES[config.train.objective].build(config.train)
     check_family_fits(config, members, family, objective)
+    check_cache(config, members, family, shape)
     config, members = fill_max_length(config, members, family)
+    config, members = fill_options(config, members)
     config, members = fill_training(config, members, family)
     tokenizer = read_tokenizer(config, family, shape)
     end_turns(config, family, objective, tokenizer)
@@ -113,6 +126,17 @@ def fill_max_length(config: Config, members: dict[str, Config], family: Family) 
     return config if config.sweep else settle(config), settled
 
 
+def find_most_positions(reading: Reading) -> int | None:
+    """The most tokens that the base was made to read; None where nothing limits them. Raises UserError."""
+    path = reading.config.model.path
+    shape = load_shape(path)
+    stated = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    fixed = fixed_positions(shape)
+    reading.family.prepare_shape(shape, reading.config.data.labels)
+    learned = max_positions(make_without_memory(shape, path, reading.family, torch.float32))
+    return min((limit for limit in (learned, fixed, stated) if limit is not None), default=None)
+
+
 def limit_default(shape: PretrainedConfig, most: int | None, num_virtual: int) -> int:
     """The default of `data.max_length`, or what `most` learned positions or fixed rotary frequencies leave of it."""
     limits = [limit for limit in (most, fixed_positions(shape)) if limit is not None]
@@ -124,16 +148,21 @@ def read_tokenizer(config: Config, family: Family, shape: PretrainedConfig) -> P
     return load_tokenizer(config.model.path, shape, with_eos=not family.trains_head)
 
 
-def build_chat(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Chat | None:
-    """What writes a config's rows as chats, if they are."""
+def build_chat(data: DataConfig, tokenizer: PreTrainedTokenizerBase, around: Around) -> Chat | None:
+    """What writes a config's rows as chats, if they are.
+
+    around: texts around data.template; where the rows are conversations, they are part of the system prompt.
+    """
     if not data.is_chat:
         return None
-    return Chat(tokenizer, "data.chat" if data.chat else "data.messages", data.system)
+    if data.chat:
+        return Chat(tokenizer, "data.chat", data.system)
+    return Chat(tokenizer, "data.messages", data.system, "\n".join(text for _, text in around.before + around.after))
 
 
 def end_turns(config: Config, family: Family, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> None:
     """With chats, have answers end as the chat template ends a turn. Raises UserError where it cannot be used."""
-    chat = build_chat(config.data, tokenizer)
+    chat = build_chat(config.data, tokenizer, config.prompt.around)
     if chat is None:
         return
     if family.name != "causal" or objective.target != "text":
@@ -151,13 +180,14 @@ def check_family_fits(config: Config, members: dict[str, Config], family: Family
         raise UserError(
             f"prompt.placement: {placement} is for {wanted} bases; {config.model.path} is {family.name}: use prefix"
         )
-    for member in members.values():
+    for name, member in members.items():
         method = find_method(member.prompt)
         if method.families is not None and family.name not in method.families:
             bases = " and ".join(method.families)
-            raise UserError(
-                f"prompt.method: {member.prompt.method} is for {bases} bases; {config.model.path} is {family.name}"
-            )
+            with naming_member(members, name, "prompt"):
+                raise UserError(
+                    f"prompt.method: {member.prompt.method} is for {bases} bases; {config.model.path} is {family.name}"
+                )
         if config.sweep and method.changes_base:
             raise UserError(
                 f"sweep: {member.prompt.method} trains tensors of the base, which all members share: use a run for each"
@@ -169,3 +199,40 @@ def check_family_fits(config: Config, members: dict[str, Config], family: Family
         raise UserError("sweep.seed: with model.random_init each seed makes a base of its own: set it to false")
     if family.trains_head and objective.target == "text" and not config.data.labels:
         raise UserError("data.labels is missing: an encoder's head needs the labels that it tells apart")
+
+
+def check_cache(config: Config, members: dict[str, Config], family: Family, shape: PretrainedConfig) -> None:
+    """Raise UserError for a context cache where a member's prompt precedes every token in every layer."""
+    keys = ("context_cache_gib", "context_cache_gpu_gib", "context_cache_dir")
+    given = [key for key in keys if getattr(config.train, key)]
+    placement = config.prompt.placement
+    early = [name for name, member in members.items() if not enters_late(member)]
+    if not given or placement in PLACEMENTS_WITH_CONTEXTS or not early:
+        return
+    others = list_cacheable(config, members, family, shape)
+    advice = f", or set prompt.placement to {'one of ' * (len(others) > 1)}{', '.join(others)}" if others else ""
+    with naming_member(members, early[0], "prompt"):
+        raise UserError(
+            f"train.{given[0]} is given but placement {placement} has no contexts to keep: leave it out{advice}"
+        )
+
+
+def enters_late(member: Config) -> bool:
+    """Whether the layers below a member's prompt leave something to keep."""
+    return find_method(member.prompt).enters_late(check_options(member.prompt))
+
+
+def list_cacheable(config: Config, members: dict[str, Config], family: Family, shape: PretrainedConfig) -> list[str]:
+    """The placements with contexts that the methods of all members, the family and this base have."""
+    own = [find_method(member.prompt).placements or family.placements for member in members.values()]
+    known = [name for name in PLACEMENTS_WITH_CONTEXTS if all(name in some for some in [family.placements, *own])]
+    family.prepare_shape(shape, config.data.labels)
+    base = make_without_memory(shape, config.model.path, family, torch.float32)
+    found = []
+    for name in known:
+        try:
+            family.check_contexts(base, name)
+        except UserError:
+            continue
+        found.append(name)
+    return found

@@ -1,7 +1,7 @@
 """The part of a config's checks that needs the seams: names of methods, objectives and families."""
 
 from ptune_dist.config.load import resolve_outside_sweep
-from ptune_dist.config.schema import OWN_SCHEDULES, PLACEMENTS_WITH_CONTEXTS, Config, TrainConfig
+from ptune_dist.config.schema import OWN_SCHEDULES, Config, TrainConfig
 from ptune_dist.config.sweep import expand_sweep, sweep_keys
 from ptune_dist.errors import UserError
 from ptune_dist.families import FAMILIES
@@ -31,8 +31,6 @@ def resolve(config: Config) -> Config:
         raise ValueError(f"prompt.placement: both is for {owners}; {prompt.method} has encoder and decoder")
     if not method.stands_in_sequence and config.data.is_plain_text:
         raise ValueError(f"prompt.method: {prompt.method} needs an input before the target, and a .txt file has none")
-    if not config.sweep and not method.enters_late(options):
-        check_cache(config)
     is_of_members = "prompt.method" in sweep_keys(config.sweep)
     positions = prompt.num_virtual_tokens if is_of_members else settle_positions(prompt)
     filled = {"init": choose_start(prompt), "num_virtual_tokens": positions, **options.model_dump()}
@@ -46,21 +44,6 @@ def resolve_whole(config: Config) -> tuple[Config, dict[str, Config]]:
         return resolved, expand_sweep(resolved, resolve)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def check_cache(config: Config) -> None:
-    """Raise ValueError for a context cache where a prompt precedes every token in every layer."""
-    placement = config.prompt.placement
-    if placement in PLACEMENTS_WITH_CONTEXTS:
-        return
-    own = find_method(config.prompt).placements
-    others = [name for name in PLACEMENTS_WITH_CONTEXTS if own is None or name in own]
-    advice = f", or set prompt.placement to one of {', '.join(others)}" if others else ""
-    for key in ("context_cache_gib", "context_cache_gpu_gib", "context_cache_dir"):
-        if getattr(config.train, key):
-            raise ValueError(
-                f"train.{key} is given but placement {placement} has no contexts to keep: leave it out{advice}"
-            )
 
 
 def check_schedule(train: TrainConfig) -> None:

@@ -7,14 +7,15 @@ import torch
 
 from ptune_dist.base.layers import name_modules, setting_of
 from ptune_dist.common.progress_line import BusyLine
-from ptune_dist.config.schema import Config
+from ptune_dist.config.schema import Config, PromptConfig
 from ptune_dist.config.sweep import ONLY_MEMBER
 from ptune_dist.distributed.world import World, from_main
 from ptune_dist.errors import UserError
 from ptune_dist.model.value_head import TargetScale
 from ptune_dist.prompts.build import check_options, find_method
 from ptune_dist.prompts.store import load_prompt
-from ptune_dist.run.job import Job, base_facts, build_job
+from ptune_dist.run.job import Job, build_job
+from ptune_dist.run.parts import base_facts
 from ptune_dist.run.reading import Reading
 
 
@@ -50,6 +51,7 @@ def check_prompt(reading: Reading, facts: dict[str, Any], run_dir: Path) -> None
     for key, value in (asked | asked_options).items():
         if key in stored and value != stored[key]:
             raise UserError(f"prompt.{key}: the prompt of {run_dir} was trained with {stored[key]!r}, not {value!r}")
+    check_text(config.prompt, facts, run_dir)
     if facts.get("labels") not in (None, config.data.labels):
         raise UserError(f"data.labels: the head of {run_dir} was trained to tell {facts['labels']} apart")
     if facts.get("tasks") and facts["tasks"] != list(config.data.tasks or []):
@@ -59,6 +61,23 @@ def check_prompt(reading: Reading, facts: dict[str, Any], run_dir: Path) -> None
         raise UserError(
             f"train.objective: the prompt of {run_dir} was trained with {objective!r}, not {config.train.objective!r}"
         )
+
+
+def check_text(prompt: PromptConfig, facts: dict[str, Any], run_dir: Path) -> None:
+    """Raise UserError where the base would read other texts around a row than in training."""
+    stored = facts.get("text", {"before": "", "after": ""})
+    asked = describe_text(prompt)
+    for where in stored:
+        if asked[where] != stored[where]:
+            raise UserError(
+                f"prompt.text: the prompt of {run_dir} was trained with {stored[where]!r} {where} data.template, not "
+                f"with {asked[where]!r}"
+            )
+
+
+def describe_text(prompt: PromptConfig) -> dict[str, str]:
+    """What the base reads before and after data.template."""
+    return {"before": prompt.around.head(), "after": prompt.around.tail()}
 
 
 def prompt_facts(job: Job, member: str, *, step: int, metrics: dict[str, float]) -> dict[str, Any]:
@@ -72,6 +91,7 @@ def prompt_facts(job: Job, member: str, *, step: int, metrics: dict[str, float])
         "num_virtual_tokens": config.prompt.num_virtual_tokens,
         "width": base_facts(model.base).width,
         "placement": config.prompt.placement,
+        "text": describe_text(config.prompt),
         "step": step,
         "validation": metrics,
         "labels": config.data.labels if family.trains_head else None,

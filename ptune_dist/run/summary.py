@@ -3,6 +3,7 @@
 import math
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from ptune_dist.config.schema import Config
 from ptune_dist.data.examples import Examples
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, gather_from_ranks, max_over_ranks
+from ptune_dist.run.folder import write_json
 from ptune_dist.run.job import Job
 from ptune_dist.run.memory import peak_memory_by_kind, peak_memory_bytes
 from ptune_dist.run.progress import Progress, Standing, rank_members
@@ -188,3 +190,13 @@ def render_ranking(ranking: list[dict[str, Any]], name: str) -> Table:
         loss = "" if line["train_loss"] is None else f"{line['train_loss']:.4f}"
         table.add_row(str(place), line["member"], *shown, str(line["best_step"] or ""), loss, ended)
     return table
+
+
+def write_summaries(
+    job: Job, progress: Progress, signatures: dict[str, dict[str, str]], summary: dict[str, Any]
+) -> None:
+    """Raises RunFault. One rank calls."""
+    if job.config.sweep:
+        for name, member in job.members.items():
+            write_json(Path(member.output_dir) / "summary.json", describe_member(job, progress, name, signatures))
+    write_json(Path(job.config.output_dir) / "summary.json", summary)

@@ -8,6 +8,7 @@ import faulthandler
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -101,8 +102,9 @@ class Watch:
         return self._is_asked or (self.folder is not None and is_stop_requested(self.folder))
 
     def __enter__(self) -> "Watch":
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-            self._handlers_before[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+                self._handlers_before[number] = signal.signal(number, self._handle)
         if self.folder:
             self._stacks = open(stack_file(self.folder, self._rank), "w")
             faulthandler.enable(self._stacks)

@@ -30,6 +30,7 @@ from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.contexts import ContextReader
 from ptune_dist.model.passes import Contexts
 from ptune_dist.model.prompted_model import PromptedModel
+from ptune_dist.model.trained_starts import start_trained
 from ptune_dist.optim.loss_scale import build_loss_scale
 from ptune_dist.optim.optimizer import build_torch_optimizer
 from ptune_dist.optim.prompt_state import Measured, Member, PromptState
@@ -202,7 +203,7 @@ class Engine:
         """Micro-batches of every rank, by the positions that this base and placement need."""
         count = functools.partial(self.model.count_positions, examples=examples)
         is_cached = self.contexts.cache is not None
-        if self.world.device.type == "cpu" and not self._passes_share_work:
+        if self.world.device.type == "cpu" and not self._members_share_work:
             micro_batch_tokens = min(micro_batch_tokens, MOST_POSITIONS_ON_CPU)
         return plan_micro_batches(
             units,
@@ -210,13 +211,15 @@ class Engine:
             world_size=self.world.size,
             micro_batch_tokens=micro_batch_tokens,
             work=functools.partial(count, with_contexts=False) if is_cached else None,
+            members_share=is_cached or self._members_share_work,
         )
 
     @property
-    def _passes_share_work(self) -> bool:
-        """Whether two passes cost more than one: for contexts, or for what the layers below leave.
+    def _members_share_work(self) -> bool:
+        """Whether members that read a row in one pass share work: its context, or what the layers below leave.
 
-        Gathers of ZeRO-3 do not count: the layers' work on thousands of positions takes far longer on a CPU.
+        Then a row is read by all of its members together, and ranks have even work only in large passes. Gathers of
+        ZeRO-3 do not count: the layers' work on thousands of positions takes far longer on a CPU.
         """
         return self.model.has_contexts or bool(self.model.late_starts)
 
@@ -288,7 +291,7 @@ def build_engine(
     first = next(iter(configs.values()))
     set_apart(model.base, world.device, getattr(torch, first.model.dtype))
     model.place(world.device)
-    model.start_base()
+    start_trained(model)
     members = {
         name: build_member(configs[name].train, model.trainable(number), dict(model.prompt(number).named_buffers()))
         for number, name in enumerate(configs)

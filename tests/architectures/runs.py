@@ -15,8 +15,8 @@ from ptune_dist.commands import GenerateRequest, evaluate_run, export_runs, gene
 from ptune_dist.config.load import load_config
 from ptune_dist.evaluation.validate import validate
 from ptune_dist.export.runs import ExportRequest
+from ptune_dist.loop import train
 from ptune_dist.run.metrics_log import read_metrics
-from ptune_dist.train import train
 from tests.architectures.bases import LABELS
 from tests.architectures.checks import Differs
 

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ptune_dist.base.rotary import fixed_positions
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
-from ptune_dist.run.job import check_positions
+from ptune_dist.run.parts import check_positions
 from ptune_dist.run.reading import limit_default
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}

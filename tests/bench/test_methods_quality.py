@@ -89,7 +89,10 @@ def test_each_cell_is_a_real_run_whose_result_is_kept(command):
 def test_equal_time_is_a_run_of_the_steps_that_fit_into_the_seconds_of_the_fastest(command, capsys):
     assert command("--part", "equal_time")[0] == 2
     assert "equal time is not known yet: a step of upper has not been timed with" in capsys.readouterr().err
-    times = {f"upper/{name}": {"cpu_s": cpu_s} for name, cpu_s in (("prompt_tuning", 3.0), ("prefix_tuning", 2.0))}
+    times = {
+        f"upper/{name}": {"cpu_s": cpu_s, "peak_memory_bytes": 1}
+        for name, cpu_s in (("prompt_tuning", 3.0), ("prefix_tuning", 2.0))
+    }
     Path("out.json").write_text(json.dumps({"cells": {}, "times": times}))
     status, content = command("--part", "equal_time")
     assert status == 0 and set(content["cells"]) == {"upper/prompt_tuning at equal time/3", "upper/bare/0"}

@@ -91,7 +91,7 @@ def stop_rank(run: Run, node: str) -> None:
     assert f"rank 0 on node {node} is stopped (SIGSTOP or a debugger)" in run.status["reason"]
     for number in (0, 1):
         stack = run.dir / "stacks" / f"rank-{number:05d}.txt"
-        assert stack.stat().st_mtime > began and "train.py" in stack.read_text()
+        assert stack.stat().st_mtime > began and "loop.py" in stack.read_text()
 
 
 def kill(run: Run, kind: str, node: str, *, in_place: bool) -> None:

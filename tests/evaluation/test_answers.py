@@ -69,6 +69,25 @@ def test_answers_have_no_whitespace_at_their_ends_and_follow_the_longest_target(
     assert facts["longest_target"] == len(" not at all") + 1  # one token for each character, and the end
 
 
+def test_labels_may_be_named_and_rows_that_say_what_is_right_are_scored(commands, labeled):
+    file = labeled.parent / "validation.jsonl"
+    metrics = "evaluate.metrics=[exact_match, loss]"
+    done = commands.run("generate", labeled, "--labels", "yes,no", "--input-file", file, "evaluate.metrics=[accuracy]")
+    for row in read_rows(done.out):
+        assert list(row["probabilities"]) == ["yes", "no"] and row["gold"] == row["gold_label"] == row["label"]
+        assert row["accuracy"] == float(row["generated"] == row["label"])
+    written = commands.run("generate", labeled, "--input-file", file, metrics)
+    assert all(row["exact_match"] == float(row["generated"] == row["gold"]) for row in read_rows(written.out))
+    out = labeled.parent / "evaluated.jsonl"
+    names = ",".join(LABELS)
+    done = commands.run("evaluate", labeled, "--labels", names, metrics, "data.labels=null", "--output", out)
+    rows = read_rows(out.read_text())
+    accuracy = json.loads((labeled / "summary.json").read_text())["validation"]["accuracy"]
+    assert json.loads(done.out)["accuracy"] == pytest.approx(accuracy)
+    assert sum(row["accuracy"] for row in rows) / len(rows) == pytest.approx(accuracy)
+    assert all(row["gold_label"] in row["probabilities"] for row in rows)
+
+
 def test_labels_are_asked_for_where_there_are_none(commands, labeled):
     done = commands.run("generate", labeled, "--input", "a", "--labels", "data.labels=null", "evaluate.metrics=[loss]")
     assert done.code == 2 and "--labels: the run's config has no data.labels" in done.errors[0]

@@ -98,6 +98,14 @@ WARNED = {
         {"prompt": {"init": "text", "init_text": "classify this"}},
         "prompt.init_text has 13 tokens and the prompt 4 virtual tokens: the last 9 tokens are left out",
     ),
+    "cut prompt.text": (
+        {"prompt": {"init": "text", "text": {"task": "classify"}}},
+        "prompt.text has 9 tokens and the prompt 4 virtual tokens: the last 5 tokens are left out",
+    ),
+    "text after a cue": (
+        {"prompt": {"text": {"task": "classify", "output": "Answer with one word."}}},
+        "prompt.text.output stands between data.template, which ends with '{{ text }} =', and the target",
+    ),
     "cut rows": (
         {"prompt": {"method": "prefix_tuning", "init": "rows", "init_rows": 2}},
         "prompt.init_rows: the first 2 rows have ",

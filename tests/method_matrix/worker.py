@@ -12,7 +12,7 @@ from pathlib import Path
 from ptune_dist.commands import GenerateRequest, export_runs, generate_for_run
 from ptune_dist.config.load import load_config
 from ptune_dist.export.runs import ExportRequest
-from ptune_dist.train import train
+from ptune_dist.loop import train
 from tests.architectures.checks import Differs, outcome_of
 
 

@@ -23,7 +23,7 @@ from ptune_dist.prompts.build import check_options
 from ptune_dist.prompts.layer_tensors import heads_of
 from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.start import Start
-from ptune_dist.run.job import base_facts
+from ptune_dist.run.parts import base_facts
 from ptune_dist.tiny.make import build_tokenizer
 from tests.architectures.bases import build_shape
 

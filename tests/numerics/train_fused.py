@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-import ptune_dist.train
+import ptune_dist.loop
 from ptune_dist.base import fused_kernels
 from tests.numerics.train_many import main
 
@@ -17,7 +17,7 @@ num_calls = 0
 
 def count_calls() -> None:
     call = fused_kernels.Kernel.__call__
-    train = ptune_dist.train.train
+    train = ptune_dist.loop.train
 
     def counted(self: fused_kernels.Kernel, *arguments: Any) -> Any:
         global num_calls
@@ -30,7 +30,7 @@ def count_calls() -> None:
         Path(config.output_dir, "num_kernel_calls").write_text(str(num_calls - before))
 
     fused_kernels.Kernel.__call__ = counted
-    ptune_dist.train.train = train_and_note
+    ptune_dist.loop.train = train_and_note
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
-import ptune_dist.train
+import ptune_dist.loop
 from ptune_dist.base.layers import parameter_size
 from ptune_dist.config.load import load_config
 from ptune_dist.run.job import Job, build_job
@@ -43,11 +43,11 @@ def main() -> None:
         seen.append((job, hash_base(job)))
         return job
 
-    ptune_dist.train.build_job = build_and_hash
+    ptune_dist.loop.build_job = build_and_hash
     for path, overrides in json.loads(Path(sys.argv[1]).read_text()):
         config = load_config(path, overrides)
         seen.clear()
-        ptune_dist.train.train(config)
+        ptune_dist.loop.train(config)
         ((job, before),) = seen
         after = hash_base(job)
         if job.engine.world.is_main:

@@ -30,9 +30,3 @@ def test_a_number_of_virtual_tokens_outside_a_sweep_is_for_the_methods_that_take
 def test_a_number_for_a_method_without_virtual_tokens_is_refused_beside_a_sweep_of_other_keys(load):
     with pytest.raises(UserError, match="adaption_prompt has no virtual tokens"):
         load(SMALL + "prompt: {method: adaption_prompt, num_virtual_tokens: 7}\nsweep: {seed: [0, 1]}\n")
-
-
-@pytest.mark.parametrize("method, advice", [("cpt", ""), ("p_tuning", ", or .* one of infix, template, decoder")])
-def test_only_placements_that_the_method_has_are_advised_for_a_context_cache(load, method, advice):
-    with pytest.raises(UserError, match=f"has no contexts to keep: leave it out{advice}$"):
-        load(SMALL + f"prompt: {{method: {method}}}\ntrain: {{context_cache_gib: 1}}\n")

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ptune_dist.config.load import load_config
+from ptune_dist.loop import train
 from ptune_dist.run.accumulate import Accumulated, Accumulator
-from ptune_dist.train import train
 
 MIB = 1 << 20
 M_ARENA_MAX = -8  # mallopt(3)

@@ -26,6 +26,7 @@ FOREIGN = {
     "summary.json": '{"steps": 4}\n',
     "status.json": '{"state": "fine"}\n',
     "evaluation.json": "{}\n",
+    "baselines.json": "{}\n",
     "checkpoints/epoch-1.pt": "x",
     "checkpoints/step-00000001/model.pt": "x",
     "prompt/prompt.safetensors": "x",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ptune_dist.errors import UserError
-from ptune_dist.run.job import check_precision
+from ptune_dist.run.parts import check_precision
 
 
 def check(monkeypatch, dtype: str, capability: tuple[int, int]) -> None:

@@ -1,5 +1,6 @@
 """The learning rate and the warm-up where a config leaves them out: the method's, or those that a run began with."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,17 @@ import yaml
 
 from ptune_dist.config.load import load_config, render_config
 from ptune_dist.config.schema import Config
+from ptune_dist.errors import UserError
+from ptune_dist.evaluation.splits import build_splits
 from ptune_dist.families import FAMILIES
 from ptune_dist.prompts import METHODS
 from ptune_dist.run.folder import first_difference
+from ptune_dist.run.parts import build_parts
 from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.run.resolve import resolve
-from ptune_dist.run.training_defaults import describe_rates
-from tests.conftest import write_config
+from ptune_dist.run.trained_tokens import describe_trained_tokens
+from ptune_dist.run.training_defaults import describe_rates, describe_warm_ups
+from tests.conftest import LABELS, TINY, write_config
 
 
 def read(folder: Path, prompt: dict | None = None, *, train: dict | None = None, **more: object) -> Reading:
@@ -121,3 +126,93 @@ def test_frozen_positions_that_a_file_had_may_be_named_once_it_is_gone():
     before = {"prompt": {"num_frozen": None, "num_virtual_tokens": 4}}
     assert first_difference(before, {"prompt": {"num_frozen": 1, "num_virtual_tokens": 4}}) is None
     assert first_difference({"prompt": {"num_frozen": 2}}, {"prompt": {"num_frozen": 1}}) == "prompt.num_frozen"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
+def test_an_optimizer_whose_steps_are_of_another_size_needs_a_rate(tmp_path, optimizer):
+    with pytest.raises(UserError, match=f"^train.learning_rate is missing: .* train.optimizer is {optimizer}: give a"):
+        read(tmp_path, train={"optimizer": optimizer})
+    with pytest.raises(UserError, match="^sweep: optimizer=sgd: train.learning_rate is missing"):
+        read(tmp_path, sweep={"train.optimizer": ["adamw", "sgd"]})
+    given = read(tmp_path, train={"optimizer": optimizer, "learning_rate": 0.2})
+    assert given.config.train.learning_rate == 0.2
+    store(given.config)
+    assert read(tmp_path, train={"optimizer": optimizer}).config.train.learning_rate == 0.2  # as it was begun
+
+
+def test_members_with_warm_ups_of_their_own_are_told_apart(tmp_path):
+    assert describe_warm_ups(read(tmp_path).members) == "warm-up 0 steps"
+    found = read(tmp_path, sweep={"train.warmup_steps": [3, 0]}).members
+    assert describe_warm_ups(found) == "warm-up steps 3 (warmup_steps=3), 0 (warmup_steps=0)"
+
+
+def test_an_error_of_one_member_names_it(tmp_path):
+    missing = {"prompt.init": "file", "prompt.init_file": "absent"}
+    found = read(tmp_path, sweep=[{"seed": 1}, missing])
+    with pytest.raises(UserError, match="^sweep: init=file,init_file=absent: prompt.init_file: cannot read"):
+        build_parts(found, None, with_start=True, rows=build_splits(found).training)
+    same = read(tmp_path, {"init": "file", "init_file": "absent"}, sweep={"seed": [0, 1]})
+    with pytest.raises(UserError, match="^prompt.init_file: cannot read"):
+        build_parts(same, None, with_start=True, rows=build_splits(same).training)
+    with pytest.raises(UserError, match="^sweep: template=---absent---: data.template"):
+        build_splits(read(tmp_path, sweep={"data.template": ["{{ word }} =", "{{ absent }}"]}))
+
+
+LABELLED = {"labels": LABELS, "target": "{{ 'short' if word|length < 6 else 'long' }}"}
+CACHED = {"context_cache_gib": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "advice"),
+    [
+        ("llama", "p_tuning", ", or set prompt.placement to one of infix, template"),
+        ("llama", "cpt", ""),
+        ("t5", "p_tuning", ", or set prompt.placement to decoder"),
+        ("bert", "p_tuning", ""),
+    ],
+)
+def test_placements_that_the_base_and_the_method_have_are_advised_for_a_context_cache(
+    tmp_path, tiny_bases, kind, method, advice
+):
+    sections = {"model": {"path": str(tiny_bases[kind])}}
+    if kind == "bert":
+        sections["data"] = LABELLED
+    with pytest.raises(UserError, match=f"has no contexts to keep: leave it out{advice}$"):
+        read(tmp_path, {"method": method}, train=CACHED, **sections)
+
+
+def test_the_member_for_which_a_cache_keeps_nothing_is_named(tmp_path):
+    sweep = [{"prompt.method": "late_prompt"}, {"prompt.method": "prompt_tuning"}]
+    with pytest.raises(UserError, match="^sweep: method=prompt_tuning: train.context_cache_gib is given but"):
+        read(tmp_path, sweep=sweep, train=CACHED)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_tokens_that_no_training_row_has_are_found_before_training(tmp_path, tiny_bases, kind):
+    """In an encoder's rows, the label is no token."""
+    sections = {"model": {"path": str(tiny_bases[kind])}}
+    if kind == "bert":
+        sections["data"] = LABELLED
+    prompt = {"method": "trainable_tokens", "num_virtual_tokens": 0}
+
+    def lines(tokens: list[str]) -> list[str]:
+        found = read(tmp_path, prompt | {"tokens": tokens}, **sections)
+        rows = build_splits(found)
+        parts = build_parts(found, None, with_start=True, rows=rows.training)
+        return list(describe_trained_tokens(parts.prompts, rows.splits, found))
+
+    words = [json.loads(line)["word"] for line in Path(TINY / "data" / "train.jsonl").read_text().splitlines()]
+    count = sum("z" in word for word in words)
+    assert 0 < count < len(words)
+    start = f"prompt.tokens: {count:,} of the {len(words):,} training rows have one"
+    (line,) = lines(["z"])
+    assert line.startswith(start)
+    first, warning = lines(["z", "!"])
+    assert first.startswith(start) and "no training row has '!' (" in warning
+    with pytest.raises(UserError, match="^prompt.tokens: no training row has '!' .[0-9]+., '#' .[0-9]+. in its input"):
+        lines(["!", "#"])
+    if kind == "llama":
+        assert lines(["Z"])  # answers are in capitals
+    else:
+        with pytest.raises(UserError, match="no training row has 'Z' .[0-9]+. in its input"):
+            lines(["Z"])

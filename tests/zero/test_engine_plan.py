@@ -15,8 +15,6 @@ from ptune_dist.zero.passes import WholePasses
 from tests.gpu_offline.work_steps import draw_examples
 from tests.numerics.prefixes import draw_prefix
 
-SHARING = ("cuda", "infix")
-
 
 def build_engine(placement: str, device: str = "cpu") -> Engine:
     torch.manual_seed(0)
@@ -33,10 +31,10 @@ def build_engine(placement: str, device: str = "cpu") -> Engine:
     [
         *((name, 1_000_000, MOST_POSITIONS_ON_CPU) for name in ("cpu", "sharded")),
         ("cpu", 1000, 1000),
-        *((name, 1_000_000, None) for name in SHARING),
+        *((name, 1_000_000, None) for name in ("cuda", "infix")),
     ],
 )
-def test_passes_that_share_no_work_are_small_on_a_cpu_and_read_every_row_once(case, asked, most):
+def test_passes_are_small_on_a_cpu_and_read_every_row_once(case, asked, most):
     placement = "infix" if case == "infix" else "prefix"
     engine = build_engine(placement, "cuda" if case == "cuda" else "cpu")
     engine.is_sharded = case == "sharded"
@@ -47,3 +45,13 @@ def test_passes_that_share_no_work_are_small_on_a_cpu_and_read_every_row_once(ca
     assert max(sizes) <= most if most else len(sizes) == 1
     read = [(example, member) for shares in plan for example, members in shares[0] for member in members]
     assert np.array_equal(np.bincount([example for example, _ in read]), np.full(len(examples), 8 * 12))
+
+
+def test_members_that_share_work_read_a_row_in_one_pass(monkeypatch):
+    monkeypatch.setattr("ptune_dist.zero.engine.MOST_POSITIONS_ON_CPU", 1)
+    examples = draw_examples("infix")
+    units = [(example, tuple(range(8))) for example in range(len(examples))]
+    read = [units for shares in build_engine("infix").plan(units, examples, 1_000_000) for units in shares[0]]
+    assert sorted(read) == sorted(units)
+    apart = [units for shares in build_engine("prefix").plan(units, examples, 1_000_000) for units in shares[0]]
+    assert len(apart) == 8 * len(units)

@@ -21,7 +21,7 @@ from ptune_dist.bench.check.kernels import read_trace
 from ptune_dist.bench.probe import synchronize, write_result
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import RunFault, UserError
-from ptune_dist.train import Training
+from ptune_dist.loop import Training
 
 NUM_WARM_UP = 5
 NUM_PROFILED = 5

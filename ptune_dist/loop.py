@@ -11,7 +11,6 @@ import torch
 
 from ptune_dist.cluster.node_check import check_nodes
 from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome
-from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.common.progress_line import BusyLine
 from ptune_dist.config.schema import Config
 from ptune_dist.data.training_rows import TrainingRows
@@ -32,20 +31,21 @@ from ptune_dist.run.folder import (
     is_finished,
     list_checkpoints,
     lock_run_dir,
-    write_json,
     write_run_configs,
 )
 from ptune_dist.run.job import Job, build_job
 from ptune_dist.run.length import settle_length
-from ptune_dist.run.metrics_log import MetricsWriter
+from ptune_dist.run.metrics_log import Listener, MetricsWriter
+from ptune_dist.run.open_log import open_metrics
 from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
 from ptune_dist.run.reading import build_reading
 from ptune_dist.run.resolve import resolve_whole
 from ptune_dist.run.slow_start import find_slow_starts
 from ptune_dist.run.status import end_status, mark_running
 from ptune_dist.run.step_lines import step_lines
-from ptune_dist.run.summary import build_summary, describe_member, describe_start, say_finished
+from ptune_dist.run.summary import build_summary, describe_start, say_finished, write_summaries
 from ptune_dist.run.throughput import StepCount
+from ptune_dist.run.trained_tokens import describe_trained_tokens
 from ptune_dist.run.watch import STOPPED_REASON, Watch, failure_in_status
 
 
@@ -76,8 +76,11 @@ class Training:
             self.metrics.say(text)
 
 
-def train(config: Config) -> int:
-    """Train the prompts that `config` asks for, or resume their run; returns the exit status. Collective."""
+def train(config: Config, listener: Listener | None = None) -> int:
+    """Train the prompts that `config` asks for, or resume their run; returns the exit status. Collective.
+
+    `listener` gets the numbers that trackers get, on rank 0.
+    """
     world = init_distributed()
     config, _ = together(world, lambda: resolve_whole(config))
     together(world, lambda: check_run_dir(config))
@@ -108,10 +111,14 @@ def train(config: Config) -> int:
         watch.begin_run()
         with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
             notes = lengths + describe_skipped(config, read) + [f"warning: {line}" for line in warnings]
-            return train_job(job, read, notes, watch, world)
+            notes += [prompt.head_note for prompt in job.prompts.values() if prompt.head_note]
+            notes += describe_trained_tokens(job.prompts, read.splits, reading)
+            return train_job(job, read, notes, watch, world, listener)
 
 
-def train_job(job: Job, read: RunRows, notes: list[str], watch: Watch, world: World) -> int:
+def train_job(
+    job: Job, read: RunRows, notes: list[str], watch: Watch, world: World, listener: Listener | None = None
+) -> int:
     """What `train` does once everything is loaded and the run's folder is locked; `notes` go to the log. Collective."""
     config = job.config
     rows = read.training
@@ -130,6 +137,8 @@ def train_job(job: Job, read: RunRows, notes: list[str], watch: Watch, world: Wo
     source = StepSource(job.engine, rows, world, job.micro_batch.tokens, pad_id(job.tokenizer))
     with on_main(world, lambda: open_metrics(job, progress)) as metrics, BatchesAhead(source) as batches:
         say = metrics.say if metrics else lambda _: None
+        if metrics:
+            metrics.listener = listener
         accumulate = Accumulator(job, batches, world, watch.beat, say)
         training = Training(job, rows, accumulate, evaluators, progress, metrics, watch, world)
         held_out = next((evaluator.split.examples for evaluator in evaluators.values()), None)
@@ -277,16 +286,6 @@ def finish(training: Training) -> dict[str, Any]:
     return summary
 
 
-def write_summaries(
-    job: Job, progress: Progress, signatures: dict[str, dict[str, str]], summary: dict[str, Any]
-) -> None:
-    """Raises RunFault. One rank calls."""
-    if job.config.sweep:
-        for name, member in job.members.items():
-            write_json(Path(member.output_dir) / "summary.json", describe_member(job, progress, name, signatures))
-    write_json(Path(job.config.output_dir) / "summary.json", summary)
-
-
 def has_checkpoint(config: Config) -> bool:
     return bool(list_checkpoints(Path(config.output_dir) / "checkpoints"))
 
@@ -294,35 +293,6 @@ def has_checkpoint(config: Config) -> bool:
 def on_main(world: World, open_it: Any) -> AbstractContextManager[Any]:
     """The context manager that `open_it` makes on rank 0, one of None on the others. Collective."""
     return together(world, lambda: open_it() if world.is_main else nullcontext())
-
-
-def open_metrics(job: Job, progress: Progress) -> MetricsWriter:
-    """Raises RunFault."""
-    folder = Path(job.config.output_dir)
-    members = {}
-    if job.config.sweep:
-        members = {name: Path(member.output_dir) for name, member in job.members.items()}
-    with fault_on_failed_write(folder):
-        return MetricsWriter(
-            folder,
-            max_steps=job.config.train.max_steps,
-            first_step=progress.step + 1,
-            members=members,
-            evaluate_every=job.config.evaluate.every_steps,
-            log_every=job.config.train.log_every,
-            report_to=job.config.train.report_to,
-            settings={name if members else "": describe_settings(own) for name, own in job.members.items()},
-        )
-
-
-def describe_settings(config: Config) -> dict[str, Any]:
-    """TensorBoard's hyperparameters of one prompt."""
-    found = {
-        **{key: getattr(config.train, key) for key in ("learning_rate", "batch_size", "max_steps", "schedule")},
-        **{key: getattr(config.prompt, key, None) for key in ("method", "placement", "num_virtual_tokens")},
-        "seed": config.seed,
-    }
-    return {key: value for key, value in found.items() if isinstance(value, (bool, int, float, str))}
 
 
 def is_over(config: Config, progress: Progress) -> bool:

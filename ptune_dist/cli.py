@@ -33,12 +33,16 @@ SECONDS_FOR_RANK_0 = 2.0
 ALL_MEMBERS = "all"  # the value of `generate --member` that stands for every member of a sweep
 DEFAULT_SHOTS = 4
 
-COMMANDS = ("train", "validate", "check", "evaluate", "generate", "export", "compare", "import-base", "bench", "env")
+COMMANDS = (
+    *("init", "train", "validate", "check", "evaluate", "generate", "export", "compare", "import-base"),
+    *("launcher-files", "bench", "env"),
+)
 TAKE_CONFIG = ("train", "validate", "check")
-WITHOUT_OVERRIDES = ("compare", "import-base", "bench", "env")
+WITHOUT_OVERRIDES = ("init", "compare", "import-base", "launcher-files", "bench", "env")
 FLAGS = ("-h", "--help", "--version")
 MISSING = {
     "CONFIG": "a YAML file",
+    "TASK": "such as sentiment, or a recipe",
     "RUN": "the folder of a run",
     "MATRIX": "a YAML file of benchmarks",
     "SOURCE": "a GGUF file, a folder or a wheel",
@@ -181,6 +185,8 @@ def build_parser() -> Parser:
             )
         return command
 
+    init = add("init", run_init, "write a commented config for a task, or a recipe by its name", "TASK")
+    init.add_argument("--out", type=Path, metavar="FILE", help="TASK.yaml where left out")
     add("train", run_train, "train a prompt, or resume a run", "CONFIG")
     add("validate", run_validate, "show what a config will do, without training", "CONFIG")
     add("check", run_check, "test this job's nodes: GPUs, products, network; launch/run.sh --check adds more", "CONFIG")
@@ -212,6 +218,8 @@ def build_parser() -> Parser:
     imported.add_argument("--out", type=Path, required=True, metavar="DIR")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     imported.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; as they are where left out")
+    files = add("launcher-files", run_launcher_files, "write the Slurm, ssh and cloud files, to edit")
+    files.add_argument("folder", type=Path, metavar="DIR")
     bench = add("bench", run_bench, "run a matrix of benchmarks", "MATRIX")
     bench.add_argument("--out", metavar="DIR")
     bench.add_argument("--resume", action="store_true", help="keep the runs that an earlier call has finished")
@@ -257,6 +265,19 @@ def bounded(kind: type, *, low: float = -math.inf, above: float = -math.inf, hig
 
     parse_number.__name__ = kind.__name__
     return parse_number
+
+
+def run_init(parsed: argparse.Namespace) -> None:
+    from ptune_dist.config.shipped import write_first_config
+
+    print(f"config: {write_first_config(parsed.task, parsed.out)}")
+
+
+def run_launcher_files(parsed: argparse.Namespace) -> None:
+    from ptune_dist.config.shipped import write_launcher_files
+
+    for file in write_launcher_files(parsed.folder):
+        print(file)
 
 
 def run_train(parsed: argparse.Namespace) -> int:

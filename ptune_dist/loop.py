@@ -112,6 +112,7 @@ def train(config: Config, listener: Listener | None = None) -> int:
         watch.begin_run()
         with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
             notes = lengths + describe_skipped(config, read) + [f"warning: {line}" for line in warnings]
+            notes += [prompt.head_note for prompt in job.prompts.values() if prompt.head_note]
             notes += describe_trained_tokens(job.prompts, read.splits, reading)
             return train_job(job, read, notes, watch, world, listener)
 

@@ -73,7 +73,8 @@ def read_member_rows(reading: Reading, request: GenerateRequest) -> Rows:
     if request.chooses_label:
         raise UserError("--labels: with several members, answers are texts: name one member")
     data = next(iter(reading.members.values())).data
-    return read_input_rows(data, reading.config.prompt, request.text, request.file)
+    prompt = reading.config.prompt
+    return read_input_rows(data, prompt.placement, request.text, request.file, prompt.around)
 
 
 def prepare(reading: Reading, rows: Rows, request: GenerateRequest, column: str | None) -> dict[str, Asked]:

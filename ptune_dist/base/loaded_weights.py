@@ -10,6 +10,7 @@ from ptune_dist.base.architecture import Architecture
 from ptune_dist.base.multimodal import key_mapping, name_in_text
 from ptune_dist.base.names import describe, is_harmless
 from ptune_dist.base.source import describe_load_error, is_local_only
+from ptune_dist.common.hub import split_revision
 from ptune_dist.errors import UserError
 
 
@@ -42,13 +43,15 @@ def load_with_transformers(
 
     `part_of`: the language model, without memory, where the files hold other parts too.
     """
+    name, revision = split_revision(path)
     options = {"config": part_of.config, "key_mapping": key_mapping(part_of)} if part_of is not None else {}
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()
     try:
         model, report = family.auto_class.from_pretrained(
-            path,
+            name,
+            revision=revision or "main",
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,

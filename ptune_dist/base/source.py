@@ -21,7 +21,7 @@ from ptune_dist.base.other_folders import (
     describe_tokenizer,
     import_command,
 )
-from ptune_dist.common.hub import hub_answers
+from ptune_dist.common.hub import hub_answers, split_revision
 from ptune_dist.errors import UserError
 
 SAMPLE_BYTES = 1 << 20
@@ -38,7 +38,10 @@ def load_whole_shape(path: str) -> transformers.PretrainedConfig:
     check_folder(path)
     try:
         # Code of a base's own is never run; without an answer here, transformers asks the terminal for one.
-        return AutoConfig.from_pretrained(path, local_files_only=is_local_only(path), trust_remote_code=False)
+        name, revision = split_revision(path)
+        return AutoConfig.from_pretrained(
+            name, revision=revision or "main", local_files_only=is_local_only(path), trust_remote_code=False
+        )
     except Exception as error:  # the hub, JSON and transformers each have their own errors
         if "trust_remote_code" in str(error):
             raise UserError(f"model.path: the architecture of {path} {OWN_CODE}") from None
@@ -55,7 +58,10 @@ def load_tokenizer(
     """
     check_folder(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_local_only(path), trust_remote_code=False)
+        name, revision = split_revision(path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision or "main", local_files_only=is_local_only(path), trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers library has its own errors too
         what = describe_tokenizer(Path(path), str(error)) if Path(path).is_dir() else None
         if what:
@@ -126,7 +132,8 @@ def describe_load_error(path: str, what: str, error: Exception) -> str:
 
 def fingerprint_base(path: str, *, random_init: bool, seed: int) -> str:
     """A short digest that identifies a base: of its config.json and of samples of its safetensors files."""
-    found = cached_file(path, "config.json", local_files_only=is_local_only(path))
+    name, revision = split_revision(path)
+    found = cached_file(name, "config.json", revision=revision, local_files_only=is_local_only(path))
     assert found is not None  # a missing file is an OSError
     config_file = Path(found)
     digest = hashlib.sha256(config_file.read_bytes())

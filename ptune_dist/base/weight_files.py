@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 
 from ptune_dist.base.other_folders import INDEX, WHOLE, describe_conversion, describe_other_weights
 from ptune_dist.common.files import explain_unreadable
+from ptune_dist.common.hub import split_revision
 from ptune_dist.errors import UserError
 
 CHUNK_BYTES = 32 << 20  # of a tensor that is cast, or moved to a GPU
@@ -169,10 +170,17 @@ def open_weight_files(path: str, *, local_only: bool) -> WeightFiles:
 
 def find_weight_files(path: str, local_only: bool) -> list[Path]:
     """The one weight file, or those that an index lists. Raises UserError."""
+    repository, revision = split_revision(path)
 
     def find(name: str) -> Path | None:
         try:
-            found = cached_file(path, name, local_files_only=local_only, _raise_exceptions_for_missing_entries=False)
+            found = cached_file(
+                repository,
+                name,
+                revision=revision,
+                local_files_only=local_only,
+                _raise_exceptions_for_missing_entries=False,
+            )
         except OSError:
             return None
         return Path(found) if found else None

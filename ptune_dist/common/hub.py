@@ -1,11 +1,20 @@
-"""Whether the hub of models and datasets can be reached."""
+"""Whether the hub of models and datasets can be reached, and the commit of it that a name is pinned to."""
 
 import functools
 import os
+from pathlib import Path
 
 import huggingface_hub
 
 PROBE_S = 5
+
+
+def split_revision(path: str) -> tuple[str, str | None]:
+    """`NAME@REVISION`, a base on the hub at a commit, as (name, revision); a folder, or a name alone, has None."""
+    if Path(path).is_dir():
+        return path, None
+    name, _, revision = path.partition("@")
+    return name, revision or None
 
 
 @functools.cache

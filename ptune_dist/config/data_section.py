@@ -36,6 +36,9 @@ class DataConfig(Section):
     """The validation rows, in the same forms. Or a number such as `500`, or a share such as `0.1`: so many of the
     training rows are drawn, kept out of training, and named in the run's split.json."""
 
+    revision: str | None = None
+    """A commit, tag or branch of the dataset on the hub: a commit pins it. The hub's `main` where left out."""
+
     split_seed: Annotated[NotNegative, Field(lt=2**32)] = 0
     """Which of the training rows are drawn for validation. `seed` does not change them."""
 

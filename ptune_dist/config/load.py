@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ptune_dist.config.messages import (
     text_keys,
 )
 from ptune_dist.config.schema import Config
+from ptune_dist.config.shipped import find_recipe, find_shipped
 from ptune_dist.config.sweep import map_paths, render_members, sweep_keys, validate_member
 from ptune_dist.config.yaml_file import apply_override, read_yaml
 from ptune_dist.errors import UserError
@@ -30,8 +32,9 @@ Resolve = Callable[[Config], Config]
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Resolve | None = None) -> Config:
     """Read a YAML file, apply `key.path=value` overrides, validate.
 
-    Relative paths of files are looked up from the current folder, then from the config's own; those found are made
-    absolute, so that a run can be evaluated from anywhere. Every member of a sweep is validated too.
+    Relative paths of files are looked up from the current folder, then from the config's own, then by name among the
+    files that come with the package; those found are made absolute, so that a run can be evaluated from anywhere. Every
+    member of a sweep is validated too.
 
     resolve: checks what this package cannot know (names of methods, objectives and metrics, and the options of a
     method), for the config and for each member of a sweep. It returns the config with the method's defaults filled in,
@@ -40,6 +43,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Res
 
     Raises UserError naming the file and the key.
     """
+    path = find_recipe(path)
     texts = text_keys()
     raw = read_yaml(path, texts)
     for override in overrides:
@@ -59,6 +63,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, resolve: Res
     wrong = describe_wrong_folder(config)
     if wrong:
         raise UserError(f"{name_place('output_dir', path, overrides)}: output_dir: {wrong}")
+    key, wrong = describe_wrong_revision(config)
+    if wrong:
+        raise UserError(f"{name_place(key, path, overrides)}: {key} {wrong}")
+    config = pin_base(config)
     try:
         resolved = resolve_outside_sweep(config, resolve) if resolve else config
     except ValueError as error:
@@ -111,7 +119,7 @@ def resolve_paths(config: Config, config_dir: Path) -> Config:
                 return os.path.abspath(folder / value)
             if colon and os.path.isdir(folder / name):
                 return os.path.abspath(folder / name) + colon + split
-        return value
+        return find_shipped(value)
 
     def expand(value: Any) -> Any:
         """As `resolve`, with the files that a pattern names in place of it."""
@@ -173,6 +181,32 @@ def describe_wrong_folder(config: Config) -> str:
         if data and os.path.isdir(data) and os.path.commonpath([folder, os.path.abspath(data)]) == data:
             return f"{given} is {key} or inside it, and a run would write among the rows: choose another"
     return ""
+
+
+def describe_wrong_revision(config: Config) -> tuple[str, str]:
+    """The key of a revision that pins nothing, and why, with the paths resolved; two empty texts where all is well."""
+    if config.model.revision and os.path.exists(config.model.path):
+        return "model.revision", "is for a name on the hub, and model.path is a folder here: leave it out"
+    if config.data.revision is None:
+        return "", ""
+    data = config.data
+    sources = [*data.train_sources, *data.validation_sources]
+    if isinstance(data.tasks, dict):
+        sources = [file for files in data.tasks.values() for file in (files.train, files.validation) if file]
+    names = sorted({re.split("[@:]", source)[0] for source in sources if not os.path.isabs(source)})
+    if not names:
+        return "data.revision", "is for a dataset on the hub, and the rows are files here: leave it out"
+    if len(names) > 1:
+        return "data.revision", f"pins one dataset, and there are {', '.join(names)}: leave it out"
+    return "", ""
+
+
+def pin_base(config: Config) -> Config:
+    """`model.path` as `NAME@REVISION`, which all that reads a base understands."""
+    model = config.model
+    if not model.revision or model.path.endswith(f"@{model.revision}"):
+        return config
+    return config.model_copy(update={"model": model.model_copy(update={"path": f"{model.path}@{model.revision}"})})
 
 
 def render_config(config: Config) -> str:

@@ -76,12 +76,14 @@ class Rows:
         return f"{self.name} row {index + 1} (the first is row 1)" if line is None else f"{self.name} line {line}"
 
 
-def load_rows(source: str, *, key: str, default_split: str, csv: CsvDialect | None = None) -> Rows:
+def load_rows(
+    source: str, *, key: str, default_split: str, csv: CsvDialect | None = None, revision: str | None = None
+) -> Rows:
     """Load a file, a folder saved by `datasets`, or a hub dataset; `key` is the config key that names it.
 
-    `csv` is how .csv and .tsv files are written. FOLDER:SPLIT and NAME@CONFIG:SPLIT select a split; the default is
-    `default_split`. Not collective. Raises UserError for anything wrong with the source, with the line number if it is
-    a text file.
+    `csv` is how .csv and .tsv files are written, `revision` the commit, tag or branch of a hub dataset.
+    FOLDER:SPLIT and NAME@CONFIG:SPLIT select a split; the default is `default_split`. Not collective. Raises UserError
+    for anything wrong with the source, with the line number if it is a text file.
     """
     path = Path(source).expanduser()
     folder, _, folder_split = source.rpartition(":")
@@ -100,7 +102,7 @@ def load_rows(source: str, *, key: str, default_split: str, csv: CsvDialect | No
     elif _looks_like_path(source):
         raise UserError(_describe_missing(path, source, key))
     else:
-        rows = _load_from_hub(source, default_split, key)
+        rows = _load_from_hub(source, default_split, key, revision)
     if len(rows) == 0:
         raise UserError(f"{key}: {source} has no rows")
     return rows
@@ -125,11 +127,11 @@ def _load_folder(path: Path, source: str, folder: str, split: str, key: str) -> 
     return Rows(source, load_saved(path, folder, split, key), "rows")
 
 
-def _load_from_hub(source: str, default_split: str, key: str) -> Rows:
+def _load_from_hub(source: str, default_split: str, key: str, revision: str | None) -> Rows:
     from ptune_dist.data.stored_tables import load_hub
 
     name, config, split = split_hub_name(source, default_split)
-    return Rows(source, load_hub(source, name, config, split, key=key), "rows")
+    return Rows(source, load_hub(source, name, config, split, key=key, revision=revision), "rows")
 
 
 def _looks_like_path(source: str) -> bool:

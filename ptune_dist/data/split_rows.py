@@ -38,7 +38,7 @@ def load_sources(data: DataConfig, which: str) -> Rows:
     """All rows of a split's sources, one after another. Raises UserError."""
 
     def load_source(source: str, key: str) -> Rows:
-        return load_rows(source, key=key, default_split=which, csv=csv_dialect(data))
+        return load_rows(source, key=key, default_split=which, csv=csv_dialect(data), revision=data.revision)
 
     if isinstance(data.tasks, dict):
         return join_task_rows(data, which, load_source)

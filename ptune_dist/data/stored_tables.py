@@ -88,7 +88,9 @@ def load_saved(path: Path, name: str, split: str, key: str) -> datasets.Dataset:
     return loaded.with_format(None)
 
 
-def load_hub(source: str, name: str, config: str | None, split: str, *, key: str) -> datasets.Dataset:
+def load_hub(
+    source: str, name: str, config: str | None, split: str, *, key: str, revision: str | None = None
+) -> datasets.Dataset:
     """A split of a dataset on the hub, or in its cache; the user wrote it as `source`. Raises UserError."""
     with _quiet(), BusyLine(f"loading {source}"):
         online = hub_answers()
@@ -97,11 +99,24 @@ def load_hub(source: str, name: str, config: str | None, split: str, *, key: str
         # its cache.
         datasets.config.HF_HUB_OFFLINE = was_offline or not online
         try:
-            return datasets.load_dataset(name, config, split=split)
+            loaded = datasets.load_dataset(name, config, split=split, revision=revision)
         except Exception as error:  # wrong name or split, gated, damaged, connection lost
             raise UserError(f"{key}: {_describe_hub_error(source, online, error)}") from None
         finally:
             datasets.config.HF_HUB_OFFLINE = was_offline
+    if revision is not None and not online:
+        _check_cached_revision(cast(datasets.Dataset, loaded), source, revision, key)
+    return cast(datasets.Dataset, loaded)
+
+
+def _check_cached_revision(table: datasets.Dataset, source: str, revision: str, key: str) -> None:
+    """Raise UserError unless rows from the cache are of this commit: there `datasets` takes the newest of any."""
+    commits = {Path(file["filename"]).parent.name for file in table.cache_files}
+    if commits != {revision}:
+        raise UserError(
+            f"{key}: {source} in the cache is of commit {', '.join(sorted(commits))}, and not of data.revision "
+            f"{revision}; the hub cannot be reached"
+        )
 
 
 def _describe_hub_error(source: str, online: bool, error: Exception) -> str:

@@ -140,7 +140,7 @@ def decode_rows(
         chooser,
         end=cast(int | None, tokenizer.eos_token_id),
         budget=decoding.micro_batch_tokens,
-        listener=listener and (lambda row, ids: listener(row, tokenizer.decode(ids, skip_special_tokens=True))),
+        listener=listener and (lambda row, ids: listener(row, str(tokenizer.decode(ids, skip_special_tokens=True)))),
     )
     for found in answer_rows(loop, inputs, most_tokens, numbers, engine.world, readers):
         ids = [tokens for _, tokens in found]

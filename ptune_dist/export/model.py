@@ -22,7 +22,7 @@ from ptune_dist.export.token_prompts import (
 )
 from ptune_dist.export.tokenizer import put_by_itself, put_by_name, save_tokenizer, set_system
 from ptune_dist.export.weights import Changes, change_tokens, write_weights
-from ptune_dist.run.job import open_base_of
+from ptune_dist.run.parts import open_base_of
 from ptune_dist.run.whole_model import whole_precision
 
 CARRIED = ("*.model", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*")

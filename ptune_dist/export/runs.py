@@ -31,8 +31,8 @@ from ptune_dist.prompts.export import (
 from ptune_dist.prompts.late_prompt import choose_layer
 from ptune_dist.prompts.multitask import select_task
 from ptune_dist.prompts.store import load_prompt
-from ptune_dist.run.job import base_facts, open_base_of
 from ptune_dist.run.ownership import check_target
+from ptune_dist.run.parts import base_facts, open_base_of
 from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.run.stored_prompt import check_base
 from ptune_dist.run.whole_model import export_model

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from ptune_dist.base.source import is_local_only
+from ptune_dist.common.hub import split_revision
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.examples import Examples
 from ptune_dist.data.framing import Framing
@@ -302,6 +303,10 @@ class Seq2Seq(Family):
 def stored_start(path: str) -> int | None:
     """The token that a decoder starts from, of a base that names it in its generation_config.json."""
     try:
-        return GenerationConfig.from_pretrained(path, local_files_only=is_local_only(path)).decoder_start_token_id
+        name, revision = split_revision(path)
+        stored = GenerationConfig.from_pretrained(
+            name, revision=revision or "main", local_files_only=is_local_only(path)
+        )
+        return stored.decoder_start_token_id
     except (OSError, ValueError):
         return None

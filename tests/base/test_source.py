@@ -1,12 +1,16 @@
 """Errors in `model.path` are reported in one line, and bases have different fingerprints."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from ptune_dist.base.source import fingerprint_base, largest_id, load_shape, load_tokenizer
 from tests.base.bases import QUERY, error_of, open_only, rewrite_shape, rewrite_weights
+from tests.processes import process_env
 
 
 def fingerprint(path, **options) -> str:
@@ -244,3 +248,36 @@ def test_a_message_that_continues_after_a_colon_is_whole(base):
 
 def test_an_empty_path_is_named():
     assert error_of(load_shape, "").startswith("model.path: is empty")
+
+
+# Commits of the hub
+
+
+PINNED = """
+import sys
+from ptune_dist.base.source import fingerprint_base, load_shape, load_tokenizer
+from ptune_dist.base.weight_files import find_weight_files
+for name in sys.argv[1:]:
+    shape = load_shape(name)
+    load_tokenizer(name, shape)
+    (file,) = find_weight_files(name, True)
+    print(fingerprint_base(name, random_init=False, seed=0), file.parent.name)
+"""
+
+
+def test_a_commit_of_the_hub_is_the_one_that_is_read(llama, tmp_path):
+    """Two commits of one base in the hub's cache, whose weights differ."""
+    first, second = "a" * 40, "b" * 40
+    stored = tmp_path / "hub" / "models--user--base"
+    for commit in (first, second):
+        shutil.copytree(llama, stored / "snapshots" / commit)
+    rewrite_weights(stored / "snapshots" / second, add_to_query(1.0))
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(second)
+    env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", PINNED, "user/base", f"user/base@{first}", f"user/base@{second}"]
+    done = subprocess.run(command, env=process_env(env), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert [commit for _, commit in found] == [second, first, second]
+    assert found[0] == found[2] and found[0][0] != found[1][0]

@@ -1,4 +1,4 @@
-"""A wheel of the package has the DeepSpeed JSON files that a config names."""
+"""A wheel of the package works without the repository: what a config names travels in it."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ptune_dist.config.deepspeed_json import preset_names
 from tests.processes import ROOT
@@ -20,23 +21,67 @@ deepspeed: zero3_fp32
 """
 
 
+# What `python -m build --no-isolation` does: a source distribution, and a wheel from what it holds.
+BUILD_SDIST = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+SHIPPED = {"recipes": "configs/recipes", "tiny": "configs/tiny", "launch": "launch", "slurm": "slurm"}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, because a build writes beside the sources."""
+    """Built from a copy, because a build writes beside the sources; its links lead to folders of the copy."""
     source = tmp_path_factory.mktemp("source")
-    shutil.copytree(ROOT / "ptune_dist", source / "ptune_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("ptune_dist", "configs", "launch", "slurm"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", source, source]
+    out = tmp_path_factory.mktemp("built")
+    subprocess.run([sys.executable, "-c", BUILD_SDIST, out], cwd=source, check=True, timeout=120, capture_output=True)
+    (sdist,) = out.glob("*.tar.gz")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, sdist]
     subprocess.run(command, check=True, timeout=120)
-    (file,) = source.glob("*.whl")
+    (file,) = out.glob("*.whl")
     return file
+
+
+def tracked_files(folder: str) -> set[str]:
+    return {str(file.relative_to(ROOT / folder)) for file in (ROOT / folder).rglob("*") if file.is_file()}
 
 
 def test_a_wheel_has_every_preset(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     prefix = "ptune_dist/config/presets/"
     assert sorted(name for name in names if name.startswith(prefix)) == [f"{prefix}{n}.json" for n in preset_names()]
+
+
+def test_a_wheel_has_the_recipes_the_tiny_bases_and_the_files_that_start_jobs(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for name, folder in SHIPPED.items():
+        prefix = f"ptune_dist/shipped/{name}/"
+        assert {found.removeprefix(prefix) for found in names if found.startswith(prefix)} == tracked_files(folder)
+
+
+@pytest.mark.long
+def test_an_installed_wheel_works_alone_in_an_empty_folder(wheel, tmp_path):
+    site, work = tmp_path / "site", tmp_path / "work"
+    work.mkdir()
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site, wheel]
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    env = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [site / "bin" / "ptune-dist", *arguments], cwd=work, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("init", "sentiment")
+    shown = run("train", "sentiment.yaml", "train.max_steps=2", "evaluate.max_examples=8", "deepspeed=zero3_fp32")
+    assert "finished: runs/sentiment, 2 steps" in shown and "ZeRO 3" in shown
+    stored = yaml.safe_load((work / "runs/sentiment/config.yaml").read_text())
+    assert Path(stored["model"]["path"]) == site / "ptune_dist/shipped/tiny/causal"
+    run("launcher-files", "cluster")
+    assert os.access(work / "cluster/launch/run.sh", os.X_OK)
 
 
 @pytest.mark.extended

@@ -15,6 +15,8 @@ from tests.processes import python_path
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "a" * 40
+PINNED = f"user/rows@one#{COMMIT}"  # data.revision after the #
+OTHER = f"user/rows@one#{'b' * 40}"
 CARD = """---
 configs:
 - config_name: one
@@ -31,7 +33,8 @@ from ptune_dist.data.sources import load_rows
 from ptune_dist.errors import UserError
 for source in sys.argv[1:]:
     try:
-        rows = load_rows(source, key="data.train", default_split="train")
+        name, _, revision = source.partition("#")
+        rows = load_rows(name, key="data.train", default_split="train", revision=revision or None)
         print([row["text"] for row in rows.read(0, len(rows))])
     except UserError as error:
         print(error)
@@ -104,10 +107,12 @@ def answers(tmp_path_factory):
         assert done.stderr == ""
         return dict(zip(sources, done.stdout.splitlines(), strict=True))
 
-    online = load("user/rows", "user/rows:test", "user/rows@two", "user/rows@three", "user/rows:dev", "user/none")
+    online = load(
+        PINNED, "user/rows", "user/rows:test", "user/rows@two", "user/rows@three", "user/rows:dev", "user/none"
+    )
     server.shutdown()
     server.server_close()
-    return online, load("user/rows@one", "user/rows@one:test", "user/rows", "user/none")
+    return online, load(PINNED, OTHER, "user/rows@one", "user/rows@one:test", "user/rows", "user/none")
 
 
 def test_name_config_and_split(answers):
@@ -132,3 +137,10 @@ def test_without_a_network_the_cache_serves_what_was_loaded_before(answers):
         "the hub cannot be reached: There are multiple 'user/rows' configurations in the cache" in offline["user/rows"]
     )
     assert "there is no network, or the name is wrong" in offline["user/none"]
+
+
+def test_a_commit_is_taken_from_the_cache_only_where_it_is_the_one_asked_for(answers):
+    online, offline = answers
+    assert online[PINNED] == offline[PINNED] == "['a', 'b']"
+    says = f"user/rows@one in the cache is of commit {COMMIT}, and not of data.revision {'b' * 40}"
+    assert offline[OTHER] == f"data.train: {says}; the hub cannot be reached"

@@ -24,6 +24,7 @@ from ptune_dist.evaluation.row_warnings import find_warnings
 from ptune_dist.evaluation.sources import choose_sources
 from ptune_dist.evaluation.splits import RunRows, build_splits, describe_skipped, find_lead, measure_scales, write_rows
 from ptune_dist.optim.optimizer import learning_rate_at
+from ptune_dist.reports.of_run import write_run_report
 from ptune_dist.run.accumulate import Accumulator
 from ptune_dist.run.batches_ahead import BatchesAhead, StepPlan, StepSource
 from ptune_dist.run.folder import (
@@ -156,6 +157,8 @@ def train_job(
             training.say(f"stopped at step {progress.step} on request; the same command resumes")
     if world.is_main:
         end_status(run_dir, end)
+    if world.is_main and end.kind == DONE:
+        write_run_report(run_dir)
     if end.kind == DONE:
         say_finished(config, summary, world)
     return end.exit_status

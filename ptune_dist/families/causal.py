@@ -16,6 +16,7 @@ from ptune_dist.base.layers import keys_values_width, layers_differ
 from ptune_dist.data.batches import Batch
 from ptune_dist.data.framing import Framing
 from ptune_dist.errors import UserError
+from ptune_dist.families.bank_decoder import BankDecoder
 from ptune_dist.families.causal_padded import keeps_keys
 from ptune_dist.families.causal_segments import SegmentCausal
 from ptune_dist.families.family import Family
@@ -71,6 +72,13 @@ class PromptedCausal(SegmentCausal):
         if self.num_prefix[number] and keeps_more(self.base):
             return RereadingDecoder(self, number)
         return SegmentDecoder(self, number) if can_keep else None
+
+    def open_bank_decoder(self) -> Decoder | None:
+        is_plain = not (self.late_starts or self.reads_rows or any(prompt.is_gated for prompt in self.members()))
+        has_tasks = any(prompt.num_tasks > 1 for prompt in self.members())
+        if not (self.writes_text and self.uses_segments and is_plain) or has_tasks or layers_differ(self.base.config):
+            return None
+        return None if any(self.num_prefix) and keeps_more(self.base) else BankDecoder(self)
 
     def _labels_below(self, batch: Batch, start: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What the layers below leave of the tokens of each reader's input, and of those of its labels."""

@@ -120,6 +120,10 @@ class PromptedModel(LateEntry):
         """What answers rows that come and go; None where whole batches are answered by `generate`."""
         return None
 
+    def open_bank_decoder(self) -> Decoder | None:
+        """As `open_decoder`, of rows that are read with different prompts, each with the number of its reader."""
+        return None
+
     def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:
         """Positions that stand before the first token of an answer, of those whose number may be limited."""
         raise NotImplementedError

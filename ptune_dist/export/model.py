@@ -12,6 +12,7 @@ from transformers.utils.hub import cached_file
 
 from ptune_dist.base.open import OpenedBase
 from ptune_dist.base.source import is_local_only, load_shape
+from ptune_dist.common.hub import split_revision
 from ptune_dist.errors import UserError
 from ptune_dist.export.token_prompts import (
     TokenPrompt,
@@ -111,7 +112,8 @@ def write_folder(
 ) -> None:
     reading = placed[0].trained.reading
     path = reading.config.model.path
-    found = cached_file(path, "config.json", local_files_only=is_local_only(path))
+    name, revision = split_revision(path)
+    found = cached_file(name, "config.json", revision=revision, local_files_only=is_local_only(path))
     assert found is not None, "the base has been opened"
     folder = Path(found).parent
     out.mkdir(parents=True, exist_ok=True)

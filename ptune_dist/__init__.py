@@ -10,15 +10,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptune_dist.api.attach import Attached
     from ptune_dist.api.configs import load_config
+    from ptune_dist.api.curves import LiveCurves
     from ptune_dist.api.trained import TrainedPrompt, load
     from ptune_dist.api.training import evaluate, train
     from ptune_dist.errors import RunFault, UserError
 
 __version__ = "0.1.0"
-__all__ = ["Attached", "RunFault", "TrainedPrompt", "UserError", "evaluate", "load", "load_config", "train"]
+__all__ = [
+    "Attached",
+    "LiveCurves",
+    "RunFault",
+    "TrainedPrompt",
+    "UserError",
+    "evaluate",
+    "load",
+    "load_config",
+    "train",
+]
 
 PLACES = {
     "Attached": "ptune_dist.api.attach",
+    "LiveCurves": "ptune_dist.api.curves",
     "RunFault": "ptune_dist.errors",
     "TrainedPrompt": "ptune_dist.api.trained",
     "UserError": "ptune_dist.errors",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 USER_MISTAKE = 2
 FAULT = 1
 SECONDS_FOR_RANK_0 = 2.0
+ALL_MEMBERS = "all"  # the value of `generate --member` that stands for every member of a sweep
 DEFAULT_SHOTS = 4
 
 COMMANDS = (
@@ -195,11 +196,13 @@ def build_parser() -> Parser:
     for command in (evaluate, generate):
         command.add_argument("--labels", metavar="A,B", help="choose among these, or data.labels where left out")
     for command in (evaluate, generate, export):
-        command.add_argument("--member", metavar="NAME", help="of a sweep; the best-ranked one where left out")
+        every = "; all: every member answers" if command is generate else ""
+        command.add_argument("--member", metavar="NAME", help=f"of a sweep; the best-ranked one where left out{every}")
     evaluate.add_argument("--output", type=Path, metavar="F", help="JSON lines: each row, what was right and answered")
     evaluate.add_argument("--baselines", action="store_true", help="a table beside the base without the prompt")
     evaluate.add_argument("--shots", type=bounded(int, low=0), metavar="K", help="with --baselines: examples, 4")
     add_generate_arguments(generate)
+    generate.add_argument("--member-column", metavar="COLUMN", help="of a sweep: names the member for each row")
     generate.add_argument("--task", metavar="NAME", help="of all inputs; the column of data.task where left out")
     export.add_argument("--task", metavar="NAME", help="one of the tasks of a multitask prompt")
     export.add_argument("--to", choices=["peft", "cartridge", "prompt-embeds", "vectors", "model", "kv"], required=True)
@@ -224,14 +227,17 @@ def build_parser() -> Parser:
     return parser
 
 
-def add_input_arguments(command: argparse.ArgumentParser, prefix: str, *, required: bool) -> None:
+def add_input_arguments(command: argparse.ArgumentParser, prefix: str, *, required: bool) -> Any:
+    """The group of arguments of which one may be given."""
     group = command.add_mutually_exclusive_group(required=required)
     group.add_argument("--input", metavar="TEXT", help=prefix + "the value of the template's one column")
     group.add_argument("--input-file", metavar="F", help=prefix + "rows with the template's columns")
+    return group
 
 
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
-    add_input_arguments(command, "", required=True)
+    group = add_input_arguments(command, "", required=True)
+    group.add_argument("--interactive", action="store_true", help="a chat in the terminal; an empty line ends it")
     command.add_argument("--output", type=Path, metavar="F", help="JSON lines; standard output where left out")
     count = bounded(int, low=1)
     share = bounded(float, above=0, high=1)
@@ -357,7 +363,10 @@ def read_trained_run(parsed: argparse.Namespace) -> "tuple[Path, Config]":
 
 
 def run_generate(parsed: argparse.Namespace) -> None:
-    run_dir, config = read_trained_run(parsed)
+    if parsed.interactive and (parsed.output or parsed.member_column or parsed.member == ALL_MEMBERS):
+        raise UserError("--interactive: a chat is with one prompt, in a terminal: leave the other options out")
+    is_of_several = parsed.member == ALL_MEMBERS or parsed.member_column is not None
+    run_dir, config = read_sweep(parsed) if is_of_several else read_trained_run(parsed)
     with without_garbage_collection():
         from ptune_dist.commands import GenerateRequest, generate_for_run
 
@@ -371,7 +380,33 @@ def run_generate(parsed: argparse.Namespace) -> None:
         chooses_label=parsed.labels is not None,
         task=parsed.task,
     )
-    generate_for_run(config, run_dir, request)
+    if parsed.interactive:
+        from ptune_dist.answering.interactive import chat_with_run
+
+        chat_with_run(config, run_dir, request)
+    elif is_of_several:
+        from ptune_dist.answering.members import generate_for_members
+
+        generate_for_members(config, run_dir, request, parsed.member_column)
+    else:
+        generate_for_run(config, run_dir, request)
+
+
+def read_sweep(parsed: argparse.Namespace) -> "tuple[Path, Config]":
+    """The folder of a sweep whose members are to answer, and its config. Raises UserError."""
+    from ptune_dist.run.folder import read_run_config
+
+    option = "--member" if parsed.member_column is None else "--member-column"
+    if parsed.member not in (None, ALL_MEMBERS) or (parsed.member and parsed.member_column):
+        raise UserError("--member-column: each row names its member: leave --member out")
+    run_dir = Path(parsed.run_dir)
+    if not read_run_config(run_dir, parsed.overrides).sweep:
+        raise UserError(f"{option}: {run_dir} is not a sweep: omit it")
+    say_start("generate", run_dir, sys.stderr)
+    with without_garbage_collection():
+        from ptune_dist.run.resolve import resolve
+
+    return run_dir, read_run_config(run_dir, parsed.overrides, resolve=resolve)
 
 
 def sampling_of(parsed: argparse.Namespace) -> dict[str, Any] | None:

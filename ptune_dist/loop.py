@@ -24,6 +24,7 @@ from ptune_dist.evaluation.row_warnings import find_warnings
 from ptune_dist.evaluation.sources import choose_sources
 from ptune_dist.evaluation.splits import RunRows, build_splits, describe_skipped, find_lead, measure_scales, write_rows
 from ptune_dist.optim.optimizer import learning_rate_at
+from ptune_dist.reports.of_run import write_run_report
 from ptune_dist.run.accumulate import Accumulator
 from ptune_dist.run.batches_ahead import BatchesAhead, StepPlan, StepSource
 from ptune_dist.run.folder import (
@@ -111,6 +112,7 @@ def train(config: Config, listener: Listener | None = None) -> int:
         watch.begin_run()
         with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
             notes = lengths + describe_skipped(config, read) + [f"warning: {line}" for line in warnings]
+            notes += [prompt.head_note for prompt in job.prompts.values() if prompt.head_note]
             notes += describe_trained_tokens(job.prompts, read.splits, reading)
             return train_job(job, read, notes, watch, world, listener)
 
@@ -155,6 +157,8 @@ def train_job(
             training.say(f"stopped at step {progress.step} on request; the same command resumes")
     if world.is_main:
         end_status(run_dir, end)
+    if world.is_main and end.kind == DONE:
+        write_run_report(run_dir)
     if end.kind == DONE:
         say_finished(config, summary, world)
     return end.exit_status

@@ -165,6 +165,18 @@ class TrainedPrompt:
         tensors, facts = select_task(self._tensors, self.facts, task)
         return attach(model, tensors, facts)
 
+    def export(self, to: str, out: str | Path, *options: str) -> Path:
+        """Write the prompt for other software into a folder, which is returned.
+
+        to: "peft", "prompt-embeds" or another value of `ptune-dist export --to`. options: more words of that command,
+        such as "--task", "nli". Raises UserError.
+        """
+        from ptune_dist.cli import parse
+
+        parsed = parse(["export", str(self.folder), "--to", to, "--out", str(out), *options])
+        parsed.run(parsed)
+        return Path(out)
+
     @contextlib.contextmanager
     def _rows(self, inputs: str | Row | Sequence[str | Row]) -> "Iterator[Rows]":
         """Inputs as rows of a file, so that they are read as the command reads them."""
@@ -177,10 +189,10 @@ class TrainedPrompt:
         rows: list[Row] = []
         for item in several:
             if isinstance(item, str):
-                item = read_input_rows(data, self.config.prompt.placement, item, None).read(0, 1)[0]
+                item = read_input_rows(data, self.config.prompt, item, None).read(0, 1)[0]
             rows.append(item)
         with self._file_of(rows) as file:
-            yield read_input_rows(data, self.config.prompt.placement, None, str(file))
+            yield read_input_rows(data, self.config.prompt, None, str(file))
 
     @contextlib.contextmanager
     def _file_of(self, rows: Sequence[Row]) -> Iterator[Path]:

@@ -6,7 +6,7 @@ row that is finished runs out of learned positions while others continue.
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,13 +30,15 @@ COUNTS_PADDING = ("deepseek_v4", "git")
 class Decoding:
     """How inputs are answered.
 
-    sampling: transformers' own names (temperature, top_p, top_k); greedy without it. seed: of sampling.
+    sampling: transformers' own names (temperature, top_p, top_k); greedy without it. seed: of sampling. listener: gets
+    a row's number and its answer so far with each token, on the rank that computes it, where rows come and go.
     """
 
     max_new_tokens: int
     micro_batch_tokens: int
     sampling: dict[str, Any] | None = None
     seed: int = 0
+    listener: Callable[[int, str], None] | None = None
 
 
 class AnswerBatch(NamedTuple):

@@ -29,6 +29,7 @@ class Row:
     context: np.ndarray
     rest: np.ndarray
     most_tokens: int
+    reader: int = 0  # which of the prompts that the decoder knows reads it
     length: int = 0  # positions of its own before the answer
     answer: list[int] = field(default_factory=list)
 
@@ -51,8 +52,20 @@ class Base:
 class AnswerLoop:
     """This rank's rows on their way through a decoder."""
 
-    def __init__(self, decoder: Decoder, base: Base, chooser: Chooser, *, end: int | None, budget: int):
-        """`end`: the token after which an answer is complete. `budget`: the most positions that a pass reads."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        base: Base,
+        chooser: Chooser,
+        *,
+        end: int | None,
+        budget: int,
+        listener: Callable[[int, list[int]], None] | None = None,
+    ):
+        """`end`: the token after which an answer is complete. `budget`: the most positions that a pass reads.
+        `listener`: gets a row's number and the tokens of its answer so far after each pass.
+        """
+        self._listener = listener
         self._decoder = decoder
         self._base = base
         self._chooser = chooser
@@ -124,6 +137,8 @@ class AnswerLoop:
         rows = self._active + new
         for row, token in zip(rows, self._chooser.choose(logits, [row.number for row in rows]), strict=True):
             row.answer.append(token)
+            if self._listener is not None:
+                self._listener(row.number, row.answer)
         is_done = [row.answer[-1] == self._end or len(row.answer) >= row.most_tokens for row in rows]
         count = len(self._active)
         leaving = [place for place in range(count) if is_done[place]]
@@ -136,21 +151,29 @@ class AnswerLoop:
         if not rows:
             return idle_batch(self._base.pad_id, has_contexts=has_contexts)
         nothing = [np.zeros(0, np.int32)] * len(rows)
-        readers = [(number, 0) for number in range(len(rows))]
+        readers = [(number, row.reader) for number, row in enumerate(rows)]
         return Batch([row.context for row in rows], [row.rest for row in rows], nothing, readers, self._base.pad_id)
 
 
 def answer_rows(
-    loop: AnswerLoop, inputs: Sequence[TokenPair], most_tokens: Sequence[int], numbers: Sequence[int], world: World
+    loop: AnswerLoop,
+    inputs: Sequence[TokenPair],
+    most_tokens: Sequence[int],
+    numbers: Sequence[int],
+    world: World,
+    readers: Sequence[int] | None = None,
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Yield, round after round, (number, token ids) of rows that any rank has finished.
 
-    `numbers`: of each row, for sampling. `most_tokens`: of each answer, one at least where it is to be read.
+    `numbers`: of each row, for sampling. `most_tokens`: of each answer, one at least where it is to be read. `readers`:
+    of each row, the number of its prompt, for a decoder that knows several.
     Collective: every rank must exhaust it.
     """
     rows = [
-        Row(number, np.array(context, np.int32), np.array(rest, np.int32), most)
-        for number, (context, rest), most in zip(numbers, inputs, most_tokens, strict=True)
+        Row(number, np.array(context, np.int32), np.array(rest, np.int32), most, reader)
+        for number, (context, rest), most, reader in zip(
+            numbers, inputs, most_tokens, readers or [0] * len(inputs), strict=True
+        )
     ]
     yield [(row.number, []) for row in rows if row.most_tokens < 1]  # the input fills a base's last learned position
     rows = [row for row in rows if row.most_tokens >= 1]

@@ -62,7 +62,8 @@ def generate_texts(
     if decoder is None:
         found = answer_in_batches(engine, tokenizer, inputs, decoding, (member, task), numbers=numbers)
     else:
-        found = decode_rows(engine, tokenizer, inputs, decoding, decoder, number=number, numbers=numbers)
+        most_tokens = [room_for(engine.model, row, number, decoding.max_new_tokens) for row in inputs]
+        found = decode_rows(engine, tokenizer, inputs, decoding, decoder, most_tokens=most_tokens, numbers=numbers)
     line = ProgressLine("generating answers", len(inputs), is_shown=engine.world.is_main)
     for answers in found:
         yield from ((number, text.strip()) for number, text in answers)
@@ -122,25 +123,70 @@ def decode_rows(
     decoding: Decoding,
     decoder: Decoder,
     *,
-    number: int,
+    most_tokens: Sequence[int],
     numbers: Sequence[int],
+    readers: Sequence[int] | None = None,
 ) -> Iterator[list[tuple[int, str]]]:
-    """Yield answers as rows are finished. Collective."""
+    """Yield answers as rows are finished; `most_tokens`, `numbers`, `readers`: as in `answer_rows`. Collective."""
     model = engine.model
     is_sharded = engine.stage == 3 and engine.world.size > 1
     hold = engine.contexts.hold if decoder.takes_contexts else take_as_is
     base = Base(engine.without_gradient, hold, engine.world, is_sharded, pad_id(tokenizer))
     chooser = Chooser(decoding.sampling, decoding.seed, model.device)
+    listener = decoding.listener
     loop = AnswerLoop(
-        decoder, base, chooser, end=cast(int | None, tokenizer.eos_token_id), budget=decoding.micro_batch_tokens
+        decoder,
+        base,
+        chooser,
+        end=cast(int | None, tokenizer.eos_token_id),
+        budget=decoding.micro_batch_tokens,
+        listener=listener and (lambda row, ids: listener(row, str(tokenizer.decode(ids, skip_special_tokens=True)))),
     )
-    num_virtual = model.num_virtual(number)
-    lengths = [len(context) + len(rest) for context, rest in inputs]
-    most_tokens = [min(decoding.max_new_tokens, room_for_answer(model, length, num_virtual)) for length in lengths]
-    for found in answer_rows(loop, inputs, most_tokens, numbers, engine.world):
+    for found in answer_rows(loop, inputs, most_tokens, numbers, engine.world, readers):
         ids = [tokens for _, tokens in found]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True) if found else []  # it makes a text of no rows
         yield list(zip([number for number, _ in found], texts, strict=True))
+
+
+def room_for(model: PromptedModel, row: TokenPair, number: int, max_new_tokens: int) -> int:
+    """The most tokens of a row's answer, which is read with the contribution of this number."""
+    context, rest = row
+    return min(max_new_tokens, room_for_answer(model, len(context) + len(rest), model.num_virtual(number)))
+
+
+def generate_with_bank(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Sequence[TokenPair],
+    members: Sequence[int],
+    decodings: Sequence[Decoding],
+) -> list[str] | None:
+    """Greedy answers of inputs, each with its own member and by its own plan, in passes that all of them share.
+
+    None where this base, or one of the prompts, has no such passes. Collective.
+    """
+    model = engine.model
+    decoder = None if rope_types(model.base) & set(SCALED_BY_LENGTH) else model.open_bank_decoder()
+    if decoder is None:
+        return None
+    readers = [model.number_of(member) for member in members]
+    own = zip(inputs, readers, decodings, strict=True)
+    most_tokens = [room_for(model, row, number, decoding.max_new_tokens) for row, number, decoding in own]
+    answers: dict[int, str] = {}
+    line = ProgressLine("generating answers", len(inputs), is_shown=engine.world.is_main)
+    for found in decode_rows(
+        engine,
+        tokenizer,
+        inputs,
+        decodings[0],
+        decoder,
+        most_tokens=most_tokens,
+        numbers=range(len(inputs)),
+        readers=readers,
+    ):
+        answers |= found
+        line.count(len(found))
+    return [answers[number].strip() for number in range(len(inputs))]
 
 
 def take_as_is(batch: Batch) -> Batch:

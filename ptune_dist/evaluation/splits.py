@@ -134,7 +134,7 @@ def check_lengths(lengths: np.ndarray, prompt: PromptConfig, where: Callable[[in
 
 
 def describe_empty_input(where: str, prompt: PromptConfig) -> str:
-    return f"{where}: the input is empty, but {prompt.method} needs one token at least"
+    return f"{where}: the input is empty, but {prompt.method} needs at least one token"
 
 
 def measure_scales(reading: Reading, rows: TrainingRows) -> dict[str, TargetScale] | None:

@@ -136,12 +136,16 @@ class SegmentDecoder:
         """Which of those a row of a new batch reads."""
         return 0
 
+    def _prefixes(self) -> list[KeysValues | None]:
+        """What rows read before or after their contexts, of each number in their batch, unless it is in the lead."""
+        is_in_lead = self._is_prompt_read or self._is_prefix_first
+        return [None if is_in_lead else keys_values_of(self._contribution)]
+
     def _lay_out_new(self, builder: LayoutBuilder, new: Batch) -> Entering:
         """Segments of rows that enter, numbered from the first of them."""
         lead = self._pools.lead
         parts = [lead] if lead is not None else []
-        is_prefix_read = self._is_prompt_read or self._is_prefix_first
-        outside, found = collect_outside(new, [None if is_prefix_read else keys_values_of(self._contribution)])
+        outside, found = collect_outside(new, self._prefixes())
         first_part = len(parts)
         parts += [] if self._is_prompt_read else [part.to(self._dtype) for part in found]
         before: list[list[KeysValues]] = []
@@ -151,7 +155,7 @@ class SegmentDecoder:
             own = Before()
             if not self._is_prompt_read:
                 source = np.concatenate([builder.virtual(self._number_of(row)), source])
-                own = outside.of(row, 0)
+                own = outside.of(row, new.readers[row][1])
             numbers = (*range(first_part), *(first_part + number for number in own.numbers))
             run = builder.add(source, Before(numbers, self._pools.num_lead + own.length), parent=None)
             builder.predict(np.array([sum(run) - 1]), np.zeros(1), 0)

@@ -20,7 +20,6 @@ from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.encode import TokenPair
 from ptune_dist.data.examples import Examples
 from ptune_dist.distributed.world import to_device
-from ptune_dist.errors import UserError
 from ptune_dist.model.decode import Decoder
 from ptune_dist.model.entry import join_lists, join_tensors
 from ptune_dist.model.head import HeadAtTargets
@@ -96,21 +95,6 @@ class PromptedModel(LateEntry):
             found |= {f"value_head.{name}": p for name, p in self.value_heads[member].named_parameters()}
         return found
 
-    @torch.no_grad()
-    def start_base(self) -> None:
-        """Set the trained tensors of the base to what `prompt.init_file` held. Raises UserError."""
-        for member, prompt in enumerate(self.members()):
-            if prompt.base_start is None:
-                continue
-            own = self.trainable(member)
-            for name in own.keys() | prompt.base_start.keys():
-                pair = [found.get(name) for found in (own, prompt.base_start)]
-                shapes = [None if tensor is None else tuple(tensor.shape) for tensor in pair]
-                if shapes[0] != shapes[1]:
-                    raise UserError(f"prompt.init_file: {name} has shape {shapes[0]} in this run and {shapes[1]} there")
-            for name, parameter in own.items():
-                parameter.copy_(prompt.base_start[name])
-
     # ------------------------------------------------------------- what a family provides
 
     def count_positions(self, units: list[Unit], examples: Examples, *, with_contexts: bool = True) -> int:
@@ -134,6 +118,10 @@ class PromptedModel(LateEntry):
 
     def open_decoder(self, number: int) -> Decoder | None:
         """What answers rows that come and go; None where whole batches are answered by `generate`."""
+        return None
+
+    def open_bank_decoder(self) -> Decoder | None:
+        """As `open_decoder`, of rows that are read with different prompts, each with the number of its reader."""
         return None
 
     def count_before_answer(self, num_virtual: int, num_tokens: int) -> int:

@@ -8,6 +8,7 @@ from ptune_dist.config.messages import describe_first_error, describe_unknown_ke
 from ptune_dist.config.schema import Config, PromptConfig
 from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
+from ptune_dist.prompts.head_start import read_head
 from ptune_dist.prompts.method import BaseFacts, Method, Options
 from ptune_dist.prompts.start import NOTHING, Lookup, ReadExamples, ReadRows, Start
 
@@ -58,7 +59,7 @@ def settle_positions(prompt: PromptConfig) -> int:
     number = prompt.num_virtual_tokens
     if find_method(prompt).takes_positions:
         if number < 1:
-            raise ValueError(f"prompt.num_virtual_tokens: {prompt.method} needs one virtual token at least")
+            raise ValueError(f"prompt.num_virtual_tokens: {prompt.method} needs at least one virtual token")
         return number
     if number and "num_virtual_tokens" in prompt.model_fields_set:
         raise ValueError(
@@ -119,6 +120,9 @@ def build_prompt(
         read_examples=read_examples,
     )
     try:
-        return find_method(prompt).build(check_options(prompt), prompt.num_virtual_tokens, base, start)
+        built = find_method(prompt).build(check_options(prompt), prompt.num_virtual_tokens, base, start)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if start.kind == "file":
+        built.head_start = read_head(start, config.data.labels)
+    return built

@@ -96,7 +96,7 @@ class Cpt(Method):
             ids = options.cpt_token_ids
             unknown = [number for number in ids if not 0 <= number < (start.num_embeddings or len(start.tokenizer))]
             if unknown:
-                raise ValueError(f"prompt.cpt_token_ids: {unknown[0]} is no token of the base")
+                raise ValueError(f"prompt.cpt_token_ids: {unknown[0]} is not a token of the base")
             kinds = options.cpt_tokens_type_mask or [INPUT] * len(ids)
         else:
             ids, kinds = join_examples(start.examples(), num_virtual_tokens)
@@ -115,13 +115,13 @@ class Cpt(Method):
         elif ids:
             kinds = source.settings["cpt_tokens_type_mask"]
         else:
-            raise UserError(f"prompt.init_file: {source.file} is no prompt of cpt, so its examples are not known")
+            raise UserError(f"prompt.init_file: {source.file} is not a prompt of cpt, so its examples are unknown")
         for name, given, stored in (
             ("cpt_token_ids", options.cpt_token_ids, ids),
             ("cpt_tokens_type_mask", options.cpt_tokens_type_mask, kinds),
         ):
             if given is not None and given != stored:
-                raise UserError(f"prompt.{name}: {source.file} has others: leave it out to train its prompt further")
+                raise UserError(f"prompt.{name}: {source.file} has other ones: leave it out to train that prompt")
         prompt = cls(source.tensors.get("embedding", start.lookup(ids)), ids, kinds, options)
         prompt.delta.data.copy_(source.tensors.get("delta", vectors - prompt.embedding))
         return prompt
@@ -188,7 +188,7 @@ def check_tokens(options: CptOptions, num_virtual_tokens: int) -> None:
     if kinds is not None and len(kinds) != num_virtual_tokens:
         raise ValueError(f"prompt.cpt_tokens_type_mask has {len(kinds)} numbers for {num_virtual_tokens} tokens")
     if kinds and min(kinds) < 0:
-        raise ValueError("prompt.cpt_tokens_type_mask: no kind is below 0")
+        raise ValueError("prompt.cpt_tokens_type_mask: kinds cannot be negative")
     if options.opt_weighted_loss_type == "none" and options.opt_loss_decay_factor != 1:
         raise ValueError("prompt.opt_loss_decay_factor is for prompt.opt_weighted_loss_type=decay")
 

@@ -16,7 +16,9 @@ from ptune_dist.data.encode import TokenPair
 from ptune_dist.errors import UserError
 from ptune_dist.prompts import METHODS
 from ptune_dist.prompts.late_prompt import GENERATOR
+from ptune_dist.prompts.late_prompt import VECTORS as LATE_VECTORS
 from ptune_dist.prompts.peft_prefix import as_cartridge, for_decoder
+from ptune_dist.prompts.prefix_file import PLAIN
 from ptune_dist.prompts.start import BASE, read_adapter_settings
 
 # PEFT's types that exports are of.
@@ -53,7 +55,7 @@ def check_export_folder(out: Path, to: str) -> None:
     names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     other = [name for name in names if name not in EXPORTED[to]]
     if other:
-        what = "another model or other files" if to == "model" else f"{other[0]}, which is no export to {to}"
+        what = "another model or other files" if to == "model" else f"{other[0]}, which no export to {to} has"
         raise UserError(f"--out: {out} holds {what}: choose an empty or a new folder")
     settings = read_adapter_settings(out)
     kind = settings.get("peft_type", "PROMPT_TUNING")
@@ -68,8 +70,9 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
     name = facts.get("method", "prompt_tuning")
     if METHODS[name].trains_base:
         raise UserError(f"--to {to}: PEFT has no {name}: use --to model")
-    if "late_tokens" in tensors:
-        raise UserError(f"--to {to}: PEFT has no method whose virtual tokens enter at a later layer: use --to vectors")
+    if LATE_VECTORS in tensors:
+        other = name_other_export(tensors)
+        raise UserError(f"--to {to}: PEFT has no method whose virtual tokens enter at a later layer{other}")
     if to == CARTRIDGE and "prefix_keys" not in tensors:
         raise UserError(f"--to cartridge: a cartridge is keys and values, and this is {name}: use --to peft")
     if "prefix_keys" in tensors and tensors["prefix_keys"].shape != tensors["prefix_values"].shape:
@@ -193,18 +196,19 @@ def export_prompt_embeds(
     at least one, to [T, D]. The tensors are in the base's dtype, as vLLM wants them; those of a seq2seq base are its
     encoder's `inputs_embeds`. Raises UserError, also for an encoder: its answers need its head.
     """
+    other = name_other_export(tensors)
     if any(name.startswith("head.") for name in tensors):
-        raise UserError("--to prompt-embeds: this prompt was trained with a classification head: use --to peft")
+        raise UserError(f"--to prompt-embeds: this prompt was trained with a classification head{other}")
     if any(name.startswith(VALUE_HEAD) for name in tensors):
         raise UserError("--to prompt-embeds: this prompt was trained with a head that answers numbers")
-    if "late_tokens" in tensors:
-        raise UserError(
-            "--to prompt-embeds: this prompt enters at a later layer and has no input embeddings: use --to vectors"
-        )
+    if LATE_VECTORS in tensors:
+        raise UserError(f"--to prompt-embeds: this prompt enters at a later layer and has no input embeddings{other}")
     if any(name.startswith(BASE) for name in tensors):
-        raise UserError("--to prompt-embeds: this run trained tensors of the base and no prompt: use --to model")
-    if "virtual_tokens" not in tensors:
+        raise UserError(f"--to prompt-embeds: this run trained tensors of the base and no prompt{other}")
+    if PLAIN[0] in tensors:
         raise UserError("--to prompt-embeds: this prompt has keys and values of every layer and no input embeddings")
+    if "virtual_tokens" not in tensors:
+        raise UserError(f"--to prompt-embeds: this run trained no virtual tokens{other}")
     virtual = tensors["virtual_tokens"].to(dtype)
     if virtual.dim() == 3:
         raise UserError(f"--to prompt-embeds: this prompt is of {len(virtual)} tasks: choose one with --task")
@@ -239,11 +243,26 @@ def render_request(vectors: torch.Tensor, ids: list[int]) -> str:
 
 def check_for_vectors(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Raise UserError for a prompt that is no set of vectors at a later layer."""
-    if "late_tokens" not in tensors:
+    if LATE_VECTORS not in tensors:
         name = facts.get("method", "prompt_tuning")
         raise UserError(f"--to vectors: this is for late_prompt, whose vectors enter at a later layer, not for {name}")
-    if any(name.startswith(GENERATOR) for name in tensors):
-        raise UserError("--to vectors: this prompt has a generator, so its vectors differ from row to row")
+    if has_generator(tensors):
+        raise UserError(
+            "--to vectors: this prompt has a generator, so its vectors differ from row to row: use ptune-dist generate"
+        )
+
+
+def has_generator(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether the vectors of a late prompt differ from row to row, so that no other system takes them."""
+    return any(name.startswith(GENERATOR) for name in tensors)
+
+
+def name_other_export(tensors: dict[str, torch.Tensor]) -> str:
+    """Advice on what a prompt or the trained tensors of a base can be exported to; empty where there is nothing."""
+    if LATE_VECTORS in tensors:
+        return "" if has_generator(tensors) else ": use --to vectors"
+    is_of_base = any(name.startswith(BASE) for name in tensors)
+    return ": use --to model" if is_of_base else ": use --to peft"
 
 
 def export_vectors(tensors: dict[str, torch.Tensor], facts: dict[str, Any], layer: str, out: Path) -> None:

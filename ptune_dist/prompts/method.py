@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedModel
 
+from ptune_dist.prompts.head_start import HeadStart
 from ptune_dist.prompts.layer_tensors import Layers, count_positions
 from ptune_dist.prompts.start import Start
 
@@ -131,13 +132,13 @@ class TrainingDefaults(NamedTuple):
 def check_start_layer(layer: int, base: BaseFacts, key: str) -> int:
     """The layer, if a prompt can enter there. Raises ValueError that begins with the key."""
     if base.num_first_layers is None:
-        raise ValueError(f"{key}: the layers of this base are no plain stack, which a prompt could enter in the middle")
+        raise ValueError(f"{key}: a prompt cannot enter in the middle of this base, whose layers are not a plain stack")
     if not 0 < layer < base.num_first_layers:
         last = base.num_first_layers - 1
         if last < 1:
             raise ValueError(f"{key}: this base has one layer, and a prompt can enter above the first one only")
         choice = f"one from 1 to {last}" if last > 1 else "1"
-        raise ValueError(f"{key}: {layer} is no layer above the first one of {base.num_first_layers}: choose {choice}")
+        raise ValueError(f"{key}: {layer} is not a layer above the first of {base.num_first_layers}: choose {choice}")
     return layer
 
 
@@ -162,6 +163,8 @@ class Method(nn.Module):
     names_modules: ClassVar[bool] = False  # PEFT's adapter has names of the base's modules
     trains_base: ClassVar[bool] = False  # what is trained are copies of the base's own tensors
 
+    of_file: ClassVar[tuple[str, ...]] = ()  # options that the prompt to start from decides where they are left out
+
     default_training: ClassVar[TrainingDefaults] = TrainingDefaults(1e-3, "that of a method that names none")
     default_training_of: ClassVar[dict[str, TrainingDefaults]] = {}  # where a family needs others
 
@@ -173,6 +176,8 @@ class Method(nn.Module):
     reads_rows: bool = False  # its vectors depend on what the layers below leave of a row's input: see `of_rows`
     num_tasks: int = 1  # that it has vectors of its own for
     base_start: dict[str, torch.Tensor] | None = None  # what the trained tensors of the base start from; None: its own
+    head_start: HeadStart | None = None  # what a trained head starts from, where the prompt starts from a file
+    head_note: str = ""  # a line about that
 
     @classmethod
     def build(cls, options: Any, num_virtual_tokens: int, base: BaseFacts, start: Start) -> "Method":
@@ -222,6 +227,10 @@ class Method(nn.Module):
 
     def begin_step(self, step: int) -> None:
         """Called before the passes of optimizer step `step`: for methods whose forward draws random numbers."""
+
+    def settled_options(self) -> dict[str, Any]:
+        """What the options `of_file` have come to."""
+        return {}
 
     @property
     def own_targets(self) -> OwnTargets | None:

@@ -60,9 +60,7 @@ class MultitaskPromptTuning(Method):
         if start.kind == "file" and start.holds("task_cols", "prefix_task_cols"):
             return cls(*read_source(options, (num_virtual_tokens, base.width), start, (cols, rows)))
         if options.source_tasks is not None and start.kind == "file":
-            raise UserError(
-                f"prompt.source_tasks is given but {start.file} is no prompt of multitask_prompt_tuning: leave it out"
-            )
+            raise UserError(f"prompt.source_tasks is given but {start.file} is of another method: leave it out")
         return cls(start.vectors(num_virtual_tokens, base.width), cols, rows)
 
     def forward(self) -> Contribution:

@@ -10,22 +10,19 @@ head (of values, another one in some architectures), E width of the MLP's embedd
 heads, L and G of a stored tensor are 1, and Dh is what all its layers have of a position.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from ptune_dist.errors import UserError
 from ptune_dist.prompts.layer_tensors import (
     Heads,
     Layers,
-    Shape,
     count_positions,
     heads_of,
-    join_layers,
     pack,
     packed_shape,
     place,
@@ -35,49 +32,17 @@ from ptune_dist.prompts.method import (
     BaseFacts,
     Contribution,
     Method,
-    Options,
     PeftAdapter,
     Stack,
     TrainingDefaults,
     check_start_layer,
 )
-from ptune_dist.prompts.peft_prefix import is_adapter, pack_keys_values, read_adapter
-from ptune_dist.prompts.stacks import check_stored, heads_of_stacks, split_stacks, stacks_of
+from ptune_dist.prompts.peft_prefix import pack_keys_values
+from ptune_dist.prompts.prefix_file import LOWER, PLAIN, read_layers
+from ptune_dist.prompts.prefix_mlp import PrefixMLP, add_output
+from ptune_dist.prompts.prefix_options import OF_TEXT, PrefixOptions, check_options, count_frozen, keeps_lower
+from ptune_dist.prompts.stacks import heads_of_stacks, split_stacks, stacks_of
 from ptune_dist.prompts.start import Start
-
-OF_TEXT = ("text", "rows")  # starts whose first position is that of a text, which attention falls back on
-PLAIN = ("prefix_keys", "prefix_values")
-LOWER = ("lower_keys", "lower_values")
-
-
-class PrefixOptions(Options):
-    """What is trained of the keys and values, and how."""
-
-    from_layer: int = Field(default=0, ge=0)
-    """The first layer, counted from 0, whose keys and values are trained. The layers below it read a row without
-    gradient, and what they leave of it can be kept in the context cache."""
-
-    lower_layers: Literal["start", "none"] | None = None
-    """What layers below `from_layer` read before a row: the keys and values of the `start`, which stay as they are, or
-    `none`. Left out: `start` where that is a text, rows or a file."""
-
-    num_frozen: int | None = Field(default=None, ge=0)
-    """The first positions that stay as they start: models attend to the first token of a text when nothing else fits,
-    and moving it harms training. Where left out: 1 with `init: text` and `rows`, as many as the prompt of an
-    `init_file` has, else 0."""
-
-    train_keys: bool = True
-    """`false` trains the values alone."""
-
-    reparameterization: Literal["none", "mlp"] = "none"
-    """`mlp`: a trained embedding of each position and an MLP give what is added to the start, as in the paper. It is
-    folded away for serving and export."""
-
-    encoder_hidden_size: int | None = Field(default=None, gt=0)
-    """The hidden size of `reparameterization: mlp`; the width of a layer's keys where left out."""
-
-    init_rows: int | None = Field(default=None, gt=0)
-    """With `init: rows`: the number of training rows to start from; as many as fill the positions where left out."""
 
 
 class PrefixTuning(Method):
@@ -95,6 +60,7 @@ class PrefixTuning(Method):
     default_start = "rows"
     default_training = TrainingDefaults(0.01, "a sweep on SmolLM2-135M; 5e-3 in PEFT's comparison on MetaMathQA")
     stands_in_sequence = False
+    of_file = ("num_frozen", "lower_layers")
 
     def __init__(
         self,
@@ -103,7 +69,7 @@ class PrefixTuning(Method):
         *,
         num_frozen: int = 0,
         train_keys: bool = True,
-        mlp: "PrefixMLP | None" = None,
+        mlp: PrefixMLP | None = None,
         from_layer: int = 0,
         has_lower: bool = False,
         stacks: Mapping[str, Stack] | None = None,
@@ -149,57 +115,41 @@ class PrefixTuning(Method):
             raise ValueError("prompt.from_layer is for bases with one stack of layers: an encoder-decoder has several")
         first = options.from_layer and check_start_layer(options.from_layer, base, "prompt.from_layer")
         has_lower = keeps_lower(options, start)
+        settled: dict[str, Any] = {
+            "num_frozen": num_frozen,
+            "train_keys": options.train_keys,
+            "from_layer": first,
+            "has_lower": has_lower,
+            "stacks": stacks,
+        }
         mlp = None
         if options.reparameterization == "mlp":
             trained = [packed_shape(num_virtual_tokens, some[first:]) for some in heads]
             mlp = PrefixMLP(trained, num_frozen, options, start)
-        kept = heads if has_lower else [some[first:] for some in heads]
-        layers: dict[str, Any] = {"from_layer": first, "has_lower": has_lower, "stacks": stacks}
+        lowest = 0 if has_lower else first
         if start.kind == "file":
-            return cls._from_file(kept, num_virtual_tokens, num_frozen, options, mlp, start, layers)
+            keys, values = read_layers(start, num_virtual_tokens, heads, lowest, stacks)
+            prompt = cls(keys, values, mlp=mlp, **settled)
+            if mlp is not None:
+                prompt._take_mlp(start)
+            return prompt
+        kept = [some[lowest:] for some in heads]
         shapes = [packed_shape(num_virtual_tokens, some) for some in kept]
         packed = [torch.zeros(shape) for shape in shapes]
         if start.kind == "random" and mlp is None:
             packed = [torch.randn(shape, generator=start.generator) for shape in shapes]
         keys, values = map(unpack, packed, kept)
-        prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp, **layers)
+        prompt = cls(keys, values, mlp=mlp, **settled)
         if start.kind in OF_TEXT:
             prompt.start_tokens = start.tokens(num_virtual_tokens, options.init_rows)
         return prompt
 
-    @classmethod
-    def _from_file(
-        cls,
-        heads: Sequence[Heads],
-        num_positions: int,
-        num_frozen: int,
-        options: PrefixOptions,
-        mlp: "PrefixMLP | None",
-        start: Start,
-        layers: dict[str, Any],
-    ) -> "PrefixTuning":
-        """From a prompt's keys and values, or from all that was trained where the file has an MLP of the same shape."""
-        if layers["stacks"] is not None:
-            check_stored(start.file or "", layers["stacks"])
-        if is_adapter(start.file or ""):
-            keys, values = read_adapter(start.file or "", num_positions, heads, layers["stacks"])
-        else:
-            first = layers["from_layer"] if layers["has_lower"] and start.holds("lower_keys") else 0
-            parts = {name: some[:first] for name, some in zip(LOWER, heads, strict=True) if first}
-            parts |= {name: some[first:] for name, some in zip(PLAIN, heads, strict=True)}
-            found = start.tensors({name: packed_shape(num_positions, some) for name, some in parts.items()})
-            whole = {name: unpack(found[name], some) for name, some in parts.items()}
-            keys, values = (whole[name] for name in PLAIN)
-            if first:
-                keys, values = (
-                    join_layers([*whole[low], *whole[high]]) for low, high in zip(LOWER, PLAIN, strict=True)
-                )
-        prompt = cls(keys, values, num_frozen=num_frozen, train_keys=options.train_keys, mlp=mlp, **layers)
-        wanted = {name: tuple(tensor.shape) for name, tensor in prompt.state_dict().items()}
+    def _take_mlp(self, start: Start) -> None:
+        """Continue with all that was trained, where the file has an MLP of the same shape. Raises UserError."""
+        wanted = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         stored = start.read().tensors
-        if mlp is not None and all(name in stored and stored[name].shape == wanted[name] for name in wanted):
-            prompt.load_state_dict(start.tensors(wanted))
-        return prompt
+        if all(name in stored and stored[name].shape == shape for name, shape in wanted.items()):
+            self.load_state_dict(start.tensors(wanted))
 
     @torch.no_grad()
     def begin_from(self, *computed: torch.Tensor) -> None:
@@ -243,13 +193,11 @@ class PrefixTuning(Method):
         keys = self._own("keys")
         values = self._own("values")
         if not self._is_plain:
-            added = self.transform(self.embedding.weight)  # [P - F, L * 2 * G * Dh], or without the keys
-            trained = [keys, values] if self._train_keys else [values]
-            by_layer = added.unflatten(1, (len(values), -1)).transpose(0, 1)  # [L, P - F, 2 * G * Dh]
-            parts = by_layer.split([part[0, 0].numel() for part in trained], dim=2)
-            sums = [part + own.view_as(part) for part, own in zip(trained, parts, strict=True)]
-            keys = sums[0] if self._train_keys else keys
-            values = sums[-1]
+            output = self.transform(self.embedding.weight)
+            if self._train_keys:
+                keys, values = add_output(output, [keys, values])
+            else:
+                (values,) = add_output(output, [values])
         if self.num_frozen:
             keys = torch.cat([self.get_buffer("frozen_keys"), keys], dim=1)
             values = torch.cat([self.get_buffer("frozen_values"), values], dim=1)
@@ -272,10 +220,14 @@ class PrefixTuning(Method):
         num_stored = taken["frozen_values"].shape[1] if "frozen_values" in taken else self.num_frozen
         if num_stored != self.num_frozen:  # what it started from is gone, or is another
             raise UserError(
-                f"prompt.num_frozen: {self.num_frozen} positions stay of this prompt and {num_stored} of the stored "
-                f"one: set prompt.num_frozen={num_stored}"
+                f"prompt.num_frozen: this prompt has {self.num_frozen} frozen positions and the stored one "
+                f"{num_stored}: set prompt.num_frozen={num_stored}"
             )
         return taken
+
+    def settled_options(self) -> dict[str, Any]:
+        lower = ("start" if self._has_lower else "none") if self.from_layer else None
+        return {"num_frozen": self.num_frozen, "lower_layers": lower}
 
     @classmethod
     def to_peft(cls, plain: dict[str, torch.Tensor]) -> PeftAdapter:
@@ -296,29 +248,6 @@ class PrefixTuning(Method):
         return options.from_layer > 0
 
 
-class PrefixMLP:
-    """The paper's reparameterization with PEFT's names and shapes: an embedding [P - F, E] and a perceptron over it.
-
-    It starts as PEFT's does with `init: random`, and adds nothing to any other start.
-    """
-
-    def __init__(self, shapes: list[Shape], num_frozen: int, options: PrefixOptions, start: Start):
-        """`shapes`: of the keys and of the values."""
-        num_layers, num_positions, num_heads, _ = shapes[0]
-        of_keys, of_values = (num_heads * shape[3] for shape in shapes)
-        width = of_keys
-        hidden = options.encoder_hidden_size or width
-        of_layer = of_values + (of_keys if options.train_keys else 0)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(start.seed)
-            self.embedding = nn.Embedding(num_positions - num_frozen, width)
-            last = nn.Linear(hidden, num_layers * of_layer)
-            self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), last)
-        if start.kind != "random":
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-
-
 def list_heads(base: BaseFacts) -> tuple[Heads, Heads]:
     """Of the keys and of the values. Raises ValueError that begins with the key."""
     if base.layer_heads is not None:
@@ -329,50 +258,3 @@ def list_heads(base: BaseFacts) -> tuple[Heads, Heads]:
     widths = (base.head_width, base.value_width or base.head_width)
     keys, values = (((base.num_key_value_heads, width),) * base.num_layers for width in widths)
     return keys, values
-
-
-def count_frozen(options: PrefixOptions, num_positions: int, start: Start) -> int:
-    """F. Raises ValueError that begins with the key where nothing would be trained."""
-    if options.num_frozen is None:
-        found = 1 if start.asked in OF_TEXT else 0
-        if start.asked == "file":
-            found = count_stored(start)
-        return min(found, num_positions - 1)
-    if options.num_frozen >= num_positions:
-        raise ValueError(
-            f"prompt.num_frozen: {options.num_frozen} of prompt.num_virtual_tokens={num_positions} leaves nothing to "
-            "train"
-        )
-    return options.num_frozen
-
-
-def count_stored(start: Start) -> int:
-    """The positions that stay of the prompt in `prompt.init_file`. Raises UserError where it is to be read."""
-    try:
-        source = start.read()
-    except UserError:
-        if start.kind == "file":
-            raise
-        return 0  # the prompt is loaded, and what it started from may be gone
-    if "frozen_values" in source.tensors:
-        return source.tensors["frozen_values"].shape[1]
-    return int(source.settings.get("num_frozen_tokens") or 0)
-
-
-def keeps_lower(options: PrefixOptions, start: Start) -> bool:
-    """Whether layers below `from_layer` have the keys and values of the start."""
-    if options.from_layer == 0 or options.lower_layers is not None:
-        return options.from_layer > 0 and options.lower_layers == "start"
-    return start.asked in (*OF_TEXT, "file")
-
-
-def check_options(options: PrefixOptions, start: Start) -> None:
-    """Raise ValueError for options that belong to what was not chosen."""
-    if options.lower_layers is not None and options.from_layer == 0:
-        raise ValueError("prompt.lower_layers is for layers below prompt.from_layer, which is 0")
-    if options.lower_layers == "start" and start.asked in ("random", "zero"):
-        raise ValueError(f"prompt.lower_layers: start needs a start from text, rows or a file, not {start.asked}")
-    if options.encoder_hidden_size is not None and options.reparameterization != "mlp":
-        raise ValueError("prompt.encoder_hidden_size is for the MLP: set prompt.reparameterization=mlp")
-    if options.init_rows is not None and start.asked != "rows":
-        raise ValueError(f"prompt.init_rows is given but prompt.init is {start.asked}: set prompt.init=rows")

@@ -9,9 +9,10 @@ import jinja2
 from markupsafe import Markup
 
 from ptune_dist import __version__
-from ptune_dist.reports.plots import as_svg, draw_charts
+from ptune_dist.reports.charts import list_charts
 from ptune_dist.reports.results import Result, differing_keys, is_higher_better
 from ptune_dist.reports.scores import Scores
+from ptune_dist.reports.svg import render_svg
 
 MOST_ROWS = 1000  # of the table of answers
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -28,8 +29,10 @@ def write_page(file: Path, results: Sequence[Result], scores: Scores) -> None:
         results=results,
         differing=differing_keys(results),
         scores=scores,
+        has_intervals=any(score.interval for own in scores.values() for score in own),
         best={name: (max if is_higher_better(name) else min)(s.value for s in own) for name, own in scores.items()},
-        charts=[Markup(as_svg(figure)) for _, figure in draw_charts(results)],
+        before=list_before(results),
+        charts=[Markup(render_svg(chart)) for chart in list_charts(results)],
         num_rows=max((len(result.predictions) for result in results), default=0),
         most_rows=MOST_ROWS,
         rows=Markup(as_script(rows)),
@@ -37,8 +40,19 @@ def write_page(file: Path, results: Sequence[Result], scores: Scores) -> None:
     file.write_text(content, encoding="utf-8")
 
 
+def list_before(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """What one run's trained prompt stands beside: the metrics of the base alone, and those before training."""
+    if len(results) != 1:
+        return {}
+    summary = results[0].summary
+    found = {"base without prompt": summary.get("base_without_prompt"), "before training": summary.get("before")}
+    return {name: values for name, values in found.items() if values}
+
+
 def list_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     """The held-out rows: input, what is right, and each result's answer; null where a result has another row there."""
+    if not results:
+        return []
     longest = max(results, key=lambda result: len(result.predictions)).predictions
     found = []
     for number, row in enumerate(longest[:MOST_ROWS]):

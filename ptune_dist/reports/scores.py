@@ -35,6 +35,12 @@ def score(results: Sequence[Result]) -> Scores:
     return found
 
 
+def list_values(results: Sequence[Result]) -> Scores:
+    """Each metric that all results have, without what takes a bootstrap: a finished run does not wait for it."""
+    names = common_metrics(results) if results else []
+    return {name: [Score(result.validation[name]) for result in results] for name in names}
+
+
 def score_one(name: str, result: Result, first: Result) -> Score:
     """A metric of one result beside the first one."""
     value = result.validation[name]

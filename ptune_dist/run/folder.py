@@ -48,8 +48,8 @@ MAY_CHANGE = (
     "data.cache_gib",
 )
 # None until the method or the base has decided, in the ranks: the launcher compares configs before that.
-LEFT_OPEN = ("prompt.init", "data.max_length", "train.learning_rate", "train.warmup_steps")
-LEFT_TO_FILE = ("prompt.num_frozen",)  # None: as the prompt in `prompt.init_file` has it, which may be gone
+LEFT_TO_FILE = ("prompt.num_frozen", "prompt.lower_layers")  # None: as the prompt in `prompt.init_file` has it
+LEFT_OPEN = ("prompt.init", "data.max_length", "train.learning_rate", "train.warmup_steps", *LEFT_TO_FILE)
 LATE_S = 60.0  # in which a client of a network disk asks the server again: NFS keeps what it knows for so long
 WAIT_S = 0.2
 ALWAYS_THERE = ("config.yaml", "metrics.jsonl")

@@ -128,6 +128,8 @@ def build_job(
     if rows is not None:
         size = settle_micro_batch(reading, parts, rows, world)
     reading = reading.with_micro_batch(size.tokens)
+    if with_start:
+        reading = reading.with_file_options(parts.prompts)
     config = reading.config
     if parts.opened.note and world.is_main:
         print(f"model.path: {path}: {parts.opened.note}", flush=True)

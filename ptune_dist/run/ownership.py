@@ -30,6 +30,7 @@ REPLACED_FILES = (
     "evaluation.json",
     "baselines.json",
     "predictions.jsonl",
+    "report.html",
     "micro_batch.json",
     "split.json",
     "skipped_rows.jsonl",

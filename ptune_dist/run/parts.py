@@ -72,8 +72,8 @@ def build_parts(reading: Reading, world: World | None, *, with_start: bool, rows
     prompts = {}
     sources = {}
     for name, member in reading.members.items():
-        check_positions(member, opened.model)
         with naming_member(reading.members, name, "prompt", "data"):
+            check_positions(member, opened.model)
             prompts[name], found = build_member(reading, name, opened, with_start=with_start, rows=rows)
             if rows is not None:
                 check_trained_tokens(prompts[name], rows.own_examples(name), reading)
@@ -113,6 +113,7 @@ def build_member(
     files = source_files(member.prompt)
     if not with_start or len(files) < 2:
         return prompt, {}
+    prompt.head_start = None  # it is not known yet which file is the best
     sources = {file: build(file=file) for file in files}
     check_sources(sources)
     return prompt, sources
@@ -122,14 +123,14 @@ def check_sources(sources: dict[str, Method]) -> None:
     """Raise UserError for prompts that are more than what their files hold as a prompt, or of unlike shapes."""
     if any(prompt.start_tokens or not prompt.state_dict() for prompt in sources.values()):
         raise UserError(
-            f"prompt.init_file: {', '.join(sources)}: several sources are scored of prompts that are whole in their "
-            "files: name one"
+            f"prompt.init_file: {', '.join(sources)}: several sources are scored only where each file holds the whole "
+            "prompt: name one file"
         )
     shapes = [{key: tensor.shape for key, tensor in prompt.state_dict().items()} for prompt in sources.values()]
     if any(shape != shapes[0] for shape in shapes):
         raise UserError(
-            f"prompt.init_file: {', '.join(sources)}: these differ in the number of positions that stay: set "
-            "prompt.num_frozen"
+            f"prompt.init_file: {', '.join(sources)}: these prompts differ in their number of frozen positions: "
+            "set prompt.num_frozen"
         )
 
 

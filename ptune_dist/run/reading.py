@@ -3,6 +3,7 @@
 Built once per command; everything that reads data takes it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,8 @@ from ptune_dist.families.find import find_family
 from ptune_dist.objectives import OBJECTIVES
 from ptune_dist.objectives.objective import Objective
 from ptune_dist.prompts.build import check_options, find_method
+from ptune_dist.prompts.method import Method
+from ptune_dist.run.file_options import fill_options, store_options
 from ptune_dist.run.resolve import resolve_whole
 from ptune_dist.run.training_defaults import fill_training
 
@@ -68,6 +71,11 @@ class Reading:
         members = {name: settle(member) for name, member in self.members.items()}
         return replace(self, config=settle(self.config), members=members)
 
+    def with_file_options(self, prompts: Mapping[str, Method]) -> "Reading":
+        """The same with the options that prompts have taken from the files they start from."""
+        config, members = store_options(self.config, self.members, prompts)
+        return replace(self, config=config, members=members)
+
 
 def build_reading(config: Config) -> Reading:
     """Raises UserError, also for what the config asks of a base that cannot do it."""
@@ -78,6 +86,7 @@ def build_reading(config: Config) -> Reading:
     check_family_fits(config, members, family, objective)
     check_cache(config, members, family, shape)
     config, members = fill_max_length(config, members, family)
+    config, members = fill_options(config, members)
     config, members = fill_training(config, members, family)
     tokenizer = read_tokenizer(config, family, shape)
     end_turns(config, family, objective, tokenizer)
@@ -193,17 +202,19 @@ def check_family_fits(config: Config, members: dict[str, Config], family: Family
 
 
 def check_cache(config: Config, members: dict[str, Config], family: Family, shape: PretrainedConfig) -> None:
-    """Raise UserError for a context cache where a prompt precedes every token in every layer of all members."""
+    """Raise UserError for a context cache where a member's prompt precedes every token in every layer."""
     keys = ("context_cache_gib", "context_cache_gpu_gib", "context_cache_dir")
     given = [key for key in keys if getattr(config.train, key)]
     placement = config.prompt.placement
-    if not given or placement in PLACEMENTS_WITH_CONTEXTS or any(map(enters_late, members.values())):
+    early = [name for name, member in members.items() if not enters_late(member)]
+    if not given or placement in PLACEMENTS_WITH_CONTEXTS or not early:
         return
     others = list_cacheable(config, members, family, shape)
     advice = f", or set prompt.placement to {'one of ' * (len(others) > 1)}{', '.join(others)}" if others else ""
-    raise UserError(
-        f"train.{given[0]} is given but placement {placement} has no contexts to keep: leave it out{advice}"
-    )
+    with naming_member(members, early[0], "prompt"):
+        raise UserError(
+            f"train.{given[0]} is given but placement {placement} has no contexts to keep: leave it out{advice}"
+        )
 
 
 def enters_late(member: Config) -> bool:

@@ -7,6 +7,7 @@ from ptune_dist.prompts.build import check_options, find_method
 from ptune_dist.prompts.method import TrainingDefaults
 from ptune_dist.run.job import Job
 from ptune_dist.run.progress import NUM_RECENT, Progress, Standing
+from ptune_dist.run.training_defaults import DEFAULTS_ARE_FOR
 
 SHARE = 0.1  # of the steps
 FALL = 0.02  # of the loss
@@ -56,7 +57,8 @@ def choose_remedies(config: Config, family: str, *, is_rising: bool) -> list[str
     method = find_method(config.prompt)
     defaults: TrainingDefaults = method.choose_training(check_options(config.prompt), family)
     rate = config.train.peak_rate
-    if rate > FAR * defaults.learning_rate or rate * FAR < defaults.learning_rate:
+    is_comparable = config.train.optimizer == DEFAULTS_ARE_FOR
+    if is_comparable and (rate > FAR * defaults.learning_rate or rate * FAR < defaults.learning_rate):
         first = f"set train.learning_rate to the method's default, {defaults.learning_rate:g} (it is {rate:g})"
     elif is_rising:
         first = f"lower train.learning_rate (it is {rate:g}), to {rate / 3:.2g} for example"

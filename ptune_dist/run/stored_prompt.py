@@ -1,5 +1,6 @@
 """The trained prompt of a run: what is stored beside its tensors, and whether it fits a config and a base."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,24 @@ from ptune_dist.run.reading import Reading
 
 def build_trained_job(reading: Reading, run_dir: Path, world: World) -> Job:
     """The job of a run with its trained prompt. Collective: every rank must call. Raises UserError."""
-    tensors, facts = from_main(world, lambda: load_prompt(run_dir / "prompt"))
-    check_prompt(reading, facts, run_dir)
-    scales = {ONLY_MEMBER: TargetScale(**facts["target_scale"])} if facts.get("target_scale") else None
+    return build_members_job(reading, {ONLY_MEMBER: run_dir}, world)
+
+
+def build_members_job(reading: Reading, folders: dict[str, Path], world: World) -> Job:
+    """The job of all members of a reading with their trained prompts, which are in these folders, by member.
+
+    Collective: every rank must call. Raises UserError.
+    """
+    stored = from_main(world, lambda: {name: load_prompt(folder / "prompt") for name, folder in folders.items()})
+    for name, (_, facts) in stored.items():
+        check_prompt(replace(reading, config=reading.members[name]), facts, folders[name])
+    found = {name: facts["target_scale"] for name, (_, facts) in stored.items() if facts.get("target_scale")}
+    scales = {name: TargetScale(**scale) for name, scale in found.items()}
     with BusyLine(f"loading the base {reading.config.model.path}"):
-        job = build_job(reading, world, with_start=False, scales=scales)
-    check_base(reading.config, facts, job.fingerprint, run_dir)
-    job.engine.load_prompts({ONLY_MEMBER: tensors})
+        job = build_job(reading, world, with_start=False, scales=scales or None)
+    for name, (_, facts) in stored.items():
+        check_base(reading.config, facts, job.fingerprint, folders[name])
+    job.engine.load_prompts({name: tensors for name, (tensors, _) in stored.items()})
     return job
 
 

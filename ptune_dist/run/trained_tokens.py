@@ -44,6 +44,6 @@ def count_own(prompt: Method, examples: Examples, reading: Reading) -> list[int]
 
 
 def name_tokens(ids: list[int], reading: Reading) -> str:
-    """Tokens as the tokenizer writes them."""
-    shown = ", ".join(repr(reading.tokenizer.decode([one])) for one in ids[:MOST_NAMED])
+    """Tokens as the tokenizer writes them, and their ids."""
+    shown = ", ".join(f"{reading.tokenizer.decode([one])!r} ({one})" for one in ids[:MOST_NAMED])
     return shown + (f" and {len(ids) - MOST_NAMED:,} more" if len(ids) > MOST_NAMED else "")

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ptune_dist.base.load import fill_whole
 from ptune_dist.base.source import load_shape
 from ptune_dist.errors import UserError
+from ptune_dist.prompts.export import name_other_export
 from ptune_dist.prompts.start import BASE
 from ptune_dist.prompts.trainable_tokens import INDICES, ROWS
 from ptune_dist.run.parts import open_base_of
@@ -20,8 +21,8 @@ def export_model(reading: Reading, tensors: dict[str, torch.Tensor], out: Path) 
     trained = {name.removeprefix(BASE): tensor for name, tensor in tensors.items() if name.startswith(BASE)}
     rows = tensors.get(ROWS)
     if len(trained) + 2 * (rows is not None) < len(tensors):
-        other = "vectors" if "late_tokens" in tensors else "peft"
-        raise UserError(f"--to model: {reading.config.prompt.method} trains more than the base has: use --to {other}")
+        method = reading.config.prompt.method
+        raise UserError(f"--to model: {method} trains more than the base has{name_other_export(tensors)}")
     model = fill_whole(open_base_of(whole_precision(reading)))
     put_in(model, trained, getattr(torch, reading.config.model.dtype))
     if rows is not None:

@@ -30,6 +30,7 @@ from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.contexts import ContextReader
 from ptune_dist.model.passes import Contexts
 from ptune_dist.model.prompted_model import PromptedModel
+from ptune_dist.model.trained_starts import start_trained
 from ptune_dist.optim.loss_scale import build_loss_scale
 from ptune_dist.optim.optimizer import build_torch_optimizer
 from ptune_dist.optim.prompt_state import Measured, Member, PromptState
@@ -290,7 +291,7 @@ def build_engine(
     first = next(iter(configs.values()))
     set_apart(model.base, world.device, getattr(torch, first.model.dtype))
     model.place(world.device)
-    model.start_base()
+    start_trained(model)
     members = {
         name: build_member(configs[name].train, model.trainable(number), dict(model.prompt(number).named_buffers()))
         for number, name in enumerate(configs)

@@ -123,18 +123,25 @@ def test_a_chat_has_the_prompt_where_it_was_trained(tiny_bases, tmp_path):
     base = with_chat(tiny_bases["llama"], tmp_path / "base")
     stored = {"virtual_tokens": draw(32)}
     tokens = "".join(f"<|x_{i}|>" for i in range(NUM_VIRTUAL))
-    for placement, wanted in {
-        "prefix": f"{tokens}<user>hi<assistant>",
-        "infix": f"<user>hi<assistant>{tokens}",
-    }.items():
+    chat = "<user>hi<assistant>"
+    for placement, wanted in {"prefix": tokens + chat, "infix": chat + tokens}.items():
         sections = {"prompt": {"placement": placement}, "data": {"chat": True}}
         run = write_trained(tmp_path / placement / "x", base, "llama", stored, **sections)
         export([run], tmp_path / f"{placement}-out")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"{placement}-out")
         assert rendered(tokenizer) == wanted
         ids = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True).input_ids
-        assert len(ids) == NUM_VIRTUAL + len("<user>hi<assistant>")
+        assert len(ids) == NUM_VIRTUAL + len(chat)
     assert tokenizer.apply_chat_template(TURNS, tokenize=False) == "<user>hi"
+
+
+def test_a_base_without_a_chat_template_reads_a_message_as_a_row(tiny_bases, tmp_path):
+    data = {"template": 'Say "{{ word }}"\n=> é'}
+    run = write_trained(tmp_path / "x", tiny_bases["llama"], "llama", {"virtual_tokens": draw(32)}, data=data)
+    export([run], tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True).input_ids
+    assert ids == tokenizer.encode('Say "hi"\n=> é')
 
 
 def test_a_system_prompt_of_the_run_is_in_its_chats(tiny_bases, tmp_path):

@@ -31,14 +31,29 @@ def launch(plan: Plan, name: str, actions: list[Action], num_ranks: int) -> None
 
 def try_row(root: Path, row: Row) -> dict:
     """The cells of one row, by name."""
-    plan = Plan(root, row)
-    shutil.rmtree(plan.folder, ignore_errors=True)
-    plan.folder.mkdir(parents=True)
+    plan = begin(root, row)
     judge = Judge(plan)
     launch(plan, "one", list(plan.on_one()), 1)
     if judge.plain()["result"] == "works":
         launch(plan, "two", list(plan.on_two()), 2)
     return {"family": row.family, "method": row.method, "options": row.options, "cells": judge.cells()}
+
+
+def try_further(root: Path, row: Row, known: dict) -> dict:
+    """A row of the table with its cell of `init: file` tried again."""
+    if "further" not in known["cells"]:
+        return known
+    plan = begin(root, row)
+    launch(plan, "one", list(plan.continue_from_file()), 1)
+    return known | {"cells": known["cells"] | {"further": Judge(plan).further()}}
+
+
+def begin(root: Path, row: Row) -> Plan:
+    """The plan of a row, in an empty folder."""
+    plan = Plan(root, row)
+    shutil.rmtree(plan.folder, ignore_errors=True)
+    plan.folder.mkdir(parents=True)
+    return plan
 
 
 def save(rows: list[dict], out: Path) -> None:
@@ -60,6 +75,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("method_matrix"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--further", action="store_true", help="try the column `init: file` alone, of rows in --json")
     args = parser.parse_args()
     root = args.out.resolve()
     root.mkdir(parents=True, exist_ok=True)
@@ -68,13 +84,15 @@ def main() -> None:
     earlier = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     for row in list_rows():
         file = root / f"{row.name}.json"
+        known = next((one for one in earlier if identity_of(one) == (row.family, row.method, row.options)), None)
         if not file.exists() and (not args.rows or any(word in row.name for word in args.rows)):
-            file.write_text(json.dumps(try_row(root, row)))
-            say(row, json.loads(file.read_text())["cells"])
+            done = try_further(root, row, known) if args.further and known else try_row(root, row)
+            file.write_text(json.dumps(done))
+            say(row, done["cells"])
         if file.exists():
             found.append(json.loads(file.read_text()))
-        else:
-            found += [one for one in earlier if identity_of(one) == (row.family, row.method, row.options)]
+        elif known:
+            found.append(known)
     if args.json:
         save(found, args.json)
 

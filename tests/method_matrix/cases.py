@@ -17,6 +17,7 @@ from tests.numerics.plain import read_rows
 from tests.numerics.test_curves import zero_json
 
 NUM_STEPS, NUM_ROWS, BATCH, NUM_VIRTUAL = 6, 8, 4, 4  # three epochs, so that a cache is read from
+STEADY_RATE = 0.3  # of SGD, whose gradients are cut to a norm of 1
 BASES = {"causal": "llama", "seq2seq": "t5", "encoder": "bert"}
 OTHER_BASES = {("causal", "bias_only"): "gpt2", ("seq2seq", "bias_only"): "bart"}  # the usual ones have no biases
 NEEDED: dict[str, dict[str, Any]] = {  # without these a method does not run, or trains nothing of so few positions
@@ -148,6 +149,7 @@ class Plan:
             yield self.write(name, **sections)
         yield from self.resume()
         yield from self.use(plain)
+        yield from self.continue_from_file()
         for placement in self.placements:
             yield self.write(placement, placement)
         bank = self.write_sweep("sweep", {})
@@ -179,8 +181,23 @@ class Plan:
             yield Action("generate", self.folder / f"answers{tokens}", plain.config, [str(tokens)])
         yield Action("export", self.folder / "adapter", plain.config)
         for name, source in (("from_run", "plain"), ("from_adapter", "adapter")):
-            start = {"init": "file", "init_file": str(self.folder / source)}
-            yield self.write(name, prompt=self.row.prompt | start, train={"max_steps": 2})
+            yield self.write(name, prompt=self.start_from(source), train={"max_steps": 2})
+
+    def continue_from_file(self) -> Iterator[Action]:
+        """A run of all steps, and one of half of them whose prompt another one trains further.
+
+        SGD has no state and every step reads all rows, so the two are to be one run cut in halves.
+        """
+        steady = {"optimizer": "sgd", "batch_size": NUM_ROWS, "learning_rate": STEADY_RATE}
+        for name, steps in (("steady", NUM_STEPS), ("steady_half", NUM_STEPS // 2)):
+            yield self.write(name, train=steady | {"max_steps": steps})
+        rest = steady | {"max_steps": NUM_STEPS - NUM_STEPS // 2}
+        yield self.write("steady_further", prompt=self.start_from("steady_half"), train=rest)
+
+    def start_from(self, source: str) -> dict[str, Any]:
+        """The row's prompt, started from a run or an adapter of the row."""
+        same_tasks = {"source_tasks": "same"} if METHODS[self.row.method].has_tasks else {}
+        return self.row.prompt | same_tasks | {"init": "file", "init_file": str(self.folder / source)}
 
     def write_sweep(self, name: str, sections: dict[str, Any]) -> Action:
         """This prompt, the same with another seed, and one of another method."""

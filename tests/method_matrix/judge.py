@@ -1,5 +1,6 @@
 """From the runs of a row to its cells: works, refused with the line, or fails with what differs."""
 
+import itertools
 import json
 import math
 import re
@@ -96,12 +97,14 @@ class Judge:
         return compare("from_adapter", ours[:1], theirs[:1], REL)
 
     def further(self) -> Cell:
-        """Whether a run starts from a finished one."""
-        found = self.outcome("from_run")
-        if found["result"] != "works":
-            return found
-        ours, first = self.curve("from_run"), self.curve("plain")[0]
-        return WORKS if ours[0] != first else fails("it starts from the beginning")
+        """Whether a run that starts from a finished one has the losses of one run over all their steps."""
+        for run in ("steady", "steady_half", "steady_further"):
+            if self.outcome(run)["result"] != "works":
+                return self.outcome(run)
+        ours, whole = self.curve("steady_further"), self.curve("steady")
+        if any(math.isclose(before, after, rel_tol=10 * REL) for before, after in itertools.pairwise(whole)):
+            return fails(f"nothing is learned: losses {whole}")
+        return compare("steady_further", ours, whole[-len(ours) :], REL)
 
     def answers(self) -> Cell:
         for name in ("answers4096", "answers1"):

@@ -12,7 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 from ptune_dist.base.layers import key_value_heads
 from ptune_dist.data.batches import Batch
 from ptune_dist.prompts.method import BaseFacts, Contribution
-from ptune_dist.prompts.prefix_tuning import PrefixMLP, PrefixOptions, PrefixTuning
+from ptune_dist.prompts.prefix_mlp import PrefixMLP
+from ptune_dist.prompts.prefix_options import PrefixOptions
+from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.start import Start
 from ptune_dist.tiny.make import build_tokenizer
 

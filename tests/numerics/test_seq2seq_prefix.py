@@ -22,7 +22,8 @@ from ptune_dist.model.passes import Contexts
 from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.method import Contribution, Method
-from ptune_dist.prompts.prefix_tuning import PrefixOptions, PrefixTuning
+from ptune_dist.prompts.prefix_options import PrefixOptions
+from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.prompt_tuning import PromptTuning
 from ptune_dist.prompts.start import Start
 from ptune_dist.run.parts import base_facts

@@ -70,9 +70,9 @@ def test_wrong_tokens_and_kinds_take_one_line():
             {"cpt_token_ids": [1, 2], "cpt_tokens_type_mask": [1]},
             "cpt_tokens_type_mask has 1 numbers for 2 tokens",
         ),
-        ({"cpt_token_ids": [1, 2], "cpt_tokens_type_mask": [1, -1]}, "no kind is below 0"),
-        ({"cpt_token_ids": [1, 100000]}, "prompt.cpt_token_ids: 100000 is no token of the base"),
-        ({"cpt_token_ids": [-1, 1]}, "prompt.cpt_token_ids: -1 is no token of the base"),
+        ({"cpt_token_ids": [1, 2], "cpt_tokens_type_mask": [1, -1]}, "kinds cannot be negative"),
+        ({"cpt_token_ids": [1, 100000]}, "prompt.cpt_token_ids: 100000 is not a token of the base"),
+        ({"cpt_token_ids": [-1, 1]}, "prompt.cpt_token_ids: -1 is not a token of the base"),
         ({"cpt_token_ids": [1, 2], "cpt_tokens_type_mask": [4, 0]}, "all 2 tokens of the examples belong to targets"),
         ({"opt_loss_decay_factor": 0.5}, "is for prompt.opt_weighted_loss_type=decay"),
     ]
@@ -90,5 +90,5 @@ def test_an_earlier_prompt_keeps_its_tokens_and_others_are_refused(tmp_path):
     assert again.example_ids.tolist() == [1, 2, 30]
     assert build(3, "file", str(tmp_path), cpt_token_ids=[1, 2, 30]).example_ids.tolist() == [1, 2, 30]
     for given in ({"cpt_token_ids": [1, 2, 31]}, {"cpt_token_ids": [1, 2, 30], "cpt_tokens_type_mask": [1, 2, 3]}):
-        with pytest.raises(UserError, match="has others: leave it out to train its prompt further"):
+        with pytest.raises(UserError, match="has other ones: leave it out to train that prompt"):
             build(3, "file", str(tmp_path), **given)

@@ -8,9 +8,11 @@ from ptune_dist.errors import UserError
 from ptune_dist.prompts.export import check_for_peft, check_for_vectors, export_prompt_embeds
 from ptune_dist.prompts.late_prompt import LatePrompt, LatePromptOptions
 from ptune_dist.prompts.method import BaseFacts, check_start_layer
-from ptune_dist.prompts.prefix_tuning import PrefixOptions, PrefixTuning
+from ptune_dist.prompts.prefix_options import PrefixOptions
+from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.start import Start
 from ptune_dist.prompts.store import save_prompt
+from ptune_dist.run.reading import build_reading
 from ptune_dist.run.resolve import resolve
 from ptune_dist.tiny.make import build_tokenizer
 from tests.conftest import write_config
@@ -25,29 +27,33 @@ def path(tmp_path):
 
 def error_of(path, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        load_config(path, list(overrides), resolve=resolve)
+        build_reading(load_config(path, list(overrides), resolve=resolve))
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
 @pytest.mark.parametrize("override", CACHES)
-def test_contexts_are_cached_where_the_placement_has_some(path, override):
+def test_contexts_are_cached_where_the_placement_has_some(path, override, tiny_bases):
     marker = "data.template={{ text }}{{ prompt }}"
-    for placement in ("infix", "decoder", "template"):
-        load_config(path, [override, f"prompt.placement={placement}", marker], resolve=resolve)
+    for placement in ("infix", "template"):
+        build_reading(load_config(path, [override, f"prompt.placement={placement}", marker], resolve=resolve))
+    message = error_of(path, override, marker)
+    assert override.partition("=")[0] in message and "placement prefix has no contexts" in message
+    assert message.endswith("infix, template")
+    t5 = f"model.path={tiny_bases['t5']}"
+    build_reading(load_config(path, [override, t5, "prompt.placement=decoder"], resolve=resolve))
     for placement in ("prefix", "encoder"):
-        message = error_of(path, override, f"prompt.placement={placement}", marker)
-        assert override.partition("=")[0] in message and f"placement {placement} has no contexts" in message
-        assert "infix, template, decoder" in message
+        message = error_of(path, override, t5, f"prompt.placement={placement}")
+        assert f"placement {placement} has no contexts" in message and message.endswith("prompt.placement to decoder")
 
 
 @pytest.mark.parametrize("override", CACHES)
 def test_rows_are_cached_where_prompts_enter_late(path, override):
-    load_config(path, [override, "prompt.method=late_prompt"], resolve=resolve)
+    build_reading(load_config(path, [override, "prompt.method=late_prompt"], resolve=resolve))
     prefix = "prompt.method=prefix_tuning"
-    load_config(path, [override, prefix, "prompt.from_layer=1"], resolve=resolve)
-    load_config(path, [override, prefix, "sweep.prompt.from_layer=[1,2]"], resolve=resolve)
+    build_reading(load_config(path, [override, prefix, "prompt.from_layer=1"], resolve=resolve))
+    build_reading(load_config(path, [override, prefix, "sweep.prompt.from_layer=[1,2]"], resolve=resolve))
     assert "placement prefix has no contexts" in error_of(path, override, prefix, "prompt.from_layer=0")
     assert "placement prefix has no contexts" in error_of(path, override, prefix, "sweep.prompt.from_layer=[0,1]")
 
@@ -74,14 +80,14 @@ def test_wrong_options_are_refused_in_one_line(path, overrides, message):
 @pytest.mark.parametrize("layer", [-1, 0, 4, 9])
 def test_a_layer_that_the_base_lacks_is_refused(layer):
     with pytest.raises(
-        ValueError, match=f"^prompt.x: {layer} is no layer above the first one of 4: choose one from 1 to 3"
+        ValueError, match=f"^prompt.x: {layer} is not a layer above the first of 4: choose one from 1 to 3"
     ):
         check_start_layer(layer, BaseFacts(8, num_first_layers=4), "prompt.x")
     with pytest.raises(ValueError, match="^prompt.x: .* of 2: choose 1$"):
         check_start_layer(layer, BaseFacts(8, num_first_layers=2), "prompt.x")
     with pytest.raises(ValueError, match="^prompt.x: this base has one layer, and a prompt can enter above"):
         check_start_layer(layer, BaseFacts(8, num_first_layers=1), "prompt.x")
-    with pytest.raises(ValueError, match="^prompt.x: the layers of this base are no plain stack"):
+    with pytest.raises(ValueError, match="^prompt.x: a prompt cannot enter in the middle of this base"):
         check_start_layer(layer, BaseFacts(8), "prompt.x")
 
 
@@ -99,6 +105,13 @@ def test_what_no_other_system_can_serve_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="^--to vectors: this prompt has a generator, so"):
         check_for_vectors(late | {"generator.up": torch.zeros(2, 8)}, facts)
     check_for_vectors(late, facts)
+    generated = late | {"generator.up": torch.zeros(2, 8)}  # no other system takes these
+    with pytest.raises(UserError, match="enter at a later layer$"):
+        check_for_peft(generated, facts)
+    with pytest.raises(UserError, match="has no input embeddings$"):
+        export_prompt_embeds(generated, None, [], torch.float32, tmp_path)
+    with pytest.raises(UserError, match="^--to prompt-embeds: this run trained no virtual tokens: use --to peft$"):
+        export_prompt_embeds({"trainable_tokens": torch.zeros(2, 8)}, None, [], torch.float32, tmp_path)
     facts = {"method": "prefix_tuning", "placement": "prefix", "options": {"from_layer": 2}}
     upper = {"prefix_keys": torch.zeros(2, 4, 2, 8), "prefix_values": torch.zeros(2, 4, 2, 8)}
     with pytest.raises(UserError, match="^--to peft: PEFT's prefixes are in all layers, this one begins with"):
@@ -161,7 +174,7 @@ def test_lower_layers_follow_from_the_start_and_the_placement(asked, placement, 
 @pytest.mark.parametrize(
     ("options", "asked", "placement", "message"),
     [
-        ({"from_layer": 4}, "text", "prefix", "prompt.from_layer: 4 is no layer above the first one of 4"),
+        ({"from_layer": 4}, "text", "prefix", "prompt.from_layer: 4 is not a layer above the first of 4"),
         ({"lower_layers": "none"}, "text", "prefix", "prompt.lower_layers is for layers below prompt.from_layer"),
         ({"from_layer": 1, "lower_layers": "start"}, "zero", "prefix", "prompt.lower_layers: start needs a start from"),
     ],
@@ -216,5 +229,5 @@ def test_a_late_prompt_starts_from_hidden_states_of_its_layer():
     hidden = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     prompt.begin_from(hidden)
     assert torch.equal(prompt().vectors, hidden)
-    with pytest.raises(ValueError, match="^prompt.start_layer: 4 is no layer above the first one of 4"):
+    with pytest.raises(ValueError, match="^prompt.start_layer: 4 is not a layer above the first of 4"):
         LatePrompt.build(LatePromptOptions(start_layer=4), 3, facts_of(), start_of("rows", "rows"))

@@ -103,7 +103,7 @@ def test_what_a_source_does_not_have_is_refused_in_one_line(source, tmp_path):
         (start_of("file", folder), {"source_task": "a"}, "give both or none"),
         (start_of("file", folder, "abd"), {"source_tasks": "same"}, "are a, b, c: set average, exact or shared"),
         (start_of("vocab"), {"source_tasks": "average"}, "but prompt.init is vocab: set prompt.init=file"),
-        (start_of("file", tmp_path / "plain"), {"source_tasks": "average"}, "is no prompt of multitask_prompt_tuning"),
+        (start_of("file", tmp_path / "plain"), {"source_tasks": "average"}, "is of another method: leave it out"),
     ]
     for start, options, message in cases:
         with pytest.raises((UserError, ValueError)) as caught:

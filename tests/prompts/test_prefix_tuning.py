@@ -137,6 +137,40 @@ def test_a_checkpoint_with_another_number_of_frozen_positions_is_refused(tmp_pat
     further.load_state_dict(further.take(stored))
 
 
+DEEP = BaseFacts(width=16, num_layers=4, num_key_value_heads=2, head_width=4, num_first_layers=4)
+
+
+def test_a_prompt_without_lower_layers_is_trained_further_without_them(tmp_path):
+    options = {"from_layer": 2}
+    first = build(facts=DEEP, init="random", **options)
+    save_prompt(tmp_path, first.plain(), {"options": options})
+    given = {"facts": DEEP, "init": "file", "init_file": str(tmp_path)}
+    again = build(**given, **options)
+    assert torch.equal(again().keys, first().keys) and again().lower_keys is None
+    assert again.settled_options() == {"num_frozen": 0, "lower_layers": "none"}
+    upper = build(**given, from_layer=3)
+    assert torch.equal(upper().keys, first().keys[1:]) and upper().lower_keys is None
+    for more in ({}, {"from_layer": 1}, {"from_layer": 2, "lower_layers": "start"}):
+        message = error_of(**given, **more)
+        assert "has keys and values of the layers from 2 on, and this prompt needs those from" in message
+        assert message.endswith("set prompt.from_layer=2 and prompt.lower_layers=none")
+
+
+@pytest.mark.parametrize("stored", [0, 1, 2])
+def test_a_prompt_of_all_layers_may_be_trained_further_from_any_of_them(stored, tmp_path):
+    options = {"from_layer": stored} if stored else {}
+    first = build(facts=DEEP, init_text="ab", **options)
+    keys, values = numbers(shape=(4, 5, 2, 4))
+    first.begin_from(keys, values)
+    save_prompt(tmp_path, first.plain(), {"options": options})
+    given = {"facts": DEEP, "init": "file", "init_file": str(tmp_path)}
+    assert torch.equal(build(**given)().keys, keys)
+    found = build(**given, from_layer=2)()
+    assert torch.equal(found.keys, keys[2:]) and torch.equal(found.lower_values, values[:2])
+    found = build(**given, from_layer=1, lower_layers="none")()
+    assert torch.equal(found.values, values[1:]) and found.lower_keys is None
+
+
 def test_a_prompt_of_a_version_without_frozen_positions_is_read():
     keys, values = numbers()
     prompt = build(init="random", with_start=False)
@@ -283,7 +317,7 @@ def test_layers_may_differ_in_their_heads(options, tmp_path):
     assert all(torch.equal(part, whole) for part, whole in zip(reversed(shown), reversed(computed[:3]), strict=False))
     assert torch.equal(found.values[-1], computed[-1])
     (found.values[-1].sum() + found.keys[-1].sum()).backward()
-    save_prompt(tmp_path, prompt.plain(), {})
+    save_prompt(tmp_path, prompt.plain(), {"options": options})
     again = build(facts=DIFFERING, init="file", init_file=str(tmp_path), **options)
     assert all(torch.equal(tensor, again.plain()[name]) for name, tensor in prompt.plain().items())
     facts = {"method": "prefix_tuning", "placement": "prefix", "base": {"num_layers": 4}, "options": options}

@@ -181,11 +181,10 @@ def test_placements_that_the_base_and_the_method_have_are_advised_for_a_context_
         read(tmp_path, {"method": method}, train=CACHED, **sections)
 
 
-def test_a_cache_for_one_late_member_of_a_sweep_is_kept(tmp_path):
-    sweep = [{"prompt.method": "prompt_tuning"}, {"prompt.method": "late_prompt"}]
-    assert read(tmp_path, sweep=sweep, train=CACHED).config.train.context_cache_gib == 1.0
-    with pytest.raises(UserError, match="no contexts to keep"):
-        read(tmp_path, sweep={"seed": [0, 1]}, train=CACHED)
+def test_the_member_for_which_a_cache_keeps_nothing_is_named(tmp_path):
+    sweep = [{"prompt.method": "late_prompt"}, {"prompt.method": "prompt_tuning"}]
+    with pytest.raises(UserError, match="^sweep: method=prompt_tuning: train.context_cache_gib is given but"):
+        read(tmp_path, sweep=sweep, train=CACHED)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -209,11 +208,11 @@ def test_tokens_that_no_training_row_has_are_found_before_training(tmp_path, tin
     (line,) = lines(["z"])
     assert line.startswith(start)
     first, warning = lines(["z", "!"])
-    assert first.startswith(start) and "no training row has '!'" in warning
-    with pytest.raises(UserError, match="^prompt.tokens: no training row has '!', '#' in its input"):
+    assert first.startswith(start) and "no training row has '!' (" in warning
+    with pytest.raises(UserError, match="^prompt.tokens: no training row has '!' .[0-9]+., '#' .[0-9]+. in its input"):
         lines(["!", "#"])
     if kind == "llama":
         assert lines(["Z"])  # answers are in capitals
     else:
-        with pytest.raises(UserError, match="no training row has 'Z' in its input"):
+        with pytest.raises(UserError, match="no training row has 'Z' .[0-9]+. in its input"):
             lines(["Z"])

@@ -1,0 +1,47 @@
+"""What the trained tensors of a base and a trained head start from, where a prompt starts from a file."""
+
+import torch
+
+from ptune_dist.errors import UserError
+from ptune_dist.model.prompted_model import PromptedModel
+from ptune_dist.prompts.head_start import HEAD, VALUE_HEAD
+
+
+@torch.no_grad()
+def start_trained(model: PromptedModel) -> None:
+    """Set what is trained beside the prompts to what `prompt.init_file` held. Raises UserError."""
+    for member, prompt in enumerate(model.members()):
+        if prompt.base_start is not None:
+            start_base(model, member, prompt.base_start)
+        elif prompt.head_start is not None:
+            start_head(model, member)
+
+
+def start_base(model: PromptedModel, member: int, start: dict[str, torch.Tensor]) -> None:
+    """Raises UserError where other tensors were trained."""
+    own = model.trainable(member)
+    for name in own.keys() | start.keys():
+        pair = [found.get(name) for found in (own, start)]
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in pair]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"prompt.init_file: {name} has shape {shapes[0]} in this run and {shapes[1]} there")
+    for name, parameter in own.items():
+        parameter.copy_(start[name])
+
+
+def start_head(model: PromptedModel, member: int) -> None:
+    """Have a trained head start as the one that is stored beside the prompt, where that is one for the same labels."""
+    prompt = model.prompt(member)
+    own = {name: p for name, p in model.trainable(member).items() if name.startswith((HEAD, VALUE_HEAD))}
+    if not own:
+        return
+    assert prompt.head_start is not None
+    scale = model.target_scales[member]
+    found = prompt.head_start.tensors_for(scale.mean, scale.std)
+    file = prompt.head_start.file
+    if any(name not in found or found[name].shape != p.shape for name, p in own.items()):
+        prompt.head_note = f"prompt.init_file: the head starts anew: {file} has none for the same labels"
+        return
+    for name, parameter in own.items():
+        parameter.copy_(found[name])
+    prompt.head_note = f"prompt.init_file: the head starts as that of {file}"

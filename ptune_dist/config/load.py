@@ -186,7 +186,7 @@ def describe_wrong_folder(config: Config) -> str:
 def describe_wrong_revision(config: Config) -> tuple[str, str]:
     """The key of a revision that pins nothing, and why, with the paths resolved; two empty texts where all is well."""
     if config.model.revision and os.path.exists(config.model.path):
-        return "model.revision", "is for a name on the hub, and model.path is a folder here: leave it out"
+        return "model.revision", "is for a name on the hub, and model.path is a folder: leave it out or set it to null"
     if config.data.revision is None:
         return "", ""
     data = config.data

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ptune_dist.errors import RunFault, UserError
+from ptune_dist.errors import UserError
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
 RECIPES = SHIPPED / "recipes"
@@ -19,7 +19,16 @@ DATA_PREFIX = "recipes/data/"  # `data.train: recipes/data/dates_train.jsonl`
 LAUNCHERS = ("launch", "slurm")
 OWN_INSTALLERS = ("quickstart.sh", "real_base.sh", "setup.sh", "wheelhouse.sh", "constraints.txt", "gpu_check.sh")
 # The config that `init` writes for a task: an offline recipe, which trains as it is.
-TASKS = {"sentiment": "tiny/sentiment_llama", "instructions": "tiny/instructions_llama"}
+TASKS = {
+    "sentiment": "tiny/sentiment_gpt2",
+    "question_answering": "tiny/question_answering_gpt2",
+    "translation": "tiny/translation_t5",
+    "summarization": "tiny/summarization_t5",
+    "data_to_text": "tiny/data_to_text_gpt2",
+    "text": "tiny/text_gpt2",
+    "regression": "tiny/regression_bert",
+    "instructions": "tiny/instructions_llama",
+}
 
 
 def find_shipped(name: Any) -> Any:
@@ -60,7 +69,7 @@ def write_first_config(task: str, out: Path | None) -> Path:
     try:
         out.write_text((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     except OSError as error:
-        raise RunFault(f"init: {out}: {error.strerror}") from None
+        raise UserError(f"init: {out}: {error.strerror}") from None
     return out
 
 

@@ -1,0 +1,325 @@
+"""Make the tiny bases of the recipes: `python -m ptune_dist.tiny.task_bases` (a few minutes for each on one core).
+
+GPT-2, T5 and BERT shapes with about a million parameters share a tokenizer of 2,048 byte-level BPE tokens. As the real
+T5 was, GPT-2 and T5 are trained on several tasks that are asked for by name, here on the rows of `rows.py` that no
+recipe uses, and on the training reviews. Without a name, any of an input's tasks may be wanted: a soft prompt has
+something to select. BERT is trained on masked tokens and on which sentences belong together. Nothing is downloaded.
+"""
+
+import argparse
+import functools
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from ptune_dist.tiny.rows import (
+    QUESTIONS,
+    Row,
+    country_facts,
+    date_rows,
+    describe_country,
+    free_text,
+    question_rows,
+    summary_row,
+)
+from ptune_dist.tiny.text import read_docstrings
+
+VOCAB_SIZE = 2048
+SPECIAL = ["<eos>", "<pad>", "[CLS]", "[SEP]", "[MASK]"]
+EOS_ID, PAD_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL))
+MAX_TOKENS = 112
+LEARNING_RATE = 3e-3
+NAMED = 0.8  # the share of inputs that name their task
+WEEK = ["Friday", "Saturday", "Sunday", "Monday"]
+TOPICS = dict(zip(QUESTIONS, ("money", "speech", "time"), strict=True))
+NUM_CHUNKS = 3  # per training step, each padded by itself
+
+Example = tuple[str, dict[str, str]]  # an input, and what each task answers to it
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Material:
+    """The texts and examples that bases are trained on: no validation row of a recipe is among them."""
+
+    def __init__(self, data: Path, docstrings: list[str]):
+        self.reviews = read_rows(data / "sentiment_train.jsonl")
+        new = {row["text"] for row in read_rows(data / "countries_validation.jsonl")}
+        self.facts = [facts for facts in country_facts() if describe_country(facts)["text"] not in new]
+        kept = [data / f"text_{split}.txt" for split in ("train", "validation")]
+        held_out = {line for file in kept for line in file.read_text(encoding="utf-8").splitlines()}
+        self.prose = [text for text in free_text(docstrings) if text not in held_out]
+        self.dates = date_rows(random.Random(1), 6000, held_out=False)
+        countries = [text for facts in self.facts for text in describe_country(facts).values()]
+        dates = [text for row in self.dates[:300] for text in row.values()]
+        self.texts = [row["text"] for row in self.reviews] + self.prose + countries + dates
+
+    def draw_facts(self, rng: random.Random) -> Row:
+        """Each fact of another country, so that an answer is read from the input and not remembered."""
+        money = rng.choice(self.facts)
+        return {
+            "name": rng.choice(self.facts)["name"],
+            "currency": money["currency"],
+            "code": money["code"],
+            "language": rng.choice(self.facts)["language"],
+            "week": rng.choice(WEEK),
+        }
+
+    def draw(self, rng: random.Random, kind: str) -> Example:
+        """A random input of a kind with the answers of all its tasks."""
+        if kind == "review":
+            row = rng.choice(self.reviews)
+            return row["text"], {"sentiment": row["label"], "length": "long" if len(row["text"]) > 60 else "short"}
+        if kind == "date":
+            row = rng.choice(self.dates)
+            return row["en"], {"German": row["de"], "French": row["fr"]}
+        facts = self.draw_facts(rng)
+        country = describe_country(facts)
+        if kind == "question":
+            row = rng.choice(question_rows(facts))
+            return f"{row['context']} {row['question']}", {"answer": row["answer"], "topic": TOPICS[row["question"]]}
+        if kind == "summary":
+            return country["text"], {"summary": summary_row(facts)["summary"], "language": facts["language"]}
+        return country["record"], {"text": country["text"], "code": facts["code"]}
+
+    def draw_pair(self, rng: random.Random, kinds: tuple[str, ...]) -> tuple[str, str]:
+        """An input of one of these kinds, which names its task or does not, and an answer."""
+        text, answers = self.draw(rng, rng.choice(kinds))
+        name = rng.choice(sorted(answers))
+        named = rng.random() < NAMED
+        return (f"{name}: {text}" if named else text), answers[name]
+
+
+def build_tokenizer(texts: list[str], *, adds_cls: bool) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; an encoder's puts [CLS] before a text and [SEP] after it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if not adds_cls:
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", CLS_ID), ("[SEP]", SEP_ID)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        eos_token="[SEP]",
+    )
+
+
+def build_gpt2() -> GPT2LMHeadModel:
+    ids = {"bos_token_id": EOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB_SIZE, n_embd=128, n_layer=3, n_head=4, n_positions=256,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ids,
+        )
+    )  # fmt: skip
+
+
+def build_t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCAB_SIZE, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_decoder_layers=2, num_heads=4,
+            dropout_rate=0.0, pad_token_id=PAD_ID, eos_token_id=EOS_ID, decoder_start_token_id=PAD_ID,
+        )
+    )  # fmt: skip
+
+
+def build_bert() -> BertForPreTraining:
+    return BertForPreTraining(
+        BertConfig(
+            vocab_size=VOCAB_SIZE, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=384,
+            max_position_embeddings=160, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=PAD_ID,
+        )
+    )  # fmt: skip
+
+
+def pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    """[B, T]."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
+def chunks_of(rows: list, lengths: list[int]) -> list[list]:
+    """Rows in NUM_CHUNKS groups of similar lengths."""
+    order = sorted(range(len(rows)), key=lambda i: lengths[i])
+    size = -(-len(rows) // NUM_CHUNKS)
+    return [[rows[i] for i in order[first : first + size]] for first in range(0, len(rows), size)]
+
+
+def gpt2_losses(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    material: Material,
+    rng: random.Random,
+    *,
+    batch_size: int,
+) -> list[torch.Tensor]:
+    """Of answers, and of free text."""
+    rows = []
+    for _ in range(batch_size):
+        if rng.random() < 0.12:
+            ids = tokenizer.encode(rng.choice(material.prose))[:MAX_TOKENS] + [EOS_ID]
+            rows.append((ids, ids))
+            continue
+        text, answer = material.draw_pair(rng, ("review", "question", "record"))
+        asked = tokenizer.encode(f"{text}\nAnswer:")
+        target = tokenizer.encode(f" {answer}") + [EOS_ID]
+        rows.append((asked + target, [-100] * len(asked) + target))
+    losses = []
+    for chunk in chunks_of(rows, [len(row[0]) for row in rows]):
+        ids = pad([row[0] for row in chunk], PAD_ID)
+        labels = pad([row[1] for row in chunk], -100)
+        losses.append(model(input_ids=ids, attention_mask=ids.ne(PAD_ID).long(), labels=labels).loss)
+    return losses
+
+
+def t5_losses(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    material: Material,
+    rng: random.Random,
+    *,
+    batch_size: int,
+) -> list[torch.Tensor]:
+    rows = []
+    for _ in range(batch_size):
+        text, answer = material.draw_pair(rng, ("date", "question", "summary"))
+        rows.append((tokenizer.encode(text) + [EOS_ID], tokenizer.encode(answer) + [EOS_ID]))
+    losses = []
+    for chunk in chunks_of(rows, [len(row[0]) for row in rows]):
+        ids = pad([row[0] for row in chunk], PAD_ID)
+        labels = pad([row[1] for row in chunk], -100)
+        losses.append(model(input_ids=ids, attention_mask=ids.ne(PAD_ID).long(), labels=labels).loss)
+    return losses
+
+
+def bert_losses(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    material: Material,
+    rng: random.Random,
+    *,
+    batch_size: int,
+) -> list[torch.Tensor]:
+    """Masked tokens (15%), and whether the second half of a text belongs to the first."""
+    rows = []
+    for _ in range(batch_size):
+        first, second = rng.choice(material.texts).split(), rng.choice(material.texts).split()
+        half = len(first) // 2
+        belongs = rng.random() < 0.5
+        rest = first[half:] if belongs else second[len(second) // 2 :]
+        encoded = tokenizer(
+            " ".join(first[:half]), " ".join(rest), truncation=True, max_length=64, return_token_type_ids=True
+        )
+        ids = list(encoded["input_ids"])
+        labels = [-100] * len(ids)
+        for i, token in enumerate(ids):
+            if token not in (CLS_ID, SEP_ID) and rng.random() < 0.15:
+                labels[i], ids[i] = token, MASK_ID
+        rows.append((ids, labels, encoded["token_type_ids"], int(not belongs)))
+    losses = []
+    for chunk in chunks_of(rows, [len(row[0]) for row in rows]):
+        ids = pad([row[0] for row in chunk], PAD_ID)
+        losses.append(
+            model(
+                input_ids=ids,
+                attention_mask=ids.ne(PAD_ID).long(),
+                token_type_ids=pad([row[2] for row in chunk], 0),
+                labels=pad([row[1] for row in chunk], -100),
+                next_sentence_label=torch.tensor([row[3] for row in chunk]),
+            ).loss
+        )
+    return losses
+
+
+# Name -> how it is built, its losses, and the number of steps.
+BASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[..., list[torch.Tensor]], int]] = {
+    "gpt2": (build_gpt2, gpt2_losses, 300),
+    "t5": (build_t5, t5_losses, 400),
+    "bert": (build_bert, bert_losses, 200),
+}
+
+
+def train_base(
+    model: PreTrainedModel, losses_of: Callable[..., list[torch.Tensor]], *, num_steps: int, seed: int
+) -> None:
+    """Train with AdamW, warm-up, and a cosine schedule to zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    rng = random.Random(seed)
+    began = time.time()
+    model.train()
+    for step in range(num_steps):
+        scale = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * scale
+        losses = losses_of(rng)
+        torch.stack(losses).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 49:
+            loss = torch.stack(losses).mean().item()
+            print(f"step {step + 1}/{num_steps} loss {loss:.3f} {time.time() - began:.0f} s", flush=True)
+    model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bases", nargs="*", default=list(BASES), help=f"of {', '.join(BASES)}; all where left out")
+    parser.add_argument("--data", type=Path, default=Path("configs/recipes/data"))
+    parser.add_argument("--out", type=Path, default=Path("configs/tiny"))
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    unknown = set(args.bases) - set(BASES)
+    if unknown:
+        parser.error(f"unknown base {unknown.pop()}")
+
+    material = Material(args.data, read_docstrings())
+    for name in args.bases:
+        build, losses_of, num_steps = BASES[name]
+        torch.manual_seed(args.seed)
+        tokenizer = build_tokenizer(material.texts, adds_cls=name == "bert")
+        model = build()
+        print(f"{name}: {model.num_parameters():,} parameters", flush=True)
+        losses = functools.partial(losses_of, model, tokenizer, material, batch_size=args.batch_size)
+        train_base(model, losses, num_steps=num_steps, seed=args.seed)
+        model.half().save_pretrained(args.out / name)
+        tokenizer.save_pretrained(args.out / name)
+
+
+if __name__ == "__main__":
+    main()

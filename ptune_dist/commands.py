@@ -12,8 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ptune_dist.common.files import fault_on_failed_write
-from ptune_dist.config.prompt_text import Around
-from ptune_dist.config.schema import Config, DataConfig
+from ptune_dist.config.schema import Config, DataConfig, PromptConfig
 from ptune_dist.data.build import build_choices, build_inputs, build_split, build_templates
 from ptune_dist.data.candidates import Candidates
 from ptune_dist.data.encode import TokenPair
@@ -149,8 +148,7 @@ def generate_for_run(config: Config, run_dir: Path, request: GenerateRequest) ->
     world = init_distributed()
     together(world, lambda: check_output(request.output, request.file, config))
     reading = together(world, lambda: build_reading(config))
-    asked = (config.prompt.placement, request.text, request.file, config.prompt.around)
-    rows = together(world, lambda: read_input_rows(config.data, *asked))
+    rows = together(world, lambda: read_input_rows(config.data, config.prompt, request.text, request.file))
     prepare = prepare_labels if request.chooses_label else prepare_texts
     tasks = together(world, lambda: find_tasks(config, rows, request.task))
     answer = together(world, lambda: prepare(reading, rows, tasks))
@@ -291,13 +289,10 @@ def open_output(path: Path | None, world: World) -> contextlib.AbstractContextMa
         raise UserError(f"--output: {path}: {error.strerror}") from None
 
 
-def read_input_rows(
-    data: DataConfig, placement: str, text: str | None, file: str | None, around: Around | None = None
-) -> Rows:
+def read_input_rows(data: DataConfig, prompt: PromptConfig, text: str | None, file: str | None) -> Rows:
     """The rows of a file, or the one row that a text makes for a template of one column. Raises UserError.
 
-    Where the training data is plain text, rows are texts to continue. A column that rows may lack is left out. around:
-    the texts around the template.
+    Where the training data is plain text, rows are texts to continue. A column that rows may lack is left out.
     """
     if file:
         return load_rows(file, key="--input-file", default_split="test", csv=csv_dialect(data))
@@ -308,7 +303,7 @@ def read_input_rows(
         return Rows("--input", datasets.Dataset.from_list([{data.messages: messages}]), "rows")
     columns = ["text"]  # of plain text
     if data.template is not None:
-        template, _ = build_templates(data, placement, around)
+        template, _ = build_templates(data, prompt.placement, prompt.around)
         needed = [column for column in template.columns if column not in template.guarded | template.empty]
         columns = needed if len(needed) == 1 else list(template.columns)
     if len(columns) != 1:
@@ -321,8 +316,5 @@ def read_input_rows(
 def export_runs(runs: list[tuple[Config, Path]], request: ExportRequest) -> list[str]:
     """Write what the prompts of runs become; returns lines for people. Raises UserError."""
     config, _ = runs[0]
-    prompt = config.prompt
-    read_rows = functools.partial(
-        read_input_rows, config.data, prompt.placement, request.text, request.file, prompt.around
-    )
+    read_rows = functools.partial(read_input_rows, config.data, config.prompt, request.text, request.file)
     return export_prompts(runs, request, read_rows)

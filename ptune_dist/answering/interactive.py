@@ -74,7 +74,7 @@ class Conversation:
         """The next question as a row, and how it is read. Raises UserError."""
         config = self._reading.config
         self._text = text
-        rows = read_input_rows(config.data, config.prompt.placement, text, None, config.prompt.around)
+        rows = read_input_rows(config.data, config.prompt, text, None)
         if not self.has_history or not self._turns:
             return self._reading, rows
         column = config.data.messages or MESSAGES
@@ -98,7 +98,7 @@ class Conversation:
         if not self.has_history or not answer:
             return
         config = self._reading.config
-        rows = read_input_rows(config.data, config.prompt.placement, self._text, None, config.prompt.around)
+        rows = read_input_rows(config.data, config.prompt, self._text, None)
         self._turns.append({"role": "user", "content": self._render(rows)})
         self._turns.append({"role": "assistant", "content": answer})
 

@@ -26,6 +26,7 @@ from ptune_dist.distributed.world import from_main, init_distributed, together
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import Decoding
 from ptune_dist.evaluation.generate import generate_of_tasks, generate_with_bank
+from ptune_dist.evaluation.row_scores import RowScores, add_scores, build_row_scores
 from ptune_dist.run.job import Job
 from ptune_dist.run.reading import Reading, build_reading
 from ptune_dist.run.stored_prompt import build_members_job
@@ -54,6 +55,7 @@ def generate_for_members(config: Config, run_dir: Path, request: GenerateRequest
     rows = together(world, lambda: read_member_rows(reading, request))
     asked = together(world, lambda: prepare(reading, rows, request, column))
     reading = replace(reading, members={name: reading.members[name] for name in asked})
+    scores = together(world, lambda: build_scores(reading.members, rows))
     stream = together(world, lambda: open_output(request.output, world))
     folders = {name: run_dir / "members" / Path(member.output_dir).name for name, member in reading.members.items()}
     job = build_members_job(reading, folders, world)
@@ -63,18 +65,21 @@ def generate_for_members(config: Config, run_dir: Path, request: GenerateRequest
         for first in range(0, len(rows), chunk):
             found = answer_chunk(job, asked, decodings, range(first, min(first + chunk, len(rows))))
             for number, name, text in found if out else []:
-                (row,) = rows.read(number, number + 1)
-                line = row | {COLUMN: name, "generated": text}
+                line = add_scores(scores[name], rows, number, {COLUMN: name, "generated": text})
                 print(dump_json(line, ensure_ascii=False, default=str), file=out, flush=True)
+
+
+def build_scores(members: dict[str, Config], rows: Rows) -> dict[str, RowScores | None]:
+    """How each member's answers are scored, where the rows say what is right. Raises UserError."""
+    return {name: build_row_scores(own.data, own.evaluate, rows, chooses_label=False) for name, own in members.items()}
 
 
 def read_member_rows(reading: Reading, request: GenerateRequest) -> Rows:
     """Raises UserError. A text is a row for the first member's template."""
     if request.chooses_label:
         raise UserError("--labels: with several members, answers are texts: name one member")
-    data = next(iter(reading.members.values())).data
-    prompt = reading.config.prompt
-    return read_input_rows(data, prompt.placement, request.text, request.file, prompt.around)
+    first = next(iter(reading.members.values()))
+    return read_input_rows(first.data, first.prompt, request.text, request.file)
 
 
 def prepare(reading: Reading, rows: Rows, request: GenerateRequest, column: str | None) -> dict[str, Asked]:

@@ -190,10 +190,10 @@ class TrainedPrompt:
         rows: list[Row] = []
         for item in several:
             if isinstance(item, str):
-                item = read_input_rows(data, prompt.placement, item, None, prompt.around).read(0, 1)[0]
+                item = read_input_rows(data, prompt, item, None).read(0, 1)[0]
             rows.append(item)
         with self._file_of(rows) as file:
-            yield read_input_rows(data, prompt.placement, None, str(file))
+            yield read_input_rows(data, prompt, None, str(file))
 
     @contextlib.contextmanager
     def _file_of(self, rows: Sequence[Row]) -> Iterator[Path]:

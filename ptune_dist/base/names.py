@@ -65,6 +65,13 @@ def spellings(model: PreTrainedModel, name: str) -> list[str]:
     return [name, name.removeprefix(prefix) if name.startswith(prefix) else prefix + name]
 
 
+def renamed(model: PreTrainedModel, stored: str) -> str:
+    """What transformers calls a stored tensor, whose architecture may have had other names."""
+    for transform in get_model_conversion_mapping(model):
+        stored, _ = transform.rename_source_key(stored)
+    return stored
+
+
 def is_ignored(model: PreTrainedModel, name: str, kind: str) -> bool:
     """Whether transformers ignores a tensor that is `kind`: missing or unexpected."""
     patterns = getattr(model, f"_keys_to_ignore_on_load_{kind}") or []

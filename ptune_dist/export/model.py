@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-from transformers.utils.hub import cached_file
 
 from ptune_dist.base.open import OpenedBase
 from ptune_dist.base.source import is_local_only, load_shape
+from ptune_dist.base.weight_files import find_weight_files
 from ptune_dist.errors import UserError
 from ptune_dist.export.token_prompts import (
     TokenPrompt,
@@ -20,7 +19,7 @@ from ptune_dist.export.token_prompts import (
     choose_tokens,
     list_reserved,
 )
-from ptune_dist.export.tokenizer import put_by_itself, put_by_name, save_tokenizer, set_system
+from ptune_dist.export.tokenizer import chat_as_template, put_by_itself, put_by_name, save_tokenizer, set_system
 from ptune_dist.export.weights import Changes, change_tokens, write_weights
 from ptune_dist.run.parts import open_base_of
 from ptune_dist.run.whole_model import whole_precision
@@ -42,17 +41,19 @@ def export_tokens(prompts: Sequence[TrainedPrompt], out: Path, *, uses_reserved:
     if model.random_init:
         raise UserError("--to model: model.random_init: this base has no weight files: train over a stored one")
     tokenizer = reading.tokenizer
-    reserved = list_reserved(tokenizer)
+    reserved = [token for token in list_reserved(tokenizer) if "extra_id" not in token]  # T5 answers those
     unused = cast(int, tokenizer.convert_tokens_to_ids(reserved[-1])) if reserved else None
     placed = choose_tokens(prompts, tokenizer, uses_reserved=uses_reserved)
     by_name = by_name or len(prompts) > 1 or prompts[0].placement == "template"
-    texts = put_prompts(tokenizer, placed, by_name=by_name)
+    texts, late = put_prompts(tokenizer, placed, by_name=by_name)
     opened = open_base_of(whole_precision(reading))
     rows = {i: row for prompt in placed for i, row in zip(prompt.ids, prompt.trained.vectors, strict=True)}
     appended = set() if uses_reserved else set(rows)
     changes = with_head(change_tokens(opened, model.path, rows, appended, unused), opened, prompts[0])
     try:
-        write_folder(out, placed, tokenizer, changes, texts)
+        out.mkdir(parents=True, exist_ok=True)
+        save_tokenizer(tokenizer, late, out)
+        write_folder(out, placed, changes, texts)
     except OSError as error:
         raise UserError(f"--out: {out}: {error.strerror or error}") from None
     return describe(placed, changes, by_name=by_name)
@@ -76,19 +77,26 @@ def check_same_base(prompts: Sequence[TrainedPrompt]) -> None:
 
 def put_prompts(
     tokenizer: PreTrainedTokenizerBase, placed: Sequence[TokenPrompt], *, by_name: bool
-) -> dict[str, str] | None:
-    """Have tokenizer and chat template put the prompts; the texts of their names, or None of one that needs none."""
+) -> tuple[dict[str, str] | None, list[int]]:
+    """Have tokenizer and chat template put the prompts.
+
+    Returns the texts of their names, or None of one that needs none, and `late` as for `save_tokenizer`.
+    """
     first = placed[0].trained.reading
     path = first.config.model.path
-    systems = {prompt.trained.reading.config.data.system for prompt in placed}
+    chats = [prompt.trained.reading.encoding(prompt.trained.reading.config).chat for prompt in placed]
     texts = None
+    late: list[int] = []
     if by_name:
-        texts = put_by_name(tokenizer, placed, path)
+        texts, late = put_by_name(tokenizer, placed, path)
     else:
+        if first.family.name == "causal":
+            chat_as_template(tokenizer, placed[0].trained.template)
         put_by_itself(tokenizer, placed[0], ends=first.family.frame_text().ends_input, path=path)
-    if len(systems) == 1 and (system := systems.pop()) is not None:
-        set_system(tokenizer, system)
-    return texts
+    begun = {(chat.system, chat.text) if chat else (None, "") for chat in chats}
+    if len(begun) == 1:
+        set_system(tokenizer, *begun.pop())
+    return texts, late
 
 
 def with_head(changes: Changes, opened: OpenedBase, prompt: TrainedPrompt) -> Changes:
@@ -105,27 +113,23 @@ def with_head(changes: Changes, opened: OpenedBase, prompt: TrainedPrompt) -> Ch
 def write_folder(
     out: Path,
     placed: Sequence[TokenPrompt],
-    tokenizer: PreTrainedTokenizerBase,
     changes: Changes,
     texts: dict[str, str] | None,
 ) -> None:
+    """All but the tokenizer's files."""
     reading = placed[0].trained.reading
     path = reading.config.model.path
-    found = cached_file(path, "config.json", local_files_only=is_local_only(path))
-    assert found is not None, "the base has been opened"
-    folder = Path(found).parent
-    out.mkdir(parents=True, exist_ok=True)
+    folder = find_weight_files(path, is_local_only(path))[0].parent
     for pattern in CARRIED:
         for file in sorted(folder.glob(pattern)):
             shutil.copyfile(file, out / file.name)
     write_weights(path, changes, out)
-    save_tokenizer(tokenizer, out)
     shape = load_shape(path)
     reading.family.prepare_shape(shape, reading.config.data.labels)
-    settings = change_settings(json.loads(Path(found).read_text()), shape, placed[0].trained, changes)
-    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    change_generation(out / "generation_config.json", placed, tokenizer, changes)
+    settings = change_settings(json.loads((folder / "config.json").read_text()), shape, placed[0].trained, changes)
+    change_generation(out / "generation_config.json", placed, changes)
     (out / "prompts.json").write_text(json.dumps(list_prompts(placed, texts), indent=2, ensure_ascii=False) + "\n")
+    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")  # last: without it a folder is no model
 
 
 def change_settings(
@@ -143,18 +147,16 @@ def change_settings(
     dtypes = [key for key in ("dtype", "torch_dtype") if key in settings] or ["dtype"]
     settings |= dict.fromkeys(dtypes, prompt.reading.config.model.dtype)
     if family.trains_head:
-        names = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-        settings["architectures"] = [names[shape.model_type]]
+        settings["architectures"] = [changes.architecture]
         of_labels = {key: value for key, value in shape.to_dict().items() if key in ("id2label", "label2id")}
         settings |= of_labels
     return settings
 
 
-def change_generation(
-    file: Path, placed: Sequence[TokenPrompt], tokenizer: PreTrainedTokenizerBase, changes: Changes
-) -> None:
+def change_generation(file: Path, placed: Sequence[TokenPrompt], changes: Changes) -> None:
     """Have answers end where the runs' did. A tied head of an encoder-decoder may be tied again by older releases."""
     reading = placed[0].trained.reading
+    tokenizer = reading.tokenizer
     if reading.family.trains_head:
         return
     settings = json.loads(file.read_text()) if file.is_file() else {}
@@ -178,7 +180,7 @@ def list_prompts(placed: Sequence[TokenPrompt], texts: dict[str, str] | None) ->
             "name": None if texts is None else prompt.name_token,
             "text": prompt.text if texts is None else texts[trained.name],
             "token_ids": prompt.ids,
-            "template": data.template,
+            "template": trained.template,
             "chat": data.is_chat,
             "max_new_tokens": trained.facts.get("longest_target"),
         }

@@ -91,8 +91,12 @@ def export_to_model(runs: list[tuple[Config, Path]], request: ExportRequest) -> 
     names = name_prompts([run_dir.resolve().name for _, run_dir in runs], request.names)
     prompts = []
     for name, (config, run_dir) in zip(names, runs, strict=True):
-        tensors, facts = select_task(*load_prompt(run_dir / "prompt"), request.task)
-        prompts.append(TrainedPrompt(name, tensors, facts, read_checked(config, facts, run_dir)))
+        stored = load_prompt(run_dir / "prompt")
+        reading = read_checked(config, stored[1], run_dir)
+        tasks = [request.task] if request.task is not None else stored[1].get("tasks") or [None]
+        for task in tasks:
+            own = name if len(tasks) == 1 else name_prompts([f"{name}_{task}"], ())[0]
+            prompts.append(TrainedPrompt(own, *select_task(*stored, task), reading))
     (first, *others) = prompts
     if not others and METHODS[first.facts.get("method", "prompt_tuning")].changes_base:
         if request.uses_reserved or request.by_name:
@@ -105,9 +109,10 @@ def export_to_model(runs: list[tuple[Config, Path]], request: ExportRequest) -> 
 def read_checked(config: Config, facts: dict[str, Any], run_dir: Path) -> Reading:
     """How a run's base reads examples. Raises UserError where it is not the one of the run's prompt."""
     model = config.model
+    reading = build_reading(config)  # which says in one line that a base is gone
     fingerprint = fingerprint_base(model.path, random_init=model.random_init, seed=config.seed)
     check_base(config, facts, fingerprint, run_dir)
-    return build_reading(config)
+    return reading
 
 
 def export_one(config: Config, run_dir: Path, request: ExportRequest, read_rows: ReadRows) -> None:

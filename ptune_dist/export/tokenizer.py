@@ -1,6 +1,7 @@
 """A tokenizer and a chat template that put a prompt's tokens where they were trained, by themselves or by name."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,8 @@ from ptune_dist.export.token_prompts import TokenPrompt
 
 PROBE = "A fine film."
 ROLE = "prompt"  # of a message that names a prompt
+SIMPLE = re.compile(r"([^{}]*)\{\{\s*\w+\s*\}\}([^{}]*)")  # a text with one column
+BLANK = "\n\n"
 END = "{{ '' }}"  # template text that follows a statement loses its line break; what follows an expression keeps it
 
 
@@ -58,11 +61,14 @@ def begin_with(tokenizer: PreTrainedTokenizerBase, start: list[int], end: Sequen
     return processors.TemplateProcessing(single=single, special_tokens=[(piece, i) for i, piece in pieces.items()])
 
 
-def put_by_name(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[TokenPrompt], path: str) -> dict[str, str]:
+def put_by_name(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[TokenPrompt], path: str
+) -> tuple[dict[str, str], list[int]]:
     """Have texts name prompts: `<|NAME|>` becomes a prompt's tokens; a chat names one by its variable `prompt`.
 
-    Returns the text that each stands for. A tokenizer that begins texts with a BOS begins none any more where prompts
-    precede it: their names do. Raises UserError.
+    Returns the text that each stands for, and tokens of it that the tokenizer must look for in normalized text. A
+    tokenizer that begins texts with a BOS begins none any more where prompts precede it: their names do. Raises
+    UserError.
     """
     backend = backend_of(tokenizer, path)
     start, end = special_ids(tokenizer)
@@ -83,16 +89,26 @@ def put_by_name(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[TokenPromp
     before = backend.normalizer
     replacing = [normalizers.Replace(prompt.name_token, texts[prompt.trained.name]) for prompt in prompts]
     backend.normalizer = normalizers.Sequence([*replacing, *([] if before is None else [before])])
+    late = start if lead else []
+    written = Tokenizer.from_str(render_backend(tokenizer, late))
     for prompt in prompts:
         name = prompt.trained.name
-        found = [plain_ids(tokenizer, text + PROBE) for text in (prompt.name_token, texts[name])]
-        if found != [wanted[name]] * 2:
+        asked = [text + PROBE for text in (prompt.name_token, texts[name])]
+        if any(written.encode(text, add_special_tokens=False).ids != wanted[name] for text in asked):
             raise UserError(
                 f"--to model: the tokenizer of {path} splits a text otherwise once a prompt precedes it, so a prompt "
                 "cannot be named in it: export one run alone, without --by-name"
             )
     name_in_chat(tokenizer, prompts)
-    return texts
+    return texts, late
+
+
+def render_backend(tokenizer: PreTrainedTokenizerBase, late: Sequence[int]) -> str:
+    """tokenizer.json, with the tokens `late` looked for in the text that a normalizer leaves: it writes them."""
+    content = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["normalized"] = token["normalized"] or token["id"] in late
+    return json.dumps(content, ensure_ascii=False, indent=2)
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -127,14 +143,31 @@ def change_chat(tokenizer: PreTrainedTokenizerBase, *, before: str = "", after: 
         tokenizer.chat_template = before + template + after
 
 
-def set_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
-    """Have conversations without a system's turn begin with this one, as a run with `data.system` had it."""
-    turn = f"{{'role': 'system', 'content': {quote(system)}}}"
-    change_chat(
-        tokenizer,
-        before=f"{{% if not messages or messages[0]['role'] != 'system' %}}{{% set messages = [{turn}] + messages %}}"
-        "{% endif %}" + END,
-    )
+def set_system(tokenizer: PreTrainedTokenizerBase, system: str | None, text: str) -> None:
+    """Have conversations begin as a run had them: `system` where there is no system prompt, then `text` at its end."""
+    has_none = "{% if not messages or messages[0]['role'] != 'system' %}"
+    begin = "{{% set messages = [{{'role': 'system', 'content': {}}}] + messages{} %}}".format
+    before = ""
+    if system is not None:
+        before += f"{has_none}{begin(quote(system), '')}{{% endif %}}"
+    if text:
+        longer = f"messages[0]['content'].rstrip() + {quote(f'{BLANK}{text}')}"
+        before += f"{has_none}{begin(quote(text), '')}{{% else %}}{begin(longer, '[1:]')}{{% endif %}}"
+    if before:
+        change_chat(tokenizer, before=before + END)
+
+
+def chat_as_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Give a base without a chat template one that writes the last message as `data.template` writes a row.
+
+    Of a template with a single column and nothing else of Jinja; others are left alone.
+    """
+    simple = SIMPLE.fullmatch(template or "")
+    if tokenizer.chat_template or simple is None:
+        return
+    start = "".join(str(tokenizer.convert_ids_to_tokens(i)) for i in special_ids(tokenizer)[0])
+    before, after = simple.groups()
+    tokenizer.chat_template = f"{{{{ {quote(start + before)} + messages[-1]['content'] + {quote(after)} }}}}"
 
 
 def quote(text: str) -> str:
@@ -142,9 +175,14 @@ def quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write a tokenizer whose class takes tokenizer.json as it is: many others make their own of its vocabulary."""
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, late: Sequence[int], out: Path) -> None:
+    """Write a tokenizer whose class takes tokenizer.json as it is: many others make their own of its vocabulary.
+
+    `late` as for `render_backend`.
+    """
     tokenizer.save_pretrained(out)
+    if late:
+        (out / "tokenizer.json").write_text(render_backend(tokenizer, late) + "\n")
     file = out / "tokenizer_config.json"
     settings = json.loads(file.read_text())
     for key in ("add_bos_token", "add_eos_token", "local_files_only", "is_local", "tokenizer_file", "backend"):

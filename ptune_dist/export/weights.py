@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
 
-from ptune_dist.base.names import spellings
+from ptune_dist.base.names import renamed, spellings
 from ptune_dist.base.open import OpenedBase
 from ptune_dist.base.other_folders import INDEX
 from ptune_dist.base.source import is_local_only
@@ -37,6 +37,7 @@ class Changes:
     replaced: dict[str, torch.Tensor]
     new: dict[str, torch.Tensor]
     num_tokens: int
+    architecture: str  # the class of the model
     has_untied: bool
     is_rounded: bool
 
@@ -82,7 +83,7 @@ def change_tokens(
         replaced |= {name: tensor for name, tensor in of_head.items() if name in stored.shapes}
         new |= {name: tensor for name, tensor in of_head.items() if name not in stored.shapes}
     refuse_other_tables(opened, len(old), path)
-    return Changes(replaced, new, num_tokens, is_tied, is_rounded)
+    return Changes(replaced, new, num_tokens, type(model).__name__, is_tied, is_rounded)
 
 
 def change_head(
@@ -112,7 +113,7 @@ def change_head(
         row = mean_row(old) if unused is None else old[unused]
         grown = extend(old, num_tokens, row)
         within = sorted(i for i in appended if i < len(old))  # rows that no token of the base has
-        grown[within] = row
+        grown[within] = row.to(old.dtype)
         found |= dict.fromkeys(names, grown)
     for name in stored.shapes:
         if name.endswith(FINAL_BIAS):
@@ -144,6 +145,8 @@ def stored_names(opened: OpenedBase, stored: WeightFiles, parameter: torch.Tenso
     model = opened.model
     own = [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
     found = [each for name in own for each in spellings(model, name) if each in stored.shapes]
+    if not found:  # of older releases
+        found = [each for each in stored.shapes if set(spellings(model, renamed(model, each))) & set(own)]
     if not found:  # a language model that is part of another, say
         ends = tuple("." + ".".join(name.split(".")[-2:]) for name in own)
         shape = tuple(parameter.shape)

@@ -50,7 +50,7 @@ def read_layers(
             f"prompt.init_file: {start.read().file} has keys and values of the layers from {begin} on, and this prompt "
             f"needs those from {first} on: set prompt.from_layer={begin} and prompt.lower_layers=none"
         )
-    parts = dict(zip(PLAIN, (some[trained_from:] for some in heads), strict=True))
+    parts: dict[str, Heads] = dict(zip(PLAIN, (some[trained_from:] for some in heads), strict=True))
     if trained_from > begin:
         parts |= zip(LOWER, (some[:trained_from] for some in heads), strict=True)
     found = start.tensors({name: packed_shape(num_positions, some) for name, some in parts.items()})

@@ -123,7 +123,7 @@ def test_a_chat_has_the_text_in_the_users_turn_and_earlier_turns_before_it(data)
     ((context, rest), _) = build_inputs(section, split.rows, encoding)
     assert context + rest == split.examples.input_ids(0).tolist()
     cut = read(section, encoding_of(tokenizer, around=AROUND, chat=chat, max_length=len(split.examples.ids) // 2 - 4))
-    kept = asked.partition("x.\n")[0]
+    kept = asked.partition(" x.\n")[0]
     assert tokenizer.decode(cut.examples.input_ids(0)).startswith(kept) and cut.examples.num_truncated
 
 

@@ -13,12 +13,12 @@ from ptune_dist.evaluation.row_scores import add_scores, build_row_scores
 def score(tmp_path):
     """What is added to the answers of some rows."""
 
-    def score_rows(rows: list[dict], answers: list[str], metrics: list[str], *, labels: bool = False, **options):
+    def score_rows(rows: list[dict], answers: list[str], metrics: list[str], *, chooses: bool = False, **options):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         data = DataConfig(train=str(file), **{"template": "{{ q }}", "target": " {{ a }}"} | options)
         loaded = load_rows(str(file), key="--input-file", default_split="test")
-        scores = build_row_scores(data, EvaluateConfig(metrics=metrics), loaded, chooses_label=labels)
+        scores = build_row_scores(data, EvaluateConfig(metrics=metrics), loaded, chooses_label=chooses)
         found = [add_scores(scores, loaded, number, {"generated": answer}) for number, answer in enumerate(answers)]
         return [{key: value for key, value in row.items() if key not in rows[0]} for row in found]
 
@@ -52,7 +52,7 @@ def test_the_best_of_several_references_counts(score):
 def test_labels_and_numbers(score):
     rows = [{"q": "x", "a": 1}]
     keys = {"target": " {{ ['bad', 'good'][a] }}", "labels": ["0", "1"]}
-    assert score(rows, ["1"], ["accuracy"], labels=True, **keys) == [
+    assert score(rows, ["1"], ["accuracy"], chooses=True, **keys) == [
         {"generated": "1", "gold": "good", "gold_label": "1", "accuracy": 1.0}
     ]
     assert score([{"q": "x", "a": 1.5}], ["2"], ["mse"]) == [{"generated": "2", "gold": "1.5", "mse": 0.25}]

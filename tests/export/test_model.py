@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import processors
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, pipeline
 
+from ptune_dist.data.chat import Chat
 from ptune_dist.errors import UserError
+from ptune_dist.export.tokenizer import set_system
 from ptune_dist.export.weights import count_tokens
 from tests.conftest import ARCHITECTURES, ENCODERS, LABELS, SEQ2SEQ
 from tests.export.trained import NUM_VIRTUAL, draw, export, family_of, write_trained
@@ -66,7 +68,8 @@ def test_logits_and_answers_are_those_of_the_vectors(tiny_bases, tmp_path, kind)
     logits = logits_of(served.model, **found)
     if kind in ENCODERS:
         torch.testing.assert_close(logits, wanted, rtol=1e-6, atol=1e-6)
-        assert list(served.model.config.id2label.values()) == LABELS
+        (answer,) = pipeline("text-classification", str(tmp_path / "out"), device="cpu")(TEXT)
+        assert answer["label"] == LABELS[int(wanted.argmax())]
         return
     check_known(logits, wanted, new)
     assert not set(new) & set(logits.argmax(-1).flatten().tolist())
@@ -123,18 +126,25 @@ def test_a_chat_has_the_prompt_where_it_was_trained(tiny_bases, tmp_path):
     base = with_chat(tiny_bases["llama"], tmp_path / "base")
     stored = {"virtual_tokens": draw(32)}
     tokens = "".join(f"<|x_{i}|>" for i in range(NUM_VIRTUAL))
-    for placement, wanted in {
-        "prefix": f"{tokens}<user>hi<assistant>",
-        "infix": f"<user>hi<assistant>{tokens}",
-    }.items():
+    chat = "<user>hi<assistant>"
+    for placement, wanted in {"prefix": tokens + chat, "infix": chat + tokens}.items():
         sections = {"prompt": {"placement": placement}, "data": {"chat": True}}
         run = write_trained(tmp_path / placement / "x", base, "llama", stored, **sections)
         export([run], tmp_path / f"{placement}-out")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"{placement}-out")
         assert rendered(tokenizer) == wanted
         ids = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True).input_ids
-        assert len(ids) == NUM_VIRTUAL + len("<user>hi<assistant>")
+        assert len(ids) == NUM_VIRTUAL + len(chat)
     assert tokenizer.apply_chat_template(TURNS, tokenize=False) == "<user>hi"
+
+
+def test_a_base_without_a_chat_template_reads_a_message_as_a_row(tiny_bases, tmp_path):
+    data = {"template": 'Say "{{ word }}"\n=> é'}
+    run = write_trained(tmp_path / "x", tiny_bases["llama"], "llama", {"virtual_tokens": draw(32)}, data=data)
+    export([run], tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True).input_ids
+    assert ids == tokenizer.encode('Say "hi"\n=> é')
 
 
 def test_a_system_prompt_of_the_run_is_in_its_chats(tiny_bases, tmp_path):
@@ -147,6 +157,27 @@ def test_a_system_prompt_of_the_run_is_in_its_chats(tiny_bases, tmp_path):
     assert rendered(tokenizer).endswith('<system>Say "A".\n<user>hi<assistant>')
     own = [{"role": "system", "content": "Other."}, *TURNS]
     assert tokenizer.apply_chat_template(own, tokenize=False).endswith("<|x_3|><system>Other.<user>hi")
+
+
+@pytest.mark.parametrize("system", [None, "S."])
+def test_chats_begin_as_in_training(tiny_bases, tmp_path, system):
+    """As `Chat.render` writes them, with a system prompt of their own and without."""
+    base = with_chat(tiny_bases["llama"], tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    chat = Chat(AutoTokenizer.from_pretrained(base), "data.messages", system, 'Be "brief".')
+    set_system(tokenizer, system, chat.text)
+    for messages in (TURNS, [{"role": "system", "content": "Other. \n"}, *TURNS]):
+        found = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert found == chat.render(messages, asks=True) and "brief" in found
+
+
+def test_a_written_prompt_stands_around_what_is_sent(tiny_bases, tmp_path):
+    sections = {"prompt": {"text": {"task": "Judge.", "output": "Short:"}}, "data": {"template": "{{ word }}"}}
+    run = write_trained(tmp_path / "x", tiny_bases["llama"], "llama", {"virtual_tokens": draw(32)}, **sections)
+    export([run], tmp_path / "out")
+    listed = json.loads((tmp_path / "out" / "prompts.json").read_text())["prompts"]["x"]
+    assert listed["template"] == "Judge.\n{{ word }}\nShort:"
+    assert rendered(AutoTokenizer.from_pretrained(tmp_path / "out")).endswith("<|x_3|>Judge.\nhi\nShort:")
 
 
 def test_chats_choose_a_prompt(tiny_bases, tmp_path):

@@ -183,16 +183,17 @@ class TrainedPrompt:
         from ptune_dist.commands import read_input_rows
 
         data = self.config.data
+        prompt = self.config.prompt
         several = [inputs] if isinstance(inputs, (str, Mapping)) else list(inputs)
         if not several:
             raise UserError("inputs: there are none")
         rows: list[Row] = []
         for item in several:
             if isinstance(item, str):
-                item = read_input_rows(data, self.config.prompt, item, None).read(0, 1)[0]
+                item = read_input_rows(data, prompt, item, None).read(0, 1)[0]
             rows.append(item)
         with self._file_of(rows) as file:
-            yield read_input_rows(data, self.config.prompt, None, str(file))
+            yield read_input_rows(data, prompt, None, str(file))
 
     @contextlib.contextmanager
     def _file_of(self, rows: Sequence[Row]) -> Iterator[Path]:

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-from transformers.utils.hub import cached_file
 
 from ptune_dist.base.open import OpenedBase
 from ptune_dist.base.source import is_local_only, load_shape
-from ptune_dist.common.hub import split_revision
+from ptune_dist.base.weight_files import find_weight_files
 from ptune_dist.errors import UserError
 from ptune_dist.export.token_prompts import (
     TokenPrompt,
@@ -86,17 +84,18 @@ def put_prompts(
     """
     first = placed[0].trained.reading
     path = first.config.model.path
-    systems = {prompt.trained.reading.config.data.system for prompt in placed}
+    chats = [prompt.trained.reading.encoding(prompt.trained.reading.config).chat for prompt in placed]
     texts = None
     late: list[int] = []
     if by_name:
         texts, late = put_by_name(tokenizer, placed, path)
     else:
         if first.family.name == "causal":
-            chat_as_template(tokenizer, first.config.data.template)
+            chat_as_template(tokenizer, placed[0].trained.template)
         put_by_itself(tokenizer, placed[0], ends=first.family.frame_text().ends_input, path=path)
-    if len(systems) == 1 and (system := systems.pop()) is not None:
-        set_system(tokenizer, system)
+    begun = {(chat.system, chat.text) if chat else (None, "") for chat in chats}
+    if len(begun) == 1:
+        set_system(tokenizer, *begun.pop())
     return texts, late
 
 
@@ -120,17 +119,14 @@ def write_folder(
     """All but the tokenizer's files."""
     reading = placed[0].trained.reading
     path = reading.config.model.path
-    name, revision = split_revision(path)
-    found = cached_file(name, "config.json", revision=revision, local_files_only=is_local_only(path))
-    assert found is not None, "the base has been opened"
-    folder = Path(found).parent
+    folder = find_weight_files(path, is_local_only(path))[0].parent
     for pattern in CARRIED:
         for file in sorted(folder.glob(pattern)):
             shutil.copyfile(file, out / file.name)
     write_weights(path, changes, out)
     shape = load_shape(path)
     reading.family.prepare_shape(shape, reading.config.data.labels)
-    settings = change_settings(json.loads(Path(found).read_text()), shape, placed[0].trained, changes)
+    settings = change_settings(json.loads((folder / "config.json").read_text()), shape, placed[0].trained, changes)
     change_generation(out / "generation_config.json", placed, changes)
     (out / "prompts.json").write_text(json.dumps(list_prompts(placed, texts), indent=2, ensure_ascii=False) + "\n")
     (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")  # last: without it a folder is no model
@@ -151,8 +147,7 @@ def change_settings(
     dtypes = [key for key in ("dtype", "torch_dtype") if key in settings] or ["dtype"]
     settings |= dict.fromkeys(dtypes, prompt.reading.config.model.dtype)
     if family.trains_head:
-        names = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-        settings["architectures"] = [names[shape.model_type]]
+        settings["architectures"] = [changes.architecture]
         of_labels = {key: value for key, value in shape.to_dict().items() if key in ("id2label", "label2id")}
         settings |= of_labels
     return settings
@@ -185,7 +180,7 @@ def list_prompts(placed: Sequence[TokenPrompt], texts: dict[str, str] | None) ->
             "name": None if texts is None else prompt.name_token,
             "text": prompt.text if texts is None else texts[trained.name],
             "token_ids": prompt.ids,
-            "template": data.template,
+            "template": trained.template,
             "chat": data.is_chat,
             "max_new_tokens": trained.facts.get("longest_target"),
         }

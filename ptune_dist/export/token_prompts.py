@@ -38,6 +38,17 @@ class TrainedPrompt:
     def placement(self) -> str:
         return self.facts["placement"]
 
+    @property
+    def template(self) -> str | None:
+        """`data.template` with the texts of `prompt.text` around it; None of plain text and of conversations."""
+        config = self.reading.config
+        source = config.data.template
+        around = config.prompt.around
+        if source is None:
+            return None
+        source = source.removesuffix("\n") if around.after and not around.joins else source
+        return around.head() + source + around.tail()
+
 
 @dataclass(frozen=True)
 class TokenPrompt:

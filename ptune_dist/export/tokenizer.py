@@ -16,6 +16,7 @@ from ptune_dist.export.token_prompts import TokenPrompt
 PROBE = "A fine film."
 ROLE = "prompt"  # of a message that names a prompt
 SIMPLE = re.compile(r"([^{}]*)\{\{\s*\w+\s*\}\}([^{}]*)")  # a text with one column
+BLANK = "\n\n"
 END = "{{ '' }}"  # template text that follows a statement loses its line break; what follows an expression keeps it
 
 
@@ -142,14 +143,18 @@ def change_chat(tokenizer: PreTrainedTokenizerBase, *, before: str = "", after: 
         tokenizer.chat_template = before + template + after
 
 
-def set_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
-    """Have conversations without a system's turn begin with this one, as a run with `data.system` had it."""
-    turn = f"{{'role': 'system', 'content': {quote(system)}}}"
-    change_chat(
-        tokenizer,
-        before=f"{{% if not messages or messages[0]['role'] != 'system' %}}{{% set messages = [{turn}] + messages %}}"
-        "{% endif %}" + END,
-    )
+def set_system(tokenizer: PreTrainedTokenizerBase, system: str | None, text: str) -> None:
+    """Have conversations begin as a run had them: `system` where there is no system prompt, then `text` at its end."""
+    has_none = "{% if not messages or messages[0]['role'] != 'system' %}"
+    begin = "{{% set messages = [{{'role': 'system', 'content': {}}}] + messages{} %}}".format
+    before = ""
+    if system is not None:
+        before += f"{has_none}{begin(quote(system), '')}{{% endif %}}"
+    if text:
+        longer = f"messages[0]['content'].rstrip() + {quote(f'{BLANK}{text}')}"
+        before += f"{has_none}{begin(quote(text), '')}{{% else %}}{begin(longer, '[1:]')}{{% endif %}}"
+    if before:
+        change_chat(tokenizer, before=before + END)
 
 
 def chat_as_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:

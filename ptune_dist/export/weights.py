@@ -37,6 +37,7 @@ class Changes:
     replaced: dict[str, torch.Tensor]
     new: dict[str, torch.Tensor]
     num_tokens: int
+    architecture: str  # the class of the model
     has_untied: bool
     is_rounded: bool
 
@@ -82,7 +83,7 @@ def change_tokens(
         replaced |= {name: tensor for name, tensor in of_head.items() if name in stored.shapes}
         new |= {name: tensor for name, tensor in of_head.items() if name not in stored.shapes}
     refuse_other_tables(opened, len(old), path)
-    return Changes(replaced, new, num_tokens, is_tied, is_rounded)
+    return Changes(replaced, new, num_tokens, type(model).__name__, is_tied, is_rounded)
 
 
 def change_head(

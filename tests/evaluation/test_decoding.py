@@ -13,7 +13,9 @@ from ptune_dist.distributed.world import World
 from ptune_dist.evaluation.decoding import AnswerLoop, Base, Row
 from ptune_dist.evaluation.generate import generate_ids
 from ptune_dist.evaluation.sampling import Chooser, build_sampler
+from ptune_dist.families import FAMILIES
 from ptune_dist.model.prompted_model import PromptedModel
+from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.method import Method
 from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.prompt_tuning import PromptTuning
@@ -23,6 +25,8 @@ from tests.evaluation.test_generate import (
     answer_plainly,
     build_model,
     draw_inputs,
+    draw_prefix,
+    load_base,
     until_end,
     with_rests,
 )
@@ -35,14 +39,20 @@ MOST_TOKENS = (9, 3, 1, 6, 9, 8, 2, 9, 7)
 
 
 def build_loop(
-    model: PromptedModel, budget: int, end: int | None, sampling: dict | None = None, seed: int = 0
+    model: PromptedModel,
+    budget: int,
+    end: int | None,
+    sampling: dict | None = None,
+    seed: int = 0,
+    *,
+    is_bank: bool = False,
 ) -> AnswerLoop:
     def run(work):
         with torch.no_grad():
             return work()
 
     base = Base(run, build_reader(model).hold, World(0, 1, torch.device("cpu")), is_sharded=False, pad_id=1)
-    decoder = model.open_decoder(0)
+    decoder = model.open_bank_decoder() if is_bank else model.open_decoder(0)
     assert decoder is not None
     return AnswerLoop(decoder, base, Chooser(sampling, seed, torch.device("cpu")), end=end, budget=budget)
 
@@ -53,12 +63,15 @@ def decode(
     budget: int,
     end: int | None,
     most_tokens: tuple[int, ...] = MOST_TOKENS,
+    readers: list[int] | None = None,
     **how,
 ) -> list[list[int]]:
-    loop = build_loop(model, budget, end, **how)
+    """`readers`: of each row, the number of its prompt, where the model's prompts answer together."""
+    loop = build_loop(model, budget, end, **how, is_bank=readers is not None)
+    numbers = readers or [0] * len(inputs)
     rows = [
-        Row(number, np.array(context, np.int32), np.array(rest, np.int32), most)
-        for number, ((context, rest), most) in enumerate(zip(inputs, most_tokens, strict=True))
+        Row(number, np.array(context, np.int32), np.array(rest, np.int32), most, reader)
+        for number, ((context, rest), most, reader) in enumerate(zip(inputs, most_tokens, numbers, strict=True))
     ]
     loop.start(rows, list(rows))
     found: dict[int, list[int]] = {}
@@ -104,6 +117,28 @@ def test_rows_that_come_and_go_are_answered_as_by_a_plain_loop(kind: str, method
     for budget in (4096, 120, 1):
         assert decode(model, inputs, budget, end) == expected
     assert len({tuple(row) for row in expected}) > 1
+
+
+@pytest.mark.parametrize("placement", ["prefix", "infix", "template"])
+@pytest.mark.parametrize("kind", ["gpt2", "mistral_window"])
+def test_rows_of_several_prompts_share_passes_and_are_answered_as_with_each_prompt_alone(kind: str, placement: str):
+    base = load_base(kind)
+    draw = torch.Generator().manual_seed(7)
+    width = base.get_input_embeddings().embedding_dim
+    vectors = [torch.randn(count, width, generator=draw) * 0.5 for count in (4, 2)]
+    prompts: list[Method] = [PromptTuning(vectors[0]), draw_prefix(base), PromptTuning(vectors[1])]
+    inputs = with_rests(draw_inputs(LENGTHS, placement))
+    model_class = FAMILIES["causal"].model_class
+    alone = [
+        decode(model_class(base, [prompt], CrossEntropy(), placement).eval(), inputs, 4096, end=-1)
+        for prompt in prompts
+    ]
+    readers = [number % len(prompts) for number in range(len(inputs))]
+    expected = [alone[reader][number] for number, reader in enumerate(readers)]
+    bank = model_class(base, prompts, CrossEntropy(), placement).eval()
+    for budget in (4096, 60, 1):
+        assert decode(bank, inputs, budget, -1, readers=readers) == expected
+    assert expected != alone[0] and expected != alone[1]
 
 
 @pytest.mark.parametrize("placement", ["encoder", "decoder"])

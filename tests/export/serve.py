@@ -27,9 +27,6 @@ def answer(request: dict[str, Any]) -> list[str]:
             )
             found.append(tokenizer.decode(made[0], skip_special_tokens=True).strip())
         return found
-    if "labels" in request:
-        classify = pipeline("text-classification", model=folder, device="cpu")
-        return [classify(text)[0]["label"] for text in request["texts"]]
     generate = pipeline("text-generation", model=folder, device="cpu")
     options = {"max_new_tokens": request["new_tokens"], "do_sample": False, "return_full_text": False}
     return [generate(text, **options)[0]["generated_text"].strip() for text in request["texts"]]

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import processors
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, pipeline
 
+from ptune_dist.data.chat import Chat
 from ptune_dist.errors import UserError
+from ptune_dist.export.tokenizer import set_system
 from ptune_dist.export.weights import count_tokens
 from tests.conftest import ARCHITECTURES, ENCODERS, LABELS, SEQ2SEQ
 from tests.export.trained import NUM_VIRTUAL, draw, export, family_of, write_trained
@@ -66,7 +68,8 @@ def test_logits_and_answers_are_those_of_the_vectors(tiny_bases, tmp_path, kind)
     logits = logits_of(served.model, **found)
     if kind in ENCODERS:
         torch.testing.assert_close(logits, wanted, rtol=1e-6, atol=1e-6)
-        assert list(served.model.config.id2label.values()) == LABELS
+        (answer,) = pipeline("text-classification", str(tmp_path / "out"), device="cpu")(TEXT)
+        assert answer["label"] == LABELS[int(wanted.argmax())]
         return
     check_known(logits, wanted, new)
     assert not set(new) & set(logits.argmax(-1).flatten().tolist())
@@ -154,6 +157,27 @@ def test_a_system_prompt_of_the_run_is_in_its_chats(tiny_bases, tmp_path):
     assert rendered(tokenizer).endswith('<system>Say "A".\n<user>hi<assistant>')
     own = [{"role": "system", "content": "Other."}, *TURNS]
     assert tokenizer.apply_chat_template(own, tokenize=False).endswith("<|x_3|><system>Other.<user>hi")
+
+
+@pytest.mark.parametrize("system", [None, "S."])
+def test_chats_begin_as_in_training(tiny_bases, tmp_path, system):
+    """As `Chat.render` writes them, with a system prompt of their own and without."""
+    base = with_chat(tiny_bases["llama"], tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    chat = Chat(AutoTokenizer.from_pretrained(base), "data.messages", system, 'Be "brief".')
+    set_system(tokenizer, system, chat.text)
+    for messages in (TURNS, [{"role": "system", "content": "Other. \n"}, *TURNS]):
+        found = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert found == chat.render(messages, asks=True) and "brief" in found
+
+
+def test_a_written_prompt_stands_around_what_is_sent(tiny_bases, tmp_path):
+    sections = {"prompt": {"text": {"task": "Judge.", "output": "Short:"}}, "data": {"template": "{{ word }}"}}
+    run = write_trained(tmp_path / "x", tiny_bases["llama"], "llama", {"virtual_tokens": draw(32)}, **sections)
+    export([run], tmp_path / "out")
+    listed = json.loads((tmp_path / "out" / "prompts.json").read_text())["prompts"]["x"]
+    assert listed["template"] == "Judge.\n{{ word }}\nShort:"
+    assert rendered(AutoTokenizer.from_pretrained(tmp_path / "out")).endswith("<|x_3|>Judge.\nhi\nShort:")
 
 
 def test_chats_choose_a_prompt(tiny_bases, tmp_path):

@@ -7,8 +7,7 @@ import pytest
 
 from tests.commands import run_commands, run_module
 from tests.conftest import TINY
-from tests.numerics.methods import labelled, write_run
-from tests.numerics.plain import read_rows
+from tests.numerics.methods import write_run
 from tests.numerics.test_curves import train_all
 from tests.numerics.test_families import write_rows
 
@@ -19,14 +18,11 @@ TRAIN = {"train": {"max_steps": 3}}
 
 @pytest.mark.long
 def test_a_server_answers_as_generate_does(tiny_bases, tmp_path):
-    rows = labelled(write_rows(tmp_path / "rows.jsonl", read_rows()))
     asked = write_rows(tmp_path / "asked.jsonl", [{"word": word} for word in WORDS])
     specs = [
         write_run(tmp_path, "tiny", TINY / "causal", {}, **TRAIN),
         write_run(tmp_path, "infix", TINY / "causal", {"placement": "infix"}, **TRAIN),
-        write_run(tmp_path, "p_tuning", tiny_bases["llama"], {"method": "p_tuning"}, **TRAIN),
         write_run(tmp_path, "t5", tiny_bases["t5"], {}, **TRAIN),
-        write_run(tmp_path, "bert", tiny_bases["bert"], {}, data=rows, **TRAIN),
     ]
     runs = train_all(specs, tmp_path, num_ranks=1)
     commands = []
@@ -36,8 +32,7 @@ def test_a_server_answers_as_generate_does(tiny_bases, tmp_path):
         commands.append(["export", str(run), "--to", "model", "--out", str(folder)])
         output = ["--output", str(tmp_path / f"{name}.jsonl"), "--max-new-tokens", "8"]
         commands.append(["generate", str(run), "--input-file", str(asked), *output])
-        request = {"model": str(folder), "texts": [f"{word} =" for word in WORDS], "new_tokens": 8}
-        requests.append(request | ({"labels": True} if name == "bert" else {}))
+        requests.append({"model": str(folder), "texts": [f"{word} =" for word in WORDS], "new_tokens": 8})
     both = [str(runs["tiny"]), str(runs["infix"]), "--names", "first,last", "--to", "model"]
     commands.append(["export", *both, "--out", str(tmp_path / "both")])
     for text in ("<|first|>{} =", "{} =<|last|>"):

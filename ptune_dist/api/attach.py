@@ -7,19 +7,16 @@ virtual tokens stand before the encoder's input.
 Shapes: B rows, T tokens, P positions of the prompt, D width, L layers, G key/value heads, Dh width of a head.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import BatchEncoding, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ptune_dist.api.cached_calls import CachedCalls, name_arguments, put_before, replace_method
 from ptune_dist.errors import UserError
-from ptune_dist.evaluation.answer_plan import ANSWER_ALONE, COUNTS_PADDING, SCALED_BY_LENGTH, WINDOWS, rope_types
-from ptune_dist.model.attention import windows_of
-from ptune_dist.model.given_cache import keeps_more
 from ptune_dist.prompts.start import BASE
 from ptune_dist.prompts.trainable_tokens import INDICES, ROWS
 
@@ -64,7 +61,7 @@ def attach(model: PreTrainedModel, tensors: dict[str, torch.Tensor], facts: dict
         cache = cache_of_prefix(model, tensors, facts)
     else:
         cache = read_vectors(model, take_vectors(tensors, facts, "prefix"))
-    return Attached(model, attach_cache(model, cache))
+    return Attached(model, CachedCalls(model, cache).attach())
 
 
 def check_model(model: PreTrainedModel, facts: dict[str, Any]) -> None:
@@ -135,72 +132,6 @@ def cache_of_prefix(model: PreTrainedModel, tensors: dict[str, torch.Tensor], fa
     return cache
 
 
-def attach_cache(model: PreTrainedModel, cache: Any) -> list[Callable[[], None]]:
-    """Have every call begin with a cache of P positions; returns what undoes that."""
-    num_positions = cache.get_seq_length()
-    plain_forward = model.forward
-    plain_generate: Any = getattr(model, "generate", None)
-    is_generating = False
-
-    def copies(count: int) -> Any:
-        own = copy.deepcopy(cache)
-        own.batch_repeat_interleave(count)
-        return own
-
-    @functools.wraps(plain_forward)
-    def forward(*args: Any, **inputs: Any) -> Any:
-        inputs = name_arguments(plain_forward, args, inputs)
-        if is_generating:
-            return plain_forward(**inputs)
-        rows = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
-        past = inputs.get("past_key_values")
-        is_first = past is None or past.get_seq_length() == 0
-        mask = inputs.get("attention_mask")
-        if mask is not None:
-            inputs["attention_mask"] = put_before(mask, num_positions)
-        check_rows(model, mask, num_positions + (rows if mask is None else mask).shape[1])
-        if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + num_positions
-        if is_first:
-            inputs["past_key_values"] = copies(len(rows))
-        return plain_forward(**inputs)
-
-    @functools.wraps(plain_generate)
-    def generate(inputs: torch.Tensor | None = None, **options: Any) -> Any:
-        nonlocal is_generating
-        ids = inputs if inputs is not None else options.pop("input_ids", None)
-        if ids is None or "inputs_embeds" in options or options.get("past_key_values") is not None:
-            raise UserError("generate: with an attached prompt, give input_ids and no inputs_embeds or past_key_values")
-        mask = options.pop("attention_mask", None)
-        mask = find_padding(model, ids, options) if mask is None else mask
-        options = without_total_length(model, options, num_positions)
-        num_new = setting_of_generation(model, options, "max_new_tokens")
-        total = num_positions + ids.shape[1] + num_new if num_new else options.get("max_length") or 0
-        check_rows(model, mask, total)
-        # transformers leaves out as many first ids as the cache has positions. A row's own ids mean nothing new to
-        # penalties on repetition.
-        first = ids[:, -1:].expand(-1, num_positions)
-        is_generating = True
-        try:
-            found = plain_generate(
-                torch.cat([first, ids], dim=1),
-                attention_mask=put_before(mask, num_positions),
-                past_key_values=copies(len(ids) * count_copies(model, options)),
-                **options,
-            )
-        finally:
-            is_generating = False
-        if isinstance(found, torch.Tensor):
-            return found[:, num_positions:]
-        found.sequences = found.sequences[:, num_positions:]
-        return found
-
-    undo = [replace_method(model, "forward", forward)]
-    if plain_generate is not None:
-        undo.append(replace_method(model, "generate", generate))
-    return undo
-
-
 def attach_to_encoder(model: PreTrainedModel, vectors: torch.Tensor) -> list[Callable[[], None]]:
     """Have the encoder of an encoder-decoder read virtual tokens [P, D] before its input; returns what undoes that."""
     encoder: Any = model.get_encoder()
@@ -255,88 +186,6 @@ def put_in(
 @torch.no_grad()
 def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
     target.copy_(value)
-
-
-def replace_method(module: nn.Module, name: str, method: Callable[..., Any]) -> Callable[[], None]:
-    """Set a method of one object; returns what restores it."""
-    before = vars(module).get(name)  # one of the object's own, as accelerate's hooks set it
-    setattr(module, name, method)
-
-    def restore() -> None:
-        delattr(module, name)
-        if before is not None:
-            setattr(module, name, before)
-
-    return restore
-
-
-def name_arguments(function: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name; those that are None are left out."""
-    import inspect
-
-    names = list(inspect.signature(function).parameters)
-    given = dict(zip(names, args, strict=False)) | options
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def put_before(mask: torch.Tensor, num_positions: int) -> torch.Tensor:
-    """A mask [B, T] with positions before all rows that are read, [B, P + T]."""
-    return torch.cat([mask.new_ones(len(mask), num_positions), mask], dim=1)
-
-
-def find_padding(model: PreTrainedModel, ids: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """The mask [B, T] of ids that came without one: tokens for padding that end no text, as transformers has it."""
-    pad = setting_of_generation(model, options, "pad_token_id")
-    ends = setting_of_generation(model, options, "eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
-    return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
-
-
-def check_rows(model: PreTrainedModel, mask: torch.Tensor | None, num_positions: int) -> None:
-    """Raise UserError for rows [B, T] whose outputs would not be those that each has alone.
-
-    Padding on the left stands between the prompt and a row. num_positions: of the longest row, with the prompt's.
-    """
-    text = model.config.get_text_config(decoder=True)
-    known = getattr(text, "rope_parameters", None) or {}
-    first = known.get("original_max_position_embeddings") if rope_types(model) & set(SCALED_BY_LENGTH) else None
-    if first and num_positions > first:
-        raise UserError(f"attach: beyond {first} positions this model rotates what the prompt has left in another way")
-    if mask is None or bool(mask[:, 0].all()):
-        return
-    windows = [window for window in windows_of(model) if window is not None]
-    windows += [getattr(text, name) for name in WINDOWS if isinstance(getattr(text, name, None), int)]
-    counts_padding = text.model_type in (*COUNTS_PADDING, *ANSWER_ALONE, "mpt") or keeps_more(model)
-    if counts_padding or (windows and num_positions > min(windows)):
-        raise UserError(
-            "attach: this model counts padding on the left between prompt and row: give rows of one length, or one row "
-            "at a time"
-        )
-
-
-def setting_of_generation(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
-    """What a call of `generate` has for a setting: given, or in its or the model's GenerationConfig."""
-    if options.get(name) is not None:
-        return options[name]
-    config: GenerationConfig | None = options.get("generation_config") or model.generation_config
-    return getattr(config, name, None)
-
-
-def count_copies(model: PreTrainedModel, options: dict[str, Any]) -> int:
-    """Rows that `generate` makes of each one: beams, or samples."""
-    counts = [setting_of_generation(model, options, name) or 1 for name in ("num_beams", "num_return_sequences")]
-    return max(counts)
-
-
-def without_total_length(model: PreTrainedModel, options: dict[str, Any], num_positions: int) -> dict[str, Any]:
-    """The options with lengths that count the input made to count the prompt's positions too."""
-    longer = {
-        name: options[name] + num_positions for name in ("max_length", "min_length") if options.get(name) is not None
-    }
-    if "max_length" in longer or setting_of_generation(model, options, "max_new_tokens") is not None:
-        return options | longer
-    stated = setting_of_generation(model, options, "max_length")
-    return options | longer | ({"max_length": stated + num_positions} if stated else {})
 
 
 def pad_ids(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, side: str) -> BatchEncoding:

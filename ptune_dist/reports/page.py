@@ -9,6 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from ptune_dist import __version__
+from ptune_dist.common.files import replace_file
 from ptune_dist.reports.charts import list_charts
 from ptune_dist.reports.results import Result, differing_keys, is_higher_better
 from ptune_dist.reports.scores import Scores
@@ -37,7 +38,7 @@ def write_page(file: Path, results: Sequence[Result], scores: Scores) -> None:
         most_rows=MOST_ROWS,
         rows=Markup(as_script(rows)),
     )
-    file.write_text(content, encoding="utf-8")
+    replace_file(file, content.encode())
 
 
 def list_before(results: Sequence[Result]) -> dict[str, dict[str, float]]:

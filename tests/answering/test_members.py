@@ -35,6 +35,7 @@ def lines_of(done: Finished) -> list[dict]:
 def test_all_members_answer_each_row_as_each_does_alone(sweep, tmp_path, commands: Commands):
     names = sorted(folder.name for folder in (sweep / "members").iterdir())
     assert len(names) == 3
+    assert all(name in (sweep / "report.html").read_text() for name in names)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"word": word}) + "\n" for word in WORDS))
     named = tmp_path / "named.jsonl"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,6 +119,24 @@ def test_an_attached_model_answers_as_the_command_does(run):
     texts = [text.strip() for text in prompt.tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)]
     assert texts == prompt.generate(rows, max_new_tokens=12)
     assert not found[:, width:].equal(plain[:, width : found.shape[1]])
+
+
+def test_a_finished_run_has_a_page_of_its_own(run):
+    page = (run / "report.html").read_text()
+    assert all(text in page for text in ("base without prompt", "before training", "trained prompt", "<svg"))
+    first = json.loads(re.search(r"const rows = (.*);\n", page).group(1))[0]
+    assert first["input"] == f"{read_rows(1)[0]['word']} =" and first["gold"] == read_rows(1)[0]["answer"]
+
+
+def test_live_curves_hold_the_numbers_that_a_run_reports():
+    curves = ptune_dist.LiveCurves()
+    for step, loss in enumerate((3.0, 2.0, 1.0), 1):
+        curves(step, {"train/loss": loss, "train/grad_norm": 9.0})
+    curves(3, {"validation/loss": 1.5, "validation/accuracy": 0.5})
+    assert curves.points["train/loss"] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    charts = curves.svg().split("</svg>")[:-1]
+    assert ["train/loss" in chart and "validation/loss" in chart for chart in charts] == [True, False]
+    assert "accuracy" in charts[1] and "grad_norm" not in curves.svg()
 
 
 def test_mistakes_are_exceptions_that_name_the_key(run):

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ptune_dist.base.source import load_shape
 from ptune_dist.bench.matrix import describe
-from ptune_dist.config.schema import NotNegative, Section
+from ptune_dist.config.schema import Section
 from ptune_dist.config.sweep import list_members, name_members
 from ptune_dist.config.yaml_file import read_yaml
 from ptune_dist.errors import UserError
@@ -33,12 +33,11 @@ class Task(Section):
 
 
 class Part(Section):
-    """Some cells of the tables. best: the number of prompts that were best in the parts before, as methods."""
+    """Some cells of the tables."""
 
     kind: Literal["score", "bare", "time", "equal_time"] = "score"
     tasks: list[str]
     methods: list[str] = []
-    best: NotNegative = 0
     seeds: list[int] = [0]
     cached: bool = False
 
@@ -96,8 +95,9 @@ class Builder:
     base: str
     data: Path
 
-    def units(self, part: Part, methods: list[str], steps_in_time: Callable[[str, str], int]) -> Iterator[Unit]:
+    def units(self, part: Part, steps_in_time: Callable[[str, str], int]) -> Iterator[Unit]:
         """The runs of a part, in order. steps_in_time: of a task and a method, the steps that equal time leaves it."""
+        methods = part.methods
         for seed in part.seeds:
             for task in part.tasks:
                 if part.kind == "bare":

@@ -24,7 +24,7 @@ from typing import Any
 
 from ptune_dist.bench.machine import describe_machine
 from ptune_dist.bench.methods_plan import NUM_TIMED_STEPS, Builder, Part, Unit, load_plan
-from ptune_dist.bench.methods_table import choose_best, fill_tables, steps_in_time
+from ptune_dist.bench.methods_table import fill_tables, steps_in_time
 from ptune_dist.bench.quality import measurement_parser
 from ptune_dist.cluster.outcome import STOPPED, Outcome
 from ptune_dist.common.files import replace_file
@@ -61,7 +61,7 @@ class Measurement:
         status = run_timed(file) if unit.kind == "time" else train(load_config(file, resolve=resolve))
         if status == 0:
             latest = read_content(self.out, self.content)  # another part may be measured at the same time
-            self.content |= {key: latest[key] for key in ("cells", "times", "best") if key in latest}
+            self.content |= {key: latest[key] for key in ("cells", "times")}
             self.read(unit, folder)
             self.content |= describe_machine()
             write(self)
@@ -153,7 +153,7 @@ def measure(measurement: Measurement, parts: list[str], minutes: float) -> int:
     longest_s: dict[str, float] = {}  # by kind
     for name in parts:
         part = measurement.builder.plan.parts[name]
-        for unit in units_of(measurement, part, methods_of(measurement, part)):
+        for unit in units_of(measurement, part):
             if measurement.has(unit):
                 continue
             unit_began = time.monotonic()
@@ -170,20 +170,11 @@ def measure(measurement: Measurement, parts: list[str], minutes: float) -> int:
     return 0
 
 
-def units_of(measurement: Measurement, part: Part, methods: list[str]) -> Iterator[Unit]:
+def units_of(measurement: Measurement, part: Part) -> Iterator[Unit]:
     """The part's runs."""
     builder = measurement.builder
-    steps = functools.partial(steps_in_time, measurement.content, builder.plan, methods=methods)
-    return builder.units(part, methods, steps)
-
-
-def methods_of(measurement: Measurement, part: Part) -> list[str]:
-    """The part's methods; where it asks for the best ones, those of the results so far, which are then kept."""
-    if not part.best:
-        return part.methods
-    content = measurement.content
-    content.setdefault("best", choose_best(content, measurement.builder.plan, part.best))
-    return content["best"]
+    steps = functools.partial(steps_in_time, measurement.content, builder.plan, methods=part.methods)
+    return builder.units(part, steps)
 
 
 def read_content(out: Path, otherwise: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         measurement = Measurement(Builder(plan, args.base, args.data), args.out, args.work, content)
         if args.again:
             for name in parts:
-                for unit in units_of(measurement, plan.parts[name], plan.parts[name].methods):
+                for unit in units_of(measurement, plan.parts[name]):
                     measurement.take_unfinished(unit)
             write(measurement)
         status = 0 if args.again else measure(measurement, parts, args.minutes)

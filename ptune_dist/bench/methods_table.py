@@ -121,9 +121,9 @@ def is_unfinished(cell: dict[str, Any]) -> bool:
 
 
 def others_table(content: dict[str, Any], plan: Plan, tasks: list[str]) -> str:
-    """The best prompts on other tasks."""
+    """What was run of the other tasks."""
     rows = [["", *(f"{task}: {plan.tasks[task].metric}" for task in tasks)]]
-    names = [*BARE.items(), *((name, f"`{name}`") for name in content.get("best", []))]
+    names = [*BARE.items(), *((name, f"`{name}`") for name in plan.methods)]
     for name, what in names:
         row = [what]
         for task in tasks:
@@ -149,21 +149,6 @@ def layers_table(content: dict[str, Any], plan: Plan, task: str, methods: list[s
             row += [MISSING, MISSING] if seconds is None else [f"{seconds:.2f}", show_mib(memory)]
         rows.append(row)
     return leave_out_empty(rows)
-
-
-def choose_best(content: dict[str, Any], plan: Plan, number: int) -> list[str]:
-    """The prompts with the best mean rank over the tasks of the first part, at equal steps. Raises UserError."""
-    first = next(iter(plan.parts.values()))
-    ranks: dict[str, list[int]] = {method: [] for method in first.methods}
-    for task in first.tasks:
-        metric = plan.tasks[task].metric
-        scores = {method: scores_at(curves_of(content, task, method), metric, float("inf")) for method in ranks}
-        if not all(scores.values()):
-            raise UserError(f"the best methods are not known yet: {task} has not been run with all of them")
-        order = sorted(scores, key=lambda method: statistics.mean(scores[method]), reverse=True)
-        for rank, method in enumerate(order):
-            ranks[method].append(rank)
-    return sorted(ranks, key=lambda method: sum(ranks[method]))[:number]
 
 
 def leave_out_empty(rows: list[list[str]]) -> str:

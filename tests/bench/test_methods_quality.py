@@ -8,7 +8,7 @@ import yaml
 
 from ptune_dist.bench.methods_plan import Builder, load_plan
 from ptune_dist.bench.methods_quality import PLAN, main, read_curve
-from ptune_dist.bench.methods_table import choose_best, render_blocks
+from ptune_dist.bench.methods_table import render_blocks
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
 from ptune_dist.run.resolve import resolve
@@ -41,7 +41,7 @@ parts:
   bare: {kind: bare, tasks: [upper]}
   partial: {tasks: [upper], methods: [norms_only]}
   layers_time: {kind: time, tasks: [upper], methods: [prefix_tuning, upper half], cached: true}
-  others: {tasks: [upper], best: 1, seeds: [1]}
+  others: {tasks: [upper], methods: [prefix_tuning], seeds: [1]}
   equal_time: {kind: equal_time, tasks: [upper], methods: [prompt_tuning, prefix_tuning], seeds: [3]}
 """
 CELLS = {f"upper/{name}" for name in ("prompt_tuning/0", "prefix_tuning/0", "bare/0", "hard prompt/0", "norms_only/0")}
@@ -69,9 +69,7 @@ def test_each_cell_is_a_real_run_whose_result_is_kept(command):
     assert command("--minutes", "0") == (75, None)
     parts = [word for part in ("first", "bare", "partial", "others") for word in ("--part", part)]
     status, content = command(*parts)
-    best = content["best"]
-    assert status == 0 and len(best) == 1
-    assert set(content["cells"]) == CELLS | {f"upper/{best[0]}/1"}
+    assert status == 0 and set(content["cells"]) == CELLS | {"upper/prefix_tuning/1"}
     assert [at["step"] for at in content["cells"]["upper/prefix_tuning/0"]["curve"]] == [0, 1, 2]
     assert all("exact_match" in at and "loss" in at for cell in content["cells"].values() for at in cell["curve"])
     assert not list(Path("work").iterdir()) and "old" not in Path("doc.md").read_text()
@@ -140,7 +138,6 @@ def test_at_equal_time_a_slower_method_has_had_fewer_steps(plan):
     assert "| `prompt_tuning` | 0.400 (0.300-0.500) | 0.300 (0.200-0.400), 1 steps | 3.00 | 2 |" in lines
     assert "| the base with the template alone | 0.050 |  |  |  |" in lines
     assert not any("norms_only" in line for line in lines)  # not measured
-    assert choose_best(content, plan, 1) == ["prefix_tuning"]
     del content["times"]["upper/prefix_tuning"]  # without all times there is no common budget
     assert "0.400 (0.300-0.500) | - | 3.00" in render_blocks(content, plan)["methods quality"]
 
@@ -150,12 +147,8 @@ def test_a_run_that_was_stopped_is_marked(plan):
     blocks = render_blocks({"cells": cells, "times": {}}, plan)
     assert "| `prefix_tuning` | 0.500 (unfinished, step 1) | - | - | 1 |" in blocks["methods quality"]
     assert "| `prefix_tuning` | 0.500 (unfinished, step 1) | -" in blocks["layers quality"]
-    assert blocks["others quality"] == "Not measured yet."
-
-
-def test_the_best_methods_need_results_of_all(plan):
-    with pytest.raises(UserError, match="the best methods are not known yet: upper"):
-        choose_best({"cells": {"upper/prompt_tuning/0": {"curve": curve(0.1)}}, "times": {}}, plan, 1)
+    assert "| `prefix_tuning` | 0.500 (unfinished, step 1) |" in blocks["others quality"]
+    assert render_blocks({"cells": {}, "times": {}}, plan)["others quality"] == "Not measured yet."
 
 
 def test_a_curve_is_read_from_the_log_of_a_run_that_was_resumed(tmp_path):
@@ -183,7 +176,7 @@ def test_the_configs_of_the_shipped_plan_are_valid(tmp_path):
         for which in ("train", "validation"):
             (tmp_path / f"{task}_{which}.jsonl").write_text("{}\n")
     for part in plan.parts.values():
-        for unit in builder.units(part, part.methods or ["prefix_tuning"], lambda task, method: 7):
+        for unit in builder.units(part, lambda task, method: 7):
             data = {
                 key: f"{tmp_path}/{value}"
                 for key, value in unit.config["data"].items()

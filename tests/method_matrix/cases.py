@@ -18,7 +18,8 @@ from tests.numerics.test_curves import zero_json
 
 NUM_STEPS, NUM_ROWS, BATCH, NUM_VIRTUAL = 6, 8, 4, 4  # three epochs, so that a cache is read from
 STEADY_RATE = 0.3  # of SGD, whose gradients are cut to a norm of 1
-STEADY_RATES = {"prefix_tuning": 10.0, "late_prompt": 3.0}  # whose gradients are so small that losses hardly change
+# Losses are to change at every step: gradients may be small, and cpt soon ends at a radius.
+STEADY_RATES = {"prefix_tuning": 10.0, "late_prompt": 3.0, "adaption_prompt": 100.0, "cpt": 0.01}
 BASES = {"causal": "llama", "seq2seq": "t5", "encoder": "bert"}
 OTHER_BASES = {("causal", "bias_only"): "gpt2", ("seq2seq", "bias_only"): "bart"}  # the usual ones have no biases
 NEEDED: dict[str, dict[str, Any]] = {  # without these a method does not run, or trains nothing of so few positions

@@ -5,6 +5,7 @@ import torch
 from ptune_dist.errors import UserError
 from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.prompts.head_start import HEAD, VALUE_HEAD
+from ptune_dist.prompts.start import BASE
 
 
 @torch.no_grad()
@@ -20,9 +21,15 @@ def start_trained(model: PromptedModel) -> None:
 def start_base(model: PromptedModel, member: int, start: dict[str, torch.Tensor]) -> None:
     """Raises UserError where other tensors were trained."""
     own = model.trainable(member)
-    for name in own.keys() | start.keys():
-        pair = [found.get(name) for found in (own, start)]
-        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in pair]
+    differing = sorted(own.keys() ^ start.keys())
+    if differing:
+        name = differing[0].removeprefix(BASE)
+        where = "in this run and not there" if differing[0] in own else "there and not in this run"
+        raise UserError(
+            f"prompt.init_file: {name} is trained {where}: give the prompt the method and options of that run"
+        )
+    for name, parameter in own.items():
+        shapes = [tuple(found.shape) for found in (parameter, start[name])]
         if shapes[0] != shapes[1]:
             raise UserError(f"prompt.init_file: {name} has shape {shapes[0]} in this run and {shapes[1]} there")
     for name, parameter in own.items():

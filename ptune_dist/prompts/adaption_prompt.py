@@ -13,7 +13,7 @@ from torch import nn
 
 from ptune_dist.errors import UserError
 from ptune_dist.prompts.method import BaseFacts, Contribution, Method, Options, PeftAdapter, TrainingDefaults
-from ptune_dist.prompts.start import NOTHING, Start, find_prompt_file, read_tensors
+from ptune_dist.prompts.start import NOTHING, Start, describe_held, find_prompt_file, read_tensors
 
 TOKENS = "adaption_prompt"
 GATE = "adaption_gate"
@@ -96,7 +96,7 @@ def read_adapter(source: str, shape: tuple[int, int, int]) -> tuple[torch.Tensor
     else:
         names = sorted((name for name in stored if name.endswith(f".{TOKENS}")), key=layer_in)
         if not names:
-            raise UserError(f"prompt.init_file: {file} holds no {TOKENS}, only {', '.join(sorted(stored)[:5])}")
+            raise UserError(f"prompt.init_file: {file} holds no {TOKENS}, {describe_held(file, stored)}")
         tokens = torch.cat([stored[name] for name in names])
         gate = torch.cat([stored[name.removesuffix(TOKENS) + GATE] for name in names])
     if tuple(tokens.shape) != shape:

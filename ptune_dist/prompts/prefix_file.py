@@ -43,6 +43,12 @@ def read_layers(
     if is_adapter(source):
         keys, values = read_adapter(source, num_positions, heads, stacks)
         return keys[first:], values[first:]
+    stored = start.read().tensors.get(PLAIN[0])
+    if stored is not None and stored.shape[1] != num_positions:
+        raise UserError(
+            f"prompt.init_file: {start.read().file} has {stored.shape[1]} positions, and this prompt {num_positions}: "
+            f"set prompt.num_virtual_tokens={stored.shape[1]}"
+        )
     trained_from = stored_from_layer(start)
     begin = 0 if has_all_layers(start) else trained_from
     if begin > first:

@@ -87,8 +87,8 @@ class Start:
         stored = read_tensors(file)
         missing = [name for name in wanted if name not in stored]
         if missing:
-            text = f"prompt.init_file: {file} holds no {missing[0]}, only {', '.join(sorted(stored)[:5])}: a prompt of "
-            text += "this method cannot be trained further from it"
+            text = f"prompt.init_file: {file} holds no {missing[0]}, {describe_held(file, stored)}: a prompt of this "
+            text += "method cannot be trained further from it"
             kind = read_adapter_settings(file.parent).get("peft_type", "PROMPT_TUNING")
             if kind in VECTOR_ADAPTERS and any(name in stored for name in VECTOR_NAMES):
                 text += "; prompt.method=prompt_tuning can, from its plain vectors"
@@ -141,7 +141,7 @@ class Start:
         stored = read_tensors(file)
         found = {name: tensor.float() for name, tensor in stored.items() if name.startswith(BASE)}
         if not found:
-            raise UserError(f"prompt.init_file: {file} has no tensors of a base, only {', '.join(sorted(stored)[:5])}")
+            raise UserError(f"prompt.init_file: {file} has no tensors of a base, {describe_held(file, stored)}")
         return found
 
     def examples(self) -> Iterable[tuple[list[int], list[int]]]:
@@ -204,6 +204,8 @@ def find_prompt_file(source: str) -> Path:
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Raises UserError."""
+    if file.is_dir():
+        raise UserError(f"prompt.init_file: {file} has none of {', '.join(PROMPT_FILES)}")
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
@@ -219,7 +221,7 @@ def read_vectors(source: str, num: int, width: int) -> torch.Tensor:
     tensors = read_tensors(file)
     found = next((tensors[name] for name in VECTOR_NAMES if name in tensors), None)
     if found is None:
-        raise UserError(f"prompt.init_file: {file} holds no virtual_tokens, only {', '.join(sorted(tensors)[:5])}")
+        raise UserError(f"prompt.init_file: {file} holds no virtual_tokens, {describe_held(file, tensors)}")
     if found.dim() == 3:
         raise UserError(
             f"prompt.init_file: {file} is a prompt of {len(found)} tasks: export one with ptune-dist export --task"
@@ -236,6 +238,12 @@ def read_vectors(source: str, num: int, width: int) -> torch.Tensor:
             f"this prompt is (num_virtual_tokens, width) = {(num, width)}"
         )
     return found.float()
+
+
+def describe_held(file: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """What a file holds, for a message: the method of a prompt that is ours, else the names of some tensors."""
+    method = read_facts(file).get("method")
+    return f"but a prompt of {method}" if method else f"only {', '.join(sorted(tensors)[:5])}"
 
 
 def read_facts(file: Path) -> dict[str, Any]:

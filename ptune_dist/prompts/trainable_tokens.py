@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ptune_dist.base.own_rows import put_rows
 from ptune_dist.errors import UserError
 from ptune_dist.prompts.method import BaseFacts, BaseTuning, Options, PeftAdapter, TrainingDefaults
-from ptune_dist.prompts.start import Start, find_prompt_file, read_adapter_settings, read_tensors
+from ptune_dist.prompts.start import Start, describe_held, find_prompt_file, read_adapter_settings, read_tensors
 
 ROWS = "trainable_tokens"
 INDICES = "token_indices"
@@ -107,7 +107,7 @@ def read_rows(source: str, ids: list[int], width: int) -> torch.Tensor:
     stored = read_tensors(file)
     rows = next((t for name, t in stored.items() if name == ROWS or name.endswith(f".{DELTA}")), None)
     if rows is None:
-        raise UserError(f"prompt.init_file: {file} holds no trained tokens, only {', '.join(sorted(stored)[:5])}")
+        raise UserError(f"prompt.init_file: {file} holds no trained tokens, {describe_held(file, stored)}")
     settings = read_adapter_settings(file.parent)
     own = settings.get(INDICES) or stored.get(INDICES, torch.tensor(ids)).long().tolist()
     if own != ids or tuple(rows.shape) != (len(ids), width):

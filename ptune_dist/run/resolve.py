@@ -25,7 +25,9 @@ def resolve(config: Config) -> Config:
     method = find_method(prompt)
     options = check_options(prompt)
     if method.placements is not None and prompt.placement not in method.placements:
-        raise ValueError(f"prompt.placement: {prompt.method} is for placement {' and '.join(method.placements)}")
+        *others, last = method.placements
+        known = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"prompt.placement: {prompt.method} is for placement {known}")
     if prompt.placement == "both" and method.placements is None:
         owners = " and ".join(name for name, found in METHODS.items() if "both" in (found.placements or ()))
         raise ValueError(f"prompt.placement: both is for {owners}; {prompt.method} has encoder and decoder")

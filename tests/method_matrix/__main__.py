@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.commands import run_module
 from tests.conftest import build_tiny_base
 from tests.method_matrix.cases import BASES, OTHER_BASES, Action, Plan, Row, list_rows, write_rows
-from tests.method_matrix.judge import Judge
+from tests.method_matrix.judge import Judge, fails
 
 WORKER = str(Path(__file__).with_name("worker.py"))
 MAX_S = 240  # of the runs of one row
@@ -48,6 +48,35 @@ def try_further(root: Path, row: Row, known: dict) -> dict:
     return known | {"cells": known["cells"] | {"further": Judge(plan).further()}}
 
 
+def try_refused(root: Path, row: Row, known: dict) -> dict:
+    """A row of the table with the lines of what is refused as they are now; what is refused no longer fails."""
+    refused = [name for name, cell in known["cells"].items() if cell["result"] == "refused"]
+    if not refused:
+        return known
+    plan = begin(root, row)
+    judge = Judge(plan)
+    runs = {name: run_of(name) for name in refused}
+    needed = {"plain", "adapter", "from_adapter"} | set(runs.values())
+    launch(plan, "one", [a for a in (*plan.on_one(), *plan.on_two()) if a.folder.name in needed], 1)
+    cells = dict(known["cells"])
+    for name, run in runs.items():
+        cell = judge.outcome(run)
+        cells[name] = cell if cell["result"] == "refused" else fails("it is refused no longer: try the whole row")
+    return known | {"cells": cells}
+
+
+def run_of(cell: str) -> str:
+    """The run whose refusal a cell tells."""
+    kind, _, placement = cell.partition(" ")
+    named = {
+        "cache": f"{placement}-cached",
+        "placement": f"{placement}3",
+        "export": "adapter",
+        "adapter": "from_adapter",
+    }
+    return named.get(kind, cell)
+
+
 def begin(root: Path, row: Row) -> Plan:
     """The plan of a row, in an empty folder."""
     plan = Plan(root, row)
@@ -76,6 +105,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("method_matrix"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--further", action="store_true", help="try the column `init: file` alone, of rows in --json")
+    parser.add_argument("--refused", action="store_true", help="try what is refused alone, of rows in --json")
     args = parser.parse_args()
     root = args.out.resolve()
     root.mkdir(parents=True, exist_ok=True)
@@ -86,7 +116,8 @@ def main() -> None:
         file = root / f"{row.name}.json"
         known = next((one for one in earlier if identity_of(one) == (row.family, row.method, row.options)), None)
         if not file.exists() and (not args.rows or any(word in row.name for word in args.rows)):
-            done = try_further(root, row, known) if args.further and known else try_row(root, row)
+            only = try_further if args.further else try_refused if args.refused else None
+            done = only(root, row, known) if only and known else try_row(root, row)
             file.write_text(json.dumps(done))
             say(row, done["cells"])
         if file.exists():

@@ -196,7 +196,7 @@ def test_what_it_is_not_for_is_refused_in_one_line(runs, tiny_bases, tmp_path):
         "train.context_cache_gib is given but placement prefix has no contexts": ["train.context_cache_gib=1"],
         "sweep: norms_only trains tensors of the base": ["sweep={train.learning_rate: [0.1, 0.2]}"],
         "prompt.num_virtual_tokens: norms_only has no virtual tokens": ["prompt.num_virtual_tokens=4"],
-        "prompt.num_virtual_tokens: prompt_tuning needs one": ["prompt={method: prompt_tuning, num_virtual_tokens: 0}"],
+        "prompt.num_virtual_tokens: prompt_tuning needs at": ["prompt={method: prompt_tuning, num_virtual_tokens: 0}"],
         "prompt.init: vocab is not for norms_only, which starts from base": ["prompt.init=vocab"],
         "prompt.num_layers is for last_layers, this is norms_only": ["prompt.num_layers=1"],
         "needs an input before the target": ["data.train=some.txt", "data.template=null", "data.target=null"],
@@ -204,6 +204,10 @@ def test_what_it_is_not_for_is_refused_in_one_line(runs, tiny_bases, tmp_path):
     for message, overrides in cases.items():
         failed = run_command("validate", config, f"output_dir={tmp_path / 'no'}", *overrides)
         assert failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1, failed.stderr
+    other = f"prompt={{method: head_only, init: file, init_file: {run}}}"
+    failed = run_command("train", config, f"output_dir={tmp_path / 'no'}", other)
+    assert failed.returncode == 2, failed.stderr
+    assert "is trained in this run and not there: give the prompt the method and options" in failed.stderr
     exports = {
         "peft": (tmp_path, "PEFT has no norms_only"),
         "prompt-embeds": (tmp_path, "this run trained tensors of the base"),

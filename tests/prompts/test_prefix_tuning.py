@@ -137,6 +137,20 @@ def test_a_checkpoint_with_another_number_of_frozen_positions_is_refused(tmp_pat
     further.load_state_dict(further.take(stored))
 
 
+def test_what_a_file_holds_in_place_of_keys_is_named(tmp_path):
+    save_prompt(tmp_path / "prompt", {"virtual_tokens": torch.zeros(5, 16)}, {"method": "p_tuning"})
+    message = error_of(init="file", init_file=str(tmp_path))
+    assert "prompt.safetensors holds no prefix_keys, but a prompt of p_tuning: " in message
+    (tmp_path / "empty").mkdir()
+    assert "empty has none of prompt/prompt.safetensors, " in error_of(init="file", init_file=str(tmp_path / "empty"))
+
+
+def test_a_prompt_of_another_length_is_named(tmp_path):
+    save_prompt(tmp_path, build(init="random").plain(), {})
+    message = error_of(init="file", init_file=str(tmp_path), num=7)
+    assert message.endswith("has 5 positions, and this prompt 7: set prompt.num_virtual_tokens=5")
+
+
 DEEP = BaseFacts(width=16, num_layers=4, num_key_value_heads=2, head_width=4, num_first_layers=4)
 
 

@@ -20,8 +20,8 @@ LAUNCHERS = ("launch", "slurm")
 OWN_INSTALLERS = ("quickstart.sh", "real_base.sh", "setup.sh", "wheelhouse.sh", "constraints.txt", "gpu_check.sh")
 # The config that `init` writes for a task: an offline recipe, which trains as it is.
 TASKS = {
-    "sentiment": "tiny/sentiment_gpt2",
-    "question_answering": "tiny/question_answering_gpt2",
+    "sentiment": "tiny/sentiment_bert",
+    "question_answering": "tiny/question_answering_t5",
     "translation": "tiny/translation_t5",
     "summarization": "tiny/summarization_t5",
     "data_to_text": "tiny/data_to_text_gpt2",

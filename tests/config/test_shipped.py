@@ -53,7 +53,7 @@ def test_init_writes_a_config_that_is_read_from_any_folder(task, tmp_path, monke
     paths = [config.model.path, *config.data.train_sources, *config.data.validation_sources]
     assert all(Path(path).is_absolute() for path in paths), paths
     comments = [line for line in file.read_text().splitlines() if "#" in line]
-    assert len(comments) >= 5
+    assert len(comments) >= 4
 
 
 def test_init_writes_a_recipe_by_its_name_and_never_over_a_file(tmp_path):

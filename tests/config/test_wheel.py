@@ -79,7 +79,7 @@ def test_an_installed_wheel_works_alone_in_an_empty_folder(wheel, tmp_path):
     shown = run("train", "sentiment.yaml", "train.max_steps=2", "evaluate.max_examples=8", "deepspeed=zero3_fp32")
     assert "finished: runs/sentiment, 2 steps" in shown and "ZeRO 3" in shown
     stored = yaml.safe_load((work / "runs/sentiment/config.yaml").read_text())
-    assert Path(stored["model"]["path"]) == site / "ptune_dist/shipped/tiny/gpt2"
+    assert Path(stored["model"]["path"]) == site / "ptune_dist/shipped/tiny/bert"
     run("launcher-files", "cluster")
     assert os.access(work / "cluster/launch/run.sh", os.X_OK)
 

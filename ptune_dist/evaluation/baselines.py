@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ptune_dist.config.prompt_text import JINJA, Around
 from ptune_dist.config.schema import Config
@@ -33,7 +33,6 @@ from ptune_dist.run.job import Job, build_job
 from ptune_dist.run.reading import Reading, find_most_positions
 from ptune_dist.run.stored_prompt import check_base, check_prompt
 
-Reader = Literal["base", "start", "trained"]  # who reads the rows: no prompt, the prompt at its start, the trained one
 NAMES = {
     "template": "base, template alone",
     "hard_prompt": "base, hard prompt",

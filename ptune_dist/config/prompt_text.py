@@ -89,4 +89,4 @@ class TextConfig(Section):
         task = self.parts().get("task", "")
         if not task or JINJA.search(task):
             return "", around
-        return task, around._replace(before=around.before[1:])
+        return task, Around(around.before[1:], around.after, around.joins)

@@ -150,7 +150,7 @@ class PromptConfig(Section):
         if self.text is None:
             return Around()
         found = self.text.around()
-        return found._replace(before=()) if self.replaces_text else found
+        return Around(after=found.after, joins=found.joins) if self.replaces_text else found
 
     @property
     def start_text(self) -> str | None:

@@ -61,8 +61,7 @@ class Measurement:
         status = run_timed(file) if unit.kind == "time" else train(load_config(file, resolve=resolve))
         if status == 0:
             latest = read_content(self.out, self.content)  # another part may be measured at the same time
-            for key in ("cells", "times"):
-                self.content[key] = latest[key]
+            self.content |= {key: latest[key] for key in ("cells", "times", "best") if key in latest}
             self.read(unit, folder)
             self.content |= describe_machine()
             write(self)

@@ -34,7 +34,7 @@ from ptune_dist.prompts.store import load_prompt
 from ptune_dist.run.ownership import check_target
 from ptune_dist.run.parts import base_facts, open_base_of
 from ptune_dist.run.reading import Reading, build_reading
-from ptune_dist.run.stored_prompt import check_base
+from ptune_dist.run.stored_prompt import check_base, check_text, describe_text
 from ptune_dist.run.whole_model import export_model
 
 ReadRows = Callable[[], Rows]  # the inputs that are exported with a prompt
@@ -67,10 +67,22 @@ def export_prompts(runs: list[tuple[Config, Path]], request: ExportRequest, read
     check_export_folder(request.out, request.to)
     for each, _ in runs:
         check_target("--out", request.out, each, {"--input-file": request.file}, makes_folder=True)
+    notes = [line for each, folder in runs for line in describe_texts(each, folder)]
     if request.to == "model":
-        return export_to_model(runs, request)
+        return export_to_model(runs, request) + notes
     export_one(config, run_dir, request, read_rows)
-    return []
+    return notes
+
+
+def describe_texts(config: Config, run_dir: Path) -> list[str]:
+    """A line about the texts around a row that no export has. Raises UserError for others than those of training."""
+    _, facts = load_prompt(run_dir / "prompt")
+    check_text(config.prompt, facts, run_dir)
+    texts = describe_text(config.prompt)
+    if not any(texts.values()):
+        return []
+    found = " and ".join(f"{text!r} {where}" for where, text in texts.items() if text)
+    return [f"prompt.text: {run_dir} was trained with {found} data.template: write it around an input there too"]
 
 
 def check_request(request: ExportRequest, num_runs: int) -> None:

@@ -97,10 +97,14 @@ def test_all_baselines_are_what_transformers_reads(run):
     assert json.loads((run / "baselines.json").read_text()) == found
 
 
-def test_the_text_of_training_is_the_text_of_use(run):
-    done = run_command("evaluate", str(run), "prompt.text=null")
-    assert done.returncode == 2
-    assert "prompt.text: the prompt of" in done.stderr and "was trained with 'In capitals.\\nWord: '" in done.stderr
+def test_the_text_of_training_is_the_text_of_use(run, tmp_path):
+    to_peft = ["export", str(run), "--to", "peft", "--out", str(tmp_path / "adapter")]
+    for command in (["evaluate", str(run)], to_peft):
+        done = run_command(*command, "prompt.text=null")
+        assert done.returncode == 2
+        assert "prompt.text: the prompt of" in done.stderr and "was trained with 'In capitals.\\nWord: '" in done.stderr
+    done = run_command(*to_peft)
+    assert "was trained with 'In capitals.\\nWord: ' before and '\\nAnswer:' after data.template" in done.stdout
 
 
 def test_ranks_that_share_the_base_find_the_same(tmp_path):

@@ -135,7 +135,7 @@ def test_the_classic_free_text_trains_as_it_is_shown(commands, tmp_path):
         commands, tmp_path, GPT2, "model.path=tiny-gpt2", f"data.train={tmp_path / 'train.txt'}", "checkpoint.every=2"
     )
     assert len(list((run / "checkpoints").glob("step-*"))) == 2
-    assert summary["steps"] % 3 == 0 and summary["steps"] > 3
+    assert summary["steps"] > 6
     config = yaml.safe_load(GPT2)
     assert config["data"]["max_length"] == 128 and config["checkpoint"] == {"every": 10000, "keep": 2}
     assert config["train"] == {"epochs": 3, "batch_size": 4}

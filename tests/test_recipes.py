@@ -134,9 +134,8 @@ def test_the_classic_free_text_trains_as_it_is_shown(commands, tmp_path):
     summary, run = train_classic(
         commands, tmp_path, GPT2, "model.path=tiny-gpt2", f"data.train={tmp_path / 'train.txt'}", "checkpoint.every=2"
     )
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert len(list((run / "checkpoints").iterdir())) == 2
-    assert len(lines) == summary["steps"] > 3
+    assert len(list((run / "checkpoints").glob("step-*"))) == 2
+    assert summary["steps"] > 6
     config = yaml.safe_load(GPT2)
     assert config["data"]["max_length"] == 128 and config["checkpoint"] == {"every": 10000, "keep": 2}
     assert config["train"] == {"epochs": 3, "batch_size": 4}

@@ -35,7 +35,7 @@ class CachedCalls:
         forward = functools.wraps(self._forward)(lambda *args, **inputs: self.forward(*args, **inputs))
         undo = [replace_method(self._model, "forward", forward)]
         if self._generate is not None:
-            generate = functools.wraps(self._generate)(lambda *args, **options: self.generate(*args, **options))
+            generate = functools.wraps(self._generate)(lambda inputs=None, **options: self.generate(inputs, **options))
             undo.append(replace_method(self._model, "generate", generate))
         return undo
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ptune_dist.cli import Parser
+from ptune_dist.cli_arguments import Parser
 from ptune_dist.cluster.devices import count_gpus
 from ptune_dist.cluster.head import Head, Limits, announce
 from ptune_dist.cluster.link import free_port, listen

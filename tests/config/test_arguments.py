@@ -2,7 +2,8 @@
 
 import pytest
 
-from ptune_dist.cli import main, parse
+from ptune_dist.cli import main
+from ptune_dist.cli_arguments import parse
 from tests.config.test_config import SMALL
 
 

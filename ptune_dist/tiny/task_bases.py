@@ -3,7 +3,8 @@
 GPT-2, T5 and BERT shapes with about a million parameters share a tokenizer of 2,048 byte-level BPE tokens. As the real
 T5 was, GPT-2 and T5 are trained on several tasks that are asked for by name, here on the rows of `rows.py` that no
 recipe uses, and on the training reviews. Without a name, any of an input's tasks may be wanted: a soft prompt has
-something to select. BERT is trained on masked tokens and on which sentences belong together. Nothing is downloaded.
+something to select. BERT is trained on masked tokens, on which sentences belong together, and then on the training
+reviews. Nothing is downloaded.
 """
 
 import argparse
@@ -45,7 +46,6 @@ VOCAB_SIZE = 2048
 SPECIAL = ["<eos>", "<pad>", "[CLS]", "[SEP]", "[MASK]"]
 EOS_ID, PAD_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL))
 MAX_TOKENS = 112
-LEARNING_RATE = 3e-3
 NAMED = 0.8  # the share of inputs that name their task
 WEEK = ["Friday", "Saturday", "Sunday", "Monday"]
 TOPICS = dict(zip(QUESTIONS, ("money", "speech", "time"), strict=True))
@@ -265,26 +265,45 @@ def bert_losses(
     return losses
 
 
-# Name -> how it is built, its losses, and the number of steps.
-BASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[..., list[torch.Tensor]], int]] = {
-    "gpt2": (build_gpt2, gpt2_losses, 300),
-    "t5": (build_t5, t5_losses, 400),
-    "bert": (build_bert, bert_losses, 200),
+def bert_review_losses(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    material: Material,
+    rng: random.Random,
+    *,
+    batch_size: int,
+) -> list[torch.Tensor]:
+    """Whether a review is positive, told by the pooled output, which a prompt's new head reads."""
+    rows = [rng.choice(material.reviews) for _ in range(batch_size)]
+    encoded = [tokenizer.encode(row["text"], truncation=True, max_length=64) for row in rows]
+    losses = []
+    for chunk in chunks_of(list(zip(encoded, rows, strict=True)), [len(ids) for ids in encoded]):
+        ids = pad([ids for ids, _ in chunk], PAD_ID)
+        outputs = model(input_ids=ids, attention_mask=ids.ne(PAD_ID).long())
+        labels = torch.tensor([int(row["label"] == "positive") for _, row in chunk])
+        losses.append(torch.nn.functional.cross_entropy(outputs.seq_relationship_logits, labels))
+    return losses
+
+
+Losses = Callable[..., list[torch.Tensor]]
+# Name -> how it is built, and its stages, each with its losses, learning rate and number of steps.
+BASES: dict[str, tuple[Callable[[], PreTrainedModel], list[tuple[Losses, float, int]]]] = {
+    "gpt2": (build_gpt2, [(gpt2_losses, 3e-3, 300)]),
+    "t5": (build_t5, [(t5_losses, 3e-3, 400)]),
+    "bert": (build_bert, [(bert_losses, 3e-3, 200), (bert_review_losses, 1e-3, 300)]),
 }
 
 
-def train_base(
-    model: PreTrainedModel, losses_of: Callable[..., list[torch.Tensor]], *, num_steps: int, seed: int
-) -> None:
+def train_base(model: PreTrainedModel, losses_of: Losses, *, learning_rate: float, num_steps: int, seed: int) -> None:
     """Train with AdamW, warm-up, and a cosine schedule to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     rng = random.Random(seed)
     began = time.time()
     model.train()
     for step in range(num_steps):
         scale = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * scale
+            group["lr"] = learning_rate * scale
         losses = losses_of(rng)
         torch.stack(losses).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -310,13 +329,14 @@ def main() -> None:
 
     material = Material(args.data, read_docstrings())
     for name in args.bases:
-        build, losses_of, num_steps = BASES[name]
+        build, stages = BASES[name]
         torch.manual_seed(args.seed)
         tokenizer = build_tokenizer(material.texts, adds_cls=name == "bert")
         model = build()
         print(f"{name}: {model.num_parameters():,} parameters", flush=True)
-        losses = functools.partial(losses_of, model, tokenizer, material, batch_size=args.batch_size)
-        train_base(model, losses, num_steps=num_steps, seed=args.seed)
+        for losses_of, learning_rate, num_steps in stages:
+            losses = functools.partial(losses_of, model, tokenizer, material, batch_size=args.batch_size)
+            train_base(model, losses, learning_rate=learning_rate, num_steps=num_steps, seed=args.seed)
         model.half().save_pretrained(args.out / name)
         tokenizer.save_pretrained(args.out / name)
 

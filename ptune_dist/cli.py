@@ -9,9 +9,9 @@ import sys
 import time
 from typing import NoReturn
 
-from ptune_dist.cli_arguments import parse
 from ptune_dist.cluster.processes import leave
 from ptune_dist.cluster.rank_files import node_folder
+from ptune_dist.command_line.arguments import parse
 from ptune_dist.common.files import describe_os_error
 from ptune_dist.common.interrupts import INTERRUPTED, end_interrupted, listen
 from ptune_dist.errors import RunFault, UserError

@@ -12,7 +12,7 @@ from tests.processes import ROOT, process_env
 PACKAGE = ROOT / "ptune_dist"
 # From the top. A module belongs to the longest entry that its name begins with; a layer imports itself and those below.
 LAYERS = [
-    ["api", "cli", "cluster.__main__", "cluster.launch", "bench"],
+    ["api", "cli", "command_line", "cluster.__main__", "cluster.launch", "bench"],
     ["answering"],
     ["commands", "loop"],
     ["evaluation", "export", "cluster", "reports"],

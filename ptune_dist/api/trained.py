@@ -171,7 +171,7 @@ class TrainedPrompt:
         to: "peft", "prompt-embeds" or another value of `ptune-dist export --to`. options: more words of that command,
         such as "--task", "nli". Raises UserError.
         """
-        from ptune_dist.cli_arguments import parse
+        from ptune_dist.command_line.arguments import parse
 
         parsed = parse(["export", str(self.folder), "--to", to, "--out", str(out), *options])
         parsed.run(parsed)

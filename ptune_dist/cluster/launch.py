@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ptune_dist.cli_arguments import Parser
 from ptune_dist.cluster.devices import count_gpus
 from ptune_dist.cluster.head import Head, Limits, announce
 from ptune_dist.cluster.link import free_port, listen
@@ -18,6 +17,7 @@ from ptune_dist.cluster.requeue import RequeueLimits, may_requeue
 from ptune_dist.cluster.secret import create_secret, find_secret, random_text, remove_secret
 from ptune_dist.cluster.stop_requests import StopRequests
 from ptune_dist.cluster.topology import Topology, describe_unknown_scheduler, find_topology
+from ptune_dist.command_line.arguments import Parser
 from ptune_dist.config.load import load_config
 from ptune_dist.config.messages import text_keys
 from ptune_dist.config.schema import Config

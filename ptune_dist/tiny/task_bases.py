@@ -139,31 +139,26 @@ def build_tokenizer(texts: list[str], *, adds_cls: bool) -> PreTrainedTokenizerF
 
 
 def build_gpt2() -> GPT2LMHeadModel:
-    ids = {"bos_token_id": EOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCAB_SIZE, n_embd=128, n_layer=3, n_head=4, n_positions=256,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ids,
-        )
-    )  # fmt: skip
+    sizes = {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 256}
+    config = GPT2Config(VOCAB_SIZE, bos_token_id=EOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    config.update(sizes | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
+    return GPT2LMHeadModel(config)
 
 
 def build_t5() -> T5ForConditionalGeneration:
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCAB_SIZE, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_decoder_layers=2, num_heads=4,
-            dropout_rate=0.0, pad_token_id=PAD_ID, eos_token_id=EOS_ID, decoder_start_token_id=PAD_ID,
-        )
-    )  # fmt: skip
+    config = T5Config(
+        vocab_size=VOCAB_SIZE, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0
+    )
+    config.update({"num_decoder_layers": 2, "decoder_start_token_id": PAD_ID})
+    config.update({"eos_token_id": EOS_ID, "pad_token_id": PAD_ID})
+    return T5ForConditionalGeneration(config)
 
 
 def build_bert() -> BertForPreTraining:
-    return BertForPreTraining(
-        BertConfig(
-            vocab_size=VOCAB_SIZE, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=384,
-            max_position_embeddings=160, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=PAD_ID,
-        )
-    )  # fmt: skip
+    config = BertConfig(vocab_size=VOCAB_SIZE, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
+    config.update({"intermediate_size": 384, "max_position_embeddings": 160, "pad_token_id": PAD_ID})
+    config.update({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    return BertForPreTraining(config)
 
 
 def pad(rows: list[list[int]], value: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 
 from ptune_dist.cli import main
-from ptune_dist.cli_arguments import parse
+from ptune_dist.command_line.arguments import parse
 from tests.config.test_config import SMALL
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptune_dist.bench.matrix import load_matrix
-from ptune_dist.cli_arguments import FLAGS, parse
+from ptune_dist.command_line.arguments import FLAGS, parse
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
 from ptune_dist.run.folder import find_member_dir, read_run_config

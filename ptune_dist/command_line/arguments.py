@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ptune_dist import __version__
-from ptune_dist.cli_commands import (
+from ptune_dist.command_line.commands import (
     run_bench,
     run_check,
     run_compare,

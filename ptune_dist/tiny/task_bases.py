@@ -140,7 +140,7 @@ def build_tokenizer(texts: list[str], *, adds_cls: bool) -> PreTrainedTokenizerF
 
 def build_gpt2() -> GPT2LMHeadModel:
     sizes = {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 256}
-    config = GPT2Config(VOCAB_SIZE, bos_token_id=EOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    config = GPT2Config(vocab_size=VOCAB_SIZE, bos_token_id=EOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     config.update(sizes | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
     return GPT2LMHeadModel(config)
 

@@ -127,11 +127,14 @@ def check_sources(sources: dict[str, Method]) -> None:
             "prompt: name one file"
         )
     shapes = [{key: tensor.shape for key, tensor in prompt.state_dict().items()} for prompt in sources.values()]
-    if any(shape != shapes[0] for shape in shapes):
-        raise UserError(
-            f"prompt.init_file: {', '.join(sources)}: these prompts differ in their number of frozen positions: "
-            "set prompt.num_frozen"
-        )
+    if all(shape == shapes[0] for shape in shapes):
+        return
+    files = ", ".join(sources)
+    if any(shape.keys() != shapes[0].keys() for shape in shapes):
+        raise UserError(f"prompt.init_file: {files}: these prompts hold different tensors: name those of like options")
+    raise UserError(
+        f"prompt.init_file: {files}: these prompts differ in their number of frozen positions: set prompt.num_frozen"
+    )
 
 
 def open_base_of(reading: Reading) -> OpenedBase:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ptune_dist import train as loop
+from ptune_dist import loop
 from ptune_dist.bench.arguments import side_parser
 from ptune_dist.bench.probe import NUM_WARM_UP_STEPS, Probe, steady_figures, write_result
 from ptune_dist.bench.work import share_of_peak, useful_flops

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from ptune_dist import train as training_loop
+from ptune_dist import loop as training_loop
 from ptune_dist.evaluation.answer_plan import Decoding
 from ptune_dist.run.metrics_log import read_metrics
 from ptune_dist.run.micro_batch import FILE, MicroBatchSize, describe_shortage, is_out_of_memory, read_stored

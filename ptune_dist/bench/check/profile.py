@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ptune_dist import train as loop
+from ptune_dist import loop
 from ptune_dist.base.layers import layers_of
 from ptune_dist.bench.arguments import side_parser
 from ptune_dist.bench.check.kernels import read_trace

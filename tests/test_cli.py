@@ -184,7 +184,7 @@ def test_an_unknown_command_is_refused_with_the_known_ones(commands):
 
 
 def test_no_command_and_no_config_are_refused(commands):
-    assert "a command is needed: train, validate" in only_error(commands.run())
+    assert "a command is needed: init, train, validate" in only_error(commands.run())
     message = only_error(commands.run("train"))
     assert "CONFIG" in message and "key.path=value" not in message  # overrides are not required
 

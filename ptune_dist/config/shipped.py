@@ -5,6 +5,7 @@ hold them; a wheel has them as files.
 """
 
 import difflib
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def find_shipped(name: Any) -> Any:
         found = SHIPPED / "tiny" / name.removeprefix(BASE_PREFIX)
     elif name.startswith(DATA_PREFIX):
         found = SHIPPED / name
-    return str(found) if found is not None and found.exists() else name
+    return str(found) if found is not None and os.path.exists(found) else name
 
 
 def recipe_names() -> list[str]:
@@ -51,7 +52,7 @@ def recipe_names() -> list[str]:
 def find_recipe(path: str | Path) -> str | Path:
     """The file of the recipe that `path` names where it is no file; any other path as it is."""
     name = str(path).removesuffix(".yaml")
-    return path if Path(path).exists() or name not in recipe_names() else RECIPES / f"{name}.yaml"
+    return path if os.path.exists(path) or name not in recipe_names() else RECIPES / f"{name}.yaml"
 
 
 def write_first_config(task: str, out: Path | None) -> Path:
@@ -64,7 +65,7 @@ def write_first_config(task: str, out: Path | None) -> Path:
             f"init: unknown task {task}: {hint}Tasks: {', '.join(TASKS)}; recipes: {', '.join(recipe_names())}"
         )
     out = out or Path(f"{Path(task).name.removesuffix('.yaml')}.yaml")
-    if out.exists():
+    if os.path.exists(out):
         raise UserError(f"init: {out} exists already: choose another file with --out")
     try:
         out.write_text((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"), encoding="utf-8")
@@ -85,7 +86,7 @@ def write_launcher_files(folder: Path) -> list[Path]:
         for file in sorted((SHIPPED / top).rglob("*"))
         if file.is_file() and file.name not in OWN_INSTALLERS
     ]
-    there = [target for _, target in sources if target.exists()]
+    there = [target for _, target in sources if os.path.exists(target)]
     if there:
         raise UserError(f"launcher-files: {there[0]} exists already: choose another folder")
     for source, target in sources:

@@ -18,7 +18,7 @@ from ptune_dist.config.shipped import (
     write_launcher_files,
 )
 from ptune_dist.errors import UserError
-from tests.processes import ROOT
+from tests.processes import ROOT, process_env
 
 
 def test_every_shipped_folder_is_one_of_the_repository():
@@ -77,7 +77,8 @@ def test_launcher_files_start_the_interpreter_that_has_the_package(tmp_path):
     assert "launch/setup.sh" not in names
     for file in files:
         assert file.read_text().startswith((SHIPPED / file.relative_to(tmp_path)).read_text())
-    done = subprocess.run([tmp_path / "launch/run.sh", "none.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    command = [tmp_path / "launch/run.sh", "none.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=process_env())
     assert done.returncode == 2 and "none.yaml" in done.stdout + done.stderr
     assert sys.executable in (tmp_path / "launch/site.sh").read_text()
     with pytest.raises(UserError, match="exists already"):

@@ -12,6 +12,7 @@ from ptune_dist.export.runs import ExportRequest
 from ptune_dist.prompts.store import save_prompt
 from ptune_dist.run.folder import read_run_config
 from ptune_dist.run.resolve import resolve
+from ptune_dist.run.stored_prompt import describe_text
 from tests.conftest import ENCODERS, LABELS, SEQ2SEQ, write_config
 
 NUM_VIRTUAL = 4
@@ -46,6 +47,7 @@ def write_trained(
         "width": next(iter(tensors.values())).shape[-1],
         "placement": config.prompt.placement,
         "labels": LABELS if kind in ENCODERS else None,
+        "text": describe_text(config.prompt),
         "longest_target": 6,
         "base": {
             "path": str(base),

@@ -2,7 +2,9 @@
 
 import json
 import os
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,22 @@ def build_tiny_base(kind: str, folder: Path, **more: int) -> Path:
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
+
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def leaves_no_process_group() -> Iterator[None]:
+    """A test that trains in this process leaves a group and a rank, which the next module's tests would meet."""
+    kept = {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ}
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():
+        distributed.destroy_process_group()
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ.update(kept)
 
 
 @pytest.fixture(scope="module")

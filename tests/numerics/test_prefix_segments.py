@@ -255,7 +255,7 @@ def test_flex_attention_reads_what_padded_calls_read(bases, kind, case, monkeypa
     held = hold(model, batch)
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)  # of a backward pass on a CPU
     monkeypatch.setattr(
-        "ptune_dist.families.causal.build_attention",
+        "ptune_dist.families.causal_segments.build_attention",
         lambda segments, outside, device, tables: FlexSegments(segments, outside, device),
     )
     assert_same(ours(model, held), wanted)

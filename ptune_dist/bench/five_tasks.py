@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ptune_dist.bench.machine import describe_machine
-from ptune_dist.bench.methods_plan import Builder, Unit, load_plan, put
+from ptune_dist.bench.methods_plan import Builder, Unit, load_plan, put, write_config
 from ptune_dist.bench.quality import fill_block, measurement_parser, render_rows
 from ptune_dist.cluster.outcome import STOPPED, Outcome
 from ptune_dist.common.files import replace_file
@@ -58,12 +58,9 @@ class Measurement:
         unit = self.unit(task)
         folder = self.work / unit.digest
         folder.mkdir(parents=True, exist_ok=True)
-        data = dict(unit.config["data"])
-        data |= {which: str(self.builder.data / data[which]) for which in ("train", "validation")}
-        config = unit.config | {"output_dir": str(folder / "run"), "data": data}
-        (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")  # JSON is YAML
+        file = write_config(self.builder.place(unit, folder), folder)
         if not (folder / "run/summary.json").exists():
-            status = call("train", str(folder / "config.json"))
+            status = call("train", str(file))
             if status:
                 return status
         seconds = read_metrics(folder / "run")[-1]["time_s"]  # of training, without the evaluations
@@ -72,7 +69,7 @@ class Measurement:
         if status:
             return status
         rows = json.loads(found.read_text(encoding="utf-8"))["baselines"]
-        steps = config["train"]["max_steps"]
+        steps = unit.config["train"]["max_steps"]
         self.tasks[task] = {"config": unit.digest, "train_s": seconds, "steps": steps, "rows": rows}
         content = {"name": "five_tasks", "plan": PLAN.name, "tasks": self.tasks} | describe_machine()
         replace_file(self.out, (json.dumps(content, indent=1) + "\n").encode())

@@ -180,6 +180,18 @@ class Builder:
             found[key] = value
         return found
 
+    def place(self, unit: Unit, folder: Path) -> dict[str, Any]:
+        """A unit's config with the files of its rows, and a run in `folder`."""
+        data = dict(unit.config["data"])
+        data |= {which: str(self.data / data[which]) for which in ("train", "validation") if which in data}
+        return unit.config | {"output_dir": str(folder / "run"), "data": data}
+
+
+def write_config(config: dict[str, Any], folder: Path) -> Path:
+    """Write config.json, which is YAML too."""
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    return folder / "config.json"
+
 
 def put(config: dict[str, Any], keys: dict[str, Any]) -> None:
     """Set dotted keys."""

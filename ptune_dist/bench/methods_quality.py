@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ptune_dist.bench.machine import describe_machine
-from ptune_dist.bench.methods_plan import NUM_TIMED_STEPS, Builder, Part, Unit, load_plan
+from ptune_dist.bench.methods_plan import NUM_TIMED_STEPS, Builder, Part, Unit, load_plan, write_config
 from ptune_dist.bench.methods_table import fill_tables, steps_in_time
 from ptune_dist.bench.quality import measurement_parser
 from ptune_dist.cluster.outcome import STOPPED, Outcome
@@ -81,18 +81,13 @@ class Measurement:
     def write_config(self, unit: Unit, folder: Path) -> Path:
         """The unit's config with its folders, as a file. What is timed reads as many rows as half of its steps take."""
         folder.mkdir(parents=True, exist_ok=True)
-        data = dict(unit.config["data"])
-        for which in ("train", "validation"):
-            if which in data:
-                data[which] = str(self.builder.data / data[which])
+        config = self.builder.place(unit, folder)
         if unit.kind == "time":
             num_rows = unit.config["train"]["batch_size"] * NUM_TIMED_STEPS // 2
-            rows = Path(data["train"]).read_text(encoding="utf-8").splitlines(keepends=True)[:num_rows]
-            data["train"] = str(folder / "rows.jsonl")
-            Path(data["train"]).write_text("".join(rows), encoding="utf-8")
-        config = unit.config | {"output_dir": str(folder / "run"), "data": data}
-        (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")  # JSON is YAML
-        return folder / "config.json"
+            rows = Path(config["data"]["train"]).read_text(encoding="utf-8").splitlines(keepends=True)[:num_rows]
+            (folder / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
+            config["data"]["train"] = str(folder / "rows.jsonl")
+        return write_config(config, folder)
 
     def read(self, unit: Unit, folder: Path) -> None:
         """Take a finished run's results over."""

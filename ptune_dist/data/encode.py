@@ -111,13 +111,7 @@ def encode_rows(
     for first, inputs, texts in render_batches(
         rows, {template_key: template, target_key: target}, BATCH_ROWS, first_row, end_row
     ):
-        if encoding.chat is not None and encoding.chat.wraps:
-            pairs = [
-                encoding.chat.wrap(text, target_text, functools.partial(rows.where, index))
-                for index, (text, target_text) in enumerate(zip(inputs, texts, strict=True), first)
-            ]
-            inputs = [text for text, _ in pairs]
-            texts = [target_text for _, target_text in pairs]
+        inputs, texts = _wrap_in_turns(encoding.chat, inputs, texts, rows.where, first)
         inputs = [encoding.lead + text for text in inputs]
         bodies = _tokenize_inputs(encoding, inputs, template_key, rows.where, first)
         targets = encoding.targets.encode(texts, lambda index, first=first: rows.where(first + index), target_key)
@@ -146,6 +140,19 @@ def encode_rows(
         num_context,
         np.array(numbers, np.float64) if has_numbers else None,
     )
+
+
+def _wrap_in_turns(
+    chat: Chat | None, inputs: list[str], targets: list[str], where: Callable[[int], str], first: int
+) -> tuple[list[str], list[str]]:
+    """Inputs and targets as turns of a chat, where the encoding has one that wraps them."""
+    if chat is None or not chat.wraps:
+        return inputs, targets
+    pairs = [
+        chat.wrap(text, target, functools.partial(where, index))
+        for index, (text, target) in enumerate(zip(inputs, targets, strict=True), first)
+    ]
+    return [text for text, _ in pairs], [target for _, target in pairs]
 
 
 def encode_inputs(

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 
 from ptune_dist.errors import UserError
+from ptune_dist.families import FAMILIES
 from ptune_dist.prompts.export import differ_by_layer, is_of_seq2seq, write_folder
 
 FILES = ("past_key_values.safetensors", "past_key_values.json")
@@ -43,13 +44,13 @@ def export_kv(tensors: dict[str, torch.Tensor], facts: dict[str, Any], dtype: to
 def check_for_kv(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Raise UserError for a prompt that no cache of transformers can hold."""
     name = facts.get("method", "prompt_tuning")
-    family = facts.get("base", {}).get("family")
+    family = FAMILIES.get(facts.get("base", {}).get("family", ""))
     if "prefix_keys" not in tensors:
         other = "model" if "virtual_tokens" in tensors else "peft"
         raise UserError(f"--to kv: this is for keys and values, and {name} trains none: use --to {other}")
     if any(key.startswith("value_head.") for key in tensors):
         raise UserError("--to kv: this prompt was trained with a head that answers numbers, which no cache holds")
-    if family == "encoder":
+    if family and family.trains_head:
         raise UserError("--to kv: an encoder has no cache: use --to peft")
     wanted = "decoder" if is_of_seq2seq(facts) else "prefix"
     if facts["placement"] != wanted:

@@ -193,6 +193,11 @@ def gpt2_losses(
         asked = tokenizer.encode(f"{text}\nAnswer:")
         target = tokenizer.encode(f" {answer}") + [EOS_ID]
         rows.append((asked + target, [-100] * len(asked) + target))
+    return label_losses(model, rows)
+
+
+def label_losses(model: Any, rows: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+    """The model's own loss of each chunk of rows: input ids, and labels with -100 where nothing is learned."""
     losses = []
     for chunk in chunks_of(rows, [len(row[0]) for row in rows]):
         ids = pad([row[0] for row in chunk], PAD_ID)
@@ -213,12 +218,7 @@ def t5_losses(
     for _ in range(batch_size):
         text, answer = material.draw_pair(rng, ("date", "question", "summary"))
         rows.append((tokenizer.encode(text) + [EOS_ID], tokenizer.encode(answer) + [EOS_ID]))
-    losses = []
-    for chunk in chunks_of(rows, [len(row[0]) for row in rows]):
-        ids = pad([row[0] for row in chunk], PAD_ID)
-        labels = pad([row[1] for row in chunk], -100)
-        losses.append(model(input_ids=ids, attention_mask=ids.ne(PAD_ID).long(), labels=labels).loss)
-    return losses
+    return label_losses(model, rows)
 
 
 def bert_losses(

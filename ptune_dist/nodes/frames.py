@@ -1,4 +1,4 @@
-"""Messages with binary parts on a stream: four bytes of length, a JSON object, then the parts that its "sizes" announce."""
+"""Messages with binary parts on a stream: four bytes of length, a JSON object, then parts of the sizes it announces."""
 
 import json
 from collections.abc import Sequence

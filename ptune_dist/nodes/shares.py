@@ -1,4 +1,4 @@
-"""Which node computes which blocks, by measured speed. Pure functions: every node calls them with the same arguments."""
+"""Which node computes which blocks, by measured speed. Pure functions, called by every node with equal arguments."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,9 +7,7 @@ from ptune_dist.nodes.blocks import Range, subtrees
 Owners = tuple[tuple[Range, str], ...]  # of all blocks, in order; the node by its id
 UNKNOWN_IS_SLOWER = 1.5  # a node that has not been measured counts as this much slower than the slowest
 KEEP_WITHIN = 1.15  # shares stay as they are unless new ones make the step this much shorter: speeds are noisy
-COARSE_WITHIN = (
-    1.05  # cuts are moved to coarser vertices of the tree, which saves bytes, unless it costs more than this
-)
+COARSE_WITHIN = 1.05  # coarser cuts save bytes: they are taken unless they cost more than this
 
 
 def divide(blocks: Range, nodes: Sequence[str], seconds: Mapping[str, float]) -> Owners:

@@ -11,9 +11,11 @@ from typing import Any
 
 from ptune_dist.nodes.agreement import Member
 from ptune_dist.nodes.blocks import Range
-from ptune_dist.nodes.shares import Owners, next_shares, num_blocks_of
+from ptune_dist.nodes.shares import Owners, next_shares
 
-Report = dict[str, Any]  # seconds, leaving, digest, extra; joiners: members to be that this node is linked to; is_final
+# Of one node: seconds, leaving, digest and extra as in OwnReport; num_blocks that the seconds are of; joiners: the members
+# to be that it is linked to; is_final.
+Report = dict[str, Any]
 SMOOTHING = 0.5  # of the measured speeds: the weight of the newest
 
 
@@ -28,7 +30,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class ViewRecord:
-    """A view as the rendezvous keeps it. by: the change of view that it comes from; "" where it follows from reports."""
+    """A view as the rendezvous keeps it. by: the change that it comes from; "" where it follows from reports."""
 
     number: int
     members: tuple[Member, ...]
@@ -104,17 +106,19 @@ class Arrived:
     reports: dict[str, Report] = field(default_factory=dict)
 
     def has_all(self, plan: Plan) -> bool:
-        if not all(node in self.reports for node in plan.ids):
-            return False
-        return self.is_final(plan) or all(key in self.pieces for key in plan.owners)
+        if self.is_final(plan):
+            return True
+        return all(node in self.reports for node in plan.ids) and all(key in self.pieces for key in plan.owners)
 
     def is_final(self, plan: Plan) -> bool:
-        """Whether nobody computes in this turn: it is the one after the last step."""
-        return all(self.reports.get(node, {}).get("is_final") for node in plan.ids)
+        """Whether it is the turn after the last step: nobody computes, and newcomers have nothing to join."""
+        nodes = [node for node in plan.ids if node not in plan.newcomers]
+        return all(self.reports.get(node, {}).get("is_final") for node in nodes)
 
     def other_states(self, plan: Plan) -> set[str]:
         """The members whose state before the turn was another than most have; on a tie, than the first has."""
-        digests = {node: self.reports[node]["digest"] for node in plan.ids if self.reports[node]["digest"]}
+        told = {node: self.reports.get(node, {}).get("digest") for node in plan.ids}
+        digests = {node: digest for node, digest in told.items() if digest}
         values = list(digests.values())
         usual = max(values, key=lambda value: (values.count(value), -values.index(value)), default="")
         return {node for node, value in digests.items() if value != usual}
@@ -166,9 +170,8 @@ def agreed_joiners(record: Record, staying: list[str]) -> list[Member]:
 def measured(record: Record, nodes: set[str]) -> dict[str, float]:
     """Seconds per block of those of `nodes` that have been measured."""
     seconds = {node: value for node, value in record.plan.seconds.items() if node in nodes}
-    for node, count in num_blocks_of(record.plan.owners).items():
-        total = float(record.reports.get(node, {}).get("seconds", 0.0))
-        if node in nodes and total > 0:
-            new = total / count
+    for node, report in record.reports.items():
+        if node in nodes and report["num_blocks"] and report["seconds"] > 0:
+            new = float(report["seconds"]) / int(report["num_blocks"])
             seconds[node] = (1 - SMOOTHING) * seconds.get(node, new) + SMOOTHING * new
     return seconds

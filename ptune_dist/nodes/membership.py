@@ -13,6 +13,7 @@ Invariants, which everything here serves:
 6. All messages may be repeated. A link that is made again repeats what a member has sent in the last two turns.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -87,8 +88,22 @@ class Membership:
         return not (self.end or self.has_left or self.is_over)
 
     @property
-    def name(self) -> str:
-        return self.own.name
+    def done(self) -> int:
+        """The last turn that is complete."""
+        return self.turn if self.is_over else self.turn - 1
+
+    def leave(self) -> None:
+        """Tell all others, after what was sent to them before."""
+        for node in self.others():
+            self.outside.send(node, {"kind": "bye", "done": self.done}, [])
+
+    def is_needed(self) -> bool:
+        """Whether a member that can be reached may need what this one holds of the last complete turn."""
+        for node in self.others():
+            done = int(self._beats.get(node, ({}, 0.0))[0].get("done", 0))
+            if done < self.done and self.outside.link_state(node).is_open:
+                return True
+        return False
 
     def others(self) -> list[str]:
         return [node for node in self.view.ids if node != self.own.id]
@@ -113,7 +128,7 @@ class Membership:
                 "num_blocks": sum(piece.num_blocks for piece, node in arrived.pieces if node == self.own.id),
                 "leaving": own.leaving,
                 "digest": own.digest,
-                "extra": dict(own.extra),
+                "extra": json.loads(json.dumps(dict(own.extra))),  # as others read it
                 "joiners": [asdict(member) for member in self.joiners.values()],
                 "is_final": is_final,
             }
@@ -121,6 +136,15 @@ class Membership:
         for node in self.others():
             self._send_pieces(node, self.turn, dict(pieces), report)
         self._advance()
+
+    def has_final_report(self, node: str) -> bool:
+        return bool(self.arrived[self.turn].reports.get(node, {}).get("is_final"))
+
+    def deliver_final(self) -> None:
+        """This node has nothing to do after the last step."""
+        self.is_waiting = True
+        if self.own.id not in self.arrived[self.turn].reports:
+            self.deliver({}, OwnReport(), is_final=True)
 
     def missing(self) -> list[Range]:
         """The ranges that this member owns in the turn in progress and has not delivered."""
@@ -157,6 +181,8 @@ class Membership:
             self._on_pieces(node, message, parts)
         elif kind == "bye":
             self.gone.add(node)
+            self._beats[node] = (message, self.outside.now())
+            self.outside.changed()
         elif kind == "out" and int(message["view"]["number"]) > self.view.number and self.is_member:
             self.leave_behind("the others continue without it")
         elif kind == "prepare":
@@ -357,7 +383,7 @@ class Membership:
         if (self.turn, name) != self._phase[:2]:
             self._phase = (self.turn, name, self.outside.now())
         message = {"kind": "beat", "turn": self.turn, "phase": name, "phase_s": self.outside.now() - self._phase[2]}
-        return message | {"view": self.view.number}
+        return message | {"view": self.view.number, "done": self.done}
 
     def _phase_name(self) -> str:
         if self._begun != self.turn:
@@ -395,7 +421,8 @@ class Membership:
     def suspects(self) -> dict[str, str]:
         """The members that this one takes for lost now, and why."""
         found = {}
-        for node in self.others():
+        others = [node for node in self.others() if node not in self.gone or self._lacks(node)]
+        for node in others:
             link = self.outside.link_state(node)
             down_s = min(link.down_s, self.outside.now() - self._view_since)
             link = LinkState(link.is_open, link.silent_s, down_s, link.was_open, link.is_refused)
@@ -406,13 +433,18 @@ class Membership:
                 why = "does not answer"
             if why:
                 found[node] = why
-        return found
+        return found | dict.fromkeys(self.gone & set(self.others()), "has left") if found else found
+
+    def _lacks(self, node: str) -> bool:
+        """Whether the turn in progress lacks anything of a node."""
+        arrived = self.arrived[self.turn]
+        return node not in arrived.reports or any(
+            owner == node and (piece, owner) not in arrived.pieces for piece, owner in self.plan.owners
+        )
 
     def _why_late(self, node: str) -> str:
         """Why a member is too slow, where this one has done its part and waits for it."""
-        arrived = self.arrived[self.turn]
-        lacks_pieces = any(owner == node and (r, owner) not in arrived.pieces for r, owner in self.plan.owners)
-        if self._phase_name() != "wait" or node not in self._beats or not (lacks_pieces or node not in arrived.reports):
+        if self._phase_name() != "wait" or node not in self._beats or not self._lacks(node):
             return ""
         beat, at = self._beats[node]
         if int(beat.get("turn", self.turn)) < self.turn:

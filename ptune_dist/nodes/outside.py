@@ -27,7 +27,7 @@ class Outside(Protocol):
     def look_up(self) -> None:
         """Read the newest view at the rendezvous; `Membership.on_latest` hears of it."""
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str, /) -> None: ...
 
     def changed(self) -> None:
         """Something that the training loop may wait for has happened."""

@@ -13,7 +13,7 @@ from ptune_dist.nodes.agreement import Member
 from ptune_dist.nodes.blocks import Range
 from ptune_dist.nodes.shares import Owners, next_shares
 
-# Of one node: seconds, leaving, digest and extra as in OwnReport; num_blocks that the seconds are of; joiners: the members
+# Of one node: seconds, leaving, digest and extra as in OwnReport; num_blocks that the seconds are of; joiners: members
 # to be that it is linked to; is_final.
 Report = dict[str, Any]
 SMOOTHING = 0.5  # of the measured speeds: the weight of the newest
@@ -175,3 +175,9 @@ def measured(record: Record, nodes: set[str]) -> dict[str, float]:
             new = float(report["seconds"]) / int(report["num_blocks"])
             seconds[node] = (1 - SMOOTHING) * seconds.get(node, new) + SMOOTHING * new
     return seconds
+
+
+def first_plan(own: Member, rules: Rules) -> Plan:
+    """Of the node that begins a group: it computes all blocks, or waits for others."""
+    whole = Range(0, rules.num_blocks)
+    return Plan(1, (own,), ((whole, own.id),) if rules.min_nodes <= 1 else (), {})

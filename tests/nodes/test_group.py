@@ -78,7 +78,7 @@ def test_a_pause_that_is_short_is_waited_for(tmp_path):
         nodes.kill("b", signal.SIGCONT)
         nodes.wait_for_end(*"abc")
         nodes.check(*"abc")
-        assert {event["view"] for event in nodes.events("c", "step")} == {3}
+        assert len({event["view"] for event in nodes.events("c", "step")}) == 1
 
 
 def test_a_node_whose_training_hangs_is_left_behind(tmp_path):

@@ -79,6 +79,3 @@ class Candidate:
         if text != self._said:
             self._said = text
             self._outside.say(f"node {self.own.name} {text}")
-
-    def beat(self) -> Message:
-        return {"kind": "beat"}

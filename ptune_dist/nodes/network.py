@@ -199,8 +199,7 @@ class Network:
     async def _tick(self) -> None:
         while True:
             with self.changes:
-                part = self.member or self.candidate
-                self._mesh.tick(part.beat if part else lambda: {"kind": "beat"})
+                self._mesh.tick(self.member.watch.beat if self.member else lambda: {"kind": "beat"})
                 if self.member:
                     self.member.tick()
             await asyncio.sleep(TICK_S)

@@ -270,7 +270,7 @@ class Node:
     # The network
 
     def tick(self) -> None:
-        if part := self.member or self.candidate:
+        if self.member or self.candidate:
             if self.member:
                 self.member.tick()
                 if self.member.is_member:
@@ -278,7 +278,11 @@ class Node:
             if self.world.random.random() < TICK_S / BEAT_S:
                 for pair, link in list(self.world.links.items()):
                     if self.own.id in pair and link.is_open:
-                        self.send(next(iter(pair - {self.own.id})), part.beat(), [])
+                        self.send(
+                            next(iter(pair - {self.own.id})),
+                            self.member.watch.beat() if self.member else {"kind": "beat"},
+                            [],
+                        )
             self.later(TICK_S, self.tick)
 
     def close_link(self, pair: frozenset[str]) -> None:
@@ -305,16 +309,18 @@ class Node:
             if not link.is_open or other is None or not other.is_alive:
                 return
             if world.is_cut(self.name, other.name) or world.now < other.stopped_until:
-                return world.at(0.01, deliver)
+                return world.at(0.05, deliver)
             while queue and queue[0][0] <= world.now + 1e-9 and link.is_open:
-                _, received, blobs = queue.pop(0)
+                _, received, blobs = queue[0]
                 link.heard[node] = world.now
                 if part := other.member or other.candidate:
                     part.on_message(own_id, json.loads(received), blobs)
+                queue.pop(0)
             if queue:
-                world.at(queue[0][0] - world.now if queue[0][0] > world.now else 0.01, deliver)
+                world.at(max(queue[0][0] - world.now, 0.0), deliver)
 
-        world.at(queue[-1][0] - world.now, deliver)
+        if len(queue) == 1:  # else an event is waiting already
+            world.at(queue[0][0] - world.now, deliver)
 
     def connect(self, members: tuple[Member, ...]) -> None:
         for member in members:

@@ -38,6 +38,7 @@ class Candidate:
         """A view that the rendezvous or a member knows of."""
         if view and view.members and (self.view is None or view.number > self.view.number):
             self.view = view
+            self._alive_at = self._outside.now()
             self._outside.connect(view.members)
 
     def learn_sign(self, sign: str) -> None:

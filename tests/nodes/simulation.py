@@ -275,6 +275,8 @@ class Node:
                 self.member.tick()
                 if self.member.is_member:
                     self.world.announced += 1
+                    if self.world.random.random() < TICK_S:  # as every second
+                        self.look_up()
             if self.world.random.random() < TICK_S / BEAT_S:
                 for pair, link in list(self.world.links.items()):
                     if self.own.id in pair and link.is_open:

@@ -7,12 +7,14 @@ import pytest
 
 from ptune_dist.nodes.agreement import Member
 from ptune_dist.nodes.blocks import Range, subtrees, sum_along_tree
+from ptune_dist.nodes.candidate import Candidate
 from ptune_dist.nodes.frames import Decoder, encode
 from ptune_dist.nodes.rendezvous import FolderRendezvous
 from ptune_dist.nodes.rendezvous_server import Registry
+from ptune_dist.nodes.settings import Limits
 from ptune_dist.nodes.shares import divide, next_shares, num_blocks_of, take_over
 from ptune_dist.nodes.suspicion import ReportedSuspicions
-from ptune_dist.nodes.turns import ViewRecord
+from ptune_dist.nodes.turns import Rules, ViewRecord
 
 
 def test_subtrees_are_aligned_and_the_fewest():
@@ -141,3 +143,22 @@ def test_a_server_that_has_just_started_does_not_let_a_node_begin():
     assert answer["is_sure"] and answer["view"]["number"] == 5
     assert registry.answer({"kind": "claim", "view": view(5, "b").to_json()}, 12.0)["view"]["members"][0]["id"] == "a"
     assert Registry(now=10.0).answer({"kind": "latest"}, 15.0)["is_sure"]
+
+
+def test_a_candidate_waits_for_a_group_that_it_has_just_learned_of():
+    class Outside:
+        seconds = 0.0
+
+        def now(self) -> float:
+            return self.seconds
+
+        def connect(self, members) -> None:
+            pass
+
+    outside = Outside()
+    candidate = Candidate(view(1, "a").members[0], outside, Limits(found_s=5.0), Rules(1, 1, 8))
+    outside.seconds = 6.0  # a server that had just started did not let it begin
+    candidate.learn(view(1, "b"))
+    assert not candidate.is_group_gone()
+    outside.seconds = 12.0
+    assert candidate.is_group_gone()

@@ -44,7 +44,8 @@ def disturb(world: World) -> None:
         pairs = {frozenset((node.name, other)) for other in others}
         world.cuts |= pairs
         # Often about as long as it takes to suspect a node: then what was held arrives while the view changes.
-        world.at(choose.choice((choose.uniform(0.5, 10), choose.uniform(4.0, 5.5))), lambda: world.cuts.difference_update(pairs))
+        seconds = choose.choice((choose.uniform(0.5, 10), choose.uniform(4.0, 5.5)))
+        world.at(seconds, lambda: world.cuts.difference_update(pairs))
     world.lines.append(f"{world.now:.2f} {event} {node.own.id}")
     world.at(choose.choice((0.05, 0.5, 2.0, 8.0)), lambda: disturb(world))
 

@@ -110,6 +110,7 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any] | None:
     """The validation loss at each rate; None where a run was asked to stop. Raises UserError."""
     folder = work / cell.digest
     losses = {}
+    before = None
     for rate in cell.rates:
         out = folder / str(rate)
         overrides = [*cell.overrides, f"train.learning_rate={rate}", f"output_dir={out}"]
@@ -120,19 +121,20 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any] | None:
             raise UserError(f"{cell.name}: the training at {rate} ended with status {status}")
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         losses[str(rate)] = summary["validation"]["loss"]
+        before = summary["before"]["loss"]  # whatever the rate
     shutil.rmtree(folder)
-    return {"steps": cell.num_steps, "default": str(cell.default), "losses": losses}
+    return {"steps": cell.num_steps, "default": str(cell.default), "before": before, "losses": losses}
 
 
 def render_table(content: dict[str, Any]) -> str:
     """A Markdown table with a row for each cell that has been run; the lowest loss is bold."""
-    rows = [["method, family", "default rate", *(f"{factor:g} x" for factor in FACTORS)]]
+    rows = [["method, family", "default rate", "untrained", *(f"{factor:g} x" for factor in FACTORS)]]
     for cell in list_cells():
         found = content["cells"].get(cell.name)
         if found:
             lowest = min(found["losses"].values())
             shown = [f"**{loss:.3f}**" if loss == lowest else f"{loss:.3f}" for loss in found["losses"].values()]
-            rows.append([f"`{cell.method}`, {cell.family}", found["default"], *shown])
+            rows.append([f"`{cell.method}`, {cell.family}", found["default"], f"{found['before']:.3f}", *shown])
     return render_rows(rows)
 
 

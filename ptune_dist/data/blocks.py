@@ -1,15 +1,14 @@
 """A step cut into blocks, whose sums are added in a fixed tree: the result does not depend on who computes which block.
 
 Blocks are a pure function of the step's units and of the number of blocks, a power of two. The tree is the binary one
-over their numbers: the sum over blocks [low, high) is that of the first half plus that of the second half.
+over their numbers (see `nodes.blocks`): the sum over blocks [lo, hi) is that of the first half plus that of the second half.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from ptune_dist.data.batches import Unit, deal_to_owners, split_unit
-
-Range = tuple[int, int]  # blocks [low, high); of a subtree: as many as a power of two, from a multiple of it on
+from ptune_dist.nodes.blocks import Range, subtrees
 
 
 class Summable(Protocol):
@@ -54,36 +53,21 @@ def cut_into_blocks(
     return blocks
 
 
-def subtrees(ranges: Iterable[Range]) -> list[Range]:
-    """Any ranges of blocks as the fewest subtrees, in order."""
-    found = []
-    for low, high in ranges:
-        while low < high:
-            size = low & -low or 1 << (high - 1).bit_length()
-            while low + size > high:
-                size //= 2
-            found.append((low, low + size))
-            low += size
-    return found
-
-
 def divide(ranges: Sequence[Range], num_ranks: int) -> list[list[Range]]:
-    """Subtrees shared among a node's ranks: to each as many blocks as to the others, give or take one, in order.
+    """A node's subtrees shared among its ranks: to each as many blocks as to the others, give or take one, in order.
 
     The blocks of a rank are subtrees of those that are given, so that a node's own sums are made of its ranks'.
     """
-    total = sum(high - low for low, high in ranges)
+    total = sum(one.num_blocks for one in ranges)
     found: list[list[Range]] = []
     for rank in range(num_ranks):
         first = rank * total // num_ranks
         last = (rank + 1) * total // num_ranks
-        own = []
+        own: list[Range] = []
         before = 0
-        for low, high in ranges:
-            begin = max(low, low + first - before)
-            end = min(high, low + last - before)
-            own += subtrees([(begin, end)]) if begin < end else []
-            before += high - low
+        for one in ranges:
+            own += subtrees(max(one.lo, one.lo + first - before), min(one.hi, one.lo + last - before))
+            before += one.num_blocks
         found.append(own)
     return found
 
@@ -93,11 +77,10 @@ def add_up(wanted: Range, parts: Mapping[Range, T]) -> T:
     found = parts.get(wanted)
     if found is not None:
         return found
-    low, high = wanted
-    if high - low <= 1:
+    if wanted.num_blocks <= 1:
         raise KeyError(wanted)
-    middle = (low + high) // 2
-    return add_up((low, middle), parts) + add_up((middle, high), parts)
+    middle = (wanted.lo + wanted.hi) // 2
+    return add_up(Range(wanted.lo, middle), parts) + add_up(Range(middle, wanted.hi), parts)
 
 
 class RunningSums(Generic[T]):
@@ -110,11 +93,11 @@ class RunningSums(Generic[T]):
 
     def add(self, block: int, value: T) -> None:
         """The next block's, in the order of `wanted`."""
-        whole = (block, block + 1)
+        whole = Range(block, block + 1)
         while whole not in self._wanted and self._open and is_second_half(whole, self._open[-1][0]):
             first, before = self._open.pop()
             value = before + value
-            whole = (first[0], whole[1])
+            whole = Range(first.lo, whole.hi)
         if whole in self._wanted:
             self.found[whole] = value
         else:
@@ -123,5 +106,5 @@ class RunningSums(Generic[T]):
 
 def is_second_half(part: Range, other: Range) -> bool:
     """Whether `other` and `part` are the two halves of a subtree."""
-    size = part[1] - part[0]
-    return other == (part[0] - size, part[0]) and other[0] % (2 * size) == 0
+    size = part.num_blocks
+    return other == Range(part.lo - size, part.lo) and other.lo % (2 * size) == 0

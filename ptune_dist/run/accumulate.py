@@ -9,9 +9,10 @@ from typing import TypeVar
 import torch
 
 from ptune_dist.data.batches import Batch
-from ptune_dist.data.blocks import Range, RunningSums
+from ptune_dist.data.blocks import RunningSums
 from ptune_dist.distributed.world import World, to_device, write
 from ptune_dist.errors import RunFault
+from ptune_dist.nodes.blocks import Range
 from ptune_dist.run.batches_ahead import BatchesAhead, Share, StepPlan
 from ptune_dist.run.job import Job
 from ptune_dist.run.micro_batch import NUM_FIRST_STEPS, describe_shortage, has_any_failed, is_out_of_memory

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from ptune_dist.data.batches import Batch, Plan, Unit, collate
-from ptune_dist.data.blocks import Range
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World
+from ptune_dist.nodes.blocks import Range
 from ptune_dist.zero.engine import Engine
 
 
@@ -41,7 +41,7 @@ class Share(NamedTuple):
     of_ranks: tuple[tuple[Range, ...], ...]
 
     def blocks_of(self, rank: int) -> list[int]:
-        return [block for low, high in self.of_ranks[rank] for block in range(low, high)]
+        return [block for own in self.of_ranks[rank] for block in range(own.lo, own.hi)]
 
 
 class MicroBatch(NamedTuple):

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from ptune_dist.data.blocks import RunningSums, add_up, cut_into_blocks, divide, subtrees
+from ptune_dist.data.blocks import RunningSums, add_up, cut_into_blocks, divide
+from ptune_dist.nodes.blocks import Range, subtrees
 
 NUM_BLOCKS = 16
 DRAW = np.random.default_rng(0)
@@ -59,47 +60,39 @@ def test_few_rows_with_many_members_are_split_by_members_unless_these_share_work
     assert len([block for block in cut_into_blocks(units_of(2, 32), cost, NUM_BLOCKS) if block]) == 2
 
 
-def test_ranges_are_cut_into_the_fewest_subtrees():
-    assert subtrees([(0, 16)]) == [(0, 16)]
-    assert subtrees([(3, 13)]) == [(3, 4), (4, 8), (8, 12), (12, 13)]
-    assert subtrees([(0, 1), (5, 8)]) == [(0, 1), (5, 6), (6, 8)]
-    for low in range(NUM_BLOCKS):
-        for high in range(low, NUM_BLOCKS + 1):
-            found = subtrees([(low, high)])
-            assert [b for part in found for b in range(*part)] == list(range(low, high))
-            assert all((h - l).bit_count() == 1 and l % (h - l) == 0 for l, h in found)
+def blocks_of(ranges: list[Range]) -> list[int]:
+    return [block for own in ranges for block in range(own.lo, own.hi)]
 
 
-def sum_of_node(ranges: list, num_ranks: int) -> dict:
+def sum_of_node(ranges: list[Range], num_ranks: int) -> dict[Range, np.ndarray]:
     """What a node with so many ranks finds of its subtrees."""
-    parts = {}
+    parts: dict[Range, np.ndarray] = {}
     for own in divide(ranges, num_ranks):
-        sums = RunningSums(own)
-        for block in (b for part in own for b in range(*part)):
+        sums: RunningSums[np.ndarray] = RunningSums(own)
+        for block in blocks_of(own):
             sums.add(block, VALUES[block])
-        assert set(sums.found) == set(own) and not sums._open
+        assert set(sums.found) == set(own)
         parts |= sums.found
-    return {part: add_up(part, parts) for part in ranges}
+    return {one: add_up(one, parts) for one in ranges}
 
 
 @pytest.mark.parametrize("cuts", [[], [8], [3, 7, 8, 15], [1, 2, 3, 4], list(range(1, 16)), [5]])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
 def test_the_sum_is_the_same_bit_for_bit_however_blocks_are_shared(cuts, num_ranks):
-    ends = [0, *cuts, NUM_BLOCKS]
     found = {}
-    for share in itertools.pairwise(ends):
-        found |= sum_of_node(subtrees([share]), num_ranks)
-    whole = (0, NUM_BLOCKS)
-    alone = add_up(whole, {(b, b + 1): VALUES[b] for b in range(NUM_BLOCKS)})
+    for low, high in itertools.pairwise([0, *cuts, NUM_BLOCKS]):
+        found |= sum_of_node(subtrees(low, high), num_ranks)
+    whole = Range(0, NUM_BLOCKS)
+    alone = add_up(whole, {Range(b, b + 1): VALUES[b] for b in range(NUM_BLOCKS)})
     np.testing.assert_array_equal(add_up(whole, found).view(np.int32), alone.view(np.int32))
     assert not np.array_equal(alone, VALUES[::-1].cumsum(axis=0)[-1])  # another order has other bits
 
 
 def test_ranks_share_what_a_node_computes_again_evenly():
-    of_ranks = divide([(0, 4), (12, 16)], 3)
-    assert [[b for part in own for b in range(*part)] for own in of_ranks] == [[0, 1], [2, 3, 12], [13, 14, 15]]
+    of_ranks = divide([Range(0, 4), Range(12, 16)], 3)
+    assert [blocks_of(own) for own in of_ranks] == [[0, 1], [2, 3, 12], [13, 14, 15]]
 
 
 def test_what_is_missing_is_no_sum():
     with pytest.raises(KeyError):
-        add_up((0, 4), {(0, 2): 1, (2, 3): 1})
+        add_up(Range(0, 4), {Range(0, 2): 1, Range(2, 3): 1})

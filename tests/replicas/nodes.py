@@ -75,6 +75,13 @@ class Cluster:
             assert time.monotonic() < give_up_at, [p.read_text()[-2000:] for p in self.folder.glob("*/*.err")]
             time.sleep(0.005)
 
+    def wait_for_member(self, name: str) -> None:
+        """Until a node computes blocks of a step that is logged."""
+        give_up_at = time.monotonic() + MAX_S
+        while not any(name in found["blocks"] for found in self.history()):
+            assert time.monotonic() < give_up_at, [p.read_text()[-2000:] for p in self.folder.glob("*/*.err")]
+            time.sleep(0.01)
+
     def steps(self) -> list[int]:
         return [line["step"] for line in read_metrics(self.run)]
 
@@ -83,7 +90,9 @@ class Cluster:
 
     def history(self) -> list[dict[str, Any]]:
         """Who computed what, of the steps in which that changed."""
-        return [{"step": line["step"], **line["nodes"]} for line in read_metrics(self.run) if "nodes" in line]
+        text = (self.run / "metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [{"step": line["step"], **line["nodes"]} for line in lines if "nodes" in line]
 
     def final(self) -> list[bytes]:
         last = sorted((self.run / "checkpoints").glob("step-*"))[-1]

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,12 @@ class Cluster:
 
     def wait_for_member(self, name: str) -> None:
         """Until a node computes blocks of a step that is logged."""
+        self.wait_for_view(lambda found: name in found["blocks"])
+
+    def wait_for_view(self, is_wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Until the latest of `history` is as wanted."""
         give_up_at = time.monotonic() + MAX_S
-        while not any(name in found["blocks"] for found in self.history()):
+        while not (found := self.history()) or not is_wanted(found[-1]):
             assert time.monotonic() < give_up_at, [p.read_text()[-2000:] for p in self.folder.glob("*/*.err")]
             time.sleep(0.01)
 

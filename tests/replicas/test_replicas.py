@@ -106,3 +106,27 @@ def test_a_sweep_with_halving_is_the_same_on_two_nodes(tmp_path):
     kept = ("ranking", "validation", "best_step")
     found, wanted = (json.loads((run.run / "summary.json").read_text()) for run in (cluster, alone))
     assert {key: found[key] for key in kept} == {key: wanted[key] for key in kept}
+
+
+@pytest.mark.extended
+def test_over_hundreds_of_steps_with_a_stall_a_loss_and_a_join_the_run_is_the_undisturbed_one(tmp_path):
+    train = {**SHORT, "max_steps": 200, "stall_timeout_s": 2, "schedule": "cosine"}
+    cluster = Cluster(tmp_path / "disturbed", train=train, checkpoint={"every": 50})
+    nodes = [cluster.start("a")]
+    cluster.wait_for_step(1)
+    nodes.append(cluster.start("b"))
+    cluster.wait_for_member("b")
+    nodes[0].send(signal.SIGSTOP)  # the writer
+    cluster.wait_for_view(lambda found: "a" not in found["blocks"])
+    step = cluster.steps()[-1]
+    nodes[0].send(signal.SIGCONT)
+    cluster.wait_for_view(lambda found: found["step"] > step and "a" in found["blocks"])
+    nodes[1].kill()
+    nodes.append(cluster.start("c"))
+    cluster.wait_for_member("c")
+    assert [node.finish() for node in nodes] == [{0}, {-signal.SIGKILL}, {0}], nodes[0].output
+    assert nodes[0].output.count("loaded in") == 1  # the one that stalled has not loaded its base again
+    alone = train_alone(tmp_path / "alone", train=train, checkpoint={"every": 50})
+    check_same(cluster, alone)
+    one_world = train_alone(tmp_path / "world", "train.nodes=one_world", train=train, checkpoint={"every": 50})
+    assert cluster.losses() == pytest.approx(one_world.losses(), rel=1e-5)

@@ -116,12 +116,17 @@ class Nodes:
         return process
 
     def start_all(self, *names: str, **options) -> None:
-        """Start nodes, the first of them before the others, and wait until all are members."""
+        """Start nodes that begin with the first step together; the first named is the first member."""
+        go = self.folder / "go"
+        go.unlink(missing_ok=True)
+        numbers = {name: len(self.events(name)) for name in names}
         for name in names:
-            before = len(self.events(name, "entered"))
-            self.start(name, **options)
+            self.start(name, go=str(go), **options)
             if name == names[0]:
-                self.wait_until(lambda: len(self.events(names[0], "entered")) > before)
+                self.wait_until(lambda: self.events(names[0], "entered"))
+        for name in names[1:]:
+            self.wait_until(lambda n=name: len(self.events(n)) > numbers[n])
+        go.touch()
         self.wait_until(lambda: all(self.events(name, "entered") for name in names))
 
     def cut(self, name: str, others: set[str]) -> None:

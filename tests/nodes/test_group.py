@@ -83,9 +83,7 @@ def test_a_pause_that_is_short_is_waited_for(tmp_path):
 
 def test_a_node_whose_training_hangs_is_left_behind(tmp_path):
     with Nodes(tmp_path, num_steps=40, min_nodes=2, block_s=0.01, limits={"stall_s": 1.0}) as nodes:
-        nodes.start("c", hang_at=8, hang_s=6.0)
-        nodes.wait_until(lambda: nodes.events("c"))
-        nodes.start_all("a", "b")
+        nodes.start_all(*"abc", hang_at={"c": 8}, hang_s=6.0)
         nodes.wait_for_end("a", "b", "c")
         nodes.check("a", "b")
         assert nodes.events("c", "left behind")
@@ -191,8 +189,7 @@ def test_a_node_above_max_nodes_is_a_spare(tmp_path):
 
 def test_a_node_with_another_state_takes_that_of_the_others(tmp_path):
     with Nodes(tmp_path, num_steps=60, block_s=0.01) as nodes:
-        nodes.start_all("a", "b")
-        nodes.start("c", diverge_at=10)
+        nodes.start_all(*"abc", diverge_at={"c": 10})
         nodes.wait_for_end(*"abc")
         nodes.check(*"abc")
         assert "its state differs" in nodes.events("c", "left behind")[0]["why"]
@@ -240,9 +237,7 @@ def test_a_node_that_waits_for_others_can_be_stopped(tmp_path):
 
 def test_the_writer_is_lost_after_the_last_step(tmp_path):
     with Nodes(tmp_path, num_steps=10, block_s=0.01) as nodes:
-        nodes.start("a", save_s=60.0)
-        nodes.wait_until(lambda: nodes.events("a", "entered"))
-        nodes.start_all("b", "c")
+        nodes.start_all(*"abc", save_s={"a": 60.0})
         nodes.wait_for_step("a", 10)
         nodes.kill("a")
         nodes.wait_for_end("b", "c")

@@ -84,6 +84,10 @@ class Node:
             self.state = np.frombuffer(joined.snapshot, np.float32).copy()
         self.write("entered", step=self.step, is_founder=joined.snapshot is None, digest=digest(self.state))
 
+    def wait_for_go(self) -> None:
+        while "go" in self.options and not Path(self.options["go"]).exists():
+            time.sleep(0.01)
+
     def save(self) -> None:
         temporary = self.folder / f".checkpoint-{os.getpid()}"
         temporary.write_text(json.dumps({"step": self.step, "state": self.state.tolist()}))
@@ -91,7 +95,7 @@ class Node:
         self.write("saved", step=self.step)
 
     def finish(self) -> None:
-        time.sleep(self.options.get("save_s", 0.0))
+        time.sleep(self.options.get("save_s", {}).get(self.options["name"], 0.0))
         self.save()
 
     def compute(self, ranges) -> dict[tuple, bytes]:
@@ -106,11 +110,11 @@ class Node:
         step = self.step
         todo = Todo(tuple(group.begin_step(step, self.state.tobytes, self.is_stopping)))
         started = time.monotonic()
-        if self.options.get("hang_at") == step:
+        if self.options.get("hang_at", {}).get(self.options["name"]) == step:
             time.sleep(self.options["hang_s"])
         pieces = self.compute(todo.redo)
         own_digest = digest(self.state)
-        if self.options.get("diverge_at") == step:
+        if self.options.get("diverge_at", {}).get(self.options["name"]) == step:
             own_digest = "another"
         report = OwnReport(time.monotonic() - started, self.is_stopping(), own_digest, {"name": self.options["name"]})
         group.deliver(step, pieces, report)
@@ -147,6 +151,7 @@ class Node:
                     if needs_entry:
                         self.take_over(group.enter(self.options["num_blocks"], self.is_stopping))
                         needs_entry = False
+                        self.wait_for_go()
                     if self.step > self.options["num_steps"]:
                         group.finish(self.finish)
                         break

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import Started, run_command, start_ranks, wait_for_ranks
 from tests.conftest import TINY, write_config
 
@@ -87,17 +86,20 @@ class Cluster:
             assert time.monotonic() < give_up_at, [p.read_text()[-2000:] for p in self.folder.glob("*/*.err")]
             time.sleep(0.01)
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Of metrics.jsonl, which may be being written."""
+        text = (self.run / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
     def steps(self) -> list[int]:
-        return [line["step"] for line in read_metrics(self.run)]
+        return [line["step"] for line in self.lines()]
 
     def losses(self) -> list[float]:
-        return [line["loss"] for line in read_metrics(self.run)]
+        return [line["loss"] for line in self.lines()]
 
     def history(self) -> list[dict[str, Any]]:
         """Who computed what, of the steps in which that changed."""
-        text = (self.run / "metrics.jsonl").read_text()
-        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        return [{"step": line["step"], **line["nodes"]} for line in lines if "nodes" in line]
+        return [{"step": line["step"], **line["nodes"]} for line in self.lines() if "nodes" in line]
 
     def final(self) -> list[bytes]:
         last = sorted((self.run / "checkpoints").glob("step-*"))[-1]

@@ -120,14 +120,15 @@ class Nodes:
         go = self.folder / "go"
         go.unlink(missing_ok=True)
         numbers = {name: len(self.events(name)) for name in names}
+        entries = {name: len(self.events(name, "entered")) for name in names}
         for name in names:
             self.start(name, go=str(go), **options)
             if name == names[0]:
-                self.wait_until(lambda: self.events(names[0], "entered"))
+                self.wait_until(lambda: len(self.events(names[0], "entered")) > entries[names[0]])
         for name in names[1:]:
             self.wait_until(lambda n=name: len(self.events(n)) > numbers[n])
         go.touch()
-        self.wait_until(lambda: all(self.events(name, "entered") for name in names))
+        self.wait_until(lambda: all(len(self.events(name, "entered")) > entries[name] for name in names))
 
     def cut(self, name: str, others: set[str]) -> None:
         """Hold all that passes between a node and these others. An empty set mends the node's links."""

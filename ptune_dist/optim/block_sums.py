@@ -37,4 +37,5 @@ def to_pieces(ranges: Sequence[Range], parts: Mapping[Range, torch.Tensor]) -> d
 
 def add_pieces(num_blocks: int, pieces: Mapping[Range, bytes]) -> torch.Tensor:
     """The sum over all blocks, in one order whoever has made the pieces."""
-    return torch.from_numpy(add_up(Range(0, num_blocks), {one: np.frombuffer(p, "<f4") for one, p in pieces.items()}))
+    parts = {one: np.frombuffer(piece, "<f4") for one, piece in pieces.items()}
+    return torch.from_numpy(np.array(add_up(Range(0, num_blocks), parts)))  # a copy: bytes cannot be written to

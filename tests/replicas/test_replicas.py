@@ -72,6 +72,21 @@ def test_nodes_leave_and_join_and_the_last_one_saves(tmp_path, alone):
 
 
 @pytest.mark.extended
+@pytest.mark.parametrize("evaluate", [{"every": 0}, {"every": 1, "metrics": ["exact_match"]}])
+def test_nodes_that_are_all_asked_to_stop_save_once(tmp_path, evaluate):
+    train = {**SHORT, "max_steps": 1000, "min_nodes": 2}
+    cluster = Cluster(tmp_path / "run", train=train, checkpoint={"every": 0}, data=VALIDATION, evaluate=evaluate)
+    nodes = [cluster.start(name) for name in "ab"]
+    cluster.wait_for_step(3)
+    for node in nodes:
+        node.stop()
+    assert [node.finish() for node in nodes] == [{75}, {75}], nodes[0].output
+    status = cluster.status()
+    assert (status["state"], status["step"]) == ("stopped", cluster.steps()[-1])
+    assert len(list_checkpoints(cluster.run / "checkpoints")) == 1
+
+
+@pytest.mark.extended
 def test_worlds_of_two_ranks_under_zero3_train_what_one_world_does(tmp_path):
     train = {**SHORT, "min_nodes": 2}
     cluster = Cluster(tmp_path / "two", 2, train=train, deepspeed=ZERO3)

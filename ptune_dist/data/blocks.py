@@ -7,7 +7,8 @@ over their numbers (see `nodes.blocks`): the sum over blocks [lo, hi) is that of
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from ptune_dist.data.batches import Unit, deal_to_owners, split_unit
+from ptune_dist.data.batches import cut_evenly, split_unit
+from ptune_dist.data.dealing import Unit, deal_to_owners
 from ptune_dist.nodes.blocks import Range, subtrees
 
 
@@ -43,14 +44,7 @@ def cut_into_blocks(
     if work:
         return deal_to_owners(pieces, {piece: work([piece]) for piece in pieces}, num_blocks)
     pieces.sort(key=lambda piece: -sizes[piece])
-    total = sum(sizes[piece] for piece in pieces)
-    blocks: list[list[Unit]] = [[] for _ in range(num_blocks)]
-    done = 0
-    for piece in pieces:
-        middle = done + sizes[piece] / 2
-        blocks[min(num_blocks - 1, int(num_blocks * middle / total)) if total else 0].append(piece)
-        done += sizes[piece]
-    return blocks
+    return cut_evenly(pieces, sizes, num_blocks)
 
 
 def divide(ranges: Sequence[Range], num_ranks: int) -> list[list[Range]]:

@@ -29,6 +29,7 @@ from ptune_dist.distributed.world import World
 from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.contexts import ContextReader
+from ptune_dist.model.flops import UnitFlops
 from ptune_dist.model.passes import Contexts
 from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.model.trained_starts import start_trained
@@ -41,8 +42,9 @@ from ptune_dist.zero.unused_sections import describe_unused
 
 T = TypeVar("T")
 # On a CPU, tensors of more positions leave its caches, and glibc returns those above 32 MiB to the kernel each time: a
-# pass of 13,500 positions took 1.1 to 1.3 times as long as its parts of 3,400 (bases of width 512 and 256).
-MOST_POSITIONS_ON_CPU = 4096
+# pass of 13,500 positions took 1.1 to 1.3 times as long as its parts of 3,400 (bases of width 512 and 256). A step of a
+# sweep of 8 prefixes over a base of width 512 took 10.44 s with at most 4,096, 10.26 s with 2,048, 10.42 s with 1,024.
+MOST_POSITIONS_ON_CPU = 2048
 
 
 class Engine:
@@ -67,6 +69,7 @@ class Engine:
         self.members = list(prompts.members)
         self.is_sharded = passes.is_sharded
         self._passes = passes
+        self._flops = UnitFlops(model)
         self.contexts = ContextReader(self._read_contexts, model, world, cache=cache, is_sharded=passes.is_sharded)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -220,6 +223,7 @@ class Engine:
             world_size=self.world.size,
             micro_batch_tokens=self.cap_positions(micro_batch_tokens),
             work=self._work(examples),
+            flops=functools.partial(self._flops, examples=examples),
             members_share=self._shares_rows,
         )
 

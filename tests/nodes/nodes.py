@@ -184,6 +184,15 @@ class Nodes:
         times = [event["at"] for event in self.events(name, "step")]
         return max((after - before for before, after in zip(times, times[1:], strict=False)), default=0.0)
 
+    def longest_standstill(self) -> float:
+        """The longest time in which no node completed a step that none had completed before."""
+        firsts: dict[int, float] = {}
+        for name in self.processes:
+            for event in self.events(name, "step"):
+                firsts[event["step"]] = min(event["at"], firsts.get(event["step"], event["at"]))
+        times = [firsts[step] for step in sorted(firsts)]
+        return max(after - before for before, after in zip(times, times[1:], strict=False))
+
     def describe(self) -> str:
         events = sorted((event for name in self.processes for event in self.events(name)), key=lambda e: e["at"])
         lines = [json.dumps(event) for event in events][-150:]

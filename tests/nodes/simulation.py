@@ -367,9 +367,12 @@ class Node:
                 held = world.register[view.number] = view
             newest = world.register[len(world.register)]
             held = held if held == newest else newest
-            self.later(world.latency(), lambda: self.member is member and member.on_claimed(view, held))
+            self.later(self.disk_seconds(), lambda: self.member is member and member.on_claimed(view, held))
 
-        self.later(world.latency(), register)
+        self.later(self.disk_seconds(), register)
+
+    def disk_seconds(self) -> float:
+        return self.world.latency() * self.world.random.choice((1, 1, 20))
 
     def look_up(self) -> None:
         newest = self.world.register[len(self.world.register)]

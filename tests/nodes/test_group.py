@@ -26,6 +26,7 @@ def test_nodes_agree_bitwise_at_each_step(tmp_path):
         assert all(event["blocks"].keys() == {*"abc"} for event in nodes.events("a", "step"))
 
 
+@pytest.mark.extended
 def test_a_node_joins_and_leaves_while_others_train(tmp_path):
     with Nodes(tmp_path, num_steps=60) as nodes:
         nodes.start("a")
@@ -55,6 +56,7 @@ def test_a_node_is_killed(tmp_path, lost):
         assert not any(nodes.events(name, "left behind") for name in rest)
 
 
+@pytest.mark.extended
 def test_a_node_that_stalls_is_left_behind_and_joins_again(tmp_path):
     with Nodes(tmp_path, num_steps=80, min_nodes=2, block_s=0.01) as nodes:
         nodes.start_all(*"abc")
@@ -94,6 +96,7 @@ def test_a_node_whose_training_hangs_is_left_behind(tmp_path):
         assert nodes.longest_pause("a") < 6
 
 
+@pytest.mark.extended
 def test_a_node_that_is_cut_off_waits_and_joins_again(tmp_path):
     """The smaller side of a cut does not continue; the larger does."""
     with Nodes(tmp_path, num_steps=120, block_s=0.01) as nodes:
@@ -167,6 +170,7 @@ def test_another_secret_and_another_config_are_refused_in_one_line(tmp_path):
         assert nodes.errors("c").startswith("error: node c is refused by node a: their configs differ")
 
 
+@pytest.mark.extended
 def test_fewer_nodes_than_min_nodes_wait(tmp_path):
     with Nodes(tmp_path, num_steps=60, min_nodes=2, block_s=0.01) as nodes:
         nodes.start_all("a", "b")

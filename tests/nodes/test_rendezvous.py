@@ -45,6 +45,7 @@ def test_nodes_find_each_other_at_an_address(tmp_path):
         nodes.check("a", "c")
 
 
+@pytest.mark.extended
 def test_the_node_that_serves_the_rendezvous_is_lost(tmp_path):
     with Nodes(tmp_path, num_steps=80, block_s=0.01, rendezvous=f"127.0.0.1:{free_port()}") as nodes:
         nodes.start_all(*"abc")
@@ -80,6 +81,7 @@ def test_nodes_train_over_tls(tmp_path, certificates, where):
         nodes.check(*"ab")
 
 
+@pytest.mark.extended
 def test_a_node_with_a_certificate_of_another_authority_does_not_join(tmp_path, certificates):
     with Nodes(tmp_path, num_steps=20, min_nodes=2) as nodes:
         nodes.start("a", env={"PTUNE_TLS": str(certificates / "good")})

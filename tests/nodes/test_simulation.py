@@ -43,7 +43,9 @@ def disturb(world: World) -> None:
         others = choose.sample(others, 1) if event == "cut a pair" and others else others
         pairs = {frozenset((node.name, other)) for other in others}
         world.cuts |= pairs
-        world.at(choose.uniform(0.5, 10), lambda: world.cuts.difference_update(pairs))
+        # Often about as long as it takes to suspect a node: then what was held arrives while the view changes.
+        seconds = choose.choice((choose.uniform(0.5, 10), choose.uniform(4.0, 5.5)))
+        world.at(seconds, lambda: world.cuts.difference_update(pairs))
     world.lines.append(f"{world.now:.2f} {event} {node.own.id}")
     world.at(choose.choice((0.05, 0.5, 2.0, 8.0)), lambda: disturb(world))
 
@@ -54,6 +56,7 @@ def play(seed: int, num_steps: int, **options) -> World:
         world.start()
     world.at(world.random.uniform(0, 3), lambda: disturb(world))
     world.run_until(lambda: world.num_steps in world.states, seconds=num_steps * 20.0)
+    assert not any("another state" in line for line in world.lines), "two members of a view had different states"
     return world
 
 

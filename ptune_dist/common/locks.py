@@ -110,6 +110,28 @@ def try_lock(path: Path, warn: Callable[[str], None] = lambda _: None) -> Lock |
         raise
 
 
+def try_shared_lock(path: Path, warn: Callable[[str], None] = lambda _: None) -> Lock | None:
+    """As `try_lock`, for processes that hold a lock together against all others.
+
+    On a disk without locks nothing is locked, after a line that tells so. Raises OSError.
+    """
+    file = open_lock(path)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            file.close()
+            raise
+        warn(f"{path.parent} is on a disk without file locks ({error.strerror}): start no other run in it")
+    if _is_alive(path.with_name(f"{path.name}.owner")):
+        file.close()
+        return None
+    return Lock(file)
+
+
 def open_lock(path: Path) -> IO[bytes]:
     """The file that is locked. Another user's can be locked all the same on most disks, where it can be read."""
     try:
@@ -140,13 +162,13 @@ def share_lock(path: Path) -> IO[bytes] | None:
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock of the file `path`."""
     try:
-        file = share_lock(path)
+        with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it may be held together
     except BlockingIOError:
         return True
-    except OSError:  # there is no lock yet
-        return False
-    if file is not None:
-        file.close()
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:  # there is no lock yet
+            return False
     return _is_alive(path.with_name(f"{path.name}.owner"))
 
 

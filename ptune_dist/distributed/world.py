@@ -25,13 +25,24 @@ from ptune_dist.errors import NodeFault, RunFault, UserError
 T = TypeVar("T")
 
 
+Write = Callable[[], None]  # writes into the run's folder
+
+
+def write_now(function: Write) -> None:
+    function()
+
+
 @dataclass(frozen=True)
 class World:
-    """This process among all."""
+    """This process among all.
+
+    pen: called on rank 0 with what writes into the run's folder; where nodes train as replicas, one of them writes.
+    """
 
     rank: int
     size: int
     device: torch.device
+    pen: Callable[[Write], None] = write_now
 
     @property
     def is_main(self) -> bool:
@@ -165,3 +176,8 @@ def from_main(world: World, function: Callable[[], T]) -> T:
     For what is read from the run: on a shared disk another node may still see an older state.
     """
     return broadcast_from_main(together(world, lambda: function() if world.is_main else None), world)
+
+
+def write(world: World, function: Write) -> None:
+    """Have `function` write into the run's folder, which one process does; if it raises, all raise. Collective."""
+    together(world, lambda: world.pen(function) if world.is_main else None)

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from ptune_dist.config.schema import Config
-from ptune_dist.distributed.world import World, sum_over_ranks, together
+from ptune_dist.distributed.world import World, sum_over_ranks, write
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.bare_base import evaluate_without_prompt
 from ptune_dist.evaluation.evaluator import Evaluation, Evaluator, MemberAnswers
@@ -61,7 +61,7 @@ def evaluate_members(
 def store_predictions(job: Job, member: str, evaluator: Evaluator, answers: MemberAnswers, world: World) -> None:
     """Write what a member's best prompt answers to the validation rows. Collective; raises RunFault."""
     folder = Path(job.members[member].output_dir)
-    together(world, lambda: write_predictions(folder, evaluator, answers) if world.is_main else None)
+    write(world, lambda: write_predictions(folder, evaluator, answers))
 
 
 def run_evaluators(

@@ -23,6 +23,7 @@ from ptune_dist.base.trained import set_apart
 from ptune_dist.config.deepspeed_json import show_source, zero_stage
 from ptune_dist.config.schema import Config, TrainConfig
 from ptune_dist.data.batches import Batch, Plan, Unit, plan_micro_batches
+from ptune_dist.data.blocks import cut_into_blocks
 from ptune_dist.data.examples import Examples
 from ptune_dist.distributed.world import World
 from ptune_dist.errors import UserError
@@ -96,6 +97,14 @@ class Engine:
     def measure(self, names: Sequence[str], totals: torch.Tensor) -> Measured:
         """Sum members' gradients and all losses [K] over the ranks; the numbers that decide how to step. Collective."""
         return self.prompts.measure(names, totals)
+
+    def take_sums(self, names: Sequence[str], totals: torch.Tensor) -> torch.Tensor:
+        """This rank's gradients of the members that are named, which are cleared, and then all losses [K]."""
+        return torch.cat([self.prompts.take_sums(names), totals])
+
+    def measure_sums(self, names: Sequence[str], sums: torch.Tensor) -> Measured:
+        """`measure`, where the sums over all ranks are given, in the form of `take_sums`."""
+        return self.prompts.measure_sums(names, sums)
 
     def step(self, learning_rates: dict[str, float], norms: dict[str, float]) -> dict[str, str]:
         """Move the members that are named, each by its own learning rate; what went wrong, by member.
@@ -201,18 +210,51 @@ class Engine:
 
     def plan(self, units: Sequence[Unit], examples: Examples, micro_batch_tokens: int) -> Plan:
         """Micro-batches of every rank, by the positions that this base and placement need."""
-        count = functools.partial(self.model.count_positions, examples=examples)
-        is_cached = self.contexts.cache is not None
-        if self.world.device.type == "cpu" and not self._members_share_work:
-            micro_batch_tokens = min(micro_batch_tokens, MOST_POSITIONS_ON_CPU)
         return plan_micro_batches(
             units,
-            count,
+            functools.partial(self.model.count_positions, examples=examples),
             world_size=self.world.size,
-            micro_batch_tokens=micro_batch_tokens,
-            work=functools.partial(count, with_contexts=False) if is_cached else None,
-            members_share=is_cached or self._members_share_work,
+            micro_batch_tokens=self.cap_positions(micro_batch_tokens),
+            work=self._work(examples),
+            members_share=self._shares_rows,
         )
+
+    def cut(self, units: Sequence[Unit], examples: Examples, num_blocks: int) -> list[list[Unit]]:
+        """A step's units in so many blocks of similar work, the same whatever ranks there are."""
+        count = functools.partial(self.model.count_positions, examples=examples)
+        return cut_into_blocks(
+            units, count, num_blocks, work=self._work(examples), members_share=self._shares_rows
+        )
+
+    def plan_block(self, units: Sequence[Unit], examples: Examples, micro_batch_tokens: int) -> list[list[Unit]]:
+        """The micro-batches of a block, which one rank computes."""
+        if not units:
+            return []
+        plan = plan_micro_batches(
+            units,
+            functools.partial(self.model.count_positions, examples=examples),
+            world_size=1,
+            micro_batch_tokens=self.cap_positions(micro_batch_tokens),
+            members_share=self._shares_rows,
+        )
+        return [shares[0] for shares in plan]
+
+    def cap_positions(self, micro_batch_tokens: int) -> int:
+        """The most positions of a micro-batch here."""
+        if self.world.device.type == "cpu" and not self._members_share_work:
+            return min(micro_batch_tokens, MOST_POSITIONS_ON_CPU)
+        return micro_batch_tokens
+
+    def _work(self, examples: Examples) -> Callable[[list[Unit]], int] | None:
+        """The positions that units take where their contexts are held already; None where none are kept."""
+        if self.contexts.cache is None:
+            return None
+        return functools.partial(self.model.count_positions, examples=examples, with_contexts=False)
+
+    @property
+    def _shares_rows(self) -> bool:
+        """Whether members that read a row in one micro-batch share work, now or by the cache."""
+        return self.contexts.cache is not None or self._members_share_work
 
     @property
     def _members_share_work(self) -> bool:

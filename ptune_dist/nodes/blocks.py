@@ -1,0 +1,36 @@
+"""Blocks of a step, the fixed binary tree over them, and how they are divided over nodes.
+
+A step's rows are cut into a power of two of blocks. The blocks are the leaves of a complete binary tree, and the sum
+of a step is made along this tree: each inner vertex adds its left half to its right half. So the sum does not depend
+on who computes which blocks. A node sends the sums of the largest subtrees that it owns whole.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Range:
+    """The blocks lo, ..., hi - 1 of a step: an aligned subtree (its length a power of two that divides lo)."""
+
+    lo: int
+    hi: int
+
+    @property
+    def num_blocks(self) -> int:
+        return self.hi - self.lo
+
+
+def is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+def subtrees(lo: int, hi: int) -> list[Range]:
+    """The fewest aligned subtrees that make up the blocks lo, ..., hi - 1, in order."""
+    found = []
+    while lo < hi:
+        size = lo & -lo or 1 << (hi - lo).bit_length() - 1  # block 0 is aligned to every size
+        while lo + size > hi:
+            size //= 2
+        found.append(Range(lo, lo + size))
+        lo += size
+    return found

@@ -6,6 +6,7 @@ import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ptune_dist.cluster.devices import count_gpus
 from ptune_dist.cluster.head import Head, Limits, announce
@@ -14,9 +15,9 @@ from ptune_dist.cluster.node import Node, NodeJob
 from ptune_dist.cluster.node_facts import NodeFacts, gather_facts
 from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.cluster.requeue import RequeueLimits, may_requeue
-from ptune_dist.cluster.secret import create_secret, find_secret, random_text, remove_secret
+from ptune_dist.cluster.secret import create_secret, find_secret, random_text, read_variable, remove_secret
 from ptune_dist.cluster.stop_requests import StopRequests
-from ptune_dist.cluster.topology import Topology, describe_unknown_scheduler, find_topology
+from ptune_dist.cluster.topology import Topology, describe_unknown_scheduler, find_topology, stand_alone
 from ptune_dist.command_line.arguments import Parser
 from ptune_dist.config.load import load_config
 from ptune_dist.config.messages import text_keys
@@ -60,12 +61,16 @@ def launch(parsed: argparse.Namespace) -> int:
     if unknown:
         announce(f"warning: {unknown}")
     config, facts = read_node(parsed, topology)
+    num_replicas = count_replicas(parsed, config, topology)
+    if num_replicas:
+        read_variable()  # a mistake in the secret, which the ranks read, should show now
+        topology = stand_alone(topology)
     if config is None and topology.num_nodes == 1:
         raise UserError(facts.mistake)
     if config is None and topology.node_rank == 0:
         print_mistake(facts.mistake)  # immediately, as the other nodes may take long to join
     if config and topology.node_rank == 0:
-        announce(describe_start(parsed, topology))
+        announce(describe_start(parsed, topology, num_replicas))
     run_dir = Path(config.output_dir) if config else find_run_dir(parsed)
     if run_dir is None:
         raise UserError(facts.mistake)  # without the secret in the run's folder no other node can be told
@@ -88,6 +93,7 @@ def launch(parsed: argparse.Namespace) -> int:
         port=port,
         find_secret=lambda: secret or find_secret(run_dir),
         ends_with_parent=topology.source == "slurm",
+        num_replicas=num_replicas,
     )
     outcome = Node(job, requests).run()
     if head:
@@ -99,24 +105,46 @@ def launch(parsed: argparse.Namespace) -> int:
     return outcome.exit_status
 
 
-def describe_start(parsed: argparse.Namespace, topology: Topology) -> str:
+def describe_start(parsed: argparse.Namespace, topology: Topology, num_replicas: int) -> str:
     """The first line: the ranks' own come after torchrun and they have imported torch."""
     what = "check" if parsed.check else "train"
     nodes = "1 node" if topology.num_nodes == 1 else f"{topology.num_nodes} nodes"
+    if num_replicas:
+        nodes = f"node {topology.node_name}, one of the run's replicas"
     return f"{what} {parsed.config} on {nodes}, importing torch ..."
+
+
+def count_replicas(parsed: argparse.Namespace, config: Config | None, topology: Topology) -> int:
+    """The nodes that were started together, if each trains in a world of its own; 0 if they are one world.
+
+    As replicas, each node's launcher is a head: what it does not know of the others the ranks find out.
+    """
+    asked = config.train.nodes if config else read_raw(parsed, "train.nodes")
+    if asked != "replicas":
+        return 0
+    if topology.num_nodes > 1:
+        return topology.num_nodes
+    return read_setting("SLURM_ARRAY_TASK_COUNT", 1)  # each job of an array is a node
 
 
 def find_run_dir(parsed: argparse.Namespace) -> Path | None:
     """The folder of a run whose config has a mistake; None if it cannot be read at all."""
-    try:
-        raw = read_yaml(parsed.config, text_keys())
-        for override in parsed.overrides:
-            if override.startswith("output_dir="):
-                apply_override(raw, override, text_keys())
-    except UserError:
-        return None
-    found = raw.get("output_dir")
+    found = read_raw(parsed, "output_dir")
     return Path(found).expanduser() if isinstance(found, str) and found else None
+
+
+def read_raw(parsed: argparse.Namespace, key: str) -> object:
+    """A key of a config that has a mistake; None if it cannot be read."""
+    try:
+        found: Any = read_yaml(parsed.config, text_keys())
+        for override in parsed.overrides:
+            if override.startswith(f"{key}="):
+                apply_override(found, override, text_keys())
+        for name in key.split("."):
+            found = found.get(name)
+    except (UserError, AttributeError):
+        return None
+    return found
 
 
 def build_limits(parsed: argparse.Namespace, config: Config | None) -> Limits:

@@ -57,7 +57,7 @@ class Head(threading.Thread):
         self._limits = limits
         self._is_check = is_check
         self._run_dir = Path(config.output_dir if config else ".")
-        self._record = build_record(topology, config, self._run_dir)
+        self.record = build_record(topology, config, self._run_dir)
 
     def run(self) -> None:
         try:
@@ -66,10 +66,10 @@ class Head(threading.Thread):
             outcome = self._describe_failure(error)
             with contextlib.suppress(Exception):
                 if not self._is_check:
-                    self._record.end(outcome)
+                    self.record.end(outcome)
             with contextlib.suppress(Exception):
                 self._gather_nodes()  # the failure may have preceded them, and each must learn of it
-        self._say(self._record.close(outcome))
+        self._say(self.record.close(outcome))
         self._nodes.send_all(kind="leave", end=asdict(outcome))
         self._nodes.stop_listening()
 
@@ -109,19 +109,19 @@ class Head(threading.Thread):
     def _make_attempt(self, attempt: int) -> Outcome:
         """Start the ranks of all nodes, and follow them to their outcome."""
         if not self._is_check:
-            self._say(self._record.begin(in_place=attempt > 0))
+            self._say(self.record.begin(in_place=attempt > 0))
         outcome = self._find_unfit_node() if attempt == 0 else None
         if outcome is None:
             self._nodes.outcomes.clear()
             self._nodes.send_all(kind="start", address=self._nodes.head_address, port=free_port())
             outcome = self._follow_attempt()
         if not self._is_check:
-            self._record.end(outcome)
+            self.record.end(outcome)
         return outcome
 
     def _stop_between_attempts(self) -> Outcome:
         outcome = Outcome(STOPPED, "asked to stop before the ranks were restarted")
-        self._record.end(outcome)
+        self.record.end(outcome)
         return outcome
 
     def _find_reason_to_leave(self, config: Config) -> Outcome | None:
@@ -144,7 +144,7 @@ class Head(threading.Thread):
         began = time.monotonic()
         give_up_at = began + SECONDS_FOR_LOCK
         is_told = False
-        while self._record.is_held():
+        while self.record.is_held():
             if not is_told and time.monotonic() > began + SECONDS_BEFORE_NOTICE:
                 announce(f"waiting: output_dir: {self._run_dir}: {describe_holder(self._run_dir)}")
                 is_told = True

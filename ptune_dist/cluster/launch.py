@@ -16,6 +16,7 @@ from ptune_dist.cluster.node_facts import NodeFacts, gather_facts
 from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.cluster.requeue import RequeueLimits, may_requeue
 from ptune_dist.cluster.secret import create_secret, find_secret, random_text, read_variable, remove_secret
+from ptune_dist.cluster.slurm_job import requeue_orphaned_job
 from ptune_dist.cluster.stop_requests import StopRequests
 from ptune_dist.cluster.topology import Topology, describe_unknown_scheduler, find_topology, stand_alone
 from ptune_dist.command_line.arguments import Parser
@@ -35,7 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the job's exit status."""
     try:
         parsed = parse(arguments)
-        return launch(parsed) if parsed.may_requeue is None else answer_requeue(parsed)
+        if parsed.may_requeue is not None:
+            return answer_requeue(parsed)
+        if parsed.show_nodes:
+            print(load_config(parsed.config, parsed.overrides).train.nodes)
+            return 0
+        return launch(parsed)
     except UserError as error:
         print_mistake(str(error))
         return 2
@@ -64,7 +70,7 @@ def launch(parsed: argparse.Namespace) -> int:
     num_replicas = count_replicas(parsed, config, topology)
     if num_replicas:
         read_variable()  # a mistake in the secret, which the ranks read, should show now
-        topology = stand_alone(topology)
+        topology = stand_alone(topology, os.environ.get("SLURM_ARRAY_TASK_ID", ""))
     if config is None and topology.num_nodes == 1:
         raise UserError(facts.mistake)
     if config is None and topology.node_rank == 0:
@@ -102,6 +108,8 @@ def launch(parsed: argparse.Namespace) -> int:
             remove_secret(run_dir)
         if config:
             print_outcome(outcome, run_dir, is_check=parsed.check)
+        if num_replicas > 1 and topology.source == "slurm" and head.record.is_last:
+            requeue_orphaned_job(os.environ, announce)
     return outcome.exit_status
 
 
@@ -210,6 +218,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="STATUS",
         help="given srun's exit status, exit with 75 if the job should be requeued",
     )
+    parser.add_argument("--show-nodes", action="store_true", help="print train.nodes and exit")
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     parsed = parser.parse_intermixed_args(arguments)

@@ -6,6 +6,7 @@ of the run only when it is the first to start, or when none is left: in between,
 """
 
 from pathlib import Path
+from typing import Any
 
 from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.common.files import fault_on_failed_write, make_folder
@@ -16,12 +17,18 @@ from ptune_dist.run.status import begin_status, end_status, read_status
 FOLDER = "launchers"
 
 
+def read_node_statuses(run_dir: Path) -> list[dict[str, Any]]:
+    """The content of status.json of each node that has trained the run as a replica."""
+    return [read_status(file.parent) for file in sorted((run_dir / FOLDER).glob("*/status.json"))]
+
+
 class Record:
     """The record of a run that one launcher decides about."""
 
     def __init__(self, run_dir: Path, job_id: str):
         self._run_dir = run_dir
         self._job_id = job_id
+        self.is_last = True  # once closed: whether no other launcher is left in the run's folder
 
     def is_held(self) -> bool:
         """Whether another process trains in the run's folder that this job cannot train beside."""
@@ -79,7 +86,8 @@ class ReplicaRecord(Record):
     def close(self, outcome: Outcome) -> str:
         if self._others is None:
             return ""
-        if self._others.leave():
+        self.is_last = self._others.leave()
+        if self.is_last:
             self._end_run(outcome)
             return ""
         return f"node {self._node} has left; the other nodes continue"

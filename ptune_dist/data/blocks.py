@@ -1,7 +1,7 @@
 """A step cut into blocks, whose sums are added in a fixed tree: the result does not depend on who computes which block.
 
 Blocks are a pure function of the step's units and of the number of blocks, a power of two. The tree is the binary one
-over their numbers (see `nodes.blocks`): the sum over blocks [lo, hi) is that of the first half plus that of the second half.
+over their numbers (see `nodes.blocks`): the sum over blocks [lo, hi) is that of the first half plus that of the second.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -91,7 +91,9 @@ def describe_kept(folder: Path, failed: Path) -> str:
 def drop_old_checkpoints(folder: Path, newest: Path, keep: int, *, drops_later: bool = True) -> None:
     """Delete all but the `keep` checkpoints up to `newest`.
 
-    With `drops_later`, later ones too: they are damaged, or the run would have used them. What cannot be deleted now, another user's say, stays.
+    With `drops_later`, later ones too: they are damaged, or the run would have used them.
+
+    What cannot be deleted now, another user's say, stays.
     """
     found = list_checkpoints(folder)
     sound = [path for path in found if path <= newest]

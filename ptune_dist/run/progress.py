@@ -95,6 +95,12 @@ class Progress:
         kept = {key: value for key, value in vars(self).items() if key not in ("throughput", "saved_step", "members")}
         return kept | {"members": {name: asdict(standing) for name, standing in self.members.items()}}
 
+    def take_over(self, other: "Progress") -> None:
+        """Be where another process is."""
+        self.members = other.members
+        for name in ("step", "elapsed_s", "wall_s", "evaluation_pending", "saved_step"):
+            setattr(self, name, getattr(other, name))
+
     def count_step(self, losses: dict[str, float], count: StepCount) -> None:
         """One more step done, with the loss of each member that took part."""
         self.step += 1
@@ -156,9 +162,7 @@ def continue_from(snapshot: Snapshot, job: Job, rows: TrainingRows, *, saved_ste
     if progress.data_digest != rows.digest():
         raise UserError(f"data.train: {rows.names[0]} has changed since this run began: choose another output_dir")
     if snapshot.state["base"] != job.fingerprint:
-        raise UserError(
-            f"model.path: {config.model.path} has changed since this run began: choose another output_dir"
-        )
+        raise UserError(f"model.path: {config.model.path} has changed since this run began: choose another output_dir")
     job.engine.load_prompts({name: tensors_of(name, snapshot.prompt) for name in job.members})
     job.engine.load_optimizer_state(snapshot.optimizer)
     job.engine.load_loss_scale_state(snapshot.state["loss_scale"])

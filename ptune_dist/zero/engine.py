@@ -102,6 +102,10 @@ class Engine:
         """This rank's gradients of the members that are named, which are cleared, and then all losses [K]."""
         return torch.cat([self.prompts.take_sums(names), totals])
 
+    def count_sums(self, names: Sequence[str]) -> int:
+        """How many numbers `take_sums` gives."""
+        return len(self.members) + sum(p.numel() for name in names for p in self.prompts.members[name].parameters)
+
     def measure_sums(self, names: Sequence[str], sums: torch.Tensor) -> Measured:
         """`measure`, where the sums over all ranks are given, in the form of `take_sums`."""
         return self.prompts.measure_sums(names, sums)
@@ -222,9 +226,7 @@ class Engine:
     def cut(self, units: Sequence[Unit], examples: Examples, num_blocks: int) -> list[list[Unit]]:
         """A step's units in so many blocks of similar work, the same whatever ranks there are."""
         count = functools.partial(self.model.count_positions, examples=examples)
-        return cut_into_blocks(
-            units, count, num_blocks, work=self._work(examples), members_share=self._shares_rows
-        )
+        return cut_into_blocks(units, count, num_blocks, work=self._work(examples), members_share=self._shares_rows)
 
     def plan_block(self, units: Sequence[Unit], examples: Examples, micro_batch_tokens: int) -> list[list[Unit]]:
         """The micro-batches of a block, which one rank computes."""

@@ -15,6 +15,17 @@ class LeftBehind(Exception):
     """
 
 
+class StoppedWaiting(Exception):
+    """This node was asked to stop while it waited for others, and has left.
+
+    is_last: all members have been asked to; the loop calls `NodeGroup.finish`.
+    """
+
+    def __init__(self, is_last: bool):
+        super().__init__()
+        self.is_last = is_last
+
+
 @dataclass(frozen=True)
 class Member:
     """One node of a view. `id` is new each time that the node enters; `name` is for people."""
@@ -43,9 +54,13 @@ class View:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this node writes the run folder: the first of those that share it."""
-        first = next(member for member in self.members if member.folder == self.own.folder)
-        return first.id == self.own_id
+        """Whether this node writes the run folder."""
+        return self.writer == self.own_id
+
+    @property
+    def writer(self) -> str:
+        """The id of the member that writes this node's run folder: the first of those that share it."""
+        return next(member.id for member in self.members if member.folder == self.own.folder)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,11 @@ of a step is made along this tree: each inner vertex adds its left half to its r
 on who computes which blocks. A node sends the sums of the largest subtrees that it owns whole.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, order=True)
@@ -34,3 +38,15 @@ def subtrees(lo: int, hi: int) -> list[Range]:
         found.append(Range(lo, lo + size))
         lo += size
     return found
+
+
+def sum_along_tree(pieces: Mapping[Range, T], add: Callable[[T, T], T], num_blocks: int) -> T:
+    """The sum of all blocks from the sums of subtrees that cover them: the same bits, whatever subtrees these are."""
+
+    def total(lo: int, hi: int) -> T:
+        if (piece := pieces.get(Range(lo, hi))) is not None:
+            return piece
+        middle = (lo + hi) // 2
+        return add(total(lo, middle), total(middle, hi))
+
+    return total(0, num_blocks)

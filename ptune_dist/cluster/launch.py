@@ -13,6 +13,7 @@ from ptune_dist.cluster.head import Head, Limits, announce
 from ptune_dist.cluster.link import free_port, listen
 from ptune_dist.cluster.node import Node, NodeJob
 from ptune_dist.cluster.node_facts import NodeFacts, gather_facts
+from ptune_dist.cluster.node_memory import choose_nodes
 from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.cluster.requeue import RequeueLimits, may_requeue
 from ptune_dist.cluster.secret import create_secret, find_secret, random_text, read_variable, remove_secret
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.may_requeue is not None:
             return answer_requeue(parsed)
         if parsed.show_nodes:
-            print(load_config(parsed.config, parsed.overrides).train.nodes)
+            print(load_settled(parsed, read_setting("SLURM_JOB_NUM_NODES", 1), count_gpus()).train.nodes)
             return 0
         return launch(parsed)
     except UserError as error:
@@ -182,10 +183,26 @@ def read_node(parsed: argparse.Namespace, topology: Topology) -> tuple[Config | 
     """The config, and the facts that the head compares between nodes. A mistake is such a fact."""
     name = topology.node_name
     try:
-        config = load_config(parsed.config, parsed.overrides)
-        return config, gather_facts(name, config, topology.num_procs, count_gpus())
+        num_gpus = count_gpus()
+        config = load_settled(parsed, topology.num_nodes, num_gpus)
+        return config, gather_facts(name, config, topology.num_procs, num_gpus)
     except UserError as error:
         return None, NodeFacts(name, mistake=str(error))
+
+
+def load_settled(parsed: argparse.Namespace, num_nodes: int, num_gpus: int) -> Config:
+    """The config, with `train.nodes: auto` settled for several nodes, also on the ranks' command line.
+
+    Raises UserError.
+    """
+    config = load_config(parsed.config, parsed.overrides)
+    if config.train.nodes != "auto" or num_nodes == 1:
+        return config
+    nodes, why = choose_nodes(config, num_gpus)
+    if not parsed.show_nodes:
+        announce(f"train.nodes=auto is {nodes}: {why}")
+    parsed.overrides.append(f"train.nodes={nodes}")
+    return load_config(parsed.config, parsed.overrides)
 
 
 def print_outcome(outcome: Outcome, run_dir: Path, *, is_check: bool) -> None:

@@ -176,8 +176,10 @@ class Ranks:
 
     def _keep_stacks(self) -> None:
         folder = self._launch.run_dir / "stacks"
+        if self._launch.num_replicas:  # whose ranks have the same numbers
+            folder /= to_file_name(self._launch.node)
         try:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob("rank-*.txt"):
                 if path.stat().st_size:
                     shutil.copyfile(path, folder / path.name)

@@ -1,5 +1,6 @@
 """THE loop. Read `train`, then `run_steps`; the rest of this file is what they name."""
 
+import contextlib
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -131,47 +132,48 @@ def train_job(
 ) -> int:
     """What `train` does once everything is loaded and the run's folder is locked; `notes` go to the log. Collective."""
     config = job.config
-    rows = read.training
-    evaluators = read.evaluators
     run_dir = Path(config.output_dir)
-    chosen = choose_sources(job, rows, world)
-    with open_nodes(job, rows, watch, world) as nodes:
-        progress = nodes.begin(rows)
-        write(world, lambda: mark_running(run_dir))
-        write(world, lambda: write_run_configs(config, job.members))
-        write(world, lambda: write_rows(job.reading, read))
-        together(world, lambda: watch.begin_steps(run_dir))
-        end = Outcome(DONE)
-        summary: dict[str, Any] = {}
-        if job.micro_batch.may_halve:
-            write(world, lambda: job.micro_batch.store(run_dir))
-        source = StepSource(job.engine, rows, world, job.micro_batch.tokens, pad_id(job.tokenizer))
-        with on_main(world, lambda: open_metrics(job, progress, world)) as metrics, BatchesAhead(source) as batches:
-            say = metrics.say if metrics else lambda _: None
-            if metrics:
-                metrics.listener = listener
-            accumulate = Accumulator(job, batches, world, watch.beat, say)
-            training = Training(job, rows, accumulate, evaluators, progress, metrics, watch, world, nodes)
-            held_out = next((evaluator.split.examples for evaluator in evaluators.values()), None)
-            if world.is_main:
-                training.say(describe_start(job, rows, held_out, progress, world))
-                for line in chosen:
-                    training.say(line)
-                for line in notes:
-                    training.say(line)
-            try:
-                run_steps(training)
-                summary = finish(training)
-            except StopAgreed:
-                end = Outcome(STOPPED, STOPPED_REASON)
-                training.say(f"stopped at step {progress.step} on request; the same command resumes")
-        write(world, lambda: end_status(run_dir, end))
+    notes = choose_sources(job, read.training, world) + notes
+    end = Outcome(STOPPED, STOPPED_REASON)
+    with open_nodes(job, read.training, watch, world) as nodes:
+        with contextlib.suppress(StopAgreed):  # it has waited for other nodes
+            progress = nodes.begin(read.training)
+            write(world, lambda: mark_running(run_dir))
+            write(world, lambda: write_run_configs(config, job.members))
+            write(world, lambda: write_rows(job.reading, read))
+            together(world, lambda: watch.begin_steps(run_dir))
+            if job.micro_batch.may_halve:
+                write(world, lambda: job.micro_batch.store(run_dir))
+            source = StepSource(job.engine, read.training, world, job.micro_batch.tokens, pad_id(job.tokenizer))
+            with on_main(world, lambda: open_metrics(job, progress, world)) as metrics, BatchesAhead(source) as batches:
+                accumulate = Accumulator(job, batches, world, watch.beat, metrics.say if metrics else lambda _: None)
+                evaluators = read.evaluators
+                training = Training(job, read.training, accumulate, evaluators, progress, metrics, watch, world, nodes)
+                if metrics:
+                    metrics.listener = listener
+                    say_start(training, notes)
+                try:
+                    run_steps(training)
+                    summary = finish(training)
+                    end = Outcome(DONE)
+                except StopAgreed:
+                    training.say(f"stopped at step {progress.step} on request; the same command resumes")
+            write(world, lambda: end_status(run_dir, end))
         if end.kind == DONE:
             write(world, lambda: write_run_report(run_dir))
-            nodes.end(progress)
-            say_finished(config, summary, world)
-        nodes.leave()
+        nodes.end(is_done=end.kind == DONE)
+    if end.kind == DONE:
+        say_finished(config, summary, world)
     return end.exit_status
+
+
+def say_start(training: Training, notes: list[str]) -> None:
+    """The first lines of the log."""
+    evaluator = next(iter(training.evaluators.values()), None)
+    held_out = evaluator.split.examples if evaluator else None
+    training.say(describe_start(training.job, training.rows, held_out, training.progress, training.world))
+    for line in notes:
+        training.say(line)
 
 
 def run_steps(training: Training) -> None:

@@ -58,11 +58,8 @@ class OneWorld:
         """What metrics.jsonl has of the last step beside the usual."""
         return {}
 
-    def end(self, progress: Progress) -> None:
-        """Everything is written."""
-
-    def leave(self) -> None:
-        """This node is about to end."""
+    def end(self, *, is_done: bool) -> None:
+        """This process is about to end, and has written what it had to."""
 
 
 def agree_on_stop(watch: Watch, metrics: Log | None, world: World) -> bool:

@@ -27,7 +27,8 @@ from ptune_dist.run.watch import Watch
 RENDEZVOUS = "PTUNE_RENDEZVOUS"  # a folder that all nodes share, or host:port
 ADDRESS = "PTUNE_NODE_ADDRESS"  # host:port at which the other nodes reach this one
 FOLDER = "nodes"  # of the run's folder
-EXPECTED_NODES = 4  # where `train.max_nodes` does not say
+EXPECTED_NODES = "PTUNE_EXPECTED_NODES"  # the nodes that a scheduler has started together, set by our launcher
+FEW_NODES = 4  # expected where nothing tells their number
 LARGE_BYTES = 64 << 20
 # What may differ between nodes beside places of files: how each of them computes.
 OF_A_NODE = ("output_dir", "model.path", "data.train", "data.validation", "prompt.init_file")
@@ -118,9 +119,15 @@ def choose_num_blocks(job: Job, rows: TrainingRows, world: World) -> int:
     train = job.config.train
     units = rows.units(rows.of_step(1, engine.members), engine.members)
     filled = engine.model.count_positions(units, rows.examples) // engine.cap_positions(job.micro_batch.tokens)
-    num_ranks = world.size * (train.max_nodes or max(train.min_nodes, EXPECTED_NODES))
+    num_nodes = train.max_nodes or max(train.min_nodes, read_expected_nodes())
+    num_ranks = world.size * num_nodes
     wanted = max(power_of_two_from(num_ranks), power_of_two_to(max(1, filled)))
     return min(wanted, power_of_two_to(len(units)), MOST_BLOCKS)
+
+
+def read_expected_nodes() -> int:
+    value = os.environ.get(EXPECTED_NODES, "")
+    return int(value) if value.isdecimal() else FEW_NODES
 
 
 def power_of_two_to(number: int) -> int:

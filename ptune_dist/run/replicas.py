@@ -5,6 +5,7 @@ nodes (`nodes.group`); what the group answers it tells the other ranks, so that 
 """
 
 import contextlib
+import math
 import queue
 import time
 import traceback
@@ -14,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillWaiting
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from ptune_dist.data.blocks import divide
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, broadcast_from_main, from_main, sum_over_ranks, to_device, together
 from ptune_dist.errors import RunFault, UserError
-from ptune_dist.nodes.agreement import Agreed, LeftBehind, OwnReport
+from ptune_dist.nodes.agreement import Agreed, LeftBehind, OwnReport, StoppedWaiting
 from ptune_dist.nodes.blocks import Range
 from ptune_dist.nodes.group import NodeGroup
 from ptune_dist.optim.block_sums import add_pieces, gather_blocks, to_pieces
@@ -41,7 +42,6 @@ T = TypeVar("T")
 Lines = queue.SimpleQueue[str]
 SLICE_S = 2.0  # of a wait, after which the ranks report that they are alive
 PATIENCE_S = 15.0  # for the end of a step, of a node that is asked to stop
-LEAVE_S = 10.0  # for the others to hear of it
 
 
 class Answer(NamedTuple):
@@ -106,6 +106,8 @@ class Replicas:
         self._progress: Progress | None = None
         self._log: Log | None = None
         self._agreed: Agreed | None = None  # after the last step
+        self._is_asked = False  # any rank of this node, to stop
+        self._is_last = False  # all nodes have left as they waited for more
         self._total = torch.zeros(0)  # on rank 0: the sums of the step
         self.history = History()
         # Calls of the group wait for other nodes, so they are made in a thread, always the same one.
@@ -129,12 +131,12 @@ class Replicas:
         """Become a member; where the others stand, None where there are none."""
         assert self._rows is not None, "begin comes first"
         self._agreed = None
-        snapshot, is_writer = self._ask(self._enter_group, patience_s=0.0)
+        snapshot, is_writer = self._ask(self._enter_group)
         self._hold_pen(is_writer)
         return None if snapshot is None else continue_from(unpack_snapshot(snapshot), self._job, self._rows)
 
     def _enter_group(self, group: NodeGroup) -> tuple[bytes | None, bool]:
-        joined = group.enter(self._num_blocks)
+        joined = group.enter(self._num_blocks, self._is_stopping)
         return joined.snapshot, group.view.is_writer
 
     def sum_step(self, accumulate: Accumulator, progress: Progress, log: Log | None) -> StepSums | None:
@@ -174,7 +176,7 @@ class Replicas:
         self._agreed = None
         self.history.begin()
         ranges, is_writer = self._ask(
-            lambda group: (group.begin_step(step, self._snapshot), group.view.is_writer), patience_s=0.0
+            lambda group: (group.begin_step(step, self._snapshot, self._is_stopping), group.view.is_writer)
         )
         self._hold_pen(is_writer)
         return ranges
@@ -278,34 +280,36 @@ class Replicas:
         """What metrics.jsonl has of the last step beside the usual."""
         return self.history.facts()
 
-    def end(self, progress: Progress) -> None:
-        """Everything is written: wait until the others know. Where the writer is lost before, one of them writes."""
-        if self._agreed is not None and self._agreed.is_leaving:
-            return
-        step = progress.step + 1  # there is no such step
-        try:
-            ranges = self._begin_step(step)
-            report: OwnReport | None = OwnReport()
-            while self._agreed is None:
-                ranges = self._exchange(step, dict.fromkeys(ranges, b""), report)
-                report = None
-        except (LeftBehind, StopAgreed):  # the others write
-            return
+    def end(self, *, is_done: bool) -> None:
+        """This node is about to end, and has written what it had to.
 
-    def leave(self) -> None:
-        """Tell the others that this node does not come back."""
-        if self._group:
-            with contextlib.suppress(Exception):  # it leaves all the same
-                self._thread.submit(self._group.leave).result(LEAVE_S)
+        Where all end, it waits until they have: another node writes where the writer is lost.
+        """
+        is_last = is_done or self._is_last or (self._agreed is not None and self._agreed.is_last)
+        with contextlib.suppress(LeftBehind, StopAgreed):  # the others write
+            self._ask(lambda group: group.finish(self._write_end) if is_last else group.leave(), patience_s=PATIENCE_S)
+
+    def _write_end(self) -> None:
+        """In the group's thread, on the node that writes: it has, or it has kept what the lost one had to write."""
+        if not self._pen.is_writer:
+            self._pen.take()
+            if isinstance(self._log, SharedLog):
+                self._log.close()
 
     def _is_asked_here(self) -> bool:
-        return sum_over_ranks([float(self._watch.requested)], self._world)[0] > 0
+        """Whether any rank of this node is asked to stop. Collective."""
+        self._is_asked = sum_over_ranks([float(self._watch.requested)], self._world)[0] > 0
+        return self._is_asked
 
-    def _ask(self, call: Callable[[NodeGroup], T], *, patience_s: float) -> T:
+    def _is_stopping(self) -> bool:
+        """In the group's thread, while it waits for other nodes."""
+        return self._is_asked or self._watch.requested
+
+    def _ask(self, call: Callable[[NodeGroup], T], *, patience_s: float = math.inf) -> T:
         """What a call of the group returns, on all ranks, which report that they are alive while it waits.
 
-        Raises what it raises, and StopAgreed, after a checkpoint, where it takes longer than `patience_s` and this node
-        is asked to stop.
+        Raises what it raises, and StopAgreed where this node is asked to stop and the call ends for that, or takes
+        longer than `patience_s`. A writer that nobody follows has saved then.
         """
         future = self._thread.submit(call, self._group) if self._group else None
         began = time.monotonic()
@@ -313,16 +317,22 @@ class Replicas:
             answer: Answer = broadcast_from_main(find_answer(future) if future else None, self._world)
             self._watch.beat()
             self._show_lines()
+            if isinstance(answer.error, StoppedWaiting):
+                self._is_last = answer.error.is_last
+                self._stop()
             if answer.error is not None:
                 raise (future.exception() if future else None) or answer.error
             if answer.is_there:
                 return answer.value
             is_late = future is not None and time.monotonic() - began > patience_s
-            num_asked, num_late = sum_over_ranks([float(self._watch.requested), float(is_late)], self._world)
-            if num_asked and num_late:
-                if self._progress is not None and self._progress.step:
-                    checkpoint(self._job, self._progress, self._world)
-                raise StopAgreed
+            if self._is_asked_here() and sum_over_ranks([float(is_late)], self._world)[0]:
+                self._stop()
+
+    def _stop(self) -> NoReturn:
+        """Stop where the run stands, between two steps."""
+        if self._progress is not None and self._progress.step:
+            checkpoint(self._job, self._progress, self._world)
+        raise StopAgreed
 
     def _show_lines(self) -> None:
         """Write what the group has told since the last time."""
@@ -340,7 +350,7 @@ def find_answer(future: Future[Any]) -> Answer:
         return Answer(True, future.result(SLICE_S))
     except StillWaiting:
         return Answer(False)
-    except (UserError, RunFault, LeftBehind) as error:
+    except (UserError, RunFault, LeftBehind, StoppedWaiting) as error:
         return Answer(True, error=error)
     except Exception as error:  # it may not travel
         return Answer(True, error=RuntimeError("".join(traceback.format_exception(error))))

@@ -26,6 +26,7 @@ from ptune_dist.nodes.blocks import Range, is_power_of_two
 from ptune_dist.nodes.membership import Completed, Membership
 from ptune_dist.nodes.network import Network
 from ptune_dist.nodes.rendezvous import FolderRendezvous, Rendezvous
+from ptune_dist.nodes.rendezvous_server import ServerRendezvous
 from ptune_dist.nodes.settings import GroupSettings, Limits
 
 __all__ = [
@@ -238,5 +239,6 @@ def agreed(completed: Completed, step: int, own_id: str) -> Agreed:
 def build_rendezvous(network: Network) -> Rendezvous:
     """A folder, or `host:port`."""
     where = network.settings.rendezvous
-    assert isinstance(where, Path)
-    return FolderRendezvous(where)
+    if isinstance(where, Path):
+        return FolderRendezvous(where)
+    return ServerRendezvous(where, network.identity, network.contexts, network.say)

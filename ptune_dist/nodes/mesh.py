@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ptune_dist.common import tls
 from ptune_dist.errors import UserError
 from ptune_dist.nodes.agreement import Member
 from ptune_dist.nodes.frames import Message, Parts
@@ -14,6 +15,7 @@ from ptune_dist.nodes.settings import Limits
 from ptune_dist.nodes.suspicion import LinkState
 from ptune_dist.nodes.wire import Identity, Wire
 
+TLS_REMEDY = f"set {tls.VARIABLE} on all nodes or on none, to certificates of one authority"
 CONNECT_S = 3.0
 REDIAL_S = 0.3
 OWN_PAUSE_S = 2.0  # a longer gap between two ticks: what others sent meanwhile has not been read yet
@@ -49,7 +51,9 @@ class Mesh:
         on_up: Callable[[str], None],
         on_down: Callable[[str], None],
         on_message: Callable[[str, Message, Parts], None],
+        on_problem: Callable[[str], None],
     ):
+        """on_problem: takes a line about a node that cannot be talked to."""
         self.refusal = ""  # why a node has refused this one
         self._identity = identity
         self._server_context, self._client_context = contexts
@@ -57,6 +61,7 @@ class Mesh:
         self._on_up = on_up
         self._on_down = on_down
         self._on_message = on_message
+        self._on_problem = on_problem
         self._peers: dict[str, Peer] = {}
         self._server: asyncio.Server | None = None
         self._beat_at = self._ticked_at = 0.0
@@ -165,10 +170,17 @@ class Mesh:
         except ConnectionRefusedError:
             peer.is_refused = True
             return
+        except ssl.SSLError as error:
+            self._on_problem(f"node {member.name}: TLS: {error.reason}: {TLS_REMEDY}")
+            return
         except (OSError, TimeoutError, ValueError):
             return
         self.refusal = wire.refusal or self.refusal
         peer.is_refused = wire.is_stranger
+        if not (wire.peer or wire.refusal or wire.is_stranger):
+            self._on_problem(
+                f"node {member.name} at {member.address} does not answer as a node does. TLS: {TLS_REMEDY}"
+            )
 
     async def _probe(self, peer: Peer, member: Member) -> None:
         """Look whether the process of a node, which connects to us, still listens."""

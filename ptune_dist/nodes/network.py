@@ -42,6 +42,7 @@ class Network:
         self._rules = Rules(1, settings.min_nodes, settings.max_nodes)
         self._own = Member("", settings.name, "", settings.folder)
         self._address = ""
+        self._is_founding = False
         self._rendezvous: Rendezvous
         self._mesh: Mesh
         self._loop = asyncio.new_event_loop()
@@ -68,7 +69,8 @@ class Network:
 
     async def _start(self, make_rendezvous: Callable[["Network"], Rendezvous]) -> None:
         settings = self.settings
-        self._mesh = Mesh(self.identity, self.contexts, settings.limits, self._on_up, self._on_down, self._on_message)
+        handlers = (self._on_up, self._on_down, self._on_message, self._on_problem)
+        self._mesh = Mesh(self.identity, self.contexts, settings.limits, *handlers)
         port = await self._mesh.listen(settings.listen)
         host = settings.listen.rpartition(":")[0]
         if host in ("", "0.0.0.0", "::"):
@@ -114,38 +116,50 @@ class Network:
         self._mesh.drop_all()
         with self.changes:
             self.member = None
+            self._is_founding = False
             self._rules = Rules(num_blocks, self.settings.min_nodes, self.settings.max_nodes)
             self._own = Member(own_id, self.settings.name, self._address, self.settings.folder)
             self.candidate = Candidate(self._own, self, self.settings.limits, self._rules)
+        polling = self._loop.create_task(self._found_if_alone(self.candidate))
+        try:
+            while not polling.done():
+                with self.changes:
+                    if self.candidate.snapshot and not self._is_founding:
+                        return self._join(self.candidate, self.candidate.snapshot)
+                if self._mesh.refusal:
+                    raise UserError(self._mesh.refusal)
+                await asyncio.sleep(TICK_S)
+            return polling.result()
+        finally:
+            polling.cancel()
+
+    async def _found_if_alone(self, candidate: Candidate) -> Joined:
+        """Keep the candidate informed of the newest view. Returns when this node has begun a group."""
         while True:
-            if joined := await self._try_to_enter(self.candidate):
-                return joined
-            if self._mesh.refusal:
-                raise UserError(self._mesh.refusal)
+            latest = await self._rendezvous.latest()
+            sign = await self._rendezvous.sign_of_life()
+            with self.changes:
+                candidate.learn(latest)
+                candidate.learn_sign(sign)
+                is_free = latest is None or not latest.members or candidate.is_group_gone()
+            if is_free and (latest or await self._rendezvous.may_found()):
+                self._is_founding = True
+                if await self._found(0 if latest is None else latest.number):
+                    return Joined()
+                self._is_founding = False
             await asyncio.sleep(TICK_S)
 
-    async def _try_to_enter(self, candidate: Candidate) -> Joined | None:
-        latest = await self._rendezvous.latest()
-        sign = await self._rendezvous.sign_of_life()
-        with self.changes:
-            candidate.learn(latest)
-            candidate.learn_sign(sign)
-            if candidate.snapshot:
-                return self._join(candidate, candidate.snapshot)
-            if latest is not None and latest.members and not candidate.is_group_gone():
-                return None
-        if latest is None and not await self._rendezvous.may_found():
-            return None
-        number = 0 if latest is None else latest.number
+    async def _found(self, number: int) -> bool:
+        """Begin a group after view `number`, unless another node does."""
         view = ViewRecord(number + 1, (self._own,), f"{self._own.id}/founder")
-        if await self._rendezvous.claim(view, True) != view:
-            return None
+        if await self._rendezvous.claim(view, False) != view:
+            return False
         with self.changes:
             self.candidate = None
             plan = first_plan(self._own, self._rules)
             self.member = Membership(self._own, self._rules, self.settings.limits, self, view, plan)
         self.say(f"view {view.number}: node {self._own.name} begins")
-        return Joined()
+        return True
 
     def _join(self, candidate: Candidate, snapshot: Snapshot) -> Joined:
         limits = self.settings.limits
@@ -176,6 +190,11 @@ class Network:
         with self.changes:
             if part := self.member or self.candidate:
                 part.on_message(node, message, parts)
+
+    def _on_problem(self, text: str) -> None:
+        with self.changes:
+            if self.candidate:
+                self.candidate.say(f"cannot join: {text}")
 
     async def _tick(self) -> None:
         while True:

@@ -131,8 +131,11 @@ def pack_snapshot(snapshot: Snapshot) -> bytes:
 
 def unpack_snapshot(packed: bytes) -> Snapshot:
     """What `pack_snapshot` was given. Raises ValueError where it is damaged."""
-    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
-        return read_snapshot(Path("the state of another node"), lambda file: archive.read(file.name))
+    try:
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+            return read_snapshot(Path("the state of another node"), lambda file: archive.read(file.name))
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"the state of another node is damaged: {error}") from None
 
 
 def digest_state(state: dict[str, Any]) -> str:

@@ -211,6 +211,10 @@ class MetricsWriter:
         """Write a line to the console and to train.log."""
         self._line(text, console=True)
 
+    def note(self, text: str) -> None:
+        """Write a line to train.log alone."""
+        self._line(text, console=False)
+
     def _line(self, text: str, *, console: bool) -> None:
         with self._remember_failure():
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")

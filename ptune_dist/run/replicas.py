@@ -338,8 +338,8 @@ class Replicas:
         """Write what the group has told since the last time."""
         while self._group and not self._lines.empty():
             line = self._lines.get()
-            if self._log is not None:
-                self._log.say(line)
+            if isinstance(self._log, SharedLog):
+                self._log.tell(line)
             else:
                 print(line, flush=True)
 

@@ -107,6 +107,13 @@ class SharedLog:
         else:
             print(text, flush=True)
 
+    def tell(self, text: str) -> None:
+        """A line about nodes: in the log too where this node becomes the writer because of what it tells."""
+        self.say(text)
+        if not self._pen.is_writer:
+            step = self._next_step
+            self._pen(lambda: self._open(step).note(text))
+
     def _open(self, first_step: int) -> MetricsWriter:
         if self._writer is None:
             self._writer = self._open_writer(max(1, first_step)).__enter__()

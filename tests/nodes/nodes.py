@@ -2,29 +2,38 @@
 
 import contextlib
 import json
+import multiprocessing
+import os
+import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.nodes.worker import train_alone
-from tests.processes import free_port, process_env
+from tests.nodes.worker import main, train_alone
+from tests.processes import free_port
 
+# Processes are forked from one that has everything imported: a start takes milliseconds.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.nodes.worker"])
 SECRET = "a secret of the tests"
 LIMITS = {"silent_s": 3.0, "stall_s": 4.0, "found_s": 3.0, "minority_s": 2.0, "answer_s": 2.0}
 
 
-class Relay:
-    """A TCP relay in front of a node: what others have with it goes through here, and can be cut."""
+NAME = re.compile(rb'"name": "(\w+)"')
 
-    def __init__(self, target: int):
+
+class Relay:
+    """A TCP relay in front of a node. What others have with it goes through here, and can be held by pairs of names."""
+
+    def __init__(self, name: str, target: int, held: set[frozenset[str]]):
+        self.name = name
         self.target = target
+        self.held = held
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        self.is_cut = False
         self.sockets: list[socket.socket] = []
         threading.Thread(target=self.accept, daemon=True).start()
 
@@ -39,14 +48,17 @@ class Relay:
                     near.close()
                     continue
                 self.sockets += [near, far]
+                pair: set[str] = {self.name}
                 for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=self.pump, args=(source, sink), daemon=True).start()
+                    threading.Thread(target=self.pump, args=(source, sink, pair), daemon=True).start()
 
-    def pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def pump(self, source: socket.socket, sink: socket.socket, pair: set[str]) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                while self.is_cut:  # what is on its way is held, as by a network that is down
-                    time.sleep(0.05)
+                if len(pair) == 1 and (found := NAME.search(data)):  # the hello of who has connected
+                    pair.add(found[1].decode())
+                while frozenset(pair) in self.held:  # as by a network that is down
+                    time.sleep(0.02)
                 sink.sendall(data)
         for end in (source, sink):
             with contextlib.suppress(OSError):
@@ -75,8 +87,9 @@ class Nodes:
             "limits": LIMITS,
             **options,
         }
-        self.processes: dict[str, subprocess.Popen] = {}
+        self.processes: dict[str, BaseProcess] = {}
         self.relays: dict[str, Relay] = {}
+        self.held: set[frozenset[str]] = set()  # pairs of nodes that are cut from each other
 
     def __enter__(self):
         return self
@@ -84,33 +97,55 @@ class Nodes:
     def __exit__(self, *_):
         for process in self.processes.values():
             process.kill()
-            process.wait()
+            process.join()
         for relay in self.relays.values():
             relay.close()
 
-    def start(self, name: str, has_relay: bool = False, env: dict | None = None, **options) -> subprocess.Popen:
+    def start(self, name: str, has_relay: bool = False, env: dict | None = None, **options) -> BaseProcess:
         port = free_port()
         settings = {**self.options, "name": name, "log": str(self.folder / f"{name}.log"), **options}
+        settings["limits"] = {**LIMITS, **settings["limits"]}
         settings |= {"listen": f"127.0.0.1:{port}"}
         if has_relay:
-            self.relays[name] = Relay(port)
+            self.relays[name] = Relay(name, port, self.held)
             settings["advertise"] = f"127.0.0.1:{self.relays[name].port}"
-        file = self.folder / f"{name}.json"
-        file.write_text(json.dumps(settings))
-        command = [sys.executable, "-m", "tests.nodes.worker", str(file)]
-        errors = open(self.folder / f"{name}.err", "a")
-        self.processes[name] = subprocess.Popen(command, env=process_env(env), stderr=errors)
-        return self.processes[name]
+        errors = str(self.folder / f"{name}.err")
+        process = FORKS.Process(target=main, args=(settings, env or {}, errors), daemon=True)
+        process.start()
+        self.processes[name] = process
+        return process
+
+    def start_all(self, *names: str, **options) -> None:
+        """Start nodes that begin with the first step together; the first named is the first member."""
+        go = self.folder / "go"
+        go.unlink(missing_ok=True)
+        numbers = {name: len(self.events(name)) for name in names}
+        for name in names:
+            self.start(name, go=str(go), **options)
+            if name == names[0]:
+                self.wait_until(lambda: self.events(names[0], "entered"))
+        for name in names[1:]:
+            self.wait_until(lambda n=name: len(self.events(n)) > numbers[n])
+        go.touch()
+        self.wait_until(lambda: all(self.events(name, "entered") for name in names))
+
+    def cut(self, name: str, others: set[str]) -> None:
+        """Hold all that passes between a node and these others. An empty set mends the node's links."""
+        self.held -= {frozenset((name, other)) for other in self.processes}
+        self.held |= {frozenset((name, other)) for other in others}
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        self.processes[name].send_signal(number)
+        pid = self.processes[name].pid
+        assert pid
+        os.kill(pid, number)
 
     def stop(self, name: str) -> None:
         """Ask the node to leave."""
         (self.folder / f"{name}.log.stop").touch()
 
     def errors(self, name: str) -> str:
-        return (self.folder / f"{name}.err").read_text()
+        file = self.folder / f"{name}.err"
+        return file.read_text() if file.exists() else ""
 
     def events(self, name: str, kind: str | None = None) -> list[dict]:
         file = self.folder / f"{name}.log"
@@ -131,9 +166,9 @@ class Nodes:
         self.wait_until(lambda: self.last_step(name) >= step, seconds)
 
     def wait_for_end(self, *names: str, seconds: float = 90.0) -> None:
-        self.wait_until(lambda: all(self.processes[name].poll() is not None for name in names), seconds)
+        self.wait_until(lambda: all(self.processes[name].exitcode is not None for name in names), seconds)
         for name in names:
-            assert self.processes[name].returncode == 0, self.describe()
+            assert self.processes[name].exitcode == 0, self.describe()
 
     def check(self, *names: str, is_whole: bool = True) -> None:
         """Each step of these nodes ended with the state that one undisturbed node has."""

@@ -1,6 +1,6 @@
 """A node of the tests: a process that "trains" a vector on gradients made from step, block and the vector itself.
 
-Reads its settings as JSON from the first argument. Writes one JSON line per event to its log.
+Writes one JSON line per event to its log.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ptune_dist.errors import UserError
+from ptune_dist.errors import RunFault, UserError
 from ptune_dist.nodes.blocks import sum_along_tree
 from ptune_dist.nodes.group import GroupSettings, LeftBehind, Limits, NodeGroup, OwnReport, StoppedWaiting, Todo
 
@@ -84,11 +84,19 @@ class Node:
             self.state = np.frombuffer(joined.snapshot, np.float32).copy()
         self.write("entered", step=self.step, is_founder=joined.snapshot is None, digest=digest(self.state))
 
+    def wait_for_go(self) -> None:
+        while "go" in self.options and not Path(self.options["go"]).exists():
+            time.sleep(0.01)
+
     def save(self) -> None:
         temporary = self.folder / f".checkpoint-{os.getpid()}"
         temporary.write_text(json.dumps({"step": self.step, "state": self.state.tolist()}))
         temporary.replace(self.folder / "checkpoint.json")
         self.write("saved", step=self.step)
+
+    def finish(self) -> None:
+        time.sleep(self.options.get("save_s", {}).get(self.options["name"], 0.0))
+        self.save()
 
     def compute(self, ranges) -> dict[tuple, bytes]:
         done = {}
@@ -102,9 +110,11 @@ class Node:
         step = self.step
         todo = Todo(tuple(group.begin_step(step, self.state.tobytes, self.is_stopping)))
         started = time.monotonic()
+        if self.options.get("hang_at", {}).get(self.options["name"]) == step:
+            time.sleep(self.options["hang_s"])
         pieces = self.compute(todo.redo)
         own_digest = digest(self.state)
-        if self.options.get("diverge_at") == step:
+        if self.options.get("diverge_at", {}).get(self.options["name"]) == step:
             own_digest = "another"
         report = OwnReport(time.monotonic() - started, self.is_stopping(), own_digest, {"name": self.options["name"]})
         group.deliver(step, pieces, report)
@@ -120,14 +130,16 @@ class Node:
         }
         self.step += 1
         self.write("step", step=step, digest=digest(self.state), view=agreed.view_number, blocks=counts)
+        if step % self.options.get("save_every", 10**9) == 0 and group.view.is_writer:
+            self.save()
         if agreed.is_last:
-            group.finish(self.save)
+            group.finish(self.finish)
             return False
         if agreed.is_leaving:
             group.leave()
             return False
         if step == self.options["num_steps"]:
-            group.finish(self.save)
+            group.finish(self.finish)
             return False
         return True
 
@@ -139,8 +151,9 @@ class Node:
                     if needs_entry:
                         self.take_over(group.enter(self.options["num_blocks"], self.is_stopping))
                         needs_entry = False
+                        self.wait_for_go()
                     if self.step > self.options["num_steps"]:
-                        group.finish(self.save)
+                        group.finish(self.finish)
                         break
                     if not self.train_step(group):
                         break
@@ -149,13 +162,16 @@ class Node:
                     needs_entry = True
                 except StoppedWaiting as stopped:
                     if stopped.is_last:
-                        group.finish(self.save)
+                        group.finish(self.finish)
                     break
         self.write("end", digest=digest(self.state), step=self.step)
 
 
-if __name__ == "__main__":
+def main(options: dict, environment: dict[str, str], errors: str) -> None:
+    """The process of a node."""
+    os.environ.update(environment)
+    sys.stderr = open(errors, "a", buffering=1)
     try:
-        Node(json.loads(Path(sys.argv[1]).read_text())).run()
-    except UserError as error:
+        Node(options).run()
+    except (UserError, RunFault) as error:
         sys.exit(f"error: {error}")

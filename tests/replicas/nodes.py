@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import Started, run_command, start_ranks, wait_for_ranks
 from tests.conftest import TINY, write_config
 
@@ -75,15 +75,31 @@ class Cluster:
             assert time.monotonic() < give_up_at, [p.read_text()[-2000:] for p in self.folder.glob("*/*.err")]
             time.sleep(0.005)
 
+    def wait_for_member(self, name: str) -> None:
+        """Until a node computes blocks of a step that is logged."""
+        self.wait_for_view(lambda found: name in found["blocks"])
+
+    def wait_for_view(self, is_wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Until the latest of `history` is as wanted."""
+        give_up_at = time.monotonic() + MAX_S
+        while not (found := self.history()) or not is_wanted(found[-1]):
+            assert time.monotonic() < give_up_at, [p.read_text()[-2000:] for p in self.folder.glob("*/*.err")]
+            time.sleep(0.01)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Of metrics.jsonl, which may be being written."""
+        text = (self.run / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
     def steps(self) -> list[int]:
-        return [line["step"] for line in read_metrics(self.run)]
+        return [line["step"] for line in self.lines()]
 
     def losses(self) -> list[float]:
-        return [line["loss"] for line in read_metrics(self.run)]
+        return [line["loss"] for line in self.lines()]
 
     def history(self) -> list[dict[str, Any]]:
         """Who computed what, of the steps in which that changed."""
-        return [{"step": line["step"], **line["nodes"]} for line in read_metrics(self.run) if "nodes" in line]
+        return [{"step": line["step"], **line["nodes"]} for line in self.lines() if "nodes" in line]
 
     def final(self) -> list[bytes]:
         last = sorted((self.run / "checkpoints").glob("step-*"))[-1]

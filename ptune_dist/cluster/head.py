@@ -69,7 +69,8 @@ class Head(threading.Thread):
                     self.record.end(outcome)
             with contextlib.suppress(Exception):
                 self._gather_nodes()  # the failure may have preceded them, and each must learn of it
-        self._say(self.record.close(outcome))
+        with contextlib.suppress(Exception):
+            self._say(self.record.close(outcome))
         self._nodes.send_all(kind="leave", end=asdict(outcome))
         self._nodes.stop_listening()
 

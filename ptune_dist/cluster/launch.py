@@ -4,7 +4,7 @@ import argparse
 import os
 import socket
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,16 @@ from ptune_dist.errors import UserError
 MIN_SILENCE_S = 3.0
 MAX_SILENCE_S = 30.0
 SECONDS_FOR_HEAD = 45.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """This launcher's node in the job. `config` is None where it has a mistake; `num_replicas` is as in NodeJob."""
+
+    topology: Topology
+    config: Config | None
+    facts: NodeFacts
+    num_replicas: int
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,21 +73,10 @@ def launch(parsed: argparse.Namespace) -> int:
     """Run this node's part of the job; returns the exit status. Raises UserError."""
     requests = StopRequests()
     requests.listen()
-    topology = add_host_name(find_topology(os.environ, host_name=socket.gethostname()))
-    unknown = describe_unknown_scheduler(os.environ) if topology.source == "one node" else ""
-    if unknown:
-        announce(f"warning: {unknown}")
-    config, facts = read_node(parsed, topology)
-    num_replicas = count_replicas(parsed, config, topology)
-    if num_replicas:
-        read_variable()  # a mistake in the secret, which the ranks read, should show now
-        topology = stand_alone(topology, os.environ.get("SLURM_ARRAY_TASK_ID", ""))
-    if config is None and topology.num_nodes == 1:
-        raise UserError(facts.mistake)
-    if config is None and topology.node_rank == 0:
-        print_mistake(facts.mistake)  # immediately, as the other nodes may take long to join
-    if config and topology.node_rank == 0:
-        announce(describe_start(parsed, topology, num_replicas))
+    place = find_place(parsed)
+    topology = place.topology
+    config = place.config
+    facts = place.facts
     run_dir = Path(config.output_dir) if config else find_run_dir(parsed)
     if run_dir is None:
         raise UserError(facts.mistake)  # without the secret in the run's folder no other node can be told
@@ -100,7 +99,7 @@ def launch(parsed: argparse.Namespace) -> int:
         port=port,
         find_secret=lambda: secret or find_secret(run_dir),
         ends_with_parent=topology.source == "slurm",
-        num_replicas=num_replicas,
+        num_replicas=place.num_replicas,
     )
     outcome = Node(job, requests).run()
     if head:
@@ -109,9 +108,29 @@ def launch(parsed: argparse.Namespace) -> int:
             remove_secret(run_dir)
         if config:
             print_outcome(outcome, run_dir, is_check=parsed.check)
-        if num_replicas > 1 and topology.source == "slurm" and head.record.is_last:
+        if place.num_replicas > 1 and topology.source == "slurm" and head.record.is_last:
             requeue_orphaned_job(os.environ, announce)
     return outcome.exit_status
+
+
+def find_place(parsed: argparse.Namespace) -> Place:
+    """Also prints the first line. Raises UserError."""
+    topology = add_host_name(find_topology(os.environ, host_name=socket.gethostname()))
+    unknown = describe_unknown_scheduler(os.environ) if topology.source == "one node" else ""
+    if unknown:
+        announce(f"warning: {unknown}")
+    config, facts = read_node(parsed, topology)
+    num_replicas = count_replicas(parsed, config, topology)
+    if num_replicas:
+        read_variable()  # a mistake in the secret, which the ranks read, should show now
+        topology = stand_alone(topology, os.environ.get("SLURM_ARRAY_TASK_ID", ""))
+    if config is None and topology.num_nodes == 1:
+        raise UserError(facts.mistake)
+    if config is None and topology.node_rank == 0:
+        print_mistake(facts.mistake)  # immediately, as the other nodes may take long to join
+    if config and topology.node_rank == 0:
+        announce(describe_start(parsed, topology, num_replicas))
+    return Place(topology, config, facts, num_replicas)
 
 
 def describe_start(parsed: argparse.Namespace, topology: Topology, num_replicas: int) -> str:

@@ -1,4 +1,7 @@
-"""Jobs whose nodes train as replicas: a node that Slurm takes away does not end them."""
+"""Jobs whose nodes train as replicas end as if Slurm had not taken a node away.
+
+test_replica_jobs.py has more such losses, without training.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,51 +64,23 @@ def test_a_job_with_no_kill_continues_without_a_node_that_is_set_down(cluster: C
 
 @pytest.mark.long
 @pytest.mark.extended
-def test_a_job_that_loses_the_node_of_its_batch_script_trains_to_the_end_and_is_queued_again(
-    cluster: Cluster, run: Run, undisturbed: Run
-):
-    """The second start finds a finished run. Slurm takes 50 s to give up on the node."""
-    run.submit(nodes="", options=["--nodes=1-3", "--no-kill"])
-    wait_for_nodes(run, 3)
-    cluster.cut_node("n0")
-    wait_for_nodes(run, 2)
-    run.wait_for(lambda: run.status["state"] == "done", PATIENCE_S, "the end of the run")
-    run.wait_for_end("COMPLETED")
-    assert cluster.facts(run.job)["Restarts"] == "1"
-    assert "node n0, on which the batch script ran, is lost: queueing job" in log_of_nodes(run)
-    run.assert_bitwise(undisturbed, STEPS)
-
-
-def log_of_nodes(run: Run) -> str:
-    """What the nodes of the second start have not overwritten."""
-    return run.log + "".join(file.read_text() for file in (run.dir / "logs").iterdir())
-
-
-@pytest.mark.long
-@pytest.mark.extended
 def test_jobs_of_an_array_are_nodes_of_one_run_and_one_that_is_lost_comes_back(
     cluster: Cluster, run: Run, undisturbed: Run
 ):
-    run.submit(nodes="", options=["--nodes=1", "--array=0-1", "--exclusive"])
+    """The other one waits for it."""
+    run.submit("train.min_nodes=2", nodes="", options=["--nodes=1", "--array=0-1", "--exclusive"])
     wait_for_nodes(run, 2)
-    nodes = {name: node for name, node in array_nodes(cluster, run.job).items()}
-    set_down(cluster, nodes["0"])
-    wait_for_nodes(run, 1)
-    wait_for_nodes(run, 2)
+    set_down(cluster, of_array(cluster, run.job, "NodeList")["0"])
     for task in ("0", "1"):
-        cluster.until(lambda task=task: states(cluster, run.job)[task] == "COMPLETED", PATIENCE_S, run.describe)
+        cluster.until(
+            lambda task=task: of_array(cluster, run.job, "JobState")[task] == "COMPLETED", PATIENCE_S, run.describe
+        )
+    assert of_array(cluster, run.job, "Restarts") == {"0": "1", "1": "0"} and run.status["restarts"] == 0
     run.assert_bitwise(undisturbed, STEPS)
-    assert sorted(path.name.rpartition("-")[2] for path in (run.dir / "launchers").glob("n*"))[-1] == "1"
 
 
-def array_facts(cluster: Cluster, job: str) -> list[dict[str, str]]:
+def of_array(cluster: Cluster, job: str, key: str) -> dict[str, str]:
+    """What scontrol shows of each job of an array, by its number."""
     lines = cluster.ask("scontrol", "--oneliner", "show", "job", job).splitlines()
-    return [dict(word.partition("=")[::2] for word in line.split()) for line in lines]
-
-
-def array_nodes(cluster: Cluster, job: str) -> dict[str, str]:
-    return {facts["ArrayTaskId"]: facts["NodeList"] for facts in array_facts(cluster, job)}
-
-
-def states(cluster: Cluster, job: str) -> dict[str, str]:
-    return {facts["ArrayTaskId"]: facts["JobState"] for facts in array_facts(cluster, job)}
+    facts = [dict(word.partition("=")[::2] for word in line.split()) for line in lines]
+    return {each["ArrayTaskId"]: each[key] for each in facts}

@@ -26,10 +26,10 @@ class Job(Run):
         self.submit(nodes="", options=list(options), **env)
 
     def there(self) -> set[str]:
-        """The nodes that have been seen within the last second."""
+        """The nodes that have been seen within the last seconds."""
         now = time.time()
         files = [path for path in self.folder.iterdir() if path.name.startswith("n")]
-        return {path.name for path in files if now - path.stat().st_mtime < 1.0}
+        return {path.name for path in files if now - path.stat().st_mtime < 3.0}
 
     def wait_until_there(self, *nodes: str) -> None:
         self.wait_for(lambda: self.there() == set(nodes), PATIENCE_S, f"{nodes}, not {self.there()}")

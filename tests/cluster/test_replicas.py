@@ -11,8 +11,9 @@ import pytest
 from ptune_dist.run.metrics_log import read_metrics
 from tests.cluster.runs import PATIENCE_S, Run
 from tests.cluster.slurm import Cluster
+from tests.commands import run_command
 
-STEPS = 500
+STEPS = 200
 SECTIONS = {
     "train": {"max_steps": STEPS, "nodes": "replicas", "num_blocks": 4, "micro_batch_tokens": 1024},
     "checkpoint": {"every": 50, "keep": 3},
@@ -23,7 +24,8 @@ SECTIONS = {
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same run on one node without Slurm."""
     run = Run(cluster, tmp_path_factory.mktemp("runs") / "undisturbed", **SECTIONS)
-    run.train_without_slurm(num_nodes=1)
+    done = run_command("train", str(run.config))
+    assert done.returncode == 0, done.stderr
     return run
 
 

@@ -38,6 +38,7 @@ class Candidate:
         """A view that the rendezvous or a member knows of."""
         if view and view.members and (self.view is None or view.number > self.view.number):
             self.view = view
+            self._alive_at = self._outside.now()
             self._outside.connect(view.members)
 
     def learn_sign(self, sign: str) -> None:
@@ -79,6 +80,3 @@ class Candidate:
         if text != self._said:
             self._said = text
             self._outside.say(f"node {self.own.name} {text}")
-
-    def beat(self) -> Message:
-        return {"kind": "beat"}

@@ -186,7 +186,7 @@ class NodeGroup:
             member = self._member
             member.leave()
             end = time.monotonic() + self._settings.limits.silent_s
-            while member.is_needed() and time.monotonic() < end:
+            while member.watch.is_needed() and time.monotonic() < end:
                 changes.wait(POLL_S / 4)
 
     def finish(self, write: Callable[[], None]) -> None:

@@ -24,10 +24,9 @@ from ptune_dist.nodes.coordination import Coordination
 from ptune_dist.nodes.frames import Message, Parts
 from ptune_dist.nodes.outside import Outside
 from ptune_dist.nodes.settings import Limits
-from ptune_dist.nodes.shares import num_blocks_of
-from ptune_dist.nodes.suspicion import LinkState, why_late, why_unreachable
 from ptune_dist.nodes.turns import Arrived, Plan, Record, Report, Rules, ViewRecord, follow, members_from_json
 from ptune_dist.nodes.view_change import NewView, State
+from ptune_dist.nodes.watch import Watch
 
 HOLD_PACE_S = 0.3  # between the exchanges of nodes that wait for others
 OWN_PAUSE_S = 2.0  # a longer gap between two checks: this process was stopped, and its messages have not been read yet
@@ -68,14 +67,12 @@ class Membership:
         self.wants_to_leave = False  # while it waits
         self.served: set[str] = set()  # newcomers that this member has sent its state
         self.differing: set[str] = set()
-        self.gone: set[str] = set()  # members that said that they leave
         self._ahead: NewView | None = None  # what holds when the turn in progress is complete
-        self._begun = 0  # the turn that the loop has begun
-        self._phase = (0, "", 0.0)
-        self._turn_since = self._view_since = self._checked_at = outside.now()
-        self._beats: dict[str, tuple[Message, float]] = {}
+        self.begun = 0  # the turn that the loop has begun
+        self.turn_since = self._checked_at = outside.now()
         self._told: dict[str, float] = {}  # when a member was sent a view that it lacks
         self._announced: set[str] = set()
+        self.watch = Watch(self)
         self.coordination = Coordination(self)
         outside.connect(view.members)
 
@@ -97,14 +94,6 @@ class Membership:
         for node in self.others():
             self.outside.send(node, {"kind": "bye", "done": self.done}, [])
 
-    def is_needed(self) -> bool:
-        """Whether a member that can be reached may need what this one holds of the last complete turn."""
-        for node in self.others():
-            done = int(self._beats.get(node, ({}, 0.0))[0].get("done", 0))
-            if done < self.done and self.outside.link_state(node).is_open:
-                return True
-        return False
-
     def others(self) -> list[str]:
         return [node for node in self.view.ids if node != self.own.id]
 
@@ -114,7 +103,7 @@ class Membership:
         """Whether the turn in progress is one of training that the loop computes now."""
         if not self.is_in_force or self.plan.is_hold or self.newcomers_to_serve():
             return False
-        self._begun = self.turn
+        self.begun = self.turn
         return True
 
     def deliver(self, pieces: Mapping[Range, bytes], own: OwnReport | None, is_final: bool = False) -> None:
@@ -180,8 +169,7 @@ class Membership:
         elif kind == "pieces":
             self._on_pieces(node, message, parts)
         elif kind == "bye":
-            self.gone.add(node)
-            self._beats[node] = (message, self.outside.now())
+            self.watch.on_bye(node, message)
             self.outside.changed()
         elif kind == "out" and int(message["view"]["number"]) > self.view.number and self.is_member:
             self.leave_behind("the others continue without it")
@@ -228,7 +216,7 @@ class Membership:
         self._advance()
 
     def _on_beat(self, node: str, message: Message) -> None:
-        self._beats[node] = (message, self.outside.now())
+        self.watch.on_beat(node, message)
         number = int(message.get("view", self.view.number))
         is_due = self.outside.now() - self._told.get(node, -REPEAT_S) >= REPEAT_S
         has_agreed_to_leave = self.record is not None and node in self.record.leaving
@@ -288,7 +276,7 @@ class Membership:
     def _enter_turn(self, following: Plan) -> None:
         leaving = self.own.id not in following.ids
         self.plan = following
-        self._turn_since = self.outside.now()
+        self.turn_since = self.outside.now()
         for turn in [turn for turn in self.arrived if turn < self.turn - 1]:
             del self.arrived[turn]
         if leaving:
@@ -348,7 +336,7 @@ class Membership:
         self.outside.say(f"view {view.number}: {count}{''.join(f', {line}' for line in lines)}")
         self.view = view
         self.is_in_force = True
-        self._view_since = self.outside.now()
+        self.watch.start_view()
         self.differing.clear()
         self._announced.clear()
         self.coordination.reset(view)
@@ -377,19 +365,6 @@ class Membership:
 
     # What time brings
 
-    def beat(self) -> Message:
-        """A sign of life, with what this member is doing and since when."""
-        name = self._phase_name()
-        if (self.turn, name) != self._phase[:2]:
-            self._phase = (self.turn, name, self.outside.now())
-        message = {"kind": "beat", "turn": self.turn, "phase": name, "phase_s": self.outside.now() - self._phase[2]}
-        return message | {"view": self.view.number, "done": self.done}
-
-    def _phase_name(self) -> str:
-        if self._begun != self.turn:
-            return "wait" if self.is_waiting else "between"
-        return "wait" if self.own.id in self.arrived[self.turn].reports and not self.missing() else "compute"
-
     def tick(self) -> None:
         """Call several times a second."""
         now = self.outside.now()
@@ -398,11 +373,9 @@ class Membership:
         if not self.is_member:
             return
         if has_paused:
-            self._view_since = now
-            self._beats.clear()
-            return
+            return self.watch.start_anew()
         self._hold()
-        suspects = self.suspects()
+        suspects = self.watch.suspects(self.differing, self.coordination.mute)
         for node in suspects.keys() - self._announced:
             self.outside.say(f"node {self._name(node)} {suspects[node]}")
         self._announced = set(suspects)
@@ -410,47 +383,10 @@ class Membership:
 
     def _hold(self) -> None:
         """While too few nodes are there, exchange reports now and then: they say who may join."""
-        is_due = self.outside.now() - self._turn_since > HOLD_PACE_S
+        is_due = self.outside.now() - self.turn_since > HOLD_PACE_S
         is_waiting = self.is_waiting and self.plan.is_hold and self.is_in_force and not self.newcomers_to_serve()
         if is_waiting and is_due and self.own.id not in self.arrived[self.turn].reports:
             self.deliver({}, OwnReport(leaving=self.wants_to_leave))
 
     def _name(self, node: str) -> str:
         return next((member.name for member in self.view.members if member.id == node), node)
-
-    def suspects(self) -> dict[str, str]:
-        """The members that this one takes for lost now, and why."""
-        found = {}
-        others = [node for node in self.others() if node not in self.gone or self._lacks(node)]
-        for node in others:
-            link = self.outside.link_state(node)
-            down_s = min(link.down_s, self.outside.now() - self._view_since)
-            link = LinkState(link.is_open, link.silent_s, down_s, link.was_open, link.is_refused)
-            why = "has left" if node in self.gone else why_unreachable(link, self.limits) or self._why_late(node)
-            if not why and node in self.differing:
-                why = "has another state"
-            if not why and node in self.coordination.mute:
-                why = "does not answer"
-            if why:
-                found[node] = why
-        return found | dict.fromkeys(self.gone & set(self.others()), "has left") if found else found
-
-    def _lacks(self, node: str) -> bool:
-        """Whether the turn in progress lacks anything of a node."""
-        arrived = self.arrived[self.turn]
-        return node not in arrived.reports or any(
-            owner == node and (piece, owner) not in arrived.pieces for piece, owner in self.plan.owners
-        )
-
-    def _why_late(self, node: str) -> str:
-        """Why a member is too slow, where this one has done its part and waits for it."""
-        if self._phase_name() != "wait" or node not in self._beats or not self._lacks(node):
-            return ""
-        beat, at = self._beats[node]
-        if int(beat.get("turn", self.turn)) < self.turn:
-            seconds = self.outside.now() - self._turn_since
-            return "does not get ahead" if seconds > 2 * self.limits.stall_s else ""
-        count = num_blocks_of(self.plan.owners).get(node, 0)
-        seconds = self.plan.seconds.get(node)
-        expected_s = None if count and seconds is None else count * (seconds or 0.0)
-        return why_late(beat, self.outside.now() - at, expected_s, node in self.plan.newcomers, self.limits)

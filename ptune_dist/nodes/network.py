@@ -25,7 +25,7 @@ from ptune_dist.nodes.turns import Rules, ViewRecord, first_plan
 from ptune_dist.nodes.wire import Identity
 
 TICK_S = 0.1
-ANNOUNCE_S = 1.0
+ANNOUNCE_S = 1.0  # a candidate waits several of these before it begins a group of its own
 START_S = 30.0
 
 
@@ -199,8 +199,7 @@ class Network:
     async def _tick(self) -> None:
         while True:
             with self.changes:
-                part = self.member or self.candidate
-                self._mesh.tick(part.beat if part else lambda: {"kind": "beat"})
+                self._mesh.tick(self.member.watch.beat if self.member else lambda: {"kind": "beat"})
                 if self.member:
                     self.member.tick()
             await asyncio.sleep(TICK_S)
@@ -208,9 +207,12 @@ class Network:
     async def _announce(self) -> None:
         while True:
             with self.changes:
-                view = self.member.view if self.member and self.member.is_member else None
-            if view:
-                await self._rendezvous.announce(view)
+                member = self.member if self.member and self.member.is_member else None
+            if member:
+                held = await self._rendezvous.announce(member.view)
+                with self.changes:
+                    if self.member is member:
+                        member.on_latest(held)
             await asyncio.sleep(ANNOUNCE_S)
 
     async def _claim(self, view: ViewRecord, is_majority: bool, member: Membership) -> None:

@@ -33,8 +33,8 @@ class Rendezvous(Protocol):
         """The newest view; None if there has not been one."""
         ...
 
-    async def announce(self, view: ViewRecord) -> None:
-        """Called every few seconds by the members of the newest view."""
+    async def announce(self, view: ViewRecord) -> ViewRecord:
+        """Called every second by the members of a view. Returns the newest one: they may have been left behind."""
         ...
 
     async def sign_of_life(self) -> str:
@@ -116,10 +116,15 @@ class FolderRendezvous:
         number = self._newest_number()
         return self._read(self._folder / f"view-{number:08d}{SUFFIX}") if number else None
 
-    async def announce(self, view: ViewRecord) -> None:
-        text = f"{view.number} {secrets.token_hex(4)}"
+    async def announce(self, view: ViewRecord) -> ViewRecord:
         with contextlib.suppress(OSError):
-            await asyncio.to_thread((self._folder / ALIVE).write_text, text)
+            return await asyncio.to_thread(self._announce, view)
+        return view
+
+    def _announce(self, view: ViewRecord) -> ViewRecord:
+        (self._folder / ALIVE).write_text(f"{view.number} {secrets.token_hex(4)}")
+        number = self._newest_number()
+        return self._read(self._folder / f"view-{number:08d}{SUFFIX}") if number > view.number else view
 
     async def sign_of_life(self) -> str:
         with contextlib.suppress(OSError):

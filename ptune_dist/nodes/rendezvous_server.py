@@ -46,7 +46,7 @@ class Registry:
         view = ViewRecord.from_json(message["view"])
         if self.newest is None or view.number > self.newest.number:
             self.newest = view
-        if kind == "announce":
+        if kind == "announce" and view == self.newest:
             self.sign = secrets.token_hex(4)
         return {"kind": "held", "view": self._json()}
 
@@ -160,8 +160,9 @@ class ServerRendezvous:
     async def may_found(self) -> bool:
         return self._is_sure
 
-    async def announce(self, view: ViewRecord) -> None:
-        await self._ask({"kind": "announce", "view": view.to_json()})
+    async def announce(self, view: ViewRecord) -> ViewRecord:
+        answer = await self._ask({"kind": "announce", "view": view.to_json()})
+        return ViewRecord.from_json(answer["view"]) if answer else view
 
     async def sign_of_life(self) -> str:
         return self._sign

@@ -120,14 +120,15 @@ class Nodes:
         go = self.folder / "go"
         go.unlink(missing_ok=True)
         numbers = {name: len(self.events(name)) for name in names}
+        entries = {name: len(self.events(name, "entered")) for name in names}
         for name in names:
             self.start(name, go=str(go), **options)
             if name == names[0]:
-                self.wait_until(lambda: self.events(names[0], "entered"))
+                self.wait_until(lambda: len(self.events(names[0], "entered")) > entries[names[0]])
         for name in names[1:]:
             self.wait_until(lambda n=name: len(self.events(n)) > numbers[n])
         go.touch()
-        self.wait_until(lambda: all(self.events(name, "entered") for name in names))
+        self.wait_until(lambda: all(len(self.events(name, "entered")) > entries[name] for name in names))
 
     def cut(self, name: str, others: set[str]) -> None:
         """Hold all that passes between a node and these others. An empty set mends the node's links."""
@@ -182,6 +183,15 @@ class Nodes:
     def longest_pause(self, name: str) -> float:
         times = [event["at"] for event in self.events(name, "step")]
         return max((after - before for before, after in zip(times, times[1:], strict=False)), default=0.0)
+
+    def longest_standstill(self) -> float:
+        """The longest time in which no node completed a step that none had completed before."""
+        firsts: dict[int, float] = {}
+        for name in self.processes:
+            for event in self.events(name, "step"):
+                firsts[event["step"]] = min(event["at"], firsts.get(event["step"], event["at"]))
+        times = [firsts[step] for step in sorted(firsts)]
+        return max(after - before for before, after in zip(times, times[1:], strict=False))
 
     def describe(self) -> str:
         events = sorted((event for name in self.processes for event in self.events(name)), key=lambda e: e["at"])

@@ -7,6 +7,8 @@ import pytest
 
 from tests.nodes.nodes import Nodes
 
+pytestmark = pytest.mark.long
+
 
 def test_one_node_trains_alone(tmp_path):
     with Nodes(tmp_path, num_steps=5) as nodes:
@@ -39,7 +41,7 @@ def test_a_node_joins_and_leaves_while_others_train(tmp_path):
         assert sizes[0] == 1 and max(sizes) == 2 and sizes[-1] == 1
 
 
-@pytest.mark.parametrize("lost", ["a", "b", "c"])
+@pytest.mark.parametrize("lost", ["a", pytest.param("b", marks=pytest.mark.extended)])
 def test_a_node_is_killed(tmp_path, lost):
     with Nodes(tmp_path, num_steps=40, min_nodes=3, block_s=0.01) as nodes:
         nodes.start_all(*"abc")
@@ -54,7 +56,7 @@ def test_a_node_is_killed(tmp_path, lost):
 
 
 def test_a_node_that_stalls_is_left_behind_and_joins_again(tmp_path):
-    with Nodes(tmp_path, num_steps=150, min_nodes=2, block_s=0.01) as nodes:
+    with Nodes(tmp_path, num_steps=80, min_nodes=2, block_s=0.01) as nodes:
         nodes.start_all(*"abc")
         nodes.wait_for_step("a", 5)
         nodes.kill("b", signal.SIGSTOP)
@@ -69,6 +71,7 @@ def test_a_node_that_stalls_is_left_behind_and_joins_again(tmp_path):
         assert nodes.longest_pause("a") < 8
 
 
+@pytest.mark.extended
 def test_a_pause_that_is_short_is_waited_for(tmp_path):
     with Nodes(tmp_path, num_steps=40, min_nodes=3, block_s=0.01) as nodes:
         nodes.start_all(*"abc")
@@ -78,9 +81,10 @@ def test_a_pause_that_is_short_is_waited_for(tmp_path):
         nodes.kill("b", signal.SIGCONT)
         nodes.wait_for_end(*"abc")
         nodes.check(*"abc")
-        assert {event["view"] for event in nodes.events("c", "step")} == {3}
+        assert len({event["view"] for event in nodes.events("c", "step")}) == 1
 
 
+@pytest.mark.extended
 def test_a_node_whose_training_hangs_is_left_behind(tmp_path):
     with Nodes(tmp_path, num_steps=40, min_nodes=2, block_s=0.01, limits={"stall_s": 1.0}) as nodes:
         nodes.start_all(*"abc", hang_at={"c": 8}, hang_s=6.0)
@@ -92,12 +96,12 @@ def test_a_node_whose_training_hangs_is_left_behind(tmp_path):
 
 def test_a_node_that_is_cut_off_waits_and_joins_again(tmp_path):
     """The smaller side of a cut does not continue; the larger does."""
-    with Nodes(tmp_path, num_steps=200, block_s=0.01) as nodes:
+    with Nodes(tmp_path, num_steps=120, block_s=0.01) as nodes:
         nodes.start_all(*"abc", has_relay=True)
         nodes.wait_for_step("a", 5)
         nodes.cut("a", {"b", "c"})
         cut = nodes.last_step("b")
-        nodes.wait_for_step("b", cut + 10)
+        nodes.wait_for_step("b", cut + 3)
         assert nodes.last_step("a") <= cut + 1
         nodes.cut("a", set())
         nodes.wait_for_end(*"abc")
@@ -106,6 +110,7 @@ def test_a_node_that_is_cut_off_waits_and_joins_again(tmp_path):
         assert not nodes.events("b", "left behind")
 
 
+@pytest.mark.extended
 def test_two_nodes_that_cannot_reach_each_other_do_not_both_continue(tmp_path):
     """Where one pair of three is cut, one of the pair goes; nobody trains in two groups."""
     with Nodes(tmp_path, num_steps=150, block_s=0.01) as nodes:
@@ -123,6 +128,7 @@ def test_two_nodes_that_cannot_reach_each_other_do_not_both_continue(tmp_path):
         assert len([name for name in "bc" if nodes.events(name, "left behind")]) == 1
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.15, 0.3])
 def test_the_first_node_is_lost_while_it_removes_another(tmp_path, seconds):
     with Nodes(tmp_path, num_steps=40, block_s=0.01) as nodes:
@@ -136,6 +142,7 @@ def test_the_first_node_is_lost_while_it_removes_another(tmp_path, seconds):
         assert max(nodes.longest_pause(name) for name in "bd") < 10
 
 
+@pytest.mark.extended
 def test_a_node_is_lost_while_another_joins(tmp_path):
     with Nodes(tmp_path, num_steps=80, block_s=0.01) as nodes:
         nodes.start_all(*"ab")
@@ -175,6 +182,7 @@ def test_fewer_nodes_than_min_nodes_wait(tmp_path):
         nodes.check("a", "c")
 
 
+@pytest.mark.extended
 def test_a_node_above_max_nodes_is_a_spare(tmp_path):
     with Nodes(tmp_path, num_steps=100, max_nodes=2, block_s=0.01) as nodes:
         nodes.start_all(*"ab")
@@ -187,6 +195,7 @@ def test_a_node_above_max_nodes_is_a_spare(tmp_path):
         nodes.check("a", "c")
 
 
+@pytest.mark.extended
 def test_a_node_with_another_state_takes_that_of_the_others(tmp_path):
     with Nodes(tmp_path, num_steps=60, block_s=0.01) as nodes:
         nodes.start_all(*"abc", diverge_at={"c": 10})
@@ -214,6 +223,7 @@ def test_all_nodes_are_asked_to_stop_and_continue_later(tmp_path):
         assert again["step"] == saved[0]["step"] and again["at"] - started < 3
 
 
+@pytest.mark.extended
 def test_all_nodes_are_killed_and_continue_from_what_was_saved(tmp_path):
     with Nodes(tmp_path, num_steps=30, block_s=0.01, save_every=5) as nodes:
         nodes.start_all("a", "b")
@@ -226,6 +236,7 @@ def test_all_nodes_are_killed_and_continue_from_what_was_saved(tmp_path):
         assert nodes.events("b", "entered")[-1]["step"] >= 10
 
 
+@pytest.mark.extended
 def test_a_node_that_waits_for_others_can_be_stopped(tmp_path):
     with Nodes(tmp_path, num_steps=30, min_nodes=2) as nodes:
         nodes.start("a")

@@ -8,6 +8,8 @@ import pytest
 from tests.nodes.nodes import Nodes
 from tests.processes import free_port
 
+pytestmark = pytest.mark.long
+
 
 def run_openssl(folder: Path, *arguments: str) -> None:
     subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
@@ -33,6 +35,7 @@ def certificates(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.extended
 def test_nodes_find_each_other_at_an_address(tmp_path):
     with Nodes(tmp_path, num_steps=60, block_s=0.01, rendezvous=f"127.0.0.1:{free_port()}") as nodes:
         nodes.start_all(*"abc")
@@ -43,7 +46,7 @@ def test_nodes_find_each_other_at_an_address(tmp_path):
 
 
 def test_the_node_that_serves_the_rendezvous_is_lost(tmp_path):
-    with Nodes(tmp_path, num_steps=150, block_s=0.01, rendezvous=f"127.0.0.1:{free_port()}") as nodes:
+    with Nodes(tmp_path, num_steps=80, block_s=0.01, rendezvous=f"127.0.0.1:{free_port()}") as nodes:
         nodes.start_all(*"abc")
         assert any("serves" in event["text"] for event in nodes.events("a", "say"))
         nodes.wait_for_step("a", 5)
@@ -58,6 +61,7 @@ def test_the_node_that_serves_the_rendezvous_is_lost(tmp_path):
         assert nodes.longest_pause("b") < 10
 
 
+@pytest.mark.extended
 def test_another_secret_is_refused_at_the_rendezvous(tmp_path):
     with Nodes(tmp_path, num_steps=400, block_s=0.01, rendezvous=f"127.0.0.1:{free_port()}") as nodes:
         nodes.start_all("a")
@@ -66,7 +70,7 @@ def test_another_secret_is_refused_at_the_rendezvous(tmp_path):
         assert nodes.errors("b").startswith("error: node b is refused by node a: their secrets differ")
 
 
-@pytest.mark.parametrize("where", ["folder", "address"])
+@pytest.mark.parametrize("where", [pytest.param("folder", marks=pytest.mark.extended), "address"])
 def test_nodes_train_over_tls(tmp_path, certificates, where):
     rendezvous = {"rendezvous": f"127.0.0.1:{free_port()}"} if where == "address" else {}
     with Nodes(tmp_path, num_steps=20, min_nodes=2, **rendezvous) as nodes:

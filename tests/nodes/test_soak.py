@@ -70,6 +70,7 @@ def soak(folder, seed: int, num_events: int, num_steps: int) -> None:
             nodes.check(*(name for name in nodes.processes if name not in run.present), is_whole=False)
             last = max(nodes.last_step(name) for name in run.present)
             assert last == num_steps
+            assert nodes.longest_standstill() < 20
         except AssertionError as error:
             raise AssertionError(f"seed {seed}, after {run.done}\n{error}") from None
 

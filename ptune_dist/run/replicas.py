@@ -256,15 +256,20 @@ class Replicas:
         """The others have continued without this node: take over their state, without loading the base again."""
         self._job.engine.drop_gradients()
         self._hold_pen(False)
-        found = self._enter()
-        if found is None:  # they are gone; perhaps they have saved since
-            folder = Path(self._job.config.output_dir) / "checkpoints"
-            newest = from_main(self._world, lambda: load_newest_checkpoint(folder, print))
-            if newest is None or newest.step <= progress.step:
-                return
-            assert self._rows is not None
-            found = continue_from(newest, self._job, self._rows, saved_step=newest.step)
-        progress.take_over(found)
+        found = self._enter() or self._find_later(progress)
+        if found is not None:
+            progress.take_over(found)
+            if isinstance(self._log, SharedLog):
+                self._log.continue_from(progress.step)
+
+    def _find_later(self, progress: Progress) -> Progress | None:
+        """The others are gone: what they have saved since."""
+        assert self._rows is not None, "begin comes first"
+        folder = Path(self._job.config.output_dir) / "checkpoints"
+        newest = from_main(self._world, lambda: load_newest_checkpoint(folder, print))
+        if newest is None or newest.step <= progress.step:
+            return None
+        return continue_from(newest, self._job, self._rows, saved_step=newest.step)
 
     def is_asked(self, log: Log | None) -> bool:
         """Whether this node stops after this step."""

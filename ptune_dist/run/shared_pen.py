@@ -5,6 +5,7 @@ later steps are complete: the writer's part of a step came after it had written 
 the writer is lost, the next one writes what it has kept, and the folder is what it would have been.
 """
 
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from ptune_dist.run.eta import Eta
 from ptune_dist.run.metrics_log import Listener, MetricsWriter
 
 NUM_KEPT_STEPS = 3
+NUM_NOTES = 100
 
 
 class SharedPen:
@@ -57,6 +59,7 @@ class SharedLog:
         self._pen = pen
         self._next_step = first_step
         self._writer: MetricsWriter | None = None
+        self._notes: deque[tuple[int, str]] = deque(maxlen=NUM_NOTES)  # each with the step that was to come
         self._idle_eta = Eta(max_steps=0, evaluate_every=0)
         self.listener: Listener | None = None
 
@@ -111,13 +114,20 @@ class SharedLog:
         """A line about nodes: in the log too where this node becomes the writer because of what it tells."""
         self.say(text)
         if not self._pen.is_writer:
-            step = self._next_step
-            self._pen(lambda: self._open(step).note(text))
+            self._notes.append((self._next_step, text))
+
+    def continue_from(self, step: int) -> None:
+        """The node has taken over the others' state, as of after `step`."""
+        self._next_step = step + 1
 
     def _open(self, first_step: int) -> MetricsWriter:
         if self._writer is None:
             self._writer = self._open_writer(max(1, first_step)).__enter__()
             self._writer.listener = self.listener
+            for step, text in self._notes:
+                if step >= first_step:  # the writer before has written what was told earlier
+                    self._writer.note(text)
+            self._notes.clear()
         return self._writer
 
 

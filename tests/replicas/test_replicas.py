@@ -31,6 +31,7 @@ def alone(tmp_path_factory) -> Cluster:
     return train_alone(tmp_path_factory.mktemp("alone") / "run", train=SHORT, checkpoint={"every": 5}, **EVALUATED)
 
 
+@pytest.mark.long
 def test_the_writer_is_killed_and_another_node_takes_over_its_folder(tmp_path, alone):
     cluster = Cluster(tmp_path / "killed", train=SHORT, checkpoint={"every": 5}, **EVALUATED)
     writer = cluster.start("first")
@@ -46,6 +47,7 @@ def test_the_writer_is_killed_and_another_node_takes_over_its_folder(tmp_path, a
     assert last["blocks"] == {"second": [[0, 4]]}
 
 
+@pytest.mark.long
 def test_nodes_leave_and_join_and_the_last_one_saves(tmp_path, alone):
     cluster = Cluster(tmp_path / "left", train=SHORT, checkpoint={"every": 5}, **EVALUATED)
     first = cluster.start("first")

@@ -59,3 +59,24 @@ def test_the_next_writer_s_log_has_every_step_once(tmp_path, capsys):
     assert "node first was lost" in (tmp_path / "train.log").read_text()
     assert "node first was lost" in capsys.readouterr().out
     logs[0].close()
+
+
+def test_a_node_that_came_back_and_takes_over_drops_no_line_of_the_others(tmp_path):
+    pens = [SharedPen(), SharedPen()]
+    logs = [SharedLog(lambda step: MetricsWriter(tmp_path, max_steps=9, first_step=step), pen, 1) for pen in pens]
+    pens[0].take()
+    logs[0].step(*lines_of(1))
+    logs[0].close()  # it stalls before step 2, and is left behind
+    pens[0].pass_on()
+    logs[0].tell("node first joins")
+    pens[1].take()
+    for step in (2, 3):
+        logs[1].step(*lines_of(step))
+    logs[1].close()
+    logs[0].continue_from(3)
+    logs[0].step(*lines_of(4))
+    pens[0].take()
+    logs[0].say("step 5 comes next")
+    logs[0].step(*lines_of(5))
+    logs[0].close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]

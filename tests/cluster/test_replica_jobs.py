@@ -107,9 +107,11 @@ def test_a_job_whose_batch_script_slurm_kills_saves_and_is_queued_again(cluster:
     job.start("--nodes=1-8", "--no-kill")
     job.wait_until_there("n0", "n1", "n2")
     job.set_down("n0")
+    # Here it returns to service at once, with the old script still on it, for which Slurm would hold the job.
+    cluster.ask("scontrol", "update", "nodename=n0", "state=drain", "reason=test")
     job.wait_for_requeue()
     assert (job.status["state"], job.status["kind"]) == ("stopped", "stopped")
-    cluster.until(lambda: len(job.there()) >= 2, PATIENCE_S, lambda: job.log)
+    job.wait_until_there("n1", "n2")
     job.finish()
     job.wait_for_end("COMPLETED")
     assert cluster.facts(job.job)["Restarts"] == "1" and job.status["restarts"] == 1

@@ -214,9 +214,10 @@ def check_in_place(run_dir: Path) -> None:
             )
 
 
-def is_locked(run_dir: Path) -> bool:
-    """Whether a process is training in the directory."""
-    return locks.is_locked(run_dir / ".lock")
+def is_locked(run_dir: Path, *, for_replicas: bool = False) -> bool:
+    """Whether a process is training in the directory; for replicas, one that is not a replica."""
+    is_held = locks.is_locked_alone if for_replicas else locks.is_locked
+    return is_held(run_dir / ".lock")
 
 
 def write_run_configs(config: Config, members: dict[str, Config]) -> None:

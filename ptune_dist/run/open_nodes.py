@@ -62,6 +62,7 @@ def open_nodes(job: Job, rows: TrainingRows, watch: Watch, world: World) -> OneW
 def build_settings(job: Job, rows: TrainingRows) -> GroupSettings:
     """For rank 0. Raises RunFault where the run's folder cannot be written, UserError for a wrong variable."""
     train = job.config.train
+    address, listen = read_address()
     folder = Path(job.config.output_dir) / FOLDER
     with fault_on_failed_write(folder):
         make_folder(folder)
@@ -73,11 +74,23 @@ def build_settings(job: Job, rows: TrainingRows) -> GroupSettings:
         secret=secret,
         run_key=digest_run(job, rows),
         folder=identity,
-        advertise=os.environ.get(ADDRESS, ""),
+        listen=listen,
+        advertise=address,
         min_nodes=train.min_nodes,
         max_nodes=train.max_nodes or GroupSettings.max_nodes,
         limits=Limits(stall_s=train.stall_timeout_s),
     )
+
+
+def read_address() -> tuple[str, str]:
+    """Where the others reach this node, "" for what it finds itself, and where it listens. Raises UserError."""
+    address = os.environ.get(ADDRESS, "").strip()
+    if not address:
+        return "", GroupSettings.listen
+    host, _, port = address.rpartition(":")
+    if not (host and port.isascii() and port.isdecimal()):
+        raise UserError(f"{ADDRESS} is {address!r}, and HOST:PORT is needed")
+    return address, f"0.0.0.0:{port}"
 
 
 def read_rendezvous(default: Path) -> Path | str:

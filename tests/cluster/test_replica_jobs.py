@@ -69,7 +69,7 @@ def test_a_job_with_no_kill_continues_without_a_node_that_is_set_down(cluster: C
     assert [status["state"] for status in read_node_statuses(job.dir)] == ["done", "done", "starting"]
 
 
-@pytest.mark.long
+@pytest.mark.extended
 def test_a_job_of_an_array_that_loses_its_node_is_queued_again_and_its_signal_is_its_own(cluster: Cluster, job: Job):
     job.start("--nodes=1", "--array=0-1", "--exclusive")
     job.wait_until_there("n0-0", "n1-1")

@@ -20,16 +20,10 @@ from ptune_dist.cluster.processes import signal_on_parent_death
 from ptune_dist.cluster.rank_files import NODE_NAME, node_folder
 from ptune_dist.common.files import describe_os_error
 from ptune_dist.common.progress_line import BusyLine
+from ptune_dist.common.writes import Write, write_now
 from ptune_dist.errors import NodeFault, RunFault, UserError
 
 T = TypeVar("T")
-
-
-Write = Callable[[], None]  # writes into the run's folder
-
-
-def write_now(function: Write) -> None:
-    function()
 
 
 @dataclass(frozen=True)

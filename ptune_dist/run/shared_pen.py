@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from ptune_dist.distributed.world import Write
+from ptune_dist.common.writes import Write
 from ptune_dist.errors import RunFault
 from ptune_dist.run.eta import Eta
 from ptune_dist.run.metrics_log import Listener, MetricsWriter

@@ -31,7 +31,7 @@ from ptune_dist.cluster.rank_files import (
 )
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.common.interrupts import LINES, before_end, end_interrupted, forget
-from ptune_dist.distributed.world import Write, write_now
+from ptune_dist.common.writes import Write, write_now
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run.folder import list_checkpoints
 from ptune_dist.run.status import end_status

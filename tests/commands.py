@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,20 @@ class Started:
 
 
 class Forker:
-    """The process that forks. It ends with the process that started it. `imports` are more modules to preload."""
+    """The process that forks. It ends with the process that started it. `imports` are more modules to preload.
 
-    def __init__(self, *imports: str, env: dict[str, str] | None = None):
+    place: makes the command line that runs a command somewhere else, such as in a network namespace.
+    """
+
+    def __init__(
+        self,
+        *imports: str,
+        env: dict[str, str] | None = None,
+        place: Callable[[list[str]], list[str]] = lambda command: command,
+    ):
         self.extra = env
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.commands", *imports],
+            place([sys.executable, "-m", "tests.commands", *imports]),
             cwd=ROOT,
             env=process_env(env),
             text=True,
@@ -158,8 +167,10 @@ def start_ranks(
     num_nodes: int = 1,
     timeout: float = MAX_S,
     env: dict[str, str] | None = None,
+    forker: Forker | None = None,
 ) -> list[Started]:
     """Fork the ranks of one job; their output goes to files in `folder`. `env`: more variables."""
+    forker = forker or shared_forker()
     port = free_port()
     num_local = num_ranks // num_nodes
     started = []
@@ -175,13 +186,13 @@ def start_ranks(
                 "MASTER_PORT": port,
             }
         own = process_env({name: str(value) for name, value in place.items()} | (env or {}))
-        started.append(shared_forker().start(module, argv, folder / f"rank-{rank}", own, timeout))
+        started.append(forker.start(module, argv, folder / f"rank-{rank}", own, timeout))
     return started
 
 
-def wait_for_ranks(started: list[Started]) -> list[int]:
+def wait_for_ranks(started: list[Started], forker: Forker | None = None) -> list[int]:
     """Their exit statuses."""
-    return shared_forker().ask(wait_all=[each.pid for each in started])
+    return (forker or shared_forker()).ask(wait_all=[each.pid for each in started])
 
 
 def run_forked(module: str, argv: list[str], env: dict[str, str], out: str, err: str, max_s: float) -> None:

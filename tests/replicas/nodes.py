@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.commands import Started, run_command, start_ranks, wait_for_ranks
+from tests.commands import Forker, Started, run_command, start_ranks, wait_for_ranks
 from tests.conftest import TINY, write_config
 
 MAX_S = 240.0
@@ -23,6 +23,7 @@ class Node:
 
     name: str
     ranks: list[Started] = field(default_factory=list)
+    forker: Forker | None = None  # that has started them; by default that of all tests
 
     def kill(self) -> None:
         """As a machine that loses its power."""
@@ -32,17 +33,27 @@ class Node:
         """As a scheduler that asks the node to stop."""
         self.send(signal.SIGTERM)
 
-    def send(self, number: int) -> None:
-        for rank in self.ranks:
+    def send(self, number: int, *ranks: int) -> None:
+        """ranks: which of them get the signal; all by default."""
+        for rank in [self.ranks[each] for each in ranks] or self.ranks:
             os.kill(rank.pid, number)
+
+    @property
+    def has_ended(self) -> bool:
+        return all(is_ended(rank.pid) for rank in self.ranks)
 
     def finish(self) -> set[int]:
         """The exit statuses of its ranks."""
-        return set(wait_for_ranks(self.ranks))
+        return set(wait_for_ranks(self.ranks, self.forker))
 
     @property
     def output(self) -> str:
         return "".join(rank.out.read_text() + rank.err.read_text() for rank in self.ranks)
+
+
+def is_ended(pid: int) -> bool:
+    """Whether a child of a forker has ended, whose status nobody has asked for."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 class Cluster:
@@ -59,13 +70,18 @@ class Cluster:
         self.config = write_config(folder / "config.json", train=train, checkpoint=checkpoint, **sections)
         self.num_started = 0
 
-    def start(self, name: str, *overrides: str) -> Node:
+    def start(
+        self, name: str, *overrides: str, num_ranks: int = 0, max_s: float = MAX_S, forker: Forker | None = None
+    ) -> Node:
+        """num_ranks: where the node has another number of them."""
         self.num_started += 1
         own = self.folder / f"{self.num_started}-{name}"
         own.mkdir()
         argv = ["train", str(self.config), *overrides]
         env = {"PTUNE_NODE_NAME": name}
-        return Node(name, start_ranks("ptune_dist", argv, own, self.num_ranks, timeout=MAX_S, env=env))
+        num_ranks = num_ranks or self.num_ranks
+        ranks = start_ranks("ptune_dist", argv, own, num_ranks, timeout=max_s, env=env, forker=forker)
+        return Node(name, ranks, forker)
 
     def wait_for_step(self, step: int) -> None:
         """Until a step is logged."""
@@ -109,10 +125,10 @@ class Cluster:
         return json.loads((self.run / "status.json").read_text())
 
 
-def train_alone(folder: Path, *overrides: str, num_ranks: int = 1, **sections: Any) -> Cluster:
+def train_alone(folder: Path, *overrides: str, num_ranks: int = 1, max_s: float = MAX_S, **sections: Any) -> Cluster:
     """A run of one node."""
     cluster = Cluster(folder, num_ranks, **sections)
-    done = run_command("train", str(cluster.config), *overrides, num_ranks=num_ranks)
+    done = run_command("train", str(cluster.config), *overrides, num_ranks=num_ranks, timeout=max_s)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return cluster
 

@@ -68,16 +68,12 @@ class Network:
 
     link = namespace  # the bridge's end of the host's cable
 
-    def inside(self, host: str, command: list[str]) -> list[str]:
-        """The command line that runs a command on a host."""
-        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host, *map(str, command)]
-        return ["ip", "netns", "exec", self.namespace(host), *named]
-
     def start(self, host: str, command: list[str], env: dict[str, str], log: Path) -> subprocess.Popen:
         """Run a command on a host, unaffected by Ctrl-C, which must not end daemons before their cluster."""
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host, *map(str, command)]
         with log.open("a") as output:
             return subprocess.Popen(
-                self.inside(host, command),
+                ["ip", "netns", "exec", self.namespace(host), *named],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.cluster.network import Network
-from tests.commands import Forker
 from tests.replicas.nodes import Cluster, Node
 
 PERIOD_US = 100_000  # of a limit on CPU time
 GROUPS = Path("/sys/fs/cgroup")
+
+
+PORT = 29400  # of every node on its own address
 
 
 class Host:
@@ -22,14 +24,19 @@ class Host:
         self.num_ranks = num_ranks
         self.node: Node | None = None
         self.num_started = 0
-        self._forker = Forker(place=lambda command: network.inside(name, command))
+        self._network = network
         self._limit = CpuLimit(f"{network.name}-{name}")
 
     def start(self, cluster: Cluster, max_s: float) -> Node:
         """A new node, under a name that no other one had."""
         self.num_started += 1
-        name = f"{self.name}.{self.num_started}"
-        self.node = cluster.start(name, num_ranks=self.num_ranks, max_s=max_s, forker=self._forker)
+        self.node = cluster.start(
+            f"{self.name}.{self.num_started}",
+            num_ranks=self.num_ranks,
+            env={"PTUNE_NODE_ADDRESS": f"{self._network.addresses[self.name]}:{PORT}", "GLOO_SOCKET_IFNAME": "lo"},
+            max_s=max_s,
+            network=self._network.namespace(self.name),
+        )
         return self.node
 
     def slow_down(self, share: float) -> None:
@@ -44,8 +51,6 @@ class Host:
         for rank in self.node.ranks if self.node else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, signal.SIGKILL)
-        self._forker.process.kill()
-        self._forker.process.wait()
         self._limit.remove()
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.commands import Forker, Started, run_command, start_ranks, wait_for_ranks
+from tests.commands import Started, run_command, start_ranks, wait_for_ranks
 from tests.conftest import TINY, write_config
 
 MAX_S = 240.0
@@ -23,7 +23,6 @@ class Node:
 
     name: str
     ranks: list[Started] = field(default_factory=list)
-    forker: Forker | None = None  # that has started them; by default that of all tests
 
     def kill(self) -> None:
         """As a machine that loses its power."""
@@ -44,7 +43,7 @@ class Node:
 
     def finish(self) -> set[int]:
         """The exit statuses of its ranks."""
-        return set(wait_for_ranks(self.ranks, self.forker))
+        return set(wait_for_ranks(self.ranks))
 
     @property
     def output(self) -> str:
@@ -71,17 +70,22 @@ class Cluster:
         self.num_started = 0
 
     def start(
-        self, name: str, *overrides: str, num_ranks: int = 0, max_s: float = MAX_S, forker: Forker | None = None
+        self,
+        name: str,
+        *overrides: str,
+        num_ranks: int = 0,
+        env: dict[str, str] | None = None,
+        max_s: float = MAX_S,
+        network: str = "",
     ) -> Node:
-        """num_ranks: where the node has another number of them."""
+        """num_ranks: where the node has another number of them. network: the namespace that it is in."""
         self.num_started += 1
         own = self.folder / f"{self.num_started}-{name}"
         own.mkdir()
         argv = ["train", str(self.config), *overrides]
-        env = {"PTUNE_NODE_NAME": name}
+        env = {"PTUNE_NODE_NAME": name} | (env or {})
         num_ranks = num_ranks or self.num_ranks
-        ranks = start_ranks("ptune_dist", argv, own, num_ranks, timeout=max_s, env=env, forker=forker)
-        return Node(name, ranks, forker)
+        return Node(name, start_ranks("ptune_dist", argv, own, num_ranks, timeout=max_s, env=env, network=network))
 
     def wait_for_step(self, step: int) -> None:
         """Until a step is logged."""

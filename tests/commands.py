@@ -1,10 +1,11 @@
 """Many processes for the price of one import: a process that has imported the package forks one for each.
 
 Each runs the real module in its own process, with its own streams, environment, exit status and signals. It only skips
-the 5 s of importing torch. Requests are lines of JSON: {"module", "argv", "env", "out", "err", "max_s"}, {"wait": pid}
-or {"wait_all": pids}. Answers are the process id, its exit status, or a list of those.
+the 5 s of importing torch. Requests are lines of JSON: {"module", "argv", "env", "out", "err", "max_s", "network"},
+{"wait": pid} or {"wait_all": pids}. Answers are the process id, its exit status, or a list of those.
 """
 
+import ctypes
 import functools
 import gc
 import json
@@ -23,6 +24,7 @@ from typing import Any
 from tests.processes import ROOT, command_line, free_port, process_env
 
 MAX_S = 120  # a command that hangs is killed
+CLONE_NEWNET = 0x40000000
 SECONDS_FOR_OTHERS = 5.0  # for the other ranks after one has failed
 
 
@@ -71,11 +73,17 @@ class Forker:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, module: str, argv: list[str], path: Path, env: dict[str, str], max_s: float = MAX_S) -> Started:
-        """Start a module, or a script by its path, whose output goes to PATH.out and PATH.err."""
+    def start(
+        self, module: str, argv: list[str], path: Path, env: dict[str, str], max_s: float = MAX_S, network: str = ""
+    ) -> Started:
+        """Start a module, or a script by its path, whose output goes to PATH.out and PATH.err.
+
+        network: the name of the network namespace that it runs in.
+        """
         out = path.with_name(f"{path.name}.out")
         err = path.with_name(f"{path.name}.err")
-        return Started(self.ask(module=module, argv=argv, env=env, out=str(out), err=str(err), max_s=max_s), out, err)
+        request = {"module": module, "argv": argv, "env": env, "out": str(out), "err": str(err)}
+        return Started(self.ask(**request, max_s=max_s, network=network), out, err)
 
 
 @functools.cache
@@ -158,6 +166,7 @@ def start_ranks(
     num_nodes: int = 1,
     timeout: float = MAX_S,
     env: dict[str, str] | None = None,
+    network: str = "",
 ) -> list[Started]:
     """Fork the ranks of one job; their output goes to files in `folder`. `env`: more variables."""
     port = free_port()
@@ -175,7 +184,7 @@ def start_ranks(
                 "MASTER_PORT": port,
             }
         own = process_env({name: str(value) for name, value in place.items()} | (env or {}))
-        started.append(shared_forker().start(module, argv, folder / f"rank-{rank}", own, timeout))
+        started.append(shared_forker().start(module, argv, folder / f"rank-{rank}", own, timeout, network))
     return started
 
 
@@ -184,9 +193,19 @@ def wait_for_ranks(started: list[Started]) -> list[int]:
     return shared_forker().ask(wait_all=[each.pid for each in started])
 
 
-def run_forked(module: str, argv: list[str], env: dict[str, str], out: str, err: str, max_s: float) -> None:
+def enter_network(name: str) -> None:
+    """Move this process into a network namespace (`os.setns` is new in Python 3.12)."""
+    with open(f"/run/netns/{name}") as namespace:
+        assert ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET) == 0, f"cannot enter {name}"
+
+
+def run_forked(
+    module: str, argv: list[str], env: dict[str, str], out: str, err: str, max_s: float, network: str
+) -> None:
     """In the child: run the module as `python -m MODULE`, or the script as `python SCRIPT.py`."""
     signal.alarm(int(max_s))
+    if network:
+        enter_network(network)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.clear()

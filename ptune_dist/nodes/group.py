@@ -121,7 +121,7 @@ class NodeGroup:
                 self._check()
                 member = self._member
                 member.is_waiting = True
-                is_serving = bool(member.newcomers_to_serve())
+                is_serving = bool(member.newcomers.to_serve())
                 if not is_serving and member.begin():
                     member.is_waiting = False
                     self._turn = member.turn
@@ -133,7 +133,7 @@ class NodeGroup:
             if is_serving:
                 data = snapshot()
                 with changes:
-                    member.serve(step, data)
+                    member.newcomers.serve(step, data)
 
     def _check_left(self, member: Membership) -> None:
         record = member.record

@@ -13,18 +13,18 @@ Invariants, which everything here serves:
 6. All messages may be repeated. A link that is made again repeats what a member has sent in the last two turns.
 """
 
-import json
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from ptune_dist.nodes.agreement import Member, OwnReport
 from ptune_dist.nodes.blocks import Range
 from ptune_dist.nodes.coordination import Coordination
+from ptune_dist.nodes.exchange import Exchange
 from ptune_dist.nodes.frames import Message, Parts
+from ptune_dist.nodes.newcomers import Newcomers
 from ptune_dist.nodes.outside import Outside
 from ptune_dist.nodes.settings import Limits
-from ptune_dist.nodes.turns import Arrived, Plan, Record, Report, Rules, ViewRecord, follow, members_from_json
+from ptune_dist.nodes.turns import Plan, Record, Rules, ViewRecord, follow
 from ptune_dist.nodes.view_change import NewView, State
 from ptune_dist.nodes.watch import Watch
 
@@ -55,8 +55,6 @@ class Membership:
         self.plan = plan  # of the turn in progress
         self.record: Record | None = None  # of the turn before
         self.completed: Completed | None = None  # the last complete turn
-        self.arrived: defaultdict[int, Arrived] = defaultdict(Arrived)
-        self.joiners: dict[str, Member] = {}
         self.newest: NewView | None = None  # the last decision that this member knows
         self.is_in_force = True  # the view of `plan` is valid; else it is being claimed
         self.frozen: dict[str, float] = {}  # coordinators whose view this member waits for, and when they last asked
@@ -65,13 +63,14 @@ class Membership:
         self.is_over = False  # the final turn is complete
         self.is_waiting = False  # the loop waits for the turn to begin
         self.wants_to_leave = False  # while it waits
-        self.served: set[str] = set()  # newcomers that this member has sent its state
         self.differing: set[str] = set()
         self._ahead: NewView | None = None  # what holds when the turn in progress is complete
         self.begun = 0  # the turn that the loop has begun
         self.turn_since = self._checked_at = outside.now()
         self._told: dict[str, float] = {}  # when a member was sent a view that it lacks
         self._announced: set[str] = set()
+        self.newcomers = Newcomers(self)
+        self.exchange = Exchange(self)
         self.watch = Watch(self)
         self.coordination = Coordination(self)
         outside.connect(view.members)
@@ -101,73 +100,40 @@ class Membership:
 
     def begin(self) -> bool:
         """Whether the turn in progress is one of training that the loop computes now."""
-        if not self.is_in_force or self.plan.is_hold or self.newcomers_to_serve():
+        if not self.is_in_force or self.plan.is_hold or self.newcomers.to_serve():
             return False
         self.begun = self.turn
         return True
 
     def deliver(self, pieces: Mapping[Range, bytes], own: OwnReport | None, is_final: bool = False) -> None:
         """Send what this node has computed of the turn in progress, and its report when it is done with its share."""
-        arrived = self.arrived[self.turn]
-        arrived.pieces |= {(piece, self.own.id): data for piece, data in pieces.items()}
-        report: Report | None = None
-        if own is not None and self.own.id not in arrived.reports:
-            report = {
-                "seconds": own.seconds,
-                "num_blocks": sum(piece.num_blocks for piece, node in arrived.pieces if node == self.own.id),
-                "leaving": own.leaving,
-                "digest": own.digest,
-                "extra": json.loads(json.dumps(dict(own.extra))),  # as others read it
-                "joiners": [asdict(member) for member in self.joiners.values()],
-                "is_final": is_final,
-            }
-            arrived.reports[self.own.id] = report
-        for node in self.others():
-            self._send_pieces(node, self.turn, dict(pieces), report)
+        self.exchange.deliver(pieces, own, is_final)
         self._advance()
 
     def has_final_report(self, node: str) -> bool:
-        return bool(self.arrived[self.turn].reports.get(node, {}).get("is_final"))
+        return bool(self.exchange.now.reports.get(node, {}).get("is_final"))
 
     def deliver_final(self) -> None:
         """This node has nothing to do after the last step."""
         self.is_waiting = True
-        if self.own.id not in self.arrived[self.turn].reports:
+        if not self.exchange.has_reported:
             self.deliver({}, OwnReport(), is_final=True)
 
     def missing(self) -> list[Range]:
         """The ranges that this member owns in the turn in progress and has not delivered."""
-        pieces = self.arrived[self.turn].pieces
-        return [piece for piece, node in self.plan.owners if node == self.own.id and (piece, node) not in pieces]
-
-    def newcomers_to_serve(self) -> list[str]:
-        """The newcomers that wait for this member's state of before the turn in progress."""
-        if self.plan.donor != self.own.id or not self.is_in_force:
-            return []
-        return [node for node in self.plan.newcomers if node in self.view.ids and node not in self.served]
-
-    def serve(self, step: int, snapshot: bytes) -> None:
-        message = {
-            "kind": "snapshot",
-            "step": step,
-            "view": self.view.to_json(),
-            "plan": self.plan.to_json(),
-            "record": self.record and self.record.to_json(),
-        }
-        for node in self.newcomers_to_serve():
-            self.outside.send(node, message, [snapshot])
-            self.served.add(node)
+        return self.exchange.missing()
 
     # What others send
 
     def on_message(self, node: str, message: Message, parts: Parts) -> None:
         kind = message["kind"]
         if kind == "join":
-            self._on_join(message)
+            self.newcomers.on_join(message)
         elif kind == "beat":
             self._on_beat(node, message)
         elif kind == "pieces":
-            self._on_pieces(node, message, parts)
+            self.exchange.on_pieces(node, message, parts)
+            self._advance()
         elif kind == "bye":
             self.watch.on_bye(node, message)
             self.outside.changed()
@@ -188,32 +154,10 @@ class Membership:
     def on_link(self, node: str) -> None:
         """A link to a node is up, perhaps again: it may lack what was on its way."""
         if node in self.view.ids and not self.end:
-            self._resend(node)
+            self.exchange.resend(node)
 
     def on_link_lost(self, node: str) -> None:
-        self.joiners.pop(node, None)
-
-    def _on_join(self, message: Message) -> None:
-        member = members_from_json([message["member"]])[0]
-        if self.is_member and member.id not in self.view.ids:
-            self.joiners[member.id] = member
-            self.tell_view(member.id)
-
-    def tell_view(self, node: str) -> None:
-        """Tell a joiner whom to link to."""
-        is_full = len(self.view.members) >= self.rules.max_nodes
-        self.outside.send(node, {"kind": "view", "view": self.view.to_json(), "is_full": is_full}, [])
-
-    def _on_pieces(self, node: str, message: Message, parts: Parts) -> None:
-        turn = int(message["turn"])
-        if turn < self.turn - 1:
-            return
-        arrived = self.arrived[turn]
-        for (lo, hi), data in zip(message["ranges"], parts, strict=True):
-            arrived.pieces.setdefault((Range(int(lo), int(hi)), node), data)
-        if message["report"] is not None:
-            arrived.reports.setdefault(node, message["report"])
-        self._advance()
+        self.newcomers.on_link_lost(node)
 
     def _on_beat(self, node: str, message: Message) -> None:
         self.watch.on_beat(node, message)
@@ -237,13 +181,7 @@ class Membership:
 
     def state(self, proposal: list[str]) -> State:
         """What a coordinator needs to know if the members in `proposal` remain."""
-        pieces = {
-            (turn, piece, node): data
-            for turn in (self.turn - 1, self.turn)
-            for (piece, node), data in self.arrived[turn].pieces.items()
-            if node not in proposal
-        }
-        return State(self.view, self.plan, self.record, pieces, tuple(self.differing))
+        return State(self.view, self.plan, self.record, self.exchange.of_others(proposal), tuple(self.differing))
 
     # What follows
 
@@ -254,7 +192,7 @@ class Membership:
 
     def _complete(self) -> bool:
         """Complete the turn in progress if it can be. Returns whether the next might be as well."""
-        arrived = self.arrived[self.turn]
+        arrived = self.exchange.now
         if not (self.is_member and self.is_in_force and not self.frozen and arrived.has_all(self.plan)):
             return False
         if differing := arrived.other_states(self.plan):
@@ -277,8 +215,7 @@ class Membership:
         leaving = self.own.id not in following.ids
         self.plan = following
         self.turn_since = self.outside.now()
-        for turn in [turn for turn in self.arrived if turn < self.turn - 1]:
-            del self.arrived[turn]
+        self.exchange.forget()
         if leaving:
             self.has_left = True
         elif self._ahead:
@@ -313,18 +250,18 @@ class Membership:
         if not (self.own.id in new.view.ids or is_leaving) or not (is_behind or new.plan.turn == self.turn):
             return self.leave_behind("the others continue without it")
         for (turn, piece, node), data in new.pieces.items():
-            self.arrived[turn].pieces[piece, node] = data
+            self.exchange.arrived[turn].pieces[piece, node] = data
         self.newest = new
         if is_behind and new.record:
             self.plan = new.record.plan
-            self.arrived[self.turn].reports |= new.record.reports
+            self.exchange.now.reports |= new.record.reports
             self._ahead = new
         else:
             self.plan = new.plan
         self.frozen.clear()
         self._change_view(new.view)
         for node in {*self.others(), *self.plan.ids} - {self.own.id}:
-            self._resend(node)
+            self.exchange.resend(node)
         self._advance()
 
     def _change_view(self, view: ViewRecord) -> None:
@@ -340,28 +277,13 @@ class Membership:
         self.differing.clear()
         self._announced.clear()
         self.coordination.reset(view)
-        self.joiners = {node: member for node, member in self.joiners.items() if node not in after}
-        self.served &= set(after)
         self.outside.connect(view.members)
-        for node in self.joiners:
-            self.tell_view(node)
+        self.newcomers.start_view()
 
     def leave_behind(self, why: str) -> None:
         """This node is a member no more, without having agreed to that."""
         self.end = why
         self.outside.changed()
-
-    def _resend(self, node: str) -> None:
-        for turn in (self.turn - 1, self.turn):
-            arrived = self.arrived[turn]
-            pieces = {piece: data for (piece, owner), data in arrived.pieces.items() if owner == self.own.id}
-            self._send_pieces(node, turn, pieces, arrived.reports.get(self.own.id))
-
-    def _send_pieces(self, node: str, turn: int, pieces: dict[Range, bytes], report: Report | None) -> None:
-        if pieces or report:
-            ranges = [[piece.lo, piece.hi] for piece in pieces]
-            message = {"kind": "pieces", "turn": turn, "ranges": ranges, "report": report}
-            self.outside.send(node, message, list(pieces.values()))
 
     # What time brings
 
@@ -384,8 +306,8 @@ class Membership:
     def _hold(self) -> None:
         """While too few nodes are there, exchange reports now and then: they say who may join."""
         is_due = self.outside.now() - self.turn_since > HOLD_PACE_S
-        is_waiting = self.is_waiting and self.plan.is_hold and self.is_in_force and not self.newcomers_to_serve()
-        if is_waiting and is_due and self.own.id not in self.arrived[self.turn].reports:
+        is_waiting = self.is_waiting and self.plan.is_hold and self.is_in_force and not self.newcomers.to_serve()
+        if is_waiting and is_due and not self.exchange.has_reported:
             self.deliver({}, OwnReport(leaving=self.wants_to_leave))
 
     def _name(self, node: str) -> str:

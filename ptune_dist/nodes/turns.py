@@ -111,8 +111,11 @@ class Arrived:
         return all(node in self.reports for node in plan.ids) and all(key in self.pieces for key in plan.owners)
 
     def is_final(self, plan: Plan) -> bool:
-        """Whether it is the turn after the last step: nobody computes, and newcomers have nothing to join."""
-        nodes = [node for node in plan.ids if node not in plan.newcomers]
+        """Whether it is the turn after the last step: nobody computes, and newcomers have nothing to join.
+
+        Newcomers that are left alone decide it themselves.
+        """
+        nodes = [node for node in plan.ids if node not in plan.newcomers] or plan.ids
         return all(self.reports.get(node, {}).get("is_final") for node in nodes)
 
     def other_states(self, plan: Plan) -> set[str]:

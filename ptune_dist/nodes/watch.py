@@ -1,16 +1,15 @@
 """What a member tells the others of itself, and what it makes of their signs of life."""
 
-from collections.abc import Mapping
 from typing import Protocol
 
 from ptune_dist.nodes.agreement import Member
-from ptune_dist.nodes.blocks import Range
+from ptune_dist.nodes.exchange import Exchange
 from ptune_dist.nodes.frames import Message
 from ptune_dist.nodes.outside import Outside
 from ptune_dist.nodes.settings import Limits
 from ptune_dist.nodes.shares import num_blocks_of
 from ptune_dist.nodes.suspicion import LinkState, why_late, why_unreachable
-from ptune_dist.nodes.turns import Arrived, Plan, ViewRecord
+from ptune_dist.nodes.turns import Plan, ViewRecord
 
 
 class Watched(Protocol):
@@ -24,9 +23,7 @@ class Watched(Protocol):
     begun: int
     is_waiting: bool
     turn_since: float
-
-    @property
-    def arrived(self) -> Mapping[int, Arrived]: ...
+    exchange: Exchange
 
     @property
     def turn(self) -> int: ...
@@ -35,8 +32,6 @@ class Watched(Protocol):
     def done(self) -> int: ...
 
     def others(self) -> list[str]: ...
-
-    def missing(self) -> list[Range]: ...
 
 
 class Watch:
@@ -75,7 +70,7 @@ class Watch:
         member = self._member
         if member.begun != member.turn:
             return "wait" if member.is_waiting else "between"
-        is_done = member.own.id in member.arrived[member.turn].reports and not member.missing()
+        is_done = member.exchange.has_reported and not member.exchange.missing()
         return "wait" if is_done else "compute"
 
     def is_needed(self) -> bool:
@@ -118,7 +113,7 @@ class Watch:
     def _lacks(self, node: str) -> bool:
         """Whether the turn in progress lacks anything of a node."""
         member = self._member
-        arrived = member.arrived[member.turn]
+        arrived = member.exchange.now
         return node not in arrived.reports or any(
             owner == node and (piece, owner) not in arrived.pieces for piece, owner in member.plan.owners
         )

@@ -181,8 +181,8 @@ class Node:
             self.num_left_behind += 1
             return self.enter()
         member.is_waiting = True
-        if member.newcomers_to_serve():
-            member.serve(self.step, self.state)
+        if member.newcomers.to_serve():
+            member.newcomers.serve(self.step, self.state)
         if member.begin():
             member.is_waiting = False
             self.turn = member.turn

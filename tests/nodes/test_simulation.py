@@ -79,6 +79,18 @@ def test_nodes_that_round_differently_agree_with_each_other(seed):
     check_history(seed, has_rounding=True)
 
 
+def test_a_newcomer_whose_donor_is_lost_in_its_first_turn_continues_alone():
+    world = World(seed=0, num_steps=20)
+    first = world.start()
+    world.run_until(lambda: 3 in world.states, seconds=60)
+    newcomer = world.start()
+    world.run_until(lambda: bool(newcomer.member), seconds=60)
+    assert newcomer.member.plan.newcomers == (newcomer.own.id,)
+    first.kill()
+    world.run_until(lambda: world.num_steps in world.states, seconds=60)
+    assert [world.states[step] for step in range(1, 21)] == [{state} for state in train_alone(20)]
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("has_rounding", [False, True])
 def test_many_histories(has_rounding):

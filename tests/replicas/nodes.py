@@ -32,9 +32,14 @@ class Node:
         """As a scheduler that asks the node to stop."""
         self.send(signal.SIGTERM)
 
-    def send(self, number: int) -> None:
-        for rank in self.ranks:
+    def send(self, number: int, *ranks: int) -> None:
+        """ranks: which of them get the signal; all by default."""
+        for rank in [self.ranks[each] for each in ranks] or self.ranks:
             os.kill(rank.pid, number)
+
+    @property
+    def has_ended(self) -> bool:
+        return all(is_ended(rank.pid) for rank in self.ranks)
 
     def finish(self) -> set[int]:
         """The exit statuses of its ranks."""
@@ -43,6 +48,11 @@ class Node:
     @property
     def output(self) -> str:
         return "".join(rank.out.read_text() + rank.err.read_text() for rank in self.ranks)
+
+
+def is_ended(pid: int) -> bool:
+    """Whether a child of a forker has ended, whose status nobody has asked for."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 class Cluster:
@@ -59,13 +69,23 @@ class Cluster:
         self.config = write_config(folder / "config.json", train=train, checkpoint=checkpoint, **sections)
         self.num_started = 0
 
-    def start(self, name: str, *overrides: str) -> Node:
+    def start(
+        self,
+        name: str,
+        *overrides: str,
+        num_ranks: int = 0,
+        env: dict[str, str] | None = None,
+        max_s: float = MAX_S,
+        network: str = "",
+    ) -> Node:
+        """num_ranks: where the node has another number of them. network: the namespace that it is in."""
         self.num_started += 1
         own = self.folder / f"{self.num_started}-{name}"
         own.mkdir()
         argv = ["train", str(self.config), *overrides]
-        env = {"PTUNE_NODE_NAME": name}
-        return Node(name, start_ranks("ptune_dist", argv, own, self.num_ranks, timeout=MAX_S, env=env))
+        env = {"PTUNE_NODE_NAME": name} | (env or {})
+        num_ranks = num_ranks or self.num_ranks
+        return Node(name, start_ranks("ptune_dist", argv, own, num_ranks, timeout=max_s, env=env, network=network))
 
     def wait_for_step(self, step: int) -> None:
         """Until a step is logged."""
@@ -109,10 +129,10 @@ class Cluster:
         return json.loads((self.run / "status.json").read_text())
 
 
-def train_alone(folder: Path, *overrides: str, num_ranks: int = 1, **sections: Any) -> Cluster:
+def train_alone(folder: Path, *overrides: str, num_ranks: int = 1, max_s: float = MAX_S, **sections: Any) -> Cluster:
     """A run of one node."""
     cluster = Cluster(folder, num_ranks, **sections)
-    done = run_command("train", str(cluster.config), *overrides, num_ranks=num_ranks)
+    done = run_command("train", str(cluster.config), *overrides, num_ranks=num_ranks, timeout=max_s)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return cluster
 

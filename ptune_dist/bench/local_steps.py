@@ -28,6 +28,7 @@ PERIODS = (4, 16, 64)
 NUM_WORKERS = (2, 4)
 # name in the table -> outer_lr and outer_momentum
 OUTER = {"mean": (1.0, 0.0), "Nesterov 0.7, 0.9": (0.7, 0.9)}
+BATCH_SIZE = 16
 NUMBERS = ("loss", "exact_match")
 COMMON = (
     "train.nodes=replicas",
@@ -60,7 +61,14 @@ def name_of(period: int, num_workers: int, outer: str) -> str:
 def measure(folder: Path, overrides: list[str], num_steps: int, seed: int) -> dict[str, float]:
     """Train once; returns the numbers of the last prompt on the validation rows."""
     out = Path(tempfile.mkdtemp(dir=folder)) / "run"
-    own = [f"output_dir={out}", f"seed={seed}", f"train.max_steps={num_steps}", *COMMON, *overrides]
+    own = [
+        f"output_dir={out}",
+        f"seed={seed}",
+        f"train.max_steps={num_steps}",
+        f"train.batch_size={BATCH_SIZE}",
+        *COMMON,
+        *overrides,
+    ]
     assert train(load_config(CONFIG, own)) == 0
     summary = json.loads((out / "summary.json").read_text())
     return {name: summary["validation"][name] for name in NUMBERS}
@@ -95,7 +103,7 @@ def render(content: dict) -> str:
             rows.append([str(period), str(num_workers), describe_bytes(content, period), *own])
     num_seeds = len(content["runs"]["every step"])
     facts = (
-        f"The quickstart's task, {content['steps']} steps of 32 rows, {num_seeds} seeds: validation loss and exact "
+        f"The quickstart's task, {content['steps']} steps of {BATCH_SIZE} rows, {num_seeds} seeds: validation loss and exact "
         "match of the last prompt, the mean and, in brackets, the lowest and highest. Bytes are those that each of two "
         "nodes sends."
     )
@@ -119,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--document", type=Path)
     parser.add_argument("--again", action="store_true", help="only fill the document, from an existing --out")
-    parser.add_argument("--steps", type=int, default=192)
+    parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args(arguments)
     try:

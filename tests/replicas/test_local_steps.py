@@ -116,7 +116,8 @@ def test_a_run_that_is_resumed_at_an_exchange_is_the_undisturbed_one(tmp_path, a
     folder = tmp_path / "resumed"
     train_alone(folder, "train.max_steps=12", train=LOCAL, prompt=start, **SECTIONS)
     resumed = train_alone(folder, train=LOCAL, prompt=start, **SECTIONS)
-    check_same(resumed, alone)
+    assert resumed.steps() == alone.steps()
+    assert resumed.losses() == alone.losses() and resumed.final() == alone.final()
 
 
 @pytest.mark.extended

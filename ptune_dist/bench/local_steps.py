@@ -103,9 +103,9 @@ def render(content: dict) -> str:
             rows.append([str(period), str(num_workers), describe_bytes(content, period), *own])
     num_seeds = len(content["runs"]["every step"])
     facts = (
-        f"The quickstart's task, {content['steps']} steps of {BATCH_SIZE} rows, {num_seeds} seeds: validation loss and exact "
-        "match of the last prompt, the mean and, in brackets, the lowest and highest. Bytes are those that each of two "
-        "nodes sends."
+        f"The quickstart's task, {content['steps']} steps of {BATCH_SIZE} rows, {num_seeds} seeds: validation loss and "
+        "exact match of the last prompt, the mean and, in brackets, the lowest and highest. Bytes are those that each "
+        "of two nodes sends."
     )
     return f"{facts}\n\n{render_rows(rows)}"
 

@@ -36,6 +36,7 @@ from ptune_dist.run.folder import (
 )
 from ptune_dist.run.job import Job, build_job
 from ptune_dist.run.length import settle_length
+from ptune_dist.run.local_steps import LocalSteps
 from ptune_dist.run.metrics_log import Listener
 from ptune_dist.run.one_world import OneWorld
 from ptune_dist.run.open_log import open_metrics
@@ -47,7 +48,7 @@ from ptune_dist.run.resolve import resolve_whole
 from ptune_dist.run.shared_pen import Log, SharedPen
 from ptune_dist.run.slow_start import find_slow_starts
 from ptune_dist.run.status import end_status, mark_running
-from ptune_dist.run.step_lines import step_lines
+from ptune_dist.run.step_lines import Taken, step_lines
 from ptune_dist.run.summary import build_summary, describe_start, say_finished, write_summaries
 from ptune_dist.run.throughput import StepCount
 from ptune_dist.run.trained_tokens import describe_trained_tokens
@@ -203,7 +204,7 @@ def run_steps(training: Training) -> None:
 
 
 def take_step(training: Training) -> bool:
-    """One optimizer step of every live member: forward, backward, update, and a line of metrics. Collective.
+    """One optimizer step of every live member, or a period of local steps, each with a line of metrics. Collective.
 
     False where other nodes have trained on without this one, which is where they are then.
     """
@@ -211,25 +212,48 @@ def take_step(training: Training) -> bool:
     progress = training.progress
     began = time.perf_counter()
     gathers = engine.gathers.copy()
-    step = progress.step + 1
     engine.contexts.take_counts()  # those of an evaluation belong to no step
+    taken = take_period(training) if training.config.train.sync_every > 1 else take_one_step(training)
+    seconds = (time.perf_counter() - began) / max(1, len(taken))
+    gathered = [count // max(1, len(taken)) for count in engine.gathers.since(gathers)]
+    for number, one in enumerate(taken, start=1):
+        read = [i for chosen in one.examples.values() for i in chosen]
+        num_tokens = int(training.rows.examples.lengths_of(read).sum())
+        progress.count_step(one.losses, StepCount(seconds, len(read), num_tokens, *gathered))
+        training.watch.beat(progress.step)
+        if training.metrics:
+            line, of_members = step_lines(training.job, progress, one, training.world)
+            facts = training.nodes.facts() if number == len(taken) else {}  # of their exchange
+            training.metrics.step(line | facts, of_members)
+            for text in find_slow_starts(training.job, progress):
+                training.say(f"warning: {text}")
+    return bool(taken)
+
+
+def take_one_step(training: Training) -> list[Taken]:
+    """A step over all of its rows, forward, backward and update; none as `take_step` has it. Collective."""
+    progress = training.progress
     found = training.nodes.sum_step(training.accumulate, progress, training.metrics)
     if found is None:
-        return False
+        return []
     plan, measured = found
-    learning_rates = {name: learning_rate_at(step, training.job.members[name].train) for name in plan.examples}
-    losses = update_members(training, plan, measured, learning_rates)
-    read = [i for chosen in plan.examples.values() for i in chosen]
-    num_tokens = int(training.rows.examples.lengths_of(read).sum())
-    gathered = engine.gathers.since(gathers)
-    progress.count_step(losses, StepCount(time.perf_counter() - began, len(read), num_tokens, *gathered))
-    training.watch.beat(step)
-    if training.metrics:
-        line, of_members = step_lines(training.job, progress, losses, learning_rates, training.world)
-        training.metrics.step(line | training.nodes.facts(), of_members)
-        for text in find_slow_starts(training.job, progress):
-            training.say(f"warning: {text}")
-    return True
+    members = training.job.members
+    rates = {name: learning_rate_at(plan.step, members[name].train) for name in plan.examples}
+    losses = update_members(training, plan, measured, rates)
+    return [Taken(plan.examples, losses, rates, {name: training.job.engine.grad_norm(name) for name in losses})]
+
+
+def take_period(training: Training) -> list[Taken]:
+    """The local steps until nodes exchange next; none where others have continued without this one. Collective."""
+    nodes = training.nodes
+    assert isinstance(nodes, Replicas), "one world with train.sync_every is refused"
+    local = LocalSteps(training.job, training.rows, training.accumulate, nodes, training.world)
+    ended = local.take(training.progress, training.metrics)
+    if ended is None:
+        return []
+    read = ended.steps[ended.fault_step - training.progress.step - 1].examples
+    end_faulty(training, ended.faults, ended.fault_step, read)
+    return ended.steps
 
 
 def update_members(
@@ -248,13 +272,21 @@ def update_members(
     sound = {name: rate for name, rate in learning_rates.items() if name not in faults}
     if sound:
         faults |= engine.step(sound, norms)
-    if len(faults) == len(losses):
-        name, what = next(iter(faults.items()))
-        raise describe_fault(training, plan.examples[name], plan.step, what)
-    for name, what in faults.items():
-        training.progress.members[name].end(what, plan.step, is_faulty=True)
-        training.say(f"{name} is stopped at step {plan.step}: {what}")
+    end_faulty(training, faults, plan.step, plan.examples)
     return losses
+
+
+def end_faulty(training: Training, faults: dict[str, str], step: int, read: dict[str, list[int]]) -> None:
+    """Stop the members whose numbers failed at a step, of those with the examples that they `read`.
+
+    Raises RunFault on every rank where it is the last one.
+    """
+    if faults and len(faults) == len(training.progress.live):
+        name, what = next(iter(faults.items()))
+        raise describe_fault(training, read[name], step, what)
+    for name, what in faults.items():
+        training.progress.members[name].end(what, step, is_faulty=True)
+        training.say(f"{name} is stopped at step {step}: {what}")
 
 
 def describe_fault(training: Training, examples: list[int], step: int, what: str) -> RunFault:

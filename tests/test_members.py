@@ -18,7 +18,7 @@ from ptune_dist.loop import Training, is_over, update_members
 from ptune_dist.optim.prompt_state import Measured
 from ptune_dist.run.batches_ahead import StepPlan
 from ptune_dist.run.progress import Progress, Standing, rank_members
-from ptune_dist.run.step_lines import step_lines
+from ptune_dist.run.step_lines import Taken, step_lines
 from ptune_dist.run.throughput import StepCount
 from tests.conftest import TINY, write_config
 
@@ -158,7 +158,7 @@ def test_a_member_that_a_step_brings_to_a_stand_leaves_no_number_that_is_not_fin
     losses = update_members(training, plan, Measured(sums, norms), rates)
     assert (losses["seed=0"], losses["seed=1"], losses["seed=3"]) == (1.0, 2.0, 3.0)
     progress.count_step(losses, StepCount(0.5, 4, 100))
-    line, lines = step_lines(job, progress, losses, rates, world)
+    line, lines = step_lines(job, progress, Taken({}, losses, rates, norms), world)
     assert ended(progress) == {"seed=1": ("the gradient's norm is nan", 1), "seed=2": ("the loss is nan", 1)}
     assert list(lines) == ["seed=0", "seed=3"] and line["num_members"] == 2
     assert (line["loss"], line["grad_norm"]) == (2.0, 4.0)

@@ -168,6 +168,22 @@ class TrainConfig(Section):
     of one node, so there should be as many as ranks at least. The loss curve is bitwise the same for one number of
     blocks, whatever nodes there are. `auto` is kept in the run's folder."""
 
+    sync_every: Positive = 1
+    """With `replicas`: steps between two exchanges of nodes, for slow links. Above 1, each of `num_workers` workers
+    takes so many steps of its own, with its part of each step's rows; all continue from the mean of their prompts and
+    optimizer states (DiLoCo, Douillard et al. 2023). Evaluations, checkpoints and stops wait for an exchange."""
+
+    num_workers: Annotated[Positive | Literal["auto"], BeforeValidator(refuse_text_but_auto)] = "auto"
+    """With `sync_every` above 1: how many workers there are, a power of two. Nodes share them, so that the result does
+    not depend on the number of nodes. `auto`: one for each node that is expected, kept in the run's folder."""
+
+    outer_lr: Annotated[Real, Field(gt=0, le=10)] = 1.0
+    """With `sync_every` above 1: how far prompts move towards the workers' mean at an exchange, 0.7 in the paper; 1
+    without `outer_momentum`: to the mean itself."""
+
+    outer_momentum: Share = 0.0
+    """With `sync_every` above 1: Nesterov momentum of that move, 0.9 in the paper."""
+
     stall_timeout_s: Annotated[Real, Field(gt=0)] = 10.0
     """With `replicas`: a node that takes so much longer than twice the last step is left behind by the others; it
     comes back when it has recovered."""
@@ -194,6 +210,21 @@ class TrainConfig(Section):
             raise ValueError(f"train.max_nodes is {self.max_nodes}, less than train.min_nodes, {self.min_nodes}")
         if self.num_blocks != "auto" and (self.num_blocks & (self.num_blocks - 1) or self.num_blocks > MOST_BLOCKS):
             raise ValueError(f"train.num_blocks: a power of two up to {MOST_BLOCKS:,} is needed, not {self.num_blocks}")
+        return self
+
+    @model_validator(mode="after")
+    def check_local_steps(self) -> "TrainConfig":
+        if self.sync_every > 1 and self.nodes == "one_world":
+            raise ValueError(f"train.sync_every: {self.sync_every} needs train.nodes: replicas")
+        if self.num_workers == "auto":
+            return self
+        if self.num_workers & (self.num_workers - 1):
+            raise ValueError(f"train.num_workers: a power of two is needed, not {self.num_workers}")
+        if self.num_workers > self.batch_size:
+            raise ValueError(
+                f"train.num_workers: {self.num_workers} workers are more than the rows of a step, "
+                f"train.batch_size {self.batch_size}"
+            )
         return self
 
     @property
@@ -333,6 +364,11 @@ class Config(Section):
             raise ValueError(
                 f"train.num_blocks: {self.train.num_blocks} blocks are more than the rows of a step, "
                 f"train.batch_size {self.train.batch_size}"
+            )
+        if self.train.sync_every > 1 and self.model.dtype == "float16":
+            raise ValueError(
+                f"train.sync_every: {self.train.sync_every} does not go with model.dtype float16, whose loss scale "
+                "follows from every step of all rows: use bfloat16"
             )
         if self.train.min_lr_ratio and self.train.schedule != "cosine":
             raise ValueError(f"train.min_lr_ratio is for schedule cosine, and train.schedule is {self.train.schedule}")

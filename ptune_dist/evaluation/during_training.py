@@ -114,7 +114,7 @@ def find_halved(config: Config, progress: Progress, live: list[str]) -> list[str
     """The members among `live` that successive halving leaves out at this step."""
     halving = config.sweep_halving
     step = progress.step
-    if not halving or step == 0 or step % halving.every or step >= config.train.max_steps:
+    if not halving or step == 0 or not has_passed(halving.every, step, config) or step >= config.train.max_steps:
         return []
     name = config.evaluate.best
     ranked = sorted(live, key=lambda member: rank_evaluation(progress.members[member].last, name), reverse=True)
@@ -123,9 +123,17 @@ def find_halved(config: Config, progress: Progress, live: list[str]) -> list[str
 
 def is_evaluation_due(config: Config, step: int) -> bool:
     halving = config.sweep_halving
-    return is_due(config.evaluate.every_steps, step, config) or bool(halving and step % halving.every == 0)
+    return is_due(config.evaluate.every_steps, step, config) or bool(
+        halving and has_passed(halving.every, step, config)
+    )
 
 
 def is_due(every: int, step: int, config: Config) -> bool:
     """Whether `step` is one of every `every` steps, or the last."""
-    return step == config.train.max_steps or (every > 0 and step % every == 0)
+    return step == config.train.max_steps or (every > 0 and has_passed(every, step, config))
+
+
+def has_passed(every: int, step: int, config: Config) -> bool:
+    """Whether `step` is a multiple of `every`, or the first exchange of nodes after one."""
+    before = (step - 1) // config.train.sync_every * config.train.sync_every
+    return step // every > before // every

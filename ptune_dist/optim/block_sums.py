@@ -30,6 +30,18 @@ def gather_blocks(
     return {one: rows[place] for place, (_, one) in enumerate(places)}
 
 
+def sum_in_world(
+    own: Mapping[Range, torch.Tensor], of_ranks: Sequence[Sequence[Range]], num_blocks: int, length: int, world: World
+) -> torch.Tensor:
+    """The sums [length] over all blocks, which this world's ranks have computed, on every rank. Collective."""
+    parts = gather_blocks(own, of_ranks, length, world)
+    whole = Range(0, num_blocks)
+    total = add_up(whole, parts) if world.is_main else torch.empty(length, device=world.device)
+    if world.size > 1:
+        dist.broadcast(total, 0)
+    return total
+
+
 def to_pieces(ranges: Sequence[Range], parts: Mapping[Range, torch.Tensor]) -> dict[Range, bytes]:
     """A node's subtrees as bytes, for the other nodes: float32, in the order of the machine."""
     return {one: add_up(one, parts).cpu().numpy().tobytes() for one in ranges}

@@ -35,10 +35,14 @@ class StepPlan:
 
 
 class Share(NamedTuple):
-    """Where a step is cut into blocks: how many there are, and the subtrees of them that each rank here computes."""
+    """Where a step is cut into blocks: how many there are, and the subtrees of them that each rank here computes.
+
+    worker: where a worker takes a step of its own, which one of how many: rows are dealt to workers in turn.
+    """
 
     num_blocks: int
     of_ranks: tuple[tuple[Range, ...], ...]
+    worker: tuple[int, int] = (0, 1)
 
     def blocks_of(self, rank: int) -> list[int]:
         return [block for own in self.of_ranks[rank] for block in range(own.lo, own.hi)]
@@ -68,11 +72,16 @@ class StepSource:
         """
         engine = self.engine
         rows = self.rows
-        examples = rows.of_step(step, live)
+        examples = self._examples(step, live, share)
         divisors = {name: engine.divisor(name, rows.examples.num_targets[own]) for name, own in examples.items()}
         plan, blocks = self._micro_batches(rows.units(examples, engine.members), share)
         batches = (engine.prepare(collate(rows.examples, shares, self.world.rank, self.pad_id)) for shares in plan)
         return StepPlan(step, examples, divisors, len(plan), blocks), batches
+
+    def _examples(self, step: int, live: Sequence[str], share: Share | None) -> dict[str, list[int]]:
+        """Of all ranks."""
+        first, every = share.worker if share else (0, 1)
+        return {name: own[first::every] for name, own in self.rows.of_step(step, live).items()}
 
     def _micro_batches(self, units: list[Unit], share: Share | None) -> tuple[Plan, tuple[tuple[int, int], ...]]:
         """Of all ranks, and this rank's blocks, each with the number of its micro-batches."""
@@ -92,7 +101,7 @@ class StepSource:
     def most_positions(self, step: int, live: Sequence[str], share: Share | None = None) -> int:
         """Of the largest micro-batch that any rank has in a step."""
         engine = self.engine
-        units = self.rows.units(self.rows.of_step(step, live), engine.members)
+        units = self.rows.units(self._examples(step, live, share), engine.members)
         plan, _ = self._micro_batches(units, share)
         return max(engine.model.count_positions(share, self.rows.examples) for shares in plan for share in shares)
 

@@ -6,18 +6,19 @@ import os
 import queue
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ptune_dist.cluster.rank_files import NODE_NAME
 from ptune_dist.cluster.secret import read_variable
 from ptune_dist.common.files import fault_on_failed_write, make_folder, write_once
-from ptune_dist.config.schema import MOST_BLOCKS, Config
+from ptune_dist.config.schema import MOST_BLOCKS, Config, TrainConfig
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, together
 from ptune_dist.errors import UserError
 from ptune_dist.nodes.group import NodeGroup
 from ptune_dist.nodes.settings import GroupSettings, Limits
+from ptune_dist.optim.local_steps import count_state
 from ptune_dist.run.folder import MAY_CHANGE
 from ptune_dist.run.job import Job
 from ptune_dist.run.one_world import OneWorld
@@ -45,6 +46,11 @@ def settle_nodes(config: Config, world: World) -> Config:
         raise UserError("train.nodes: replicas needs a world of its own on each node, and this one is over several")
     if nodes == "auto":
         nodes = "one_world" if is_over_several_nodes(world) else "replicas"
+    if nodes == "one_world" and config.train.sync_every > 1:
+        raise UserError(
+            f"train.sync_every: {config.train.sync_every} needs replicas, a world of its own on each node, and this "
+            "one is over several"
+        )
     return config.model_copy(update={"train": config.train.model_copy(update={"nodes": nodes})})
 
 
@@ -52,11 +58,16 @@ def open_nodes(job: Job, rows: TrainingRows, watch: Watch, world: World) -> OneW
     """What gives the sums of steps, as `train.nodes` has it. Collective. Raises UserError and RunFault."""
     if job.config.train.nodes != "replicas":
         return OneWorld(job, world, watch)
-    num_blocks = from_main(world, lambda: settle_num_blocks(job, rows, world))
+    num_blocks = from_main(world, lambda: settle(job, "num_blocks", lambda: choose_num_blocks(job, rows, world)))
+    of_worker = 1
+    if job.config.train.sync_every > 1:
+        num_workers = from_main(world, lambda: settle(job, "num_workers", lambda: choose_num_workers(job.config.train)))
+        of_worker = max(1, num_blocks // num_workers)
+        num_blocks = num_workers
     lines: Lines = queue.SimpleQueue()
     settings = from_main(world, lambda: build_settings(job, rows))
     group = together(world, lambda: NodeGroup(settings, lines.put).__enter__() if world.is_main else None)
-    return Replicas(job, world, watch, group, num_blocks, lines)
+    return Replicas(job, world, watch, group, num_blocks, lines, of_worker)
 
 
 def build_settings(job: Job, rows: TrainingRows) -> GroupSettings:
@@ -78,7 +89,7 @@ def build_settings(job: Job, rows: TrainingRows) -> GroupSettings:
         advertise=address,
         min_nodes=train.min_nodes,
         max_nodes=train.max_nodes or GroupSettings.max_nodes,
-        limits=Limits(stall_s=train.stall_timeout_s),
+        limits=Limits(stall_s=train.stall_timeout_s, first_stall_s=Limits.first_stall_s * train.sync_every),
     )
 
 
@@ -115,32 +126,35 @@ def digest_run(job: Job, rows: TrainingRows) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def settle_num_blocks(job: Job, rows: TrainingRows, world: World) -> int:
-    """`train.num_blocks` as a number; that of `auto` is what it was when the run began. For rank 0. Raises RunFault."""
-    asked = job.config.train.num_blocks
+def settle(job: Job, key: str, choose: Callable[[], int]) -> int:
+    """A key of `train` as a number; that of `auto` is what it was when the run began. For rank 0. Raises RunFault."""
+    asked = getattr(job.config.train, key)
     if asked != "auto":
         return asked
-    file = Path(job.config.output_dir) / FOLDER / "num_blocks"
+    file = Path(job.config.output_dir) / FOLDER / key
     with fault_on_failed_write(file):
         make_folder(file.parent)
-        return int(write_once(file, str(choose_num_blocks(job, rows, world))))
+        return int(write_once(file, str(choose())))
 
 
 def choose_num_blocks(job: Job, rows: TrainingRows, world: World) -> int:
     """As many blocks as micro-batches that a step fills, but one for each rank that is expected, and no empty ones."""
     engine = job.engine
-    train = job.config.train
     units = rows.units(rows.of_step(1, engine.members), engine.members)
     filled = engine.model.count_positions(units, rows.examples) // engine.cap_positions(job.micro_batch.tokens)
-    num_nodes = train.max_nodes or max(train.min_nodes, read_expected_nodes())
-    num_ranks = world.size * num_nodes
+    num_ranks = world.size * count_expected_nodes(job.config.train)
     wanted = max(power_of_two_from(num_ranks), power_of_two_to(max(1, filled)))
     return min(wanted, power_of_two_to(len(units)), MOST_BLOCKS)
 
 
-def read_expected_nodes() -> int:
+def choose_num_workers(train: TrainConfig) -> int:
+    """A worker for each node that is expected, each with rows in every step."""
+    return min(power_of_two_from(count_expected_nodes(train)), power_of_two_to(train.batch_size))
+
+
+def count_expected_nodes(train: TrainConfig) -> int:
     value = os.environ.get(EXPECTED_NODES, "")
-    return int(value) if value.isdecimal() else FEW_NODES
+    return train.max_nodes or max(train.min_nodes, int(value) if value.isdecimal() else FEW_NODES)
 
 
 def power_of_two_to(number: int) -> int:
@@ -154,9 +168,13 @@ def power_of_two_from(number: int) -> int:
 def describe_traffic(job: Job, names: Sequence[str]) -> list[str]:
     """A line where what nodes send each other in a step is not small."""
     num_bytes = 4 * job.engine.count_sums(names)
+    often = "in each step"
+    if job.config.train.sync_every > 1:
+        num_bytes = 4 * sum(count_state(job.engine.prompts.members[name]) for name in names)
+        often = f"once in {job.config.train.sync_every} steps"
     if job.config.train.nodes != "replicas" or num_bytes < LARGE_BYTES:
         return []
     return [
-        f"train.nodes: replicas: in each step each node sends {num_bytes / (1 << 20):,.0f} MiB or more to every other "
+        f"train.nodes: replicas: {often} each node sends {num_bytes / (1 << 20):,.0f} MiB or more to every other "
         "one, since so many numbers are trained"
     ]

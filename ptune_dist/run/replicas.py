@@ -29,7 +29,7 @@ from ptune_dist.nodes.blocks import Range
 from ptune_dist.nodes.group import NodeGroup
 from ptune_dist.optim.block_sums import add_pieces, gather_blocks, to_pieces
 from ptune_dist.run.accumulate import Accumulator
-from ptune_dist.run.batches_ahead import Share, use_device
+from ptune_dist.run.batches_ahead import Share, StepPlan, use_device
 from ptune_dist.run.checkpoint import load_newest_checkpoint, pack_snapshot, unpack_snapshot
 from ptune_dist.run.job import Job
 from ptune_dist.run.one_world import StepSums, agree_on_stop
@@ -39,6 +39,8 @@ from ptune_dist.run.status import mark_running
 from ptune_dist.run.watch import StopAgreed, Watch
 
 T = TypeVar("T")
+# Of subtrees of blocks, their sums on rank 0. Called again where a node is lost, for what this one computes instead.
+Compute = Callable[[Sequence[Range]], dict[Range, torch.Tensor]]
 Lines = queue.SimpleQueue[str]
 SLICE_S = 2.0  # of a wait, after which the ranks report that they are alive
 PATIENCE_S = 15.0  # for the end of a step, of a node that is asked to stop
@@ -92,14 +94,28 @@ class History:
 class Replicas:
     """This node among those that train together. A context manager. Its methods are collective."""
 
-    def __init__(self, job: Job, world: World, watch: Watch, group: NodeGroup | None, num_blocks: int, lines: Lines):
-        """`group`: on rank 0 alone, entered by `begin`; `lines` are those that it writes. The world's pen is shared."""
+    def __init__(
+        self,
+        job: Job,
+        world: World,
+        watch: Watch,
+        group: NodeGroup | None,
+        num_blocks: int,
+        lines: Lines,
+        blocks_of_worker: int = 1,
+    ):
+        """`group`: on rank 0 alone, entered by `begin`; `lines` are those that it writes. The world's pen is shared.
+
+        num_blocks: what nodes divide, the blocks of a step; with `train.sync_every` above 1 the workers of a period, in
+        each of whose steps the ranks of a node divide `blocks_of_worker`.
+        """
         assert isinstance(world.pen, SharedPen), "which node writes is decided here"
         self._job = job
         self._world = world
         self._watch = watch
         self._group = group
-        self._num_blocks = num_blocks
+        self.num_blocks = num_blocks
+        self.blocks_of_worker = blocks_of_worker
         self._lines = lines
         self._pen = world.pen
         self._rows: TrainingRows | None = None
@@ -136,39 +152,54 @@ class Replicas:
         return None if snapshot is None else continue_from(unpack_snapshot(snapshot), self._job, self._rows)
 
     def _enter_group(self, group: NodeGroup) -> tuple[bytes | None, bool]:
-        joined = group.enter(self._num_blocks, self._is_stopping)
+        joined = group.enter(self.num_blocks, self._is_stopping)
         return joined.snapshot, group.view.is_writer
 
     def sum_step(self, accumulate: Accumulator, progress: Progress, log: Log | None) -> StepSums | None:
-        """The next step's sums over all nodes.
+        """The next step's sums over all nodes. None as of `take_turn`."""
+        step = progress.step + 1
+        engine = self._job.engine
+        length = engine.count_sums(progress.live)
+        plan: StepPlan | None = None
 
-        None where these have continued without this one: it is back then, with their prompts and their `progress`.
+        def compute(ranges: Sequence[Range]) -> dict[Range, torch.Tensor]:
+            nonlocal plan
+            if plan is None:
+                engine.model.begin_step(step)
+            share = Share(self.num_blocks, tuple(map(tuple, divide(ranges, self._world.size))))
+            plan, sums = accumulate.sum_blocks(step, progress.live, share)
+            return gather_blocks(sums, share.of_ranks, length, self._world)
+
+        total = self.take_turn(progress, log, length, compute)
+        if total is None or plan is None:
+            return None
+        return StepSums(plan, engine.measure_sums(list(plan.examples), total))
+
+    def take_turn(self, progress: Progress, log: Log | None, length: int, compute: Compute) -> torch.Tensor | None:
+        """The sum of a turn's blocks over all nodes [length], on every rank. Collective.
+
+        None where the others have continued without this node: it is back then, with their prompts and `progress`.
         """
         self._log = log
         try:
-            return self._sum_step(accumulate, progress)
+            return self._take_turn(progress, length, compute)
         except LeftBehind:
             self._come_back(progress)
             return None
 
-    def _sum_step(self, accumulate: Accumulator, progress: Progress) -> StepSums:
+    def _take_turn(self, progress: Progress, length: int, compute: Compute) -> torch.Tensor:
         step = progress.step + 1
-        engine = self._job.engine
         ranges = self._begin_step(step)
         report: OwnReport | None = OwnReport(digest=self._digest(progress) if self._group else "")
-        engine.model.begin_step(step)
         while True:
             began = time.perf_counter()
-            share = Share(self._num_blocks, tuple(map(tuple, divide(ranges, self._world.size))))
-            plan, sums = accumulate.sum_blocks(step, progress.live, share)
-            length = engine.count_sums(list(plan.examples))
-            parts = gather_blocks(sums, share.of_ranks, length, self._world)
+            parts = compute(ranges)
             pieces = to_pieces(ranges, parts) if self._group else {}
             if report is not None:
                 report = replace(report, seconds=time.perf_counter() - began, leaving=self._is_asked_here())
             ranges = self._exchange(step, pieces, report)
             if self._agreed is not None:
-                return StepSums(plan, engine.measure_sums(list(plan.examples), self._share_total(length)))
+                return self._share_total(length)
             report = None
 
     def _begin_step(self, step: int) -> Sequence[Range]:
@@ -219,7 +250,7 @@ class Replicas:
             return todo.redo, None, is_writer
         cover = group.cover(step)
         if any(cover.values()):
-            self._total = add_pieces(self._num_blocks, cover)
+            self._total = add_pieces(self.num_blocks, cover)
         own = group.view.own
         agreed = group.end_step(step)
         if not agreed.is_leaving:

@@ -8,7 +8,8 @@ import torch
 from ptune_dist.config.load import load_config
 from ptune_dist.distributed.world import World
 from ptune_dist.errors import UserError
-from ptune_dist.run.open_nodes import choose_num_blocks, digest_run, read_rendezvous, settle_nodes
+from ptune_dist.evaluation.during_training import is_due
+from ptune_dist.run.open_nodes import choose_num_blocks, choose_num_workers, digest_run, read_rendezvous, settle_nodes
 from tests.conftest import write_config
 
 
@@ -31,6 +32,9 @@ def world_of(size: int) -> World:
         ({"num_blocks": 16, "batch_size": 8}, "train.num_blocks: 16 blocks are more than the rows of a step"),
         ({"min_nodes": 4, "max_nodes": 2}, "train.max_nodes is 2, less than train.min_nodes, 4"),
         ({"nodes": "many"}, "train.nodes"),
+        ({"sync_every": 4}, "train.sync_every: 4 needs train.nodes: replicas"),
+        ({"num_workers": 3}, "train.num_workers: a power of two is needed, not 3"),
+        ({"num_workers": 16, "batch_size": 8}, "train.num_workers: 16 workers are more than the rows of a step"),
     ],
 )
 def test_mistakes_are_told_in_one_line(load, train, message):
@@ -45,6 +49,30 @@ def test_replicas_need_a_world_of_each_node_and_auto_follows_it(load, monkeypatc
     assert settle_nodes(load(nodes="auto"), world_of(4)).train.nodes == "one_world"
     assert settle_nodes(load(nodes="auto"), world_of(2)).train.nodes == "replicas"
     assert settle_nodes(load(), world_of(2)).train.nodes == "one_world"
+
+
+def test_local_steps_need_replicas_and_no_loss_scale(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    config = load(nodes="auto", sync_every=4)
+    assert settle_nodes(config, world_of(2)).train.nodes == "replicas"
+    with pytest.raises(UserError, match="train.sync_every: 4 needs replicas, a world of its own on each node"):
+        settle_nodes(config, world_of(4))
+    with pytest.raises(UserError, match="train.sync_every: 4 does not go with model.dtype float16"):
+        load_config(tmp_path / "c.yaml", ["model.dtype=float16"])
+
+
+def test_there_is_a_worker_for_each_node_that_is_expected_and_each_has_rows(load, monkeypatch):
+    assert choose_num_workers(load(max_nodes=3).train) == 4
+    assert choose_num_workers(load(max_nodes=16, batch_size=10).train) == 8
+    monkeypatch.setenv("PTUNE_EXPECTED_NODES", "2")
+    assert choose_num_workers(load().train) == 2
+
+
+@pytest.mark.parametrize(("sync_every", "due"), [(1, [3, 6, 9]), (2, [4, 6, 10]), (4, [4, 8, 12]), (8, [8])])
+def test_what_is_due_within_a_period_comes_at_its_end(load, sync_every, due):
+    config = load(nodes="auto", sync_every=sync_every, max_steps=100)
+    exchanges = range(sync_every, 12 + 1, sync_every)
+    assert [step for step in exchanges if is_due(3, step, config) and step <= due[-1]] == due
 
 
 def test_the_rendezvous_is_a_folder_or_an_address(tmp_path, monkeypatch):

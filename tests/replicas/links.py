@@ -39,7 +39,7 @@ NUM_NODES = (1, 2, 4, 8)
 WARM_UP_STEPS = 5  # nodes measure their speed
 SETTLE_STEPS = 2  # after a change of the delay
 MOST_S = 900.0
-BATCH_SIZE = 256
+BATCH_SIZE = 512
 NUM_BLOCKS = 16
 PROMPTS = {
     "10 vectors": {"num_virtual_tokens": 10},
@@ -56,7 +56,7 @@ class Run:
 
     def __init__(self, folder: Path, network: SlowNetwork, nodes: str, prompt: dict[str, Any]):
         folder.mkdir()
-        train = {"max_steps": 1000, "batch_size": BATCH_SIZE, "micro_batch_tokens": 1024, "nodes": nodes}
+        train = {"max_steps": 1000, "batch_size": BATCH_SIZE, "micro_batch_tokens": 8192, "nodes": nodes}
         if nodes == "replicas":
             train |= {"num_blocks": NUM_BLOCKS, "min_nodes": len(network.hosts), "max_nodes": len(network.hosts)}
         sections = {} if nodes == "replicas" else {"deepspeed": {"zero_optimization": ONE_WORLD_ZERO}}
@@ -163,14 +163,14 @@ def summarize(phase: dict[str, Any], lines: Lines) -> dict[str, float]:
 def measure_all(folder: Path, num_steps: int) -> list[dict[str, Any]]:
     def with_slope(started: Run) -> list[dict[str, Any]]:
         phases = [started.measure(DELAY_S, WARM_UP_STEPS, num_steps)]
-        return phases + [started.measure(delay_s, SETTLE_STEPS, num_steps // 2) for delay_s in SHORTER_DELAYS_S]
+        return phases + [started.measure(delay_s, SETTLE_STEPS, max(2, num_steps // 2)) for delay_s in SHORTER_DELAYS_S]
 
     def without(started: Run) -> list[dict[str, Any]]:
         return [started.measure(DELAY_S, WARM_UP_STEPS, num_steps)]
 
     runs = [run(folder, "replicas", n, SMALL, with_slope if n > 1 else without) for n in NUM_NODES]
     runs += [run(folder, "replicas", n, LARGE, without) for n in (2, 8)]
-    return [*runs, run(folder, "one_world", 2, SMALL, lambda started: [started.measure(DELAY_S, 0, 1)])]
+    return [*runs, run(folder, "one_world", 2, SMALL, lambda started: [started.measure(DELAY_S, 1, 2)])]
 
 
 def compare_losses(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--document", type=Path)
     parser.add_argument("--again", action="store_true", help="measure nothing: fill the document")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
     try:
         if not args.again:

@@ -59,6 +59,8 @@ class History:
     """Who has computed what, for metrics.jsonl."""
 
     seconds: float = 0.0  # of the last step, from this node's last sums until the step was complete
+    blocks_s: float = 0.0  # that this node's blocks took in it
+    slowest_s: float = 0.0  # that the slowest node's blocks took
     num_bytes: int = 0  # sent in it
     num_nodes: int = 1
     names: dict[str, str] = field(default_factory=dict)  # of all nodes so far, by their ids
@@ -84,10 +86,16 @@ class History:
         self.is_new = found != self.now
         self.now = found
         self.num_nodes = len(agreed.members)
+        self.slowest_s = max(report.seconds for report in agreed.reports.values())
 
     def facts(self) -> dict[str, Any]:
         """Of the last step. `nodes` is there where it is not what it was in the step before."""
-        found = {"num_nodes": self.num_nodes, "exchange_s": self.seconds, "exchange_bytes": self.num_bytes}
+        found = {
+            "num_nodes": self.num_nodes,
+            "exchange_s": self.seconds,
+            "slower_nodes_s": self.slowest_s - self.blocks_s,
+            "exchange_bytes": self.num_bytes,
+        }
         return found | ({"nodes": self.now} if self.is_new else {})
 
 
@@ -196,7 +204,8 @@ class Replicas:
             parts = compute(ranges)
             pieces = to_pieces(ranges, parts) if self._group else {}
             if report is not None:
-                report = replace(report, seconds=time.perf_counter() - began, leaving=self._is_asked_here())
+                self.history.blocks_s = time.perf_counter() - began
+                report = replace(report, seconds=self.history.blocks_s, leaving=self._is_asked_here())
             ranges = self._exchange(step, pieces, report)
             if self._agreed is not None:
                 return self._share_total(length)

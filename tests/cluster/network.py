@@ -44,9 +44,7 @@ class Network:
         self.unplugged: set[str] = set()
 
     def build(self) -> None:
-        run("ip", "link", "add", self.name, "type", "bridge")
-        run("ip", "address", "add", f"{self.own_address}/24", "dev", self.name)
-        run("ip", "link", "set", self.name, "up")
+        self.build_middle()
         names = {"localhost": "127.0.0.1", **self.addresses, socket.gethostname(): self.own_address}
         for host in self.hosts:
             folder = HOSTS / self.namespace(host)
@@ -54,11 +52,21 @@ class Network:
             (folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in names.items()))
             self.add_host(host)
 
+    def build_middle(self) -> None:
+        """What the hosts are plugged into."""
+        run("ip", "link", "add", self.name, "type", "bridge")
+        run("ip", "address", "add", f"{self.own_address}/24", "dev", self.name)
+        run("ip", "link", "set", self.name, "up")
+
+    def plug_in(self, host: str) -> None:
+        """Give a host its eth0."""
+        run("ip", "link", "add", self.link(host), "type", "veth", "peer", "eth0", "netns", self.namespace(host))
+        run("ip", "link", "set", self.link(host), "master", self.name, "up")
+
     def add_host(self, host: str) -> None:
         inside = ["ip", "-n", self.namespace(host)]
         run("ip", "netns", "add", self.namespace(host))
-        run("ip", "link", "add", self.link(host), "type", "veth", "peer", "eth0", "netns", self.namespace(host))
-        run("ip", "link", "set", self.link(host), "master", self.name, "up")
+        self.plug_in(host)
         run(*inside, "address", "add", f"{self.addresses[host]}/24", "dev", "eth0")
         run(*inside, "link", "set", "lo", "up")
         run(*inside, "link", "set", "eth0", "up")
@@ -70,16 +78,19 @@ class Network:
 
     def start(self, host: str, command: list[str], env: dict[str, str], log: Path) -> subprocess.Popen:
         """Run a command on a host, unaffected by Ctrl-C, which must not end daemons before their cluster."""
-        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host, *map(str, command)]
         with log.open("a") as output:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.namespace(host), *named],
+                self.inside(host, command),
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
+
+    def inside(self, host: str, command: list[str]) -> list[str]:
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host, *map(str, command)]
+        return ["ip", "netns", "exec", self.namespace(host), *named]
 
     def pids(self, host: str) -> list[int]:
         return [int(pid) for pid in run("ip", "netns", "pids", self.namespace(host)).split()]

@@ -1,6 +1,7 @@
 """Experiment trackers: one line where one is missing, all metrics where it is there, no harm where it fails."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from accelerate import tracking
@@ -16,19 +17,19 @@ from tests.run.test_metrics_log import line
 
 
 class FileTracker(tracking.GeneralTracker):
-    """Of accelerate's interface: writes lines to a file."""
+    """Of accelerate's interface and with wandb's arguments: writes lines to a file."""
 
     name = "files"
     requires_logging_directory = True
 
-    def __init__(self, run_name: str, logging_dir: str):
+    def __init__(self, project: str, logging_dir: str, **options: str):
         super().__init__()
         self.file = f"{logging_dir}.jsonl"
-        self.lines = [{"run": run_name}]
+        self.lines = [{"project": project, **options}]
 
     @property
     def tracker(self):
-        return self.lines
+        return SimpleNamespace(id="id of the service")
 
     def store_init_configuration(self, values):
         self.lines.append(values)
@@ -58,6 +59,7 @@ def test_every_name_is_one_of_accelerates():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_tracker_gets_what_tensorboard_gets_until_it_fails(tmp_path, monkeypatch, capsys, fails):
+    monkeypatch.delenv("WANDB_DIR", raising=False)
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", FileTracker)
     settings = {"": {"learning_rate": 0.1}}
     with MetricsWriter(tmp_path, max_steps=4, first_step=1, settings=settings, report_to=["wandb"]) as metrics:
@@ -72,9 +74,14 @@ def test_a_tracker_gets_what_tensorboard_gets_until_it_fails(tmp_path, monkeypat
         assert not (tmp_path / "wandb.jsonl").exists()
         return
     found = json.loads((tmp_path / "wandb.jsonl").read_text())
-    assert found[:2] == [{"run": "ptune_dist"}, settings[""]]
+    assert found[:2] == [{"project": "ptune_dist", "name": tmp_path.name, "dir": str(tmp_path)}, settings[""]]
     assert found[2]["train/loss"] == 1.0 and found[2]["step"] == 1
     assert found[3] == {"step": 2, "validation/loss": 0.5}
+    with MetricsWriter(tmp_path, max_steps=4, first_step=2, settings=settings, report_to=["wandb"]) as metrics:
+        metrics.without_prompt({"loss": 0.75})
+    found = json.loads((tmp_path / "wandb.jsonl").read_text())  # of the same run, whose settings are there already
+    assert {"id": "id of the service", "resume": "allow"}.items() <= found[0].items()
+    assert found[1:] == [{"step": 0, "base_without_prompt/loss": 0.75}]
 
 
 def test_lines_are_written_every_so_many_steps(tmp_path):

@@ -113,6 +113,7 @@ def describe_validation(
             job.members[name],
             progress.members[name],
             job.reading.family.name,
+            num_steps=progress.members[name].ended_step or progress.step,
             num_rows=rows.count_rows(name),
             num_held_out=evaluator.split.num_rows,
         )

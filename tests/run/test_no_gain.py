@@ -16,13 +16,15 @@ def told(
     trained: float,
     num_rows: int = 160,
     num_held_out: int = 40,
+    num_steps: int = 30,
     prompt: dict[str, Any] | None = None,
     **train: Any,
 ) -> str:
     config = build(prompt, **{"batch_size": 16} | train)
     config = config.model_copy(update={"evaluate": EvaluateConfig(metrics=[metric])})
     standing = Standing(without_prompt={"loss": 2.0, metric: base}, best={"loss": 1.0, metric: trained})
-    return describe_no_gain(config, standing, "causal", num_rows=num_rows, num_held_out=num_held_out)
+    counts = {"num_steps": num_steps, "num_rows": num_rows, "num_held_out": num_held_out}
+    return describe_no_gain(config, standing, "causal", **counts)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def test_it_appears_where_the_metric_that_keeps_prompts_is_no_better(metric, bas
 
 
 def test_it_has_both_numbers_the_rows_and_the_likeliest_remedies():
-    line = told("accuracy", 0.875, 0.8, max_steps=30)
+    line = told("accuracy", 0.875, 0.8)
     assert "\n" not in line
     assert line.startswith("the trained prompt is no better than the base alone (accuracy 0.8000, 0.8750 without it,")
     assert "on 40 validation rows; so few rows leave that uncertain): add training rows (there are 160)" in line
@@ -49,7 +51,7 @@ def test_it_has_both_numbers_the_rows_and_the_likeliest_remedies():
 
 
 def test_remedies_depend_on_the_run():
-    assert "for more steps (30 are 0.5 passes over the 960" in told("accuracy", 1, 0, 960, max_steps=30)
+    assert "for more steps (30 are 0.5 passes over the 960" in told("accuracy", 1, 0, num_rows=960)
     assert "uncertain" not in told("accuracy", 1, 0, num_held_out=1000)
     assert f"the method's default, {DEFAULT:g} (it is 0.0001)" in told("accuracy", 1, 0, learning_rate=1e-4)
     started = {"init": "text", "init_text": "Is it good?"}
@@ -61,4 +63,4 @@ def test_remedies_depend_on_the_run():
 def test_a_base_that_was_not_evaluated_says_nothing():
     config = build()
     for standing in (Standing(best={"loss": 1.0}), Standing(without_prompt={"loss": 1.0})):
-        assert not describe_no_gain(config, standing, "encoder", num_rows=8, num_held_out=8)
+        assert not describe_no_gain(config, standing, "encoder", num_steps=8, num_rows=8, num_held_out=8)

@@ -11,7 +11,7 @@ from ptune_dist.config.schema import Tracker
 from ptune_dist.errors import UserError
 from ptune_dist.run.metrics_log import MetricsWriter
 from ptune_dist.run.resolve import resolve
-from ptune_dist.run.trackers import ALWAYS, MODULES, check_trackers
+from ptune_dist.run.trackers import ALWAYS, MODULES, PROJECT, check_trackers
 from tests.conftest import write_config
 from tests.run.test_metrics_log import line
 
@@ -90,3 +90,27 @@ def test_lines_are_written_every_so_many_steps(tmp_path):
             metrics.step(line(step), {})
     steps = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 3, 6, 8]
+
+
+@pytest.mark.extended
+def test_mlflow_itself_gets_a_sweep_and_continues_its_run(tmp_path, monkeypatch):
+    """Where MLflow is installed: the metrics of members, whose names it forbids, and one run after a resume."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(str(tmp_path / "mlruns"))
+    members = {f"lr={rate}": tmp_path / f"lr={rate}" for rate in (0.1, 0.2)}
+    settings = {name: {"learning_rate": float(name[3:]), "seed": 0} for name in members}
+    for first, max_steps in ((1, 2), (3, 4)):
+        settings = {name: own | {"max_steps": max_steps} for name, own in settings.items()}
+        writer = MetricsWriter(
+            tmp_path, max_steps=max_steps, first_step=first, members=members, settings=settings, report_to=["mlflow"]
+        )
+        with writer as metrics:
+            metrics.step(line(first), {})
+            metrics.evaluation(first, {"loss": 0.5 / first}, [], member="lr=0.1")
+    (found,) = mlflow.search_runs(experiment_names=[PROJECT], output_format="list")
+    assert found.info.run_name == tmp_path.name and found.info.status == "FINISHED"
+    assert found.data.params == {"seed": "0", "max_steps": "2"}
+    history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "validation/loss/lr:0.1")
+    assert [(each.step, each.value) for each in history] == [(1, 0.5), (3, 0.5 / 3)]
+    assert found.data.metrics["train/loss"] == line(3)["loss"]

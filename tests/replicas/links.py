@@ -196,7 +196,7 @@ def render(content: dict[str, Any]) -> str:
     rows = [header, *map(render_row, content["runs"])]
     same = content["agreement"]
     notes = (
-        f"{same['equal_losses']} of {same['compared_losses']} losses of 2, 4 and 8 replicas equal those of one to the bit. "
+        f"{same['equal_losses']} of {same['compared_losses']} losses of 2 to 8 replicas equal those of one to the bit. "
         f"Those of one world differ by {same['one_world_difference']:.0e} at most."
     )
     return f"{describe_where(content)}\n\n{render_rows(rows)}\n\n{notes}"

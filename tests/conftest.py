@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from tests.processes import ROOT
 
 TINY = ROOT / "configs" / "tiny"
 
+# A shell starts its background jobs with SIGINT ignored, which all children inherit and bash cannot undo.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files that take longest, the longest first: at the end no worker is left alone with one of them.
 LONG_FILES = [

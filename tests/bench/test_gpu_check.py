@@ -204,7 +204,6 @@ def test_an_interrupt_leaves_a_valid_folder_and_no_process(plan, tmp_path):
         [*command, "--scratch", tmp_path / "scratch"],
         env=process_env(),
         cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     journal = tmp_path / "journal"
     give_up_at = time.monotonic() + 60

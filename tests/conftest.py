@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,11 @@ LONG_FILES = [
     "test_cli_runs.py",
     "cluster/test_ends.py",
 ]
+
+
+def extended_beyond(kept: list[Any], values: list[Any]) -> list[Any]:
+    """`values` for `parametrize`, those that are not `kept` in the extended suite only."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.extended) for value in values]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ from tests.processes import ROOT, command_line, process_env
 
 
 def test_interrupts_while_starting():
-    assert find_faults(20, seed=1, longest_s=1.5) == []
+    assert find_faults(12, seed=1, longest_s=1.5) == []
 
 
 @pytest.mark.extended

@@ -95,6 +95,7 @@ def test_a_node_that_does_not_join_is_named(cluster: Cluster, tmp_path: Path):
 
 
 @pytest.mark.long
+@pytest.mark.extended  # launcher/test_run_ranks.py does the same without Slurm
 def test_a_check_of_two_nodes_prints_a_line_for_each_rank(cluster: Cluster, tmp_path: Path):
     config = write_run(tmp_path / "checked")
     command = ["srun", "--nodes=2", "--nodelist=n0,n1", "--ntasks-per-node=1", "launch/run.sh", "--check", str(config)]

@@ -110,7 +110,7 @@ def test_adafactor_and_sgd_step_as_torch_does_on_whole_tensors_whatever_the_stag
             tmp_path, base, f"{name}{stage}", zero_json(stage), [f"train.optimizer={name}", "train.momentum=0.9"]
         )
         for name in builders
-        for stage in range(4)
+        for stage in (0, 3)  # the others: the test above, with AdamW
     ]
     for name, run in train_all(specs, tmp_path, num_ranks=2).items():
         assert curve(run) == pytest.approx(plain_curve(base, builders[name[:-1]]), rel=1e-5), name

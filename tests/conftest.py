@@ -23,18 +23,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # The files that take longest, the longest first: at the end no worker is left alone with one of them.
 LONG_FILES = [
-    "cluster/test_faults.py",
-    "cluster/test_jobs.py",
     "launcher/test_run_ranks.py",
     "numerics/test_sharding.py",
+    "cluster/test_faults.py",
     "test_quickstart.py",
-    "cluster/test_saves.py",
+    "test_types.py",
+    "cluster/test_jobs.py",
+    "launcher/test_run.py",
     "numerics/test_bank.py",
+    "gpu_offline/test_attention.py",
+    "numerics/test_bank_life.py",
+    "test_cli_runs.py",
     "numerics/test_placements.py",
     "numerics/test_curves.py",
-    "numerics/test_resume.py",
-    "test_cli_runs.py",
-    "cluster/test_ends.py",
+    "numerics/test_prefix_tuning.py",
+    "numerics/test_seq2seq_prefix_runs.py",
+    "numerics/test_answers.py",
+    "cluster/test_scripts.py",
 ]
 
 

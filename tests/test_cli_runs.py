@@ -117,6 +117,7 @@ def assert_same_result(run: Path, unbroken: Path) -> None:
     assert curve_of(run) == curve_of(unbroken)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "number",
     extended_beyond([signal.SIGTERM, signal.SIGINT], [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]),
@@ -140,6 +141,7 @@ def test_a_run_that_is_asked_to_stop_saves_ends_with_75_and_resumes_to_the_same_
     assert_same_result(run, whole)
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_from_its_last_checkpoint_to_the_same_result(commands, unbroken, tmp_path):
     config, whole = unbroken
     run = tmp_path / "run"

@@ -8,6 +8,8 @@ import pytest
 from tests.gpu_offline.fake_cuda import GPUS
 from tests.gpu_offline.faked import run_faked
 
+pytestmark = pytest.mark.long
+
 WORK = "tests.gpu_offline.work_attention:run"
 NAMES = ("num_heads", "num_kv_heads", "width", "num_positions", "num_contexts", "dtype")
 SHAPES = [(32, 8, 128), (64, 8, 128), (4, 2, 16)]

@@ -5,6 +5,8 @@ import pytest
 from tests.conftest import extended_beyond
 from tests.gpu_offline.faked import run_faked
 
+pytestmark = pytest.mark.long
+
 WORK = "tests.gpu_offline.work_model:run_case"
 CAUSAL = [
     {"family": "causal", "placement": placement, "method": method}

@@ -81,7 +81,7 @@ def test_the_method_and_the_metric_of_the_page_train_and_export(copy):
     assert vectors.shape == (10, 160) and int(vectors.float().svd().S.gt(1e-4).sum()) == 3
 
 
-@pytest.mark.long
+@pytest.mark.extended
 def test_the_docs_of_the_addition_follow_from_the_code(copy):
     env = process_env({"PYTHONPATH": python_path(copy)})
     subprocess.run([sys.executable, "docs/fill_reference.py"], cwd=copy, env=env, check=True)

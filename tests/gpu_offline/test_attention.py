@@ -64,6 +64,7 @@ def test_the_limit_of_recompilations_is_an_error(on_an_h100):
     assert "RecompileLimit" in on_an_h100[-1]
 
 
+@pytest.mark.extended
 def test_wide_rows_fit_a_small_gpu():
     check("sm_89", FEW["sm_89"], run_faked(WORK, [call_of(shape) for shape in FEW["sm_89"]], "sm_89"))
 

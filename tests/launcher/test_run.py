@@ -82,7 +82,7 @@ def test_a_port_in_use_is_named(config: Path, tmp_path: Path):
 
 @pytest.mark.long
 def test_a_wrong_command_line_is_reported_in_one_line(config: Path, tmp_path: Path):
-    for arguments in ([], [config, "seed"], [config, "--no-such-flag"], ["--max-restarts", "-1", config]):
+    for arguments in ([config, "seed"], ["--max-restarts", "-1", config]):
         nodes = Nodes(tmp_path, *arguments, names="a")
         assert nodes.wait(20) == [2], nodes.output
         only_line(nodes)

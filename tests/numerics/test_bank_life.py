@@ -81,9 +81,9 @@ def test_a_bank_resumed_from_a_checkpoint_is_bitwise_the_undisturbed_one(tiny_ba
 
 
 def test_a_bank_stopped_by_a_signal_resumes_to_the_same_end_bitwise(tiny_bases, folder, commands):
-    long = {"train": STEADY | {"max_steps": 60}}
+    long = {"train": STEADY | {"max_steps": 40}}
     whole, stopped = (
-        write_bank(folder, name, tiny_bases["gpt2"], MEMBERS, checkpoint={"every": 25}, **long)
+        write_bank(folder, name, tiny_bases["gpt2"], MEMBERS, checkpoint={"every": 15}, **long)
         for name in ("whole", "stopped")
     )
     assert commands.run("train", whole).code == 0
@@ -91,7 +91,7 @@ def test_a_bank_stopped_by_a_signal_resumes_to_the_same_end_bitwise(tiny_bases, 
     started.wait_for(folder / "stopped" / "metrics.jsonl", 7)
     os.kill(started.pid, signal.SIGTERM)
     assert commands.finish(started).code == 75
-    assert 7 <= len(read_metrics(folder / "stopped")) < 60
+    assert 7 <= len(read_metrics(folder / "stopped")) < 40
     assert commands.run("train", stopped).code == 0
     assert_bitwise_equal(folder / "stopped", folder / "whole")
     assert commands.run("train", stopped).code == 0  # nothing is left to do

@@ -23,7 +23,7 @@ from tests.numerics.passes import (
     plain_causal_logits,
     plain_seq2seq_logits,
 )
-from tests.numerics.plain import BATCH, NUM_STEPS, NUM_VIRTUAL, PEAK, initial_vectors, load_plain, write_initial_prompt
+from tests.numerics.plain import BATCH, NUM_VIRTUAL, PEAK, initial_vectors, load_plain, write_initial_prompt
 from tests.numerics.test_curves import zero_json
 
 pytestmark = pytest.mark.long
@@ -35,6 +35,7 @@ TEMPLATES = {
     "shared": "Write in capitals: {{ prompt }}{{ word }} =",
 }
 NUM_NEW = 5
+NUM_STEPS = 8
 CACHED = {"context_cache_gib": 0.01}
 
 

@@ -76,7 +76,7 @@ def test_a_seq2seq_base_is_its_plain_forward_in_both_placements(bases, kind, pla
         assert (reader.cache.hits, reader.cache.misses) == ((6, 6) if placement == "decoder" else (0, 0))
 
 
-@pytest.mark.parametrize("with_lead", [False, True])
+@pytest.mark.parametrize("with_lead", extended_beyond([True], [False, True]))
 @pytest.mark.parametrize("case", ["infix", "shared", "template"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "bloom", "qwen2_window", "gemma2", "deepseek_v3"])
 def test_contexts_cold_warm_and_after_a_lead_give_the_plain_forward(bases, kind, case, with_lead):

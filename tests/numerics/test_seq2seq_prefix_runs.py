@@ -105,7 +105,7 @@ def test_a_sweep_trains_each_member_as_alone(tiny_bases, tmp_path, placement):
 
 
 def test_a_run_from_a_text_resumes_bit_for_bit_and_its_prompt_is_a_start(tiny_bases, tmp_path):
-    sharded = {"deepspeed": zero_json(3), "checkpoint": {"every": 10, "keep": 9}}
+    sharded = {"deepspeed": zero_json(3), "checkpoint": {"every": 3, "keep": 9}, "train": {"max_steps": 6}}
     moving = PROMPT | {"init": "text", "init_text": "Write in capitals"}
     cases = {"plain": ("t5", moving), "mlp": ("bart", moving | {"reparameterization": "mlp"})}
     specs = [write_run(tmp_path, n, tiny_bases[kind], prompt, **sharded) for n, (kind, prompt) in cases.items()]
@@ -115,14 +115,14 @@ def test_a_run_from_a_text_resumes_bit_for_bit_and_its_prompt_is_a_start(tiny_ba
         copy = tmp_path / f"{name}-resumed"
         shutil.copytree(runs[name], copy)
         (copy / "summary.json").unlink()
-        shutil.rmtree(copy / "checkpoints" / "step-00000020")
+        shutil.rmtree(copy / "checkpoints" / "step-00000006")
         again.append((str(runs[name] / "config.json"), [f"output_dir={copy}"]))
     stay = sharded | {"train": {"max_steps": 1, "learning_rate": 1e-30}}
     file = {"init": "file", "init_file": str(runs["plain"])}
     again.append(write_run(tmp_path, "from_file", tiny_bases["t5"], PROMPT | file, **stay))
     train_all(again, tmp_path, num_ranks=2)
     for name in cases:
-        files = [tmp_path / run / "checkpoints" / "step-00000020" for run in (name, f"{name}-resumed")]
+        files = [tmp_path / run / "checkpoints" / "step-00000006" for run in (name, f"{name}-resumed")]
         for found in ("prompt.safetensors", "optimizer.safetensors"):
             assert (files[0] / found).read_bytes() == (files[1] / found).read_bytes(), (name, found)
     ends = [load_prompt(tmp_path / name / "prompt")[0] for name in ("plain", "from_file")]

@@ -148,7 +148,9 @@ def test_what_deepspeeds_json_may_change_changes_no_curve(tiny_bases, references
     }
     specs = []
     for quantization in ("none", "int8"):
-        for name, json_ in settings.items():
+        # int8 weights differ in how they are gathered, not in what is offloaded
+        for name in settings if quantization == "none" else ("plain", "checkpointed", "persistent"):
+            json_ = settings[name]
             spec = write_run(
                 tmp_path, f"{quantization}-{name}", base, quantization=quantization,
                 **json_,

@@ -3,9 +3,9 @@
 #
 # usage: tests/run.sh [--fast | --all] [PYTEST ARGUMENT ...]
 # --fast leaves out the long tests and those that need a Slurm cluster, and takes less than 3 minutes on 2 cores.
-# --all adds what is too long for CI: whole products of methods, bases, precisions and ranks, of which CI takes each
-# once; more faults on Slurm and its time limits, NVMe offload (needs libaio-dev), the
-# clouds' own parsers, and an install without a network (needs root).
+# --all adds what is too long for CI: whole products of methods, bases, precisions and ranks (CI takes each of them
+# once), more faults on Slurm and its time limits, NVMe offload (needs libaio-dev), the clouds' own parsers, and an
+# install without a network (needs root).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

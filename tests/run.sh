@@ -31,5 +31,6 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes would compile the package, each for itself
 # Two workers, each with one file at a time: most tests use one core. tests/conftest.py puts the longest files first.
 exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=15 "${arguments[@]}"

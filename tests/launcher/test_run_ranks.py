@@ -140,7 +140,6 @@ def test_ctrl_c_saves_and_a_second_one_ends(tmp_path: Path):
 
 
 @pytest.mark.long
-@pytest.mark.extended  # run/test_safety.py kills torchrun, cluster/test_faults.py a launcher under Slurm
 def test_a_killed_launcher_leaves_no_process(tmp_path: Path):
     nodes = Nodes(tmp_path, write_config(tmp_path / "c.yaml", train={"max_steps": 100_000}), names="a", PTUNE_PROCS=1)
     nodes.wait_for_steps()

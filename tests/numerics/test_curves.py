@@ -9,7 +9,7 @@ import torch
 
 from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import run_module
-from tests.conftest import ARCHITECTURES, write_config
+from tests.conftest import ARCHITECTURES, extended_beyond, write_config
 from tests.numerics.plain import NUM_VIRTUAL, peft_curve, plain_curve, write_initial_prompt
 
 SCRIPT = str(Path(__file__).with_name("train_many.py"))
@@ -76,7 +76,7 @@ def test_every_architecture_trains_as_a_plain_loop_and_as_peft_does(tiny_bases, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", extended_beyond([1, 2], [1, 2, 4]))  # four ranks: test_sharding
 def test_the_curve_depends_on_no_stage_no_world_size_no_micro_batch(tiny_bases, tmp_path, num_ranks):
     base = tiny_bases["llama"]
     expected = plain_curve(base)

@@ -99,17 +99,16 @@ def test_one_node_trains_as_a_plain_loop_and_saves_and_evaluates_at_exchanges(al
     assert [step for step in alone.steps() if "exchange_s" in alone.lines()[step - 1]] == [4, 8, 12, 16, 18]
 
 
-def test_a_node_joins_and_the_writer_is_killed_within_a_period(tmp_path, alone, start):
-    cluster = Cluster(tmp_path / "killed", train=LOCAL, prompt=start, **SECTIONS)
-    writer = cluster.start("first", "train.min_nodes=2")  # it waits for the other one, which trains on alone
-    other = cluster.start("second")
+def test_the_writer_is_killed_within_a_period_and_another_node_joins(tmp_path, alone, start):
+    cluster = Cluster(tmp_path / "killed", train={**LOCAL, "min_nodes": 2}, prompt=start, **SECTIONS)
+    nodes = [cluster.start(name) for name in ("first", "second")]
     cluster.wait_for_step(1)
-    cluster.wait_for_member("second")
-    writer.kill()
-    assert writer.finish() == {-signal.SIGKILL}
-    assert other.finish() == {0}, other.output
+    nodes[0].kill()
+    nodes.append(cluster.start("third"))
+    assert [node.finish() for node in nodes] == [{-signal.SIGKILL}, {0}, {0}], nodes[1].output + nodes[2].output
     check_same(cluster, alone)
-    assert cluster.history()[-1]["blocks"] == {"second": [[0, WORKERS]]}
+    log = (cluster.run / "train.log").read_text()
+    assert "without first" in log and "third joins" in log
 
 
 def test_a_run_that_is_resumed_at_an_exchange_is_the_undisturbed_one(tmp_path, alone, start):

@@ -99,7 +99,7 @@ def test_one_node_trains_as_a_plain_loop_and_saves_and_evaluates_at_exchanges(al
     assert [step for step in alone.steps() if "exchange_s" in alone.lines()[step - 1]] == [4, 8, 12, 16, 18]
 
 
-def test_the_writer_is_killed_within_a_period_and_another_node_joins(tmp_path, alone, start):
+def test_a_node_is_killed_within_a_period_and_another_one_joins(tmp_path, alone, start):
     cluster = Cluster(tmp_path / "killed", train={**LOCAL, "min_nodes": 2}, prompt=start, **SECTIONS)
     nodes = [cluster.start(name) for name in ("first", "second")]
     cluster.wait_for_step(1)

@@ -2,11 +2,12 @@
 
 import signal
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ptune_dist.run.checkpoint import list_checkpoints
 from tests.conftest import TINY
@@ -37,10 +38,14 @@ SECTIONS = {
 }
 
 
+def width_of(base: PreTrainedModel) -> int:
+    return base.get_input_embeddings().get_parameter("weight").shape[1]
+
+
 def plain_local_steps() -> tuple[list[float], torch.Tensor]:
     """Losses and the last prompt of DiLoCo with averaged inner states: AdamW, clipping at 1, outer SGD by torch."""
     base = load_plain(TINY / "causal")
-    prompt = torch.nn.Parameter(initial_vectors(base.get_input_embeddings().embedding_dim))
+    prompt = torch.nn.Parameter(initial_vectors(width_of(base)))
     outer = torch.optim.SGD([prompt], lr=LOCAL["outer_lr"], momentum=LOCAL["outer_momentum"], nesterov=True)
     steps = list(islice(padded_batches(AutoTokenizer.from_pretrained(TINY / "causal")), STEPS))
     state: dict[str, torch.Tensor] = {}
@@ -70,9 +75,10 @@ def plain_local_steps() -> tuple[list[float], torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory) -> dict[str, str]:
-    width = load_plain(TINY / "causal").get_input_embeddings().embedding_dim
-    path = write_initial_prompt(width, tmp_path_factory.mktemp("start") / "start.safetensors")
+def start(tmp_path_factory) -> dict[str, Any]:
+    path = write_initial_prompt(
+        width_of(load_plain(TINY / "causal")), tmp_path_factory.mktemp("start") / "start.safetensors"
+    )
     return {"num_virtual_tokens": NUM_VIRTUAL, "init": "file", "init_file": str(path)}
 
 

@@ -24,10 +24,15 @@ from ptune_dist.errors import UserError
 from ptune_dist.loop import train
 from ptune_dist.run.metrics_log import read_metrics
 
-PERIODS = (4, 16, 64)
-NUM_WORKERS = (2, 4)
-# name in the table -> outer_lr and outer_momentum
-OUTER = {"mean": (1.0, 0.0), "Nesterov 0.7, 0.9": (0.7, 0.9)}
+MEAN = (1.0, 0.0)  # outer_lr and outer_momentum: prompts move to the workers' mean
+OF_THE_PAPER = (0.7, 0.9)
+# Steps of a period, workers, outer_lr and outer_momentum.
+SETTINGS = (
+    (1, 1, MEAN),
+    *((period, num_workers, MEAN) for num_workers in (2, 4) for period in (4, 16, 64)),
+    *((period, 4, OF_THE_PAPER) for period in (4, 16, 64)),
+)
+PERIODS = sorted({period for period, *_ in SETTINGS})
 BATCH_SIZE = 16
 NUMBERS = ("loss", "exact_match")
 COMMON = (
@@ -39,35 +44,25 @@ COMMON = (
 )
 
 
-def list_settings() -> dict[str, list[str]]:
-    """What is compared, by name: overrides of the config."""
-    found = {"every step": ["train.sync_every=1"]}
-    for outer, (rate, momentum) in OUTER.items():
-        for num_workers in NUM_WORKERS:
-            for period in PERIODS:
-                found[name_of(period, num_workers, outer)] = [
-                    f"train.sync_every={period}",
-                    f"train.num_workers={num_workers}",
-                    f"train.outer_lr={rate}",
-                    f"train.outer_momentum={momentum}",
-                ]
-    return found
+def name_of(period: int, num_workers: int, outer: tuple[float, float]) -> str:
+    return f"{period} steps, {num_workers} workers, {outer[0]:g}, {outer[1]:g}"
 
 
-def name_of(period: int, num_workers: int, outer: str) -> str:
-    return f"{period} steps, {num_workers} workers, {outer}"
-
-
-def measure(folder: Path, overrides: list[str], num_steps: int, seed: int) -> dict[str, float]:
+def measure(
+    folder: Path, period: int, num_workers: int, outer: tuple[float, float], *, num_steps: int, seed: int
+) -> dict[str, float]:
     """Train once; returns the numbers of the last prompt on the validation rows."""
     out = Path(tempfile.mkdtemp(dir=folder)) / "run"
     own = [
+        *COMMON,
         f"output_dir={out}",
         f"seed={seed}",
         f"train.max_steps={num_steps}",
         f"train.batch_size={BATCH_SIZE}",
-        *COMMON,
-        *overrides,
+        f"train.sync_every={period}",
+        f"train.num_workers={num_workers}",
+        f"train.outer_lr={outer[0]}",
+        f"train.outer_momentum={outer[1]}",
     ]
     assert train(load_config(CONFIG, own)) == 0
     summary = json.loads((out / "summary.json").read_text())
@@ -91,17 +86,14 @@ def count_bytes(folder: Path, period: int) -> float:
 
 
 def render(content: dict) -> str:
-    """A row for each period and number of workers: means over seeds, with the lowest and highest."""
-    header = ["steps of a period", "workers", "bytes sent in a step"]
-    rows = [[*header, *(f"{outer}: {name.replace('_', ' ')}" for outer in OUTER for name in NUMBERS)]]
-    single = describe(content["runs"]["every step"])
-    rows.append(["1", "-", describe_bytes(content, 1), *(single * len(OUTER))])
-    for num_workers in NUM_WORKERS:
-        for period in PERIODS:
-            cells = [describe(content["runs"][name_of(period, num_workers, outer)]) for outer in OUTER]
-            own = [cell for some in cells for cell in some]
-            rows.append([str(period), str(num_workers), describe_bytes(content, period), *own])
-    num_seeds = len(content["runs"]["every step"])
+    """A row for each setting: means over seeds, with the lowest and highest."""
+    header = ["steps of a period", "workers", "`outer_lr`, `outer_momentum`", "bytes sent in a step"]
+    rows = [[*header, *(name.replace("_", " ") for name in NUMBERS)]]
+    for period, num_workers, outer in SETTINGS:
+        cells = ["1", "-", "-"] if period == 1 else [str(period), str(num_workers), f"{outer[0]:g}, {outer[1]:g}"]
+        sent = f"{content['bytes_per_step'][str(period)]:,.0f}"
+        rows.append([*cells, sent, *describe(content["runs"][name_of(period, num_workers, outer)])])
+    num_seeds = len(next(iter(content["runs"].values())))
     facts = (
         f"The quickstart's task, {content['steps']} steps of {BATCH_SIZE} rows, {num_seeds} seeds: validation loss and "
         "exact match of the last prompt, the mean and, in brackets, the lowest and highest. Bytes are those that each "
@@ -118,16 +110,12 @@ def describe(runs: list[dict[str, float]]) -> list[str]:
     return cells
 
 
-def describe_bytes(content: dict, period: int) -> str:
-    return f"{content['bytes_per_step'][str(period)]:,.0f}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--document", type=Path)
     parser.add_argument("--again", action="store_true", help="only fill the document, from an existing --out")
-    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args(arguments)
     try:
@@ -135,10 +123,12 @@ def main(arguments: list[str] | None = None) -> int:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 runs = {
-                    name: [measure(folder, overrides, args.steps, seed) for seed in range(args.seeds)]
-                    for name, overrides in list_settings().items()
+                    name_of(*setting): [
+                        measure(folder, *setting, num_steps=args.steps, seed=seed) for seed in range(args.seeds)
+                    ]
+                    for setting in SETTINGS
                 }
-                sent = {str(period): count_bytes(folder, period) for period in (1, *PERIODS)}
+                sent = {str(period): count_bytes(folder, period) for period in PERIODS}
             content = {"name": "local_steps", "steps": args.steps, "runs": runs, "bytes_per_step": sent}
             write_result(str(args.out), content | describe_machine())
         if args.document:

@@ -154,8 +154,9 @@ class Period:
         for name, mean in zip(self._names, means, strict=True):
             if not self._move(name, mean):
                 faults[name] = "the prompt is not finite after the local steps of a worker"
-        failed = [step for step, found in zip(self._steps, losses, strict=True) if not all(map(math.isfinite, found))]
-        steps = [self._taken(step, *found) for step, *found in zip(self._steps, self._read, losses, norms, strict=True)]
+        failed = [step for step, own in zip(self._steps, losses, strict=True) if not all(map(math.isfinite, own))]
+        found = zip(self._steps, self._read, losses, norms, strict=True)
+        steps = [self._taken(step, read, own, of_gradients) for step, read, own, of_gradients in found]
         return Ended(steps, faults, failed[0] if failed else self._steps[-1])
 
     def _move(self, name: str, mean: torch.Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Make the tiny bases of the recipes: `python -m ptune_dist.tiny.task_bases` (about 5 minutes for each on one core).
 
-GPT-2, T5 and BERT shapes with under a million parameters share a tokenizer of 2,048 byte-level BPE tokens. As
+GPT-2, Llama, T5 and BERT shapes with under a million parameters share a tokenizer of 2,048 byte-level BPE tokens. As
 the real T5 was, all but BERT are trained on several tasks that are asked for by name, here on examples of `material.py`
 that no recipe uses. Without a name, any of an input's tasks may be wanted: a soft prompt has something to select. BERT
 is trained on masked tokens, on which sentences belong together, and then on the sentiment of reviews. Nothing is
@@ -21,6 +21,8 @@ from transformers import (
     BertForPreTraining,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -68,10 +70,25 @@ def build_tokenizer(texts: list[str], *, adds_cls: bool) -> PreTrainedTokenizerF
 
 
 def build_gpt2() -> GPT2LMHeadModel:
+    """Positions start as small sinusoids: random ones hide the words at first, and learning takes longer."""
     sizes = {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 256, "activation_function": "gelu_pytorch_tanh"}
     config = GPT2Config(vocab_size=VOCAB_SIZE, bos_token_id=EOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     config.update(sizes | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    positions = model.transformer.wpe.weight.data
+    num_positions, width = positions.shape
+    angles = torch.arange(num_positions)[:, None] * 1000.0 ** -(torch.arange(0, width, 2) / width)
+    positions[:, 0::2] = 0.01 * angles.sin()
+    positions[:, 1::2] = 0.01 * angles.cos()
+    return model
+
+
+def build_llama() -> LlamaForCausalLM:
+    config = LlamaConfig(vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=320, num_hidden_layers=3)
+    config.update({"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256})
+    config.update({"tie_word_embeddings": True, "head_dim": 32})
+    config.update({"bos_token_id": None, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID})
+    return LlamaForCausalLM(config)
 
 
 def build_t5() -> T5ForConditionalGeneration:
@@ -226,8 +243,9 @@ Losses = Callable[..., list[torch.Tensor]]
 review_losses = functools.partial(causal_losses, kinds=("review",) * 8 + ("question", "record"))
 # Name -> how it is built, and its stages, each with its losses, batch size, learning rate and number of steps.
 BASES: dict[str, tuple[Callable[[], PreTrainedModel], list[tuple[Losses, int, float, int]]]] = {
-    "gpt2": (build_gpt2, [(causal_losses, 16, 3e-3, 1000), (review_losses, 32, 1e-3, 400)]),
-    "t5": (build_t5, [(t5_losses, 16, 3e-3, 800)]),
+    "gpt2": (build_gpt2, [(causal_losses, 16, 2e-3, 4000), (review_losses, 32, 1e-3, 800)]),
+    "llama": (build_llama, [(causal_losses, 16, 2e-3, 2000), (review_losses, 32, 1e-3, 800)]),
+    "t5": (build_t5, [(t5_losses, 16, 3e-3, 4000)]),
     "bert": (build_bert, [(bert_losses, 32, 3e-3, 600), (bert_review_losses, 32, 1e-3, 300)]),
 }
 

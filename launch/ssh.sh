@@ -7,7 +7,8 @@
 # access without a password prompt. The first host is the head; if the others cannot reach it by that name, set
 # PTUNE_HEAD_ADDRESS.
 # Each line of output starts with its host. If one host fails, or on Ctrl-C, the others are asked to save and exit; the
-# status of the first failure is returned. PTUNE_SSH="ssh -p 2222" replaces ssh.
+# status of the first failure is returned. With train.nodes=replicas the others continue without a host that fails, and
+# the status is 0 if one of them finishes the run. PTUNE_SSH="ssh -p 2222" replaces ssh.
 set -uo pipefail
 [ $# -ge 2 ] || { echo "usage: launch/ssh.sh HOSTFILE [--check] CONFIG [key.path=value ...]" >&2; exit 2; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -34,7 +35,8 @@ settings=(
   PTUNE_NUM_NODES=${#hosts[@]} PTUNE_HEAD_ADDRESS="${PTUNE_HEAD_ADDRESS:-${names[0]}}"
   PTUNE_NODE_NAMES="$(IFS=,; echo "${names[*]}")" PTUNE_JOB_ID="ssh-$(date +%Y%m%d-%H%M%S)-$$" PTUNE_STOP_WITH_INPUT=1
 )
-for name in PTUNE_SITE PTUNE_PORT PTUNE_PYTHON PTUNE_START_TIMEOUT_S PTUNE_LOAD_TIMEOUT_S PTUNE_MAX_RESTARTS; do
+for name in PTUNE_SITE PTUNE_PORT PTUNE_PYTHON PTUNE_START_TIMEOUT_S PTUNE_LOAD_TIMEOUT_S PTUNE_MAX_RESTARTS \
+  PTUNE_RENDEZVOUS PTUNE_TLS; do
   [ -z "${!name:-}" ] || settings+=("$name=${!name}")
 done
 read -ra ssh <<<"${PTUNE_SSH:-ssh}"
@@ -62,12 +64,15 @@ run_hosts() { # prints the exit status of each host
   wait
 }
 
+nodes=$("$root/launch/run.sh" --show-nodes "$@" 2>/dev/null)
 exec 3>&1
-first=0
+first=0 is_finished=''
 while read -r status; do
+  if [ "$status" = 0 ]; then is_finished=1; fi
   if [ "$status" != 0 ] && [ "$first" = 0 ]; then
     first=$status
-    stop_hosts
+    if [ "$nodes" != replicas ]; then stop_hosts; fi
   fi
 done < <(run_hosts "$@")
+if [ "$nodes" = replicas ] && [ -n "$is_finished" ]; then first=0; fi
 exit "$first"

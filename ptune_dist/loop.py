@@ -1,5 +1,6 @@
 """THE loop. Read `train`, then `run_steps`; the rest of this file is what they name."""
 
+import contextlib
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -7,23 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ptune_dist.cluster.node_check import check_nodes
 from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome
 from ptune_dist.common.progress_line import BusyLine
 from ptune_dist.config.schema import Config
 from ptune_dist.data.training_rows import TrainingRows
-from ptune_dist.distributed.world import World, from_main, init_distributed, together
+from ptune_dist.distributed.world import World, from_main, init_distributed, together, write
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.averaging import keep_average
-from ptune_dist.evaluation.during_training import StopAgreed, agree_on_stop, evaluate_members, is_due, is_evaluation_due
+from ptune_dist.evaluation.during_training import evaluate_members, is_due, is_evaluation_due
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.evaluation.generate import pad_id
 from ptune_dist.evaluation.row_warnings import find_warnings
 from ptune_dist.evaluation.sources import choose_sources
 from ptune_dist.evaluation.splits import RunRows, build_splits, describe_skipped, find_lead, measure_scales, write_rows
 from ptune_dist.optim.optimizer import learning_rate_at
+from ptune_dist.optim.prompt_state import Measured
 from ptune_dist.reports.of_run import write_run_report
 from ptune_dist.run.accumulate import Accumulator
 from ptune_dist.run.batches_ahead import BatchesAhead, StepPlan, StepSource
@@ -36,18 +36,22 @@ from ptune_dist.run.folder import (
 )
 from ptune_dist.run.job import Job, build_job
 from ptune_dist.run.length import settle_length
-from ptune_dist.run.metrics_log import Listener, MetricsWriter
+from ptune_dist.run.metrics_log import Listener
+from ptune_dist.run.one_world import OneWorld
 from ptune_dist.run.open_log import open_metrics
-from ptune_dist.run.progress import Progress, checkpoint, restore, store_prompt
+from ptune_dist.run.open_nodes import describe_traffic, open_nodes, settle_nodes
+from ptune_dist.run.progress import Progress, checkpoint, store_prompt
 from ptune_dist.run.reading import build_reading
+from ptune_dist.run.replicas import Replicas
 from ptune_dist.run.resolve import resolve_whole
+from ptune_dist.run.shared_pen import Log, SharedPen
 from ptune_dist.run.slow_start import find_slow_starts
 from ptune_dist.run.status import end_status, mark_running
 from ptune_dist.run.step_lines import step_lines
 from ptune_dist.run.summary import build_summary, describe_start, say_finished, write_summaries
 from ptune_dist.run.throughput import StepCount
 from ptune_dist.run.trained_tokens import describe_trained_tokens
-from ptune_dist.run.watch import STOPPED_REASON, Watch, failure_in_status
+from ptune_dist.run.watch import STOPPED_REASON, StopAgreed, Watch, failure_in_status
 
 
 @dataclass
@@ -59,9 +63,10 @@ class Training:
     accumulate: Accumulator
     evaluators: dict[str, Evaluator]
     progress: Progress
-    metrics: MetricsWriter | None
+    metrics: Log | None
     watch: Watch
     world: World
+    nodes: OneWorld | Replicas
 
     @property
     def config(self) -> Config:
@@ -84,6 +89,9 @@ def train(config: Config, listener: Listener | None = None) -> int:
     """
     world = init_distributed()
     config, _ = together(world, lambda: resolve_whole(config))
+    config = settle_nodes(config, world)
+    if config.train.nodes == "replicas":
+        world = replace(world, pen=SharedPen())
     together(world, lambda: check_run_dir(config))
     summary = from_main(world, lambda: is_finished(config))
     if summary:
@@ -110,10 +118,12 @@ def train(config: Config, listener: Listener | None = None) -> int:
         job.engine.contexts.set_lead(*find_lead(rows.examples))
         run_dir = Path(config.output_dir)
         watch.begin_run()
-        with on_main(world, lambda: lock_run_dir(config)), on_main(world, lambda: failure_in_status(run_dir)):
+        lock = on_main(world, lambda: lock_run_dir(config))
+        with lock, on_main(world, lambda: failure_in_status(run_dir, world.pen)):
             notes = lengths + describe_skipped(config, read) + [f"warning: {line}" for line in warnings]
             notes += [prompt.head_note for prompt in job.prompts.values() if prompt.head_note]
             notes += describe_trained_tokens(job.prompts, read.splits, reading)
+            notes += describe_traffic(job, list(job.members))
             return train_job(job, read, notes, watch, world, listener)
 
 
@@ -122,46 +132,48 @@ def train_job(
 ) -> int:
     """What `train` does once everything is loaded and the run's folder is locked; `notes` go to the log. Collective."""
     config = job.config
-    rows = read.training
-    evaluators = read.evaluators
     run_dir = Path(config.output_dir)
-    progress = restore(job, rows, world)
-    chosen = choose_sources(job, rows, world)
-    together(world, lambda: mark_running(run_dir) if world.is_main else None)
-    together(world, lambda: write_run_configs(config, job.members) if world.is_main else None)
-    together(world, lambda: write_rows(job.reading, read) if world.is_main else None)
-    together(world, lambda: watch.begin_steps(run_dir))
-    end = Outcome(DONE)
-    summary: dict[str, Any] = {}
-    if job.micro_batch.may_halve:
-        together(world, lambda: job.micro_batch.store(run_dir) if world.is_main else None)
-    source = StepSource(job.engine, rows, world, job.micro_batch.tokens, pad_id(job.tokenizer))
-    with on_main(world, lambda: open_metrics(job, progress)) as metrics, BatchesAhead(source) as batches:
-        say = metrics.say if metrics else lambda _: None
-        if metrics:
-            metrics.listener = listener
-        accumulate = Accumulator(job, batches, world, watch.beat, say)
-        training = Training(job, rows, accumulate, evaluators, progress, metrics, watch, world)
-        held_out = next((evaluator.split.examples for evaluator in evaluators.values()), None)
-        if world.is_main:
-            training.say(describe_start(job, rows, held_out, progress, world))
-            for line in chosen:
-                training.say(line)
-            for line in notes:
-                training.say(line)
-        try:
-            run_steps(training)
-            summary = finish(training)
-        except StopAgreed:
-            end = Outcome(STOPPED, STOPPED_REASON)
-            training.say(f"stopped at step {progress.step} on request; the same command resumes")
-    if world.is_main:
-        end_status(run_dir, end)
-    if world.is_main and end.kind == DONE:
-        write_run_report(run_dir)
+    notes = choose_sources(job, read.training, world) + notes
+    end = Outcome(STOPPED, STOPPED_REASON)
+    with open_nodes(job, read.training, watch, world) as nodes:
+        with contextlib.suppress(StopAgreed):  # it has waited for other nodes
+            progress = nodes.begin(read.training)
+            write(world, lambda: mark_running(run_dir))
+            write(world, lambda: write_run_configs(config, job.members))
+            write(world, lambda: write_rows(job.reading, read))
+            together(world, lambda: watch.begin_steps(run_dir))
+            if job.micro_batch.may_halve:
+                write(world, lambda: job.micro_batch.store(run_dir))
+            source = StepSource(job.engine, read.training, world, job.micro_batch.tokens, pad_id(job.tokenizer))
+            with on_main(world, lambda: open_metrics(job, progress, world)) as metrics, BatchesAhead(source) as batches:
+                accumulate = Accumulator(job, batches, world, watch.beat, metrics.say if metrics else lambda _: None)
+                evaluators = read.evaluators
+                training = Training(job, read.training, accumulate, evaluators, progress, metrics, watch, world, nodes)
+                if metrics:
+                    metrics.listener = listener
+                    say_start(training, notes)
+                try:
+                    run_steps(training)
+                    summary = finish(training)
+                    end = Outcome(DONE)
+                except StopAgreed:
+                    training.say(f"stopped at step {progress.step} on request; the same command resumes")
+            write(world, lambda: end_status(run_dir, end))
+        if end.kind == DONE:
+            write(world, lambda: write_run_report(run_dir))
+        nodes.end(is_done=end.kind == DONE)
     if end.kind == DONE:
         say_finished(config, summary, world)
     return end.exit_status
+
+
+def say_start(training: Training, notes: list[str]) -> None:
+    """The first lines of the log."""
+    evaluator = next(iter(training.evaluators.values()), None)
+    held_out = evaluator.split.examples if evaluator else None
+    training.say(describe_start(training.job, training.rows, held_out, training.progress, training.world))
+    for line in notes:
+        training.say(line)
 
 
 def run_steps(training: Training) -> None:
@@ -172,47 +184,56 @@ def run_steps(training: Training) -> None:
     """
     config = training.config
     progress = training.progress
-    if agree_on_stop(training.watch, training.metrics, training.world):  # asked while loading: there is nothing to save
+    nodes = training.nodes
+    if nodes.is_asked(training.metrics):  # while loading: there is nothing to save
         raise StopAgreed
-    if progress.evaluation_pending:
-        evaluate(training)
-    while not is_over(config, progress):
-        take_step(training)
+    while True:
+        if progress.evaluation_pending:
+            evaluate(training)
+        if is_over(config, progress):
+            return
+        if not take_step(training):
+            continue
         progress.evaluation_pending = bool(training.evaluators) and is_evaluation_due(config, progress.step)
-        is_asked = agree_on_stop(training.watch, training.metrics, training.world)
-        is_stopped = is_asked and not is_over(config, progress)
+        is_stopped = nodes.is_asked(training.metrics) and (nodes.has_left or not is_over(config, progress))
         if is_stopped or is_due(config.checkpoint.every_steps, progress.step, config):
             checkpoint(training.job, progress, training.world)
         if is_stopped:
             raise StopAgreed
-        if progress.evaluation_pending:
-            evaluate(training)
 
 
-def take_step(training: Training) -> None:
-    """One optimizer step of every live member: forward, backward, update, and a line of metrics. Collective."""
+def take_step(training: Training) -> bool:
+    """One optimizer step of every live member: forward, backward, update, and a line of metrics. Collective.
+
+    False where other nodes have trained on without this one, which is where they are then.
+    """
     engine = training.job.engine
     progress = training.progress
     began = time.perf_counter()
     gathers = engine.gathers.copy()
     step = progress.step + 1
     engine.contexts.take_counts()  # those of an evaluation belong to no step
-    plan, totals = training.accumulate(step, progress.live)
+    found = training.nodes.sum_step(training.accumulate, progress, training.metrics)
+    if found is None:
+        return False
+    plan, measured = found
     learning_rates = {name: learning_rate_at(step, training.job.members[name].train) for name in plan.examples}
-    losses = update_members(training, plan, totals, learning_rates)
+    losses = update_members(training, plan, measured, learning_rates)
     read = [i for chosen in plan.examples.values() for i in chosen]
     num_tokens = int(training.rows.examples.lengths_of(read).sum())
     gathered = engine.gathers.since(gathers)
     progress.count_step(losses, StepCount(time.perf_counter() - began, len(read), num_tokens, *gathered))
     training.watch.beat(step)
     if training.metrics:
-        training.metrics.step(*step_lines(training.job, progress, losses, learning_rates, training.world))
-        for line in find_slow_starts(training.job, progress):
-            training.say(f"warning: {line}")
+        line, of_members = step_lines(training.job, progress, losses, learning_rates, training.world)
+        training.metrics.step(line | training.nodes.facts(), of_members)
+        for text in find_slow_starts(training.job, progress):
+            training.say(f"warning: {text}")
+    return True
 
 
 def update_members(
-    training: Training, plan: StepPlan, totals: torch.Tensor, learning_rates: dict[str, float]
+    training: Training, plan: StepPlan, measured: Measured, learning_rates: dict[str, float]
 ) -> dict[str, float]:
     """The optimizer's step of every member whose numbers are finite; each member's loss. Collective.
 
@@ -220,7 +241,7 @@ def update_members(
     every rank.
     """
     engine = training.job.engine
-    sums, norms = engine.measure(list(learning_rates), totals)
+    sums, norms = measured
     by_member = dict(zip(engine.members, sums, strict=True))
     losses = {name: by_member[name] / divisor for name, divisor in plan.divisors.items()}
     faults = {name: f"the loss is {loss}" for name, loss in losses.items() if not math.isfinite(loss)}
@@ -285,7 +306,7 @@ def finish(training: Training) -> dict[str, Any]:
     if job.engine.recomputer:
         for line in job.engine.recomputer.describe_profile():
             training.say(line)
-    together(world, lambda: write_summaries(job, progress, signatures, summary) if world.is_main else None)
+    write(world, lambda: write_summaries(job, progress, signatures, summary))
     return summary
 
 

@@ -151,9 +151,15 @@ def run_forks(
 
 
 def start_ranks(
-    module: str, argv: list[str], folder: Path, num_ranks: int, num_nodes: int = 1, timeout: float = MAX_S
+    module: str,
+    argv: list[str],
+    folder: Path,
+    num_ranks: int,
+    num_nodes: int = 1,
+    timeout: float = MAX_S,
+    env: dict[str, str] | None = None,
 ) -> list[Started]:
-    """Fork the ranks of one job; their output goes to files in `folder`."""
+    """Fork the ranks of one job; their output goes to files in `folder`. `env`: more variables."""
     port = free_port()
     num_local = num_ranks // num_nodes
     started = []
@@ -168,8 +174,8 @@ def start_ranks(
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
             }
-        env = process_env({name: str(value) for name, value in place.items()})
-        started.append(shared_forker().start(module, argv, folder / f"rank-{rank}", env, timeout))
+        own = process_env({name: str(value) for name, value in place.items()} | (env or {}))
+        started.append(shared_forker().start(module, argv, folder / f"rank-{rank}", own, timeout))
     return started
 
 

@@ -24,15 +24,16 @@ LAYERS = [
     ["prompts", "base", "data"],
     ["distributed"],
     [
-        *("config", "metrics", "common", "errors"),
+        *("config", "metrics", "common", "errors", "nodes"),
         *("cluster.devices", "cluster.outcome", "cluster.processes", "cluster.rank_files", "cluster.torch_builds"),
+        *("cluster.link", "cluster.secret"),  # nodes prove to each other what launchers prove
     ],
 ]
 OUTSIDE = ("__init__", "__main__", "tiny")  # the version, the entry point, and the maker of the shipped bases
 MAX_TOP_LEVEL_MODULES = 6
 MAY_IMPORT_DEEPSPEED = ("zero", "bench")
 # Read on login nodes and by the launcher, which must not wait for torch.
-WITHOUT_TORCH = ("config", "metrics", "common", "errors", "cluster", "reports")
+WITHOUT_TORCH = ("config", "metrics", "common", "errors", "nodes", "cluster", "reports")
 WITH_TORCH = ("cluster.node_check",)  # it runs in the ranks
 
 

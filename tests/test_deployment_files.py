@@ -36,6 +36,8 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 TRAINJOB = yaml.safe_load((LAUNCH / "kubernetes" / "trainjob.yaml").read_text())
 JOBSET = yaml.safe_load((LAUNCH / "kubernetes" / "jobset.yaml").read_text())
 SKYPILOT = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+REPLICAS, SERVICE = yaml.safe_load_all((LAUNCH / "kubernetes" / "replicas.yaml").read_text())
+SKYPILOT_REPLICAS = yaml.safe_load((LAUNCH / "skypilot_replicas.yaml").read_text())
 AWS_BATCH = json.loads((LAUNCH / "aws_batch.json").read_text())
 AZURE_ML = yaml.safe_load((LAUNCH / "azureml.yaml").read_text())
 
@@ -43,13 +45,16 @@ PATCH = TRAINJOB["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]
 TRAINJOB_POD = PATCH["template"]["spec"]["template"]["spec"]
 JOB = JOBSET["spec"]["replicatedJobs"][0]["template"]["spec"]
 JOBSET_POD = JOB["template"]["spec"]
+REPLICAS_POD = REPLICAS["spec"]["template"]["spec"]
 (AWS_NODES,) = AWS_BATCH["nodeProperties"]["nodeRangeProperties"]
 
 COMMANDS = {
     "Dockerfile": json.loads(re.search(r"^CMD (.*)$", DOCKERFILE, re.MULTILINE)[1]),
     "trainjob.yaml": TRAINJOB["spec"]["trainer"]["command"],
     "jobset.yaml": JOBSET_POD["containers"][0]["command"],
+    "replicas.yaml": REPLICAS_POD["containers"][0]["command"],
     "skypilot.yaml": shlex.split(SKYPILOT["run"]),
+    "skypilot_replicas.yaml": shlex.split(SKYPILOT_REPLICAS["run"].splitlines()[-1].replace("$NODE", "0")),
     "aws_batch.json": AWS_NODES["container"]["command"],
     "azureml.yaml": shlex.split(AZURE_ML["command"].removeprefix("cd /opt/ptune_dist && ")),
 }
@@ -65,14 +70,25 @@ def mounts(containers: list[dict]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "content, kind", [(TRAINJOB, models.TrainerV1alpha1TrainJob), (JOBSET, models.JobsetV1alpha2JobSet)]
+    "content, kind",
+    [
+        (TRAINJOB, models.TrainerV1alpha1TrainJob),
+        (JOBSET, models.JobsetV1alpha2JobSet),
+        (REPLICAS, models.IoK8sApiBatchV1Job),
+        (SERVICE, models.IoK8sApiCoreV1Service),
+    ],
 )
 def test_kubernetes_knows_every_key_and_type(content: dict, kind: type):
     assert kind.from_dict(content).to_dict() == content  # unknown keys are dropped
 
 
 @pytest.mark.parametrize(
-    "content, schema", [(AWS_BATCH, "aws_batch_job_definition.json"), (SKYPILOT, "skypilot_task.json")]
+    "content, schema",
+    [
+        (AWS_BATCH, "aws_batch_job_definition.json"),
+        (SKYPILOT, "skypilot_task.json"),
+        (SKYPILOT_REPLICAS, "skypilot_task.json"),
+    ],
 )
 def test_the_cloud_knows_every_key_and_type(content: dict, schema: str):
     validator = jsonschema.Draft202012Validator(json.loads((ROOT / "tests" / "schemas" / schema).read_text()))
@@ -126,17 +142,20 @@ def test_the_launcher_accepts_every_command(file: str):
     parsed = parse(arguments)
     config = load_config(ROOT / parsed.config, parsed.overrides)
     shared = "${{outputs.runs}}" if file == "azureml.yaml" else "/runs"
-    assert config.output_dir == f"{shared}/quickstart"
+    own = "-0" if file == "skypilot_replicas.yaml" else ""
+    assert config.output_dir == f"{shared}/quickstart{own}"
+    assert config.train.nodes == ("replicas" if "replicas" in file else "one_world")
 
 
 def test_all_use_the_same_image():
     azure = AZURE_ML["environment"]["image"]
-    assert {TRAINJOB["spec"]["trainer"]["image"], JOBSET_POD["containers"][0]["image"], azure} == {IMAGE}
+    pods = [pod["containers"][0]["image"] for pod in (JOBSET_POD, REPLICAS_POD)]
+    assert {TRAINJOB["spec"]["trainer"]["image"], *pods, azure} == {IMAGE}
     assert AWS_NODES["container"]["image"] == IMAGE
     assert f"docker build --tag {IMAGE} ." in DOCKERFILE and f"docker build --tag {IMAGE} ." in DOCS
 
 
-@pytest.mark.parametrize("pod", [TRAINJOB_POD, JOBSET_POD], ids=["trainjob", "jobset"])
+@pytest.mark.parametrize("pod", [TRAINJOB_POD, JOBSET_POD, REPLICAS_POD], ids=["trainjob", "jobset", "replicas"])
 def test_a_pod_has_the_shared_volume_shared_memory_and_time_to_save(pod: dict):
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert mounts(pod["containers"]) == {"/runs": "runs", "/dev/shm": "shm"}
@@ -187,6 +206,38 @@ def test_only_a_mistake_fails_the_jobset_immediately(message: str, action: str):
     ]
     assert len(matching) == 1 and matching[0]["action"].startswith(action)
     assert action == "FailJobSet" or matching[0]["action"].endswith("IgnoreMaxRestarts")
+
+
+def test_a_pod_of_replicas_is_a_node_of_its_own_that_is_replaced_alone():
+    spec = REPLICAS["spec"]
+    assert spec["completions"] == spec["parallelism"] and spec["completionMode"] == "Indexed"
+    assert spec["backoffLimitPerIndex"] > 0 and "backoffLimit" not in spec
+    assert spec["successPolicy"]["rules"] == [{"succeededCount": 1}]
+    mistake, stopped, disrupted = spec["podFailurePolicy"]["rules"]
+    assert (mistake["action"], mistake["onExitCodes"]["values"]) == ("FailJob", [2])
+    assert (stopped["action"], stopped["onExitCodes"]["values"]) == ("Ignore", [75])
+    assert disrupted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    (container,) = REPLICAS_POD["containers"]
+    assert {rule["onExitCodes"]["containerName"] for rule in (mistake, stopped)} == {container["name"]}
+    env = {entry["name"]: entry.get("value", "1") for entry in container["env"]}
+    topology = find_topology(env | {"JOB_COMPLETION_INDEX": "3"})
+    assert (topology.num_nodes, topology.source) == (1, "one node")
+    # Kubernetes names the pods of an Indexed Job by its own name, and gives them a domain by the service's.
+    name = SERVICE["metadata"]["name"]
+    assert REPLICAS["metadata"]["name"] == REPLICAS_POD["subdomain"] == name and SERVICE["spec"]["clusterIP"] == "None"
+    assert SERVICE["spec"]["selector"] == spec["template"]["metadata"]["labels"]
+    assert f'"{name}-0.{name}:29599"' in (LAUNCH / "kubernetes" / "replicas.yaml").read_text()
+
+
+def test_a_replica_on_a_cloud_is_a_job_of_one_machine_with_the_ports_of_its_addresses():
+    assert SKYPILOT_REPLICAS["num_nodes"] == 1 and SKYPILOT_REPLICAS["resources"]["use_spot"]
+    text = (LAUNCH / "skypilot_replicas.yaml").read_text()
+    assert set(map(int, re.findall(r"[\w.)]:(\d{5})\b", text))) == set(SKYPILOT_REPLICAS["resources"]["ports"])
+    variables = [*SKYPILOT_REPLICAS["envs"], *SKYPILOT_REPLICAS["secrets"]]
+    comment, _, _ = text.partition("name: ptune-replica")
+    assert all(comment.count(f"{name}=") == 2 for name in variables)
+    for key in ("setup", "file_mounts"):
+        assert SKYPILOT_REPLICAS[key] == SKYPILOT[key]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +295,7 @@ def test_azure_ml_starts_one_launcher_per_node_with_a_permanent_output():
     }
 
 
-@pytest.mark.parametrize("file", ["trainjob.yaml", "jobset.yaml", "skypilot.yaml", "aws_batch.json", "azureml.yaml"])
+@pytest.mark.parametrize("file", [name for name in COMMANDS if name != "Dockerfile"])
 def test_the_docs_have_the_command_of_each_file(file: str):
     (path,) = LAUNCH.rglob(file)
     name = path.relative_to(ROOT).as_posix()

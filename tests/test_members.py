@@ -148,13 +148,14 @@ def test_a_member_that_a_step_brings_to_a_stand_leaves_no_number_that_is_not_fin
     sums = [2.0, 4.0, math.nan, 6.0]
     engine = SimpleNamespace(
         step=lambda rates, _: {name: what for name, what in faults.items() if name in rates}, grad_norm=norms.get,
-        contexts=SimpleNamespace(cache=None), members=list(NAMES), measure=lambda *_: Measured(sums, norms),
+        contexts=SimpleNamespace(cache=None), members=list(NAMES),
     )  # fmt: skip
     job, progress = SimpleNamespace(config=config, engine=engine), begin()
     rates = dict.fromkeys(NAMES, 0.5)
     world = World(0, 1, torch.device("cpu"))
     plan = StepPlan(1, {}, dict.fromkeys(NAMES, 2.0), 1)
-    losses = update_members(Training(job, None, None, {}, progress, None, None, world), plan, torch.zeros(4), rates)
+    training = Training(job, None, None, {}, progress, None, None, world, None)
+    losses = update_members(training, plan, Measured(sums, norms), rates)
     assert (losses["seed=0"], losses["seed=1"], losses["seed=3"]) == (1.0, 2.0, 3.0)
     progress.count_step(losses, StepCount(0.5, 4, 100))
     line, lines = step_lines(job, progress, losses, rates, world)

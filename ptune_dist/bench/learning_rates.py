@@ -11,12 +11,10 @@ A cell that --out has is not run again. A run that was stopped is resumed, so th
 before a cell that would not fit. To be feasible on a CPU, only short rows are used.
 """
 
-import argparse
 import hashlib
 import json
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from ptune_dist.bench.machine import describe_machine
-from ptune_dist.bench.quality import measurement_parser
+from ptune_dist.bench.cells import measure_cells
+from ptune_dist.bench.quality import measurement_parser, render_rows
 from ptune_dist.cluster.outcome import STOPPED, Outcome
 from ptune_dist.commands import build_run_evaluator
-from ptune_dist.common.files import replace_file
 from ptune_dist.config.load import load_config
 from ptune_dist.config.schema import Config
 from ptune_dist.config.sweep import expand_sweep
@@ -51,8 +48,7 @@ RATES = {
     "prompt_tuning": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
 }
 WORK = Path("runs/bench/learning_rates")
-MARK = "<!-- learning rates -->"
-END = "<!-- end learning rates -->"
+MARK = "learning rates"
 WORST_POINTS = -2.0  # an interval must not lie wholly below
 NUM_RESAMPLES = 500
 
@@ -196,7 +192,7 @@ def run_cell(cell: Cell, base: str, data: Path, work: Path) -> dict[str, Any] | 
     found = score_members(config, held_out, cell)
     summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder)
-    return {"config": cell.digest, "steps": summary["steps"], "wall_s": summary["wall_s"], **found}
+    return {"steps": summary["steps"], "wall_s": summary["wall_s"], **found}
 
 
 def score_members(config: Config, held_out: Path, cell: Cell) -> dict[str, Any]:
@@ -295,7 +291,7 @@ def render_table(content: dict[str, Any]) -> str:
         "its score",
         "difference",
     ]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines = [header]
     for cell in list_cells():
         found = content["cells"].get(cell.name)
         if not found:
@@ -316,17 +312,7 @@ def render_table(content: dict[str, Any]) -> str:
                 f"{own['difference']:+.1f} [{low:+.1f}, {high:+.1f}]",
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def fill_document(path: Path, content: dict[str, Any]) -> None:
-    """Replace the table between the document's marks. Raises UserError."""
-    text = path.read_text(encoding="utf-8")
-    before, found, rest = text.partition(MARK)
-    _, closed, after = rest.partition(END)
-    if not (found and closed):
-        raise UserError(f"{path}: no block between {MARK} and {END}")
-    path.write_text(f"{before}{MARK}\n{render_table(content)}\n{END}{after}", encoding="utf-8")
+    return render_rows(lines)
 
 
 def list_failed(content: dict[str, Any]) -> list[str]:
@@ -339,40 +325,21 @@ def list_failed(content: dict[str, Any]) -> list[str]:
     return failed
 
 
-def measure(args: argparse.Namespace, content: dict[str, Any]) -> int:
-    """Run the cells that are missing; returns an exit status."""
-    began = time.monotonic()
-    longest_s = 0.0
-    for cell in list_cells(args.steps):
-        done = content["cells"].get(cell.name, {}).get("config") == cell.digest
-        if done or (args.cell and cell.name not in args.cell):
-            continue
-        cell_began = time.monotonic()
-        if cell_began - began + longest_s > 60 * args.minutes:
-            print(f"{args.minutes:g} minutes are over: the same command continues with {cell.name}")
-            return Outcome(STOPPED).exit_status
-        print(f"cell {cell.name}", flush=True)
-        found = run_cell(cell, args.base, args.data, args.work)
-        if found is None:
-            return Outcome(STOPPED).exit_status
-        content["cells"][cell.name] = found
-        content |= describe_machine()
-        replace_file(args.out, (json.dumps(content, indent=1) + "\n").encode())
-        longest_s = max(longest_s, time.monotonic() - cell_began)
-    return 0
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = measurement_parser(__doc__, WORK)
     parser.add_argument("--cell", action="append", help="only this cell; may be repeated")
     parser.add_argument("--steps", type=int, help="of every training, in place of the tasks' own")
     args = parser.parse_args(arguments)
-    content = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    content = {"name": "learning_rates", "cells": {}} | content
+    cells = list_cells(args.steps)
     try:
-        status = 0 if args.again else measure(args, content)
-        if args.document:
-            fill_document(args.document, content)
+        status, content = measure_cells(
+            args,
+            "learning_rates",
+            cells,
+            lambda cell: run_cell(cell, args.base, args.data, args.work),
+            MARK,
+            render_table,
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -108,16 +108,22 @@ def render_rows(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def measurement_parser(text: str | None, work: Path) -> argparse.ArgumentParser:
-    """What the resumable measurements on a real base have in common. `work`: the folder of unfinished runs."""
+def resumable_parser(text: str | None, work: Path) -> argparse.ArgumentParser:
+    """What the resumable measurements have in common. `work`: the folder of unfinished runs."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="the base: a folder or a name on the hub")
-    parser.add_argument("--data", type=Path, required=True, help="the folder of the tasks' rows")
     parser.add_argument("--out", type=Path, required=True, help="the results, a JSON file")
     parser.add_argument("--document", type=Path, help="the page with the tables")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--again", action="store_true", help="run nothing: fill the document")
     parser.add_argument("--work", type=Path, default=work, help="the folder of unfinished runs")
+    return parser
+
+
+def measurement_parser(text: str | None, work: Path) -> argparse.ArgumentParser:
+    """As `resumable_parser`, on a real base."""
+    parser = resumable_parser(text, work)
+    parser.add_argument("--base", required=True, help="the base: a folder or a name on the hub")
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the tasks' rows")
     return parser
 
 

@@ -14,11 +14,12 @@ from ptune_dist.cluster.link import free_port
 from ptune_dist.cluster.node_facts import judge_facts
 from ptune_dist.cluster.node_links import NodeLinks
 from ptune_dist.cluster.outcome import DONE, RESTARTABLE, STOPPED, STOPPED_EARLY, Outcome
+from ptune_dist.cluster.rank_files import to_file_name
+from ptune_dist.cluster.record import Record, ReplicaRecord
 from ptune_dist.cluster.topology import Topology
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import RunFault, UserError
-from ptune_dist.run.folder import check_run_dir, describe_holder, is_finished, is_locked
-from ptune_dist.run.status import begin_status, end_status
+from ptune_dist.run.folder import check_run_dir, describe_holder, is_finished
 
 SECONDS_TO_END = 30.0  # for a node to end its ranks
 SECONDS_FOR_OTHERS = 60.0  # between the first node that finishes and the last
@@ -56,6 +57,7 @@ class Head(threading.Thread):
         self._limits = limits
         self._is_check = is_check
         self._run_dir = Path(config.output_dir if config else ".")
+        self.record = build_record(topology, config, self._run_dir)
 
     def run(self) -> None:
         try:
@@ -64,11 +66,17 @@ class Head(threading.Thread):
             outcome = self._describe_failure(error)
             with contextlib.suppress(Exception):
                 if not self._is_check:
-                    end_status(self._run_dir, outcome)
+                    self.record.end(outcome)
             with contextlib.suppress(Exception):
                 self._gather_nodes()  # the failure may have preceded them, and each must learn of it
+        with contextlib.suppress(Exception):
+            self._say(self.record.close(outcome))
         self._nodes.send_all(kind="leave", end=asdict(outcome))
         self._nodes.stop_listening()
+
+    def _say(self, line: str) -> None:
+        if line:
+            announce(line)
 
     def _describe_failure(self, error: Exception) -> Outcome:
         if isinstance(error, RunFault):
@@ -102,19 +110,19 @@ class Head(threading.Thread):
     def _make_attempt(self, attempt: int) -> Outcome:
         """Start the ranks of all nodes, and follow them to their outcome."""
         if not self._is_check:
-            begin_status(self._run_dir, self._topology.job_id, in_place=attempt > 0)
+            self._say(self.record.begin(in_place=attempt > 0))
         outcome = self._find_unfit_node() if attempt == 0 else None
         if outcome is None:
             self._nodes.outcomes.clear()
             self._nodes.send_all(kind="start", address=self._nodes.head_address, port=free_port())
             outcome = self._follow_attempt()
         if not self._is_check:
-            end_status(self._run_dir, outcome)
+            self.record.end(outcome)
         return outcome
 
     def _stop_between_attempts(self) -> Outcome:
         outcome = Outcome(STOPPED, "asked to stop before the ranks were restarted")
-        end_status(self._run_dir, outcome)
+        self.record.end(outcome)
         return outcome
 
     def _find_reason_to_leave(self, config: Config) -> Outcome | None:
@@ -137,7 +145,7 @@ class Head(threading.Thread):
         began = time.monotonic()
         give_up_at = began + SECONDS_FOR_LOCK
         is_told = False
-        while is_locked(self._run_dir):
+        while self.record.is_held():
             if not is_told and time.monotonic() > began + SECONDS_BEFORE_NOTICE:
                 announce(f"waiting: output_dir: {self._run_dir}: {describe_holder(self._run_dir)}")
                 is_told = True
@@ -222,6 +230,12 @@ class Head(threading.Thread):
         has_restarts_left = attempt < self._limits.max_restarts
         is_wanted = not (self._is_check or self._nodes.is_stop_requested)
         return outcome.kind in RESTARTABLE and has_restarts_left and is_wanted and self._nodes.have_all_ended()
+
+
+def build_record(topology: Topology, config: Config | None, run_dir: Path) -> Record:
+    if config is not None and config.train.nodes == "replicas":
+        return ReplicaRecord(run_dir, topology.job_id, to_file_name(topology.node_name))
+    return Record(run_dir, topology.job_id)
 
 
 def announce(text: str) -> None:

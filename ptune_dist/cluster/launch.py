@@ -4,19 +4,22 @@ import argparse
 import os
 import socket
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ptune_dist.cluster.devices import count_gpus
 from ptune_dist.cluster.head import Head, Limits, announce
 from ptune_dist.cluster.link import free_port, listen
 from ptune_dist.cluster.node import Node, NodeJob
 from ptune_dist.cluster.node_facts import NodeFacts, gather_facts
+from ptune_dist.cluster.node_memory import choose_nodes
 from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.cluster.requeue import RequeueLimits, may_requeue
-from ptune_dist.cluster.secret import create_secret, find_secret, random_text, remove_secret
+from ptune_dist.cluster.secret import create_secret, find_secret, random_text, read_variable, remove_secret
+from ptune_dist.cluster.slurm_job import requeue_orphaned_job
 from ptune_dist.cluster.stop_requests import StopRequests
-from ptune_dist.cluster.topology import Topology, describe_unknown_scheduler, find_topology
+from ptune_dist.cluster.topology import Topology, describe_unknown_scheduler, find_topology, stand_alone
 from ptune_dist.command_line.arguments import Parser
 from ptune_dist.config.load import load_config
 from ptune_dist.config.messages import text_keys
@@ -30,11 +33,26 @@ MAX_SILENCE_S = 30.0
 SECONDS_FOR_HEAD = 45.0
 
 
+@dataclass(frozen=True)
+class Place:
+    """This launcher's node in the job. `config` is None where it has a mistake; `num_replicas` is as in NodeJob."""
+
+    topology: Topology
+    config: Config | None
+    facts: NodeFacts
+    num_replicas: int
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns the job's exit status."""
     try:
         parsed = parse(arguments)
-        return launch(parsed) if parsed.may_requeue is None else answer_requeue(parsed)
+        if parsed.may_requeue is not None:
+            return answer_requeue(parsed)
+        if parsed.show_nodes:
+            print(load_settled(parsed, read_setting("SLURM_JOB_NUM_NODES", 1), count_gpus()).train.nodes)
+            return 0
+        return launch(parsed)
     except UserError as error:
         print_mistake(str(error))
         return 2
@@ -55,17 +73,10 @@ def launch(parsed: argparse.Namespace) -> int:
     """Run this node's part of the job; returns the exit status. Raises UserError."""
     requests = StopRequests()
     requests.listen()
-    topology = add_host_name(find_topology(os.environ, host_name=socket.gethostname()))
-    unknown = describe_unknown_scheduler(os.environ) if topology.source == "one node" else ""
-    if unknown:
-        announce(f"warning: {unknown}")
-    config, facts = read_node(parsed, topology)
-    if config is None and topology.num_nodes == 1:
-        raise UserError(facts.mistake)
-    if config is None and topology.node_rank == 0:
-        print_mistake(facts.mistake)  # immediately, as the other nodes may take long to join
-    if config and topology.node_rank == 0:
-        announce(describe_start(parsed, topology))
+    place = find_place(parsed)
+    topology = place.topology
+    config = place.config
+    facts = place.facts
     run_dir = Path(config.output_dir) if config else find_run_dir(parsed)
     if run_dir is None:
         raise UserError(facts.mistake)  # without the secret in the run's folder no other node can be told
@@ -88,6 +99,7 @@ def launch(parsed: argparse.Namespace) -> int:
         port=port,
         find_secret=lambda: secret or find_secret(run_dir),
         ends_with_parent=topology.source == "slurm",
+        num_replicas=place.num_replicas,
     )
     outcome = Node(job, requests).run()
     if head:
@@ -96,27 +108,71 @@ def launch(parsed: argparse.Namespace) -> int:
             remove_secret(run_dir)
         if config:
             print_outcome(outcome, run_dir, is_check=parsed.check)
+        if place.num_replicas > 1 and topology.source == "slurm" and head.record.is_last:
+            requeue_orphaned_job(os.environ, announce)
     return outcome.exit_status
 
 
-def describe_start(parsed: argparse.Namespace, topology: Topology) -> str:
+def find_place(parsed: argparse.Namespace) -> Place:
+    """Also prints the first line. Raises UserError."""
+    topology = add_host_name(find_topology(os.environ, host_name=socket.gethostname()))
+    unknown = describe_unknown_scheduler(os.environ) if topology.source == "one node" else ""
+    if unknown:
+        announce(f"warning: {unknown}")
+    config, facts = read_node(parsed, topology)
+    num_replicas = count_replicas(parsed, config, topology)
+    if num_replicas:
+        read_variable()  # a mistake in the secret, which the ranks read, should show now
+        topology = stand_alone(topology, os.environ.get("SLURM_ARRAY_TASK_ID", ""))
+    if config is None and topology.num_nodes == 1:
+        raise UserError(facts.mistake)
+    if config is None and topology.node_rank == 0:
+        print_mistake(facts.mistake)  # immediately, as the other nodes may take long to join
+    if config and topology.node_rank == 0:
+        announce(describe_start(parsed, topology, num_replicas))
+    return Place(topology, config, facts, num_replicas)
+
+
+def describe_start(parsed: argparse.Namespace, topology: Topology, num_replicas: int) -> str:
     """The first line: the ranks' own come after torchrun and they have imported torch."""
     what = "check" if parsed.check else "train"
     nodes = "1 node" if topology.num_nodes == 1 else f"{topology.num_nodes} nodes"
+    if num_replicas:
+        nodes = f"node {topology.node_name}, one of the run's replicas"
     return f"{what} {parsed.config} on {nodes}, importing torch ..."
+
+
+def count_replicas(parsed: argparse.Namespace, config: Config | None, topology: Topology) -> int:
+    """The nodes that were started together, if each trains in a world of its own; 0 if they are one world.
+
+    As replicas, each node's launcher is a head: what it does not know of the others the ranks find out.
+    """
+    asked = config.train.nodes if config else read_raw(parsed, "train.nodes")
+    if asked != "replicas":
+        return 0
+    if topology.num_nodes > 1:
+        return topology.num_nodes
+    return read_setting("SLURM_ARRAY_TASK_COUNT", 1)  # each job of an array is a node
 
 
 def find_run_dir(parsed: argparse.Namespace) -> Path | None:
     """The folder of a run whose config has a mistake; None if it cannot be read at all."""
-    try:
-        raw = read_yaml(parsed.config, text_keys())
-        for override in parsed.overrides:
-            if override.startswith("output_dir="):
-                apply_override(raw, override, text_keys())
-    except UserError:
-        return None
-    found = raw.get("output_dir")
+    found = read_raw(parsed, "output_dir")
     return Path(found).expanduser() if isinstance(found, str) and found else None
+
+
+def read_raw(parsed: argparse.Namespace, key: str) -> object:
+    """A key of a config that has a mistake; None if it cannot be read."""
+    try:
+        found: Any = read_yaml(parsed.config, text_keys())
+        for override in parsed.overrides:
+            if override.startswith(f"{key}="):
+                apply_override(found, override, text_keys())
+        for name in key.split("."):
+            found = found.get(name)
+    except (UserError, AttributeError):
+        return None
+    return found
 
 
 def build_limits(parsed: argparse.Namespace, config: Config | None) -> Limits:
@@ -146,10 +202,26 @@ def read_node(parsed: argparse.Namespace, topology: Topology) -> tuple[Config | 
     """The config, and the facts that the head compares between nodes. A mistake is such a fact."""
     name = topology.node_name
     try:
-        config = load_config(parsed.config, parsed.overrides)
-        return config, gather_facts(name, config, topology.num_procs, count_gpus())
+        num_gpus = count_gpus()
+        config = load_settled(parsed, topology.num_nodes, num_gpus)
+        return config, gather_facts(name, config, topology.num_procs, num_gpus)
     except UserError as error:
         return None, NodeFacts(name, mistake=str(error))
+
+
+def load_settled(parsed: argparse.Namespace, num_nodes: int, num_gpus: int) -> Config:
+    """The config, with `train.nodes: auto` settled for several nodes, also on the ranks' command line.
+
+    Raises UserError.
+    """
+    config = load_config(parsed.config, parsed.overrides)
+    if config.train.nodes != "auto" or num_nodes == 1:
+        return config
+    nodes, why = choose_nodes(config, num_gpus)
+    if not parsed.show_nodes:
+        announce(f"train.nodes=auto is {nodes}: {why}")
+    parsed.overrides.append(f"train.nodes={nodes}")
+    return load_config(parsed.config, parsed.overrides)
 
 
 def print_outcome(outcome: Outcome, run_dir: Path, *, is_check: bool) -> None:
@@ -182,6 +254,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="STATUS",
         help="given srun's exit status, exit with 75 if the job should be requeued",
     )
+    parser.add_argument("--show-nodes", action="store_true", help="print train.nodes and exit")
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     parsed = parser.parse_intermixed_args(arguments)

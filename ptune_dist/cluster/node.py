@@ -34,6 +34,7 @@ class NodeJob:
     port: int  # of the head
     find_secret: Callable[[], str]  # "" while this node does not have it
     ends_with_parent: bool  # whether the launcher must not outlive the process that started it
+    num_replicas: int = 0  # nodes that were started together and train as replicas; 0: they are one world
 
 
 class Node:
@@ -182,6 +183,7 @@ class Node:
             port=port,
             interface=find_interface(own_address) if topology.num_nodes > 1 else "",
             start_timeout_s=self._job.limits.start_timeout_s,
+            num_replicas=self._job.num_replicas,
         )
         self._ranks = Ranks(launch)
 

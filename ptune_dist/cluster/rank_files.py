@@ -8,6 +8,7 @@ import contextlib
 import json
 import mmap
 import os
+import re
 import shutil
 import signal
 import struct
@@ -25,6 +26,7 @@ from ptune_dist.common.locks import Lock, try_lock
 NODE_FOLDER = "PTUNE_NODE_FOLDER"
 NODE_NAME = "PTUNE_NODE_NAME"
 LAUNCHER_PID = "PTUNE_LAUNCHER_PID"
+EXPECTED_NODES = "PTUNE_EXPECTED_NODES"  # of replicas: how many were started together
 
 SHOW_STACKS = signal.SIGQUIT  # a rank writes its stacks, whatever it is doing, and continues
 HEARTBEAT = struct.Struct("=qqdd")  # process id, steps done, time, deadline of the next one (time.monotonic, in s)
@@ -34,6 +36,25 @@ def node_folder() -> Path | None:
     """The folder that this rank shares with its launcher; None without a launcher."""
     path = os.environ.get(NODE_FOLDER)
     return Path(path) if path else None
+
+
+def to_file_name(node: str) -> str:
+    """A file name made of a node's name: "2 (ip-10-0-0-21)" becomes "2-ip-10-0-0-21"."""
+    return re.sub(r"[^\w.-]+", "-", node).strip("-")
+
+
+def write_secret(folder: Path, secret: str) -> None:
+    """Pass PTUNE_SECRET to the ranks, which need it where nodes train as replicas; "" if it is not set."""
+    with open(os.open(folder / "secret", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(secret)
+
+
+def read_secret() -> str:
+    """What the launcher of this rank has passed; "" without one."""
+    folder = node_folder()
+    if folder is None or not (folder / "secret").exists():
+        return ""
+    return (folder / "secret").read_text()
 
 
 def is_launcher_dead() -> bool:

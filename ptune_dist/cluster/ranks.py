@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import resource
 import shutil
 import signal
@@ -23,6 +22,7 @@ from ptune_dist.cluster.link import OWN_PAUSE_S
 from ptune_dist.cluster.outcome import Outcome, find_cause
 from ptune_dist.cluster.processes import is_dead, send_signal, signal_on_parent_death, wait_until_dead
 from ptune_dist.cluster.rank_files import (
+    EXPECTED_NODES,
     LAUNCHER_PID,
     NODE_FOLDER,
     NODE_NAME,
@@ -32,9 +32,12 @@ from ptune_dist.cluster.rank_files import (
     read_heartbeats,
     request_stop,
     stack_file,
+    to_file_name,
+    write_secret,
 )
 from ptune_dist.cluster.rank_monitor import RankMonitor
 from ptune_dist.cluster.secret import VARIABLE as SECRET
+from ptune_dist.cluster.secret import read_variable
 
 SECONDS_FOR_STACKS = 3.0
 SECONDS_TO_END = 10.0
@@ -60,6 +63,7 @@ class RankLaunch:
     port: int  # of this attempt's store
     interface: str  # of the network between the nodes; "" leaves the choice to gloo
     start_timeout_s: float
+    num_replicas: int = 0  # as in NodeJob
 
 
 class Ranks:
@@ -72,6 +76,8 @@ class Ranks:
         self._monitor = RankMonitor(
             self.folder, launch.node, launch.num_procs, launch.start_timeout_s, on_gpu=launch.num_gpus > 0
         )
+        if launch.num_replicas:
+            write_secret(self.folder, read_variable())
         self._copiers: list[threading.Thread] = []
         self._checked_at = time.monotonic()
         self._all_reported_at = 0.0
@@ -170,8 +176,10 @@ class Ranks:
 
     def _keep_stacks(self) -> None:
         folder = self._launch.run_dir / "stacks"
+        if self._launch.num_replicas:  # whose ranks have the same numbers
+            folder /= to_file_name(self._launch.node)
         try:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob("rank-*.txt"):
                 if path.stat().st_size:
                     shutil.copyfile(path, folder / path.name)
@@ -256,8 +264,10 @@ def build_environment(launch: RankLaunch, folder: Path) -> dict[str, str]:
         LAUNCHER_PID: str(os.getpid()),
         NUM_GPUS: str(launch.num_gpus),
     }
+    if launch.num_replicas > 1:
+        ours[EXPECTED_NODES] = str(launch.num_replicas)
     env = defaults | os.environ | ours
-    env.pop(SECRET, None)  # of no use to ranks, and programs print their environment
+    env.pop(SECRET, None)  # programs print their environment; those that need it have a file
     return env
 
 
@@ -283,11 +293,6 @@ def wait_until_written(files: list[Path], seconds: float) -> None:
             return
         before = sizes
         time.sleep(0.1)
-
-
-def to_file_name(node: str) -> str:
-    """A file name made of a node's name: "2 (ip-10-0-0-21)" becomes "2-ip-10-0-0-21"."""
-    return re.sub(r"[^\w.-]+", "-", node).strip("-")
 
 
 def copy_lines(source: BinaryIO, sink: BinaryIO, log: BinaryIO | None) -> None:

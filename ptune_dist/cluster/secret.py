@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ptune_dist.cluster.link import Message
+from ptune_dist.cluster.rank_files import read_secret
 from ptune_dist.common.files import make_folder
 from ptune_dist.errors import UserError
 
@@ -29,8 +30,8 @@ REMEDY = f"let all nodes share output_dir, or set {VARIABLE} to the same text on
 
 
 def read_variable() -> str:
-    """PTUNE_SECRET, "" if it is not set. Raises UserError if it is too short."""
-    value = os.environ.get(VARIABLE, "").strip()
+    """PTUNE_SECRET, "" if it is not set; in a rank, that of its launcher. Raises UserError if it is too short."""
+    value = os.environ.get(VARIABLE, "").strip() or read_secret()
     if value and len(value) < MIN_LENGTH:
         raise UserError(f"{VARIABLE} needs at least {MIN_LENGTH} characters, such as those of: openssl rand -hex 32")
     return value

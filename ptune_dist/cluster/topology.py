@@ -17,7 +17,7 @@ PTUNE_HEAD_ADDRESS, PTUNE_PORT, PTUNE_PROCS and PTUNE_JOB_ID win in all of them.
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ptune_dist.cluster.allocation import find_unknown
@@ -70,6 +70,15 @@ class Topology:
     @property
     def node_name(self) -> str:
         return self.node_names[self.node_rank]
+
+
+def stand_alone(topology: Topology, task: str) -> Topology:
+    """This node as the only one of its job: as a replica it has a head of its own.
+
+    task: number of this job in an array, "" outside of one; two jobs may have got the same host.
+    """
+    name = f"{topology.node_name}-{task}" if task else topology.node_name
+    return replace(topology, num_nodes=1, node_rank=0, head=LOCAL_HEAD, port=None, node_names=(name,))
 
 
 def read_file(path: str) -> str:

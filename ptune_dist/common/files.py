@@ -5,6 +5,7 @@ import errno
 import os
 import pwd
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,6 +127,31 @@ def replace_file(path: Path, data: bytes) -> None:
 
     try_again(replace)
     sync_folder(path.parent)
+
+
+def write_once(path: Path, text: str) -> str:
+    """Have `text` be the content of a new file that only its owner can read; returns the content that it has got.
+
+    Of several processes at once, on one machine or several, one has its way. Raises OSError.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            flush(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            try:
+                os.link(name, path)
+            except OSError as error:
+                if isinstance(error, FileExistsError):
+                    raise
+                if not path.exists():  # a disk without hard links
+                    os.rename(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+    return path.read_text(encoding="utf-8")
 
 
 def make_folder(path: Path) -> None:

@@ -110,6 +110,89 @@ def try_lock(path: Path, warn: Callable[[str], None] = lambda _: None) -> Lock |
         raise
 
 
+def try_shared_lock(path: Path, warn: Callable[[str], None] = lambda _: None) -> Lock | None:
+    """As `try_lock`, for processes that hold a lock together against all others.
+
+    On a disk without locks nothing is locked, after a line that tells so. Raises OSError.
+    """
+    file = open_lock(path)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            file.close()
+            raise
+        warn(f"{path.parent} is on a disk without file locks ({error.strerror}): start no other run in it")
+    if _is_alive(path.with_name(f"{path.name}.owner")):
+        file.close()
+        return None
+    return Lock(file)
+
+
+def is_locked_alone(path: Path) -> bool:
+    """Whether a process holds the lock of the file `path` against all others, not together with some."""
+    try:
+        file = share_lock(path)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no lock yet
+        return False
+    if file is not None:
+        file.close()
+    return _is_alive(path.with_name(f"{path.name}.owner"))
+
+
+class Attendance:
+    """The lock of a file that several processes hold together; each can find out whether it is the only one.
+
+    On a disk without locks each takes itself for the only one.
+    """
+
+    def __init__(self, path: Path):
+        """Raises OSError."""
+        self._file = open(path, "a+b")  # noqa: SIM115  # closed with the lock
+
+    def enter(self) -> bool:
+        """Become one of them; returns whether there are no others. Until `settle` no other can enter."""
+        while True:
+            if self._try(fcntl.LOCK_EX):
+                return True
+            if self._try(fcntl.LOCK_SH):
+                return False
+            time.sleep(0.05)  # another one has entered as the first, and has not settled
+
+    def settle(self) -> None:
+        """Let others enter."""
+        self._try(fcntl.LOCK_SH)
+
+    def is_alone(self) -> bool:
+        """Whether this process is the only one. Of two that ask at once, both may hear that they are not."""
+        is_alone = self._try(fcntl.LOCK_EX)
+        while not self._try(fcntl.LOCK_SH):  # what fails has released the lock, and another may have asked the same
+            time.sleep(0.05)
+        return is_alone
+
+    def leave(self) -> bool:
+        """Leave; returns whether none is left. Of several that leave at once, one at least hears that."""
+        self._try(fcntl.LOCK_UN)
+        is_last = self._try(fcntl.LOCK_EX)
+        self._file.close()
+        return is_last
+
+    def _try(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+        return True
+
+
 def open_lock(path: Path) -> IO[bytes]:
     """The file that is locked. Another user's can be locked all the same on most disks, where it can be read."""
     try:
@@ -140,13 +223,13 @@ def share_lock(path: Path) -> IO[bytes] | None:
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock of the file `path`."""
     try:
-        file = share_lock(path)
+        with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it may be held together
     except BlockingIOError:
         return True
-    except OSError:  # there is no lock yet
-        return False
-    if file is not None:
-        file.close()
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:  # there is no lock yet
+            return False
     return _is_alive(path.with_name(f"{path.name}.owner"))
 
 

@@ -39,6 +39,7 @@ def check_metric(name: str) -> str:
 Metric = Annotated[str, AfterValidator(check_metric)]
 Sweep = Annotated[dict[str, list[Any]] | list[dict[str, Any]], BeforeValidator(check_sweep)]
 UNKNOWN_STEPS = MOST  # `max_steps` until the rows are counted
+MOST_BLOCKS = 4096
 OWN_SCHEDULES = ("constant", "linear", "cosine", "constant_with_warmup")
 Schedule = Literal[
     "constant",
@@ -151,6 +152,26 @@ class TrainConfig(Section):
     hang_timeout_s: Annotated[Real, Field(ge=0)] = 600.0
     """A rank that makes no progress for so long ends the job; 0: never."""
 
+    nodes: Literal["one_world", "replicas", "auto"] = "one_world"
+    """`one_world`: the ranks of all nodes share one copy of the base. `replicas`: each node holds the base and trains
+    in a world of its own, and nodes exchange the prompts' gradients: a node may be lost, leave or join at any step.
+    `auto`: `replicas` where each node is a world of its own."""
+
+    min_nodes: Positive = 1
+    """With `replicas`: training waits while there are fewer nodes."""
+
+    max_nodes: Positive | None = None
+    """With `replicas`: further nodes wait until one of these has left."""
+
+    num_blocks: Annotated[Positive | Literal["auto"], BeforeValidator(refuse_text_but_auto)] = "auto"
+    """With `replicas`: into how many blocks the rows of a step are cut, a power of two. A block is computed by one rank
+    of one node, so there should be as many as ranks at least. The loss curve is bitwise the same for one number of
+    blocks, whatever nodes there are. `auto` is kept in the run's folder."""
+
+    stall_timeout_s: Annotated[Real, Field(gt=0)] = 10.0
+    """With `replicas`: a node that takes so much longer than twice the last step is left behind by the others; it
+    comes back when it has recovered."""
+
     @model_validator(mode="before")
     @classmethod
     def leave_steps_open(cls, raw: Any) -> Any:
@@ -165,6 +186,14 @@ class TrainConfig(Section):
     def check_schedule_options(self) -> "TrainConfig":
         if self.schedule_options and self.schedule in OWN_SCHEDULES:
             raise ValueError(f"train.schedule_options is given, but schedule {self.schedule} has none: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def check_nodes(self) -> "TrainConfig":
+        if self.max_nodes is not None and self.max_nodes < self.min_nodes:
+            raise ValueError(f"train.max_nodes is {self.max_nodes}, less than train.min_nodes, {self.min_nodes}")
+        if self.num_blocks != "auto" and (self.num_blocks & (self.num_blocks - 1) or self.num_blocks > MOST_BLOCKS):
+            raise ValueError(f"train.num_blocks: a power of two up to {MOST_BLOCKS:,} is needed, not {self.num_blocks}")
         return self
 
     @property
@@ -300,6 +329,11 @@ class Config(Section):
         if (self.train.warmup_steps or 0) >= self.train.max_steps:
             raise ValueError("train.warmup_steps must be less than train.max_steps")
         self.check_average()
+        if self.train.num_blocks != "auto" and self.train.num_blocks > self.train.batch_size and not self.sweep:
+            raise ValueError(
+                f"train.num_blocks: {self.train.num_blocks} blocks are more than the rows of a step, "
+                f"train.batch_size {self.train.batch_size}"
+            )
         if self.train.min_lr_ratio and self.train.schedule != "cosine":
             raise ValueError(f"train.min_lr_ratio is for schedule cosine, and train.schedule is {self.train.schedule}")
         if self.sweep_halving and not self.sweep:

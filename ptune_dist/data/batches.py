@@ -12,20 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ptune_dist.data.dealing import Unit, deal, deal_to_owners, even_out
 from ptune_dist.data.examples import Examples
 from ptune_dist.data.label_tree import LabelTree
 
-# an example and the members of the sweep that read it
-Unit = tuple[int, tuple[int, ...]]
 # micro step -> rank -> units; a rank with an empty list takes part in the micro step with weight zero
 Plan = list[list[list[Unit]]]
 # What a rank gets of a window has at least this many parts, so that the ranks' work is even.
 LEAST_PIECES = 8
-# If examples have owners, examples move to another rank while the busiest rank has more than this many times the mean
-# work: movable ones above the first limit, any others above the second.
-MAX_IMBALANCE = 1.05
-MAX_IMBALANCE_OF_FIXED = 1.3
-ONE_IN_MOVABLE = 4
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -85,6 +79,7 @@ def plan_micro_batches(
     world_size: int,
     micro_batch_tokens: int,
     work: Callable[[list[Unit]], int] | None = None,
+    flops: Callable[[Unit], int] | None = None,
     members_share: bool = True,
 ) -> Plan:
     """Split units into micro-batches whose `cost` is at most `micro_batch_tokens`, one per rank and micro step.
@@ -96,9 +91,13 @@ def plan_micro_batches(
 
     members_share: whether members that read a row in one micro-batch share work.
 
+    flops: what a rank computes of a unit. With it, the units of the whole step are distributed before they are cut, and
+    members of a unit move to another rank where both ranks then have less to do than the busier one had, although what
+    the members share is computed twice.
+
     With `work`, the cost of a unit on the rank that holds its context, examples have owners: rank `example %
     world_size` holds the context. To balance the work, one example in four may move to another rank; if the imbalance
-    is large, any example may.
+    is large, any example may. `flops` does not count then.
     """
     pieces = [piece for unit in units for piece in split_unit(unit, cost, micro_batch_tokens)]
     sizes = {piece: cost([piece]) for piece in pieces}
@@ -109,16 +108,56 @@ def plan_micro_batches(
         largest = least // (num_windows * world_size * LEAST_PIECES)
         pieces = [part for piece in pieces for part in split_unit(piece, cost, largest)]
         sizes |= {piece: cost([piece]) for piece in pieces if piece not in sizes}
-    loads = {piece: work([piece]) for piece in sizes} if work else sizes
     pieces.sort(key=lambda piece: -sizes[piece])
+    fits = functools.partial(is_within, cost=cost, micro_batch_tokens=micro_batch_tokens)
+    if flops and not work:
+        split = functools.partial(split_evenly, pieces, functools.cache(flops), fits, world_size)
+    else:
+        loads = {piece: work([piece]) for piece in pieces} if work else sizes
+        deal_window = functools.partial(deal_to_owners if work else deal, sizes=loads, world_size=world_size)
+        split = functools.partial(split_windows, pieces, sizes, deal_window)
     while True:
-        windows = cut_evenly(pieces, sizes, num_windows)
-        plan = [
-            deal_to_owners(window, loads, world_size) if work else deal(window, sizes, world_size) for window in windows
-        ]
-        if all(len(share) < 2 or cost(share) <= micro_batch_tokens for shares in plan for share in shares):
+        plan = split(num_windows)
+        if all(fits(share) for shares in plan for share in shares):
             return plan
         num_windows += 1 + num_windows // 20
+
+
+def is_within(share: list[Unit], cost: Callable[[list[Unit]], int], micro_batch_tokens: int) -> bool:
+    return len(share) < 2 or cost(share) <= micro_batch_tokens
+
+
+def split_windows(
+    pieces: list[Unit],
+    sizes: dict[Unit, int],
+    deal_window: Callable[[list[Unit]], list[list[Unit]]],
+    num_windows: int,
+) -> Plan:
+    """Windows of units of similar sizes, each of them distributed over the ranks."""
+    return [deal_window(window) for window in cut_evenly(pieces, sizes, num_windows) if window]
+
+
+def split_evenly(
+    pieces: list[Unit],
+    flops: Callable[[Unit], int],
+    fits: Callable[[list[Unit]], bool],
+    world_size: int,
+    num_windows: int,
+) -> Plan:
+    """All units distributed over the ranks, and each rank's cut into as many windows.
+
+    Ranks have even work in the whole step, and then in each window too.
+    """
+    shares = deal(pieces, {piece: flops(piece) for piece in pieces}, world_size)
+    even_out(shares, flops)
+    of_ranks = []
+    for share in shares:
+        loads = {piece: flops(piece) for piece in share}
+        of_ranks.append(cut_evenly(sorted(share, key=lambda piece: -loads[piece]), loads, num_windows))
+    plan = [list(window) for window in zip(*of_ranks, strict=True) if any(window)]
+    for window in plan:
+        even_out(window, flops, fits)
+    return plan
 
 
 def split_unit(unit: Unit, cost: Callable[[list[Unit]], int], max_cost: int) -> list[Unit]:
@@ -133,7 +172,7 @@ def split_unit(unit: Unit, cost: Callable[[list[Unit]], int], max_cost: int) -> 
 
 
 def cut_evenly(pieces: list[Unit], sizes: dict[Unit, int], num: int) -> list[list[Unit]]:
-    """At most `num` consecutive runs of similar total size, none of them empty."""
+    """`num` consecutive runs of similar total size; some may be empty."""
     total = sum(sizes[piece] for piece in pieces)
     done = 0
     windows: list[list[Unit]] = [[] for _ in range(num)]
@@ -142,51 +181,7 @@ def cut_evenly(pieces: list[Unit], sizes: dict[Unit, int], num: int) -> list[lis
         number = min(num - 1, int(num * middle / total)) if total else 0
         windows[number].append(piece)
         done += sizes[piece]
-    return [window for window in windows if window]
-
-
-def deal(window: list[Unit], sizes: dict[Unit, int], world_size: int) -> list[list[Unit]]:
-    """Distribute a window's units, the largest first, each to the rank with the least work so far."""
-    shares: list[list[Unit]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
-    for piece in window:
-        rank = loads.index(min(loads))
-        shares[rank].append(piece)
-        loads[rank] += sizes[piece]
-    return shares
-
-
-def deal_to_owners(window: list[Unit], sizes: dict[Unit, int], world_size: int) -> list[list[Unit]]:
-    """Give a window's units to their owners, then move some where the work is too uneven."""
-    shares: list[list[Unit]] = [[piece for piece in window if piece[0] % world_size == r] for r in range(world_size)]
-    move_to_balance(shares, sizes, MAX_IMBALANCE, functools.partial(is_movable, world_size=world_size))
-    move_to_balance(shares, sizes, MAX_IMBALANCE_OF_FIXED, lambda example: True)
-    return shares
-
-
-def move_to_balance(
-    shares: list[list[Unit]], sizes: dict[Unit, int], max_imbalance: float, may_move: Callable[[int], bool]
-) -> None:
-    """Move units from the busiest to the idlest rank, in place, until none has `max_imbalance` times the mean work."""
-    loads = [sum(sizes[piece] for piece in share) for share in shares]
-    even = sum(loads) / len(shares)
-    for _ in range(sum(map(len, shares))):
-        heaviest = loads.index(max(loads))
-        lightest = loads.index(min(loads))
-        gap = loads[heaviest] - loads[lightest]
-        candidates = [piece for piece in shares[heaviest] if may_move(piece[0]) and sizes[piece] < gap]
-        if loads[heaviest] <= max_imbalance * even or not candidates:
-            break
-        best = min(candidates, key=lambda piece: abs(gap - 2 * sizes[piece]))
-        shares[heaviest].remove(best)
-        shares[lightest].append(best)
-        loads[heaviest] -= sizes[best]
-        loads[lightest] += sizes[best]
-
-
-def is_movable(example: int, world_size: int) -> bool:
-    """Whether an example may move for a small gain: always the same ones, so that few contexts are held twice."""
-    return example // world_size % ONE_IN_MOVABLE == 0
+    return windows
 
 
 class HeldPart(NamedTuple):

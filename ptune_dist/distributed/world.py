@@ -20,6 +20,7 @@ from ptune_dist.cluster.processes import signal_on_parent_death
 from ptune_dist.cluster.rank_files import NODE_NAME, node_folder
 from ptune_dist.common.files import describe_os_error
 from ptune_dist.common.progress_line import BusyLine
+from ptune_dist.common.writes import Write, write_now
 from ptune_dist.errors import NodeFault, RunFault, UserError
 
 T = TypeVar("T")
@@ -27,11 +28,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all."""
+    """This process among all.
+
+    pen: called on rank 0 with what writes into the run's folder; where nodes train as replicas, one of them writes.
+    """
 
     rank: int
     size: int
     device: torch.device
+    pen: Callable[[Write], None] = write_now
 
     @property
     def is_main(self) -> bool:
@@ -165,3 +170,8 @@ def from_main(world: World, function: Callable[[], T]) -> T:
     For what is read from the run: on a shared disk another node may still see an older state.
     """
     return broadcast_from_main(together(world, lambda: function() if world.is_main else None), world)
+
+
+def write(world: World, function: Write) -> None:
+    """Have `function` write into the run's folder, which one process does; if it raises, all raise. Collective."""
+    together(world, lambda: world.pen(function) if world.is_main else None)

@@ -4,35 +4,23 @@ import math
 from pathlib import Path
 
 from ptune_dist.config.schema import Config
-from ptune_dist.distributed.world import World, sum_over_ranks, together
+from ptune_dist.distributed.world import World, write
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.bare_base import evaluate_without_prompt
 from ptune_dist.evaluation.evaluator import Evaluation, Evaluator, MemberAnswers
 from ptune_dist.evaluation.predictions import write_predictions
 from ptune_dist.run.job import Job
-from ptune_dist.run.metrics_log import MetricsWriter
+from ptune_dist.run.one_world import agree_on_stop
 from ptune_dist.run.progress import Progress, checkpoint, rank_evaluation, store_prompt
-from ptune_dist.run.watch import Watch
-
-
-class StopAgreed(Exception):
-    """All ranks have left what they did, an evaluation for instance, because one was asked to stop."""
-
-
-def agree_on_stop(watch: Watch, metrics: MetricsWriter | None, world: World) -> bool:
-    """Whether any rank is asked to stop. Raises RunFault on every rank where rank 0 cannot write. Collective."""
-    failed = metrics.failure if metrics else None
-    num_asked, num_failed = sum_over_ranks([float(watch.requested), float(failed is not None)], world)
-    if num_failed:
-        raise failed or RunFault("rank 0 cannot write its metrics")
-    return num_asked > 0
+from ptune_dist.run.shared_pen import Log
+from ptune_dist.run.watch import StopAgreed, Watch
 
 
 def evaluate_members(
     job: Job,
     evaluators: dict[str, Evaluator],
     progress: Progress,
-    metrics: MetricsWriter | None,
+    metrics: Log | None,
     watch: Watch,
     world: World,
 ) -> None:
@@ -61,14 +49,14 @@ def evaluate_members(
 def store_predictions(job: Job, member: str, evaluator: Evaluator, answers: MemberAnswers, world: World) -> None:
     """Write what a member's best prompt answers to the validation rows. Collective; raises RunFault."""
     folder = Path(job.members[member].output_dir)
-    together(world, lambda: write_predictions(folder, evaluator, answers) if world.is_main else None)
+    write(world, lambda: write_predictions(folder, evaluator, answers))
 
 
 def run_evaluators(
     job: Job,
     evaluators: dict[str, Evaluator],
     progress: Progress,
-    metrics: MetricsWriter | None,
+    metrics: Log | None,
     watch: Watch,
     world: World,
 ) -> dict[str, Evaluation]:
@@ -99,7 +87,7 @@ def run_evaluators(
     return found
 
 
-def end_members(config: Config, progress: Progress, metrics: MetricsWriter | None) -> None:
+def end_members(config: Config, progress: Progress, metrics: Log | None) -> None:
     """After an evaluation, stop the members of a sweep that make no progress and, at a halving, the worse ones."""
     if not config.sweep:
         return

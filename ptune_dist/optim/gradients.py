@@ -17,10 +17,20 @@ def sum_gradients(parameters: Sequence[nn.Parameter], world: World) -> None:
     """
     if not parameters:
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.detach().reshape(-1).float() for gradient in gradients])
+    flat = flatten_gradients(parameters)
     if world.size > 1:
         dist.all_reduce(flat)
+    set_gradients(parameters, flat)
+
+
+def flatten_gradients(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """The gradients of all parameters, one after another, in float32. One that is lacking counts as zeros."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return torch.cat([gradient.detach().reshape(-1).float() for gradient in gradients])
+
+
+def set_gradients(parameters: Sequence[nn.Parameter], flat: torch.Tensor) -> None:
+    """Have each parameter's gradient be its part of what `flatten_gradients` gives."""
     parts = flat.split([parameter.numel() for parameter in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.grad = part.view(parameter.shape)

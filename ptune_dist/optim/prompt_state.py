@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ptune_dist.distributed.world import World
-from ptune_dist.optim.gradients import sum_gradients
+from ptune_dist.optim.gradients import flatten_gradients, set_gradients, sum_gradients
 from ptune_dist.optim.loss_scale import LossScale
 
 
@@ -124,14 +124,37 @@ class PromptState:
 
         What the host must know to step is copied to it at once. Collective: every rank must call.
         """
-        measured = {name: self.members[name] for name in names}
-        sum_gradients([parameter for member in measured.values() for parameter in member.parameters], self._world)
-        if self.loss_scale is not None:
-            for gradient in (gradient for member in measured.values() for gradient in member.gradients):
-                gradient.div_(self.loss_scale.cur_scale)
+        sum_gradients(self._parameters_of(names), self._world)
         losses = totals.double()
         if self._world.size > 1:
             dist.all_reduce(losses)
+        return self._read(names, losses)
+
+    def take_sums(self, names: Sequence[str]) -> torch.Tensor:
+        """This rank's gradients since the last call, of the members that are named, in one float32 tensor."""
+        found = flatten_gradients(self._parameters_of(names)) if names else torch.zeros(0, device=self._world.device)
+        self.clear_gradients()
+        return found
+
+    def measure_sums(self, names: Sequence[str], sums: torch.Tensor) -> Measured:
+        """`measure`, of sums over the whole step that were made elsewhere.
+
+        `sums`: the gradients of the members that are named, as `take_sums` gives them, then each member's loss [K].
+        """
+        parameters = self._parameters_of(names)
+        count = sum(parameter.numel() for parameter in parameters)
+        set_gradients(parameters, sums[:count])
+        return self._read(names, sums[count:].double())
+
+    def _parameters_of(self, names: Sequence[str]) -> list[nn.Parameter]:
+        return [parameter for name in names for parameter in self.members[name].parameters]
+
+    def _read(self, names: Sequence[str], losses: torch.Tensor) -> Measured:
+        """Once gradients are summed: take the loss scale out of them, and read the numbers of the step."""
+        measured = {name: self.members[name] for name in names}
+        if self.loss_scale is not None:
+            for gradient in (gradient for member in measured.values() for gradient in member.gradients):
+                gradient.div_(self.loss_scale.cur_scale)
         norms = [member.norm().double() for member in measured.values()]
         numbers = torch.cat([losses, *(norm[None] for norm in norms)]).tolist()
         of_members, of_gradients = numbers[: len(losses)], numbers[len(losses) :]

@@ -7,9 +7,11 @@ intact.
 
 import contextlib
 import hashlib
+import io
 import json
 import shutil
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +36,18 @@ class Snapshot:
     state: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
+def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int, may_be_late: bool = False) -> Path:
     """Write one checkpoint, then delete all but the newest `keep`. Called by one rank.
+
+    `may_be_late`: another node may have saved this step, or a later one, since: what is sound there is kept.
 
     Raises RunFault if it cannot be written. Earlier checkpoints are kept until the new one is complete.
     """
     final = folder / f"step-{snapshot.step:08d}"
     temporary = folder / f".writing-{final.name}"
+
+    if may_be_late and is_sound(final):
+        return final
 
     def write() -> None:
         remove_leftovers(folder)
@@ -60,8 +67,17 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
             f"cannot save the checkpoint of step {snapshot.step}: {final}: {explain(error, folder)}; "
             f"{describe_kept(folder, final)}"
         ) from None
-    drop_old_checkpoints(folder, final, keep)
+    drop_old_checkpoints(folder, final, keep, drops_later=not may_be_late)
     return final
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a checkpoint is there and undamaged."""
+    try:
+        load_checkpoint(path)
+    except ValueError:
+        return False
+    return True
 
 
 def describe_kept(folder: Path, failed: Path) -> str:
@@ -72,14 +88,16 @@ def describe_kept(folder: Path, failed: Path) -> str:
     return "earlier checkpoints have not been touched"
 
 
-def drop_old_checkpoints(folder: Path, newest: Path, keep: int) -> None:
-    """Delete all but the `keep` checkpoints up to `newest`; later ones are damaged, or the run would have used them.
+def drop_old_checkpoints(folder: Path, newest: Path, keep: int, *, drops_later: bool = True) -> None:
+    """Delete all but the `keep` checkpoints up to `newest`.
+
+    With `drops_later`, later ones too: they are damaged, or the run would have used them.
 
     What cannot be deleted now, another user's say, stays.
     """
     found = list_checkpoints(folder)
     sound = [path for path in found if path <= newest]
-    for old in set(found) - set(sound[-keep:]):
+    for old in set(found if drops_later else sound) - set(sound[-keep:]):
         with contextlib.suppress(OSError):
             old.rename(folder / f".old-{old.name}")
     remove_leftovers(folder)
@@ -87,13 +105,37 @@ def drop_old_checkpoints(folder: Path, newest: Path, keep: int) -> None:
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     """Write the files of a checkpoint and flush them to disk."""
+    for name, data in render_snapshot(snapshot):
+        write_durably(folder / name, data)
+    sync_folder(folder)
+
+
+def render_snapshot(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
+    """The files of a checkpoint, with their names."""
     state = {"step": snapshot.step, **snapshot.state, "sha256": {}}
     for name in TENSOR_FILES:
         data = save({k: t.contiguous() for k, t in getattr(snapshot, name).items()})
-        write_durably(folder / f"{name}.safetensors", data)
+        yield f"{name}.safetensors", data
         state["sha256"][name] = hashlib.sha256(data).hexdigest()
-    write_durably(folder / "state.json", json.dumps(state | {"digest": digest_state(state)}, indent=1).encode())
-    sync_folder(folder)
+    yield "state.json", json.dumps(state | {"digest": digest_state(state)}, indent=1).encode()
+
+
+def pack_snapshot(snapshot: Snapshot) -> bytes:
+    """The files of a checkpoint as one text of bytes, for another node."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, data in render_snapshot(snapshot):
+            archive.writestr(name, data)
+    return packed.getvalue()
+
+
+def unpack_snapshot(packed: bytes) -> Snapshot:
+    """What `pack_snapshot` was given. Raises ValueError where it is damaged."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+            return read_snapshot(Path("the state of another node"), lambda file: archive.read(file.name))
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"the state of another node is damaged: {error}") from None
 
 
 def digest_state(state: dict[str, Any]) -> str:
@@ -108,6 +150,11 @@ def remove_leftovers(folder: Path) -> None:
 
 def load_checkpoint(path: Path) -> Snapshot:
     """Read and verify one checkpoint. Raises ValueError that names the damaged file, UserError for another user's."""
+    return read_snapshot(path, read_part)
+
+
+def read_snapshot(path: Path, read_part: Callable[[Path], bytes]) -> Snapshot:
+    """The snapshot in the files of folder `path`, verified. Raises ValueError that names the damaged file."""
     try:
         state = json.loads(read_part(path / "state.json"))
         digest = state.pop("digest")

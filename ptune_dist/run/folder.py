@@ -41,6 +41,11 @@ MAY_CHANGE = (
     "train.micro_batch_tokens",
     "train.resume",
     "train.hang_timeout_s",
+    "train.nodes",
+    "train.min_nodes",
+    "train.max_nodes",
+    "train.num_blocks",
+    "train.stall_timeout_s",
     "train.context_cache_gib",
     "train.context_cache_gpu_gib",
     "train.context_cache_dir",
@@ -147,12 +152,16 @@ def has_begun(run_dir: Path) -> bool:
 
 
 def lock_run_dir(config: Config) -> locks.Lock:
-    """Create the run's directory, and lock it until the returned lock is closed. For one rank. Raises UserError."""
+    """Create the run's directory, and lock it until the returned lock is closed. For one rank. Raises UserError.
+
+    Nodes that train as replicas hold the lock together.
+    """
     run_dir = Path(config.output_dir)
     lock = None
+    take = locks.try_shared_lock if config.train.nodes == "replicas" else locks.try_lock
     try:
         make_folder(run_dir)
-        lock = locks.try_lock(run_dir / ".lock", lambda line: print(f"warning: output_dir: {line}", flush=True))
+        lock = take(run_dir / ".lock", lambda line: print(f"warning: output_dir: {line}", flush=True))
         if lock is not None:
             probe_parts(run_dir)
     except OSError as error:
@@ -205,9 +214,10 @@ def check_in_place(run_dir: Path) -> None:
             )
 
 
-def is_locked(run_dir: Path) -> bool:
-    """Whether a process is training in the directory."""
-    return locks.is_locked(run_dir / ".lock")
+def is_locked(run_dir: Path, *, for_replicas: bool = False) -> bool:
+    """Whether a process is training in the directory; for replicas, one that is not a replica."""
+    is_held = locks.is_locked_alone if for_replicas else locks.is_locked
+    return is_held(run_dir / ".lock")
 
 
 def write_run_configs(config: Config, members: dict[str, Config]) -> None:

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ptune_dist.base.fused import fuse
 from ptune_dist.base.load import fill_whole
 from ptune_dist.base.memory_check import GIB, find_room
+from ptune_dist.base.open import OpenedBase
 from ptune_dist.base.quantized_ops import describe_fallback
+from ptune_dist.base.slow_dtype import describe_slow_dtype
 from ptune_dist.base.source import fingerprint_base
 from ptune_dist.common.progress_line import BusyLine
 from ptune_dist.config.deepspeed_json import zero_stage
@@ -133,9 +135,8 @@ def build_job(
     config = reading.config
     if parts.opened.note and world.is_main:
         print(f"model.path: {path}: {parts.opened.note}", flush=True)
-    slower = describe_fallback(world.device) if config.model.quantization != "none" else None
-    if slower and world.is_main:
-        print(slower, flush=True)
+    if world.is_main:
+        print_slower_ways(config, parts.opened, world.device)
     if config.model.compile == "auto":
         fuse(parts.opened.model, parts.opened.trained, lambda line: print(line, flush=True) if world.is_main else None)
     probe = None
@@ -161,6 +162,14 @@ def build_job(
     together(world, engine.read_starts)
     longest = longest_answer(rows.examples) if rows is not None else None
     return Job(reading, engine, fingerprint, loading, size, longest, parts.sources)
+
+
+def print_slower_ways(config: Config, opened: OpenedBase, device: torch.device) -> None:
+    """A line for each way in which this machine computes the base more slowly than the config suggests."""
+    fallback = describe_fallback(device) if config.model.quantization != "none" else None
+    for line in (fallback, describe_slow_dtype(opened, device)):
+        if line:
+            print(line, flush=True)
 
 
 def fill_base(parts: Parts, config: Config, world: World) -> PreTrainedModel:

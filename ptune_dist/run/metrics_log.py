@@ -114,7 +114,7 @@ class MetricsWriter:
             return cause
         return fault
 
-    def step(self, line: dict[str, float], members: dict[str, dict[str, float]]) -> None:
+    def step(self, line: dict[str, Any], members: dict[str, dict[str, float]]) -> None:
         """Write one optimizer step: a line of metrics.jsonl and of each member's, TensorBoard scalars, progress."""
         self._done = int(line["step"])
         if not self._is_logged(self._done):
@@ -142,10 +142,11 @@ class MetricsWriter:
         mean = "mean " if self._members else ""
         return f"{mean}loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s"
 
-    def _step(self, line: dict[str, float]) -> None:
+    def _step(self, line: dict[str, Any]) -> None:
         self._jsonl.write(json.dumps(line) + "\n")
         self._jsonl.flush()
         self.eta.count_step()
+        line = {key: value for key, value in line.items() if isinstance(value, (int, float))}
         for key, value in line.items():
             if key != "step" and not is_idle(key, value):
                 self._tensorboard.add_scalar(f"train/{key}", value, self._done)
@@ -209,6 +210,10 @@ class MetricsWriter:
     def say(self, text: str) -> None:
         """Write a line to the console and to train.log."""
         self._line(text, console=True)
+
+    def note(self, text: str) -> None:
+        """Write a line to train.log alone."""
+        self._line(text, console=False)
 
     def _line(self, text: str, *, console: bool) -> None:
         with self._remember_failure():

@@ -1,16 +1,26 @@
 """The log of a run, opened for the steps that are still to come."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config
+from ptune_dist.distributed.world import World
 from ptune_dist.run.job import Job
 from ptune_dist.run.metrics_log import MetricsWriter
 from ptune_dist.run.progress import Progress
+from ptune_dist.run.shared_pen import Log, SharedLog, SharedPen
 
 
-def open_metrics(job: Job, progress: Progress) -> MetricsWriter:
+def open_metrics(job: Job, progress: Progress, world: World) -> Log:
+    """The run's log, for rank 0. Raises RunFault."""
+    if isinstance(world.pen, SharedPen):
+        return SharedLog(functools.partial(open_from, job), world.pen, progress.step + 1)
+    return open_from(job, progress.step + 1)
+
+
+def open_from(job: Job, first_step: int) -> MetricsWriter:
     """Raises RunFault."""
     folder = Path(job.config.output_dir)
     members = {}
@@ -20,7 +30,7 @@ def open_metrics(job: Job, progress: Progress) -> MetricsWriter:
         return MetricsWriter(
             folder,
             max_steps=job.config.train.max_steps,
-            first_step=progress.step + 1,
+            first_step=first_step,
             members=members,
             evaluate_every=job.config.evaluate.every_steps,
             log_every=job.config.train.log_every,

@@ -36,7 +36,16 @@ REPLACED_FILES = (
     "skipped_rows.jsonl",
 )
 REPLACED_FOLDERS = ("checkpoints", "prompt", "members")
-PARTS_OF_A_RUN = (*REPLACED_FILES, *REPLACED_FOLDERS, "tensorboard", "stacks", "train.log", ".lock")
+PARTS_OF_A_RUN = (
+    *REPLACED_FILES,
+    *REPLACED_FOLDERS,
+    "tensorboard",
+    "stacks",
+    "launchers",
+    "nodes",
+    "train.log",
+    ".lock",
+)
 BESIDE_CONFIG = (".lock", "status.json", "metrics.jsonl", "checkpoints", "prompt", "summary.json")
 STATES = ("starting", "running", "stopped", "failed", "done")  # of status.json
 # Folders that are something else, by a file or folder in them.

@@ -9,7 +9,7 @@ import torch
 
 from ptune_dist.common.files import explain
 from ptune_dist.data.training_rows import TrainingRows
-from ptune_dist.distributed.world import World, from_main, together
+from ptune_dist.distributed.world import World, from_main, write
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.metrics import METRICS
 from ptune_dist.prompts.store import save_prompt
@@ -95,6 +95,12 @@ class Progress:
         kept = {key: value for key, value in vars(self).items() if key not in ("throughput", "saved_step", "members")}
         return kept | {"members": {name: asdict(standing) for name, standing in self.members.items()}}
 
+    def take_over(self, other: "Progress") -> None:
+        """Be where another process is."""
+        self.members = other.members
+        for name in ("step", "elapsed_s", "wall_s", "evaluation_pending", "saved_step"):
+            setattr(self, name, getattr(other, name))
+
     def count_step(self, losses: dict[str, float], count: StepCount) -> None:
         """One more step done, with the loss of each member that took part."""
         self.step += 1
@@ -139,19 +145,24 @@ def restore(job: Job, rows: TrainingRows, world: World) -> Progress:
     snapshot = from_main(
         world, lambda: load_newest_checkpoint(folder, lambda text: print(f"warning: {text}", flush=True))
     )
-    digest = rows.digest()
     if snapshot is None:
-        return Progress({name: Standing() for name in job.members}, data_digest=digest)
+        return Progress({name: Standing() for name in job.members}, data_digest=rows.digest())
+    return continue_from(snapshot, job, rows, saved_step=snapshot.step)
+
+
+def continue_from(snapshot: Snapshot, job: Job, rows: TrainingRows, *, saved_step: int = -1) -> Progress:
+    """Take over the state of a run. Raises UserError where it is not that of these rows and this base."""
+    config = job.config
     kept = dict(snapshot.state["progress"])
     if "members" not in kept:
+        folder = Path(config.output_dir) / "checkpoints"
         raise UserError(f"{folder}: these checkpoints are of an earlier version: choose another output_dir")
     members = {name: Standing(**standing) for name, standing in kept.pop("members").items()}
-    progress = Progress(members, **kept, saved_step=snapshot.step)
-    if progress.data_digest != digest:
+    progress = Progress(members, **kept, saved_step=saved_step)
+    if progress.data_digest != rows.digest():
         raise UserError(f"data.train: {rows.names[0]} has changed since this run began: choose another output_dir")
     if snapshot.state["base"] != job.fingerprint:
-        path = job.config.model.path
-        raise UserError(f"model.path: {path} has changed since this run began: choose another output_dir")
+        raise UserError(f"model.path: {config.model.path} has changed since this run began: choose another output_dir")
     job.engine.load_prompts({name: tensors_of(name, snapshot.prompt) for name in job.members})
     job.engine.load_optimizer_state(snapshot.optimizer)
     job.engine.load_loss_scale_state(snapshot.state["loss_scale"])
@@ -164,12 +175,10 @@ def tensors_of(member: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def checkpoint(job: Job, progress: Progress, world: World) -> None:
-    """Save the run's place, unless its step is saved already. Collective: every rank must call."""
-    if progress.saved_step == progress.step:
-        return
+def take_snapshot(job: Job, progress: Progress) -> Snapshot:
+    """Everything that another process needs to continue from here."""
     engine = job.engine
-    snapshot = Snapshot(
+    return Snapshot(
         step=progress.step,
         prompt={f"{name}/{key}": t for name in job.members for key, t in engine.prompt_tensors(name).items()},
         optimizer=engine.optimizer_state(),
@@ -179,13 +188,25 @@ def checkpoint(job: Job, progress: Progress, world: World) -> None:
             "loss_scale": engine.loss_scale_state(),
         },
     )
+
+
+def checkpoint(job: Job, progress: Progress, world: World) -> None:
+    """Save the run's place, unless its step is saved already. Collective: every rank must call."""
+    if progress.saved_step == progress.step:
+        return
+    snapshot = take_snapshot(job, progress)
     run_dir = Path(job.config.output_dir)
 
     def save() -> None:
         check_in_place(run_dir)
-        save_checkpoint(run_dir / "checkpoints", snapshot, keep=job.config.checkpoint.keep)
+        save_checkpoint(
+            run_dir / "checkpoints",
+            snapshot,
+            keep=job.config.checkpoint.keep,
+            may_be_late=job.config.train.nodes == "replicas",
+        )
 
-    together(world, lambda: save() if world.is_main else None)
+    write(world, save)
     progress.saved_step = progress.step
 
 
@@ -203,4 +224,4 @@ def store_prompt(job: Job, member: str, progress: Progress, world: World) -> Non
             kept = "; the one before it is kept" if (folder / "prompt.safetensors").exists() else ""
             raise RunFault(f"cannot save the prompt: {folder}: {explain(error, folder)}{kept}") from None
 
-    together(world, lambda: save() if world.is_main else None)
+    write(world, save)

@@ -3,7 +3,8 @@
 Keys: state (starting | running | stopped | failed | done), step (of the newest checkpoint when this was written),
 reason, kind (one of `outcome.KINDS`), node, rank, restarts (starts after the run's first), idle_starts (the most recent
 starts in a row that led to no new checkpoint), started_at_step, job_id, time. The head node's launcher writes it, and
-rank 0 when it begins to train and when it ends.
+rank 0 when it begins to train and when it ends. Where nodes train as replicas each also has a status of its own
+(`cluster.record`).
 """
 
 import contextlib
@@ -43,9 +44,13 @@ def render_status(status: dict[str, Any]) -> bytes:
     return (json.dumps(status, indent=2) + "\n").encode()
 
 
-def begin_status(run_dir: Path, job_id: str, *, in_place: bool) -> dict[str, Any]:
-    """Count a start of the ranks that is about to happen, `in_place` if it follows a fault. Raises RunFault."""
-    before = read_status(run_dir)
+def begin_status(run_dir: Path, job_id: str, *, in_place: bool, of_node: Path | None = None) -> dict[str, Any]:
+    """Count a start of the ranks that is about to happen, `in_place` if it follows a fault. Raises RunFault.
+
+    of_node: the folder with the status of a node that trains as a replica, in place of the run's.
+    """
+    folder = of_node or run_dir
+    before = read_status(folder)
     step = last_step(run_dir)
     changes = {"state": "starting", "step": step, **BLAMELESS, "job_id": job_id}
     if before:
@@ -54,7 +59,7 @@ def begin_status(run_dir: Path, job_id: str, *, in_place: bool) -> dict[str, Any
         is_idle = before.get("started_at_step") == step
         changes["idle_starts"] = before.get("idle_starts", 0) + 1 if is_idle else 0
         changes["started_at_step"] = step
-    return update_status(run_dir, **changes)
+    return update_status(folder, **changes)
 
 
 def mark_running(run_dir: Path) -> None:
@@ -62,8 +67,12 @@ def mark_running(run_dir: Path) -> None:
     update_status(run_dir, state="running", step=last_step(run_dir), **BLAMELESS)
 
 
-def end_status(run_dir: Path, outcome: Outcome) -> None:
-    """Record how the job ended. On a full disk the old file is overwritten in place; that is not a fault of its own."""
+def end_status(run_dir: Path, outcome: Outcome, *, of_node: Path | None = None) -> None:
+    """Record how the job ended, or as a replica a node: `of_node` is as in `begin_status`.
+
+    On a full disk the old file is overwritten in place; that is not a fault of its own.
+    """
+    folder = of_node or run_dir
     state = {DONE: "done", STOPPED: "stopped"}.get(outcome.kind, "failed")
     changes: dict[str, Any] = {"state": state, "kind": outcome.kind, "reason": outcome.reason}
     with contextlib.suppress(UserError):  # the checkpoints cannot be seen
@@ -71,10 +80,10 @@ def end_status(run_dir: Path, outcome: Outcome) -> None:
     changes["node"] = outcome.node if state == "failed" else ""
     changes["rank"] = outcome.rank if state == "failed" else None
     try:
-        update_status(run_dir, **changes)
+        update_status(folder, **changes)
     except RunFault:
         with contextlib.suppress(OSError):
-            overwrite_status(run_dir, read_status(run_dir) | changes)
+            overwrite_status(folder, read_status(folder) | changes)
 
 
 def overwrite_status(run_dir: Path, status: dict[str, Any]) -> None:

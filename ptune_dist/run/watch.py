@@ -31,6 +31,7 @@ from ptune_dist.cluster.rank_files import (
 )
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.common.interrupts import LINES, before_end, end_interrupted, forget
+from ptune_dist.common.writes import Write, write_now
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run.folder import list_checkpoints
 from ptune_dist.run.status import end_status
@@ -67,6 +68,10 @@ GPU_MEMORY_MESSAGES = (
     "Failed to CUDA calloc",
 )
 CPU_MEMORY_MESSAGES = ("can't allocate memory", "not enough memory: you tried to allocate")
+
+
+class StopAgreed(Exception):
+    """All ranks have left what they did, an evaluation for instance, because one was asked to stop."""
 
 
 class Watch:
@@ -226,14 +231,16 @@ def record_outcome(outcome: Outcome) -> None:
 
 
 @contextlib.contextmanager
-def failure_in_status(run_dir: Path) -> Iterator[None]:
+def failure_in_status(run_dir: Path, record: Callable[[Write], None] = write_now) -> Iterator[None]:
     """If the body fails, record why in status.json. For one rank, which holds the run's lock.
+
+    `record` is the world's pen.
 
     A user's mistake leaves the run as it was. A rank that has lost another does not know why; its launcher does.
     """
 
     def record_interrupt() -> None:
-        end_status(run_dir, INTERRUPT)
+        record(lambda: end_status(run_dir, INTERRUPT))
 
     before_end(record_interrupt)
     try:
@@ -244,7 +251,7 @@ def failure_in_status(run_dir: Path) -> Iterator[None]:
         outcome = describe_error(error)
         has_launcher = node_folder() is not None and not is_launcher_dead()
         if (outcome.kind != "lost" or not has_launcher) and run_dir.is_dir():  # it may have been removed
-            end_status(run_dir, outcome)
+            record(lambda: end_status(run_dir, outcome))
         raise
     finally:
         forget(record_interrupt)

@@ -23,11 +23,13 @@ from ptune_dist.base.trained import set_apart
 from ptune_dist.config.deepspeed_json import show_source, zero_stage
 from ptune_dist.config.schema import Config, TrainConfig
 from ptune_dist.data.batches import Batch, Plan, Unit, plan_micro_batches
+from ptune_dist.data.blocks import cut_into_blocks
 from ptune_dist.data.examples import Examples
 from ptune_dist.distributed.world import World
 from ptune_dist.errors import UserError
 from ptune_dist.model.context_cache import ContextCache
 from ptune_dist.model.contexts import ContextReader
+from ptune_dist.model.flops import UnitFlops
 from ptune_dist.model.passes import Contexts
 from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.model.trained_starts import start_trained
@@ -40,8 +42,9 @@ from ptune_dist.zero.unused_sections import describe_unused
 
 T = TypeVar("T")
 # On a CPU, tensors of more positions leave its caches, and glibc returns those above 32 MiB to the kernel each time: a
-# pass of 13,500 positions took 1.1 to 1.3 times as long as its parts of 3,400 (bases of width 512 and 256).
-MOST_POSITIONS_ON_CPU = 4096
+# pass of 13,500 positions took 1.1 to 1.3 times as long as its parts of 3,400 (bases of width 512 and 256). A step of a
+# sweep of 8 prefixes over a base of width 512 took 10.44 s with at most 4,096, 10.26 s with 2,048, 10.42 s with 1,024.
+MOST_POSITIONS_ON_CPU = 2048
 
 
 class Engine:
@@ -66,6 +69,7 @@ class Engine:
         self.members = list(prompts.members)
         self.is_sharded = passes.is_sharded
         self._passes = passes
+        self._flops = UnitFlops(model)
         self.contexts = ContextReader(self._read_contexts, model, world, cache=cache, is_sharded=passes.is_sharded)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -96,6 +100,18 @@ class Engine:
     def measure(self, names: Sequence[str], totals: torch.Tensor) -> Measured:
         """Sum members' gradients and all losses [K] over the ranks; the numbers that decide how to step. Collective."""
         return self.prompts.measure(names, totals)
+
+    def take_sums(self, names: Sequence[str], totals: torch.Tensor) -> torch.Tensor:
+        """This rank's gradients of the members that are named, which are cleared, and then all losses [K]."""
+        return torch.cat([self.prompts.take_sums(names), totals])
+
+    def count_sums(self, names: Sequence[str]) -> int:
+        """How many numbers `take_sums` gives."""
+        return len(self.members) + sum(p.numel() for name in names for p in self.prompts.members[name].parameters)
+
+    def measure_sums(self, names: Sequence[str], sums: torch.Tensor) -> Measured:
+        """`measure`, where the sums over all ranks are given, in the form of `take_sums`."""
+        return self.prompts.measure_sums(names, sums)
 
     def step(self, learning_rates: dict[str, float], norms: dict[str, float]) -> dict[str, str]:
         """Move the members that are named, each by its own learning rate; what went wrong, by member.
@@ -201,18 +217,50 @@ class Engine:
 
     def plan(self, units: Sequence[Unit], examples: Examples, micro_batch_tokens: int) -> Plan:
         """Micro-batches of every rank, by the positions that this base and placement need."""
-        count = functools.partial(self.model.count_positions, examples=examples)
-        is_cached = self.contexts.cache is not None
-        if self.world.device.type == "cpu" and not self._members_share_work:
-            micro_batch_tokens = min(micro_batch_tokens, MOST_POSITIONS_ON_CPU)
         return plan_micro_batches(
             units,
-            count,
+            functools.partial(self.model.count_positions, examples=examples),
             world_size=self.world.size,
-            micro_batch_tokens=micro_batch_tokens,
-            work=functools.partial(count, with_contexts=False) if is_cached else None,
-            members_share=is_cached or self._members_share_work,
+            micro_batch_tokens=self.cap_positions(micro_batch_tokens),
+            work=self._work(examples),
+            flops=functools.partial(self._flops, examples=examples),
+            members_share=self._shares_rows,
         )
+
+    def cut(self, units: Sequence[Unit], examples: Examples, num_blocks: int) -> list[list[Unit]]:
+        """A step's units in so many blocks of similar work, the same whatever ranks there are."""
+        count = functools.partial(self.model.count_positions, examples=examples)
+        return cut_into_blocks(units, count, num_blocks, work=self._work(examples), members_share=self._shares_rows)
+
+    def plan_block(self, units: Sequence[Unit], examples: Examples, micro_batch_tokens: int) -> list[list[Unit]]:
+        """The micro-batches of a block, which one rank computes."""
+        if not units:
+            return []
+        plan = plan_micro_batches(
+            units,
+            functools.partial(self.model.count_positions, examples=examples),
+            world_size=1,
+            micro_batch_tokens=self.cap_positions(micro_batch_tokens),
+            members_share=self._shares_rows,
+        )
+        return [shares[0] for shares in plan]
+
+    def cap_positions(self, micro_batch_tokens: int) -> int:
+        """The most positions of a micro-batch here."""
+        if self.world.device.type == "cpu" and not self._members_share_work:
+            return min(micro_batch_tokens, MOST_POSITIONS_ON_CPU)
+        return micro_batch_tokens
+
+    def _work(self, examples: Examples) -> Callable[[list[Unit]], int] | None:
+        """The positions that units take where their contexts are held already; None where none are kept."""
+        if self.contexts.cache is None:
+            return None
+        return functools.partial(self.model.count_positions, examples=examples, with_contexts=False)
+
+    @property
+    def _shares_rows(self) -> bool:
+        """Whether members that read a row in one micro-batch share work, now or by the cache."""
+        return self.contexts.cache is not None or self._members_share_work
 
     @property
     def _members_share_work(self) -> bool:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 
 from ptune_dist.bench.five_tasks import COLUMNS, PLAN, main
@@ -29,6 +30,7 @@ CONTENT = {
 }
 
 
+@pytest.mark.extended
 def test_each_task_is_a_run_and_its_baselines_and_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for which in ("train", "validation"):

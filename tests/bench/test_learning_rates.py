@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ptune_dist.bench import learning_rates
-from ptune_dist.bench.learning_rates import END, MARK, TASKS, WORST_POINTS, RowScores, bootstrap, list_cells, main
+from ptune_dist.bench.learning_rates import MARK, TASKS, WORST_POINTS, RowScores, bootstrap, list_cells, main
 from tests.conftest import TINY
 
 
@@ -27,7 +27,7 @@ def data(tmp_path, monkeypatch) -> Path:
 
 def test_cells_are_measured_once_and_fill_the_table(data, capsys):
     page = data / "page.md"
-    page.write_text(f"before\n{MARK}\n{END}\nafter\n")
+    page.write_text(f"before\n<!-- {MARK} -->\n<!-- end {MARK} -->\nafter\n")
     out = data / "out.json"
     chosen = ["sentiment/prompt_tuning/text", "data_to_text/prefix_tuning/default start"]
     arguments = ["--base", str(TINY / "causal"), "--data", str(data), "--out", str(out), "--document", str(page)]

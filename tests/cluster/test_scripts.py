@@ -73,6 +73,9 @@ LAUNCHER = """#!/usr/bin/env python3
 import signal, sys, time
 if sys.argv[1] == "--may-requeue":
     sys.exit(int(sys.argv[2]))
+if sys.argv[1] == "--show-nodes":
+    print("one_world")
+    sys.exit()
 received = []
 for number in (signal.SIGUSR2, signal.SIGTERM):
     signal.signal(number, lambda number, _: received.append(number))

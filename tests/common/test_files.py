@@ -24,6 +24,7 @@ from ptune_dist.common.files import (
     see_anew,
     try_again,
     write_durably,
+    write_once,
 )
 from ptune_dist.errors import RunFault
 from tests.processes import process_env
@@ -224,3 +225,15 @@ def test_a_folder_that_another_process_makes_at_the_same_time_is_taken(tmp_path)
     make_folder(LateFolder(tmp_path / "a"))
     make_folder(tmp_path / "b" / "c")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_of_several_writers_of_a_file_the_first_has_its_way(tmp_path, monkeypatch, has_links):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "secret"
+    assert [write_once(path, text) for text in ("first", "second")] == ["first", "first"]
+    assert path.stat().st_mode & 0o077 == 0 and list(tmp_path.iterdir()) == [path]

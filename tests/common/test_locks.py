@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ptune_dist.common import locks
-from ptune_dist.common.locks import is_locked, try_lock
+from ptune_dist.common.locks import is_locked, try_lock, try_shared_lock
 from tests.processes import process_env
 
 CHILD = """
@@ -111,3 +111,24 @@ def test_an_error_that_is_not_about_locks_is_raised(tmp_path):
 
 def refuse(*_: object) -> None:
     raise OSError(ENOLCK, os.strerror(ENOLCK))
+
+
+def test_a_lock_that_is_shared_is_held_against_all_others(tmp_path):
+    path = tmp_path / ".lock"
+    with try_shared_lock(path) as first:
+        assert first and is_locked(path) and try_lock(path) is None
+        with try_shared_lock(path) as second:
+            assert second is not None
+        assert is_locked(path) and try_lock(path) is None
+    assert not is_locked(path)
+    with try_lock(path) as alone:
+        assert alone and try_shared_lock(path) is None
+
+
+def test_without_locks_a_shared_one_warns_and_respects_an_owner(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    said = []
+    with try_shared_lock(tmp_path / ".lock", said.append) as lock:
+        assert lock and "is on a disk without file locks" in said[0]
+    with try_lock(tmp_path / ".lock"):
+        assert try_shared_lock(tmp_path / ".lock", said.append) is None

@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
         ("train my.yaml train.max_steps = 5", "train.max_steps: write train.max_steps=5, without dashes and spaces"),
         ("train my.yaml train.max_steps: 5", "write train.max_steps=5, without dashes and spaces"),
         ("train my.yaml --max-steps=5", "--max-steps=5: write train.max_steps=5, without dashes and spaces"),
-        ("train my.yaml --nonsense", "unrecognized arguments: --nonsense"),
+        ("train my.yaml --frobnicate", "unrecognized arguments: --frobnicate"),
         ("train my.yaml 5", "'5' is not key.path=value"),
         ("train folder", "folder: a folder, and a config is a YAML file"),
         ("train rows.jsonl", "rows.jsonl: rows, and no config: a YAML file names them in data.train"),

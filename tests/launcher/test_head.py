@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptune_dist.cluster import head as head_module
+from ptune_dist.cluster import record as record_module
 from ptune_dist.cluster.head import Head
 from ptune_dist.cluster.link import Link, connect
 from ptune_dist.cluster.node_facts import NodeFacts
@@ -167,8 +168,8 @@ def test_a_failing_disk_on_the_head_is_reported_to_every_node(tmp_path: Path, mo
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(head_module, "begin_status", fail)
-    monkeypatch.setattr(head_module, "end_status", fail)
+    monkeypatch.setattr(record_module, "begin_status", fail)
+    monkeypatch.setattr(record_module, "end_status", fail)
     a, b = Job(tmp_path).play([], [])
     assert a.outcome == b.outcome and a.outcome.kind == "error" and "Input/output error" in a.outcome.reason
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import write_config
 from tests.processes import ROOT, process_env
 
 GOOD = [
@@ -100,3 +101,20 @@ def test_the_status_of_the_first_failure_is_returned(tmp_path: Path):
     command = [str(ROOT / "launch" / "ssh.sh"), str(tmp_path / "hostfile"), "c.yaml"]
     done = subprocess.run(command, env=process_env({"PTUNE_SSH": str(fake)}), timeout=20)
     assert done.returncode == 7
+
+
+@pytest.mark.parametrize("nodes, code, has_finished", [("one_world", 7, False), ("replicas", 0, True)])
+def test_replicas_continue_without_a_host_that_fails(tmp_path: Path, nodes: str, code: int, has_finished: bool):
+    fake = tmp_path / "fake-ssh"
+    fake.write_text(
+        "#!/bin/bash\n"
+        "for last; do :; done\n[[ $last = *PTUNE_NODE_RANK=0* ]] && exit 7\n"
+        "read -r -t 3 _; [ $? -gt 128 ] && echo finished\n"  # the input ends when the hosts are to stop
+    )
+    fake.chmod(0o755)
+    (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
+    config = write_config(tmp_path / "c.yaml", train={"max_steps": 3, "nodes": nodes})
+    command = [str(ROOT / "launch" / "ssh.sh"), str(tmp_path / "hostfile"), str(config)]
+    env = process_env({"PTUNE_SSH": str(fake)})
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "b: finished" in done.stdout) == (code, has_finished), done.stdout + done.stderr

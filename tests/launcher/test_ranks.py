@@ -3,6 +3,7 @@
 import os
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,18 @@ import pytest
 from ptune_dist.cluster import ranks as ranks_module
 from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.cluster.processes import process_state, wait_until_dead
-from ptune_dist.cluster.rank_files import HeartbeatFile, mark_begun, stack_file, write_outcome
+from ptune_dist.cluster.rank_files import (
+    HeartbeatFile,
+    mark_begun,
+    read_secret,
+    stack_file,
+    to_file_name,
+    write_outcome,
+    write_secret,
+)
 from ptune_dist.cluster.rank_monitor import RankMonitor
-from ptune_dist.cluster.ranks import RankLaunch, Ranks, build_environment, copy_lines, to_file_name, wait_until_written
+from ptune_dist.cluster.ranks import RankLaunch, Ranks, build_environment, copy_lines, wait_until_written
+from ptune_dist.cluster.secret import read_variable
 
 
 def make_launch(folder: Path, num_gpus: int) -> RankLaunch:
@@ -33,6 +43,23 @@ def test_a_rank_gets_defaults_that_a_users_settings_win_over(tmp_path: Path, mon
             other = next(each for each in names[:2] if each != name)
             assert env[name] == "max_split_size_mb:512" and other not in env
             assert (env["TORCHINDUCTOR_COMPILE_THREADS"], env["PTUNE_NUM_GPUS"]) == ("1", "0")
+
+
+def test_ranks_of_replicas_get_the_number_of_nodes_and_a_file_with_the_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PTUNE_SECRET", "of the test, for all its nodes")
+    launch = make_launch(tmp_path, num_gpus=0)
+    assert "PTUNE_EXPECTED_NODES" not in build_environment(launch, tmp_path)
+    assert "PTUNE_EXPECTED_NODES" not in build_environment(replace(launch, num_replicas=1), tmp_path)
+    env = build_environment(replace(launch, num_replicas=4), tmp_path)
+    assert env["PTUNE_EXPECTED_NODES"] == "4" and "PTUNE_SECRET" not in env
+    assert not read_secret()
+    write_secret(tmp_path, read_variable())
+    monkeypatch.delenv("PTUNE_SECRET")
+    monkeypatch.setenv("PTUNE_NODE_FOLDER", str(tmp_path))
+    assert read_variable() == "of the test, for all its nodes"
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_rank_that_may_wait_for_its_gpu_is_not_called_stuck(tmp_path: Path):

@@ -8,6 +8,7 @@ import pytest
 
 from ptune_dist.cluster.launch import main
 from ptune_dist.cluster.outcome import KINDS, Outcome
+from ptune_dist.cluster.record import ReplicaRecord
 from ptune_dist.cluster.requeue import RequeueLimits, decide_requeue, may_requeue
 from ptune_dist.run.status import begin_status, end_status
 from tests.conftest import write_config
@@ -79,6 +80,30 @@ def test_a_loop_without_progress_ends_at_the_limit(tmp_path: Path, capsys: pytes
             break
     assert codes == [75, 75, 1]
     assert "3 starts in a row have gained no step: rank 1 was killed" in capsys.readouterr().out
+
+
+def test_of_replicas_the_last_to_end_counts_until_the_run_is_done(tmp_path: Path):
+    a, b, other = (ReplicaRecord(tmp_path, job, name) for job, name in (("7.0", "a"), ("7.0", "b"), ("8.0", "c")))
+    for node in (other, a, b):
+        node.begin(in_place=False)
+    a.end(Outcome("fault", "disk full"))
+    a.close(Outcome("fault", "disk full"))
+    set_time(tmp_path, "a", "2026-01-01T00:00:00+0000")
+    assert may_requeue(tmp_path, 137, "7", LIMITS) == 75  # b has not ended, so its launcher was lost
+    b.end(Outcome("stopped", "on request"))
+    b.close(Outcome("stopped", "on request"))
+    assert may_requeue(tmp_path, 1, "7", LIMITS) == 75  # job 8 has begun the run and continues it
+    set_time(tmp_path, "a", "2100-01-01T00:00:00+0000")
+    assert may_requeue(tmp_path, 1, "7", LIMITS) == 1
+    assert may_requeue(tmp_path, 2, "7", LIMITS) == 2
+    end_status(tmp_path, Outcome("done"))
+    assert may_requeue(tmp_path, 137, "7", LIMITS) == 0 == may_requeue(tmp_path, 2, "7", LIMITS)
+    assert may_requeue(tmp_path, 137, "9", LIMITS) == 137  # none of its nodes has started
+
+
+def set_time(run_dir: Path, node: str, time: str) -> None:
+    file = run_dir / "launchers" / node / "status.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"time": time}))
 
 
 def test_the_launcher_answers_the_batch_script(

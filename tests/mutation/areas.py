@@ -31,7 +31,7 @@ AREAS = {
         ("tests/common/test_files.py", DURABILITY, WITHOUT_TRAINING),
         (
             (FILES, "        os.fsync(handle)", "        pass"),
-            (FILES, "        flush(file.fileno())", "        pass"),
+            (FILES, "        flush(file.fileno())\n\n\ndef replace_file", "        pass\n\n\ndef replace_file"),
             (FILES, "        flush(handle)", "        pass"),
             (FILES, "    try_again(replace)\n    sync_folder(path.parent)", "    try_again(replace)"),
             (
@@ -52,8 +52,8 @@ AREAS = {
         ),
         (
             (CHECKPOINT, "        try_again(write)\n        sync_folder(folder)", "        try_again(write)"),
-            (CHECKPOINT, "    sync_folder(folder)\n\n\ndef digest_state", "\n\ndef digest_state"),
-            (CHECKPOINT, 'write_durably(folder / f"{name}.safetensors", data)', WRITE_UNFLUSHED),
+            (CHECKPOINT, "    sync_folder(folder)\n\n\ndef render_snapshot", "\n\ndef render_snapshot"),
+            (CHECKPOINT, "write_durably(folder / name, data)", WRITE_UNFLUSHED),
             (
                 CHECKPOINT,
                 "        write_snapshot(temporary, snapshot)\n",

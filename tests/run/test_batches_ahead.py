@@ -22,7 +22,7 @@ class Source(StepSource):
     fails_at: tuple | None = None
     seconds: float = 0.0
 
-    def plan(self, step, live):
+    def plan(self, step, live, share=None):
         def batches():
             for number in range(3):
                 time.sleep(self.seconds)

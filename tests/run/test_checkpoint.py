@@ -20,7 +20,9 @@ from ptune_dist.run.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
+    pack_snapshot,
     save_checkpoint,
+    unpack_snapshot,
 )
 
 
@@ -252,3 +254,23 @@ def test_a_writer_killed_at_any_moment_leaves_a_sound_newest_checkpoint(tmp_path
         assert found.step >= max(saved) and same(found, make(found.step))
         assert len(list_checkpoints(tmp_path)) in (1, 2, 3)
         step = found.step + 1
+
+
+def test_a_snapshot_travels_as_bytes_and_damage_is_found(tmp_path):
+    snapshot = Snapshot(3, {"a/x": torch.arange(3.0)}, {"a/x.step": torch.tensor(2.0)}, {"progress": {"step": 3}})
+    packed = pack_snapshot(snapshot)
+    found = unpack_snapshot(packed)
+    assert (found.step, found.state) == (3, {"progress": {"step": 3}})
+    assert torch.equal(found.prompt["a/x"], torch.arange(3.0)) and found.optimizer["a/x.step"] == 2.0
+    with pytest.raises(ValueError, match="damaged"):
+        unpack_snapshot(packed.replace(b'"step": 3', b'"step": 4'))
+
+
+def test_a_node_that_is_late_replaces_and_deletes_nothing_that_is_sound(tmp_path):
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, Snapshot(step, {"x": torch.tensor([float(step)])}, {}), keep=4)
+    save_checkpoint(tmp_path, Snapshot(2, {"x": torch.tensor([9.0])}, {}), keep=1, may_be_late=True)
+    assert load_checkpoint(tmp_path / "step-00000002").prompt["x"] == 2.0
+    (tmp_path / "step-00000003" / "prompt.safetensors").write_bytes(b"")
+    save_checkpoint(tmp_path, Snapshot(3, {"x": torch.tensor([3.0])}, {}), keep=1, may_be_late=True)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]

@@ -172,6 +172,7 @@ def build_job(folder: Path, fingerprint: str = "base", keep: int = 3) -> SimpleN
         output_dir=str(folder),
         model=SimpleNamespace(path="models/x"),
         checkpoint=SimpleNamespace(keep=keep),
+        train=SimpleNamespace(nodes="one_world"),
     )
     return SimpleNamespace(config=config, engine=engine, members=members, fingerprint=fingerprint)
 

@@ -30,7 +30,7 @@ NUM_PROFILED = 5
 class StepProfiler:
     """Wraps the loop's `take_step`. `num_layers` and `tokens` are known once the steps are done."""
 
-    def __init__(self, take_step: Callable[[Training], None]):
+    def __init__(self, take_step: Callable[[Training], bool]):
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
@@ -39,16 +39,17 @@ class StepProfiler:
         self._take_step = take_step
         self._done = 0
 
-    def __call__(self, training: Training) -> None:
+    def __call__(self, training: Training) -> bool:
         if self._done == NUM_WARM_UP:
             synchronize()
             self.profiler.start()
-        self._take_step(training)
+        is_taken = self._take_step(training)
         self._done += 1
         if self._done == NUM_WARM_UP + NUM_PROFILED:
             synchronize()
             self.profiler.stop()
             self.num_layers = len(layers_of(training.job.engine.model.base))
+        return is_taken
 
 
 def read_profile(profiler: StepProfiler, trace: Path) -> dict:

@@ -1,0 +1,82 @@
+"""A node that is no member yet: it finds the others, links to all of them, and gets the snapshot of one."""
+
+from dataclasses import asdict, dataclass
+
+from ptune_dist.nodes.agreement import Member
+from ptune_dist.nodes.frames import Message, Parts
+from ptune_dist.nodes.outside import Outside
+from ptune_dist.nodes.settings import Limits
+from ptune_dist.nodes.turns import Plan, Record, Rules, ViewRecord
+from ptune_dist.nodes.view_change import State
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    view: ViewRecord
+    plan: Plan
+    record: Record | None
+    step: int
+    data: bytes
+
+
+class Candidate:
+    """It keeps what members send for the turn that it will begin with."""
+
+    def __init__(self, own: Member, outside: Outside, limits: Limits, rules: Rules):
+        self.own = own
+        self.view: ViewRecord | None = None  # the newest view that it knows
+        self.snapshot: Snapshot | None = None
+        self.early: list[tuple[str, Message, Parts]] = []
+        self._outside = outside
+        self._limits = limits
+        self._rules = rules
+        self._sign = ""
+        self._alive_at = outside.now()
+        self._said = ""
+
+    def learn(self, view: ViewRecord | None) -> None:
+        """A view that the rendezvous or a member knows of."""
+        if view and view.members and (self.view is None or view.number > self.view.number):
+            self.view = view
+            self._alive_at = self._outside.now()
+            self._outside.connect(view.members)
+
+    def learn_sign(self, sign: str) -> None:
+        """What the rendezvous has as a sign of life: a new text is one."""
+        if sign != self._sign:
+            self._sign = sign
+            self._alive_at = self._outside.now()
+
+    def is_group_gone(self) -> bool:
+        """Whether no member has been heard of for long."""
+        return self._outside.now() - self._alive_at > self._limits.found_s
+
+    def on_link(self, node: str) -> None:
+        self._outside.send(node, {"kind": "join", "member": asdict(self.own)}, [])
+
+    def on_message(self, node: str, message: Message, parts: Parts) -> None:
+        kind = message["kind"]
+        if kind == "beat" and "turn" in message:  # of a member
+            self._alive_at = self._outside.now()
+        elif kind == "view":
+            self.learn(ViewRecord.from_json(message["view"]))
+            names = ", ".join(member.name for member in self.view.members) if self.view else ""
+            if message["is_full"]:
+                self.say(f"waits as a spare: {self._rules.max_nodes} of max_nodes={self._rules.max_nodes} are there")
+            else:
+                self.say(f"joins {names}")
+        elif kind == "prepare":
+            self._outside.send(node, *State(ViewRecord(0, ()), None).to_message(message["attempt"]))
+        elif kind == "snapshot":
+            view = ViewRecord.from_json(message["view"])
+            record = Record.from_json(message["record"]) if message["record"] else None
+            if self.own.id in view.ids:
+                plan = Plan.from_json(message["plan"])
+                self.snapshot = Snapshot(view, plan, record, int(message["step"]), parts[0])
+        elif kind in ("pieces", "newview", "out", "bye"):
+            self.early.append((node, message, parts))
+
+    def say(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            self._outside.say(f"node {self.own.name} {text}")

@@ -1,0 +1,42 @@
+"""What a group of nodes is started with."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Limits:
+    """After how many seconds something is taken for lost. Shorter ones find a loss sooner and take more for one."""
+
+    beat_s: float = 0.5  # between two signs of life
+    silent_s: float = 4.0  # without any byte from a node
+    relink_s: float = 1.0  # for a broken link to be made again, where the process at its other end still listens
+    stall_s: float = 10.0  # that a node takes longer for its blocks than twice the step before
+    first_stall_s: float = 600.0  # for a node's blocks while the group has no step to compare with
+    between_steps_s: float = 1800.0  # from one step to the next: evaluations and checkpoints
+    answer_s: float = 3.0  # for an answer while the view changes
+    minority_s: float = 3.0  # that the smaller side of a cut lets the larger one continue first
+    found_s: float = 5.0  # that nobody of an earlier group answers before a node begins a new one
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """name: of this node, for people. secret: as of cluster/secret.py; nodes prove to each other that they know it.
+
+    rendezvous: a folder that all nodes share, or `host:port`, which any node that can bind it serves.
+    run_key: text that must be equal on all nodes, such as a hash of the config.
+    folder: equal on nodes that share the run's folder.
+    listen: host:port to bind; port 0 takes a free one.
+    advertise: host:port at which others reach this node; by default what is bound.
+    """
+
+    name: str
+    rendezvous: Path | str
+    secret: str
+    run_key: str = ""
+    folder: str = ""
+    listen: str = "0.0.0.0:0"
+    advertise: str = ""
+    min_nodes: int = 1
+    max_nodes: int = 1024
+    limits: Limits = field(default_factory=Limits)

@@ -1,0 +1,162 @@
+"""How a run's nodes train together: as one world, or as replicas with a group that this node enters."""
+
+import hashlib
+import json
+import os
+import queue
+import secrets
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from ptune_dist.cluster.rank_files import NODE_NAME
+from ptune_dist.cluster.secret import read_variable
+from ptune_dist.common.files import fault_on_failed_write, make_folder, write_once
+from ptune_dist.config.schema import MOST_BLOCKS, Config
+from ptune_dist.data.training_rows import TrainingRows
+from ptune_dist.distributed.world import World, from_main, together
+from ptune_dist.errors import UserError
+from ptune_dist.nodes.group import NodeGroup
+from ptune_dist.nodes.settings import GroupSettings, Limits
+from ptune_dist.run.folder import MAY_CHANGE
+from ptune_dist.run.job import Job
+from ptune_dist.run.one_world import OneWorld
+from ptune_dist.run.replicas import Lines, Replicas
+from ptune_dist.run.watch import Watch
+
+RENDEZVOUS = "PTUNE_RENDEZVOUS"  # a folder that all nodes share, or host:port
+ADDRESS = "PTUNE_NODE_ADDRESS"  # host:port at which the other nodes reach this one
+FOLDER = "nodes"  # of the run's folder
+EXPECTED_NODES = "PTUNE_EXPECTED_NODES"  # the nodes that a scheduler has started together, set by our launcher
+FEW_NODES = 4  # expected where nothing tells their number
+LARGE_BYTES = 64 << 20
+# What may differ between nodes beside places of files: how each of them computes.
+OF_A_NODE = ("output_dir", "model.path", "data.train", "data.validation", "prompt.init_file")
+
+
+def is_over_several_nodes(world: World) -> bool:
+    return world.size > int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+
+
+def settle_nodes(config: Config, world: World) -> Config:
+    """`train.nodes: auto` as what it is here. Raises UserError where one world of several nodes is to be replicas."""
+    nodes = config.train.nodes
+    if nodes == "replicas" and is_over_several_nodes(world):
+        raise UserError("train.nodes: replicas needs a world of its own on each node, and this one is over several")
+    if nodes == "auto":
+        nodes = "one_world" if is_over_several_nodes(world) else "replicas"
+    return config.model_copy(update={"train": config.train.model_copy(update={"nodes": nodes})})
+
+
+def open_nodes(job: Job, rows: TrainingRows, watch: Watch, world: World) -> OneWorld | Replicas:
+    """What gives the sums of steps, as `train.nodes` has it. Collective. Raises UserError and RunFault."""
+    if job.config.train.nodes != "replicas":
+        return OneWorld(job, world, watch)
+    num_blocks = from_main(world, lambda: settle_num_blocks(job, rows, world))
+    lines: Lines = queue.SimpleQueue()
+    settings = from_main(world, lambda: build_settings(job, rows))
+    group = together(world, lambda: NodeGroup(settings, lines.put).__enter__() if world.is_main else None)
+    return Replicas(job, world, watch, group, num_blocks, lines)
+
+
+def build_settings(job: Job, rows: TrainingRows) -> GroupSettings:
+    """For rank 0. Raises RunFault where the run's folder cannot be written, UserError for a wrong variable."""
+    train = job.config.train
+    address, listen = read_address()
+    folder = Path(job.config.output_dir) / FOLDER
+    with fault_on_failed_write(folder):
+        make_folder(folder)
+        secret = read_variable() or write_once(folder / "secret", secrets.token_hex(32))
+        identity = write_once(folder / "folder", secrets.token_hex(8))
+    return GroupSettings(
+        name=os.environ.get(NODE_NAME) or socket.gethostname(),
+        rendezvous=read_rendezvous(folder),
+        secret=secret,
+        run_key=digest_run(job, rows),
+        folder=identity,
+        listen=listen,
+        advertise=address,
+        min_nodes=train.min_nodes,
+        max_nodes=train.max_nodes or GroupSettings.max_nodes,
+        limits=Limits(stall_s=train.stall_timeout_s),
+    )
+
+
+def read_address() -> tuple[str, str]:
+    """Where the others reach this node, "" for what it finds itself, and where it listens. Raises UserError."""
+    address = os.environ.get(ADDRESS, "").strip()
+    if not address:
+        return "", GroupSettings.listen
+    host, _, port = address.rpartition(":")
+    if not (host and port.isascii() and port.isdecimal()):
+        raise UserError(f"{ADDRESS} is {address!r}, and HOST:PORT is needed")
+    return address, f"0.0.0.0:{port}"
+
+
+def read_rendezvous(default: Path) -> Path | str:
+    value = os.environ.get(RENDEZVOUS, "").strip()
+    if not value:
+        return default
+    _, colon, port = value.rpartition(":")
+    return value if colon and port.isdecimal() else Path(value)
+
+
+def digest_run(job: Job, rows: TrainingRows) -> str:
+    """Equal on nodes that train the same prompts on the same rows of the same base."""
+    content = job.config.model_dump(mode="json")
+    for key in (*MAY_CHANGE, *OF_A_NODE):
+        *sections, leaf = key.split(".")
+        section = content
+        for name in sections:
+            section = section[name]
+        if not key.startswith("evaluate"):  # it decides which prompt is the best, and when to stop
+            section.pop(leaf, None)
+    text = json.dumps([content, rows.digest(), job.fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def settle_num_blocks(job: Job, rows: TrainingRows, world: World) -> int:
+    """`train.num_blocks` as a number; that of `auto` is what it was when the run began. For rank 0. Raises RunFault."""
+    asked = job.config.train.num_blocks
+    if asked != "auto":
+        return asked
+    file = Path(job.config.output_dir) / FOLDER / "num_blocks"
+    with fault_on_failed_write(file):
+        make_folder(file.parent)
+        return int(write_once(file, str(choose_num_blocks(job, rows, world))))
+
+
+def choose_num_blocks(job: Job, rows: TrainingRows, world: World) -> int:
+    """As many blocks as micro-batches that a step fills, but one for each rank that is expected, and no empty ones."""
+    engine = job.engine
+    train = job.config.train
+    units = rows.units(rows.of_step(1, engine.members), engine.members)
+    filled = engine.model.count_positions(units, rows.examples) // engine.cap_positions(job.micro_batch.tokens)
+    num_nodes = train.max_nodes or max(train.min_nodes, read_expected_nodes())
+    num_ranks = world.size * num_nodes
+    wanted = max(power_of_two_from(num_ranks), power_of_two_to(max(1, filled)))
+    return min(wanted, power_of_two_to(len(units)), MOST_BLOCKS)
+
+
+def read_expected_nodes() -> int:
+    value = os.environ.get(EXPECTED_NODES, "")
+    return int(value) if value.isdecimal() else FEW_NODES
+
+
+def power_of_two_to(number: int) -> int:
+    return 1 << number.bit_length() - 1
+
+
+def power_of_two_from(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def describe_traffic(job: Job, names: Sequence[str]) -> list[str]:
+    """A line where what nodes send each other in a step is not small."""
+    num_bytes = 4 * job.engine.count_sums(names)
+    if job.config.train.nodes != "replicas" or num_bytes < LARGE_BYTES:
+        return []
+    return [
+        f"train.nodes: replicas: in each step each node sends {num_bytes / (1 << 20):,.0f} MiB or more to every other "
+        "one, since so many numbers are trained"
+    ]

@@ -1,0 +1,361 @@
+"""A step's sums where each node trains in a world of its own, and nodes exchange sums of blocks of the step's rows.
+
+All nodes have the same prompts, optimizers and progress at every step. Rank 0 of a node, its leader, is in the group of
+nodes (`nodes.group`); what the group answers it tells the other ranks, so that all make the same passes.
+"""
+
+import contextlib
+import math
+import queue
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillWaiting
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ptune_dist.data.blocks import divide
+from ptune_dist.data.training_rows import TrainingRows
+from ptune_dist.distributed.world import World, broadcast_from_main, from_main, sum_over_ranks, to_device, together
+from ptune_dist.errors import RunFault, UserError
+from ptune_dist.nodes.agreement import Agreed, LeftBehind, OwnReport, StoppedWaiting
+from ptune_dist.nodes.blocks import Range
+from ptune_dist.nodes.group import NodeGroup
+from ptune_dist.optim.block_sums import add_pieces, gather_blocks, to_pieces
+from ptune_dist.run.accumulate import Accumulator
+from ptune_dist.run.batches_ahead import Share, use_device
+from ptune_dist.run.checkpoint import load_newest_checkpoint, pack_snapshot, unpack_snapshot
+from ptune_dist.run.job import Job
+from ptune_dist.run.one_world import StepSums, agree_on_stop
+from ptune_dist.run.progress import Progress, checkpoint, continue_from, restore, take_snapshot
+from ptune_dist.run.shared_pen import Log, SharedLog, SharedPen
+from ptune_dist.run.status import mark_running
+from ptune_dist.run.watch import StopAgreed, Watch
+
+T = TypeVar("T")
+Lines = queue.SimpleQueue[str]
+SLICE_S = 2.0  # of a wait, after which the ranks report that they are alive
+PATIENCE_S = 15.0  # for the end of a step, of a node that is asked to stop
+
+
+class Answer(NamedTuple):
+    """What rank 0 tells the others of a call of the group: nothing yet, what it has returned, or its error."""
+
+    is_there: bool
+    value: Any = None
+    error: Exception | None = None
+
+
+@dataclass
+class History:
+    """Who has computed what, for metrics.jsonl."""
+
+    seconds: float = 0.0  # of the last step, from this node's last sums until the step was complete
+    num_bytes: int = 0  # sent in it
+    num_nodes: int = 1
+    names: dict[str, str] = field(default_factory=dict)  # of all nodes so far, by their ids
+    now: dict[str, Any] = field(default_factory=dict)
+    is_new: bool = False
+
+    def begin(self) -> None:
+        self.seconds = 0.0
+        self.num_bytes = 0
+
+    def count(self, agreed: Agreed) -> None:
+        """A step is complete."""
+        self.names |= {member.id: member.name for member in (*agreed.members, *agreed.joining)}
+        blocks: dict[str, list[list[int]]] = {}
+        for member, owned in agreed.owners.items():
+            own = blocks.setdefault(self.names.get(member, member), [])
+            for one in sorted(owned):
+                if own and own[-1][1] == one.lo:
+                    own[-1][1] = one.hi
+                else:
+                    own.append([one.lo, one.hi])
+        found = {"view": agreed.view_number, "blocks": {name: own for name, own in blocks.items() if own}}
+        self.is_new = found != self.now
+        self.now = found
+        self.num_nodes = len(agreed.members)
+
+    def facts(self) -> dict[str, Any]:
+        """Of the last step. `nodes` is there where it is not what it was in the step before."""
+        found = {"num_nodes": self.num_nodes, "exchange_s": self.seconds, "exchange_bytes": self.num_bytes}
+        return found | ({"nodes": self.now} if self.is_new else {})
+
+
+class Replicas:
+    """This node among those that train together. A context manager. Its methods are collective."""
+
+    def __init__(self, job: Job, world: World, watch: Watch, group: NodeGroup | None, num_blocks: int, lines: Lines):
+        """`group`: on rank 0 alone, entered by `begin`; `lines` are those that it writes. The world's pen is shared."""
+        assert isinstance(world.pen, SharedPen), "which node writes is decided here"
+        self._job = job
+        self._world = world
+        self._watch = watch
+        self._group = group
+        self._num_blocks = num_blocks
+        self._lines = lines
+        self._pen = world.pen
+        self._rows: TrainingRows | None = None
+        self._progress: Progress | None = None
+        self._log: Log | None = None
+        self._agreed: Agreed | None = None  # after the last step
+        self._is_asked = False  # any rank of this node, to stop
+        self._is_last = False  # all nodes have left as they waited for more
+        self._total = torch.zeros(0)  # on rank 0: the sums of the step
+        self.history = History()
+        # Calls of the group wait for other nodes, so they are made in a thread, always the same one.
+        self._thread = ThreadPoolExecutor(1, "nodes", initializer=use_device(world.device))
+
+    def __enter__(self) -> "Replicas":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._group:
+            self._group.__exit__(None, None, None)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def begin(self, rows: TrainingRows) -> Progress:
+        """Where the run stands, by its newest checkpoint or by the nodes that are training it. Raises UserError."""
+        self._rows = rows
+        self._progress = self._enter() or restore(self._job, rows, self._world)
+        return self._progress
+
+    def _enter(self) -> Progress | None:
+        """Become a member; where the others stand, None where there are none."""
+        assert self._rows is not None, "begin comes first"
+        self._agreed = None
+        snapshot, is_writer = self._ask(self._enter_group)
+        self._hold_pen(is_writer)
+        return None if snapshot is None else continue_from(unpack_snapshot(snapshot), self._job, self._rows)
+
+    def _enter_group(self, group: NodeGroup) -> tuple[bytes | None, bool]:
+        joined = group.enter(self._num_blocks, self._is_stopping)
+        return joined.snapshot, group.view.is_writer
+
+    def sum_step(self, accumulate: Accumulator, progress: Progress, log: Log | None) -> StepSums | None:
+        """The next step's sums over all nodes.
+
+        None where these have continued without this one: it is back then, with their prompts and their `progress`.
+        """
+        self._log = log
+        try:
+            return self._sum_step(accumulate, progress)
+        except LeftBehind:
+            self._come_back(progress)
+            return None
+
+    def _sum_step(self, accumulate: Accumulator, progress: Progress) -> StepSums:
+        step = progress.step + 1
+        engine = self._job.engine
+        ranges = self._begin_step(step)
+        report: OwnReport | None = OwnReport(digest=self._digest(progress) if self._group else "")
+        engine.model.begin_step(step)
+        while True:
+            began = time.perf_counter()
+            share = Share(self._num_blocks, tuple(map(tuple, divide(ranges, self._world.size))))
+            plan, sums = accumulate.sum_blocks(step, progress.live, share)
+            length = engine.count_sums(list(plan.examples))
+            parts = gather_blocks(sums, share.of_ranks, length, self._world)
+            pieces = to_pieces(ranges, parts) if self._group else {}
+            if report is not None:
+                report = replace(report, seconds=time.perf_counter() - began, leaving=self._is_asked_here())
+            ranges = self._exchange(step, pieces, report)
+            if self._agreed is not None:
+                return StepSums(plan, engine.measure_sums(list(plan.examples), self._share_total(length)))
+            report = None
+
+    def _begin_step(self, step: int) -> Sequence[Range]:
+        """The blocks of a step that this node computes. Waits while there are fewer nodes than `train.min_nodes`."""
+        self._agreed = None
+        self.history.begin()
+        ranges, is_writer = self._ask(
+            lambda group: (group.begin_step(step, self._snapshot, self._is_stopping), group.view.is_writer)
+        )
+        self._hold_pen(is_writer)
+        return ranges
+
+    def _snapshot(self) -> bytes:
+        """This node's state, for one that joins. Called while all ranks wait."""
+        assert self._progress is not None, "begin comes first"
+        return pack_snapshot(take_snapshot(self._job, self._progress))
+
+    def _digest(self, progress: Progress) -> str:
+        """Tells states apart: that of the prompts, and what has been decided about the members."""
+        found = zlib.crc32(repr([(m.ended, m.best_step, m.num_worse) for m in progress.members.values()]).encode())
+        for member in self._job.engine.prompts.members.values():
+            for parameter in member.parameters:
+                found = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), found)
+        return f"{found:08x}"
+
+    def _exchange(self, step: int, pieces: dict[Range, bytes], report: OwnReport | None) -> Sequence[Range]:
+        """Send this node's sums and wait for the others': more blocks to compute, or none and `_agreed` is set."""
+        began = time.perf_counter()
+        redo, self._agreed, is_writer = self._ask(
+            lambda group: self._exchange_with(group, step, pieces, report), patience_s=PATIENCE_S
+        )
+        self.history.seconds += time.perf_counter() - began
+        self._hold_pen(is_writer)
+        if self._agreed is not None:
+            self._pen.forget()
+            self.history.count(self._agreed)
+        return redo
+
+    def _exchange_with(
+        self, group: NodeGroup, step: int, pieces: dict[Range, bytes], report: OwnReport | None
+    ) -> tuple[Sequence[Range], Agreed | None, bool]:
+        """In the group's thread: what is left to compute or what is agreed, and whether this node writes."""
+        self.history.num_bytes += sum(map(len, pieces.values())) * (len(group.view.members) - 1)
+        group.deliver(step, pieces, report)
+        todo = group.wait(step)
+        is_writer = group.view.is_writer
+        if not todo.is_complete:
+            return todo.redo, None, is_writer
+        cover = group.cover(step)
+        if any(cover.values()):
+            self._total = add_pieces(self._num_blocks, cover)
+        own = group.view.own
+        agreed = group.end_step(step)
+        if not agreed.is_leaving:
+            return (), agreed, group.view.is_writer
+        stay = [member for member in (*agreed.members, *agreed.joining) if member not in agreed.leaving]
+        return (), agreed, is_writer and all(member.folder != own.folder for member in stay)
+
+    def _share_total(self, length: int) -> torch.Tensor:
+        """The sums of the step, on every rank."""
+        device = self._world.device
+        total = to_device(self._total, device) if self._group else torch.empty(length, device=device)
+        if self._world.size > 1:
+            dist.broadcast(total, 0)
+        return total
+
+    def _hold_pen(self, is_writer: bool) -> None:
+        """Have this node write, or not. Raises RunFault on all ranks where what it takes over cannot be written."""
+
+        def change() -> None:
+            if is_writer and not self._pen.is_writer:
+                run_dir = Path(self._job.config.output_dir)
+                if self._log is not None:  # in the middle of the run
+                    mark_running(run_dir)
+                self._pen.take()
+            elif self._pen.is_writer and not is_writer:
+                self._pen.pass_on()
+                if isinstance(self._log, SharedLog):
+                    self._log.close()
+
+        if is_writer != self._pen.is_writer:
+            together(self._world, change)
+
+    def _come_back(self, progress: Progress) -> None:
+        """The others have continued without this node: take over their state, without loading the base again."""
+        self._job.engine.drop_gradients()
+        self._hold_pen(False)
+        found = self._enter() or self._find_later(progress)
+        if found is not None:
+            progress.take_over(found)
+            if isinstance(self._log, SharedLog):
+                self._log.continue_from(progress.step)
+
+    def _find_later(self, progress: Progress) -> Progress | None:
+        """The others are gone: what they have saved since."""
+        assert self._rows is not None, "begin comes first"
+        folder = Path(self._job.config.output_dir) / "checkpoints"
+        newest = from_main(self._world, lambda: load_newest_checkpoint(folder, print))
+        if newest is None or newest.step <= progress.step:
+            return None
+        return continue_from(newest, self._job, self._rows, saved_step=newest.step)
+
+    def is_asked(self, log: Log | None) -> bool:
+        """Whether this node stops after this step."""
+        is_asked = agree_on_stop(self._watch, log, self._world)
+        return self._agreed.is_leaving if self._agreed is not None else is_asked
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the others continue without this node, by its own wish."""
+        return self._agreed is not None and self._agreed.is_leaving and not self._agreed.is_last
+
+    def facts(self) -> dict[str, Any]:
+        """What metrics.jsonl has of the last step beside the usual."""
+        return self.history.facts()
+
+    def end(self, *, is_done: bool) -> None:
+        """This node is about to end, and has written what it had to.
+
+        Where all end, it waits until they have: another node writes where the writer is lost.
+        """
+        is_last = is_done or self._is_last or (self._agreed is not None and self._agreed.is_last)
+        with contextlib.suppress(LeftBehind, StopAgreed):  # the others write
+            self._ask(lambda group: group.finish(self._write_end) if is_last else group.leave(), patience_s=PATIENCE_S)
+
+    def _write_end(self) -> None:
+        """In the group's thread, on the node that writes: it has, or it has kept what the lost one had to write."""
+        if not self._pen.is_writer:
+            self._pen.take()
+            if isinstance(self._log, SharedLog):
+                self._log.close()
+
+    def _is_asked_here(self) -> bool:
+        """Whether any rank of this node is asked to stop. Collective."""
+        self._is_asked = sum_over_ranks([float(self._watch.requested)], self._world)[0] > 0
+        return self._is_asked
+
+    def _is_stopping(self) -> bool:
+        """In the group's thread, while it waits for other nodes."""
+        return self._is_asked or self._watch.requested
+
+    def _ask(self, call: Callable[[NodeGroup], T], *, patience_s: float = math.inf) -> T:
+        """What a call of the group returns, on all ranks, which report that they are alive while it waits.
+
+        Raises what it raises, and StopAgreed where this node is asked to stop and the call ends for that, or takes
+        longer than `patience_s`. A writer that nobody follows has saved then.
+        """
+        future = self._thread.submit(call, self._group) if self._group else None
+        began = time.monotonic()
+        while True:
+            answer: Answer = broadcast_from_main(find_answer(future) if future else None, self._world)
+            self._watch.beat()
+            self._show_lines()
+            if isinstance(answer.error, StoppedWaiting):
+                self._is_last = answer.error.is_last
+                self._stop()
+            if answer.error is not None:
+                raise (future.exception() if future else None) or answer.error
+            if answer.is_there:
+                return answer.value
+            is_late = future is not None and time.monotonic() - began > patience_s
+            if self._is_asked_here() and sum_over_ranks([float(is_late)], self._world)[0]:
+                self._stop()
+
+    def _stop(self) -> NoReturn:
+        """Stop where the run stands, between two steps."""
+        if self._progress is not None and self._progress.step:
+            checkpoint(self._job, self._progress, self._world)
+        raise StopAgreed
+
+    def _show_lines(self) -> None:
+        """Write what the group has told since the last time."""
+        while self._group and not self._lines.empty():
+            line = self._lines.get()
+            if isinstance(self._log, SharedLog):
+                self._log.tell(line)
+            else:
+                print(line, flush=True)
+
+
+def find_answer(future: Future[Any]) -> Answer:
+    """What has come of a call, after a moment."""
+    try:
+        return Answer(True, future.result(SLICE_S))
+    except StillWaiting:
+        return Answer(False)
+    except (UserError, RunFault, LeftBehind, StoppedWaiting) as error:
+        return Answer(True, error=error)
+    except Exception as error:  # it may not travel
+        return Answer(True, error=RuntimeError("".join(traceback.format_exception(error))))

@@ -1,0 +1,164 @@
+"""Parts of the exchange between nodes: blocks and shares, messages, who is suspected, views in a folder."""
+
+import asyncio
+import random
+
+import pytest
+
+from ptune_dist.nodes.agreement import Member
+from ptune_dist.nodes.blocks import Range, subtrees, sum_along_tree
+from ptune_dist.nodes.candidate import Candidate
+from ptune_dist.nodes.frames import Decoder, encode
+from ptune_dist.nodes.rendezvous import FolderRendezvous
+from ptune_dist.nodes.rendezvous_server import Registry
+from ptune_dist.nodes.settings import Limits
+from ptune_dist.nodes.shares import divide, next_shares, num_blocks_of, take_over
+from ptune_dist.nodes.suspicion import ReportedSuspicions
+from ptune_dist.nodes.turns import Rules, ViewRecord
+
+
+def test_subtrees_are_aligned_and_the_fewest():
+    for lo in range(17):
+        for hi in range(lo, 17):
+            found = subtrees(lo, hi)
+            assert [block for piece in found for block in range(piece.lo, piece.hi)] == list(range(lo, hi))
+            assert all(piece.lo % piece.num_blocks == 0 for piece in found)
+            pairs = zip(found, found[1:], strict=False)
+            assert not any(
+                one.num_blocks == other.num_blocks and one.lo % (2 * one.num_blocks) == 0 for one, other in pairs
+            )
+
+
+def test_the_sum_has_the_same_bits_for_any_division():
+    generator = random.Random(0)
+    values = [generator.uniform(-1, 1) * 10.0 ** generator.randint(-8, 8) for _ in range(32)]
+
+    def tree(lo: int, hi: int) -> float:
+        return values[lo] if hi - lo == 1 else tree(lo, (lo + hi) // 2) + tree((lo + hi) // 2, hi)
+
+    sums = set()
+    for _ in range(50):
+        nodes = [f"n{i}" for i in range(generator.randint(1, 7))]
+        owners = divide(Range(0, 32), nodes, {node: generator.uniform(0.1, 2) for node in nodes})
+        sums.add(sum_along_tree({piece: tree(piece.lo, piece.hi) for piece, _ in owners}, float.__add__, 32))
+    assert sums == {tree(0, 32)}
+    assert tree(0, 32) != sum(values)  # the order matters for these values
+
+
+def test_shares_follow_the_speeds():
+    counts = num_blocks_of(divide(Range(0, 32), ["slow", "fast"], {"slow": 3.0, "fast": 1.0}))
+    assert counts == {"slow": 8, "fast": 24}
+
+
+def test_every_node_is_measured_where_there_are_enough_blocks():
+    counts = num_blocks_of(divide(Range(0, 8), ["a", "b"], {"a": 1.0, "b": 1000.0}))
+    assert counts == {"a": 7, "b": 1}
+
+
+def test_more_nodes_than_blocks():
+    owners = divide(Range(0, 2), ["a", "b", "c"], {})
+    assert sum(piece.num_blocks for piece, _ in owners) == 2
+
+
+def test_shares_stay_while_new_ones_are_hardly_better():
+    before = divide(Range(0, 32), ["a", "b"], {"a": 1.0, "b": 1.0})
+    assert next_shares(32, ["a", "b"], {"a": 1.05, "b": 1.0}, before) == before
+    assert next_shares(32, ["a", "b"], {"a": 2.0, "b": 1.0}, before) != before
+
+
+def test_lost_ranges_are_taken_over_whole():
+    lost = [Range(4, 8), Range(16, 18)]
+    owners = take_over(lost, ["a", "b"], {"a": 1.0, "b": 1.0})
+    assert sorted(block for piece, _ in owners for block in range(piece.lo, piece.hi)) == [4, 5, 6, 7, 16, 17]
+    assert num_blocks_of(owners) == {"a": 3, "b": 3}
+
+
+def test_messages_are_found_in_any_cut_of_the_stream():
+    stream = b"".join([*encode({"kind": "one"}, [b"abc", b""]), *encode({"kind": "two"})])
+    for size in (1, 2, 5, len(stream)):
+        decoder = Decoder()
+        decoder.is_trusted = True
+        found = [
+            (message["kind"], parts)
+            for start in range(0, len(stream), size)
+            for message, parts in decoder.feed(stream[start : start + size])
+        ]
+        assert found == [("one", [b"abc", b""]), ("two", [])]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xff\xff\xff",
+        b"\x00\x00\x00\x02[]",
+        b"\x00\x00\x00\x0c" + b'{"kind":"a"}',
+        b"".join(encode({"kind": "a"}, [b"part"])),
+        b"GET / HTTP/1.1\r\n\r\n",
+    ],
+)
+def test_what_a_stranger_sends_is_refused(data):
+    with pytest.raises(ValueError):
+        Decoder().feed(data)
+
+
+def test_the_node_that_most_cannot_reach_is_removed():
+    reported = ReportedSuspicions()
+    for reporter, suspect in (("b", "d"), ("d", "b"), ("d", "c"), ("c", "d")):
+        reported.add(reporter, suspect, 0.0)
+    assert reported.to_remove(["a", "b", "c", "d"], "a", [], now=0.5) == set()  # others may report as well
+    assert reported.to_remove(["a", "b", "c", "d"], "a", [], now=1.5) == {"d"}
+    assert reported.to_remove(["a", "b", "c", "d"], "a", ["c"], now=1.5) == {"c", "d"}
+
+
+def view(number: int, *names: str) -> ViewRecord:
+    return ViewRecord(number, tuple(Member(name, name, "", "") for name in names), names[0] if names else "")
+
+
+def test_one_claim_of_a_number_succeeds(tmp_path):
+    async def claim_all() -> list[ViewRecord]:
+        places = [FolderRendezvous(tmp_path / "nodes") for _ in range(8)]
+        await asyncio.gather(*(place.start() for place in places))
+        return await asyncio.gather(*(place.claim(view(1, f"n{i}"), True) for i, place in enumerate(places)))
+
+    held = asyncio.run(claim_all())
+    assert len({record.ids[0] for record in held}) == 1
+
+
+def test_a_late_claim_hears_of_the_newest_view(tmp_path):
+    async def claim() -> ViewRecord:
+        place = FolderRendezvous(tmp_path)
+        for number in (1, 2, 3):
+            assert await place.claim(view(number, "a"), True) == view(number, "a")
+        assert await place.claim(view(3, "a"), True) == view(3, "a")  # may be repeated
+        return await place.claim(view(2, "b"), True)
+
+    assert asyncio.run(claim()) == view(3, "a")
+
+
+def test_a_server_that_has_just_started_does_not_let_a_node_begin():
+    registry = Registry(now=10.0)
+    assert not registry.answer({"kind": "latest"}, 11.0)["is_sure"]
+    registry.answer({"kind": "announce", "view": view(5, "a").to_json()}, 11.0)
+    answer = registry.answer({"kind": "latest"}, 11.0)
+    assert answer["is_sure"] and answer["view"]["number"] == 5
+    assert registry.answer({"kind": "claim", "view": view(5, "b").to_json()}, 12.0)["view"]["members"][0]["id"] == "a"
+    assert Registry(now=10.0).answer({"kind": "latest"}, 15.0)["is_sure"]
+
+
+def test_a_candidate_waits_for_a_group_that_it_has_just_learned_of():
+    class Outside:
+        seconds = 0.0
+
+        def now(self) -> float:
+            return self.seconds
+
+        def connect(self, members) -> None:
+            pass
+
+    outside = Outside()
+    candidate = Candidate(view(1, "a").members[0], outside, Limits(found_s=5.0), Rules(1, 1, 8))
+    outside.seconds = 6.0  # a server that had just started did not let it begin
+    candidate.learn(view(1, "b"))
+    assert not candidate.is_group_gone()
+    outside.seconds = 12.0
+    assert candidate.is_group_gone()

@@ -1,0 +1,149 @@
+"""Nodes as replicas: whatever nodes there are, and whichever of them are lost, leave or join, the run is the same."""
+
+import json
+import signal
+
+import pytest
+
+from ptune_dist.run.checkpoint import list_checkpoints
+from tests.replicas.nodes import VALIDATION, ZERO3, Cluster, train_alone
+
+STEPS = 16
+SHORT = {"max_steps": STEPS, "batch_size": 8, "num_blocks": 4}
+EVALUATED = {"data": VALIDATION, "evaluate": {"every": 5, "max_examples": 8, "num_samples": 0}}
+
+
+def check_same(cluster: Cluster, alone: Cluster) -> None:
+    """The folder is that of the undisturbed run."""
+    assert cluster.steps() == alone.steps()  # each step once
+    assert cluster.losses() == alone.losses()
+    assert cluster.final() == alone.final()
+    assert cluster.status()["state"] == "done"
+    names = [path.name for path in list_checkpoints(cluster.run / "checkpoints")]
+    assert names == [path.name for path in list_checkpoints(alone.run / "checkpoints")]
+    for name in ("evaluations.jsonl", "prompt/prompt.safetensors"):
+        assert (cluster.run / name).read_bytes() == (alone.run / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Cluster:
+    """The run of one node."""
+    return train_alone(tmp_path_factory.mktemp("alone") / "run", train=SHORT, checkpoint={"every": 5}, **EVALUATED)
+
+
+@pytest.mark.long
+def test_the_writer_is_killed_and_another_node_takes_over_its_folder(tmp_path, alone):
+    cluster = Cluster(tmp_path / "killed", train=SHORT, checkpoint={"every": 5}, **EVALUATED)
+    writer = cluster.start("first")
+    cluster.wait_for_step(1)
+    other = cluster.start("second")
+    cluster.wait_for_member("second")
+    writer.kill()
+    assert writer.finish() == {-signal.SIGKILL}
+    assert other.finish() == {0}, other.output
+    check_same(cluster, alone)
+    assert "node first" in (cluster.run / "train.log").read_text()  # one line tells of the loss
+    last = cluster.history()[-1]
+    assert last["blocks"] == {"second": [[0, 4]]}
+
+
+@pytest.mark.long
+def test_nodes_leave_and_join_and_the_last_one_saves(tmp_path, alone):
+    cluster = Cluster(tmp_path / "left", train=SHORT, checkpoint={"every": 5}, **EVALUATED)
+    first = cluster.start("first")
+    cluster.wait_for_step(1)
+    second = cluster.start("second")
+    cluster.wait_for_member("second")
+    first.stop()
+    assert first.finish() == {75}
+    second.stop()
+    assert second.finish() == {75}, second.output
+    status = cluster.status()
+    assert status["state"] == "stopped" and status["step"] == cluster.steps()[-1] < STEPS
+    third = cluster.start("third")
+    assert third.finish() == {0}, third.output
+    extra = cluster.run / "checkpoints" / f"step-{status['step']:08d}"
+    assert (extra / "state.json").exists()
+    if status["step"] % 5:
+        for file in extra.iterdir():
+            file.unlink()
+        extra.rmdir()
+    check_same(cluster, alone)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("evaluate", [{"every": 0}, {"every": 1, "metrics": ["exact_match"]}])
+def test_nodes_that_are_all_asked_to_stop_save_once(tmp_path, evaluate):
+    train = {**SHORT, "max_steps": 1000, "min_nodes": 2}
+    cluster = Cluster(tmp_path / "run", train=train, checkpoint={"every": 0}, data=VALIDATION, evaluate=evaluate)
+    nodes = [cluster.start(name) for name in "ab"]
+    cluster.wait_for_step(3)
+    for node in nodes:
+        node.stop()
+    assert [node.finish() for node in nodes] == [{75}, {75}], nodes[0].output
+    status = cluster.status()
+    assert (status["state"], status["step"]) == ("stopped", cluster.steps()[-1])
+    assert len(list_checkpoints(cluster.run / "checkpoints")) == 1
+
+
+@pytest.mark.extended
+def test_worlds_of_two_ranks_under_zero3_train_what_one_world_does(tmp_path):
+    train = {**SHORT, "min_nodes": 2}
+    cluster = Cluster(tmp_path / "two", 2, train=train, deepspeed=ZERO3)
+    nodes = [cluster.start(name) for name in "ab"]
+    assert [node.finish() for node in nodes] == [{0}, {0}], nodes[0].output + nodes[1].output
+    one_rank = train_alone(tmp_path / "one", train=SHORT, deepspeed=ZERO3)
+    one_world = train_alone(tmp_path / "world", "train.nodes=one_world", num_ranks=2, train=SHORT, deepspeed=ZERO3)
+    assert cluster.losses() == one_rank.losses() and cluster.final() == one_rank.final()
+    assert cluster.losses() == pytest.approx(one_world.losses(), rel=1e-5)
+
+
+@pytest.mark.extended
+def test_all_ranks_of_a_node_are_killed_under_zero3(tmp_path):
+    alone = train_alone(tmp_path / "alone", num_ranks=2, train=SHORT, deepspeed=ZERO3, **EVALUATED)
+    cluster = Cluster(tmp_path / "killed", 2, train=SHORT, deepspeed=ZERO3, **EVALUATED)
+    nodes = [cluster.start("a")]
+    cluster.wait_for_step(1)
+    nodes.append(cluster.start("b"))
+    cluster.wait_for_member("b")
+    nodes[0].kill()
+    assert nodes[0].finish() == {-signal.SIGKILL}
+    assert nodes[1].finish() == {0}, nodes[1].output
+    check_same(cluster, alone)
+
+
+@pytest.mark.extended
+def test_a_sweep_with_halving_is_the_same_on_two_nodes(tmp_path):
+    sections = {"sweep": {"seed": [0, 1, 2, 3]}, "sweep_halving": {"every": 5, "keep": 0.5}, **EVALUATED}
+    alone = train_alone(tmp_path / "alone", train=SHORT, **sections)
+    cluster = Cluster(tmp_path / "two", train={**SHORT, "min_nodes": 2}, **sections)
+    nodes = [cluster.start(name) for name in "ab"]
+    assert [node.finish() for node in nodes] == [{0}, {0}], nodes[0].output + nodes[1].output
+    assert cluster.losses() == alone.losses() and cluster.final() == alone.final()
+    kept = ("ranking", "validation", "best_step")
+    found, wanted = (json.loads((run.run / "summary.json").read_text()) for run in (cluster, alone))
+    assert {key: found[key] for key in kept} == {key: wanted[key] for key in kept}
+
+
+@pytest.mark.extended
+def test_over_hundreds_of_steps_with_a_stall_a_loss_and_a_join_the_run_is_the_undisturbed_one(tmp_path):
+    train = {**SHORT, "max_steps": 200, "stall_timeout_s": 2, "schedule": "cosine"}
+    cluster = Cluster(tmp_path / "disturbed", train=train, checkpoint={"every": 50})
+    nodes = [cluster.start("a")]
+    cluster.wait_for_step(1)
+    nodes.append(cluster.start("b"))
+    cluster.wait_for_member("b")
+    nodes[0].send(signal.SIGSTOP)  # the writer
+    cluster.wait_for_view(lambda found: "a" not in found["blocks"])
+    step = cluster.steps()[-1]
+    nodes[0].send(signal.SIGCONT)
+    cluster.wait_for_view(lambda found: found["step"] > step and "a" in found["blocks"])
+    nodes[1].kill()
+    nodes.append(cluster.start("c"))
+    cluster.wait_for_member("c")
+    assert [node.finish() for node in nodes] == [{0}, {-signal.SIGKILL}, {0}], nodes[0].output
+    assert nodes[0].output.count("loaded in") == 1  # the one that stalled has not loaded its base again
+    alone = train_alone(tmp_path / "alone", train=train, checkpoint={"every": 50})
+    check_same(cluster, alone)
+    one_world = train_alone(tmp_path / "world", "train.nodes=one_world", train=train, checkpoint={"every": 50})
+    assert cluster.losses() == pytest.approx(one_world.losses(), rel=1e-5)

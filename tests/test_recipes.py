@@ -2,16 +2,14 @@
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 
+from ptune_dist.bench import twins
 from ptune_dist.config.load import load_config
 from ptune_dist.config.shipped import RECIPES, recipe_names
-from ptune_dist.data.template import compile_template
-from ptune_dist.metrics import METRICS
 from ptune_dist.run.resolve import resolve
 from tests.processes import ROOT
 
@@ -21,9 +19,6 @@ SAME = ["prompt.method", "train.objective", "model.quantization", "prompt.placem
 DATA = RECIPES / "data"
 MAX_BYTES = 3_000_000  # of a shipped base
 EXTENDED = ["data_to_text_gpt2", "instructions_llama", "sentiment_llama", "summarization_t5"]  # too long for CI
-# Beyond a baseline: of 100, a share of its own value, or 0.05 of a metric between 0 and 1.
-MARGINS = {"chrf": 10.0, "bleu": 10.0}
-SHARES = {"mse": 0.1, "loss": 0.05, "perplexity": 0.05}
 
 
 def value_of(config, key: str):
@@ -60,62 +55,15 @@ def test_a_shipped_base_is_small(folder):
 # Training
 
 
-def render_rows(config) -> tuple[list[str], list[str]]:
-    """Inputs and targets of the validation rows that are evaluated."""
-    lines = Path(config.data.validation_sources[0]).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines[: config.evaluate.max_examples or None]]
-    inputs = compile_template(config.data.template, key="data.template")
-    targets = compile_template(config.data.target, key="data.target")
-    return [inputs.render(row).strip() for row in rows], [targets.render(row).strip() for row in rows]
-
-
-def answers_without_learning(config, needs: str) -> tuple[list[list], list]:
-    """What could be answered to each row without learning, and the targets.
-
-    A copy of the input, or the answer that is best for all rows: their commonest target, or of numbers their mean.
-    """
-    inputs, targets = render_rows(config)
-    if needs == "values":
-        numbers = [float(target) for target in targets]
-        return [[sum(numbers) / len(numbers)] * len(numbers)], numbers
-    commonest = [Counter(targets).most_common(1)[0][0]] * len(targets)
-    return ([commonest] if needs == "label_losses" else [commonest, inputs]), targets
-
-
-def baselines_of(config, summary: dict) -> list[tuple[str, str, float]]:
-    """What a twin is compared with: a baseline, a metric, and the baseline's number.
-
-    The untrained prompt and the base alone; with labels by the loss of the whole answer, because a base may rank them
-    well that would answer something else. And answers without learning, by the first metric.
-    """
-    metric = config.evaluate.metrics[0]
-    needs = METRICS[metric].needs
-    learned = "loss" if needs == "label_losses" else metric
-    stages = {"untrained prompt": summary["before"], "base": summary["base_without_prompt"]}
-    found = [(stage, learned, numbers[learned]) for stage, numbers in stages.items() if learned in numbers]
-    if needs == "losses":
-        return found
-    candidates, targets = answers_without_learning(config, needs)
-    for answers in candidates:
-        found.append(("no learning", metric, METRICS[metric].compute(answers, [[target] for target in targets])))
-    return found
-
-
-def is_beyond(metric: str, value: float, baseline: float) -> bool:
-    margin = abs(baseline) * SHARES[metric] if metric in SHARES else MARGINS.get(metric, 0.05)
-    return value > baseline + margin if METRICS[metric].higher_is_better else value < baseline - margin
-
-
-def judge_twin(commands, folder: Path, name: str, *overrides: str) -> dict[tuple, bool]:
-    """Whether a twin that is trained is beyond each of its baselines."""
+def judge_twin(commands, folder: Path, name: str, *overrides: str) -> tuple[dict, dict[tuple[str, str], bool]]:
+    """The numbers of a twin that is trained, and whether it is beyond each of its baselines."""
     done = commands.run("train", f"tiny/{name}", f"output_dir={folder}", *overrides)
     assert done.code == 0, done.err
     config = load_config(f"tiny/{name}", overrides, resolve=resolve)
-    summary = json.loads((folder / "summary.json").read_text())
-    found = baselines_of(config, summary)
-    assert len(found) >= 1
-    values = summary["validation"]
-    return {(*line, values[line[1]]): is_beyond(line[1], values[line[1]], line[2]) for line in found}
+    metrics = twins.compare(config, json.loads((folder / "summary.json").read_text()))
+    found = twins.judge(metrics)
+    assert found
+    return metrics, found
 
 
 @pytest.mark.parametrize(
@@ -123,15 +71,24 @@ def judge_twin(commands, folder: Path, name: str, *overrides: str) -> dict[tuple
     [pytest.param(twin, marks=pytest.mark.extended if twin in EXTENDED else []) for twin in RECIPES_WITH_HUB],
 )
 def test_a_twin_trains_past_its_baselines(name, commands, tmp_path):
-    found = judge_twin(commands, tmp_path / "run", name)
-    print(name, found)
-    assert all(found.values()), found
+    metrics, found = judge_twin(commands, tmp_path / "run", name)
+    assert all(found.values()), (metrics, found)
 
 
 def test_a_prompt_that_does_not_learn_stays_at_its_baselines(commands, tmp_path):
     slow = ["train.learning_rate=1e-9", "train.max_steps=2"]
-    found = judge_twin(commands, tmp_path / "run", "sentiment_bert", *slow)
-    assert not any(found.values()), found
+    metrics, found = judge_twin(commands, tmp_path / "run", "sentiment_bert", *slow)
+    assert not any(found.values()), (metrics, found)
+
+
+def test_the_table_of_twins_is_of_these_recipes_and_bases():
+    """Else `python -m ptune_dist.bench.twins` has to be run again, as its docstring says."""
+    content = json.loads((ROOT / "docs/benchmarks/twins.json").read_text())
+    cells = twins.list_cells()
+    assert {cell.name: cell.digest for cell in cells} == {name: c["config"] for name, c in content["cells"].items()}
+    assert twins.render_table(content) in (ROOT / "docs/recipes.md").read_text()
+    for found in content["cells"].values():
+        assert all(twins.judge(found["metrics"]).values())
 
 
 # The classic examples of the tutorial

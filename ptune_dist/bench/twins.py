@@ -84,7 +84,7 @@ def compare(config: Config, summary: dict[str, Any]) -> dict[str, Numbers]:
 
 
 def score_without_learning(config: Config, metric: str) -> float:
-    """What the better of two scores: a copy of the input, or one answer to all rows, the commonest target or the mean."""
+    """What a copy of the input scores, or one answer to all rows (the commonest target, the mean) if it is better."""
     inputs, targets = render_validation(config)
     needs = METRICS[metric].needs
     references: list[Any] = [[target] for target in targets]
@@ -101,6 +101,7 @@ def score_without_learning(config: Config, metric: str) -> float:
 
 def render_validation(config: Config) -> tuple[list[str], list[str]]:
     """Inputs and targets of the validation rows that are evaluated."""
+    assert config.data.template and config.data.target  # free text is judged without answers
     lines = Path(config.data.validation_sources[0]).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines[: config.evaluate.max_examples or None]]
     inputs = compile_template(config.data.template, key="data.template")

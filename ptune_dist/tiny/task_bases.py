@@ -1,4 +1,4 @@
-"""Make the tiny bases of the recipes: `python -m ptune_dist.tiny.task_bases` (about 5 minutes for each on one core).
+"""Make the tiny bases of the recipes: `python -m ptune_dist.tiny.task_bases` (5 to 15 minutes for each on one core).
 
 GPT-2, Llama, T5 and BERT shapes with under a million parameters share a tokenizer of 2,048 byte-level BPE tokens. As
 the real T5 was, all but BERT are trained on several tasks that are asked for by name, here on examples of `material.py`

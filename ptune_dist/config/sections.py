@@ -23,7 +23,7 @@ class ModelConfig(Section):
 
     path: PathText
     """A local folder or a name on the Hugging Face hub: a transformers model in safetensors files. Or one of the tiny
-    bases that come with the package: `tiny-causal`, `tiny-gpt2`, `tiny-t5`, `tiny-bert`."""
+    bases that come with the package: `tiny-causal`, `tiny-gpt2`, `tiny-llama`, `tiny-t5`, `tiny-bert`."""
 
     revision: str | None = None
     """A commit, tag or branch of the base on the hub: a commit pins it. The hub's `main` where left out."""

@@ -21,24 +21,23 @@ deepspeed: zero3_fp32
 """
 
 
-# What `python -m build --no-isolation` does: a source distribution, and a wheel from what it holds.
-BUILD_SDIST = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
 SHIPPED = {"recipes": "configs/recipes", "tiny": "configs/tiny", "launch": "launch", "slurm": "slurm"}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, because a build writes beside the sources; its links lead to folders of the copy."""
+    """Built from the source distribution, and that from a copy, because a build writes beside the sources.
+
+    The copy's links lead to its own folders.
+    """
     source = tmp_path_factory.mktemp("source")
     for name in ("ptune_dist", "configs", "launch", "slurm"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     out = tmp_path_factory.mktemp("built")
-    subprocess.run([sys.executable, "-c", BUILD_SDIST, out], cwd=source, check=True, timeout=120, capture_output=True)
-    (sdist,) = out.glob("*.tar.gz")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, sdist]
-    subprocess.run(command, check=True, timeout=120)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out]
+    subprocess.run(command, cwd=source, check=True, timeout=120, capture_output=True)
     (file,) = out.glob("*.whl")
     return file
 

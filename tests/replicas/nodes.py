@@ -45,6 +45,13 @@ class Node:
         """The exit statuses of its ranks."""
         return set(wait_for_ranks(self.ranks))
 
+    def wait_for_line(self, text: str) -> None:
+        """Until the node has told something."""
+        give_up_at = time.monotonic() + MAX_S
+        while text not in self.output:
+            assert time.monotonic() < give_up_at and not self.has_ended, self.output[-2000:]
+            time.sleep(0.05)
+
     @property
     def output(self) -> str:
         return "".join(rank.out.read_text() + rank.err.read_text() for rank in self.ranks)

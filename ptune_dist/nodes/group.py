@@ -243,5 +243,5 @@ def build_rendezvous(network: Network) -> Rendezvous:
     """A folder, or `host:port`."""
     where = network.settings.rendezvous
     if isinstance(where, Path):
-        return FolderRendezvous(where)
-    return ServerRendezvous(where, network.identity, network.contexts, network.say)
+        return FolderRendezvous(where, network.say)
+    return ServerRendezvous(where, network.identity, network.contexts, network.say, network.settings.limits.mistake_s)

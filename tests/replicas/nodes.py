@@ -54,7 +54,8 @@ class Node:
 
     @property
     def output(self) -> str:
-        return "".join(rank.out.read_text() + rank.err.read_text() for rank in self.ranks)
+        files = [file for rank in self.ranks for file in (rank.out, rank.err) if file.exists()]
+        return "".join(file.read_text() for file in files)
 
 
 def is_ended(pid: int) -> bool:

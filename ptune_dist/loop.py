@@ -16,7 +16,7 @@ from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, init_distributed, together, write
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.averaging import keep_average
-from ptune_dist.evaluation.during_training import evaluate_members, is_due, is_evaluation_due
+from ptune_dist.evaluation.during_training import describe_validation, evaluate_members, is_due, is_evaluation_due
 from ptune_dist.evaluation.evaluator import Evaluator
 from ptune_dist.evaluation.generate import pad_id
 from ptune_dist.evaluation.row_warnings import find_warnings
@@ -329,8 +329,8 @@ def finish(training: Training) -> dict[str, Any]:
     if progress.step < training.config.train.max_steps:  # patience ended it, perhaps between two checkpoints
         checkpoint(job, progress, world)
     averaged = keep_average(job, training.evaluators, progress, world, training.say)
-    signatures = {name: evaluator.signatures for name, evaluator in training.evaluators.items()}
-    summary = build_summary(job, progress, signatures, world)
+    more = describe_validation(job, training.evaluators, progress, training.rows)
+    summary = build_summary(job, progress, more, world)
     if averaged:
         summary["average_last"] = averaged if config.sweep else next(iter(averaged.values()))
     if training.metrics:
@@ -338,7 +338,7 @@ def finish(training: Training) -> dict[str, Any]:
     if job.engine.recomputer:
         for line in job.engine.recomputer.describe_profile():
             training.say(line)
-    write(world, lambda: write_summaries(job, progress, signatures, summary))
+    write(world, lambda: write_summaries(job, progress, more, summary))
     return summary
 
 

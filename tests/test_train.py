@@ -1,5 +1,6 @@
 """The loop as its users meet it: which prompt is kept, when it stops, what a run leaves."""
 
+import html
 import json
 
 import pytest
@@ -122,11 +123,16 @@ def test_validate_and_env_tell_what_they_promise():
 
 def test_a_loss_that_does_not_fall_is_named_after_a_tenth_of_the_steps(tmp_path):
     config = write_config(
-        tmp_path / "config.json", prompt={"num_virtual_tokens": 4},
+        tmp_path / "config.json", data=VALIDATION, prompt={"num_virtual_tokens": 4},
         train={"max_steps": 100, "batch_size": 4, "learning_rate": 1e-9},
+        evaluate={"metrics": ["loss"], "max_examples": 16, "num_samples": 0},
     )  # fmt: skip
     done = run_command("train", str(config))
     assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["validation"]["loss"] >= summary["base_without_prompt"]["loss"]
+    assert done.stdout.splitlines()[-1] == f"warning: {summary['no_gain']}"
+    assert summary["no_gain"] in html.unescape((tmp_path / "run" / "report.html").read_text())
     (line,) = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "has not fallen" in line]
     assert "warning: the loss has not fallen by 2% after 10 steps" in line
     assert "set train.learning_rate to the method's default, 0.3 (it is 1e-09)" in line

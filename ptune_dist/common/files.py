@@ -129,6 +129,11 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def share_as_folder(file: Path) -> None:
+    """Let those read `file` who may read its folder: safetensors writes files for their owner alone."""
+    file.chmod(file.parent.stat().st_mode & 0o666)
+
+
 def write_once(path: Path, text: str) -> str:
     """Have `text` be the content of a new file that only its owner can read; returns the content that it has got.
 

@@ -2,14 +2,17 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from ptune_dist.config.schema import Config
+from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, write
 from ptune_dist.errors import RunFault
 from ptune_dist.evaluation.bare_base import evaluate_without_prompt
 from ptune_dist.evaluation.evaluator import Evaluation, Evaluator, MemberAnswers
 from ptune_dist.evaluation.predictions import write_predictions
 from ptune_dist.run.job import Job
+from ptune_dist.run.no_gain import describe_no_gain
 from ptune_dist.run.one_world import agree_on_stop
 from ptune_dist.run.progress import Progress, checkpoint, rank_evaluation, store_prompt
 from ptune_dist.run.shared_pen import Log
@@ -98,6 +101,25 @@ def end_members(config: Config, progress: Progress, metrics: Log | None) -> None
         progress.members[member].end(reason, progress.step)
         if metrics:
             metrics.say(f"{member} is stopped at step {progress.step}: {reason}")
+
+
+def describe_validation(
+    job: Job, evaluators: dict[str, Evaluator], progress: Progress, rows: TrainingRows
+) -> dict[str, dict[str, Any]]:
+    """What each member's summary has beside its metrics: how they are computed, and that nothing was gained."""
+    found = {}
+    for name, evaluator in evaluators.items():
+        no_gain = describe_no_gain(
+            job.members[name],
+            progress.members[name],
+            job.reading.family.name,
+            num_steps=progress.members[name].ended_step or progress.step,
+            num_rows=rows.count_rows(name),
+            num_held_out=evaluator.split.num_rows,
+        )
+        own = {"signatures": evaluator.signatures, "no_gain": no_gain}
+        found[name] = {key: value for key, value in own.items() if value}
+    return found
 
 
 def find_without_progress(config: Config, progress: Progress) -> dict[str, str]:

@@ -24,6 +24,7 @@ from ptune_dist.base.open import OpenedBase
 from ptune_dist.base.other_folders import INDEX
 from ptune_dist.base.source import is_local_only
 from ptune_dist.base.weight_files import WeightFiles, find_weight_files, open_weight_files
+from ptune_dist.common.files import share_as_folder
 from ptune_dist.errors import UserError
 
 ROUND_TO = 64  # GPUs multiply by heads of such sizes fastest; kept where the base keeps to it
@@ -209,6 +210,7 @@ def write_weights(path: str, changes: Changes, out: Path) -> list[Path]:
                 tensors = {name: own[name] if name in own else opened.get_tensor(name) for name in names} | new
                 new = {}
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / file.name, metadata)
+                share_as_folder(out / file.name)
                 names = list(tensors)
         if not own:
             link_or_copy(file, out / file.name)

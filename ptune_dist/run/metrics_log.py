@@ -66,8 +66,7 @@ class MetricsWriter:
         self._tensorboard = self._boards[""]
         for name, values in (settings or {}).items():
             write_settings(self._boards[name], values)
-        found = settings or {}
-        self._trackers = Trackers(list(report_to), run_dir, next(iter(found.values()), {}))
+        self._trackers = Trackers(list(report_to), run_dir, shared_settings(list((settings or {}).values())))
         self._max_steps = max_steps
         self._first_step = first_step
         self._log_every = log_every
@@ -192,6 +191,7 @@ class MetricsWriter:
         with self._remember_failure():
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(f"base_without_prompt/{name}", value, 0)
+            self._track({f"base_without_prompt/{name}": value for name, value in metrics.items()}, 0)
 
     def ranks(self, step: int, ranks: list[dict[str, Any]]) -> None:
         """Write what each rank held and gathered to TensorBoard."""
@@ -257,6 +257,12 @@ class StepBar:
     def print(self, text: str) -> None:
         """Print a line above the bar."""
         self._progress.console.print(text, highlight=False, markup=False)
+
+
+def shared_settings(of_members: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all members have alike: trackers get one run."""
+    first, *others = of_members or [{}]
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
 def open_lines(file: Path, first_step: int) -> TextIO:

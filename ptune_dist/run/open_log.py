@@ -45,5 +45,6 @@ def describe_settings(config: Config) -> dict[str, Any]:
         **{key: getattr(config.train, key) for key in ("learning_rate", "batch_size", "max_steps", "schedule")},
         **{key: getattr(config.prompt, key, None) for key in ("method", "placement", "num_virtual_tokens")},
         "seed": config.seed,
+        "model": config.model.path,
     }
     return {key: value for key, value in found.items() if isinstance(value, (bool, int, float, str))}

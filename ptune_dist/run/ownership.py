@@ -34,6 +34,7 @@ REPLACED_FILES = (
     "micro_batch.json",
     "split.json",
     "skipped_rows.jsonl",
+    "trackers.json",
 )
 REPLACED_FOLDERS = ("checkpoints", "prompt", "members")
 PARTS_OF_A_RUN = (
@@ -43,6 +44,7 @@ PARTS_OF_A_RUN = (
     "stacks",
     "launchers",
     "nodes",
+    "wandb",
     "train.log",
     ".lock",
 )

@@ -4,7 +4,6 @@ import math
 
 from ptune_dist.config.schema import Config
 from ptune_dist.prompts.build import check_options, find_method
-from ptune_dist.prompts.method import TrainingDefaults
 from ptune_dist.run.job import Job
 from ptune_dist.run.progress import NUM_RECENT, Progress, Standing
 from ptune_dist.run.training_defaults import DEFAULTS_ARE_FOR
@@ -14,6 +13,7 @@ FALL = 0.02  # of the loss
 FEWEST_STEPS = 10  # in the share: with fewer, the rows of a batch decide
 SMALL_LOSS = 0.01  # there is nothing left to learn
 FAR = 2.0  # times the default, or a part of it: a rate that is likely the cause
+START_FROM_TEXT = "start from an instruction for the task (prompt.init_text)"
 
 
 def find_slow_starts(job: Job, progress: Progress) -> list[str]:
@@ -54,16 +54,23 @@ def describe_slow_start(config: Config, standing: Standing, step: int, family: s
 
 def choose_remedies(config: Config, family: str, *, is_rising: bool) -> list[str]:
     """The two likeliest ones."""
-    method = find_method(config.prompt)
-    defaults: TrainingDefaults = method.choose_training(check_options(config.prompt), family)
     rate = config.train.peak_rate
-    is_comparable = config.train.optimizer == DEFAULTS_ARE_FOR
-    if is_comparable and (rate > FAR * defaults.learning_rate or rate * FAR < defaults.learning_rate):
-        first = f"set train.learning_rate to the method's default, {defaults.learning_rate:g} (it is {rate:g})"
-    elif is_rising:
+    first = describe_far_rate(config, family)
+    if not first and is_rising:
         first = f"lower train.learning_rate (it is {rate:g}), to {rate / 3:.2g} for example"
-    else:
+    elif not first:
         first = f"raise train.learning_rate (it is {rate:g}), to {rate * 3:.2g} for example"
-    if "text" in method.starts and config.prompt.init != "text":
-        return [first, "start from an instruction for the task (prompt.init_text)"]
+    if "text" in find_method(config.prompt).starts and config.prompt.init != "text":
+        return [first, START_FROM_TEXT]
     return [first, "look at the supervised part of some rows with `ptune-dist validate`"]
+
+
+def describe_far_rate(config: Config, family: str) -> str:
+    """What to do about a learning rate far from the method's default, empty for others."""
+    method = find_method(config.prompt)
+    default = method.choose_training(check_options(config.prompt), family).learning_rate
+    rate = config.train.peak_rate
+    is_far = rate > FAR * default or rate * FAR < default
+    if config.train.optimizer != DEFAULTS_ARE_FOR or not is_far:
+        return ""
+    return f"set train.learning_rate to the method's default, {default:g} (it is {rate:g})"

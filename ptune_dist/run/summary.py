@@ -46,15 +46,15 @@ def describe_precision(config: Config) -> str:
     return config.model.dtype + ("" if quantization == "none" else f" over {quantization}")
 
 
-def build_summary(job: Job, progress: Progress, signatures: dict[str, dict[str, str]], world: World) -> dict[str, Any]:
+def build_summary(job: Job, progress: Progress, more: dict[str, dict[str, Any]], world: World) -> dict[str, Any]:
     """What `summary.json` holds; a sweep's is about its best member and ranks all. Collective.
 
-    `signatures` say for each member how exactly its metrics are computed.
+    `more`: keys of its own for each member.
     """
     ranked = rank_members(progress, job.config.evaluate.best)
     peak = max_over_ranks(peak_memory_bytes(world.device), world)
     summary = {
-        **describe_member(job, progress, ranked[0], signatures),
+        **describe_member(job, progress, ranked[0], more),
         "samples_per_s": progress.throughput.samples_per_s,
         "tokens_per_s": progress.throughput.tokens_per_s,
         "peak_memory_bytes": int(peak),
@@ -77,7 +77,7 @@ def build_summary(job: Job, progress: Progress, signatures: dict[str, dict[str, 
     return summary
 
 
-def describe_member(job: Job, progress: Progress, member: str, signatures: dict[str, dict[str, str]]) -> dict[str, Any]:
+def describe_member(job: Job, progress: Progress, member: str, more: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a member's own `summary.json` holds."""
     standing = progress.members[member]
     step = standing.ended_step or progress.step
@@ -93,9 +93,8 @@ def describe_member(job: Job, progress: Progress, member: str, signatures: dict[
         "best_step": standing.best_step,
         "evaluations_since_best": standing.num_worse,
         "samples": standing.samples,
+        **more.get(member, {}),
     }
-    if signatures.get(member):
-        found["signatures"] = signatures[member]
     if standing.ended:
         found["ended"] = standing.ended
     return found
@@ -152,6 +151,8 @@ def say_finished(config: Config, summary: dict[str, Any], world: World) -> None:
         if "ranking" in summary:
             line += f" of the best member, {summary['ranking'][0]['member']}"
     print(line, flush=True)
+    if "no_gain" in summary:
+        print(f"warning: {summary['no_gain']}", flush=True)
 
 
 def describe_gain(summary: dict[str, Any], name: str) -> str:
@@ -192,11 +193,9 @@ def render_ranking(ranking: list[dict[str, Any]], name: str) -> Table:
     return table
 
 
-def write_summaries(
-    job: Job, progress: Progress, signatures: dict[str, dict[str, str]], summary: dict[str, Any]
-) -> None:
+def write_summaries(job: Job, progress: Progress, more: dict[str, dict[str, Any]], summary: dict[str, Any]) -> None:
     """Raises RunFault. One rank calls."""
     if job.config.sweep:
         for name, member in job.members.items():
-            write_json(Path(member.output_dir) / "summary.json", describe_member(job, progress, name, signatures))
+            write_json(Path(member.output_dir) / "summary.json", describe_member(job, progress, name, more))
     write_json(Path(job.config.output_dir) / "summary.json", summary)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ptune_dist.base.load import fill_whole
 from ptune_dist.base.source import load_shape
+from ptune_dist.common.files import share_as_folder
 from ptune_dist.errors import UserError
 from ptune_dist.prompts.export import name_other_export
 from ptune_dist.prompts.start import BASE
@@ -36,6 +37,8 @@ def export_model(reading: Reading, tensors: dict[str, torch.Tensor], out: Path) 
         shape.tie_word_embeddings = False
     try:
         model.save_pretrained(out)
+        for file in out.glob("*.safetensors"):
+            share_as_folder(file)
         shape.save_pretrained(out)
         reading.tokenizer.save_pretrained(out)
     except OSError as error:

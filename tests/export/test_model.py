@@ -253,6 +253,7 @@ def test_only_the_files_with_changed_tensors_are_written(tiny_bases, tmp_path):
     for name in shards:
         if not (base / name).samefile(tmp_path / "out" / name):
             changed += safe_open(base / name, "pt").keys()
+            assert (tmp_path / "out" / name).stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o666
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(changed) and len(changed) < 6
     served = load(tmp_path / "out")
     ids = served.tokenizer.encode(TEXT)

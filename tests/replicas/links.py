@@ -174,14 +174,13 @@ def measure_all(folder: Path, num_steps: int) -> list[dict[str, Any]]:
 
 
 def compare_losses(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the runs over the small prompt. Raises RuntimeError where replicas differ in a bit."""
+    """Of the runs over the small prompt: those of 2 and more replicas with those of one, and one world's."""
     alone, *others = [one["losses"] for one in runs if one["nodes"] == "replicas" and one["prompt"] == SMALL]
     pairs = [(a, b) for losses in others for a, b in zip(alone, losses, strict=False)]
-    if any(a != b for a, b in pairs):
-        raise RuntimeError(f"the losses of replicas differ: {alone}, {others}")
+    num_equal = sum(a == b for a, b in pairs)
     world = next(one["losses"] for one in runs if one["nodes"] == "one_world")
     difference = max(abs(a - b) / abs(a) for a, b in zip(alone, world, strict=False))
-    return {"equal_losses": len(pairs), "one_world_difference": difference}
+    return {"compared_losses": len(pairs), "equal_losses": num_equal, "one_world_difference": difference}
 
 
 def count_trips(one: dict[str, Any]) -> float | None:
@@ -197,7 +196,7 @@ def render(content: dict[str, Any]) -> str:
     rows = [header, *map(render_row, content["runs"])]
     same = content["agreement"]
     notes = (
-        f"All {same['equal_losses']} losses of 2, 4 and 8 replicas that were compared equal those of one to the bit. "
+        f"{same['equal_losses']} of {same['compared_losses']} losses of 2 to 8 replicas equal those of one to the bit. "
         f"Those of one world differ by {same['one_world_difference']:.0e} at most."
     )
     return f"{describe_where(content)}\n\n{render_rows(rows)}\n\n{notes}"

@@ -13,6 +13,7 @@ from ptune_dist.nodes.agreement import Member
 from ptune_dist.nodes.blocks import Range, subtrees, sum_along_tree
 from ptune_dist.nodes.candidate import Candidate
 from ptune_dist.nodes.frames import Decoder, encode
+from ptune_dist.nodes.membership import Membership
 from ptune_dist.nodes.rendezvous import FolderRendezvous
 from ptune_dist.nodes.rendezvous_server import Registry
 from ptune_dist.nodes.settings import Limits
@@ -187,12 +188,19 @@ def test_a_server_that_has_just_started_does_not_let_a_node_begin():
 
 
 class FakeOutside:
-    """Of a candidate: the clock, its links and its lines."""
+    """The clock, links, lines and messages of a node."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.links: dict[str, LinkState] = {}
         self.lines: list[str] = []
+        self.sent: list[tuple[str, dict]] = []
+
+    def send(self, node: str, message: dict, parts: list[bytes]) -> None:
+        self.sent.append((node, message))
+
+    def changed(self) -> None:
+        pass
 
     def now(self) -> float:
         return self.seconds
@@ -232,3 +240,34 @@ def test_a_node_that_joins_again_does_not_list_itself(own, is_open, is_refused, 
     outside.links = {"a": LinkState(True), "b": LinkState(is_open, is_refused=is_refused)}
     candidate.on_message("a", {"kind": "view", "view": view(3, "a", "b").to_json(), "is_full": False}, [])
     assert outside.lines == [expected]
+
+
+def test_a_state_that_is_on_its_way_is_waited_for_and_asked_for_once():
+    """Of three members `a` leads, `b` has begun to send a large state, and `c` gives no answer."""
+    outside = FakeOutside()
+    rules = Rules(2, 1, 8)
+    plan = first_plan(Member("a", "a", "", ""), rules)
+    member = Membership(view(3, "a").members[0], rules, Limits(), outside, view(3, "a", "b", "c", "d"), plan)
+    lead = member.coordination
+    lead.mute = {"d"}
+    lead.tick(set())
+    assert [(node, message["is_answering"]) for node, message in outside.sent] == [("b", False), ("c", False)]
+    lead.on_answering("b", {"attempt": outside.sent[0][1]["attempt"]})
+    outside.seconds = 2.0
+    outside.sent.clear()
+    lead.tick(set())
+    assert [(node, message["is_answering"]) for node, message in outside.sent] == [("b", True), ("c", False)]
+    outside.seconds = 4.0
+    lead.tick(set())
+    assert lead.mute == {"c", "d"}
+    outside.sent.clear()
+    outside.seconds = 4.1
+    lead.tick(set())  # without c
+    lead.on_answering("b", {"attempt": outside.sent[0][1]["attempt"]})
+    lead.on_new_link("b")
+    outside.seconds = 6.0
+    lead.tick(set())
+    assert outside.sent[-1][0] == "b" and not outside.sent[-1][1]["is_answering"]
+    outside.seconds = 8.0
+    lead.tick(set())
+    assert "b" in lead.mute  # the answer that was on its way is lost

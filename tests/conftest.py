@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,22 +17,35 @@ from tests.processes import ROOT
 
 TINY = ROOT / "configs" / "tiny"
 
+# A shell starts its background jobs with SIGINT ignored, which all children inherit and bash cannot undo.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files that take longest, the longest first: at the end no worker is left alone with one of them.
 LONG_FILES = [
-    "cluster/test_faults.py",
-    "cluster/test_jobs.py",
     "launcher/test_run_ranks.py",
     "numerics/test_sharding.py",
+    "cluster/test_faults.py",
     "test_quickstart.py",
-    "cluster/test_saves.py",
+    "test_types.py",
+    "cluster/test_jobs.py",
+    "launcher/test_run.py",
     "numerics/test_bank.py",
+    "gpu_offline/test_attention.py",
+    "numerics/test_bank_life.py",
+    "test_cli_runs.py",
     "numerics/test_placements.py",
     "numerics/test_curves.py",
-    "numerics/test_resume.py",
-    "test_cli_runs.py",
-    "cluster/test_ends.py",
+    "numerics/test_prefix_tuning.py",
+    "numerics/test_seq2seq_prefix_runs.py",
+    "numerics/test_answers.py",
+    "cluster/test_scripts.py",
 ]
+
+
+def extended_beyond(kept: list[Any], values: list[Any]) -> list[Any]:
+    """`values` for `parametrize`, those that are not `kept` in the extended suite only."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.extended) for value in values]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

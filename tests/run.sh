@@ -3,8 +3,9 @@
 #
 # usage: tests/run.sh [--fast | --all] [PYTEST ARGUMENT ...]
 # --fast leaves out the long tests and those that need a Slurm cluster, and takes less than 3 minutes on 2 cores.
-# --all adds what is too long for CI: more faults on Slurm and its time limits, NVMe offload (needs libaio-dev), the
-# clouds' own parsers, and an install without a network (needs root).
+# --all adds what is too long for CI: whole products of methods, bases, precisions and ranks (CI takes each of them
+# once), more faults on Slurm and its time limits, NVMe offload (needs libaio-dev), the clouds' own parsers, and an
+# install without a network (needs root).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,5 +31,6 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes would compile the package, each for itself
 # Two workers, each with one file at a time: most tests use one core. tests/conftest.py puts the longest files first.
 exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=15 "${arguments[@]}"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ptune_dist.run.checkpoint import list_checkpoints, load_checkpoint
 from ptune_dist.run.metrics_log import read_metrics
 from tests.commands import Finished
-from tests.conftest import TINY, build_tiny_base, write_config
+from tests.conftest import TINY, build_tiny_base, extended_beyond, write_config
 from tests.processes import ROOT, process_env
 
 VALIDATION = str(TINY / "data" / "validation.jsonl")
@@ -117,7 +117,12 @@ def assert_same_result(run: Path, unbroken: Path) -> None:
     assert curve_of(run) == curve_of(unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2], ids=lambda number: number.name)
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "number",
+    extended_beyond([signal.SIGTERM], [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]),
+    ids=lambda number: number.name,
+)
 def test_a_run_that_is_asked_to_stop_saves_ends_with_75_and_resumes_to_the_same_result(
     commands, unbroken, tmp_path, number
 ):
@@ -136,6 +141,7 @@ def test_a_run_that_is_asked_to_stop_saves_ends_with_75_and_resumes_to_the_same_
     assert_same_result(run, whole)
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_from_its_last_checkpoint_to_the_same_result(commands, unbroken, tmp_path):
     config, whole = unbroken
     run = tmp_path / "run"

@@ -12,8 +12,9 @@ from tests.launcher.nodes import RUN, build_env
 from tests.processes import ROOT, command_line, process_env
 
 
+@pytest.mark.long
 def test_interrupts_while_starting():
-    assert find_faults(20, seed=1, longest_s=1.5) == []
+    assert find_faults(12, seed=1, longest_s=1.5) == []
 
 
 @pytest.mark.extended

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptune_dist.tiny.text import is_held_out
 from tests.commands import run_module
-from tests.conftest import TINY
+from tests.conftest import TINY, extended_beyond
 from tests.processes import ROOT
 
 
@@ -23,13 +23,17 @@ def digest_base() -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted((TINY / "causal").iterdir())}
 
 
+FEWER = ["train.max_steps=200", "evaluate.every=0", "evaluate.max_examples=64"]  # the bounds are those of all steps
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("overrides", extended_beyond([FEWER], [FEWER, []]), ids=["fewer steps", "as it is"])
 @pytest.mark.skipif(Path(sys.prefix).resolve() != (ROOT / ".venv").resolve(), reason="needs launch/setup.sh's .venv")
-def test_quickstart_teaches_the_skill_and_says_where_everything_lies():
+def test_quickstart_teaches_the_skill_and_says_where_everything_lies(overrides):
     before, began = digest_base(), time.monotonic()
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        ["bash", "launch/quickstart.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+        ["bash", "launch/quickstart.sh", *overrides], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     shown = dict(line.split(": ", 1) for line in done.stdout.splitlines() if line.startswith(("run:", "PEFT adapter:")))

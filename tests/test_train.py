@@ -31,6 +31,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.long
 def test_training_stops_after_patience_evaluations_without_a_better_one(run):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["stopped_early"] and summary["steps"] < 200

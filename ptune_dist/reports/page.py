@@ -1,5 +1,6 @@
 """A comparison as one page that opens without a network: tables, charts, and the held-out rows with all answers."""
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +22,8 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 def write_page(file: Path, results: Sequence[Result], scores: Scores) -> None:
     """Write the page of one result or several."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     rows = list_rows(results)
-    content = template.render(
+    content = load_template().render(
         title=" / ".join(result.name for result in results[:3]) + (" / ..." if len(results) > 3 else ""),
         version=__version__,
         results=results,
@@ -39,6 +38,13 @@ def write_page(file: Path, results: Sequence[Result], scores: Scores) -> None:
         rows=Markup(as_script(rows)),
     )
     replace_file(file, content.encode())
+
+
+@functools.cache
+def load_template() -> jinja2.Template:
+    """Compiled once: that takes longer than rendering the report of a small run."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def list_before(results: Sequence[Result]) -> dict[str, dict[str, float]]:

@@ -26,6 +26,7 @@ def written(tmp_path_factory, tokenizer):
     return folder, write_rows(folder, tokenizer, seed=3)
 
 
+@pytest.mark.extended
 def test_rows_have_the_median_lengths_of_their_names_and_no_row_is_repeated(written, tokenizer):
     folder, found = written
     for name, median in (("long", 230), ("short", 45), ("brief", 30)):
@@ -64,6 +65,7 @@ def test_a_docstring_is_split_into_its_body_and_its_first_paragraph():
     assert split_docstring("One paragraph.") is None
 
 
+@pytest.mark.extended
 def test_the_tokenizer_command_makes_about_as_many_tokens_as_the_shipped_tokenizer(tokenizer):
     # Not the same merges: the docstrings change with the Python version.
     text = split_docstring(json.loads.__doc__)["text"]

@@ -204,7 +204,6 @@ def test_an_interrupt_leaves_a_valid_folder_and_no_process(plan, tmp_path):
         [*command, "--scratch", tmp_path / "scratch"],
         env=process_env(),
         cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     journal = tmp_path / "journal"
     give_up_at = time.monotonic() + 60
@@ -230,7 +229,7 @@ def test_gpus_that_torch_does_not_see_are_an_error_and_no_reason_for_tiny_shapes
     assert "error: nvidia-smi lists 1 GPUs, but torch" in done.stderr and not (tmp_path / "out").exists()
 
 
-@pytest.mark.long
+@pytest.mark.extended
 def test_the_profile_runs_without_a_gpu(tmp_path):
     done = run_check(tmp_path, "--tiny", "--parts", "profile", "--minutes", "3")
     assert done.returncode == 0, done.stdout + done.stderr

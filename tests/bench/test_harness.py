@@ -170,7 +170,6 @@ def test_an_interrupt_ends_the_side_too(tmp_path):
         [sys.executable, "-m", "ptune_dist", "bench", path, "--out", str(tmp_path / "out")],
         env=process_env(),
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     give_up_at = time.monotonic() + 60
     while not (pid_file.exists() and pid_file.read_text()):

@@ -25,6 +25,7 @@ def data(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.extended  # test_tiny_rates.py runs the same bench
 def test_cells_are_measured_once_and_fill_the_table(data, capsys):
     page = data / "page.md"
     page.write_text(f"before\n<!-- {MARK} -->\n<!-- end {MARK} -->\nafter\n")

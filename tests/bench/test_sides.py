@@ -20,8 +20,8 @@ OVERRIDES = [
 ]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("method", ["prompt_tuning", pytest.param("prefix_tuning", marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
 def test_ours_and_the_peer_have_one_loss_curve_and_report_the_same_measures(tmp_path, method):
     rows = (ROOT / "configs/tiny/data/train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(rows[:8]))  # every step sees all rows, in whatever order

@@ -127,14 +127,14 @@ class Run:
         found = re.findall(r"base .* per rank, .*; from (?:the start|step (\d+))", self.log)
         return [int(step or 0) for step in found]
 
-    def wait_for_step(self, step: int, *, restarts: int, num_early: int = 0, timeout: float = PATIENCE_S) -> None:
-        """Wait until a new step is done, after `restarts` restarts; `num_early` starts ended before they loaded."""
+    def wait_for_step(self, step: int, *, restarts: int, timeout: float = PATIENCE_S) -> None:
+        """Wait until a new step is done, after `restarts` restarts."""
 
         def is_reached() -> bool:
             status = self.status
             assert status.get("state") != "done" and status.get("restarts", 0) <= restarts, self.describe()
             is_running = status.get("state") == "running" and status["restarts"] == restarts
-            return is_running and self.num_lines >= step and len(self.starts) == restarts + 1 - num_early
+            return is_running and self.num_lines >= step and len(self.starts) == restarts + 1
 
         self.wait_for(is_reached, timeout, f"step {step} after {restarts} restarts")
 

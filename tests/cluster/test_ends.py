@@ -72,11 +72,17 @@ def kill_rank(run: Run) -> None:
 @pytest.mark.long
 def test_a_mistake_ends_the_job_with_status_2_and_is_not_requeued(cluster: Cluster, tmp_path: Path):
     run = Run(cluster, tmp_path / "wrong")
-    run.submit("train.batchsize=8")  # found by the launchers
+    run.submit("train.batchsize=8")
     run.wait_for_end("FAILED")
     assert cluster.facts(run.job)["ExitCode"] == "2:0" and "train.batch_size" in run.log
+
+
+@pytest.mark.long
+@pytest.mark.extended  # launcher/test_run_ranks.py does the same without Slurm
+def test_a_mistake_that_only_ranks_find_ends_the_job_too(cluster: Cluster, tmp_path: Path):
+    run = Run(cluster, tmp_path / "wrong")
     missing = tmp_path / "missing.jsonl"
-    run.submit(f"data.train={missing}", nodes="n0")  # found by the ranks
+    run.submit(f"data.train={missing}", nodes="n0")
     run.wait_for_end("FAILED")
     assert cluster.facts(run.job)["ExitCode"] == "2:0" and run.log.count("0: error: ") == 1
     assert (run.status["state"], run.status["kind"], run.status["restarts"]) == ("failed", "mistake", 0)
@@ -95,6 +101,7 @@ def test_a_node_that_does_not_join_is_named(cluster: Cluster, tmp_path: Path):
 
 
 @pytest.mark.long
+@pytest.mark.extended  # launcher/test_run_ranks.py does the same without Slurm
 def test_a_check_of_two_nodes_prints_a_line_for_each_rank(cluster: Cluster, tmp_path: Path):
     config = write_run(tmp_path / "checked")
     command = ["srun", "--nodes=2", "--nodelist=n0,n1", "--ntasks-per-node=1", "launch/run.sh", "--check", str(config)]

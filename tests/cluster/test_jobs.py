@@ -28,17 +28,10 @@ def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> R
 
 
 @pytest.mark.long
-def test_a_job_saves_on_each_request_to_stop_resumes_bitwise_and_is_not_repeated(
-    cluster: Cluster, undisturbed: Run, tmp_path: Path
-):
+def test_a_job_saves_on_a_request_to_stop_and_resumes_bitwise(cluster: Cluster, undisturbed: Run, tmp_path: Path):
     run = Run(cluster, tmp_path / "stopped", **SECTIONS)
-    run.submit(PTUNE_MAX_IDLE_STARTS=5)
-
-    run.wait_for(lambda: len(run.processes("rank")) == 2, PATIENCE_S, "two ranks")  # before the first step
-    cluster.cancel(run.job, "USR2", "--full")
-    assert wait_for_stop(run) == 0 and run.checkpoint_steps() == []
-
-    run.wait_for_step(EVALUATED, restarts=1, num_early=1)
+    run.submit()
+    run.wait_for_step(EVALUATED, restarts=0)
     processes = run.attempt() + run.processes("launcher")
     cluster.requeue(run.job)
     assert wait_for_stop(run) == EVALUATED and run.checkpoint_steps() == [15, EVALUATED]
@@ -46,17 +39,30 @@ def test_a_job_saves_on_each_request_to_stop_resumes_bitwise_and_is_not_repeated
     wait_until_gone(processes, timeout=15)
 
     run.wait_for_end("COMPLETED")
-    assert cluster.facts(run.job)["Restarts"] == "2" and run.status["restarts"] == 2
+    assert cluster.facts(run.job)["Restarts"] == "1" and run.status["restarts"] == 1
     assert run.log.count(f"step {EVALUATED}  validation") == 1
     logs = {path.name: path.read_text() for path in (run.dir / "logs").iterdir()}
     assert set(logs) == {"n0.log", "n1.log"} and f"step {NUM_STEPS}/{NUM_STEPS}" in logs["n0.log"]
     run.assert_bitwise(undisturbed)
 
+
+@pytest.mark.long
+@pytest.mark.extended  # tests/launcher does the same without Slurm
+def test_a_job_that_is_asked_to_stop_before_the_first_step_is_requeued_and_a_finished_run_is_not_repeated(
+    cluster: Cluster, tmp_path: Path
+):
+    run = Run(cluster, tmp_path / "stopped", train={"max_steps": 5})
+    run.submit(PTUNE_MAX_IDLE_STARTS=5)
+    run.wait_for(lambda: len(run.processes("rank")) == 2, PATIENCE_S, "two ranks")
+    cluster.cancel(run.job, "USR2", "--full")
+    assert wait_for_stop(run) == 0 and run.checkpoint_steps() == []
+    run.wait_for_end("COMPLETED")
     status = run.status
+    before = run.final_files()
     run.submit()
     run.wait_for_end("COMPLETED")
     assert "is finished: nothing to do" in run.log and run.status == status
-    run.assert_bitwise(undisturbed)
+    assert run.final_files() == before
 
 
 def wait_for_stop(run: Run) -> int:

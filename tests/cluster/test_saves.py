@@ -111,6 +111,7 @@ cp -r {disk}/run {final}
 
 
 @pytest.mark.long
+@pytest.mark.extended  # test_cli_runs.py has full disks without the launcher
 def test_a_full_disk_is_one_clear_error_and_with_free_space_the_same_command_resumes(
     commands: SabotagedCommands, tmp_path: Path
 ):

@@ -133,6 +133,7 @@ def test_a_signal_to_the_batch_script_reaches_the_ranks_and_requeues_the_job_unl
     assert cluster.state(canceled) == "CANCELLED" and cluster.log(canceled).count("training") == 2
 
 
+@pytest.mark.extended
 def test_one_job_of_an_array_is_requeued_without_the_others(cluster: Cluster, tmp_path: Path, env: dict[str, str]):
     """The last job of an array to start has the id of the array, by which scontrol would requeue all of them."""
     env |= {"PTUNE_HOME": str(write_launcher(tmp_path))}

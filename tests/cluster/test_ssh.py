@@ -85,7 +85,6 @@ class Hosts:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=accept_interrupts,
         )
 
     def run(self, hostfile: str, *arguments: object, **settings: str) -> tuple[int, str]:
@@ -102,11 +101,6 @@ class Hosts:
         """Whether no process of a job runs on any host."""
         pids = [pid for host in self.network.hosts for pid in self.network.pids(host)]
         return not any("ptune_dist" in command_of(pid) for pid in pids)
-
-
-def accept_interrupts() -> None:
-    """A shell starts its background jobs, such as a test run, with SIGINT ignored, and bash cannot undo that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def command_of(pid: int) -> str:

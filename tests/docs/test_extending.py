@@ -63,6 +63,7 @@ def test_each_addition_is_one_file_one_dict_and_its_tests():
     ]
 
 
+@pytest.mark.long
 def test_the_tests_of_the_page_pass(copy):
     run_in(copy, "pytest", "-q", "-p", "no:cacheprovider", "tests")
 
@@ -80,6 +81,7 @@ def test_the_method_and_the_metric_of_the_page_train_and_export(copy):
     assert vectors.shape == (10, 160) and int(vectors.float().svd().S.gt(1e-4).sum()) == 3
 
 
+@pytest.mark.extended
 def test_the_docs_of_the_addition_follow_from_the_code(copy):
     env = process_env({"PYTHONPATH": python_path(copy)})
     subprocess.run([sys.executable, "docs/fill_reference.py"], cwd=copy, env=env, check=True)

@@ -144,6 +144,7 @@ for step in (1, 2):
     assert second.index("fsync run/c") < second.index("rename run/c/step-00000001 -> run/c/.old-step-00000001")
 
 
+@pytest.mark.long
 def test_a_whole_training_keeps_what_it_has_announced(tmp_path, work):
     data = tmp_path / "data"
     data.mkdir()

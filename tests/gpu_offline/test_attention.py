@@ -8,6 +8,8 @@ import pytest
 from tests.gpu_offline.fake_cuda import GPUS
 from tests.gpu_offline.faked import run_faked
 
+pytestmark = pytest.mark.long
+
 WORK = "tests.gpu_offline.work_attention:run"
 NAMES = ("num_heads", "num_kv_heads", "width", "num_positions", "num_contexts", "dtype")
 SHAPES = [(32, 8, 128), (64, 8, 128), (4, 2, 16)]
@@ -15,9 +17,9 @@ ALL = [
     (*shape, positions, contexts, dtype)
     for shape, positions, contexts, dtype in itertools.product(SHAPES, (20, 60, 1000), (0, 3), ("bfloat16", "float32"))
 ] + [(8, 4, 256, 300, 3, "bfloat16"), (8, 4, 256, 300, 0, "float32"), (12, 12, 64, 300, 0, "float16")]
-# An 8B shape in training, few positions of the tests' shape; wide rows on a GPU with little shared memory.
+# An 8B shape in training; wide rows on a GPU with little shared memory.
 FEW = {
-    "sm_90": [(32, 8, 128, 1000, 3, "bfloat16"), (4, 2, 16, 20, 0, "float32")],
+    "sm_90": [(32, 8, 128, 1000, 3, "bfloat16")],
     "sm_89": [(4, 2, 128, 60, 0, "float32")],
 }
 
@@ -62,6 +64,7 @@ def test_the_limit_of_recompilations_is_an_error(on_an_h100):
     assert "RecompileLimit" in on_an_h100[-1]
 
 
+@pytest.mark.extended
 def test_wide_rows_fit_a_small_gpu():
     check("sm_89", FEW["sm_89"], run_faked(WORK, [call_of(shape) for shape in FEW["sm_89"]], "sm_89"))
 

@@ -7,6 +7,8 @@ import pytest
 from tests.gpu_offline.fake_cuda import GPUS
 from tests.gpu_offline.faked import run_faked
 
+pytestmark = [pytest.mark.long, pytest.mark.extended]  # all other tests of this folder rely on what these check
+
 WORK = "tests.gpu_offline.work_elementwise"
 
 

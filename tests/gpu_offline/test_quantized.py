@@ -11,6 +11,8 @@ from tests.gpu_offline.fake_cuda import GPUS
 from tests.gpu_offline.faked import run_faked
 from tests.processes import ROOT, process_env
 
+pytestmark = pytest.mark.long
+
 WORK = "tests.gpu_offline.work_quantized"
 SIZES = {"8B": (4096, 14336), "70B": (28672, 8192), "odd": (68, 33)}
 IN_CI = ("sm_90",)

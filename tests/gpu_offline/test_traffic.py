@@ -4,6 +4,8 @@ import pytest
 
 from tests.gpu_offline.faked import run_faked
 
+pytestmark = pytest.mark.long
+
 WORK = "tests.gpu_offline.work_layer:run_layer"
 LENGTHS = [8192, 4096, 640, 20]
 CEILING = 4.2e9  # bytes of elementwise work at 8,192 positions, forward and backward

@@ -4,6 +4,8 @@ import pytest
 
 from tests.gpu_offline.faked import run_faked
 
+pytestmark = pytest.mark.long
+
 MOST_WAITS = 3
 CASES = [
     {"placement": "prefix", "method": "prompt_tuning", "precision": "bfloat16"},

@@ -102,7 +102,7 @@ for number in range(2):
 """
 
 
-@pytest.mark.long
+@pytest.mark.extended
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("tc"), reason="needs root and iproute2")
 def test_a_slow_network_card_is_found(tmp_path: Path):
     network = Network(["n0", "n1", "n2"])

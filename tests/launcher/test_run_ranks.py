@@ -63,9 +63,8 @@ def test_each_fault_of_a_rank_is_named_and_the_ranks_are_restarted_up_to_the_lim
     )
     plan = tmp_path / "plan"
     env = {"PYTHONPATH": python_path(SABOTEUR), "PTUNE_TEST_FAULT": plan}
-    nodes = Nodes(tmp_path, "--max-restarts", 2, config, **env)
-    faults = {
-        "by hand": "ZeroDivisionError: by hand",
+    nodes = Nodes(tmp_path, "--max-restarts", 1, config, **env)
+    faults = {  # an exception: the next test
         "hang": "in fail (sitecustomize.py, line",
         "crash": "rank 1 on node b was killed after step",  # SIGKILL is sent in tests/cluster
     }
@@ -80,16 +79,16 @@ def test_each_fault_of_a_rank_is_named_and_the_ranks_are_restarted_up_to_the_lim
         psutil.wait_procs(ranks.values(), timeout=30)
         assert not any(rank.is_running() for rank in ranks.values())
         assert time.monotonic() - began < (20 if fault == "hang" else 12)
-        if number < 2:
+        if number == 0:
             wait_until(lambda message=message: message in nodes.output, 20, message)
-            wait_until(lambda number=number: nodes.status["restarts"] == number + 1, 20)
-            assert f"restart {number + 1} of 2 in place" in nodes.output
+            wait_until(lambda: nodes.status["restarts"] == 1, 20)
+            assert "restart 1 of 1 in place" in nodes.output
     assert nodes.wait(30) == [1, 1]
     assert nodes.have_left_nothing()
     found = nodes.status
     assert (found["state"], found["kind"], found["node"], found["rank"]) == ("failed", "killed", "b", 1)
     assert found["reason"].startswith(message) and found["reason"].endswith("Fatal Python error: Segmentation fault")
-    assert found["restarts"] == 2 and found["step"] > 6
+    assert found["restarts"] == 1 and found["step"] > 3
     stacks = {path.name: path.read_text() for path in (nodes.run / "stacks").iterdir()}
     assert set(stacks) == {"rank-00000.txt", "rank-00001.txt"}
     assert "in fail" in stacks["rank-00001.txt"] and "in train" in stacks["rank-00000.txt"]
@@ -112,7 +111,7 @@ def test_a_lack_of_gpu_memory_ends_the_job_in_one_line_and_is_not_restarted(tmp_
 
 
 @pytest.mark.long
-def test_ctrl_c_saves_a_second_one_ends_and_a_killed_launcher_leaves_no_process(tmp_path: Path):
+def test_ctrl_c_saves_and_a_second_one_ends(tmp_path: Path):
     config = write_config(tmp_path / "c.yaml", train={"max_steps": 100_000})
     nodes = Nodes(tmp_path, config)
     nodes.wait_for_steps()
@@ -139,10 +138,13 @@ def test_ctrl_c_saves_a_second_one_ends_and_a_killed_launcher_leaves_no_process(
     assert nodes.status["state"] == "failed" and nodes.status["reason"] == "interrupted"
     assert nodes.have_left_nothing()
 
-    nodes = Nodes(tmp_path, config, names="a", PTUNE_PROCS=1)  # run/test_safety.py does the same with two ranks
+
+@pytest.mark.long
+def test_a_killed_launcher_leaves_no_process(tmp_path: Path):
+    nodes = Nodes(tmp_path, write_config(tmp_path / "c.yaml", train={"max_steps": 100_000}), names="a", PTUNE_PROCS=1)
     nodes.wait_for_steps()
     ranks = nodes.ranks()
     os.kill(nodes.launchers[0].pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(ranks.values(), timeout=30)
     assert not alive and len(ranks) == 1
-    assert nodes.status["step"] > saved["step"]  # they saved before they ended
+    assert nodes.status["step"] >= 3  # they saved before they ended

@@ -224,6 +224,7 @@ def test_proofs_depend_on_everything():
 # launch/run.sh
 
 
+@pytest.mark.long
 def test_nodes_that_do_not_share_the_runs_folder_need_ptune_secret(tmp_path: Path):
     config = write_config(tmp_path / "c.yaml")
     apart = {"only_b": [f"output_dir={tmp_path}/elsewhere"]}

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.model.cached import build_cache, same_bits, stored_files, tensors_of, tokens_of
 from tests.processes import process_env
 
@@ -39,6 +41,7 @@ def kill_in_mid_write(writer: subprocess.Popen, folder: Path) -> list[Path]:
     return list(folder.glob("*/.writing/*.tmp"))
 
 
+@pytest.mark.long
 def test_a_writer_killed_in_mid_write_leaves_nothing_that_could_be_read_wrongly(tmp_path):
     script = """
 for number in range(1000):

@@ -15,7 +15,7 @@ from tests.conftest import write_config
 from tests.numerics.plain import read_rows
 from tests.numerics.test_curves import SCRIPT, curve, zero_json
 
-NUM_STEPS = 8
+NUM_STEPS = 6
 FEW_STEPS = 4  # one of them in the second epoch
 NUM_ROWS, NUM_HELD_OUT = 24, 6  # three steps of 8 are an epoch
 

@@ -96,10 +96,8 @@ TOKENS = {"method": "trainable_tokens", "num_virtual_tokens": 0, "init": "base",
 ANSWERING = {
     "gpt2": ("gpt2", {}),
     "gpt2_keys": ("gpt2", {"method": "prefix_tuning"}),
-    "llama": ("llama", {}),
     "llama_late": ("llama", {"method": "late_prompt"}),
     "llama_gated": ("llama", {"method": "adaption_prompt", "num_virtual_tokens": 0}),
-    "bloom": ("bloom", {}),
     "bloom_tokens": ("bloom", TOKENS),
     "bloom_late": ("bloom", {"method": "late_prompt"}),
     "t5": ("t5", {}),
@@ -151,9 +149,9 @@ def test_an_answer_does_not_depend_on_its_batch_the_ranks_or_the_size_of_a_batch
         json_file = f"deepspeed=configs/deepspeed/zero{stage}_fp32.json"
         return {"overrides": [json_file, f"train.micro_batch_tokens={micro_batch_tokens}"], "alone": alone}
 
-    one_rank = [how(0, 4096, alone=True), how(0, 4096), how(0, 40), how(3, 300)]
+    one_rank = [how(0, 4096, alone=True), how(0, 40), how(3, 300)]
     alone, *others = answer_all(answering_runs, tmp_path / "one", one_rank, 1)
-    others += answer_all(answering_runs, tmp_path / "two", [how(0, 4096), how(3, 4096), how(3, 40)], 2)
+    others += answer_all(answering_runs, tmp_path / "two", [how(0, 4096), how(3, 40)], 2)
     assert all(other == alone for other in others)
     for name, found in alone.items():
         assert len(set(found["sampled"])) > 3 and found["sampled"] != found["greedy"], name

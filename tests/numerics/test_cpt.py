@@ -80,7 +80,7 @@ def test_the_examples_are_the_first_rows(runs, tiny_bases):
 
 def test_the_curve_depends_on_no_stage_and_no_way_of_computing(tiny_bases, tmp_path):
     base = tiny_bases["llama"]
-    ways = pick("stage0", "small", "recomputed", "int8-0", "int8-3", "bf16-0", "bf16-3")
+    ways = pick("stage0", "small", "recomputed", "int8-0", "int8-3", "bf16-3")
     specs = {"cpt": write_ways(tmp_path, base, PROMPT, None, ways)}
     check_ways(tmp_path, {"cpt": peft_curve(base, FEW, **DECAY, **RADII)}, specs)
 

@@ -116,18 +116,17 @@ def runs(tiny_bases, tmp_path_factory) -> dict[str, Path]:
     save_base("modernbert", "encoder", bases["modernbert"])
     sharded = {"deepspeed": zero_json(3)}
     recomputed = {"deepspeed": zero_json(3) | {"activation_checkpointing": DEFAULTS}}
+    recomputed |= {"train": {"micro_batch_tokens": 60}}
     int8 = {"model": {"quantization": "int8"}}
     bf16 = {"model": {"dtype": "bfloat16"}}
     given = {
         "bert": {},
-        "bert-2": {"deepspeed": zero_json(2), "train": {"micro_batch_tokens": 60}},
         "bert-3": recomputed,
         "roberta-3": sharded,
         "modernbert": {},
-        "modernbert-3": recomputed | {"train": {"micro_batch_tokens": 60}},
+        "modernbert-3": recomputed,
         "bert-int8": int8,
         "bert-int8-3": int8 | sharded,
-        "bert-bf16": bf16,
         "bert-bf16-3": bf16 | sharded,
     }
     data = {"data": labelled(write_rows(root / "rows.jsonl", read_rows()))}
@@ -154,14 +153,13 @@ def runs(tiny_bases, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.long
 def test_it_trains_as_under_peft_at_every_stage(runs, tiny_bases):
     wanted = peft_curve_of(tiny_bases["bert"], "bert")
-    for name in ("bert", "bert-2", "bert-3"):
+    for name in ("bert", "bert-3"):
         assert curve(runs[name]) == pytest.approx(wanted, rel=1e-5), name
     assert curve(runs["roberta-3"]) == pytest.approx(peft_curve_of(tiny_bases["roberta"], "roberta"), rel=1e-5)
     assert curve(runs["modernbert-3"]) == pytest.approx(curve(runs["modernbert"]), rel=1e-5)
     assert curve(runs["bert-int8-3"]) == pytest.approx(curve(runs["bert-int8"]), rel=1e-5)
     assert curve(runs["bert-int8"]) == pytest.approx(wanted, rel=0.1)
-    assert curve(runs["bert-bf16-3"]) == pytest.approx(curve(runs["bert-bf16"]), rel=0.02)
-    assert curve(runs["bert-bf16"]) == pytest.approx(wanted, rel=0.05)
+    assert curve(runs["bert-bf16-3"]) == pytest.approx(wanted, rel=0.05)
     assert curve(runs["upper-cached"]) == pytest.approx(curve(runs["upper"]), rel=1e-5)
     for run in runs.values():
         hashes = json.loads((run / "base_hashes.json").read_text())

@@ -20,6 +20,7 @@ from ptune_dist.model.attention_flex import FlexSegments, FlexTables, build_read
 from ptune_dist.model.attention_layouts import build_attention
 from ptune_dist.model.flex_plan import BLOCK, FlexPlan, plan_attention, unpack
 from ptune_dist.model.layout import Before, Outside, lay_out
+from tests.conftest import extended_beyond
 from tests.numerics.passes import NUM_VIRTUAL, draw_batch
 from tests.numerics.test_attention import CASES, CPU, LAYER, SCALE, draw_case, draw_live, draw_outside
 
@@ -161,7 +162,7 @@ def test_flex_and_padded_attention_agree_forward_and_backward(case, num_members,
 
 @pytest.mark.usefixtures("backward_on_cpu")
 @pytest.mark.parametrize("window", [None, 30])
-@pytest.mark.parametrize("from_outside", [(), (9,), (9, 140)])
+@pytest.mark.parametrize("from_outside", extended_beyond([(9, 140)], [(), (9,), (9, 140)]))
 def test_copies_of_keys_that_many_read_change_nothing(from_outside, window, monkeypatch):
     torch.manual_seed(0)
     named = tuple(range(len(from_outside)))

@@ -31,8 +31,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     specs = [
         write_run(folder, "float", "none", zero_json(0)),
         write_run(folder, "stage0", "fp8", zero_json(0)),
-        write_run(folder, "stage3", "fp8", zero_json(3)),
-        write_run(folder, "recomputed", "fp8", zero_json(3) | {"activation_checkpointing": {}}),
+        write_run(folder, "stage3", "fp8", zero_json(3) | {"activation_checkpointing": {}}),
         write_run(folder, "bfloat16", "fp8", zero_json(3), model={"dtype": "bfloat16"}),
         write_run(folder, "all", "fp8", zero_json(3), model=include),
     ]
@@ -59,7 +58,7 @@ def test_fp8_learns_what_a_float_base_teaches(runs):
 
 
 def test_sharding_recomputing_and_resuming_change_no_loss(runs):
-    for name in ("stage3", "recomputed", "resumed"):
+    for name in ("stage3", "resumed"):  # of which the first recomputes
         assert curve(runs[name]) == pytest.approx(curve(runs["stage0"]), rel=1e-5), name
 
 

@@ -13,6 +13,7 @@ RECOMPUTED = {"activation_checkpointing": {"cpu_checkpointing": False}}
 INT8 = ["model.quantization=int8"]
 
 
+@pytest.mark.long
 def test_a_fused_base_trains_as_a_plain_loop_does(tiny_bases, tmp_path):
     base = tiny_bases["llama"]
     specs = [

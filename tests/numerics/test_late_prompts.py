@@ -16,7 +16,7 @@ from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.late_prompt import LatePrompt
 from ptune_dist.prompts.prefix_tuning import PrefixTuning
 from ptune_dist.prompts.row_generator import RowGenerator
-from tests.conftest import ENCODERS, SEQ2SEQ
+from tests.conftest import ENCODERS, SEQ2SEQ, extended_beyond
 from tests.evaluation.test_decoding import decode
 from tests.numerics.late import (
     build_deep,
@@ -215,7 +215,7 @@ def test_answers_of_an_encoder_decoder_are_those_of_the_plain_forward(kind):
 
 
 @pytest.mark.parametrize("case", ["prefix", "infix", "template"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bloom"])
+@pytest.mark.parametrize("kind", extended_beyond(["llama", "bloom"], ["gpt2", "llama", "bloom"]))
 def test_labels_have_the_losses_of_plain_forwards(bases, kind, case):
     batch = with_rests(label_batch(case)) if case != "prefix" else label_batch(case)
     base = bases[kind]
@@ -247,7 +247,7 @@ def test_labels_have_the_losses_of_plain_forwards(bases, kind, case):
 
 
 @pytest.mark.parametrize("case", ["prefix", "infix"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bloom", "qwen2_window"])
+@pytest.mark.parametrize("kind", extended_beyond(["llama", "bloom"], ["gpt2", "llama", "bloom", "qwen2_window"]))
 def test_rows_that_come_and_go_are_answered_as_each_alone(bases, kind, case):
     base = bases[kind]
     draw = np.random.default_rng(3)

@@ -130,7 +130,7 @@ def test_an_encoder_trains_as_under_peft(runs, tiny_bases):
 
 def test_the_curve_depends_on_no_stage_and_no_way_of_computing(tiny_bases, rows, tmp_path):
     base = tiny_bases["llama"]
-    ways = pick("stage0", "small", "recomputed", "int8-0", "int8-3", "bf16-0", "bf16-3")
+    ways = pick("stage0", "small", "recomputed", "int8-0", "int8-3", "bf16-3")
     of_infix = pick("stage0", "cached")
     infix = PROMPT | {"placement": "infix"}
     specs = {

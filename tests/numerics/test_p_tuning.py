@@ -12,7 +12,7 @@ from ptune_dist.prompts.store import load_prompt
 from tests.commands import run_command, run_commands
 from tests.conftest import TINY
 from tests.numerics.banks import check_members
-from tests.numerics.methods import FEW, WAYS, check_ways, labelled, write_run, write_ways
+from tests.numerics.methods import FEW, check_ways, labelled, pick, write_run, write_ways
 from tests.numerics.plain import NUM_VIRTUAL, peft_method_curve, read_rows
 from tests.numerics.test_curves import curve, train_all
 from tests.numerics.test_families import starting_head, write_rows
@@ -88,7 +88,7 @@ def test_the_folded_vectors_stand_where_plain_ones_do(runs):
 
 def test_the_curve_depends_on_no_stage_and_no_way_of_computing(tiny_bases, tmp_path):
     base, start = tiny_bases["llama"], start_of("LSTM")
-    ways = {name: sections for name, sections in WAYS.items() if name != "cached"}
+    ways = pick("stage2", "small", "recomputed", "int8-0", "int8-3", "bf16-3")
     specs = {"LSTM": write_ways(tmp_path, base, P_TUNING | OPTIONS["LSTM"], start, ways)}
     check_ways(tmp_path, {"LSTM": peft_method_curve(base, peft_settings("LSTM"), start, num_steps=FEW)}, specs)
 

@@ -26,6 +26,7 @@ from ptune_dist.model.prompted_model import PromptedModel
 from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.method import Method
 from ptune_dist.prompts.prompt_tuning import PromptTuning
+from tests.conftest import extended_beyond
 from tests.numerics.passes import build_base, draw_batch, hold, placement_of, plain_causal_logits, weights_of
 from tests.numerics.prefixes import draw_prefix, plain_prefix_logits, with_rests
 from tests.numerics.test_labels import LABELS, label_batch, words_of
@@ -247,7 +248,7 @@ def test_labels_one_by_one_after_their_inputs_give_the_losses_of_plain_passes(ba
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", ["llama", "mistral_window"])
+@pytest.mark.parametrize("kind", extended_beyond(["mistral_window"], ["llama", "mistral_window"]))
 def test_flex_attention_reads_what_padded_calls_read(bases, kind, case, monkeypatch):
     batch = with_rests(draw_batch(case)[0])
     model = build_model(bases[kind], [draw_prefix(bases[kind], count) for count in (4, 7)], case)

@@ -17,7 +17,7 @@ from ptune_dist.prompts.store import load_prompt
 from tests.commands import run_command, run_commands
 from tests.numerics.banks import check_banks, check_members, write_bank
 from tests.numerics.banks import write_rows as write_bank_rows
-from tests.numerics.methods import FEW, WAYS, check_ways, pick, write_run, write_ways
+from tests.numerics.methods import FEW, check_ways, pick, write_run, write_ways
 from tests.numerics.plain import NUM_VIRTUAL, ROWS, load_plain, padded_batches, peft_method_curve, run_loop
 from tests.numerics.prefixes import plain_prefix_logits
 from tests.numerics.test_bank import MARKERS
@@ -138,8 +138,8 @@ def test_the_curve_depends_on_no_stage_and_no_way_of_computing(tiny_bases, tmp_p
     base = tiny_bases["llama"]
     start = start_of(base)
     infix = PROMPT | {"placement": "infix"}
-    of_infix = pick("stage0", "small", "cached", "recomputed", "int8-0", "int8-3")
-    ways = {name: sections for name, sections in WAYS.items() if name != "cached"}
+    of_infix = pick("stage0", "small", "cached", "recomputed")
+    ways = pick("stage2", "small", "recomputed", "int8-0", "int8-3", "bf16-3")
     specs = {
         "prefix": write_ways(tmp_path / "prefix", base, PROMPT, start, ways),
         "infix": write_ways(tmp_path / "infix", base, infix, start, of_infix),
@@ -161,7 +161,9 @@ SWEEP = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "placement"), [("llama", "infix"), ("bloom", "prefix")])
+@pytest.mark.parametrize(
+    ("kind", "placement"), [("llama", "infix"), pytest.param("bloom", "prefix", marks=pytest.mark.extended)]
+)
 def test_a_sweep_of_several_methods_trains_each_member_as_alone(tiny_bases, tmp_path, kind, placement):
     cached = {"train": {"context_cache_gib": 0.01}} if placement == "infix" else {}
     check_members(tmp_path, tiny_bases[kind], SWEEP, placement, **cached)

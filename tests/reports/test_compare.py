@@ -120,6 +120,7 @@ def test_runs_without_a_metric_in_common_are_refused(tmp_path, capsys):
     assert "no metric in common" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_real_sweep_is_compared(commands: Commands, tmp_path: Path):
     config = write_config(
         tmp_path / "c.json",

@@ -17,6 +17,8 @@ from tests.commands import run_module
 from tests.processes import ROOT
 from tests.run.strange_bases import STRANGE, build_strange
 
+pytestmark = pytest.mark.long
+
 INFIX = "prompt.placement=infix"
 KEYS = "prompt.method=prefix_tuning"
 UNCHECKED = "model.check=false"

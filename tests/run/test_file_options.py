@@ -24,6 +24,7 @@ CASES = {  # the first prompt, the options of the one that starts from it, and w
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_is_resumed_without_the_file_that_it_started_from(tmp_path, commands, case):
     first, options, decided = CASES[case]

@@ -55,6 +55,7 @@ def test_ranks_end_when_torchrun_is_killed_and_a_second_run_is_refused_while_the
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))  # they saved before they ended
 
 
+@pytest.mark.long
 def test_answers_do_not_depend_on_the_generation_config_of_the_base(commands: Commands, tmp_path: Path):
     config = write_config(
         tmp_path / "config.json",

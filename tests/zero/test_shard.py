@@ -10,6 +10,8 @@ from tests.base.mixtures import save_mixture
 from tests.commands import run_module
 from tests.processes import ROOT
 
+pytestmark = pytest.mark.long
+
 KINDS = ["llama", "gpt2", "t5", "bert"]
 MIXTURES = ["mixtral", "gpt_oss"]
 NUM_RANKS = 3  # divides next to nothing

@@ -15,12 +15,15 @@ from ptune_dist.cluster.node import Node, NodeJob
 from ptune_dist.cluster.node_facts import NodeFacts, gather_facts
 from ptune_dist.cluster.node_memory import choose_nodes
 from ptune_dist.cluster.outcome import Outcome
+from ptune_dist.cluster.rank_files import NODE_NAME
+from ptune_dist.cluster.record import claim_name
 from ptune_dist.cluster.requeue import RequeueLimits, may_requeue
 from ptune_dist.cluster.secret import create_secret, find_secret, random_text, read_variable, remove_secret
 from ptune_dist.cluster.slurm_job import requeue_orphaned_job
 from ptune_dist.cluster.stop_requests import StopRequests
 from ptune_dist.cluster.topology import Topology, describe_unknown_scheduler, find_topology, stand_alone
 from ptune_dist.command_line.arguments import Parser
+from ptune_dist.common.locks import Lock
 from ptune_dist.config.load import load_config
 from ptune_dist.config.messages import text_keys
 from ptune_dist.config.schema import Config
@@ -41,6 +44,7 @@ class Place:
     config: Config | None
     facts: NodeFacts
     num_replicas: int
+    name_lock: Lock | None = None  # of a replica's name, for as long as the launcher runs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,14 +127,21 @@ def find_place(parsed: argparse.Namespace) -> Place:
     num_replicas = count_replicas(parsed, config, topology)
     if num_replicas:
         read_variable()  # a mistake in the secret, which the ranks read, should show now
-        topology = stand_alone(topology, os.environ.get("SLURM_ARRAY_TASK_ID", ""))
+        name = os.environ.get(NODE_NAME, "").strip()
+        topology = stand_alone(topology, os.environ.get("SLURM_ARRAY_TASK_ID", ""), name)
     if config is None and topology.num_nodes == 1:
         raise UserError(facts.mistake)
     if config is None and topology.node_rank == 0:
         print_mistake(facts.mistake)  # immediately, as the other nodes may take long to join
+    lock = None
+    if config and num_replicas and not parsed.check:
+        name, lock = claim_name(Path(config.output_dir), topology.node_name)
+        if name != topology.node_name:
+            announce(f"this node is called {name}: another launcher of the run is {topology.node_name}")
+        topology = replace(topology, node_names=(name,))
     if config and topology.node_rank == 0:
         announce(describe_start(parsed, topology, num_replicas))
-    return Place(topology, config, facts, num_replicas)
+    return Place(topology, config, facts, num_replicas, lock)
 
 
 def describe_start(parsed: argparse.Namespace, topology: Topology, num_replicas: int) -> str:

@@ -5,13 +5,18 @@ nothing of the others', which come and go. Each records its own node in RUN/laun
 of the run only when it is the first to start, or when none is left: in between, the run is what the ranks say it is.
 """
 
+import contextlib
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from ptune_dist.cluster.outcome import Outcome
+from ptune_dist.cluster.rank_files import to_file_name
 from ptune_dist.common.files import fault_on_failed_write, make_folder
-from ptune_dist.common.locks import Attendance
+from ptune_dist.common.locks import Attendance, Lock, try_lock
+from ptune_dist.errors import UserError
 from ptune_dist.run.folder import is_locked
+from ptune_dist.run.ownership import check_own_files
 from ptune_dist.run.status import begin_status, end_status, read_status
 
 FOLDER = "launchers"
@@ -20,6 +25,21 @@ FOLDER = "launchers"
 def read_node_statuses(run_dir: Path) -> list[dict[str, Any]]:
     """The content of status.json of each node that has trained the run as a replica."""
     return [read_status(file.parent) for file in sorted((run_dir / FOLDER).glob("*/status.json"))]
+
+
+def claim_name(run_dir: Path, node: str) -> tuple[str, Lock | None]:
+    """The name of a node that no other launcher of the run has, and its lock: machines may have one host name.
+
+    Where the folder is no run's or cannot be written the name stays: the start of the ranks tells of it.
+    """
+    with contextlib.suppress(OSError, UserError):
+        check_own_files(run_dir)
+        make_folder(run_dir / FOLDER)
+        for number in count(1):
+            name = f"{node}-{number}" if number > 1 else node
+            if lock := try_lock(run_dir / FOLDER / f".{to_file_name(name)}.lock"):
+                return name, lock
+    return node, None
 
 
 class Record:

@@ -72,12 +72,13 @@ class Topology:
         return self.node_names[self.node_rank]
 
 
-def stand_alone(topology: Topology, task: str) -> Topology:
+def stand_alone(topology: Topology, task: str, name: str = "") -> Topology:
     """This node as the only one of its job: as a replica it has a head of its own.
 
-    task: number of this job in an array, "" outside of one; two jobs may have got the same host.
+    task: number of this job in an array, "" outside of one; two jobs may have got the same host. name: what its user
+    calls it, "" for the host's.
     """
-    name = f"{topology.node_name}-{task}" if task else topology.node_name
+    name = name or (f"{topology.node_name}-{task}" if task else topology.node_name)
     return replace(topology, num_nodes=1, node_rank=0, head=LOCAL_HEAD, port=None, node_names=(name,))
 
 

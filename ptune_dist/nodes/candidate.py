@@ -22,7 +22,8 @@ class Snapshot:
 class Candidate:
     """It keeps what members send for the turn that it will begin with."""
 
-    def __init__(self, own: Member, outside: Outside, limits: Limits, rules: Rules):
+    def __init__(self, own: Member, outside: Outside, limits: Limits, rules: Rules, is_again: bool = False):
+        """is_again: this node has been a member."""
         self.own = own
         self.view: ViewRecord | None = None  # the newest view that it knows
         self.snapshot: Snapshot | None = None
@@ -30,6 +31,7 @@ class Candidate:
         self._outside = outside
         self._limits = limits
         self._rules = rules
+        self._is_again = is_again
         self._sign = ""
         self._alive_at = outside.now()
         self._said = ""
@@ -60,11 +62,10 @@ class Candidate:
             self._alive_at = self._outside.now()
         elif kind == "view":
             self.learn(ViewRecord.from_json(message["view"]))
-            names = ", ".join(member.name for member in self.view.members) if self.view else ""
             if message["is_full"]:
                 self.say(f"waits as a spare: {self._rules.max_nodes} of max_nodes={self._rules.max_nodes} are there")
             else:
-                self.say(f"joins {names}")
+                self.say(self._describe_joining())
         elif kind == "prepare":
             self._outside.send(node, *State(ViewRecord(0, ()), None).to_message(message["attempt"]))
         elif kind == "snapshot":
@@ -75,6 +76,15 @@ class Candidate:
                 self.snapshot = Snapshot(view, plan, record, int(message["step"]), parts[0])
         elif kind in ("pieces", "newview", "out", "bye"):
             self.early.append((node, message, parts))
+
+    def _describe_joining(self) -> str:
+        """Whom this node joins. One of its own name without a link is what it was before it was lost."""
+        members = self.view.members if self.view else ()
+        links = {member: self._outside.link_state(member.id) for member in members}
+        before = [member for member, link in links.items() if member.name == self.own.name and not link.is_open]
+        names = ", ".join(member.name for member in members if member not in before)
+        is_again = self._is_again or any(links[member].is_refused for member in before)
+        return " ".join(filter(None, ("joins", names, "again" if is_again else "")))
 
     def say(self, text: str) -> None:
         if text != self._said:

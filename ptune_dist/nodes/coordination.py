@@ -16,6 +16,7 @@ from ptune_dist.nodes.turns import ViewRecord
 from ptune_dist.nodes.view_change import NewView, State, decide
 
 REPEAT_S = 1.0
+LONGEST_ANSWER = 20.0  # of answer_s: for a large state over a slow link
 LOOK_S = 0.5  # between two looks at the rendezvous, while the larger side of a cut has its turn
 
 
@@ -29,6 +30,7 @@ class Change:
     started: float
     asked_at: float
     states: dict[str, State] = field(default_factory=dict)
+    answering: set[str] = field(default_factory=set)  # members whose state is on its way: a large one takes long
     decision: NewView | None = None  # that is being claimed
     looked_at: float = 0.0
 
@@ -127,7 +129,8 @@ class Coordination:
         if not silent:
             self._finish(now)
         elif now - change.started > self.member.limits.answer_s:
-            self.mute |= set(silent)
+            is_too_late = now - change.started > LONGEST_ANSWER * self.member.limits.answer_s
+            self.mute |= set(silent) if is_too_late else set(silent) - change.answering
 
     def _start(self, proposal: list[str], now: float) -> None:
         self._num_attempts += 1
@@ -142,9 +145,21 @@ class Coordination:
         assert change
         change.asked_at = now
         message = {"kind": "prepare", "attempt": change.attempt, "base": change.base.number}
+        message["proposal"] = change.proposal
         for node in change.proposal:
             if node != self.member.own.id:
-                self.member.outside.send(node, message | {"proposal": change.proposal}, [])
+                is_answering = node in change.answering or node in change.states
+                self.member.outside.send(node, message | {"is_answering": is_answering}, [])
+
+    def on_answering(self, node: str, message: Message) -> None:
+        """A member's state comes next on its link, so from here on the link tells whether it gets ahead."""
+        if self.change and message["attempt"] == self.change.attempt:
+            self.change.answering.add(node)
+
+    def on_new_link(self, node: str) -> None:
+        """What was on its way is lost: ask again."""
+        if self.change:
+            self.change.answering.discard(node)
 
     def on_state(self, node: str, message: Message, parts: Parts) -> None:
         change = self.change

@@ -87,6 +87,7 @@ class NodeGroup:
                 return entering.result(POLL_S)
             self._network.check()
         entering.cancel()
+        self._network.say(f"node {self._settings.name} stopped while waiting to join")
         raise StoppedWaiting(is_last=False)
 
     @property
@@ -177,13 +178,15 @@ class NodeGroup:
         return agreed(self._completed, step, self._member.own.id)
 
     def leave(self) -> None:
-        """Leave after a step in which this node was among those leaving.
+        """Leave after a step in which this node was among those leaving, or while it waited to join.
 
         Waits a moment until the others have what they need of this node.
         """
         changes = self._network.changes
         with changes:
-            member = self._member
+            member = self._network.member
+            if member is None:
+                return
             member.leave()
             end = time.monotonic() + self._settings.limits.silent_s
             while member.watch.is_needed() and time.monotonic() < end:
@@ -240,5 +243,5 @@ def build_rendezvous(network: Network) -> Rendezvous:
     """A folder, or `host:port`."""
     where = network.settings.rendezvous
     if isinstance(where, Path):
-        return FolderRendezvous(where)
-    return ServerRendezvous(where, network.identity, network.contexts, network.say)
+        return FolderRendezvous(where, network.say)
+    return ServerRendezvous(where, network.identity, network.contexts, network.say, network.settings.limits.mistake_s)

@@ -144,6 +144,8 @@ class Membership:
         elif kind == "release":
             self.frozen.pop(node, None)
             self._advance()
+        elif kind == "answering":
+            self.coordination.on_answering(node, message)
         elif kind == "state":
             self.coordination.on_state(node, message, parts)
         elif kind == "suspect":
@@ -153,6 +155,7 @@ class Membership:
 
     def on_link(self, node: str) -> None:
         """A link to a node is up, perhaps again: it may lack what was on its way."""
+        self.coordination.on_new_link(node)
         if node in self.view.ids and not self.end:
             self.exchange.resend(node)
 
@@ -177,7 +180,9 @@ class Membership:
             return
         if int(message["base"]) >= self.view.number:
             self.frozen[node] = self.outside.now()
-        self.outside.send(node, *self.state(message["proposal"]).to_message(message["attempt"]))
+        if not message["is_answering"]:
+            self.outside.send(node, {"kind": "answering", "attempt": message["attempt"]}, [])
+            self.outside.send(node, *self.state(message["proposal"]).to_message(message["attempt"]))
 
     def state(self, proposal: list[str]) -> State:
         """What a coordinator needs to know if the members in `proposal` remain."""

@@ -2,21 +2,21 @@
 
 import asyncio
 import contextlib
+import os
+import socket
 import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ptune_dist.common import tls
 from ptune_dist.errors import UserError
 from ptune_dist.nodes.agreement import Member
+from ptune_dist.nodes.dial import CONNECT_S, NoWire, dial, is_refusal
 from ptune_dist.nodes.frames import Message, Parts
-from ptune_dist.nodes.settings import Limits
+from ptune_dist.nodes.settings import MAX_PORT, Limits, split_address
 from ptune_dist.nodes.suspicion import LinkState
 from ptune_dist.nodes.wire import Identity, Wire
 
-TLS_REMEDY = f"set {tls.VARIABLE} on all nodes or on none, to certificates of one authority"
-CONNECT_S = 3.0
 REDIAL_S = 0.3
 OWN_PAUSE_S = 2.0  # a longer gap between two ticks: what others sent meanwhile has not been read yet
 FORGET_S = 30.0  # a link to nobody's interest that has been silent for so long is closed
@@ -32,6 +32,8 @@ class Peer:
     wire: Wire | None = None
     was_open: bool = False
     is_refused: bool = False
+    problem: NoWire | None = None  # why the last try to connect has failed
+    problem_since: float = 0.0
     tried_at: float = 0.0
     attempt: asyncio.Task | None = None
 
@@ -51,9 +53,7 @@ class Mesh:
         on_up: Callable[[str], None],
         on_down: Callable[[str], None],
         on_message: Callable[[str, Message, Parts], None],
-        on_problem: Callable[[str], None],
     ):
-        """on_problem: takes a line about a node that cannot be talked to."""
         self.refusal = ""  # why a node has refused this one
         self._identity = identity
         self._server_context, self._client_context = contexts
@@ -61,7 +61,6 @@ class Mesh:
         self._on_up = on_up
         self._on_down = on_down
         self._on_message = on_message
-        self._on_problem = on_problem
         self._peers: dict[str, Peer] = {}
         self._server: asyncio.Server | None = None
         self._beat_at = self._ticked_at = 0.0
@@ -74,9 +73,14 @@ class Mesh:
             self._server = await loop.create_server(
                 lambda: self._wire(None), host or None, int(port), ssl=self._server_context
             )
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not host:port"
+        except socket.gaierror:
+            raise UserError(f"the nodes' address to listen at, {address}: the name does not resolve") from None
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
             raise UserError(f"the nodes' address to listen at, {address}: {reason}") from None
+        except (ValueError, OverflowError):
+            needed = f"HOST:PORT is needed, with a port of at most {MAX_PORT}"
+            raise UserError(f"the nodes' address to listen at, {address}: {needed}") from None
         return self._server.sockets[0].getsockname()[1]
 
     def _wire(self, expected: str | None) -> Wire:
@@ -133,6 +137,7 @@ class Mesh:
         if now - self._ticked_at > OWN_PAUSE_S:
             for peer in self._peers.values():
                 peer.down_since = now
+                peer.problem = None
                 if peer.wire:
                     peer.wire.heard_at = now
         self._ticked_at = now
@@ -159,38 +164,31 @@ class Mesh:
             peer.attempt = asyncio.create_task(attempt)
 
     async def _dial(self, peer: Peer, member: Member) -> None:
-        host, _, port = member.address.rpartition(":")
-        loop = asyncio.get_running_loop()
         try:
-            connecting = loop.create_connection(
-                lambda: self._wire(member.id), host, int(port), ssl=self._client_context
-            )
-            _, wire = await asyncio.wait_for(connecting, CONNECT_S)
-            await wire.opened
-        except ConnectionRefusedError:
-            peer.is_refused = True
-            return
-        except ssl.SSLError as error:
-            self._on_problem(f"node {member.name}: TLS: {error.reason}: {TLS_REMEDY}")
-            return
-        except (OSError, TimeoutError, ValueError):
-            return
-        self.refusal = wire.refusal or self.refusal
-        peer.is_refused = wire.is_stranger
-        if not (wire.peer or wire.refusal or wire.is_stranger):
-            self._on_problem(
-                f"node {member.name} at {member.address} does not answer as a node does. TLS: {TLS_REMEDY}"
-            )
+            wire = await dial(lambda: self._wire(member.id), member.address, self._client_context)
+        except NoWire as failure:
+            if peer.problem is None or peer.problem.is_mistake != failure.is_mistake:
+                peer.problem_since = asyncio.get_running_loop().time()
+            peer.problem = failure
+            peer.is_refused = failure.is_refused
+        else:
+            self.refusal = wire.refusal or self.refusal
+
+    def problems(self) -> list[tuple[Member, NoWire, float]]:
+        """The nodes that this one cannot connect to, why, and for how many seconds."""
+        now = asyncio.get_running_loop().time()
+        wanted = [peer for peer in self._peers.values() if peer.member and not peer.is_open]
+        return [
+            (peer.member, peer.problem, now - peer.problem_since) for peer in wanted if peer.member and peer.problem
+        ]
 
     async def _probe(self, peer: Peer, member: Member) -> None:
         """Look whether the process of a node, which connects to us, still listens."""
-        host, _, port = member.address.rpartition(":")
         try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), CONNECT_S)
-        except ConnectionRefusedError:
-            peer.is_refused = True
-        except (OSError, TimeoutError, ValueError):
-            pass
+            host, port = split_address(member.address)
+            _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), CONNECT_S)
+        except (OSError, TimeoutError, ValueError) as error:
+            peer.is_refused = peer.is_refused or (isinstance(error, OSError) and is_refusal(error))
         else:
             writer.close()
             with contextlib.suppress(OSError):
@@ -202,6 +200,7 @@ class Mesh:
         peer.wire = wire
         peer.was_open = True
         peer.is_refused = False
+        peer.problem = None
         if before:
             before.close()
         self._on_up(wire.peer)

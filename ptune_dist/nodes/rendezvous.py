@@ -5,20 +5,25 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from ptune_dist.common.files import explain
+from ptune_dist.common.files import explain, flush, write_durably
 from ptune_dist.errors import UserError
+from ptune_dist.nodes.dial import Notices
 from ptune_dist.nodes.turns import ViewRecord
 
-SUFFIX = ".json"
+VIEW = re.compile(r"view-(\d{8,})\.json")
 ALIVE = "alive"
-READ_TRIES = 50  # a tenth of a second apart: a file that was just made may not be seen at once on a network disk
+NUM_KEPT = 16
+READ_S = 5.0  # a file that was just made may not be seen at once on a network disk, or be half written
 PAUSE_S = 0.1
 RETRY_S = 1.0
+T = TypeVar("T")
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -49,10 +54,14 @@ class Rendezvous(Protocol):
 
 
 class FolderRendezvous:
-    """One file for each view. A file is made whole and then linked to its name, which only the first can do."""
+    """One file for each view. A file is made whole and then linked to its name, which only the first can do.
 
-    def __init__(self, folder: Path):
+    Old views are removed. Who comes late to one of their numbers hears of the newest view all the same.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None] = lambda _: None):
         self._folder = folder
+        self._notices = Notices(say)
 
     async def start(self) -> None:
         try:
@@ -67,64 +76,99 @@ class FolderRendezvous:
         return True
 
     async def claim(self, view: ViewRecord, is_majority: bool) -> ViewRecord:
+        return await self._insist(lambda: self._claim(view))
+
+    async def latest(self) -> ViewRecord | None:
+        return await self._insist(self._read_newest)
+
+    async def _insist(self, call: Callable[[], T]) -> T:
+        """What a call returns, once the disk is there: a change of view waits for it."""
         while True:
-            with contextlib.suppress(OSError):  # the disk is away: a change of view waits for it
-                return await asyncio.to_thread(self._claim, view)
+            try:
+                return await asyncio.to_thread(call)
+            except OSError as error:
+                self._notices.tell(f"the nodes' folder {self._folder}: {explain(error)}: tries again")
             await asyncio.sleep(RETRY_S)
 
     def _claim(self, view: ViewRecord) -> ViewRecord:
-        path = self._folder / f"view-{view.number:08d}{SUFFIX}"
-        data = json.dumps(view.to_json(), sort_keys=True)
-        temporary = self._folder / f".{path.name}-{secrets.token_hex(8)}"
-        temporary.write_text(data)
+        if self._newest_number() <= view.number:
+            path = self._path(view.number)
+            data = json.dumps(view.to_json(), sort_keys=True).encode()
+            temporary = self._folder / f".{path.name}-{secrets.token_hex(8)}"
+            try:
+                write_durably(temporary, data)
+                self._link(temporary, path, data)
+            except FileExistsError:
+                pass
+            else:
+                self._remove_before(view.number - NUM_KEPT + 1)
+            finally:
+                temporary.unlink(missing_ok=True)
+        held = self._read_newest(view.number)  # whoever comes late to an old number hears of the newest view
+        assert held, "there is one at least"
+        return held
+
+    def _link(self, temporary: Path, path: Path, data: bytes) -> None:
+        """Raises FileExistsError where another node was first."""
         try:
             os.link(temporary, path)
-        except FileExistsError:
-            pass
         except OSError as error:
             if error.errno not in NO_HARD_LINKS:
                 raise
-            with contextlib.suppress(FileExistsError), open(path, "x") as file:
+            with open(path, "xb") as file:
                 file.write(data)
-        finally:
-            temporary.unlink(missing_ok=True)
-        newest = self._newest_number()
-        number = max(view.number, newest)  # whoever comes late to an old number hears of the newest view
-        return self._read(self._folder / f"view-{number:08d}{SUFFIX}")
+                file.flush()
+                flush(file.fileno())
 
-    def _read(self, path: Path) -> ViewRecord:
-        error: Exception = OSError()
-        for _ in range(READ_TRIES):
-            try:
-                return ViewRecord.from_json(json.loads(path.read_text()))
-            except (OSError, ValueError) as failed:
-                error = failed
-            time.sleep(PAUSE_S)
-        raise OSError(f"{path}: {error}")
+    def _remove_before(self, number: int) -> None:
+        for name in os.listdir(self._folder):
+            if (found := re.match(r"\.?view-(\d+)\.json", name)) and int(found[1]) < number:
+                with contextlib.suppress(OSError):
+                    (self._folder / name).unlink()
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"view-{number:08d}.json"
 
     def _newest_number(self) -> int:
-        names = [name for name in os.listdir(self._folder) if name.startswith("view-") and name.endswith(SUFFIX)]
-        return max((int(name[len("view-") : -len(SUFFIX)]) for name in names), default=0)
+        return max((int(found[1]) for found in map(VIEW.fullmatch, os.listdir(self._folder)) if found), default=0)
 
-    async def latest(self) -> ViewRecord | None:
-        with contextlib.suppress(OSError):
-            return await asyncio.to_thread(self._latest)
-        await asyncio.sleep(RETRY_S)
-        return await self.latest()
+    def _read_newest(self, at_least: int = 0) -> ViewRecord | None:
+        """The newest view, whose number is `at_least` this even where a network disk does not list it yet.
 
-    def _latest(self) -> ViewRecord | None:
-        number = self._newest_number()
-        return self._read(self._folder / f"view-{number:08d}{SUFFIX}") if number else None
+        Raises OSError where the disk is away, and UserError for a file that is no view and does not become one.
+        """
+        give_up_at = time.monotonic() + READ_S
+        while True:
+            number = max(self._newest_number(), at_least)
+            if not number:
+                return None
+            path = self._path(number)
+            try:
+                return self._read(path, number)
+            except OSError:
+                if time.monotonic() > give_up_at:
+                    raise
+            except (ValueError, KeyError, TypeError, AttributeError):
+                if time.monotonic() > give_up_at:
+                    raise UserError(
+                        f"{path}: not a view of the run's nodes: remove this file once no node trains the run"
+                    ) from None
+            time.sleep(PAUSE_S)
+
+    def _read(self, path: Path, number: int) -> ViewRecord:
+        view = ViewRecord.from_json(json.loads(path.read_text()))
+        if view.number != number:
+            raise ValueError("a view of another number")
+        return view
 
     async def announce(self, view: ViewRecord) -> ViewRecord:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):  # the next claim tells of what stays
             return await asyncio.to_thread(self._announce, view)
         return view
 
     def _announce(self, view: ViewRecord) -> ViewRecord:
         (self._folder / ALIVE).write_text(f"{view.number} {secrets.token_hex(4)}")
-        number = self._newest_number()
-        return self._read(self._folder / f"view-{number:08d}{SUFFIX}") if number > view.number else view
+        return (self._newest_number() > view.number and self._read_newest()) or view
 
     async def sign_of_life(self) -> str:
         with contextlib.suppress(OSError):

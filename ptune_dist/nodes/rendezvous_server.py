@@ -16,7 +16,9 @@ import ssl
 from collections.abc import Callable
 
 from ptune_dist.errors import UserError
+from ptune_dist.nodes.dial import Notices, NoWire, dial
 from ptune_dist.nodes.frames import Message, Parts
+from ptune_dist.nodes.settings import Limits, split_address
 from ptune_dist.nodes.turns import ViewRecord
 from ptune_dist.nodes.wire import Identity, Wire
 
@@ -55,15 +57,27 @@ class Registry:
 
 
 class ServerRendezvous:
-    def __init__(self, address: str, identity: Callable[[], Identity], contexts: Contexts, say: Callable[[str], None]):
-        self._host, _, port = address.rpartition(":")
-        if not self._host or not port.isdigit():
-            raise UserError(f"rendezvous: {address}: neither a folder nor host:port")
-        self._port = int(port)
+    def __init__(
+        self,
+        address: str,
+        identity: Callable[[], Identity],
+        contexts: Contexts,
+        say: Callable[[str], None],
+        mistake_s: float = Limits.mistake_s,
+    ):
+        """mistake_s: as in Limits, for a node that has never reached a server."""
+        try:
+            self._host, self._port = split_address(address)
+        except ValueError as error:
+            raise UserError(f"rendezvous: {address}: {error}") from None
         self._address = address
         self._identity = identity
         self._server_context, self._client_context = contexts
         self._say = say
+        self._notices = Notices(say)
+        self._mistake_s = mistake_s
+        self._problem = NoWire("no answer")
+        self._was_served = False
         self._registry: Registry | None = None
         self._server: asyncio.Server | None = None
         self._binding: asyncio.Task | None = None
@@ -121,18 +135,22 @@ class ServerRendezvous:
             )
 
         try:
-            async with asyncio.timeout(ANSWER_S):
-                _, wire = await loop.create_connection(make, self._host, self._port, ssl=self._client_context)
-                try:
-                    if not await wire.opened:
-                        if wire.refusal:
-                            raise UserError(wire.refusal)
-                        return None
-                    return await answer
-                finally:
-                    wire.close()
-        except (OSError, TimeoutError):
+            wire = await dial(make, self._address, self._client_context)
+        except NoWire as problem:
+            self._problem = problem
             return None
+        try:
+            if wire.refusal:
+                raise UserError(wire.refusal)
+            async with asyncio.timeout(ANSWER_S):
+                found = await answer
+                self._was_served = True
+                return found
+        except TimeoutError:
+            self._problem = NoWire("it does not answer in time", "")
+            return None
+        finally:
+            wire.close()
 
     async def claim(self, view: ViewRecord, is_majority: bool) -> ViewRecord:
         loop = asyncio.get_running_loop()
@@ -148,14 +166,32 @@ class ServerRendezvous:
 
     async def latest(self) -> ViewRecord | None:
         num_tries = 0
+        mistaken_since: float | None = None
         while (answer := await self._ask({"kind": "latest"})) is None:
+            now = asyncio.get_running_loop().time()
             num_tries += 1
-            if num_tries == NUM_TRIES:
-                self._say(f"nobody serves the rendezvous at {self._address}: waits for a node that can bind it")
+            line = self._describe_problem()
+            if num_tries >= NUM_TRIES:
+                self._notices.tell(line)
+            if self._was_served or not self._problem.is_mistake:
+                mistaken_since = None
+            elif mistaken_since is None:
+                mistaken_since = now
+            elif now - mistaken_since > self._mistake_s:
+                raise UserError(line)
             await asyncio.sleep(RETRY_S)
         self._is_sure = bool(answer["is_sure"])
         self._sign = str(answer["sign"])
         return ViewRecord.from_json(answer["view"]) if answer["view"] else None
+
+    def _describe_problem(self) -> str:
+        problem = self._problem
+        if problem.is_mistake:
+            return f"rendezvous {self._address}: {problem}"
+        return (
+            f"nobody serves the rendezvous at {self._address} ({problem.why}): waits for a node that has this address; "
+            f"start one there, which sets it as 0.0.0.0:{self._port} where the address is not its own"
+        )
 
     async def may_found(self) -> bool:
         return self._is_sure

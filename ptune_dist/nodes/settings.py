@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+ADDRESS = "PTUNE_NODE_ADDRESS"  # host:port at which the other nodes reach this one
+MAX_PORT = 65535
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -17,6 +20,7 @@ class Limits:
     answer_s: float = 3.0  # for an answer while the view changes
     minority_s: float = 3.0  # that the smaller side of a cut lets the larger one continue first
     found_s: float = 5.0  # that nobody of an earlier group answers before a node begins a new one
+    mistake_s: float = 60.0  # that a node is kept out by what waiting does not mend before it ends
 
 
 @dataclass(frozen=True)
@@ -40,3 +44,13 @@ class GroupSettings:
     min_nodes: int = 1
     max_nodes: int = 1024
     limits: Limits = field(default_factory=Limits)
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `[host]:port`. Raises ValueError, whose text tells what is wrong."""
+    host, _, port = text.rpartition(":")
+    if "/" in host or not (host and port.isascii() and port.isdecimal()):
+        raise ValueError("HOST:PORT is needed")
+    if not 1 <= int(port) <= MAX_PORT:
+        raise ValueError(f"a port is a number from 1 to {MAX_PORT}")
+    return host.removeprefix("[").removesuffix("]"), int(port)

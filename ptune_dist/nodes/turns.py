@@ -6,7 +6,8 @@ node that holds the sums of all ranges from the nodes that own them and the repo
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from ptune_dist.nodes.agreement import Member
@@ -153,6 +154,7 @@ def follow(record: Record, rules: Rules) -> Plan:
     joining = agreed_joiners(record, [member.id for member in staying])[: max(rules.max_nodes - len(staying), 0)]
     if not staying:
         staying, joining = list(plan.members), []
+    joining = with_own_names(joining, {member.name for member in staying})
     members = (*staying, *joining)
     seconds = measured(record, {member.id for member in members})
     owners: Owners = ()
@@ -168,6 +170,17 @@ def agreed_joiners(record: Record, staying: list[str]) -> list[Member]:
     listed = [{member.id: member for member in members_from_json(record.reports[node]["joiners"])} for node in staying]
     common = [listed[0][node] for node in listed[0] if all(node in others for others in listed)]
     return sorted(common, key=lambda member: (member.name, member.id))
+
+
+def with_own_names(joining: list[Member], taken: set[str]) -> list[Member]:
+    """A node that joins with a name that another one has gets a number: its machine has the same host name."""
+    named = []
+    for member in joining:
+        names = (f"{member.name}-{number}" if number > 1 else member.name for number in count(1))
+        name = next(name for name in names if name not in taken)
+        taken = taken | {name}
+        named.append(replace(member, name=name))
+    return named
 
 
 def measured(record: Record, nodes: set[str]) -> dict[str, float]:

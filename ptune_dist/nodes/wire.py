@@ -49,6 +49,9 @@ class Wire(asyncio.Protocol):
         self.peer_name = ""
         self.refusal = ""  # why the other side does not want this node: one line for its user
         self.is_stranger = False  # another node listens at the address than the one expected
+        self.is_garbled = False  # what the other side has sent is not what a node sends
+        self.is_silent = False  # the other side has not proved itself in time
+        self.error: Exception | None = None  # that the connection ended with
         self.heard_at = asyncio.get_running_loop().time()
         self.closed = asyncio.get_running_loop().create_future()
         self.opened = asyncio.get_running_loop().create_future()
@@ -74,7 +77,8 @@ class Wire(asyncio.Protocol):
         asyncio.get_running_loop().call_later(HANDSHAKE_S, self._give_up)
 
     def _give_up(self) -> None:
-        if not self.peer:
+        if not self.peer and not self.closed.done():
+            self.is_silent = True
             self.close()
 
     def data_received(self, data: bytes) -> None:
@@ -85,6 +89,7 @@ class Wire(asyncio.Protocol):
                 for message, parts in found:
                     self._receive(message, parts)
         except (ValueError, KeyError, TypeError, RecursionError):  # not a node, or not of this version
+            self.is_garbled = True
             self.close()
 
     def _receive(self, message: Message, parts: Parts) -> None:
@@ -150,6 +155,7 @@ class Wire(asyncio.Protocol):
         self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.error = exc
         self._end()
 
     def _end(self) -> None:

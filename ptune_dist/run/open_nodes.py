@@ -17,7 +17,7 @@ from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, together
 from ptune_dist.errors import UserError
 from ptune_dist.nodes.group import NodeGroup
-from ptune_dist.nodes.settings import GroupSettings, Limits
+from ptune_dist.nodes.settings import ADDRESS, GroupSettings, Limits, split_address
 from ptune_dist.optim.local_steps import count_state
 from ptune_dist.run.folder import MAY_CHANGE
 from ptune_dist.run.job import Job
@@ -26,7 +26,6 @@ from ptune_dist.run.replicas import Lines, Replicas
 from ptune_dist.run.watch import Watch
 
 RENDEZVOUS = "PTUNE_RENDEZVOUS"  # a folder that all nodes share, or host:port
-ADDRESS = "PTUNE_NODE_ADDRESS"  # host:port at which the other nodes reach this one
 FOLDER = "nodes"  # of the run's folder
 EXPECTED_NODES = "PTUNE_EXPECTED_NODES"  # the nodes that a scheduler has started together, set by our launcher
 FEW_NODES = 4  # expected where nothing tells their number
@@ -98,18 +97,26 @@ def read_address() -> tuple[str, str]:
     address = os.environ.get(ADDRESS, "").strip()
     if not address:
         return "", GroupSettings.listen
-    host, _, port = address.rpartition(":")
-    if not (host and port.isascii() and port.isdecimal()):
-        raise UserError(f"{ADDRESS} is {address!r}, and HOST:PORT is needed")
+    try:
+        _, port = split_address(address)
+    except ValueError as error:
+        raise UserError(f"{ADDRESS} is {address!r}: {error}") from None
     return address, f"0.0.0.0:{port}"
 
 
 def read_rendezvous(default: Path) -> Path | str:
+    """A folder, or HOST:PORT. Raises UserError."""
     value = os.environ.get(RENDEZVOUS, "").strip()
     if not value:
         return default
-    _, colon, port = value.rpartition(":")
-    return value if colon and port.isdecimal() else Path(value)
+    if ("/" in value and "://" not in value) or Path(value).is_dir():
+        return Path(value).expanduser()
+    try:
+        split_address(value)
+    except ValueError as error:
+        why = error if ":" in value else "no such folder"
+        raise UserError(f"{RENDEZVOUS} is {value!r}: {why}: write HOST:PORT, or a path with a slash") from None
+    return value
 
 
 def digest_run(job: Job, rows: TrainingRows) -> str:

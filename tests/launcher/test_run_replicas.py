@@ -38,6 +38,19 @@ def test_a_mistake_on_one_node_does_not_end_the_other_nor_does_a_common_port(tmp
     assert first.startswith("launcher: train ") and "on node a, one of the run's replicas" in first
 
 
+def test_launchers_of_one_name_get_numbers(tmp_path: Path):
+    (tmp_path / "slow" / "torch").mkdir(parents=True)
+    (tmp_path / "slow" / "torch" / "__init__.py").write_text("import time; time.sleep(60)\n")
+    config = write_config(tmp_path / "c.yaml", train={"max_steps": 3, "nodes": "replicas"})
+    nodes = Nodes(tmp_path, config, PYTHONPATH=python_path(tmp_path / "slow"), PTUNE_NODE_NAME="vm")
+    for name in ("vm", "vm-2"):
+        wait_until(lambda name=name: node_status(nodes, name).get("state") == "starting", 20, nodes.output)
+    assert "this node is called vm-2: another launcher of the run is vm" in nodes.output
+    for launcher in nodes.launchers:
+        launcher.terminate()
+    assert nodes.wait(20) == [75, 75]
+
+
 def test_a_secret_that_is_too_short_is_a_mistake(tmp_path: Path):
     config = write_config(tmp_path / "c.yaml", train={"max_steps": 3, "nodes": "replicas"})
     nodes = Nodes(tmp_path, config, names="a", PTUNE_SECRET="short")

@@ -1,20 +1,25 @@
 """Parts of the exchange between nodes: blocks and shares, messages, who is suspected, views in a folder."""
 
 import asyncio
+import json
 import random
+from dataclasses import asdict
 
 import pytest
 
+from ptune_dist.errors import UserError
+from ptune_dist.nodes import rendezvous
 from ptune_dist.nodes.agreement import Member
 from ptune_dist.nodes.blocks import Range, subtrees, sum_along_tree
 from ptune_dist.nodes.candidate import Candidate
 from ptune_dist.nodes.frames import Decoder, encode
+from ptune_dist.nodes.membership import Membership
 from ptune_dist.nodes.rendezvous import FolderRendezvous
 from ptune_dist.nodes.rendezvous_server import Registry
 from ptune_dist.nodes.settings import Limits
 from ptune_dist.nodes.shares import divide, next_shares, num_blocks_of, take_over
-from ptune_dist.nodes.suspicion import ReportedSuspicions
-from ptune_dist.nodes.turns import Rules, ViewRecord
+from ptune_dist.nodes.suspicion import LinkState, ReportedSuspicions
+from ptune_dist.nodes.turns import Record, Rules, ViewRecord, first_plan, follow
 
 
 def test_subtrees_are_aligned_and_the_fewest():
@@ -135,6 +140,43 @@ def test_a_late_claim_hears_of_the_newest_view(tmp_path):
     assert asyncio.run(claim()) == view(3, "a")
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[1]", None])
+def test_a_damaged_view_is_named_until_there_is_a_newer_one(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(rendezvous, "READ_S", 0.2)
+    place = FolderRendezvous(tmp_path)
+    assert asyncio.run(place.claim(view(1, "a"), True)) == view(1, "a")
+    for name in ("view-x.json", "view-00000009.json.old", ".view-00000009.json-1"):  # no views
+        (tmp_path / name).touch()
+    damaged = tmp_path / "view-00000002.json"
+    damaged.write_text(json.dumps(view(3, "a").to_json()) if content is None else content)
+    for call in (place.latest(), place.claim(view(2, "b"), True)):
+        with pytest.raises(UserError, match=f"{damaged}: not a view of the run's nodes: remove this file"):
+            asyncio.run(call)
+    assert asyncio.run(place.announce(view(1, "a"))) == view(1, "a")  # those who train are not disturbed
+    assert asyncio.run(place.claim(view(3, "c"), True)) == view(3, "c") == asyncio.run(place.latest())
+
+
+def test_old_views_are_removed_and_their_numbers_stay_taken(tmp_path):
+    place = FolderRendezvous(tmp_path)
+    for number in range(1, 40):
+        asyncio.run(place.claim(view(number, "a"), True))
+    kept = [f"view-{number:08d}.json" for number in range(40 - rendezvous.NUM_KEPT, 40)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    assert asyncio.run(place.claim(view(2, "b"), True)) == view(39, "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def test_a_node_that_joins_under_the_name_of_another_gets_a_number():
+    def report(joiners) -> dict:
+        shown = [asdict(member) for member in joiners]
+        return {"leaving": False, "joiners": shown, "seconds": 1.0, "num_blocks": 1}
+
+    joiners = [Member(id, "vm", "", "") for id in ("2", "3")] + [Member("4", "other", "", "")]
+    plan = first_plan(Member("1", "vm", "", ""), Rules(1, 1, 8))
+    following = follow(Record(plan, {"1": report(joiners)}), Rules(1, 1, 8))
+    assert [member.name for member in following.members] == ["vm", "other", "vm-2", "vm-3"]
+
+
 def test_a_server_that_has_just_started_does_not_let_a_node_begin():
     registry = Registry(now=10.0)
     assert not registry.answer({"kind": "latest"}, 11.0)["is_sure"]
@@ -145,20 +187,87 @@ def test_a_server_that_has_just_started_does_not_let_a_node_begin():
     assert Registry(now=10.0).answer({"kind": "latest"}, 15.0)["is_sure"]
 
 
+class FakeOutside:
+    """The clock, links, lines and messages of a node."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.links: dict[str, LinkState] = {}
+        self.lines: list[str] = []
+        self.sent: list[tuple[str, dict]] = []
+
+    def send(self, node: str, message: dict, parts: list[bytes]) -> None:
+        self.sent.append((node, message))
+
+    def changed(self) -> None:
+        pass
+
+    def now(self) -> float:
+        return self.seconds
+
+    def connect(self, members) -> None:
+        pass
+
+    def link_state(self, node: str) -> LinkState:
+        return self.links.get(node, LinkState(False))
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
 def test_a_candidate_waits_for_a_group_that_it_has_just_learned_of():
-    class Outside:
-        seconds = 0.0
-
-        def now(self) -> float:
-            return self.seconds
-
-        def connect(self, members) -> None:
-            pass
-
-    outside = Outside()
+    outside = FakeOutside()
     candidate = Candidate(view(1, "a").members[0], outside, Limits(found_s=5.0), Rules(1, 1, 8))
     outside.seconds = 6.0  # a server that had just started did not let it begin
     candidate.learn(view(1, "b"))
     assert not candidate.is_group_gone()
     outside.seconds = 12.0
     assert candidate.is_group_gone()
+
+
+@pytest.mark.parametrize(
+    ("own", "is_open", "is_refused", "expected"),
+    [
+        ("c", True, False, "node c joins a, b"),
+        ("b", False, True, "node b joins a again"),  # what it was before has ended
+        ("b", False, False, "node b joins a"),
+        ("b", True, False, "node b joins a, b"),  # another node of its name
+    ],
+)
+def test_a_node_that_joins_again_does_not_list_itself(own, is_open, is_refused, expected):
+    outside = FakeOutside()
+    candidate = Candidate(Member("new", own, "", ""), outside, Limits(), Rules(1, 1, 8))
+    outside.links = {"a": LinkState(True), "b": LinkState(is_open, is_refused=is_refused)}
+    candidate.on_message("a", {"kind": "view", "view": view(3, "a", "b").to_json(), "is_full": False}, [])
+    assert outside.lines == [expected]
+
+
+def test_a_state_that_is_on_its_way_is_waited_for_and_asked_for_once():
+    """Of three members `a` leads, `b` has begun to send a large state, and `c` gives no answer."""
+    outside = FakeOutside()
+    rules = Rules(2, 1, 8)
+    plan = first_plan(Member("a", "a", "", ""), rules)
+    member = Membership(view(3, "a").members[0], rules, Limits(), outside, view(3, "a", "b", "c", "d"), plan)
+    lead = member.coordination
+    lead.mute = {"d"}
+    lead.tick(set())
+    assert [(node, message["is_answering"]) for node, message in outside.sent] == [("b", False), ("c", False)]
+    lead.on_answering("b", {"attempt": outside.sent[0][1]["attempt"]})
+    outside.seconds = 2.0
+    outside.sent.clear()
+    lead.tick(set())
+    assert [(node, message["is_answering"]) for node, message in outside.sent] == [("b", True), ("c", False)]
+    outside.seconds = 4.0
+    lead.tick(set())
+    assert lead.mute == {"c", "d"}
+    outside.sent.clear()
+    outside.seconds = 4.1
+    lead.tick(set())  # without c
+    lead.on_answering("b", {"attempt": outside.sent[0][1]["attempt"]})
+    lead.on_new_link("b")
+    outside.seconds = 6.0
+    lead.tick(set())
+    assert outside.sent[-1][0] == "b" and not outside.sent[-1][1]["is_answering"]
+    outside.seconds = 8.0
+    lead.tick(set())
+    assert "b" in lead.mute  # the answer that was on its way is lost

@@ -45,9 +45,17 @@ class Node:
         """The exit statuses of its ranks."""
         return set(wait_for_ranks(self.ranks))
 
+    def wait_for_line(self, text: str) -> None:
+        """Until the node has told something."""
+        give_up_at = time.monotonic() + MAX_S
+        while text not in self.output:
+            assert time.monotonic() < give_up_at and not self.has_ended, self.output[-2000:]
+            time.sleep(0.05)
+
     @property
     def output(self) -> str:
-        return "".join(rank.out.read_text() + rank.err.read_text() for rank in self.ranks)
+        files = [file for rank in self.ranks for file in (rank.out, rank.err) if file.exists()]
+        return "".join(file.read_text() for file in files)
 
 
 def is_ended(pid: int) -> bool:

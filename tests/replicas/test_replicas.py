@@ -72,6 +72,21 @@ def test_nodes_leave_and_join_and_the_last_one_saves(tmp_path, alone):
 
 
 @pytest.mark.extended
+def test_a_spare_that_is_asked_to_stop_ends_with_75_and_leaves_the_run_alone(tmp_path):
+    cluster = Cluster(tmp_path / "spare", train=SHORT | {"max_steps": 10_000, "max_nodes": 1})
+    first = cluster.start("first")
+    cluster.wait_for_step(1)
+    spare = cluster.start("spare")
+    spare.wait_for_line("node spare waits as a spare")
+    spare.stop()
+    assert spare.finish() == {75}, spare.output
+    assert "node spare stopped while waiting to join\n" in spare.output and "Traceback" not in spare.output
+    assert cluster.status()["state"] == "running"
+    first.stop()
+    assert first.finish() == {75}, first.output
+
+
+@pytest.mark.extended
 @pytest.mark.parametrize("evaluate", [{"every": 0}, {"every": 1, "metrics": ["exact_match"]}])
 def test_nodes_that_are_all_asked_to_stop_save_once(tmp_path, evaluate):
     train = {**SHORT, "max_steps": 1000, "min_nodes": 2}

@@ -13,8 +13,18 @@ def test_a_node_listens_on_the_port_of_its_address(monkeypatch: pytest.MonkeyPat
     assert read_address() == ("10.0.0.7:29600", "0.0.0.0:29600")
 
 
-@pytest.mark.parametrize("value", ["10.0.0.7", ":29600", "10.0.0.7:", "10.0.0.7:x"])
-def test_an_address_without_a_port_is_a_mistake(value: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("10.0.0.7", "HOST:PORT is needed"),
+        (":29600", "HOST:PORT is needed"),
+        ("10.0.0.7:", "HOST:PORT is needed"),
+        ("10.0.0.7:x", "HOST:PORT is needed"),
+        ("10.0.0.7:0", "a port is a number from 1 to 65535"),
+        ("10.0.0.7:65536", "a port is a number from 1 to 65535"),
+    ],
+)
+def test_an_address_without_a_port_is_a_mistake(value: str, why: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PTUNE_NODE_ADDRESS", value)
-    with pytest.raises(UserError, match=f"PTUNE_NODE_ADDRESS is '{value}', and HOST:PORT is needed"):
+    with pytest.raises(UserError, match=f"PTUNE_NODE_ADDRESS is '{value}': {why}"):
         read_address()

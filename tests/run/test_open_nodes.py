@@ -82,6 +82,22 @@ def test_the_rendezvous_is_a_folder_or_an_address(tmp_path, monkeypatch):
         assert read_rendezvous(tmp_path) == found
 
 
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("head-node", "no such folder"),
+        ("head:x", "HOST:PORT is needed"),
+        ("head:70000", "a port is a number from 1 to 65535"),
+        ("tcp://head:29400", "HOST:PORT is needed"),
+    ],
+)
+def test_a_rendezvous_that_is_neither_is_a_mistake(tmp_path, monkeypatch, value, why):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PTUNE_RENDEZVOUS", value)
+    with pytest.raises(UserError, match=f"PTUNE_RENDEZVOUS is '{value}': {why}: write HOST:PORT, or a path with a s"):
+        read_rendezvous(tmp_path)
+
+
 def test_nodes_agree_on_what_is_learned_and_may_differ_in_how_it_is_computed(load):
     def digest(**train) -> str:
         job = SimpleNamespace(config=load(**train), fingerprint="base")

@@ -136,7 +136,7 @@ def train_job(
     run_dir = Path(config.output_dir)
     notes = choose_sources(job, read.training, world) + notes
     end = Outcome(STOPPED, STOPPED_REASON)
-    with open_nodes(job, read.training, watch, world) as nodes:
+    with open_nodes(job, read.training, read.digests(), watch, world) as nodes:
         with contextlib.suppress(StopAgreed):  # it has waited for other nodes
             progress = nodes.begin(read.training)
             write(world, lambda: mark_running(run_dir))

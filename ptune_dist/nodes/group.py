@@ -221,7 +221,7 @@ def agreed(completed: Completed, step: int, own_id: str) -> Agreed:
     owners: dict[str, list[Range]] = {}
     for piece, node in plan.owners:
         owners.setdefault(node, []).append(piece)
-    keys = ("seconds", "leaving", "digest", "extra")
+    keys = ("seconds", "leaving", "digest", "kind", "decisions", "extra")
     is_last = len(record.leaving) == len(plan.members)
     return Agreed(
         step,

@@ -9,11 +9,10 @@ import math
 import queue
 import time
 import traceback
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillWaiting
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -24,7 +23,7 @@ from ptune_dist.data.blocks import divide
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, broadcast_from_main, from_main, sum_over_ranks, to_device, together
 from ptune_dist.errors import RunFault, UserError
-from ptune_dist.nodes.agreement import Agreed, LeftBehind, OwnReport, StoppedWaiting
+from ptune_dist.nodes.agreement import Agreed, Joined, LeftBehind, OwnReport, StoppedWaiting
 from ptune_dist.nodes.blocks import Range
 from ptune_dist.nodes.group import NodeGroup
 from ptune_dist.optim.block_sums import add_pieces, gather_blocks, to_pieces
@@ -32,6 +31,9 @@ from ptune_dist.run.accumulate import Accumulator
 from ptune_dist.run.batches_ahead import Share, StepPlan, use_device
 from ptune_dist.run.checkpoint import load_newest_checkpoint, pack_snapshot, unpack_snapshot
 from ptune_dist.run.job import Job
+from ptune_dist.run.joining import enter_first
+from ptune_dist.run.node_history import History
+from ptune_dist.run.node_state import describe_kind, describe_kinds, find_kinds, report_state
 from ptune_dist.run.one_world import StepSums, agree_on_stop
 from ptune_dist.run.progress import Progress, checkpoint, continue_from, restore, take_snapshot
 from ptune_dist.run.shared_pen import Log, SharedLog, SharedPen
@@ -52,51 +54,6 @@ class Answer(NamedTuple):
     is_there: bool
     value: Any = None
     error: Exception | None = None
-
-
-@dataclass
-class History:
-    """Who has computed what, for metrics.jsonl."""
-
-    seconds: float = 0.0  # of the last step, from this node's last sums until the step was complete
-    blocks_s: float = 0.0  # that this node's blocks took in it
-    slowest_s: float = 0.0  # that the slowest node's blocks took
-    num_bytes: int = 0  # sent in it
-    num_nodes: int = 1
-    names: dict[str, str] = field(default_factory=dict)  # of all nodes so far, by their ids
-    now: dict[str, Any] = field(default_factory=dict)
-    is_new: bool = False
-
-    def begin(self) -> None:
-        self.seconds = 0.0
-        self.num_bytes = 0
-
-    def count(self, agreed: Agreed) -> None:
-        """A step is complete."""
-        self.names |= {member.id: member.name for member in (*agreed.members, *agreed.joining)}
-        blocks: dict[str, list[list[int]]] = {}
-        for member, owned in agreed.owners.items():
-            own = blocks.setdefault(self.names.get(member, member), [])
-            for one in sorted(owned):
-                if own and own[-1][1] == one.lo:
-                    own[-1][1] = one.hi
-                else:
-                    own.append([one.lo, one.hi])
-        found = {"view": agreed.view_number, "blocks": {name: own for name, own in blocks.items() if own}}
-        self.is_new = found != self.now
-        self.now = found
-        self.num_nodes = len(agreed.members)
-        self.slowest_s = max(report.seconds for report in agreed.reports.values())
-
-    def facts(self) -> dict[str, Any]:
-        """Of the last step. `nodes` is there where it is not what it was in the step before."""
-        found = {
-            "num_nodes": self.num_nodes,
-            "exchange_s": self.seconds,
-            "slower_nodes_s": self.slowest_s - self.blocks_s,
-            "exchange_bytes": self.num_bytes,
-        }
-        return found | ({"nodes": self.now} if self.is_new else {})
 
 
 class Replicas:
@@ -134,6 +91,8 @@ class Replicas:
         self._is_last = False  # all nodes have left as they waited for more
         self._total = torch.zeros(0)  # on rank 0: the sums of the step
         self.history = History()
+        self._kind = describe_kind(world.device)
+        self._kinds: Mapping[str, str] = {}  # of the members in the last step, by their names
         # Calls of the group wait for other nodes, so they are made in a thread, always the same one.
         self._thread = ThreadPoolExecutor(1, "nodes", initializer=use_device(world.device))
 
@@ -160,7 +119,14 @@ class Replicas:
         return None if snapshot is None else continue_from(unpack_snapshot(snapshot), self._job, self._rows)
 
     def _enter_group(self, group: NodeGroup) -> tuple[bytes | None, bool]:
-        joined = group.enter(self.num_blocks, self._is_stopping)
+        def enter(group: NodeGroup) -> Joined:
+            return group.enter(self.num_blocks, self._is_stopping)
+
+        config = self._job.config
+        if self._progress is None:
+            joined = enter_first(group, enter, Path(config.output_dir), config.train.sync_every)
+        else:
+            joined = enter(group)
         return joined.snapshot, group.view.is_writer
 
     def sum_step(self, accumulate: Accumulator, progress: Progress, log: Log | None) -> StepSums | None:
@@ -198,7 +164,7 @@ class Replicas:
     def _take_turn(self, progress: Progress, length: int, compute: Compute) -> torch.Tensor:
         step = progress.step + 1
         ranges = self._begin_step(step)
-        report: OwnReport | None = OwnReport(digest=self._digest(progress) if self._group else "")
+        report: OwnReport | None = self._report(progress) if self._group else OwnReport()
         while True:
             began = time.perf_counter()
             parts = compute(ranges)
@@ -226,13 +192,15 @@ class Replicas:
         assert self._progress is not None, "begin comes first"
         return pack_snapshot(take_snapshot(self._job, self._progress))
 
-    def _digest(self, progress: Progress) -> str:
-        """Tells states apart: that of the prompts, and what has been decided about the members."""
-        found = zlib.crc32(repr([(m.ended, m.best_step, m.num_worse) for m in progress.members.values()]).encode())
-        for member in self._job.engine.prompts.members.values():
-            for parameter in member.parameters:
-                found = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), found)
-        return f"{found:08x}"
+    def _report(self, progress: Progress) -> OwnReport:
+        return report_state(self._job, progress, self._kind, has_marks=len(set(self._kinds.values())) > 1)
+
+    def _note_kinds(self, agreed: Agreed) -> None:
+        """On rank 0."""
+        had_several = len(set(self._kinds.values())) > 1
+        self._kinds = find_kinds(agreed)
+        if len(set(self._kinds.values())) > 1 and not had_several:
+            self._lines.put(describe_kinds(self._kinds))
 
     def _exchange(self, step: int, pieces: dict[Range, bytes], report: OwnReport | None) -> Sequence[Range]:
         """Send this node's sums and wait for the others': more blocks to compute, or none and `_agreed` is set."""
@@ -245,6 +213,8 @@ class Replicas:
         if self._agreed is not None:
             self._pen.forget()
             self.history.count(self._agreed)
+            if self._group:
+                self._note_kinds(self._agreed)
         return redo
 
     def _exchange_with(

@@ -147,3 +147,15 @@ def test_over_hundreds_of_steps_with_a_stall_a_loss_and_a_join_the_run_is_the_un
     check_same(cluster, alone)
     one_world = train_alone(tmp_path / "world", "train.nodes=one_world", train=train, checkpoint={"every": 50})
     assert cluster.losses() == pytest.approx(one_world.losses(), rel=1e-5)
+
+
+@pytest.mark.extended
+def test_nodes_of_different_kinds_train_together(tmp_path, alone):
+    train = {**SHORT, "min_nodes": 2}
+    cluster = Cluster(tmp_path / "kinds", train=train, checkpoint={"every": 5}, **EVALUATED)
+    nodes = [cluster.start("new"), cluster.start("old", env={"ATEN_CPU_CAPABILITY": "default"})]
+    assert [node.finish() for node in nodes] == [{0}, {0}], nodes[1].output
+    log = (cluster.run / "train.log").read_text()
+    assert log.count("nodes are of different kinds") == 1 and "DEFAULT" in log
+    assert "has another state" not in nodes[0].output + nodes[1].output
+    assert cluster.losses() == pytest.approx(alone.losses(), rel=1e-5)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ptune_dist.cluster.rank_files import NODE_NAME
 from ptune_dist.cluster.secret import read_variable
 from ptune_dist.common.files import fault_on_failed_write, make_folder, write_once
+from ptune_dist.config.nodes import with_nodes
 from ptune_dist.config.schema import MOST_BLOCKS, Config, TrainConfig
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, together
@@ -37,17 +38,9 @@ def is_over_several_nodes(world: World) -> bool:
 
 def settle_nodes(config: Config, world: World) -> Config:
     """`train.nodes: auto` as what it is here. Raises UserError where one world of several nodes is to be replicas."""
-    nodes = config.train.nodes
-    if nodes == "replicas" and is_over_several_nodes(world):
+    if config.train.nodes == "replicas" and is_over_several_nodes(world):
         raise UserError("train.nodes: replicas needs a world of its own on each node, and this one is over several")
-    if nodes == "auto":
-        nodes = "one_world" if is_over_several_nodes(world) else "replicas"
-    if nodes == "one_world" and config.train.sync_every > 1:
-        raise UserError(
-            f"train.sync_every: {config.train.sync_every} needs replicas, a world of its own on each node, and this "
-            "one is over several"
-        )
-    return config.model_copy(update={"train": config.train.model_copy(update={"nodes": nodes})})
+    return with_nodes(config, "one_world" if is_over_several_nodes(world) else "replicas")
 
 
 def open_nodes(

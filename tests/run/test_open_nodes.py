@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ptune_dist.config.load import load_config
+from ptune_dist.config.schema import TrainConfig
 from ptune_dist.distributed.world import World
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.during_training import is_due
@@ -19,7 +20,9 @@ from tests.conftest import write_config
 @pytest.fixture
 def load(tmp_path):
     def load_train(**train):
-        return load_config(write_config(tmp_path / "c.yaml", train={"learning_rate": 0.1, **train}))
+        return load_config(
+            write_config(tmp_path / "c.yaml", train={"learning_rate": 0.1, "nodes": "replicas", **train})
+        )
 
     return load_train
 
@@ -35,7 +38,9 @@ def world_of(size: int) -> World:
         ({"num_blocks": 16, "batch_size": 8}, "train.num_blocks: 16 blocks are more than the rows of a step"),
         ({"min_nodes": 4, "max_nodes": 2}, "train.max_nodes is 2, less than train.min_nodes, 4"),
         ({"nodes": "many"}, "train.nodes"),
-        ({"sync_every": 4}, "train.sync_every: 4 needs train.nodes: replicas"),
+        ({"nodes": "one_world", "sync_every": 4}, "train.sync_every: 4 needs train.nodes: replicas"),
+        ({"nodes": "one_world", "min_nodes": 2}, "train.min_nodes: 2 needs train.nodes: replicas"),
+        ({"nodes": "one_world", "stall_timeout_s": 5}, "train.stall_timeout_s: 5.0 needs train.nodes: replicas"),
         ({"num_workers": 3}, "train.num_workers: a power of two is needed, not 3"),
         ({"num_workers": 16, "batch_size": 8}, "train.num_workers: 16 workers are more than the rows of a step"),
     ],
@@ -51,7 +56,9 @@ def test_replicas_need_a_world_of_each_node_and_auto_follows_it(load, monkeypatc
         settle_nodes(load(nodes="replicas"), world_of(4))
     assert settle_nodes(load(nodes="auto"), world_of(4)).train.nodes == "one_world"
     assert settle_nodes(load(nodes="auto"), world_of(2)).train.nodes == "replicas"
-    assert settle_nodes(load(), world_of(2)).train.nodes == "one_world"
+    assert settle_nodes(load(nodes="one_world"), world_of(2)).train.nodes == "one_world"
+    one_world = settle_nodes(load(nodes="auto", min_nodes=2), world_of(4)).train
+    assert TrainConfig.model_validate(one_world.model_dump()).min_nodes == 1  # a run's config.yaml can be read again
 
 
 def test_local_steps_need_replicas_and_no_loss_scale(load, tmp_path, monkeypatch):

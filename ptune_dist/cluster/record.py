@@ -12,14 +12,12 @@ from ptune_dist.cluster.outcome import Outcome
 from ptune_dist.common.files import fault_on_failed_write, make_folder
 from ptune_dist.common.locks import Attendance
 from ptune_dist.run.folder import is_locked
-from ptune_dist.run.status import begin_status, end_status, read_status
-
-FOLDER = "launchers"
+from ptune_dist.run.status import LAUNCHERS, begin_status, end_status, read_status
 
 
 def read_node_statuses(run_dir: Path) -> list[dict[str, Any]]:
     """The content of status.json of each node that has trained the run as a replica."""
-    return [read_status(file.parent) for file in sorted((run_dir / FOLDER).glob("*/status.json"))]
+    return [read_status(file.parent) for file in sorted((run_dir / LAUNCHERS).glob("*/status.json"))]
 
 
 class Record:
@@ -55,7 +53,7 @@ class ReplicaRecord(Record):
         """node: its name as a file's."""
         super().__init__(run_dir, job_id)
         self._node = node
-        self._folder = run_dir / FOLDER / node
+        self._folder = run_dir / LAUNCHERS / node
         self._others: Attendance | None = None
 
     def is_held(self) -> bool:
@@ -69,7 +67,7 @@ class ReplicaRecord(Record):
             return ""
         with fault_on_failed_write(self._folder):
             make_folder(self._folder)
-            self._others = Attendance(self._run_dir / FOLDER / ".lock")
+            self._others = Attendance(self._run_dir / LAUNCHERS / ".lock")
             is_first = self._others.enter()
         try:
             if is_first:

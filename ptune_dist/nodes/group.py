@@ -97,6 +97,15 @@ class NodeGroup:
             return View(member.view.number, member.view.members, member.own.id)
 
     @property
+    def num_missing(self) -> int:
+        """How many more nodes there must be before a step begins."""
+        with self._network.changes:
+            member = self._network.member
+            if member is None or not member.plan.is_hold:
+                return 0
+            return max(0, self._settings.min_nodes - len(member.view.members))
+
+    @property
     def _member(self) -> Membership:
         member = self._network.member
         assert member, "enter the group first"

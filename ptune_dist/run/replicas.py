@@ -37,7 +37,8 @@ from ptune_dist.run.node_state import describe_kind, describe_kinds, find_kinds,
 from ptune_dist.run.one_world import StepSums, agree_on_stop
 from ptune_dist.run.progress import Progress, checkpoint, continue_from, restore, take_snapshot
 from ptune_dist.run.shared_pen import Log, SharedLog, SharedPen
-from ptune_dist.run.status import mark_running
+from ptune_dist.run.status import mark_node_running, mark_running
+from ptune_dist.run.waiting import Waiting
 from ptune_dist.run.watch import StopAgreed, Watch
 
 T = TypeVar("T")
@@ -88,8 +89,10 @@ class Replicas:
         self._log: Log | None = None
         self._agreed: Agreed | None = None  # after the last step
         self._is_asked = False  # any rank of this node, to stop
+        self._has_left = False  # as it waited for more nodes, which continue to wait
         self._is_last = False  # all nodes have left as they waited for more
         self._total = torch.zeros(0)  # on rank 0: the sums of the step
+        self._waiting = Waiting(Path(job.config.output_dir), world.pen, lines.put)
         self.history = History()
         self._kind = describe_kind(world.device)
         self._kinds: Mapping[str, str] = {}  # of the members in the last step, by their names
@@ -108,6 +111,8 @@ class Replicas:
         """Where the run stands, by its newest checkpoint or by the nodes that are training it. Raises UserError."""
         self._rows = rows
         self._progress = self._enter() or restore(self._job, rows, self._world)
+        run_dir = Path(self._job.config.output_dir)
+        together(self._world, lambda: mark_node_running(run_dir) if self._group else None)
         return self._progress
 
     def _enter(self) -> Progress | None:
@@ -182,9 +187,12 @@ class Replicas:
         self._agreed = None
         self.history.begin()
         ranges, is_writer = self._ask(
-            lambda group: (group.begin_step(step, self._snapshot, self._is_stopping), group.view.is_writer)
+            lambda group: (group.begin_step(step, self._snapshot, self._is_stopping), group.view.is_writer),
+            while_waiting=lambda group: self._waiting.look(group.num_missing),
         )
         self._hold_pen(is_writer)
+        if self._group:
+            self._waiting.end()
         return ranges
 
     def _snapshot(self) -> bytes:
@@ -289,7 +297,7 @@ class Replicas:
     @property
     def has_left(self) -> bool:
         """Whether the others continue without this node, by its own wish."""
-        return self._agreed is not None and self._agreed.is_leaving and not self._agreed.is_last
+        return self._has_left or (self._agreed is not None and self._agreed.is_leaving and not self._agreed.is_last)
 
     def facts(self) -> dict[str, Any]:
         """What metrics.jsonl has of the last step beside the usual."""
@@ -320,7 +328,13 @@ class Replicas:
         """In the group's thread, while it waits for other nodes."""
         return self._is_asked or self._watch.requested
 
-    def _ask(self, call: Callable[[NodeGroup], T], *, patience_s: float = math.inf) -> T:
+    def _ask(
+        self,
+        call: Callable[[NodeGroup], T],
+        *,
+        patience_s: float = math.inf,
+        while_waiting: Callable[[NodeGroup], None] = lambda _: None,
+    ) -> T:
         """What a call of the group returns, on all ranks, which report that they are alive while it waits.
 
         Raises what it raises, and StopAgreed where this node is asked to stop and the call ends for that, or takes
@@ -332,8 +346,11 @@ class Replicas:
             answer: Answer = broadcast_from_main(find_answer(future) if future else None, self._world)
             self._watch.beat()
             self._show_lines()
+            if self._group and not answer.is_there and answer.error is None:
+                while_waiting(self._group)
             if isinstance(answer.error, StoppedWaiting):
                 self._is_last = answer.error.is_last
+                self._has_left = not self._is_last
                 self._stop()
             if answer.error is not None:
                 raise (future.exception() if future else None) or answer.error

@@ -57,6 +57,7 @@ def test_nodes_leave_and_join_and_the_last_one_saves(tmp_path, alone):
     cluster.wait_for_member("second")
     first.stop()
     assert first.finish() == {75}
+    assert "on request; the other nodes continue" in first.output
     second.stop()
     assert second.finish() == {75}, second.output
     status = cluster.status()

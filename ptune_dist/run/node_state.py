@@ -2,7 +2,7 @@
 
 import platform
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -20,6 +20,27 @@ def describe_kind(device: torch.device) -> str:
         threads = torch.get_num_threads()
         what = f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
     return f"{what}, torch {torch.__version__}"
+
+
+class StateReports:
+    """What this node reports of its state before each step, and whether nodes of other kinds train with it."""
+
+    def __init__(self, job: Job, device: torch.device, say: Callable[[str], None]):
+        self._job = job
+        self._say = say
+        self._kind = describe_kind(device)
+        self._has_several_kinds = False  # in the last step
+
+    def report(self, progress: Progress) -> OwnReport:
+        return report_state(self._job, progress, self._kind, has_marks=self._has_several_kinds)
+
+    def note_kinds(self, agreed: Agreed) -> None:
+        """A step is complete. Where its members are of several kinds, that is said once."""
+        kinds = find_kinds(agreed)
+        has_several = len(set(kinds.values())) > 1
+        if has_several and not self._has_several_kinds:
+            self._say(describe_kinds(kinds))
+        self._has_several_kinds = has_several
 
 
 def report_state(job: Job, progress: Progress, kind: str, *, has_marks: bool) -> OwnReport:

@@ -6,34 +6,30 @@ nodes (`nodes.group`); what the group answers it tells the other ranks, so that 
 
 import contextlib
 import math
-import queue
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as StillWaiting
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ptune_dist.data.blocks import divide
 from ptune_dist.data.training_rows import TrainingRows
-from ptune_dist.distributed.world import World, broadcast_from_main, from_main, sum_over_ranks, to_device, together
-from ptune_dist.errors import RunFault, UserError
+from ptune_dist.distributed.world import World, from_main, to_device, together
 from ptune_dist.nodes.agreement import Agreed, Joined, LeftBehind, OwnReport, StoppedWaiting
 from ptune_dist.nodes.blocks import Range
 from ptune_dist.nodes.group import NodeGroup
 from ptune_dist.optim.block_sums import add_pieces, gather_blocks, to_pieces
 from ptune_dist.run.accumulate import Accumulator
-from ptune_dist.run.batches_ahead import Share, StepPlan, use_device
+from ptune_dist.run.batches_ahead import Share, StepPlan
 from ptune_dist.run.checkpoint import load_newest_checkpoint, pack_snapshot, unpack_snapshot
 from ptune_dist.run.job import Job
 from ptune_dist.run.joining import enter_first
+from ptune_dist.run.node_calls import Lines, NodeCalls, OutOfPatience
 from ptune_dist.run.node_history import History
-from ptune_dist.run.node_state import describe_kind, describe_kinds, find_kinds, report_state
+from ptune_dist.run.node_state import StateReports
 from ptune_dist.run.one_world import StepSums, agree_on_stop
 from ptune_dist.run.progress import Progress, checkpoint, continue_from, restore, take_snapshot
 from ptune_dist.run.shared_pen import Log, SharedLog, SharedPen
@@ -44,17 +40,7 @@ from ptune_dist.run.watch import StopAgreed, Watch
 T = TypeVar("T")
 # Of subtrees of blocks, their sums on rank 0. Called again where a node is lost, for what this one computes instead.
 Compute = Callable[[Sequence[Range]], dict[Range, torch.Tensor]]
-Lines = queue.SimpleQueue[str]
-SLICE_S = 2.0  # of a wait, after which the ranks report that they are alive
 PATIENCE_S = 15.0  # for the end of a step, of a node that is asked to stop
-
-
-class Answer(NamedTuple):
-    """What rank 0 tells the others of a call of the group: nothing yet, what it has returned, or its error."""
-
-    is_there: bool
-    value: Any = None
-    error: Exception | None = None
 
 
 class Replicas:
@@ -82,30 +68,23 @@ class Replicas:
         self._group = group
         self.num_blocks = num_blocks
         self.blocks_of_worker = blocks_of_worker
-        self._lines = lines
         self._pen = world.pen
         self._rows: TrainingRows | None = None
         self._progress: Progress | None = None
-        self._log: Log | None = None
         self._agreed: Agreed | None = None  # after the last step
-        self._is_asked = False  # any rank of this node, to stop
         self._has_left = False  # as it waited for more nodes, which continue to wait
         self._is_last = False  # all nodes have left as they waited for more
         self._total = torch.zeros(0)  # on rank 0: the sums of the step
         self._waiting = Waiting(Path(job.config.output_dir), world.pen, lines.put)
         self.history = History()
-        self._kind = describe_kind(world.device)
-        self._kinds: Mapping[str, str] = {}  # of the members in the last step, by their names
-        # Calls of the group wait for other nodes, so they are made in a thread, always the same one.
-        self._thread = ThreadPoolExecutor(1, "nodes", initializer=use_device(world.device))
+        self._calls = NodeCalls(group, world, watch, lines)
+        self._states = StateReports(job, world.device, lines.put)
 
     def __enter__(self) -> "Replicas":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._group:
-            self._group.__exit__(None, None, None)
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._calls.close()
 
     def begin(self, rows: TrainingRows) -> Progress:
         """Where the run stands, by its newest checkpoint or by the nodes that are training it. Raises UserError."""
@@ -125,7 +104,7 @@ class Replicas:
 
     def _enter_group(self, group: NodeGroup) -> tuple[bytes | None, bool]:
         def enter(group: NodeGroup) -> Joined:
-            return group.enter(self.num_blocks, self._is_stopping)
+            return group.enter(self.num_blocks, self._calls.is_stopping)
 
         config = self._job.config
         if self._progress is None:
@@ -159,7 +138,7 @@ class Replicas:
 
         None where the others have continued without this node: it is back then, with their prompts and `progress`.
         """
-        self._log = log
+        self._calls.log = log
         try:
             return self._take_turn(progress, length, compute)
         except LeftBehind:
@@ -169,14 +148,14 @@ class Replicas:
     def _take_turn(self, progress: Progress, length: int, compute: Compute) -> torch.Tensor:
         step = progress.step + 1
         ranges = self._begin_step(step)
-        report: OwnReport | None = self._report(progress) if self._group else OwnReport()
+        report: OwnReport | None = self._states.report(progress) if self._group else OwnReport()
         while True:
             began = time.perf_counter()
             parts = compute(ranges)
             pieces = to_pieces(ranges, parts) if self._group else {}
             if report is not None:
                 self.history.blocks_s = time.perf_counter() - began
-                report = replace(report, seconds=self.history.blocks_s, leaving=self._is_asked_here())
+                report = replace(report, seconds=self.history.blocks_s, leaving=self._calls.is_asked_here())
             ranges = self._exchange(step, pieces, report)
             if self._agreed is not None:
                 return self._share_total(length)
@@ -187,7 +166,7 @@ class Replicas:
         self._agreed = None
         self.history.begin()
         ranges, is_writer = self._ask(
-            lambda group: (group.begin_step(step, self._snapshot, self._is_stopping), group.view.is_writer),
+            lambda group: (group.begin_step(step, self._snapshot, self._calls.is_stopping), group.view.is_writer),
             while_waiting=lambda group: self._waiting.look(group.num_missing),
         )
         self._hold_pen(is_writer)
@@ -199,16 +178,6 @@ class Replicas:
         """This node's state, for one that joins. Called while all ranks wait."""
         assert self._progress is not None, "begin comes first"
         return pack_snapshot(take_snapshot(self._job, self._progress))
-
-    def _report(self, progress: Progress) -> OwnReport:
-        return report_state(self._job, progress, self._kind, has_marks=len(set(self._kinds.values())) > 1)
-
-    def _note_kinds(self, agreed: Agreed) -> None:
-        """On rank 0."""
-        had_several = len(set(self._kinds.values())) > 1
-        self._kinds = find_kinds(agreed)
-        if len(set(self._kinds.values())) > 1 and not had_several:
-            self._lines.put(describe_kinds(self._kinds))
 
     def _exchange(self, step: int, pieces: dict[Range, bytes], report: OwnReport | None) -> Sequence[Range]:
         """Send this node's sums and wait for the others': more blocks to compute, or none and `_agreed` is set."""
@@ -222,7 +191,7 @@ class Replicas:
             self._pen.forget()
             self.history.count(self._agreed)
             if self._group:
-                self._note_kinds(self._agreed)
+                self._states.note_kinds(self._agreed)
         return redo
 
     def _exchange_with(
@@ -259,13 +228,13 @@ class Replicas:
         def change() -> None:
             if is_writer and not self._pen.is_writer:
                 run_dir = Path(self._job.config.output_dir)
-                if self._log is not None:  # in the middle of the run
+                if self._calls.log is not None:  # in the middle of the run
                     mark_running(run_dir)
                 self._pen.take()
             elif self._pen.is_writer and not is_writer:
                 self._pen.pass_on()
-                if isinstance(self._log, SharedLog):
-                    self._log.close()
+                if isinstance(self._calls.log, SharedLog):
+                    self._calls.log.close()
 
         if is_writer != self._pen.is_writer:
             together(self._world, change)
@@ -277,8 +246,8 @@ class Replicas:
         found = self._enter() or self._find_later(progress)
         if found is not None:
             progress.take_over(found)
-            if isinstance(self._log, SharedLog):
-                self._log.continue_from(progress.step)
+            if isinstance(self._calls.log, SharedLog):
+                self._calls.log.continue_from(progress.step)
 
     def _find_later(self, progress: Progress) -> Progress | None:
         """The others are gone: what they have saved since."""
@@ -316,73 +285,24 @@ class Replicas:
         """In the group's thread, on the node that writes: it has, or it has kept what the lost one had to write."""
         if not self._pen.is_writer:
             self._pen.take()
-            if isinstance(self._log, SharedLog):
-                self._log.close()
-
-    def _is_asked_here(self) -> bool:
-        """Whether any rank of this node is asked to stop. Collective."""
-        self._is_asked = sum_over_ranks([float(self._watch.requested)], self._world)[0] > 0
-        return self._is_asked
-
-    def _is_stopping(self) -> bool:
-        """In the group's thread, while it waits for other nodes."""
-        return self._is_asked or self._watch.requested
+            if isinstance(self._calls.log, SharedLog):
+                self._calls.log.close()
 
     def _ask(
         self,
         call: Callable[[NodeGroup], T],
         *,
         patience_s: float = math.inf,
-        while_waiting: Callable[[NodeGroup], None] = lambda _: None,
+        while_waiting: Callable[[NodeGroup], None] | None = None,
     ) -> T:
-        """What a call of the group returns, on all ranks, which report that they are alive while it waits.
-
-        Raises what it raises, and StopAgreed where this node is asked to stop and the call ends for that, or takes
-        longer than `patience_s`. A writer that nobody follows has saved then.
-        """
-        future = self._thread.submit(call, self._group) if self._group else None
-        began = time.monotonic()
-        while True:
-            answer: Answer = broadcast_from_main(find_answer(future) if future else None, self._world)
-            self._watch.beat()
-            self._show_lines()
-            if self._group and not answer.is_there and answer.error is None:
-                while_waiting(self._group)
-            if isinstance(answer.error, StoppedWaiting):
-                self._is_last = answer.error.is_last
-                self._has_left = not self._is_last
-                self._stop()
-            if answer.error is not None:
-                raise (future.exception() if future else None) or answer.error
-            if answer.is_there:
-                return answer.value
-            is_late = future is not None and time.monotonic() - began > patience_s
-            if self._is_asked_here() and sum_over_ranks([float(is_late)], self._world)[0]:
-                self._stop()
-
-    def _stop(self) -> NoReturn:
-        """Stop where the run stands, between two steps."""
+        """As `NodeCalls.ask`, but for StopAgreed where this node stops as it waits, after saving where it writes."""
+        try:
+            return self._calls.ask(call, patience_s, while_waiting)
+        except StoppedWaiting as stopped:
+            self._is_last = stopped.is_last
+            self._has_left = not stopped.is_last
+        except OutOfPatience:
+            pass
         if self._progress is not None and self._progress.step:
             checkpoint(self._job, self._progress, self._world)
         raise StopAgreed
-
-    def _show_lines(self) -> None:
-        """Write what the group has told since the last time."""
-        while self._group and not self._lines.empty():
-            line = self._lines.get()
-            if isinstance(self._log, SharedLog):
-                self._log.tell(line)
-            else:
-                print(line, flush=True)
-
-
-def find_answer(future: Future[Any]) -> Answer:
-    """What has come of a call, after a moment."""
-    try:
-        return Answer(True, future.result(SLICE_S))
-    except StillWaiting:
-        return Answer(False)
-    except (UserError, RunFault, LeftBehind, StoppedWaiting) as error:
-        return Answer(True, error=error)
-    except Exception as error:  # it may not travel
-        return Answer(True, error=RuntimeError("".join(traceback.format_exception(error))))

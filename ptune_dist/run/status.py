@@ -2,9 +2,9 @@
 
 Keys: state (starting | running | waiting | stopped | failed | done; waiting is for nodes), step (of the newest
 checkpoint when this was written), reason, kind (one of `outcome.KINDS`), node, rank, restarts (starts after the run's
-first), idle_starts (the most recent starts in a row that led to no new checkpoint), started_at_step, job_id, time. The head node's launcher writes it, and
-rank 0 when it begins to train and when it ends. Where nodes train as replicas each also has a status of its own
-(`cluster.record`).
+first), idle_starts (the most recent starts in a row that led to no new checkpoint), started_at_step, job_id, time. The
+head node's launcher writes it, and rank 0 when it begins to train and when it ends. Where nodes train as replicas each
+also has a status of its own (`cluster.record`).
 """
 
 import contextlib

@@ -119,6 +119,17 @@ class Arrived:
         nodes = [node for node in plan.ids if node not in plan.newcomers] or plan.ids
         return all(self.reports.get(node, {}).get("is_final") for node in nodes)
 
+    def other_ends(self, plan: Plan) -> set[str]:
+        """The members for which the last step is over and for the first it is not, or the other way round.
+
+        Nodes of different kinds may judge an evaluation differently. Newcomers are not asked.
+        """
+        told = {node: self.reports[node] for node in plan.ids if node in self.reports and node not in plan.newcomers}
+        if plan.is_hold or plan.donor not in told:
+            return set()
+        is_final = told[plan.donor]["is_final"]
+        return {node for node, report in told.items() if report["is_final"] != is_final}
+
     def other_states(self, plan: Plan) -> set[str]:
         """The members whose state before the turn was another."""
         return find_differing([(node, self.reports.get(node, {})) for node in plan.ids])

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ptune_dist.data.blocks import divide
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, to_device, together
+from ptune_dist.errors import RunFault
 from ptune_dist.nodes.agreement import Agreed, Joined, LeftBehind, OwnReport, StoppedWaiting
 from ptune_dist.nodes.blocks import Range
 from ptune_dist.nodes.group import NodeGroup
@@ -25,6 +26,7 @@ from ptune_dist.optim.block_sums import add_pieces, gather_blocks, to_pieces
 from ptune_dist.run.accumulate import Accumulator
 from ptune_dist.run.batches_ahead import Share, StepPlan
 from ptune_dist.run.checkpoint import load_newest_checkpoint, pack_snapshot, unpack_snapshot
+from ptune_dist.run.folder import is_finished
 from ptune_dist.run.job import Job
 from ptune_dist.run.joining import enter_first
 from ptune_dist.run.node_calls import Lines, NodeCalls, OutOfPatience
@@ -243,7 +245,11 @@ class Replicas:
         """The others have continued without this node: take over their state, without loading the base again."""
         self._job.engine.drop_gradients()
         self._hold_pen(False)
-        found = self._enter() or self._find_later(progress)
+        found = self._enter()
+        if found is None:
+            if from_main(self._world, lambda: is_finished(self._job.config)):
+                raise RunFault("the other nodes have finished the run without this one, which has not seen its end")
+            found = self._find_later(progress)
         if found is not None:
             progress.take_over(found)
             if isinstance(self._calls.log, SharedLog):

@@ -3,8 +3,12 @@
 import pytest
 import torch
 
+from ptune_dist.nodes.agreement import Member
+from ptune_dist.nodes.blocks import Range
 from ptune_dist.nodes.guard import find_differing
+from ptune_dist.nodes.turns import Arrived, Plan
 from ptune_dist.run.node_state import mark
+from tests.nodes.nodes import Nodes
 
 
 def report(digest: str, kind: str = "A100", decisions: str = "best at 5", marks=((10.0, 2.0),)) -> dict:
@@ -50,3 +54,23 @@ def test_marks_tell_a_missed_update_from_rounding():
     assert not torch.equal(*states) and differing() == set()
     optimizers[0].step()  # one that the other node has missed
     assert differing() == {"b"}
+
+
+def test_a_node_for_which_the_run_is_over_does_not_wait_for_one_that_continues():
+    members = tuple(Member(node, node, "", "") for node in "abc")
+    plan = Plan(7, members, ((Range(0, 1), "a"),), {}, newcomers=("c",))
+    for ends in ("a", "b", "ab", ""):
+        arrived = Arrived(reports={node: {"is_final": node in ends} for node in "ab"})
+        assert arrived.other_ends(plan) == ({"b"} if len(ends) == 1 else set())
+    arrived.reports = {"b": {"is_final": True}, "c": {"is_final": False}}
+    assert arrived.other_ends(plan) == set()  # before the first has reported
+
+
+def test_of_two_nodes_that_see_another_end_the_first_decides(tmp_path):
+    with Nodes(tmp_path, num_steps=60, block_s=0.002) as nodes:
+        nodes.start("a")
+        nodes.wait_for_step("a", 2)
+        nodes.start("b", num_steps=30)
+        nodes.wait_for_end("a")
+        nodes.check("a")
+        assert [event["text"] for event in nodes.events("a", "say")].count("node b has another state") >= 1

@@ -64,7 +64,7 @@ run_hosts() { # prints the exit status of each host
   wait
 }
 
-nodes=$("$root/launch/run.sh" --show-nodes "$@" 2>/dev/null)
+nodes=$(PTUNE_NUM_NODES=${#hosts[@]} "$root/launch/run.sh" --show-nodes "$@" 2>/dev/null)
 exec 3>&1
 first=0 is_finished=''
 while read -r status; do

@@ -136,7 +136,7 @@ def train_job(
     run_dir = Path(config.output_dir)
     notes = choose_sources(job, read.training, world) + notes
     end = Outcome(STOPPED, STOPPED_REASON)
-    with open_nodes(job, read.training, watch, world) as nodes:
+    with open_nodes(job, read.training, read.digests(), watch, world) as nodes:
         with contextlib.suppress(StopAgreed):  # it has waited for other nodes
             progress = nodes.begin(read.training)
             write(world, lambda: mark_running(run_dir))
@@ -158,7 +158,8 @@ def train_job(
                     summary = finish(training)
                     end = Outcome(DONE)
                 except StopAgreed:
-                    training.say(f"stopped at step {progress.step} on request; the same command resumes")
+                    more = "the other nodes continue" if nodes.has_left else "the same command resumes"
+                    training.say(f"stopped at step {progress.step} on request; {more}")
             write(world, lambda: end_status(run_dir, end))
         if end.kind == DONE:
             write(world, lambda: write_run_report(run_dir))
@@ -216,6 +217,8 @@ def take_step(training: Training) -> bool:
     taken = take_period(training) if training.config.train.sync_every > 1 else take_one_step(training)
     seconds = (time.perf_counter() - began) / max(1, len(taken))
     gathered = [count // max(1, len(taken)) for count in engine.gathers.since(gathers)]
+    if training.metrics and taken:
+        training.metrics.eta.count_steps(len(taken))
     for number, one in enumerate(taken, start=1):
         read = [i for chosen in one.examples.values() for i in chosen]
         num_tokens = int(training.rows.examples.lengths_of(read).sum())

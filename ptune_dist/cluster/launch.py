@@ -26,6 +26,7 @@ from ptune_dist.command_line.arguments import Parser
 from ptune_dist.common.locks import Lock
 from ptune_dist.config.load import load_config
 from ptune_dist.config.messages import text_keys
+from ptune_dist.config.nodes import with_nodes
 from ptune_dist.config.schema import Config
 from ptune_dist.config.yaml_file import apply_override, read_yaml
 from ptune_dist.errors import UserError
@@ -54,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.may_requeue is not None:
             return answer_requeue(parsed)
         if parsed.show_nodes:
-            print(load_settled(parsed, read_setting("SLURM_JOB_NUM_NODES", 1), count_gpus()).train.nodes)
+            num_nodes = read_setting("PTUNE_NUM_NODES", read_setting("SLURM_JOB_NUM_NODES", 1))
+            print(load_settled(parsed, num_nodes, count_gpus()).train.nodes)
             return 0
         return launch(parsed)
     except UserError as error:
@@ -221,18 +223,19 @@ def read_node(parsed: argparse.Namespace, topology: Topology) -> tuple[Config | 
 
 
 def load_settled(parsed: argparse.Namespace, num_nodes: int, num_gpus: int) -> Config:
-    """The config, with `train.nodes: auto` settled for several nodes, also on the ranks' command line.
+    """The config, with `train.nodes: auto` settled. Raises UserError.
 
-    Raises UserError.
+    The ranks come to the same by themselves: where their world is over several nodes they are one world.
     """
     config = load_config(parsed.config, parsed.overrides)
-    if config.train.nodes != "auto" or num_nodes == 1:
+    if config.train.nodes != "auto":
         return config
-    nodes, why = choose_nodes(config, num_gpus)
+    nodes, why = "replicas", "this node is alone or one of several that are started by themselves"
+    if num_nodes > 1:
+        nodes, why = choose_nodes(config, num_gpus)
     if not parsed.show_nodes:
         announce(f"train.nodes=auto is {nodes}: {why}")
-    parsed.overrides.append(f"train.nodes={nodes}")
-    return load_config(parsed.config, parsed.overrides)
+    return with_nodes(config, nodes)
 
 
 def print_outcome(outcome: Outcome, run_dir: Path, *, is_check: bool) -> None:

@@ -17,14 +17,12 @@ from ptune_dist.common.locks import Attendance, Lock, try_lock
 from ptune_dist.errors import UserError
 from ptune_dist.run.folder import is_locked
 from ptune_dist.run.ownership import check_own_files
-from ptune_dist.run.status import begin_status, end_status, read_status
-
-FOLDER = "launchers"
+from ptune_dist.run.status import LAUNCHERS, begin_status, end_status, read_status
 
 
 def read_node_statuses(run_dir: Path) -> list[dict[str, Any]]:
     """The content of status.json of each node that has trained the run as a replica."""
-    return [read_status(file.parent) for file in sorted((run_dir / FOLDER).glob("*/status.json"))]
+    return [read_status(file.parent) for file in sorted((run_dir / LAUNCHERS).glob("*/status.json"))]
 
 
 def claim_name(run_dir: Path, node: str) -> tuple[str, Lock | None]:
@@ -34,10 +32,10 @@ def claim_name(run_dir: Path, node: str) -> tuple[str, Lock | None]:
     """
     with contextlib.suppress(OSError, UserError):
         check_own_files(run_dir)
-        make_folder(run_dir / FOLDER)
+        make_folder(run_dir / LAUNCHERS)
         for number in count(1):
             name = f"{node}-{number}" if number > 1 else node
-            if lock := try_lock(run_dir / FOLDER / f".{to_file_name(name)}.lock"):
+            if lock := try_lock(run_dir / LAUNCHERS / f".{to_file_name(name)}.lock"):
                 return name, lock
     return node, None
 
@@ -75,7 +73,7 @@ class ReplicaRecord(Record):
         """node: its name as a file's."""
         super().__init__(run_dir, job_id)
         self._node = node
-        self._folder = run_dir / FOLDER / node
+        self._folder = run_dir / LAUNCHERS / node
         self._others: Attendance | None = None
 
     def is_held(self) -> bool:
@@ -89,7 +87,7 @@ class ReplicaRecord(Record):
             return ""
         with fault_on_failed_write(self._folder):
             make_folder(self._folder)
-            self._others = Attendance(self._run_dir / FOLDER / ".lock")
+            self._others = Attendance(self._run_dir / LAUNCHERS / ".lock")
             is_first = self._others.enter()
         try:
             if is_first:

@@ -39,6 +39,17 @@ def check_metric(name: str) -> str:
 Metric = Annotated[str, AfterValidator(check_metric)]
 Sweep = Annotated[dict[str, list[Any]] | list[dict[str, Any]], BeforeValidator(check_sweep)]
 UNKNOWN_STEPS = MOST  # `max_steps` until the rows are counted
+# Of `train`: without `train.nodes: replicas` they would do nothing.
+REPLICA_KEYS = (
+    "sync_every",
+    "min_nodes",
+    "max_nodes",
+    "num_blocks",
+    "num_workers",
+    "outer_lr",
+    "outer_momentum",
+    "stall_timeout_s",
+)
 MOST_BLOCKS = 4096
 OWN_SCHEDULES = ("constant", "linear", "cosine", "constant_with_warmup")
 Schedule = Literal[
@@ -206,6 +217,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def check_nodes(self) -> "TrainConfig":
+        if self.nodes == "one_world":
+            for key in REPLICA_KEYS:
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"train.{key}: {getattr(self, key)} needs train.nodes: replicas")
         if self.max_nodes is not None and self.max_nodes < self.min_nodes:
             raise ValueError(f"train.max_nodes is {self.max_nodes}, less than train.min_nodes, {self.min_nodes}")
         if self.num_blocks != "auto" and (self.num_blocks & (self.num_blocks - 1) or self.num_blocks > MOST_BLOCKS):
@@ -214,8 +229,6 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def check_local_steps(self) -> "TrainConfig":
-        if self.sync_every > 1 and self.nodes == "one_world":
-            raise ValueError(f"train.sync_every: {self.sync_every} needs train.nodes: replicas")
         if self.num_workers == "auto":
             return self
         if self.num_workers & (self.num_workers - 1):

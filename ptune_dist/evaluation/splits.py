@@ -45,6 +45,10 @@ class RunRows:
                     found[which + label] = own
         return found
 
+    def digests(self) -> dict[str, str]:
+        """Of `distinct`."""
+        return {name: split.digest() for name, split in self.distinct().items()}
+
 
 def build_splits(reading: Reading) -> RunRows:
     """The members' training rows, and the evaluator of each member that has validation rows. Raises UserError.

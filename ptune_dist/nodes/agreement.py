@@ -73,6 +73,9 @@ class OwnReport:
         ""  # of its state at the beginning of the step: who differs from most is left behind; "" is not compared
     )
     extra: Mapping[str, Any] = field(default_factory=dict)  # JSON for the loop itself, such as a request to stop
+    kind: str = ""  # nodes of one kind have the same digest, those of others round differently: marks are compared
+    decisions: str = ""  # what is equal on nodes of all kinds
+    marks: tuple[tuple[float, ...], ...] = ()  # of parts of the state, each its size first; () is not compared
 
 
 @dataclass(frozen=True)

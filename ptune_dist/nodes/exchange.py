@@ -60,6 +60,9 @@ class Exchange:
                 "num_blocks": sum(piece.num_blocks for piece, node in self.now.pieces if node == member.own.id),
                 "leaving": own.leaving,
                 "digest": own.digest,
+                "kind": own.kind,
+                "decisions": own.decisions,
+                "marks": [list(marks) for marks in own.marks],
                 "extra": json.loads(json.dumps(dict(own.extra))),  # as others read it
                 "joiners": member.newcomers.to_json(),
                 "is_final": is_final,

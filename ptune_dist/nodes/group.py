@@ -78,7 +78,7 @@ class NodeGroup:
         """Become a member, after the base is loaded; num_blocks is a power of two and equal on all nodes.
 
         Waits until this node is in the view. Raises UserError where the others refuse it: another secret, another
-        run_key, other num_blocks; StoppedWaiting where is_stopping() says so meanwhile.
+        config, other num_blocks; StoppedWaiting where is_stopping() says so meanwhile.
         """
         assert is_power_of_two(num_blocks)
         entering = self._network.run(self._network.enter(num_blocks, secrets.token_hex(8)))
@@ -96,6 +96,15 @@ class NodeGroup:
         with self._network.changes:
             member = self._member
             return View(member.view.number, member.view.members, member.own.id)
+
+    @property
+    def num_missing(self) -> int:
+        """How many more nodes there must be before a step begins."""
+        with self._network.changes:
+            member = self._network.member
+            if member is None or not member.plan.is_hold:
+                return 0
+            return max(0, self._settings.min_nodes - len(member.view.members))
 
     @property
     def _member(self) -> Membership:
@@ -224,7 +233,7 @@ def agreed(completed: Completed, step: int, own_id: str) -> Agreed:
     owners: dict[str, list[Range]] = {}
     for piece, node in plan.owners:
         owners.setdefault(node, []).append(piece)
-    keys = ("seconds", "leaving", "digest", "extra")
+    keys = ("seconds", "leaving", "digest", "kind", "decisions", "extra")
     is_last = len(record.leaving) == len(plan.members)
     return Agreed(
         step,

@@ -198,9 +198,12 @@ class Membership:
     def _complete(self) -> bool:
         """Complete the turn in progress if it can be. Returns whether the next might be as well."""
         arrived = self.exchange.now
-        if not (self.is_member and self.is_in_force and not self.frozen and arrived.has_all(self.plan)):
+        if not (self.is_member and self.is_in_force and not self.frozen):
             return False
-        if differing := arrived.other_states(self.plan):
+        differing = arrived.other_ends(self.plan)
+        if not (differing or arrived.has_all(self.plan)):
+            return False
+        if differing := differing or arrived.other_states(self.plan):
             if self.own.id in differing:
                 self.leave_behind("its state differs from that of the others")
             self.differing |= differing

@@ -109,8 +109,13 @@ class Network:
 
     def identity(self) -> Identity:
         settings = self.settings
-        key = f"{settings.run_key} {self._rules}"
-        return Identity(self._own.id, settings.name, settings.secret, key)
+        rules = self._rules
+        own = {
+            "train.min_nodes": rules.min_nodes,
+            "train.max_nodes": rules.max_nodes,
+            settings.blocks_key: rules.num_blocks,
+        }
+        return Identity(self._own.id, settings.name, settings.secret, {**settings.run, **own})
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         async def guarded() -> None:

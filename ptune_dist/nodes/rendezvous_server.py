@@ -118,7 +118,7 @@ class ServerRendezvous:
     def _shown(self, id: str) -> Identity:
         """Configs are compared between members, not here."""
         own = self._identity()
-        return Identity(id, own.name, own.secret, "")
+        return Identity(id, own.name, own.secret, {})
 
     async def _ask(self, message: Message) -> Message | None:
         """The server's answer; None where nobody serves."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ptune_dist.nodes.run_facts import Facts
+
 ADDRESS = "PTUNE_NODE_ADDRESS"  # host:port at which the other nodes reach this one
 MAX_PORT = 65535
 
@@ -28,7 +30,8 @@ class GroupSettings:
     """name: of this node, for people. secret: as of cluster/secret.py; nodes prove to each other that they know it.
 
     rendezvous: a folder that all nodes share, or `host:port`, which any node that can bind it serves.
-    run_key: text that must be equal on all nodes, such as a hash of the config.
+    run: what must be equal on all nodes, by the key of the config.
+    blocks_key: the key of the config that decides how many blocks there are.
     folder: equal on nodes that share the run's folder.
     listen: host:port to bind; port 0 takes a free one.
     advertise: host:port at which others reach this node; by default what is bound.
@@ -37,7 +40,8 @@ class GroupSettings:
     name: str
     rendezvous: Path | str
     secret: str
-    run_key: str = ""
+    run: Facts = field(default_factory=dict)
+    blocks_key: str = "train.num_blocks"
     folder: str = ""
     listen: str = "0.0.0.0:0"
     advertise: str = ""

@@ -12,10 +12,11 @@ from typing import Any
 
 from ptune_dist.nodes.agreement import Member
 from ptune_dist.nodes.blocks import Range
+from ptune_dist.nodes.guard import find_differing
 from ptune_dist.nodes.shares import Owners, next_shares
 
-# Of one node: seconds, leaving, digest and extra as in OwnReport; num_blocks that the seconds are of; joiners: members
-# to be that it is linked to; is_final.
+# Of one node: seconds, leaving, digest, kind, decisions, marks and extra as in OwnReport; num_blocks that the seconds
+# are of; joiners: members to be that it is linked to; is_final.
 Report = dict[str, Any]
 SMOOTHING = 0.5  # of the measured speeds: the weight of the newest
 
@@ -119,13 +120,20 @@ class Arrived:
         nodes = [node for node in plan.ids if node not in plan.newcomers] or plan.ids
         return all(self.reports.get(node, {}).get("is_final") for node in nodes)
 
+    def other_ends(self, plan: Plan) -> set[str]:
+        """The members for which the last step is over and for the first it is not, or the other way round.
+
+        Nodes of different kinds may judge an evaluation differently. Newcomers are not asked.
+        """
+        told = {node: self.reports[node] for node in plan.ids if node in self.reports and node not in plan.newcomers}
+        if plan.is_hold or plan.donor not in told:
+            return set()
+        is_final = told[plan.donor]["is_final"]
+        return {node for node, report in told.items() if report["is_final"] != is_final}
+
     def other_states(self, plan: Plan) -> set[str]:
-        """The members whose state before the turn was another than most have; on a tie, than the first has."""
-        told = {node: self.reports.get(node, {}).get("digest") for node in plan.ids}
-        digests = {node: digest for node, digest in told.items() if digest}
-        values = list(digests.values())
-        usual = max(values, key=lambda value: (values.count(value), -values.index(value)), default="")
-        return {node for node, value in digests.items() if value != usual}
+        """The members whose state before the turn was another."""
+        return find_differing([(node, self.reports.get(node, {})) for node in plan.ids])
 
 
 @dataclass(frozen=True)

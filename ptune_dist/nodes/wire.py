@@ -7,6 +7,7 @@ return (cluster/secret.py). A hello names whom it is meant for, so no third node
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ptune_dist.cluster.secret import (
     REMEDY,
@@ -17,6 +18,7 @@ from ptune_dist.cluster.secret import (
     sign_welcome,
 )
 from ptune_dist.nodes.frames import Decoder, Message, Parts, encode
+from ptune_dist.nodes.run_facts import Facts, describe_difference, digest_facts, shorten
 
 HANDSHAKE_S = 5.0
 
@@ -28,7 +30,7 @@ class Identity:
     id: str
     name: str
     secret: str
-    run_key: str
+    run: Facts  # equal on all nodes
 
 
 class Wire(asyncio.Protocol):
@@ -108,13 +110,13 @@ class Wire(asyncio.Protocol):
             return self.close()
         if not is_signed_hello(self._identity.secret, self._nonce, plain):
             return self._refuse(f"their secrets differ: {REMEDY}")
-        if hello["run_key"] != self._identity.run_key:
-            return self._refuse("their configs differ: start all nodes with the same config and the same files")
+        if hello["run_key"] != digest_facts(self._identity.run):
+            return self._refuse("", run=shorten(self._identity.run))
         self.send({"kind": "welcome", "proof": sign_welcome(self._identity.secret, hello["nonce"], self._nonce)})
         self._open(str(hello["id"]), str(hello["name"]))
 
-    def _refuse(self, why: str) -> None:
-        self.send({"kind": "refused", "by": self._identity.name, "why": why})
+    def _refuse(self, why: str, **more: Any) -> None:
+        self.send({"kind": "refused", "by": self._identity.name, "why": why, **more})
         self.close()
 
     def _take_answer(self, message: Message) -> None:
@@ -124,10 +126,13 @@ class Wire(asyncio.Protocol):
                 self.is_stranger = True
                 return self.close()
             self._asked = str(message["nonce"])
-            hello = {"kind": "hello", "to": self._expected, "id": own.id, "name": own.name, "run_key": own.run_key}
-            self.send(sign_hello(own.secret, self._asked, hello | {"nonce": self._nonce}))
+            hello = {"kind": "hello", "to": self._expected, "id": own.id, "name": own.name}
+            hello |= {"run_key": digest_facts(own.run), "nonce": self._nonce}
+            self.send(sign_hello(own.secret, self._asked, hello))
         elif message["kind"] == "refused":
-            self.refusal = f"node {own.name} is refused by node {message['by']}: {message['why']}"
+            by = str(message["by"])
+            why = message["why"] or describe_difference(own.run, message["run"], by)
+            self.refusal = f"node {own.name} is refused by node {by}: {why}"
             self.close()
         elif message["kind"] == "welcome" and is_signed_welcome(
             own.secret, self._nonce, self._asked, {"proof": message["proof"]}

@@ -6,17 +6,19 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Eta:
-    """Call `count_step` after each step and `count_evaluation` after each evaluation; both measure since the last call.
+    """Call `count_steps` after each step or period of local steps, and `count_evaluation` after each evaluation.
 
-    The first step of a process compiles and fills caches, so it counts only until there is another one.
+    Both measure since the last call. The first step of a process compiles and fills caches, so it counts only until
+    there is another one.
     """
 
     max_steps: int
     evaluate_every: int  # 0: only at the end
     steps_s: float = 0.0
-    num_steps: int = 0
+    num_steps: int = 0  # that these seconds are of
     evaluations_s: float = 0.0
     num_evaluations: int = 0
+    num_laps: int = 0
     _mark: float = field(default_factory=lambda: time.monotonic())
 
     def _lap(self) -> float:
@@ -25,10 +27,14 @@ class Eta:
         self._mark = now
         return seconds
 
-    def count_step(self) -> None:
+    def count_steps(self, number: int = 1) -> None:
         seconds = self._lap()
-        self.num_steps += 1
-        self.steps_s = seconds if self.num_steps <= 2 else self.steps_s + seconds
+        self.num_laps += 1
+        if self.num_laps <= 2:
+            self.steps_s = 0.0
+            self.num_steps = 0
+        self.steps_s += seconds
+        self.num_steps += number
 
     def count_evaluation(self) -> None:
         self.evaluations_s += self._lap()
@@ -36,7 +42,7 @@ class Eta:
 
     def left_s(self, done: int) -> float:
         """Seconds until the end, after `done` steps of the run."""
-        of_step = self.steps_s / max(1, self.num_steps - 1)
+        of_step = self.steps_s / max(1, self.num_steps)
         of_evaluation = self.evaluations_s / max(1, self.num_evaluations)
         return of_step * (self.max_steps - done) + of_evaluation * self._evaluations_left(done)
 

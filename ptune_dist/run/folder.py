@@ -136,7 +136,7 @@ def check_run_dir(config: Config) -> None:
             return
     except OSError as error:
         raise UserError(f"output_dir: {run_dir}: {explain(error)}") from None
-    if config.train.resume == "never":
+    if config.train.resume == "never" and not (config.train.nodes == "replicas" and is_trained_by_replicas(run_dir)):
         raise UserError(f"output_dir: {run_dir} holds a run and train.resume is never: choose another output_dir")
     before = load_config(file)
     key = first_difference(before.model_dump(), config.model_dump())
@@ -218,6 +218,11 @@ def is_locked(run_dir: Path, *, for_replicas: bool = False) -> bool:
     """Whether a process is training in the directory; for replicas, one that is not a replica."""
     is_held = locks.is_locked_alone if for_replicas else locks.is_locked
     return is_held(run_dir / ".lock")
+
+
+def is_trained_by_replicas(run_dir: Path) -> bool:
+    """Whether nodes that another one may join train in the directory."""
+    return is_locked(run_dir) and not is_locked(run_dir, for_replicas=True)
 
 
 def write_run_configs(config: Config, members: dict[str, Config]) -> None:

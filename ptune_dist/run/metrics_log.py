@@ -116,8 +116,7 @@ class MetricsWriter:
     def step(self, line: dict[str, Any], members: dict[str, dict[str, float]]) -> None:
         """Write one optimizer step: a line of metrics.jsonl and of each member's, TensorBoard scalars, progress."""
         self._done = int(line["step"])
-        if not self._is_logged(self._done):
-            self.eta.count_step()
+        if not self._is_logged(self._done) and "nodes" not in line:  # each change of nodes is logged
             self._show_bar(line)
             return
         with self._remember_failure():
@@ -144,7 +143,6 @@ class MetricsWriter:
     def _step(self, line: dict[str, Any]) -> None:
         self._jsonl.write(json.dumps(line) + "\n")
         self._jsonl.flush()
-        self.eta.count_step()
         line = {key: value for key, value in line.items() if isinstance(value, (int, float))}
         for key, value in line.items():
             if key != "step" and not is_idle(key, value):

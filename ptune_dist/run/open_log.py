@@ -7,6 +7,7 @@ from typing import Any
 from ptune_dist.common.files import fault_on_failed_write
 from ptune_dist.config.schema import Config
 from ptune_dist.distributed.world import World
+from ptune_dist.run.eta import Eta
 from ptune_dist.run.job import Job
 from ptune_dist.run.metrics_log import MetricsWriter
 from ptune_dist.run.progress import Progress
@@ -16,7 +17,8 @@ from ptune_dist.run.shared_pen import Log, SharedLog, SharedPen
 def open_metrics(job: Job, progress: Progress, world: World) -> Log:
     """The run's log, for rank 0. Raises RunFault."""
     if isinstance(world.pen, SharedPen):
-        return SharedLog(functools.partial(open_from, job), world.pen, progress.step + 1)
+        eta = Eta(job.config.train.max_steps, job.config.evaluate.every_steps)
+        return SharedLog(functools.partial(open_from, job), world.pen, progress.step + 1, eta)
     return open_from(job, progress.step + 1)
 
 

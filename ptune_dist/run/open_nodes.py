@@ -1,17 +1,16 @@
 """How a run's nodes train together: as one world, or as replicas with a group that this node enters."""
 
-import hashlib
-import json
 import os
 import queue
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ptune_dist.cluster.rank_files import NODE_NAME
 from ptune_dist.cluster.secret import read_variable
 from ptune_dist.common.files import fault_on_failed_write, make_folder, write_once
+from ptune_dist.config.nodes import with_nodes
 from ptune_dist.config.schema import MOST_BLOCKS, Config, TrainConfig
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, together
@@ -19,10 +18,10 @@ from ptune_dist.errors import UserError
 from ptune_dist.nodes.group import NodeGroup
 from ptune_dist.nodes.settings import ADDRESS, GroupSettings, Limits, split_address
 from ptune_dist.optim.local_steps import count_state
-from ptune_dist.run.folder import MAY_CHANGE
 from ptune_dist.run.job import Job
 from ptune_dist.run.one_world import OneWorld
 from ptune_dist.run.replicas import Lines, Replicas
+from ptune_dist.run.run_facts import build_facts
 from ptune_dist.run.watch import Watch
 
 RENDEZVOUS = "PTUNE_RENDEZVOUS"  # a folder that all nodes share, or host:port
@@ -30,8 +29,6 @@ FOLDER = "nodes"  # of the run's folder
 EXPECTED_NODES = "PTUNE_EXPECTED_NODES"  # the nodes that a scheduler has started together, set by our launcher
 FEW_NODES = 4  # expected where nothing tells their number
 LARGE_BYTES = 64 << 20
-# What may differ between nodes beside places of files: how each of them computes.
-OF_A_NODE = ("output_dir", "model.path", "data.train", "data.validation", "prompt.init_file")
 
 
 def is_over_several_nodes(world: World) -> bool:
@@ -40,21 +37,18 @@ def is_over_several_nodes(world: World) -> bool:
 
 def settle_nodes(config: Config, world: World) -> Config:
     """`train.nodes: auto` as what it is here. Raises UserError where one world of several nodes is to be replicas."""
-    nodes = config.train.nodes
-    if nodes == "replicas" and is_over_several_nodes(world):
+    if config.train.nodes == "replicas" and is_over_several_nodes(world):
         raise UserError("train.nodes: replicas needs a world of its own on each node, and this one is over several")
-    if nodes == "auto":
-        nodes = "one_world" if is_over_several_nodes(world) else "replicas"
-    if nodes == "one_world" and config.train.sync_every > 1:
-        raise UserError(
-            f"train.sync_every: {config.train.sync_every} needs replicas, a world of its own on each node, and this "
-            "one is over several"
-        )
-    return config.model_copy(update={"train": config.train.model_copy(update={"nodes": nodes})})
+    return with_nodes(config, "one_world" if is_over_several_nodes(world) else "replicas")
 
 
-def open_nodes(job: Job, rows: TrainingRows, watch: Watch, world: World) -> OneWorld | Replicas:
-    """What gives the sums of steps, as `train.nodes` has it. Collective. Raises UserError and RunFault."""
+def open_nodes(
+    job: Job, rows: TrainingRows, row_digests: Mapping[str, str], watch: Watch, world: World
+) -> OneWorld | Replicas:
+    """What gives the sums of steps, as `train.nodes` has it. Collective. Raises UserError and RunFault.
+
+    row_digests: of all rows that are read, which must be those of the other nodes, by a name for people.
+    """
     if job.config.train.nodes != "replicas":
         return OneWorld(job, world, watch)
     num_blocks = from_main(world, lambda: settle(job, "num_blocks", lambda: choose_num_blocks(job, rows, world)))
@@ -64,12 +58,12 @@ def open_nodes(job: Job, rows: TrainingRows, watch: Watch, world: World) -> OneW
         of_worker = max(1, num_blocks // num_workers)
         num_blocks = num_workers
     lines: Lines = queue.SimpleQueue()
-    settings = from_main(world, lambda: build_settings(job, rows))
+    settings = from_main(world, lambda: build_settings(job, row_digests, of_worker))
     group = together(world, lambda: NodeGroup(settings, lines.put).__enter__() if world.is_main else None)
     return Replicas(job, world, watch, group, num_blocks, lines, of_worker)
 
 
-def build_settings(job: Job, rows: TrainingRows) -> GroupSettings:
+def build_settings(job: Job, row_digests: Mapping[str, str], blocks_of_worker: int) -> GroupSettings:
     """For rank 0. Raises RunFault where the run's folder cannot be written, UserError for a wrong variable."""
     train = job.config.train
     address, listen = read_address()
@@ -82,7 +76,8 @@ def build_settings(job: Job, rows: TrainingRows) -> GroupSettings:
         name=os.environ.get(NODE_NAME) or socket.gethostname(),
         rendezvous=read_rendezvous(folder),
         secret=secret,
-        run_key=digest_run(job, rows),
+        run={**build_facts(job, row_digests), "the blocks of a worker, of train.num_blocks,": blocks_of_worker},
+        blocks_key="train.num_workers" if train.sync_every > 1 else "train.num_blocks",
         folder=identity,
         listen=listen,
         advertise=address,
@@ -117,20 +112,6 @@ def read_rendezvous(default: Path) -> Path | str:
         why = error if ":" in value else "no such folder"
         raise UserError(f"{RENDEZVOUS} is {value!r}: {why}: write HOST:PORT, or a path with a slash") from None
     return value
-
-
-def digest_run(job: Job, rows: TrainingRows) -> str:
-    """Equal on nodes that train the same prompts on the same rows of the same base."""
-    content = job.config.model_dump(mode="json")
-    for key in (*MAY_CHANGE, *OF_A_NODE):
-        *sections, leaf = key.split(".")
-        section = content
-        for name in sections:
-            section = section[name]
-        if not key.startswith("evaluate"):  # it decides which prompt is the best, and when to stop
-            section.pop(leaf, None)
-    text = json.dumps([content, rows.digest(), job.fingerprint], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def settle(job: Job, key: str, choose: Callable[[], int]) -> int:

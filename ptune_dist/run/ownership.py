@@ -49,7 +49,7 @@ PARTS_OF_A_RUN = (
     ".lock",
 )
 BESIDE_CONFIG = (".lock", "status.json", "metrics.jsonl", "checkpoints", "prompt", "summary.json")
-STATES = ("starting", "running", "stopped", "failed", "done")  # of status.json
+STATES = ("starting", "running", "waiting", "stopped", "failed", "done")  # of status.json
 # Folders that are something else, by a file or folder in them.
 OTHER_FOLDERS = {
     ".git": "a checkout of a repository",

@@ -6,97 +6,43 @@ nodes (`nodes.group`); what the group answers it tells the other ranks, so that 
 
 import contextlib
 import math
-import queue
 import time
-import traceback
-import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as StillWaiting
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ptune_dist.data.blocks import divide
 from ptune_dist.data.training_rows import TrainingRows
-from ptune_dist.distributed.world import World, broadcast_from_main, from_main, sum_over_ranks, to_device, together
-from ptune_dist.errors import RunFault, UserError
-from ptune_dist.nodes.agreement import Agreed, LeftBehind, OwnReport, StoppedWaiting
+from ptune_dist.distributed.world import World, from_main, to_device, together
+from ptune_dist.errors import RunFault
+from ptune_dist.nodes.agreement import Agreed, Joined, LeftBehind, OwnReport, StoppedWaiting
 from ptune_dist.nodes.blocks import Range
 from ptune_dist.nodes.group import NodeGroup
 from ptune_dist.optim.block_sums import add_pieces, gather_blocks, to_pieces
 from ptune_dist.run.accumulate import Accumulator
-from ptune_dist.run.batches_ahead import Share, StepPlan, use_device
+from ptune_dist.run.batches_ahead import Share, StepPlan
 from ptune_dist.run.checkpoint import load_newest_checkpoint, pack_snapshot, unpack_snapshot
+from ptune_dist.run.folder import is_finished
 from ptune_dist.run.job import Job
+from ptune_dist.run.joining import enter_first
+from ptune_dist.run.node_calls import Lines, NodeCalls, OutOfPatience
+from ptune_dist.run.node_history import History
+from ptune_dist.run.node_state import StateReports
 from ptune_dist.run.one_world import StepSums, agree_on_stop
 from ptune_dist.run.progress import Progress, checkpoint, continue_from, restore, take_snapshot
 from ptune_dist.run.shared_pen import Log, SharedLog, SharedPen
-from ptune_dist.run.status import mark_running
+from ptune_dist.run.status import mark_node_running, mark_running
+from ptune_dist.run.waiting import Waiting
 from ptune_dist.run.watch import StopAgreed, Watch
 
 T = TypeVar("T")
 # Of subtrees of blocks, their sums on rank 0. Called again where a node is lost, for what this one computes instead.
 Compute = Callable[[Sequence[Range]], dict[Range, torch.Tensor]]
-Lines = queue.SimpleQueue[str]
-SLICE_S = 2.0  # of a wait, after which the ranks report that they are alive
 PATIENCE_S = 15.0  # for the end of a step, of a node that is asked to stop
-
-
-class Answer(NamedTuple):
-    """What rank 0 tells the others of a call of the group: nothing yet, what it has returned, or its error."""
-
-    is_there: bool
-    value: Any = None
-    error: Exception | None = None
-
-
-@dataclass
-class History:
-    """Who has computed what, for metrics.jsonl."""
-
-    seconds: float = 0.0  # of the last step, from this node's last sums until the step was complete
-    blocks_s: float = 0.0  # that this node's blocks took in it
-    slowest_s: float = 0.0  # that the slowest node's blocks took
-    num_bytes: int = 0  # sent in it
-    num_nodes: int = 1
-    names: dict[str, str] = field(default_factory=dict)  # of all nodes so far, by their ids
-    now: dict[str, Any] = field(default_factory=dict)
-    is_new: bool = False
-
-    def begin(self) -> None:
-        self.seconds = 0.0
-        self.num_bytes = 0
-
-    def count(self, agreed: Agreed) -> None:
-        """A step is complete."""
-        self.names |= {member.id: member.name for member in (*agreed.members, *agreed.joining)}
-        blocks: dict[str, list[list[int]]] = {}
-        for member, owned in agreed.owners.items():
-            own = blocks.setdefault(self.names.get(member, member), [])
-            for one in sorted(owned):
-                if own and own[-1][1] == one.lo:
-                    own[-1][1] = one.hi
-                else:
-                    own.append([one.lo, one.hi])
-        found = {"view": agreed.view_number, "blocks": {name: own for name, own in blocks.items() if own}}
-        self.is_new = found != self.now
-        self.now = found
-        self.num_nodes = len(agreed.members)
-        self.slowest_s = max(report.seconds for report in agreed.reports.values())
-
-    def facts(self) -> dict[str, Any]:
-        """Of the last step. `nodes` is there where it is not what it was in the step before."""
-        found = {
-            "num_nodes": self.num_nodes,
-            "exchange_s": self.seconds,
-            "slower_nodes_s": self.slowest_s - self.blocks_s,
-            "exchange_bytes": self.num_bytes,
-        }
-        return found | ({"nodes": self.now} if self.is_new else {})
 
 
 class Replicas:
@@ -124,31 +70,30 @@ class Replicas:
         self._group = group
         self.num_blocks = num_blocks
         self.blocks_of_worker = blocks_of_worker
-        self._lines = lines
         self._pen = world.pen
         self._rows: TrainingRows | None = None
         self._progress: Progress | None = None
-        self._log: Log | None = None
         self._agreed: Agreed | None = None  # after the last step
-        self._is_asked = False  # any rank of this node, to stop
+        self._has_left = False  # as it waited for more nodes, which continue to wait
         self._is_last = False  # all nodes have left as they waited for more
         self._total = torch.zeros(0)  # on rank 0: the sums of the step
+        self._waiting = Waiting(Path(job.config.output_dir), world.pen, lines.put)
         self.history = History()
-        # Calls of the group wait for other nodes, so they are made in a thread, always the same one.
-        self._thread = ThreadPoolExecutor(1, "nodes", initializer=use_device(world.device))
+        self._calls = NodeCalls(group, world, watch, lines)
+        self._states = StateReports(job, world.device, lines.put)
 
     def __enter__(self) -> "Replicas":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._group:
-            self._group.__exit__(None, None, None)
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._calls.close()
 
     def begin(self, rows: TrainingRows) -> Progress:
         """Where the run stands, by its newest checkpoint or by the nodes that are training it. Raises UserError."""
         self._rows = rows
         self._progress = self._enter() or restore(self._job, rows, self._world)
+        run_dir = Path(self._job.config.output_dir)
+        together(self._world, lambda: mark_node_running(run_dir) if self._group else None)
         return self._progress
 
     def _enter(self) -> Progress | None:
@@ -160,7 +105,14 @@ class Replicas:
         return None if snapshot is None else continue_from(unpack_snapshot(snapshot), self._job, self._rows)
 
     def _enter_group(self, group: NodeGroup) -> tuple[bytes | None, bool]:
-        joined = group.enter(self.num_blocks, self._is_stopping)
+        def enter(group: NodeGroup) -> Joined:
+            return group.enter(self.num_blocks, self._calls.is_stopping)
+
+        config = self._job.config
+        if self._progress is None:
+            joined = enter_first(group, enter, Path(config.output_dir), config.train.sync_every)
+        else:
+            joined = enter(group)
         return joined.snapshot, group.view.is_writer
 
     def sum_step(self, accumulate: Accumulator, progress: Progress, log: Log | None) -> StepSums | None:
@@ -188,7 +140,7 @@ class Replicas:
 
         None where the others have continued without this node: it is back then, with their prompts and `progress`.
         """
-        self._log = log
+        self._calls.log = log
         try:
             return self._take_turn(progress, length, compute)
         except LeftBehind:
@@ -198,14 +150,14 @@ class Replicas:
     def _take_turn(self, progress: Progress, length: int, compute: Compute) -> torch.Tensor:
         step = progress.step + 1
         ranges = self._begin_step(step)
-        report: OwnReport | None = OwnReport(digest=self._digest(progress) if self._group else "")
+        report: OwnReport | None = self._states.report(progress) if self._group else OwnReport()
         while True:
             began = time.perf_counter()
             parts = compute(ranges)
             pieces = to_pieces(ranges, parts) if self._group else {}
             if report is not None:
                 self.history.blocks_s = time.perf_counter() - began
-                report = replace(report, seconds=self.history.blocks_s, leaving=self._is_asked_here())
+                report = replace(report, seconds=self.history.blocks_s, leaving=self._calls.is_asked_here())
             ranges = self._exchange(step, pieces, report)
             if self._agreed is not None:
                 return self._share_total(length)
@@ -216,23 +168,18 @@ class Replicas:
         self._agreed = None
         self.history.begin()
         ranges, is_writer = self._ask(
-            lambda group: (group.begin_step(step, self._snapshot, self._is_stopping), group.view.is_writer)
+            lambda group: (group.begin_step(step, self._snapshot, self._calls.is_stopping), group.view.is_writer),
+            while_waiting=lambda group: self._waiting.look(group.num_missing),
         )
         self._hold_pen(is_writer)
+        if self._group:
+            self._waiting.end()
         return ranges
 
     def _snapshot(self) -> bytes:
         """This node's state, for one that joins. Called while all ranks wait."""
         assert self._progress is not None, "begin comes first"
         return pack_snapshot(take_snapshot(self._job, self._progress))
-
-    def _digest(self, progress: Progress) -> str:
-        """Tells states apart: that of the prompts, and what has been decided about the members."""
-        found = zlib.crc32(repr([(m.ended, m.best_step, m.num_worse) for m in progress.members.values()]).encode())
-        for member in self._job.engine.prompts.members.values():
-            for parameter in member.parameters:
-                found = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), found)
-        return f"{found:08x}"
 
     def _exchange(self, step: int, pieces: dict[Range, bytes], report: OwnReport | None) -> Sequence[Range]:
         """Send this node's sums and wait for the others': more blocks to compute, or none and `_agreed` is set."""
@@ -245,6 +192,8 @@ class Replicas:
         if self._agreed is not None:
             self._pen.forget()
             self.history.count(self._agreed)
+            if self._group:
+                self._states.note_kinds(self._agreed)
         return redo
 
     def _exchange_with(
@@ -281,13 +230,13 @@ class Replicas:
         def change() -> None:
             if is_writer and not self._pen.is_writer:
                 run_dir = Path(self._job.config.output_dir)
-                if self._log is not None:  # in the middle of the run
+                if self._calls.log is not None:  # in the middle of the run
                     mark_running(run_dir)
                 self._pen.take()
             elif self._pen.is_writer and not is_writer:
                 self._pen.pass_on()
-                if isinstance(self._log, SharedLog):
-                    self._log.close()
+                if isinstance(self._calls.log, SharedLog):
+                    self._calls.log.close()
 
         if is_writer != self._pen.is_writer:
             together(self._world, change)
@@ -296,11 +245,15 @@ class Replicas:
         """The others have continued without this node: take over their state, without loading the base again."""
         self._job.engine.drop_gradients()
         self._hold_pen(False)
-        found = self._enter() or self._find_later(progress)
+        found = self._enter()
+        if found is None:
+            if from_main(self._world, lambda: is_finished(self._job.config)):
+                raise RunFault("the other nodes have finished the run without this one, which has not seen its end")
+            found = self._find_later(progress)
         if found is not None:
             progress.take_over(found)
-            if isinstance(self._log, SharedLog):
-                self._log.continue_from(progress.step)
+            if isinstance(self._calls.log, SharedLog):
+                self._calls.log.continue_from(progress.step)
 
     def _find_later(self, progress: Progress) -> Progress | None:
         """The others are gone: what they have saved since."""
@@ -319,7 +272,7 @@ class Replicas:
     @property
     def has_left(self) -> bool:
         """Whether the others continue without this node, by its own wish."""
-        return self._agreed is not None and self._agreed.is_leaving and not self._agreed.is_last
+        return self._has_left or (self._agreed is not None and self._agreed.is_leaving and not self._agreed.is_last)
 
     def facts(self) -> dict[str, Any]:
         """What metrics.jsonl has of the last step beside the usual."""
@@ -338,64 +291,24 @@ class Replicas:
         """In the group's thread, on the node that writes: it has, or it has kept what the lost one had to write."""
         if not self._pen.is_writer:
             self._pen.take()
-            if isinstance(self._log, SharedLog):
-                self._log.close()
+            if isinstance(self._calls.log, SharedLog):
+                self._calls.log.close()
 
-    def _is_asked_here(self) -> bool:
-        """Whether any rank of this node is asked to stop. Collective."""
-        self._is_asked = sum_over_ranks([float(self._watch.requested)], self._world)[0] > 0
-        return self._is_asked
-
-    def _is_stopping(self) -> bool:
-        """In the group's thread, while it waits for other nodes."""
-        return self._is_asked or self._watch.requested
-
-    def _ask(self, call: Callable[[NodeGroup], T], *, patience_s: float = math.inf) -> T:
-        """What a call of the group returns, on all ranks, which report that they are alive while it waits.
-
-        Raises what it raises, and StopAgreed where this node is asked to stop and the call ends for that, or takes
-        longer than `patience_s`. A writer that nobody follows has saved then.
-        """
-        future = self._thread.submit(call, self._group) if self._group else None
-        began = time.monotonic()
-        while True:
-            answer: Answer = broadcast_from_main(find_answer(future) if future else None, self._world)
-            self._watch.beat()
-            self._show_lines()
-            if isinstance(answer.error, StoppedWaiting):
-                self._is_last = answer.error.is_last
-                self._stop()
-            if answer.error is not None:
-                raise (future.exception() if future else None) or answer.error
-            if answer.is_there:
-                return answer.value
-            is_late = future is not None and time.monotonic() - began > patience_s
-            if self._is_asked_here() and sum_over_ranks([float(is_late)], self._world)[0]:
-                self._stop()
-
-    def _stop(self) -> NoReturn:
-        """Stop where the run stands, between two steps."""
+    def _ask(
+        self,
+        call: Callable[[NodeGroup], T],
+        *,
+        patience_s: float = math.inf,
+        while_waiting: Callable[[NodeGroup], None] | None = None,
+    ) -> T:
+        """As `NodeCalls.ask`, but for StopAgreed where this node stops as it waits, after saving where it writes."""
+        try:
+            return self._calls.ask(call, patience_s, while_waiting)
+        except StoppedWaiting as stopped:
+            self._is_last = stopped.is_last
+            self._has_left = not stopped.is_last
+        except OutOfPatience:
+            pass
         if self._progress is not None and self._progress.step:
             checkpoint(self._job, self._progress, self._world)
         raise StopAgreed
-
-    def _show_lines(self) -> None:
-        """Write what the group has told since the last time."""
-        while self._group and not self._lines.empty():
-            line = self._lines.get()
-            if isinstance(self._log, SharedLog):
-                self._log.tell(line)
-            else:
-                print(line, flush=True)
-
-
-def find_answer(future: Future[Any]) -> Answer:
-    """What has come of a call, after a moment."""
-    try:
-        return Answer(True, future.result(SLICE_S))
-    except StillWaiting:
-        return Answer(False)
-    except (UserError, RunFault, LeftBehind, StoppedWaiting) as error:
-        return Answer(True, error=error)
-    except Exception as error:  # it may not travel
-        return Answer(True, error=RuntimeError("".join(traceback.format_exception(error))))

@@ -5,11 +5,14 @@ later steps are complete: the writer's part of a step came after it had written 
 the writer is lost, the next one writes what it has kept, and the folder is what it would have been.
 """
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from ptune_dist.common.progress_line import render_duration
 from ptune_dist.common.writes import Write
 from ptune_dist.errors import RunFault
 from ptune_dist.run.eta import Eta
@@ -17,6 +20,8 @@ from ptune_dist.run.metrics_log import Listener, MetricsWriter
 
 NUM_KEPT_STEPS = 3
 NUM_NOTES = 100
+SECONDS_BETWEEN_LINES = 60.0  # of a node that does not write, on its console
+BY_ANOTHER = "another node writes the run's folder"
 
 
 class SharedPen:
@@ -53,14 +58,18 @@ class SharedPen:
 class SharedLog:
     """A `MetricsWriter` that is open on the writer alone. On rank 0 of each node."""
 
-    def __init__(self, open_writer: Callable[[int], MetricsWriter], pen: SharedPen, first_step: int):
-        """`open_writer` gets the first step that is written: lines of it and of later ones are replaced."""
+    def __init__(self, open_writer: Callable[[int], MetricsWriter], pen: SharedPen, first_step: int, eta: Eta):
+        """`open_writer` gets the first step that is written: lines of it and of later ones are replaced.
+
+        eta: counted while another node writes too, so that it is right where this one takes over.
+        """
         self._open_writer = open_writer
         self._pen = pen
         self._next_step = first_step
         self._writer: MetricsWriter | None = None
         self._notes: deque[tuple[int, str]] = deque(maxlen=NUM_NOTES)  # each with the step that was to come
-        self._idle_eta = Eta(max_steps=0, evaluate_every=0)
+        self.eta = eta
+        self._shown_at = -math.inf
         self.listener: Listener | None = None
 
     def __enter__(self) -> "SharedLog":
@@ -83,14 +92,14 @@ class SharedLog:
         """A write that has failed."""
         return self._writer.failure if self._writer else None
 
-    @property
-    def eta(self) -> Eta:
-        return self._writer.eta if self._writer else self._idle_eta
-
     def step(self, line: dict[str, Any], members: dict[str, dict[str, float]]) -> None:
         step = int(line["step"])
         self._pen(lambda: self._open(step).step(line, members))
         self._next_step = step + 1
+        if not self._pen.is_writer and time.monotonic() - self._shown_at > SECONDS_BETWEEN_LINES:
+            self._shown_at = time.monotonic()
+            left = render_duration(self.eta.left_s(step))
+            print(f"step {step}/{self.eta.max_steps}  loss {line['loss']:.4f}  ETA {left}  ({BY_ANOTHER})", flush=True)
 
     def evaluation(
         self, step: int, metrics: dict[str, float], samples: list[dict[str, str]], member: str | None = None
@@ -124,6 +133,7 @@ class SharedLog:
         if self._writer is None:
             self._writer = self._open_writer(max(1, first_step)).__enter__()
             self._writer.listener = self.listener
+            self._writer.eta = self.eta
             for step, text in self._notes:
                 if step >= first_step:  # the writer before has written what was told earlier
                     self._writer.note(text)

@@ -1,23 +1,26 @@
 """`status.json` of a run: what it is doing, or why it ended, for people and for whoever submits it again.
 
-Keys: state (starting | running | stopped | failed | done), step (of the newest checkpoint when this was written),
-reason, kind (one of `outcome.KINDS`), node, rank, restarts (starts after the run's first), idle_starts (the most recent
-starts in a row that led to no new checkpoint), started_at_step, job_id, time. The head node's launcher writes it, and
-rank 0 when it begins to train and when it ends. Where nodes train as replicas each also has a status of its own
-(`cluster.record`).
+Keys: state (starting | running | waiting | stopped | failed | done; waiting is for nodes), step (of the newest
+checkpoint when this was written), reason, kind (one of `outcome.KINDS`), node, rank, restarts (starts after the run's
+first), idle_starts (the most recent starts in a row that led to no new checkpoint), started_at_step, job_id, time. The
+head node's launcher writes it, and rank 0 when it begins to train and when it ends. Where nodes train as replicas each
+also has a status of its own (`cluster.record`).
 """
 
 import contextlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from ptune_dist.cluster.outcome import DONE, STOPPED, Outcome
+from ptune_dist.cluster.rank_files import NODE_NAME, node_folder, to_file_name
 from ptune_dist.common.files import fault_on_failed_write, make_folder, replace_file
 from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run.folder import list_checkpoints
 
+LAUNCHERS = "launchers"  # in it a folder for each node that trains as a replica
 BLAMELESS = {"reason": "", "kind": "", "node": "", "rank": None}
 
 
@@ -65,6 +68,13 @@ def begin_status(run_dir: Path, job_id: str, *, in_place: bool, of_node: Path | 
 def mark_running(run_dir: Path) -> None:
     """Raises RunFault."""
     update_status(run_dir, state="running", step=last_step(run_dir), **BLAMELESS)
+
+
+def mark_node_running(run_dir: Path) -> None:
+    """In the status of this rank's node, which its launcher has begun, if there is one. Raises RunFault."""
+    folder = run_dir / LAUNCHERS / to_file_name(os.environ.get(NODE_NAME, ""))
+    if node_folder() is not None and (folder / "status.json").exists():
+        update_status(folder, state="running", step=last_step(run_dir), **BLAMELESS)
 
 
 def end_status(run_dir: Path, outcome: Outcome, *, of_node: Path | None = None) -> None:

@@ -1,15 +1,18 @@
-"""`train.nodes: auto` on several nodes, before any rank is started."""
+"""`train.nodes: auto` before any rank is started."""
 
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from ptune_dist.cluster import node_memory
 from ptune_dist.cluster.launch import main, parse, read_node
 from ptune_dist.cluster.node_memory import choose_nodes, count_numbers
 from ptune_dist.cluster.topology import Topology
 from ptune_dist.config.load import load_config
+from ptune_dist.distributed.world import World
+from ptune_dist.run.open_nodes import settle_nodes
 from tests.conftest import write_config
 
 
@@ -18,7 +21,6 @@ def choose(folder: Path, num_gpus: int = 0, **sections: object) -> str:
 
 
 def test_numbers_are_counted_in_the_headers_of_the_weights(tmp_path: Path):
-    import torch
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7, dtype=torch.int8)}, tmp_path / "1.safetensors", {"x": "y"})
@@ -49,18 +51,17 @@ def test_replicas_where_a_node_holds_the_base(tmp_path: Path, monkeypatch: pytes
     )
 
 
-def test_auto_is_settled_for_the_ranks_of_several_nodes_alone(
+def test_auto_is_settled_by_the_launcher_as_the_ranks_do_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     file = str(write_config(tmp_path / "c.json", train={"max_steps": 3, "nodes": "auto"}))
-    for num_nodes, expected in ((2, ["train.nodes=replicas"]), (1, [])):
-        parsed = parse([file])
+    for num_nodes, why in ((2, "the base takes 0.00"), (1, "this node is alone")):
         names = tuple("ab"[:num_nodes])
-        config, _ = read_node(parsed, Topology("variables", "7", num_nodes, 0, "127.0.0.1", 1, names, 1, 0))
-        assert parsed.overrides == expected
-        assert config is not None and config.train.nodes == ("replicas" if expected else "auto")
-    assert "launcher: train.nodes=auto is replicas: the base takes 0.00" in capsys.readouterr().out
+        config, _ = read_node(parse([file]), Topology("variables", "7", num_nodes, 0, "127.0.0.1", 1, names, 1, 0))
+        assert config is not None
+        assert config.train.nodes == settle_nodes(load_config(file), World(0, 1, torch.device("cpu"))).train.nodes
+        assert f"launcher: train.nodes=auto is replicas: {why}" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     assert main(["--show-nodes", file]) == 0 and capsys.readouterr().out == "replicas\n"
     assert main(["--show-nodes", file, "train.nodes=one_world"]) == 0 and capsys.readouterr().out == "one_world\n"

@@ -64,6 +64,7 @@ def test_a_node_whose_rank_dies_and_one_that_is_lost_come_back(tmp_path: Path):
     config = write_config(tmp_path / "c.yaml", train=train, checkpoint={"every": 50})
     nodes = Nodes(tmp_path, config)
     wait_for_steps(nodes)
+    assert {node_status(nodes, name)["state"] for name in "ab"} == {"running"}
     ranks = {process.environ()["PTUNE_NODE_NAME"]: process for process in ranks_of(nodes)}
     ranks["a"].kill()
     wait_until(lambda: node_status(nodes, "a").get("restarts") == 1, PATIENCE_S, "a restart in place")

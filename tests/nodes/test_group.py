@@ -159,15 +159,18 @@ def test_a_node_is_lost_while_another_joins(tmp_path):
 
 def test_another_secret_and_another_config_are_refused_in_one_line(tmp_path):
     with Nodes(tmp_path, num_steps=400, block_s=0.01) as nodes:
-        nodes.start_all("a")
+        nodes.start_all("a", run={"train.max_steps": 120})
         nodes.start("b", secret="a different secret")
-        nodes.start("c", run_key="another")
+        nodes.start("c", run={"train.max_steps": 60})
         nodes.wait_until(lambda: all(nodes.processes[name].exitcode is not None for name in "bc"))
         assert nodes.errors("b") == (
             "error: node b is refused by node a: their secrets differ: "
             "let all nodes share output_dir, or set PTUNE_SECRET to the same text on every node\n"
         )
-        assert nodes.errors("c").startswith("error: node c is refused by node a: their configs differ")
+        assert nodes.errors("c") == (
+            "error: node c is refused by node a: train.max_steps is 60 here and 120 on node a: "
+            "start all nodes with the same config and the same files\n"
+        )
 
 
 @pytest.mark.extended

@@ -65,7 +65,7 @@ class Node:
         return self.stop_file.exists()
 
     def settings(self) -> GroupSettings:
-        keys = ("name", "secret", "listen", "advertise", "min_nodes", "max_nodes", "run_key", "folder")
+        keys = ("name", "secret", "listen", "advertise", "min_nodes", "max_nodes", "run", "folder")
         where = self.options["rendezvous"]
         return GroupSettings(
             rendezvous=Path(where) if "/" in where else where,

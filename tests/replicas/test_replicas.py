@@ -9,6 +9,7 @@ from ptune_dist.run.checkpoint import list_checkpoints
 from tests.replicas.nodes import VALIDATION, ZERO3, Cluster, train_alone
 
 STEPS = 16
+ONE_WORLD = ("train.nodes=one_world", "train.num_blocks=auto")
 SHORT = {"max_steps": STEPS, "batch_size": 8, "num_blocks": 4}
 EVALUATED = {"data": VALIDATION, "evaluate": {"every": 5, "max_examples": 8, "num_samples": 0}}
 
@@ -56,6 +57,7 @@ def test_nodes_leave_and_join_and_the_last_one_saves(tmp_path, alone):
     cluster.wait_for_member("second")
     first.stop()
     assert first.finish() == {75}
+    assert "on request; the other nodes continue" in first.output
     second.stop()
     assert second.finish() == {75}, second.output
     status = cluster.status()
@@ -108,7 +110,7 @@ def test_worlds_of_two_ranks_under_zero3_train_what_one_world_does(tmp_path):
     nodes = [cluster.start(name) for name in "ab"]
     assert [node.finish() for node in nodes] == [{0}, {0}], nodes[0].output + nodes[1].output
     one_rank = train_alone(tmp_path / "one", train=SHORT, deepspeed=ZERO3)
-    one_world = train_alone(tmp_path / "world", "train.nodes=one_world", num_ranks=2, train=SHORT, deepspeed=ZERO3)
+    one_world = train_alone(tmp_path / "world", *ONE_WORLD, num_ranks=2, train=SHORT, deepspeed=ZERO3)
     assert cluster.losses() == one_rank.losses() and cluster.final() == one_rank.final()
     assert cluster.losses() == pytest.approx(one_world.losses(), rel=1e-5)
 
@@ -160,5 +162,17 @@ def test_over_hundreds_of_steps_with_a_stall_a_loss_and_a_join_the_run_is_the_un
     assert nodes[0].output.count("loaded in") == 1  # the one that stalled has not loaded its base again
     alone = train_alone(tmp_path / "alone", train=train, checkpoint={"every": 50})
     check_same(cluster, alone)
-    one_world = train_alone(tmp_path / "world", "train.nodes=one_world", train=train, checkpoint={"every": 50})
+    one_world = train_alone(tmp_path / "world", *ONE_WORLD, train=train, checkpoint={"every": 50})
     assert cluster.losses() == pytest.approx(one_world.losses(), rel=1e-5)
+
+
+@pytest.mark.extended
+def test_nodes_of_different_kinds_train_together(tmp_path, alone):
+    train = {**SHORT, "min_nodes": 2}
+    cluster = Cluster(tmp_path / "kinds", train=train, checkpoint={"every": 5}, **EVALUATED)
+    nodes = [cluster.start("new"), cluster.start("old", env={"ATEN_CPU_CAPABILITY": "default"})]
+    assert [node.finish() for node in nodes] == [{0}, {0}], nodes[1].output
+    log = (cluster.run / "train.log").read_text()
+    assert log.count("nodes are of different kinds") == 1 and "DEFAULT" in log
+    assert "has another state" not in nodes[0].output + nodes[1].output
+    assert cluster.losses() == pytest.approx(alone.losses(), rel=1e-5)

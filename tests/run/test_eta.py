@@ -19,10 +19,15 @@ def test_evaluations_and_the_first_step_do_not_count_as_steps(clock: list[float]
     eta.count_evaluation()
     for seconds in (30.0, 2.0, 2.0):
         clock[0] += seconds
-        eta.count_step()
+        eta.count_steps()
     assert eta.left_s(3) == 17 * 2.0 + 3 * 100.0  # at 8, 16 and 20
     assert eta.left_s(8) == 12 * 2.0 + 3 * 100.0  # the one at 8 has not begun
     assert eta.left_s(9) == 11 * 2.0 + 2 * 100.0
+    local = Eta(max_steps=64, evaluate_every=0)
+    for seconds in (90.0, 32.0):  # periods of 16 local steps
+        clock[0] += seconds
+        local.count_steps(16)
+    assert local.left_s(32) == 32 * 2.0
     assert Eta(max_steps=20, evaluate_every=0, evaluations_s=5.0, num_evaluations=1).left_s(3) == 5.0
 
 

@@ -187,6 +187,18 @@ def test_what_affects_learning_is_refused_with_the_key_and_both_values(
     assert key in str(caught.value) and started.output_dir in str(caught.value)
 
 
+def test_resume_never_admits_a_node_to_replicas_that_are_training(started: Config, load: Load):
+    never = load("train.resume=never", "train.nodes=replicas")
+    with lock_run_dir(load("train.nodes=replicas")):
+        check_run_dir(never)
+        with pytest.raises(UserError, match="train.resume is never"):
+            check_run_dir(load("train.resume=never"))
+    with lock_run_dir(started), pytest.raises(UserError, match="train.resume is never"):
+        check_run_dir(never)
+    with pytest.raises(UserError, match="train.resume is never"):
+        check_run_dir(never)
+
+
 def test_resume_never_refuses_a_directory_with_a_run(started: Config, load: Load):
     with pytest.raises(UserError, match="output_dir.*train.resume"):
         check_run_dir(load("train.resume=never"))

@@ -165,3 +165,11 @@ def test_tensorboard_has_no_empty_charts_and_each_member_s_settings(tmp_path):
     own = EventAccumulator(str(tmp_path / "tensorboard" / "lr=0.1")).Reload()
     assert own.Tags()["scalars"] == ["train/loss", "train/learning_rate", "train/grad_norm"]
     assert "_hparams_/session_start_info" in own.summary_metadata
+
+
+def test_a_change_of_nodes_is_logged_whatever_log_every_is(tmp_path):
+    with MetricsWriter(tmp_path, max_steps=20, first_step=1, log_every=10) as metrics:
+        for step in range(1, 8):
+            line = {"step": step, "loss": 1.0, "learning_rate": 0.1, "tokens_per_s": 1.0}
+            metrics.step(line | ({"nodes": {"view": 2}} if step == 4 else {}), {})
+    assert [(line["step"], line.get("nodes")) for line in read_metrics(tmp_path)] == [(1, None), (4, {"view": 2})]

@@ -6,17 +6,23 @@ import pytest
 import torch
 
 from ptune_dist.config.load import load_config
+from ptune_dist.config.schema import TrainConfig
 from ptune_dist.distributed.world import World
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.during_training import is_due
-from ptune_dist.run.open_nodes import choose_num_blocks, choose_num_workers, digest_run, read_rendezvous, settle_nodes
+from ptune_dist.nodes.run_facts import describe_difference, digest_facts
+from ptune_dist.run.folder import read_key
+from ptune_dist.run.open_nodes import choose_num_blocks, choose_num_workers, read_rendezvous, settle_nodes
+from ptune_dist.run.run_facts import OF_A_NODE, build_facts, flatten
 from tests.conftest import write_config
 
 
 @pytest.fixture
 def load(tmp_path):
     def load_train(**train):
-        return load_config(write_config(tmp_path / "c.yaml", train={"learning_rate": 0.1, **train}))
+        return load_config(
+            write_config(tmp_path / "c.yaml", train={"learning_rate": 0.1, "nodes": "replicas", **train})
+        )
 
     return load_train
 
@@ -32,7 +38,9 @@ def world_of(size: int) -> World:
         ({"num_blocks": 16, "batch_size": 8}, "train.num_blocks: 16 blocks are more than the rows of a step"),
         ({"min_nodes": 4, "max_nodes": 2}, "train.max_nodes is 2, less than train.min_nodes, 4"),
         ({"nodes": "many"}, "train.nodes"),
-        ({"sync_every": 4}, "train.sync_every: 4 needs train.nodes: replicas"),
+        ({"nodes": "one_world", "sync_every": 4}, "train.sync_every: 4 needs train.nodes: replicas"),
+        ({"nodes": "one_world", "min_nodes": 2}, "train.min_nodes: 2 needs train.nodes: replicas"),
+        ({"nodes": "one_world", "stall_timeout_s": 5}, "train.stall_timeout_s: 5.0 needs train.nodes: replicas"),
         ({"num_workers": 3}, "train.num_workers: a power of two is needed, not 3"),
         ({"num_workers": 16, "batch_size": 8}, "train.num_workers: 16 workers are more than the rows of a step"),
     ],
@@ -48,7 +56,9 @@ def test_replicas_need_a_world_of_each_node_and_auto_follows_it(load, monkeypatc
         settle_nodes(load(nodes="replicas"), world_of(4))
     assert settle_nodes(load(nodes="auto"), world_of(4)).train.nodes == "one_world"
     assert settle_nodes(load(nodes="auto"), world_of(2)).train.nodes == "replicas"
-    assert settle_nodes(load(), world_of(2)).train.nodes == "one_world"
+    assert settle_nodes(load(nodes="one_world"), world_of(2)).train.nodes == "one_world"
+    one_world = settle_nodes(load(nodes="auto", min_nodes=2), world_of(4)).train
+    assert TrainConfig.model_validate(one_world.model_dump()).min_nodes == 1  # a run's config.yaml can be read again
 
 
 def test_local_steps_need_replicas_and_no_loss_scale(load, tmp_path, monkeypatch):
@@ -99,13 +109,31 @@ def test_a_rendezvous_that_is_neither_is_a_mistake(tmp_path, monkeypatch, value,
 
 
 def test_nodes_agree_on_what_is_learned_and_may_differ_in_how_it_is_computed(load):
-    def digest(**train) -> str:
-        job = SimpleNamespace(config=load(**train), fingerprint="base")
-        return digest_run(job, SimpleNamespace(digest=lambda: "rows"))
+    engine = SimpleNamespace(prompts=SimpleNamespace(loss_scale=None))
 
-    same = digest()
-    assert digest(micro_batch_tokens=64, hang_timeout_s=5, min_nodes=2) == same
-    assert digest(learning_rate=0.2) != same and digest(batch_size=4) != same
+    def facts(rows: str = "rows", **train):
+        return build_facts(SimpleNamespace(config=load(**train), engine=engine, fingerprint="base"), {"train": rows})
+
+    own = facts(max_steps=120)
+    assert digest_facts(facts(max_steps=120, micro_batch_tokens=64, hang_timeout_s=5)) == digest_facts(own)
+    advice = ": start all nodes with the same config and the same files"
+    for others, expected in [
+        (facts(max_steps=60), "train.max_steps is 120 here and 60 on node A"),
+        (facts(max_steps=120, learning_rate=0.2), "train.learning_rate is 0.1 here and 0.2 on node A"),
+        (facts("other rows", max_steps=120), "the data of train is not that of node A"),
+    ]:
+        assert digest_facts(others) != digest_facts(own)
+        assert describe_difference(own, others, "A") == expected + advice
+
+
+def test_what_ends_a_run_is_equal_on_all_nodes(load, tmp_path):
+    load(max_steps=9)
+    found = flatten(load_config(tmp_path / "c.yaml").model_dump(mode="json"))
+    keys = ("train.max_steps", "train.epochs", "train.average_last", "evaluate.patience", "checkpoint.keep")
+    assert set(keys) <= set(found) and not set(OF_A_NODE) & set(found)
+    content = load_config(tmp_path / "c.yaml").model_dump()
+    for key in OF_A_NODE:
+        read_key(content, key)  # a key that was renamed would be compared
 
 
 @pytest.mark.parametrize(

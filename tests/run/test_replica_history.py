@@ -4,7 +4,7 @@ import pytest
 
 from ptune_dist.nodes.agreement import Agreed, Member, OwnReport
 from ptune_dist.nodes.blocks import Range
-from ptune_dist.run.replicas import History
+from ptune_dist.run.node_history import History
 
 
 @pytest.mark.parametrize(("own_s", "slower_nodes_s"), [(1.0, 0.5), (1.5, 0.0)])

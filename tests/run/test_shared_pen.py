@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ptune_dist.run.eta import Eta
 from ptune_dist.run.metrics_log import MetricsWriter, read_metrics
 from ptune_dist.run.shared_pen import NUM_KEPT_STEPS, SharedLog, SharedPen
 
@@ -40,7 +41,7 @@ def test_the_next_writer_s_log_has_every_step_once(tmp_path, capsys):
         return MetricsWriter(tmp_path, max_steps=9, first_step=step)
 
     pens = [SharedPen(), SharedPen()]
-    logs = [SharedLog(open_from, pen, 1) for pen in pens]
+    logs = [SharedLog(open_from, pen, 1, Eta(9, 0)) for pen in pens]
     pens[0].take()
     for step in (1, 2, 3):
         for log, pen in zip(logs, pens, strict=True):
@@ -63,7 +64,9 @@ def test_the_next_writer_s_log_has_every_step_once(tmp_path, capsys):
 
 def test_a_node_that_came_back_and_takes_over_drops_no_line_of_the_others(tmp_path):
     pens = [SharedPen(), SharedPen()]
-    logs = [SharedLog(lambda step: MetricsWriter(tmp_path, max_steps=9, first_step=step), pen, 1) for pen in pens]
+    logs = [
+        SharedLog(lambda step: MetricsWriter(tmp_path, max_steps=9, first_step=step), pen, 1, Eta(9, 0)) for pen in pens
+    ]
     pens[0].take()
     logs[0].step(*lines_of(1))
     logs[0].close()  # it stalls before step 2, and is left behind
@@ -80,3 +83,23 @@ def test_a_node_that_came_back_and_takes_over_drops_no_line_of_the_others(tmp_pa
     logs[0].step(*lines_of(5))
     logs[0].close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_node_that_does_not_write_shows_its_progress_and_takes_over_with_the_right_eta(tmp_path, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    pen = SharedPen()
+    log = SharedLog(
+        lambda step: MetricsWriter(tmp_path, max_steps=99, first_step=step, log_every=1), pen, 1, Eta(99, 0)
+    )
+    for step in range(1, 45):
+        now[0] += 2.0
+        log.eta.count_steps()
+        log.step(*lines_of(step))
+        pen.forget()
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in shown] == ["step 1/99", "step 32/99"]
+    assert shown[1].endswith("ETA 0:02:14  (another node writes the run's folder)")
+    pen.take()
+    log.close()
+    assert "step 44/99" in (text := capsys.readouterr().out) and "ETA 0:01:50" in text

@@ -63,7 +63,6 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "of_tokenizer": ("of the tokenizer's", "{:.2f}".format),
     "private_bytes_per_row": ("private bytes a row", "{:.2f}".format),
     "found_s": ("seconds until found", "{:.1f}".format),
-    "back_s": ("seconds until back", "{:.1f}".format),
     "steps_to_repeat": ("steps done again", "{:.0f}".format),
 }
 TIMED = ("samples_per_s", "load_s", "forward_ms", "save_ms", "seconds")  # a case without these only checks agreement

@@ -152,17 +152,17 @@ def describe(
 def render(content: dict[str, Any]) -> str:
     """What the documentation has of it."""
     (case,) = content["cases"]
-    slow = [event for event in content["events"] if event["kind"] == "slow"]
-    least, before = (statistics.median(event[key] for event in slow) for key in ("blocks_least", "blocks_before"))
     facts = (
         f"{len(content['events'])} random events disturbed a run of {content['num_steps']} steps on "
         f"{content['num_nodes']} nodes, several of them at once. The loss curve, the final prompt and the optimizer "
         f"are bitwise those of one undisturbed node. {content['num_processes']} nodes were started, and each loaded "
         f"the base once: those that were left behind came back {content['num_came_back']} times without loading it "
         f"again. The longest time between two steps was {content['longest_pause_s']:.1f} s, where "
-        f"{content['usual_step_s']:.2f} s are usual. A slow node had {least:g} of {content['num_blocks']} blocks "
-        f"instead of {before:g} (medians)."
+        f"{content['usual_step_s']:.2f} s are usual."
     )
+    if slow := [event for event in content["events"] if event["kind"] == "slow"]:
+        least, before = (statistics.median(event[key] for event in slow) for key in ("blocks_least", "blocks_before"))
+        facts += f" A slow node had {least:g} of {content['num_blocks']} blocks instead of {before:g} (medians)."
     rows = [["a node is ...", "times", "longest time between two steps, s", "until it trains with the others, s"]]
     for side, figures in case["sides"].items():
         kind, _, number = side.partition(" (")

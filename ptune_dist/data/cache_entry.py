@@ -233,6 +233,10 @@ class StoredRows(Rows):
         """The rows themselves, which are loaded now."""
         return self._load().source
 
+    @property
+    def unreadable(self) -> dict[str, str]:
+        return self._load().unreadable
+
     def __len__(self) -> int:
         return self._num_rows
 

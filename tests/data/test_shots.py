@@ -6,6 +6,7 @@ import pytest
 
 from ptune_dist.config.prompt_text import TextConfig
 from ptune_dist.config.schema import DataConfig
+from ptune_dist.data import token_cache
 from ptune_dist.data.build import build_split
 from ptune_dist.data.shots import draw_shots, write_shots, write_turns
 from ptune_dist.tiny.make import build_tokenizer
@@ -40,6 +41,14 @@ def test_examples_are_training_rows_as_they_are_written_and_follow_the_seed(draw
     assert set(found) <= known
     assert draw(ROWS, 4) == found
     assert draw(ROWS, 4, seed=1) != found
+
+
+def test_rows_whose_tokens_are_on_disk_give_the_same_examples(draw, monkeypatch, tmp_path):
+    expected = draw(ROWS, 4)
+    monkeypatch.setattr(token_cache, "SMALLEST_BYTES", 1)
+    built, found = [draw(ROWS, 4, cache_dir=str(tmp_path / "cache")) for _ in range(2)]
+    assert any((tmp_path / "cache").iterdir())
+    assert built == found == expected
 
 
 def test_labels_have_as_many_examples_each_as_their_rows_allow(draw):

@@ -18,7 +18,10 @@ TWINS = [name for name in recipe_names() if name.startswith("tiny/")]
 SAME = ["prompt.method", "train.objective", "model.quantization", "prompt.placement"]
 DATA = RECIPES / "data"
 MAX_BYTES = 3_000_000  # of a shipped base
-EXTENDED = ["data_to_text_gpt2", "instructions_llama", "sentiment_llama", "summarization_t5"]  # too long for CI
+EXTENDED = [  # over about 6 s of a core each, too long for CI
+    *("data_to_text_gpt2", "instructions_llama", "question_answering_gpt2"),
+    *("sentiment_llama", "summarization_t5", "text_gpt2"),
+]
 
 
 def value_of(config, key: str):

@@ -111,7 +111,9 @@ class Membership:
         self._advance()
 
     def has_final_report(self, node: str) -> bool:
-        return bool(self.exchange.now.reports.get(node, {}).get("is_final"))
+        """Whether a node has ended, or trains on: then it must hear that this one does not."""
+        report = self.exchange.now.reports.get(node)
+        return report is not None and (bool(report["is_final"]) or not self.plan.is_hold)
 
     def deliver_final(self) -> None:
         """This node has nothing to do after the last step."""
@@ -208,10 +210,10 @@ class Membership:
                 self.leave_behind("its state differs from that of the others")
             self.differing |= differing
             return False
-        record = Record(self.plan, {node: arrived.reports[node] for node in self.plan.ids})
-        if arrived.is_final(self.plan):
+        if arrived.is_final(self.plan):  # newcomers may not have reported
             self.is_over = True
             return False
+        record = Record(self.plan, {node: arrived.reports[node] for node in self.plan.ids})
         cover = {piece: arrived.pieces[piece, node] for piece, node in self.plan.owners}
         following = follow(record, self.rules)
         self.completed = Completed(record, self.view.number, cover, following)

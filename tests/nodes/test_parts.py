@@ -202,6 +202,12 @@ class FakeOutside:
     def changed(self) -> None:
         pass
 
+    def claim(self, view: ViewRecord, is_majority: bool) -> None:
+        pass
+
+    def look_up(self) -> None:
+        pass
+
     def now(self) -> float:
         return self.seconds
 
@@ -211,7 +217,7 @@ class FakeOutside:
     def link_state(self, node: str) -> LinkState:
         return self.links.get(node, LinkState(False))
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, /) -> None:
         self.lines.append(text)
 
 

@@ -53,7 +53,14 @@ SWEEPABLE = (
     "data.append_eos",
 )
 # Keys that are like train.eps and prompt.text.
-NO_MISSPELLINGS = ("train.epochs", "train.nodes", "prompt.text.task", "prompt.text.input", "prompt.text.output")
+NO_MISSPELLINGS = (
+    "train.epochs",
+    "train.nodes",
+    "train.outer_momentum",
+    "prompt.text.task",
+    "prompt.text.input",
+    "prompt.text.output",
+)
 PROMPT_KEY = re.compile(r"prompt\.(?!placement$)\w+")  # the schema has not all of them: a method has its own options
 PATH_KEYS = ("data.train", "data.validation", "prompt.init_file")
 # Without these outside the sweep a config can be incomplete although every member of it is complete.

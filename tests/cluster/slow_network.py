@@ -44,7 +44,7 @@ class SlowNetwork(Network):
     def __enter__(self) -> "SlowNetwork":
         self.build()
         for host in self.hosts:
-            self._cgroup(host).mkdir()
+            self._cgroup(host).mkdir(exist_ok=True)
             (self._cgroup(host) / "cpu.cfs_period_us").write_text(str(PERIOD_US))
         return self
 
@@ -53,8 +53,8 @@ class SlowNetwork(Network):
         self._relay.wait()
         self.remove()
         for host in self.hosts:
-            with contextlib.suppress(OSError):  # a process of it does not end
-                self._cgroup(host).rmdir()
+            with contextlib.suppress(TimeoutError):  # a process of it does not end
+                wait_until(lambda host=host: self._is_removed(host), 10.0, "the end of a node's processes")
 
     def build_middle(self) -> None:
         command = [sys.executable, "-m", "tests.cluster.relay", *map(self.link, self.hosts)]
@@ -87,6 +87,12 @@ class SlowNetwork(Network):
         """By the host's link since it exists, headers and all."""
         found = json.loads(run("ip", "-n", self.namespace(host), "-s", "-j", "link", "show", "dev", "eth0"))
         return found[0]["stats64"]["tx"]["bytes"]
+
+    def _is_removed(self, host: str) -> bool:
+        """A group stays for a moment after its last process."""
+        with contextlib.suppress(OSError):
+            self._cgroup(host).rmdir()
+        return not self._cgroup(host).exists()
 
     def _cgroup(self, host: str) -> Path:
         return CGROUPS / self.namespace(host)

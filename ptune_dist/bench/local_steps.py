@@ -7,7 +7,6 @@ quickstart's. One node computes all workers, since the result does not depend on
 counted by two nodes, which train for as many steps as the longest period has.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -16,9 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ptune_dist.bench.machine import describe_machine
-from ptune_dist.bench.probe import write_result
-from ptune_dist.bench.quality import CONFIG, fill_block, render_rows
+from ptune_dist.bench.quality import CONFIG, Result, document_parser, measure_and_fill, render_rows
 from ptune_dist.config.load import load_config
 from ptune_dist.errors import UserError
 from ptune_dist.loop import train
@@ -111,32 +108,22 @@ def describe(runs: list[dict[str, float]]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--document", type=Path)
-    parser.add_argument("--again", action="store_true", help="only fill the document, from an existing --out")
+    parser = document_parser(__doc__)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args(arguments)
-    try:
-        if not args.again:
-            with tempfile.TemporaryDirectory() as name:
-                folder = Path(name)
-                runs = {
-                    name_of(*setting): [
-                        measure(folder, *setting, num_steps=args.steps, seed=seed) for seed in range(args.seeds)
-                    ]
-                    for setting in SETTINGS
-                }
-                sent = {str(period): count_bytes(folder, period) for period in PERIODS}
-            content = {"name": "local_steps", "steps": args.steps, "runs": runs, "bytes_per_step": sent}
-            write_result(str(args.out), content | describe_machine())
-        if args.document:
-            fill_block(args.document, "local steps", render(json.loads(args.out.read_text())))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def measure_all(folder: Path) -> Result:
+        runs = {
+            name_of(*setting): [
+                measure(folder, *setting, num_steps=args.steps, seed=seed) for seed in range(args.seeds)
+            ]
+            for setting in SETTINGS
+        }
+        sent = {str(period): count_bytes(folder, period) for period in PERIODS}
+        return {"name": "local_steps", "steps": args.steps, "runs": runs, "bytes_per_step": sent}
+
+    return measure_and_fill(args, "local steps", measure_all, render)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ptune_dist.bench.machine import describe_machine
 from ptune_dist.bench.probe import write_result
@@ -24,6 +26,7 @@ from ptune_dist.loop import train
 from ptune_dist.run.metrics_log import read_metrics
 from ptune_dist.tiny.text import SKILLS
 
+Result = dict[str, Any]
 TASKS = ("upper", "reverse")
 # placement -> template
 PLACEMENTS = {
@@ -139,22 +142,46 @@ def fill_block(path: Path, mark: str, block: str) -> None:
     path.write_text(f"{before}{begin}\n{block}\n{end}{after}", encoding="utf-8")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def document_parser(text: str | None) -> argparse.ArgumentParser:
+    """Of a measurement that is run as a whole, with the table of a document."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--document", type=Path)
     parser.add_argument("--again", action="store_true", help="only fill the document, from an existing --out")
+    return parser
+
+
+def measure_and_fill(
+    args: argparse.Namespace, mark: str, measure: Callable[[Path], Result], render: Callable[[Result], str]
+) -> int:
+    """Write what is measured and where, and its table into the document. Returns the exit status.
+
+    args: of `document_parser`. measure: is given an empty folder to work in.
+    """
+    try:
+        if not args.again:
+            with tempfile.TemporaryDirectory() as folder:
+                found = measure(Path(folder))
+            write_result(str(args.out), found | describe_machine())
+        if args.document:
+            fill_block(args.document, mark, render(json.loads(args.out.read_text(encoding="utf-8"))))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def main() -> int:
+    parser = document_parser(__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
-    if not args.again:
-        with tempfile.TemporaryDirectory() as folder:
-            tasks = {task: compare(Path(folder), task, args.steps, range(args.seeds)) for task in TASKS}
-        where = describe_machine()
-        write_result(str(args.out), {"name": "placement_quality", "steps": args.steps, "tasks": tasks} | where)
-    if args.document:
-        fill_block(args.document, "quality", render_table(json.loads(args.out.read_text())))
-    return 0
+
+    def measure(folder: Path) -> Result:
+        tasks = {task: compare(folder, task, args.steps, range(args.seeds)) for task in TASKS}
+        return {"name": "placement_quality", "steps": args.steps, "tasks": tasks}
+
+    return measure_and_fill(args, "quality", measure, render_table)
 
 
 if __name__ == "__main__":

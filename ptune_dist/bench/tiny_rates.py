@@ -121,7 +121,7 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any] | None:
             raise UserError(f"{cell.name}: the training at {rate} ended with status {status}")
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         losses[str(rate)] = summary["validation"]["loss"]
-        before = summary["before"]["loss"]  # whatever the rate
+        before = summary["before"]["loss"]  # the same at every rate
     shutil.rmtree(folder)
     return {"steps": cell.num_steps, "default": str(cell.default), "before": before, "losses": losses}
 

@@ -12,7 +12,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from ptune_dist.config.data_section import DataConfig
 from ptune_dist.config.fields import (
     MOST,
-    Interval,
     NotNegative,
     OptionalFolder,
     PathText,
@@ -25,18 +24,11 @@ from ptune_dist.config.fields import (
     refuse_twice,
 )
 from ptune_dist.config.prompt_text import JINJA
+from ptune_dist.config.repeated import CheckpointConfig, EvaluateConfig, HalvingConfig
 from ptune_dist.config.sections import ModelConfig, PromptConfig
 from ptune_dist.config.sweep import check_sweep, fill_from_members
 from ptune_dist.metrics import METRICS
 
-
-def check_metric(name: str) -> str:
-    if name not in METRICS:
-        raise ValueError(f"unknown metric, use one of {', '.join(METRICS)}")
-    return name
-
-
-Metric = Annotated[str, AfterValidator(check_metric)]
 Sweep = Annotated[dict[str, list[Any]] | list[dict[str, Any]], BeforeValidator(check_sweep)]
 UNKNOWN_STEPS = MOST  # `max_steps` until the rows are counted
 # Of `train`: without `train.nodes: replicas` they would do nothing.
@@ -256,70 +248,6 @@ class TrainConfig(Section):
     def most_positions(self) -> int:
         """`micro_batch_tokens` as a number: that of `auto` is known once the base is, and the default until then."""
         return 8192 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
-
-
-class Repeated(Section):
-    """What is done again and again as a run trains."""
-
-    every: Interval = 0
-    """Steps between two times, `epoch` or a share of all steps; 0: never."""
-
-    @property
-    def every_steps(self) -> int:
-        """`every` in steps, once the rows are counted."""
-        assert isinstance(self.every, int), "the run's length is settled"
-        return self.every
-
-
-class EvaluateConfig(Repeated):
-    """Evaluations on the validation rows during training."""
-
-    every: Interval = 200
-    """Steps between evaluations; `epoch`: an evaluation after each epoch; below 1: a share of all steps; 0: only before
-    and after training."""
-
-    metrics: Annotated[list[Metric], AfterValidator(refuse_twice)] = ["loss"]
-    """What is computed. The loss is always among the results."""
-
-    best_metric: Metric | None = None
-    """The metric by which the best prompt is kept; the first of `metrics` where left out."""
-
-    patience: NotNegative = 0
-    """Stop after this many evaluations without a better one; 0: never."""
-
-    max_examples: NotNegative = 0
-    """Evaluate on the first so many rows; 0: on all."""
-
-    max_new_tokens: Positive | None = None
-    """The most tokens of a generated answer. Where left out: the longest target of the rows, or 32 for answers that are
-    only shown and after plain text."""
-
-    num_samples: NotNegative = 5
-    """Generated answers shown at each evaluation."""
-
-    @property
-    def best(self) -> str:
-        return self.best_metric or (self.metrics[0] if self.metrics else "loss")
-
-
-class CheckpointConfig(Repeated):
-    """Checkpoints, from which a run resumes."""
-
-    every: Interval = 100
-    """Steps between checkpoints, `epoch` or a share of all steps; 0: only at the end."""
-
-    keep: Positive = 2
-    """How many checkpoints are kept."""
-
-
-class HalvingConfig(Section):
-    """Successive halving of a sweep (Jamieson and Talwalkar, 2016): the members that are worse on validation stop."""
-
-    every: Positive
-    """Steps between two selections."""
-
-    keep: Annotated[Real, Field(gt=0, lt=1)]
-    """The share of the members that continue."""
 
 
 class Config(Section):

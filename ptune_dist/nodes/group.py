@@ -78,7 +78,7 @@ class NodeGroup:
         """Become a member, after the base is loaded; num_blocks is a power of two and equal on all nodes.
 
         Waits until this node is in the view. Raises UserError where the others refuse it: another secret, another
-        config, other num_blocks; StoppedWaiting where is_stopping() says so meanwhile.
+        config, other num_blocks; StoppedWaiting where is_stopping() turns true meanwhile.
         """
         assert is_power_of_two(num_blocks)
         entering = self._network.run(self._network.enter(num_blocks, secrets.token_hex(8)))

@@ -5,8 +5,8 @@ take part in it; the smaller side waits ALONE_S, and continues then. Whoever bin
 learns the newest view from its members. So nodes that join and the smaller part of a view need the server.
 
 What this cannot exclude, unlike a folder: if a cut separates the server with fewer nodes from the others, both sides
-continue. Both compute the same steps with the same results, so nothing is lost but machine time, until the cut is
-mended and the others find a newer view at the server.
+continue. Both compute the same steps with the same results, so nothing is lost but machine time, until the cut ends
+and the others find a newer view at the server.
 """
 
 import asyncio

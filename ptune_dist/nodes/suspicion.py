@@ -49,7 +49,7 @@ def why_late(beat: Message, age_s: float, expected_s: float | None, is_newcomer:
 
 
 class ReportedSuspicions:
-    """What other members have told the coordinator: (who says so, about whom)."""
+    """What other members have told the coordinator: (who suspects, whom)."""
 
     def __init__(self) -> None:
         self._first: dict[tuple[str, str], float] = {}

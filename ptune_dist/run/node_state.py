@@ -35,7 +35,7 @@ class StateReports:
         return report_state(self._job, progress, self._kind, has_marks=self._has_several_kinds)
 
     def note_kinds(self, agreed: Agreed) -> None:
-        """A step is complete. Where its members are of several kinds, that is said once."""
+        """A step is complete. The first time that its members are of several kinds, a line is logged."""
         kinds = find_kinds(agreed)
         has_several = len(set(kinds.values())) > 1
         if has_several and not self._has_several_kinds:

@@ -1,4 +1,4 @@
-"""A node that waits for others, below `train.min_nodes`, says so once, in its log and in status.json."""
+"""A node that waits for others, below `train.min_nodes`, logs it once and sets status.json."""
 
 import contextlib
 from collections.abc import Callable

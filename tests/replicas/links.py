@@ -12,18 +12,15 @@ What the exchange costs is `exchange_s` less `slower_nodes_s`, averaged over ste
 is the sum of the slowest node's blocks, plus this, plus the update. The number of trips is its slope over the delay.
 """
 
-import argparse
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ptune_dist.bench.machine import describe_machine
-from ptune_dist.bench.quality import fill_block, render_rows
+from ptune_dist.bench.quality import Result, document_parser, measure_and_fill, render_rows
 from ptune_dist.bench.report import describe_where
 from ptune_dist.errors import UserError
 from tests.cluster.slow_network import SlowNetwork, find_obstacle, wait_until
@@ -220,27 +217,18 @@ def render_row(one: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--document", type=Path)
-    parser.add_argument("--again", action="store_true", help="measure nothing: fill the document")
+    parser = document_parser(__doc__)
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
-    try:
-        if not args.again:
-            if obstacle := find_obstacle():
-                raise UserError(f"no slow network here: {obstacle}")
-            with tempfile.TemporaryDirectory() as folder:
-                runs = measure_all(Path(folder), args.steps)
-            content = {"name": "slow_links", "date": datetime.now(UTC).isoformat(timespec="seconds")}
-            content |= describe_machine() | {"agreement": compare_losses(runs), "runs": runs}
-            args.out.write_text(json.dumps(content, indent=1) + "\n")
-        if args.document:
-            fill_block(args.document, "slow links", render(json.loads(args.out.read_text())))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def measure(folder: Path) -> Result:
+        if obstacle := find_obstacle():
+            raise UserError(f"no slow network here: {obstacle}")
+        runs = measure_all(folder, args.steps)
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        return {"name": "slow_links", "date": date, "agreement": compare_losses(runs), "runs": runs}
+
+    return measure_and_fill(args, "slow links", measure, render)
 
 
 if __name__ == "__main__":

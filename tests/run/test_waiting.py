@@ -1,4 +1,4 @@
-"""A node that waits for others says so once, and status.json tells it as long as it is so."""
+"""A node that waits for others logs it once, and status.json is `waiting` until it trains."""
 
 from ptune_dist.run.shared_pen import SharedPen
 from ptune_dist.run.status import mark_node_running, read_status

@@ -9,6 +9,8 @@ from ptune_dist.nodes.settings import Limits
 from ptune_dist.nodes.turns import Plan, Record, Rules, ViewRecord
 from ptune_dist.nodes.view_change import State
 
+REPEAT_S = 1.0  # between two requests to join
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -35,6 +37,7 @@ class Candidate:
         self._sign = ""
         self._alive_at = outside.now()
         self._said = ""
+        self._asked_at = 0.0
 
     def learn(self, view: ViewRecord | None) -> None:
         """A view that the rendezvous or a member knows of."""
@@ -53,7 +56,16 @@ class Candidate:
         """Whether no member has been heard of for long."""
         return self._outside.now() - self._alive_at > self._limits.found_s
 
+    def ask_again(self) -> None:
+        """Call several times a second. The node that was to send the snapshot may be lost, and the view with it."""
+        now = self._outside.now()
+        if self.view and now - self._asked_at >= REPEAT_S:
+            self._asked_at = now
+            for member in self.view.members:
+                self.on_link(member.id)
+
     def on_link(self, node: str) -> None:
+        """Ask to join."""
         self._outside.send(node, {"kind": "join", "member": asdict(self.own)}, [])
 
     def on_message(self, node: str, message: Message, parts: Parts) -> None:

@@ -72,8 +72,11 @@ class Coordination:
         if int(message["view"]) == self.member.view.number:
             self.reported.add(node, str(message["node"]), self.member.outside.now())
 
-    def on_other_view(self, held: ViewRecord) -> None:
-        """The rendezvous holds a newer view than this member has."""
+    def on_newer_view(self, held: ViewRecord) -> None:
+        """The rendezvous holds a newer view than this member has: the one that it has claimed, or another."""
+        decision = self.change and self.change.decision
+        if decision and held == decision.view:
+            return self._succeed(decision)
         if held.members and self.member.own.id not in held.ids:
             return self.member.leave_behind("the others continue without it")
         if held.number > self.base.number:
@@ -92,8 +95,8 @@ class Coordination:
         self.change = None
         self.member.frozen.pop(self.member.own.id, None)
 
-    def tick(self, suspects: set[str]) -> None:
-        """Lead a change, or tell who should."""
+    def tick(self, suspects: set[str], without_state: set[str]) -> None:
+        """Lead a change, or tell who should. without_state: members that wait for a snapshot, which cannot lead."""
         member = self.member
         if self.change and self.change.decision:
             return  # its claim is on its way
@@ -101,7 +104,7 @@ class Coordination:
         own = member.own.id
         self.mute |= {node for node, at in member.frozen.items() if now - at > 2 * member.limits.answer_s} - {own}
         suspects = suspects | self.mute
-        leader = next((node for node in self.base.ids if node not in suspects), own)
+        leader = next((node for node in self.base.ids if node not in suspects | without_state), own)
         if leader != own:
             if self.change:
                 self.give_up()
@@ -167,7 +170,7 @@ class Coordination:
             return
         state = State.from_message(message, parts)
         if state.view.number > self.base.number:
-            return self.on_other_view(state.view)
+            return self.on_newer_view(state.view)
         if state.plan is None:
             self.mute.add(node)
         else:
@@ -192,11 +195,9 @@ class Coordination:
         change.decision = decision
         self.member.outside.claim(decision.view, is_majority)
 
-    def on_claimed(self, asked: ViewRecord, held: ViewRecord) -> None:
+    def _succeed(self, decision: NewView) -> None:
         change = self.change
-        if held != asked or change is None or change.decision is None:
-            return self.on_other_view(held)
-        decision = change.decision
+        assert change
         message, parts = decision.to_message()
         for node in {*change.proposal, *decision.view.ids} - {self.member.own.id}:
             self.member.outside.send(node, message, parts)

@@ -239,17 +239,15 @@ class Membership:
         """The rendezvous holds `held` under the number that this member has claimed for `asked`."""
         if not self.is_member or held.number <= self.view.number:
             return
-        if asked.by:
-            self.coordination.on_claimed(asked, held)
-        elif held == asked:
+        if held == asked and not asked.by:
             self._change_view(held)
             self._advance()
         else:
-            self.coordination.on_other_view(held)
+            self.coordination.on_newer_view(held)
 
     def on_latest(self, held: ViewRecord) -> None:
         if self.is_member and held.number > self.view.number:
-            self.coordination.on_other_view(held)
+            self.coordination.on_newer_view(held)
 
     def install(self, new: NewView) -> None:
         """Take over the decision of a coordinator."""
@@ -311,7 +309,7 @@ class Membership:
         for node in suspects.keys() - self._announced:
             self.outside.say(f"node {self._name(node)} {suspects[node]}")
         self._announced = set(suspects)
-        self.coordination.tick(set(suspects))
+        self.coordination.tick(set(suspects), self.watch.without_state())
 
     def _hold(self) -> None:
         """While too few nodes are there, exchange reports now and then: they say who may join."""

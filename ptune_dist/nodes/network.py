@@ -180,6 +180,7 @@ class Network:
             with self.changes:
                 candidate.learn(latest)
                 candidate.learn_sign(sign)
+                candidate.ask_again()
                 is_free = latest is None or not latest.members or candidate.is_group_gone()
             if is_free and (latest or await self.rendezvous.may_found()):
                 self._is_founding = True

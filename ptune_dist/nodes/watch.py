@@ -82,6 +82,11 @@ class Watch:
                 return True
         return False
 
+    def without_state(self) -> set[str]:
+        """The newcomers that have not shown yet that they have a snapshot."""
+        newcomers = set(self._member.plan.newcomers) - {self._member.own.id}
+        return {node for node in newcomers if "turn" not in self._beats.get(node, ({}, 0.0))[0]}
+
     def suspects(self, differing: set[str], mute: set[str]) -> dict[str, str]:
         """The members that this one takes for lost now, and why.
 

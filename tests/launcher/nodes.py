@@ -121,7 +121,7 @@ def wait_until(is_true: Callable[[], bool], seconds: float, what: str = "") -> N
 
 
 def only_line(nodes: Nodes) -> str:
-    """The output of all nodes, which must be one line beside the first of a command that imports torch."""
-    lines = [line for line in nodes.output.splitlines() if not line.endswith("importing torch ...")]
+    """The output of all nodes, which must be one line beside those that say that torch is being imported."""
+    lines = [line for line in nodes.output.splitlines() if "importing torch" not in line]
     assert len(lines) == 1, nodes.output
     return lines[0]

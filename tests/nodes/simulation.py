@@ -22,6 +22,7 @@ from ptune_dist.nodes.turns import Rules, ViewRecord, first_plan
 TICK_S = 0.1
 BEAT_S = 0.5
 NUM_BLOCKS = 8
+LONGEST_JOIN_S = 60.0  # of a node among events that stop or cut it for up to 10 s each
 
 
 def hashed(*parts: object) -> bytes:
@@ -96,6 +97,7 @@ class Node:
         self.is_alive = True
         self.stopped_until = 0.0
         self.num_entered = 0
+        self.entered_at = 0.0
         self.own = Member("", name, "", "")
         self.member: Membership | None = None
         self.candidate: Candidate | None = None
@@ -136,6 +138,7 @@ class Node:
         world.nodes[self.own.id] = self
         self.member = None
         self.phase = "enter"
+        self.entered_at = world.now
         self.candidate = Candidate(self.own, self, world.limits, world.rules)
         self.later(0.1, self.poll)
         self.later(0.1, self.tick)
@@ -147,9 +150,11 @@ class Node:
         if snapshot := candidate.snapshot:
             return self.join(snapshot)
         world = self.world
+        assert world.now - self.entered_at < LONGEST_JOIN_S, "\n".join([f"{self.own.id} waits", *world.lines[-400:]])
         latest = world.register.get(len(world.register))
         candidate.learn(latest)
         candidate.learn_sign(str(world.announced))
+        candidate.ask_again()
         if latest is None or not latest.members or candidate.is_group_gone():
             view = ViewRecord(len(world.register) + 1, (self.own,), f"{self.own.id}/founder")
             world.register[view.number] = view

@@ -256,24 +256,24 @@ def test_a_state_that_is_on_its_way_is_waited_for_and_asked_for_once():
     member = Membership(view(3, "a").members[0], rules, Limits(), outside, view(3, "a", "b", "c", "d"), plan)
     lead = member.coordination
     lead.mute = {"d"}
-    lead.tick(set())
+    lead.tick(set(), set())
     assert [(node, message["is_answering"]) for node, message in outside.sent] == [("b", False), ("c", False)]
     lead.on_answering("b", {"attempt": outside.sent[0][1]["attempt"]})
     outside.seconds = 2.0
     outside.sent.clear()
-    lead.tick(set())
+    lead.tick(set(), set())
     assert [(node, message["is_answering"]) for node, message in outside.sent] == [("b", True), ("c", False)]
     outside.seconds = 4.0
-    lead.tick(set())
+    lead.tick(set(), set())
     assert lead.mute == {"c", "d"}
     outside.sent.clear()
     outside.seconds = 4.1
-    lead.tick(set())  # without c
+    lead.tick(set(), set())  # without c
     lead.on_answering("b", {"attempt": outside.sent[0][1]["attempt"]})
     lead.on_new_link("b")
     outside.seconds = 6.0
-    lead.tick(set())
+    lead.tick(set(), set())
     assert outside.sent[-1][0] == "b" and not outside.sent[-1][1]["is_answering"]
     outside.seconds = 8.0
-    lead.tick(set())
+    lead.tick(set(), set())
     assert "b" in lead.mute  # the answer that was on its way is lost

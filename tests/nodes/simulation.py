@@ -150,7 +150,7 @@ class Node:
         if snapshot := candidate.snapshot:
             return self.join(snapshot)
         world = self.world
-        assert world.now - self.entered_at < LONGEST_JOIN_S, "\n".join([f"{self.own.id} waits", *world.lines[-400:]])
+        assert world.now - self.entered_at < LONGEST_JOIN_S, "\n".join([f"{self.own.id} waits", *world.lines[-80:]])
         latest = world.register.get(len(world.register))
         candidate.learn(latest)
         candidate.learn_sign(str(world.announced))

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -20,6 +20,7 @@ from ptune_dist.nodes.settings import Limits
 from ptune_dist.nodes.shares import divide, next_shares, num_blocks_of, take_over
 from ptune_dist.nodes.suspicion import LinkState, ReportedSuspicions
 from ptune_dist.nodes.turns import Record, Rules, ViewRecord, first_plan, follow
+from ptune_dist.nodes.view_change import State
 
 
 def test_subtrees_are_aligned_and_the_fewest():
@@ -195,6 +196,7 @@ class FakeOutside:
         self.links: dict[str, LinkState] = {}
         self.lines: list[str] = []
         self.sent: list[tuple[str, dict]] = []
+        self.claims: list[ViewRecord] = []
 
     def send(self, node: str, message: dict, parts: list[bytes]) -> None:
         self.sent.append((node, message))
@@ -203,7 +205,7 @@ class FakeOutside:
         pass
 
     def claim(self, view: ViewRecord, is_majority: bool) -> None:
-        pass
+        self.claims.append(view)
 
     def look_up(self) -> None:
         pass
@@ -277,3 +279,58 @@ def test_a_state_that_is_on_its_way_is_waited_for_and_asked_for_once():
     outside.seconds = 8.0
     lead.tick(set(), set())
     assert "b" in lead.mute  # the answer that was on its way is lost
+
+
+def lead_without_c(outside: FakeOutside) -> Membership:
+    """`a` of the members a, b, c, once b has answered it and it has claimed view 4 without c."""
+    rules = Rules(2, 1, 8)
+    before = view(3, "a", "b", "c")
+    plan = replace(first_plan(before.members[0], rules), members=before.members)
+    member = Membership(before.members[0], rules, Limits(), outside, before, plan)
+    change_view(member, outside)
+    return member
+
+
+def change_view(member: Membership, outside: FakeOutside) -> None:
+    lead = member.coordination
+    lead.mute = {"c"}
+    lead.tick(set(), set())
+    assert lead.change
+    lead.on_state("b", *State(member.view, member.plan).to_message(lead.change.attempt))
+    assert outside.claims[-1].ids == ["a", "b"]
+
+
+def test_who_finds_its_own_view_at_the_rendezvous_has_it():
+    outside = FakeOutside()
+    member = lead_without_c(outside)
+    member.on_latest(outside.claims[0])
+    assert member.view == outside.claims[0] and ("b", "newview") in [
+        (node, each["kind"]) for node, each in outside.sent
+    ]
+    member.on_claimed(outside.claims[0], outside.claims[0])
+    assert member.view.number == 4 and len(outside.claims) == 1
+
+
+def test_the_answer_to_an_earlier_claim_is_not_taken_for_that_to_a_later_one():
+    outside = FakeOutside()
+    member = lead_without_c(outside)
+    other = view(4, "a", "b", "c")  # which b has led
+    member.on_latest(replace(other, by="b/1"))
+    change_view(member, outside)
+    first, second = outside.claims
+    member.on_claimed(first, replace(other, by="b/1"))
+    member.on_claimed(first, first)
+    assert second.number == 5 and member.view.number == 3
+    member.on_claimed(second, second)
+    assert member.view == second
+
+
+def test_a_node_is_asked_for_by_its_candidate_again_and_again():
+    outside = FakeOutside()
+    candidate = Candidate(Member("new", "n", "", ""), outside, Limits(), Rules(1, 1, 8))
+    candidate.ask_again()
+    assert not outside.sent  # nobody is known
+    candidate.learn(view(3, "a", "b"))
+    for outside.seconds in (5.0, 5.5, 6.1):
+        candidate.ask_again()
+    assert [(node, message["kind"]) for node, message in outside.sent] == [(node, "join") for node in "abab"]

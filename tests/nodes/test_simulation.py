@@ -2,6 +2,7 @@
 
 import pytest
 
+from ptune_dist.nodes.turns import ViewRecord
 from tests.nodes.simulation import NUM_BLOCKS, Node, World, add, hashed
 
 
@@ -89,6 +90,46 @@ def test_a_newcomer_whose_donor_is_lost_in_its_first_turn_continues_alone():
     first.kill()
     world.run_until(lambda: world.num_steps in world.states, seconds=60)
     assert [world.states[step] for step in range(1, 21)] == [{state} for state in train_alone(20)]
+
+
+def start_two(world: World) -> list[Node]:
+    nodes = [world.start(), world.start()]
+    world.run_until(lambda: all(node.member and 3 in world.states for node in nodes), seconds=60)
+    return nodes
+
+
+def test_a_newcomer_whose_donor_is_lost_before_it_sends_its_state_joins_all_the_same():
+    world = World(seed=0, num_steps=200)
+    nodes = start_two(world)
+    newcomer = world.start()
+    world.run_until(lambda: newcomer.own.id in newest(world).ids, seconds=60)
+    (donor,) = [node for node in nodes if node.own.id == newest(world).ids[0]]
+    assert newcomer.candidate and not newcomer.candidate.snapshot
+    donor.kill()
+    world.run_until(lambda: bool(newcomer.member), seconds=30)
+    assert newcomer.num_entered == 1
+
+
+def test_a_newcomer_without_a_state_is_not_waited_for_as_leader():
+    """It is the first that is left when the donor of two newcomers is lost and only the second has a state."""
+    world = World(seed=0, num_steps=200)
+    donor = world.start()
+    world.run_until(lambda: 3 in world.states, seconds=60)
+    first, second = world.start(), world.start()
+    world.run_until(lambda: {first.own.id, second.own.id} < set(newest(world).ids), seconds=60)
+    if newest(world).ids.index(first.own.id) > newest(world).ids.index(second.own.id):
+        first, second = second, first
+    first.stopped_until = world.now + 2.0
+    world.run_until(lambda: bool(second.member), seconds=60)
+    assert first.candidate and not first.candidate.snapshot
+    donor.kill()
+    last = max(world.states)
+    world.run_until(lambda: last + 3 in world.states, seconds=20)
+    world.run_until(lambda: bool(first.member), seconds=20)
+
+
+def newest(world: World) -> ViewRecord:
+    return world.register[len(world.register)]
 
 
 @pytest.mark.extended

@@ -64,10 +64,13 @@ if [ "$python" != .venv/bin/python ]; then
   echo "creating .venv with $("$python" --version)"
   "$python" -m venv .venv
 fi
-pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt)
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile)
+pip+=(--constraint launch/constraints.txt)
 echo "installing torch, DeepSpeed, transformers and their dependencies (once, takes a few minutes)"
 if [ "$torch" != "$before" ]; then .venv/bin/python -m pip uninstall --quiet --yes torch; fi # pip would keep it
 "${pip[@]}" "${torch_arguments[@]}" # first and alone: what follows keeps the build
 "${pip[@]}" --editable ".${extras:+[$extras]}"
+# Some packages hold files that are no Python 3.
+.venv/bin/python -m compileall -qq -j 0 .venv/lib || true # on all cores; pip takes one
 echo "$torch" >"$build"
 echo "$wanted" >"$stamp"

@@ -91,18 +91,20 @@ class Replicas:
     def begin(self, rows: TrainingRows) -> Progress:
         """Where the run stands, by its newest checkpoint or by the nodes that are training it. Raises UserError."""
         self._rows = rows
-        self._progress = self._enter() or restore(self._job, rows, self._world)
+        found, is_writer = self._enter()
+        self._hold_pen(is_writer)
+        self._progress = found or restore(self._job, rows, self._world)
         run_dir = Path(self._job.config.output_dir)
         together(self._world, lambda: mark_node_running(run_dir) if self._group else None)
         return self._progress
 
-    def _enter(self) -> Progress | None:
-        """Become a member; where the others stand, None where there are none."""
+    def _enter(self) -> tuple[Progress | None, bool]:
+        """Become a member: where the others stand, None where there are none, and whether this node writes."""
         assert self._rows is not None, "begin comes first"
         self._agreed = None
         snapshot, is_writer = self._ask(self._enter_group)
-        self._hold_pen(is_writer)
-        return None if snapshot is None else continue_from(unpack_snapshot(snapshot), self._job, self._rows)
+        found = None if snapshot is None else continue_from(unpack_snapshot(snapshot), self._job, self._rows)
+        return found, is_writer
 
     def _enter_group(self, group: NodeGroup) -> tuple[bytes | None, bool]:
         def enter(group: NodeGroup) -> Joined:
@@ -245,15 +247,17 @@ class Replicas:
         """The others have continued without this node: take over their state, without loading the base again."""
         self._job.engine.drop_gradients()
         self._hold_pen(False)
-        found = self._enter()
+        found, is_writer = self._enter()
         if found is None:
             if from_main(self._world, lambda: is_finished(self._job.config)):
                 raise RunFault("the other nodes have finished the run without this one, which has not seen its end")
             found = self._find_later(progress)
         if found is not None:
+            self._pen.pass_on()  # others have written what this node has kept, and what came later
             progress.take_over(found)
             if isinstance(self._calls.log, SharedLog):
                 self._calls.log.continue_from(progress.step)
+        self._hold_pen(is_writer)
 
     def _find_later(self, progress: Progress) -> Progress | None:
         """The others are gone: what they have saved since."""

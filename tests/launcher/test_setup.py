@@ -50,7 +50,7 @@ class Clone:
         log = self.folder / "pip.log"
         lines = log.read_text().splitlines() if log.exists() else []
         log.unlink(missing_ok=True)
-        always = "--quiet --disable-pip-version-check --constraint launch/constraints.txt "
+        always = "--quiet --disable-pip-version-check --no-compile --constraint launch/constraints.txt "
         return [line.replace(always, "") for line in lines]
 
 

@@ -119,7 +119,11 @@ def replace_file(path: Path, data: bytes) -> None:
     def replace() -> None:
         try:
             write_durably(temporary, data)
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except FileNotFoundError:  # another process has replaced the same file meanwhile
+                write_durably(temporary, data)
+                os.replace(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()

@@ -6,10 +6,12 @@ intact.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +26,8 @@ from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run.folder import list_checkpoints
 
 TENSOR_FILES = ("prompt", "optimizer")
+OF_TWO_WRITERS = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)  # each removes what the other is writing
+OTHER_WRITER_S = 10.0
 
 
 @dataclass
@@ -53,6 +57,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int, may_be_late:
         remove_leftovers(folder)
         temporary.mkdir()
         write_snapshot(temporary, snapshot)
+        if may_be_late and is_sound(final):  # another node has saved meanwhile
+            return shutil.rmtree(temporary, ignore_errors=True)
         if final.exists():  # a damaged one, whose step this run has repeated
             final.rename(folder / f".old-{final.name}")
         temporary.rename(final)
@@ -62,6 +68,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int, may_be_late:
         try_again(write)
         sync_folder(folder)
     except OSError as error:
+        if may_be_late and error.errno in OF_TWO_WRITERS and wait_until_sound(final):
+            return final
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFault(
             f"cannot save the checkpoint of step {snapshot.step}: {final}: {explain(error, folder)}; "
@@ -69,6 +77,16 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int, may_be_late:
         ) from None
     drop_old_checkpoints(folder, final, keep, drops_later=not may_be_late)
     return final
+
+
+def wait_until_sound(path: Path) -> bool:
+    """Wait a moment for another node that saves the same step: it has removed what this one was writing."""
+    give_up_at = time.monotonic() + OTHER_WRITER_S
+    while not is_sound(path):
+        if time.monotonic() > give_up_at:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def is_sound(path: Path) -> bool:

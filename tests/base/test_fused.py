@@ -202,6 +202,7 @@ def test_a_weight_that_is_gathered_anew_is_read_anew():
     assert x.grad is not None and x.grad.isfinite().all()
 
 
+@pytest.mark.extended
 @pytest.mark.long
 def test_a_kernel_is_compiled_once_for_all_lengths():
     kernel = Kernel(norm_forward)

@@ -42,6 +42,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> SabotagedCommands:
     return SabotagedCommands(tmp_path_factory.mktemp("commands"))
 
 
+@pytest.mark.extended
 @pytest.mark.long
 def test_a_kill_at_any_moment_of_a_save_costs_at_most_that_save(commands: SabotagedCommands, tmp_path: Path):
     sections = {"train": {"max_steps": NUM_STEPS}, "checkpoint": {"every": 1, "keep": NUM_STEPS}}

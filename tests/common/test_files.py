@@ -41,6 +41,20 @@ def test_replacing_gives_the_new_content_and_leaves_no_other_file(tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_process_that_was_frozen_while_another_replaced_the_same_file_replaces_it_again(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+
+    def freeze(path: Path, data: bytes) -> None:
+        monkeypatch.setattr(files, "write_durably", write_durably)
+        write_durably(path, data)
+        replace_file(file, NEW)
+
+    monkeypatch.setattr(files, "write_durably", freeze)
+    replace_file(file, OLD)
+    assert file.read_bytes() == OLD
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_a_write_that_fails_half_way_leaves_the_old_content_and_no_leftover(tmp_path):
     file = tmp_path / "a.json"
     replace_file(file, OLD)

@@ -68,6 +68,7 @@ def test_the_tests_of_the_page_pass(copy):
     run_in(copy, "pytest", "-q", "-p", "no:cacheprovider", "tests")
 
 
+@pytest.mark.extended
 @pytest.mark.long
 def test_the_method_and_the_metric_of_the_page_train_and_export(copy):
     overrides = ["prompt.method=low_rank", "prompt.rank=3", "evaluate.metrics=[contains, exact_match]"]

@@ -45,7 +45,7 @@ def write_run(folder: Path, name: str, base: Path, **sections) -> tuple[str, lis
 @pytest.mark.long
 @pytest.mark.parametrize(
     "names",
-    [["infix", "keys", "bank", "bloom", "t5", "bert"], pytest.param(list(RUNS), marks=pytest.mark.extended)],
+    [["infix", "t5"], pytest.param(list(RUNS), marks=pytest.mark.extended)],
     ids=["some", "all"],
 )
 def test_labels_over_ranks_and_in_small_parts_have_the_losses_of_one_rank(tiny_bases, tmp_path, names):

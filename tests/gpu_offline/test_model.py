@@ -2,10 +2,9 @@
 
 import pytest
 
-from tests.conftest import extended_beyond
 from tests.gpu_offline.faked import run_faked
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.extended]
 
 WORK = "tests.gpu_offline.work_model:run_case"
 CAUSAL = [
@@ -22,7 +21,7 @@ MORE = [{"int8": True}, {"recompute": True}, {"int8": True, "recompute": True}, 
 CASES = CAUSAL + OTHERS + [CAUSAL[2] | more for more in MORE]
 
 
-@pytest.mark.parametrize("gpu", extended_beyond(["sm_90"], ["sm_90", "sm_75"]))
+@pytest.mark.parametrize("gpu", ["sm_90", "sm_75"])
 def test_a_pass_forward_and_backward_waits_for_nothing(gpu):
     # Only causal bases have another attention on a T4.
     cases = [case | {"dtype": "float16"} for case in CAUSAL] if gpu == "sm_75" else CASES

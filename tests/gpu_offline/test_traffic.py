@@ -4,7 +4,7 @@ import pytest
 
 from tests.gpu_offline.faked import run_faked
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.extended]
 
 WORK = "tests.gpu_offline.work_layer:run_layer"
 LENGTHS = [8192, 4096, 640, 20]

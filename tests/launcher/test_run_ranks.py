@@ -22,6 +22,7 @@ def config(tmp_path: Path) -> Path:
     return write_config(tmp_path / "c.yaml")
 
 
+@pytest.mark.extended
 @pytest.mark.long
 def test_two_nodes_learn_the_same_as_one_process_and_a_finished_run_is_not_restarted(config: Path, tmp_path: Path):
     nodes = Nodes(tmp_path, config)
@@ -94,6 +95,7 @@ def test_each_fault_of_a_rank_is_named_and_the_ranks_are_restarted_up_to_the_lim
     assert "in fail" in stacks["rank-00001.txt"] and "in train" in stacks["rank-00000.txt"]
 
 
+@pytest.mark.extended
 @pytest.mark.long
 def test_a_lack_of_gpu_memory_ends_the_job_in_one_line_and_is_not_restarted(tmp_path: Path):
     config = write_config(tmp_path / "c.yaml", train={"max_steps": 100_000})

@@ -41,6 +41,7 @@ def kill_in_mid_write(writer: subprocess.Popen, folder: Path) -> list[Path]:
     return list(folder.glob("*/.writing/*.tmp"))
 
 
+@pytest.mark.extended
 @pytest.mark.long
 def test_a_writer_killed_in_mid_write_leaves_nothing_that_could_be_read_wrongly(tmp_path):
     script = """

@@ -47,6 +47,7 @@ def mean(losses: list[float]) -> float:
     return sum(losses) / len(losses)
 
 
+@pytest.mark.extended
 def test_fp8_learns_what_a_float_base_teaches(runs):
     exact = curve(runs["float"])
     for name in ("stage0", "bfloat16", "all"):

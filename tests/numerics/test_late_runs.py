@@ -110,6 +110,7 @@ MEMBERS = [
 ]
 
 
+@pytest.mark.extended
 def test_each_member_of_a_mixed_sweep_ends_as_alone(base, tmp_path):
     alone = check_members(tmp_path, base, [*MEMBERS, {"prompt.method": "prompt_tuning"}])
     assert_ends_as_alone(tmp_path / "mixed", alone)

@@ -84,7 +84,7 @@ def list_cases(num_ranks: int, is_whole: bool) -> list[tuple[str, str, str, int]
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("num_ranks", "is_whole"),
-    [(1, False), (2, False), (4, False), pytest.param(2, True, marks=pytest.mark.extended)],
+    extended_beyond([(1, False), (2, False)], [(1, False), (2, False), (4, False), (2, True)]),
 )
 def test_curves_and_bases_do_not_depend_on_stage_and_ranks(tiny_bases, references, tmp_path, num_ranks, is_whole):
     specs = [

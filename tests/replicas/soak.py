@@ -97,7 +97,7 @@ class Soak:
             if node := host.node:
                 self.wait(lambda node=node: node.has_ended, f"the end of {node.name}")
                 self.finish(host, {0})
-        alone = train_alone(self._undisturbed, max_s=MAX_S, **self.sections)
+        alone = train_alone(self._undisturbed, num_ranks=2, max_s=MAX_S, **self.sections)
         add_costs(self.events, self.times, self.cluster)
         return compare(self.cluster, alone, self.ended)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ptune_dist.errors import RunFault
+from ptune_dist.run import checkpoint
 from ptune_dist.run.checkpoint import (
     Snapshot,
     list_checkpoints,
@@ -105,6 +106,33 @@ def test_what_a_killed_writer_left_is_not_read_and_goes_with_the_next_save(folde
     assert load_newest_checkpoint(folder, warn=pytest.fail).step == 20
     save_checkpoint(folder, make(30), keep=5)
     assert names(folder) == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_writer_that_was_frozen_while_another_node_saved_the_same_step_keeps_what_is_there(
+    folder, monkeypatch, moment
+):
+    write_files = checkpoint.write_snapshot
+
+    def freeze(temporary: Path, snapshot: Snapshot) -> None:
+        monkeypatch.setattr(checkpoint, "write_snapshot", write_files)
+        if moment == "after":
+            write_files(temporary, snapshot)
+        save_checkpoint(folder, make(30), keep=5, may_be_late=True)
+        if moment == "before":
+            write_files(temporary, snapshot)
+
+    monkeypatch.setattr(checkpoint, "write_snapshot", freeze)
+    save_checkpoint(folder, make(30), keep=5, may_be_late=True)
+    assert names(folder) == ["step-00000010", "step-00000020", "step-00000030"]
+    assert same(load_newest_checkpoint(folder, warn=pytest.fail), make(30))
+
+
+def test_a_writer_whose_files_are_gone_without_another_fails_after_a_moment(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "OTHER_WRITER_S", 0.3)
+    monkeypatch.setattr(checkpoint, "write_snapshot", lambda temporary, snapshot: temporary.rmdir())
+    with pytest.raises(RunFault, match="cannot save the checkpoint of step 30: .*No such file.*step-00000020 is kept"):
+        save_checkpoint(folder, make(30), keep=5, may_be_late=True)
 
 
 def truncate(file: Path) -> None:

@@ -25,6 +25,7 @@ MISREAD = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 NULLS = ("", "~", "null", "Null", "NULL")
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")  # YAML 1.1 wants 1.0e-3
 ROWS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 MAX_BYTES = 2**20
 MAX_NODES = 200_000  # with what aliases repeat
 # What PyYAML raises, beside its own errors, for values that their tags do not fit.
@@ -177,7 +178,11 @@ def refuse_cut_template(node: yaml.ScalarNode) -> None:
 
 
 def check_characters(node: yaml.ScalarNode) -> None:
-    """Raise ConstructorError for a text that no file name, terminal or tokenizer takes."""
+    """Raise ConstructorError for a text that no file name, terminal or tokenizer takes.
+
+    The two halves of a surrogate pair, which is how JSON escapes an emoji, become the character they stand for.
+    """
+    node.value = PAIR.sub(lambda found: found[0].encode("utf-16", "surrogatepass").decode("utf-16"), node.value)
     if "\0" in node.value or any("\ud800" <= letter <= "\udfff" for letter in node.value):
         raise wrong("a text with a NUL or half a surrogate pair", node)
 

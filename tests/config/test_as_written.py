@@ -227,3 +227,13 @@ def test_a_config_that_cannot_be_opened_is_named(tmp_path):
     for path in ("a\0b", "x" * 5000):
         with pytest.raises(UserError):
             load_config(tmp_path / path)
+
+
+def test_an_emoji_that_json_escapes_as_two_halves_is_the_character(write):  # noqa: F811
+    escaped = r"\ud83d\ude00 \u2028{{ text }}"
+    as_json = f"""{{"output_dir": "runs/x", "model": {{"path": "base"}}, "data": {{"train": "rows.jsonl",
+        "template": "{escaped}", "target": "{{{{ label }}}}", "labels": ["\\ud83d\\ude00"]}}}}"""
+    data = load_config(write(as_json, "c.json")).data
+    assert (data.template, data.labels) == ("😀 \u2028{{ text }}", ["😀"])
+    assert load_config(write(SMALL), [f'data.template="{escaped}"']).data.template == data.template
+    assert "half a surrogate pair" in error_of(write(as_json.replace(r"\ude00", "", 1), "c.json"))

@@ -62,6 +62,8 @@ def evaluate_run(config: Config, run_dir: Path, output: Path | None = None, *, i
 
     def report() -> dict[str, Any]:
         content = {"data": config.data.validation, "num_examples": len(evaluator.split.examples)}
+        if skipped := evaluator.split.skipped.whole:
+            content["num_skipped"] = len(skipped)
         content |= evaluator.compute(answers)
         content["intervals_95"] = find_intervals(evaluator, answers)
         if evaluator.signatures:

@@ -76,4 +76,5 @@ def test_the_average_is_evaluated_and_kept_only_where_it_is_better(run):
     assert done.returncode == 0, done.stderr[-2000:]
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert evaluation["num_examples"] in (11, 12)
+    assert evaluation["num_examples"] + evaluation.get("num_skipped", 0) == 12
     assert evaluation["loss"] == pytest.approx(summary["validation"]["loss"], rel=1e-6)

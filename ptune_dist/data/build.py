@@ -12,6 +12,7 @@ import numpy as np
 from ptune_dist.common.progress_line import REPORT_S, ProgressLine
 from ptune_dist.config.prompt_text import Around
 from ptune_dist.config.schema import DataConfig
+from ptune_dist.data.alternatives import AlternativeRows
 from ptune_dist.data.cache_entry import where_of
 from ptune_dist.data.candidates import CandidateInput, Candidates, build_candidates
 from ptune_dist.data.chat import INPUT, TARGET, ask_rows
@@ -28,7 +29,8 @@ from ptune_dist.data.examples import Examples, Part, join_parts
 from ptune_dist.data.held_out import HeldOut, choose_held_out, read_held_out
 from ptune_dist.data.json_values import text_of
 from ptune_dist.data.label_names import describe_unlisted
-from ptune_dist.data.skipping import count_kept, encode_sound_rows
+from ptune_dist.data.references import checking_references
+from ptune_dist.data.skipping import Skipped, count_kept, encode_sound_rows, group_skipped
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.split_rows import (
     arrange,
@@ -51,7 +53,7 @@ from ptune_dist.data.template import (
 )
 from ptune_dist.data.token_cache import open_cache
 from ptune_dist.data.views import GroupedRows, PickedRows
-from ptune_dist.data.workers import encode_by_all_cores, map_by_all_cores
+from ptune_dist.data.workers import Encode, encode_by_all_cores, map_by_all_cores
 from ptune_dist.errors import UserError
 
 CHAT_INPUT = compile_template(f"{{{{ {INPUT} }}}}", key=TEMPLATE_KEY)
@@ -65,7 +67,7 @@ class Split:
 
     held_out: which training rows validate, where they are drawn. ends: int64 [rows], how many examples each row and
     those before it make, where they make several: all are read together where `takes_all`, else one in each epoch.
-    skipped: a line about each row that cannot be used.
+    skipped: the rows that cannot be used.
     """
 
     rows: Rows
@@ -73,7 +75,7 @@ class Split:
     held_out: HeldOut | None = None
     ends: np.ndarray | None = None
     takes_all: bool = False
-    skipped: list[str] = field(default_factory=list)
+    skipped: Skipped = field(default_factory=Skipped)
 
     @property
     def num_rows(self) -> int:
@@ -113,8 +115,9 @@ def build_split(
         return arrange(data, encoding, which, load_own())
 
     selection = held_out.name if held_out and not held_out.is_fresh else ""
-    rows, examples, skipped = encode_or_find(data, encoding, load, (which, max_examples, selection))
-    kept = rows.chosen if skipped and isinstance(rows, PickedRows) else None
+    rows, examples, wrong = encode_or_find(data, encoding, load, (which, max_examples, selection))
+    kept = rows.chosen if wrong and isinstance(rows, PickedRows) else None
+    skipped = Skipped() if kept is None else group_skipped(wrong, load(), kept)
     ends = None
     if is_grouped(data, which):
         arranged = load()
@@ -129,8 +132,8 @@ def build_split(
 
 def encode_or_find(
     data: DataConfig, encoding: Encoding, load: Callable[[], Rows], chosen: tuple[str, int, str]
-) -> tuple[Rows, Examples, list[str]]:
-    """The rows that `load` gives, their examples, and a line about each row that is skipped, which the rows lack.
+) -> tuple[Rows, Examples, dict[int, str]]:
+    """The rows that `load` gives, their examples, and what is wrong with each row that is skipped, which the rows lack.
 
     chosen: what tells the rows apart from others of the same files, the split first.
     """
@@ -142,13 +145,17 @@ def encode_or_find(
     skips = data.on_error == "skip"
     cache = None if skips or isinstance(data.tasks, dict) else open_cache(data, encoding, *chosen)
     if cache is not None:
-        return *cache.get(load, encode), []
+        return *cache.get(load, encode), {}
     rows = load()
     if not skips or rows.kind == "text":
-        return rows, join_parts(encode(rows), where_of(rows)), []
-    parts, kept, skipped = encode_sound_rows(rows, build_encode(data, rows, encoding))
-    rows = PickedRows.of(rows, kept) if skipped else rows
-    return rows, join_parts(parts, where_of(rows)), skipped
+        return rows, join_parts(encode(rows), where_of(rows)), {}
+    encode_range: Encode = build_encode(data, rows, encoding)
+    if which == "validation" and data.references is not None:  # which metrics read
+        answered = rows.whole if isinstance(rows, AlternativeRows) else rows
+        encode_range = checking_references(encode_range, data.references, answered)
+    parts, kept, wrong = encode_sound_rows(rows, encode_range)
+    rows = PickedRows.of(rows, kept) if wrong else rows
+    return rows, join_parts(parts, where_of(rows)), wrong
 
 
 def encode_split(data: DataConfig, rows: Rows, encoding: Encoding, which: str) -> Generator[Part, None, None]:

@@ -17,10 +17,10 @@ from ptune_dist.data.candidates import Candidates
 from ptune_dist.data.encode import Encoding
 from ptune_dist.data.examples import longest_answer
 from ptune_dist.data.framing import decode
+from ptune_dist.data.references import build_references, longest_reference
 from ptune_dist.errors import UserError
 from ptune_dist.evaluation.answer_plan import DEFAULT_NEW_TOKENS, Decoding
 from ptune_dist.evaluation.generate import generate_of_tasks, pad_id
-from ptune_dist.evaluation.references import build_references, longest_reference
 from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.metrics import METRICS
 from ptune_dist.metrics.metric import Metric, Need, References, RowLoss

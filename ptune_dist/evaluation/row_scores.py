@@ -10,10 +10,10 @@ from ptune_dist.data.build import build_templates, label_column
 from ptune_dist.data.chat import read_messages, text_of_content
 from ptune_dist.data.json_values import text_of
 from ptune_dist.data.numbers import read_number
+from ptune_dist.data.references import read_references
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.template import TARGET_KEY, Template, render_row
 from ptune_dist.errors import UserError
-from ptune_dist.evaluation.references import read_references
 from ptune_dist.metrics import METRICS
 from ptune_dist.metrics.metric import Metric, Need
 

@@ -101,11 +101,13 @@ def describe_skipped(config: Config, read: RunRows) -> list[str]:
     """A line about each split with rows that cannot be used."""
     found = []
     for which, split in read.distinct().items():
-        if split.skipped:
-            total = len(split.skipped) + len(split.examples)
+        whole, in_part = split.skipped.whole, split.skipped.in_part
+        if whole or in_part:
+            total = len(whole) + split.num_rows
+            more = f", {len(in_part):,} more lose an answer" if in_part else ""
             found.append(
-                f"data.on_error: {len(split.skipped):,} of {total:,} rows of {which} are skipped, see "
-                f"{Path(config.output_dir) / SKIPPED}; the first: {split.skipped[0]}"
+                f"data.on_error: {len(whole):,} of {total:,} rows of {which} are skipped{more}, see "
+                f"{Path(config.output_dir) / SKIPPED}; the first: {[*whole, *in_part][0]}"
             )
     return found
 
@@ -113,9 +115,10 @@ def describe_skipped(config: Config, read: RunRows) -> list[str]:
 def write_skipped(config: Config, read: RunRows) -> None:
     """Name the skipped rows in a file of the run. One rank calls."""
     lines = [
-        json.dumps({"split": which, "error": line}, ensure_ascii=False) + "\n"
+        json.dumps({"split": which, "error": line, **kind}, ensure_ascii=False) + "\n"
         for which, split in read.distinct().items()
-        for line in split.skipped
+        for found, kind in ((split.skipped.whole, {}), (split.skipped.in_part, {"in_part": True}))
+        for line in found
     ]
     if lines:
         file = Path(config.output_dir) / SKIPPED

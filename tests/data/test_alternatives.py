@@ -1,6 +1,7 @@
 """Several acceptable answers: an epoch trains on one of them, metrics compare with all; and rows that are skipped."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -10,9 +11,10 @@ from ptune_dist.data.alternatives import find_path
 from ptune_dist.data.build import Split, build_split
 from ptune_dist.data.encode import Encoding
 from ptune_dist.data.framing import Framing, TextTargets
+from ptune_dist.data.references import build_references
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.errors import UserError
-from ptune_dist.evaluation.references import build_references
+from ptune_dist.evaluation.splits import RunRows, describe_skipped
 from tests.conftest import TINY
 
 ROWS = [
@@ -37,6 +39,10 @@ def data_of(tmp_path, rows=ROWS, **keys) -> DataConfig:
 
 def targets_of(split: Split, encoding: Encoding) -> list[str]:
     return [encoding.tokenizer.decode(split.examples.target_ids(i)) for i in range(len(split.examples))]
+
+
+def lines_of(skipped: list[str]) -> list[str]:
+    return [line.partition(": ")[0].rpartition(" ")[2] for line in skipped]
 
 
 def test_each_epoch_trains_on_one_reference_of_every_row(tmp_path, encoding):
@@ -95,9 +101,13 @@ def test_an_empty_list_is_one_line(tmp_path, encoding):
 
 def test_rows_that_cannot_be_used_are_skipped_and_named(tmp_path, encoding):
     rows = [{"q": "a", "refs": []}, *ROWS, {"q": None, "refs": "x"}, {"q": "d", "refs": ["y" * 99, "six"]}]
+    rows.append({"q": None, "refs": ["u", "v"]})
     split = build_split(data_of(tmp_path, rows, on_error="skip"), encoding, which="train")
     assert targets_of(split, encoding) == [" one", " two", " three", " four", " five", " six"]
-    assert [line.partition(": ")[0].rpartition(" ")[2] for line in split.skipped] == ["1", "5", "6"]
+    assert (lines_of(split.skipped.whole), lines_of(split.skipped.in_part)) == (["1", "5", "7"], ["6"])
+    whole = RunRows(TrainingRows({"a": split}, batch_size=1, seeds={"a": 0}), {"a": split}, {})
+    (line,) = describe_skipped(SimpleNamespace(output_dir="run"), whole)
+    assert line.startswith("data.on_error: 3 of 7 rows of train are skipped, 1 more lose an answer, see run/")
     assert split.ends.tolist() == [3, 4, 5, 6]
     assert split.examples.where(5).endswith("line 6")
     with pytest.raises(UserError, match="line 5: "):
@@ -108,6 +118,14 @@ def test_a_validation_row_that_is_skipped_has_no_references(tmp_path, encoding):
     data = data_of(tmp_path, [ROWS[0], {"q": None, "refs": ["x"]}, ROWS[1]], on_error="skip")
     split = build_split(data, encoding, which="validation")
     assert build_references(data, split.rows) == [["one", "two", "three"], ["four"]]
+
+
+@pytest.mark.parametrize("target", [" {{ refs }}", " {{ q }}"])
+def test_a_row_whose_references_cannot_be_used_is_skipped_where_metrics_read_them(tmp_path, encoding, target):
+    data = data_of(tmp_path, [ROWS[0], {"q": "x", "refs": ["x", None]}, ROWS[1]], target=target, on_error="skip")
+    split = build_split(data, encoding, which="validation")
+    assert build_references(data, split.rows) == [["one", "two", "three"], ["four"]]
+    assert lines_of(split.skipped.whole) == ["2"] and len(split.examples) == 2
 
 
 def test_rows_of_which_none_can_be_used_are_one_line(tmp_path, encoding):

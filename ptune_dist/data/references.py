@@ -8,10 +8,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ptune_dist.config.schema import DataConfig
 from ptune_dist.data.chat import ANSWER
+from ptune_dist.data.examples import Examples
 from ptune_dist.data.framing import tokenize
 from ptune_dist.data.json_values import text_of
 from ptune_dist.data.sources import Rows
 from ptune_dist.data.template import compile_template, render_batches
+from ptune_dist.data.workers import Encode
 from ptune_dist.errors import UserError
 
 BATCH_ROWS = 1000
@@ -31,17 +33,36 @@ def build_references(data: DataConfig, rows: Rows) -> list[list[str]]:
         template = compile_template(data.target, key="data.target", optional=data.optional_columns)
         batches = render_batches(rows, {"data.target": template}, BATCH_ROWS)
         return [[text.strip()] for _, texts in batches for text in texts]
-    is_column = data.references in rows.columns()
-    column, *names = [data.references] if is_column else data.references.split(".")
+    return find_references(data.references, rows)(0, len(rows))
+
+
+def find_references(path: str, rows: Rows) -> Callable[[int, int], list[list[str]]]:
+    """What reads the references of a range of rows. Raises UserError for a column that they lack."""
+    column, *names = [path] if path in rows.columns() else path.split(".")
     if column not in rows.columns():
         raise UserError(
             f"{KEY} is column {column!r}, which {rows.name} does not have; "
             f"its columns: {', '.join(rows.columns()) or 'none'}"
         )
-    return [
-        read_references(row.get(column), names, functools.partial(rows.where, index))
-        for index, row in enumerate(rows.read(0, len(rows)))
-    ]
+
+    def read(first: int, end: int) -> list[list[str]]:
+        return [
+            read_references(row.get(column), names, functools.partial(rows.where, index))
+            for index, row in enumerate(rows.read(first, end), first)
+        ]
+
+    return read
+
+
+def checking_references(encode: Encode, path: str, rows: Rows) -> Encode:
+    """`encode`, which then refuses rows without references too; `rows` have them. Raises UserError."""
+    read = find_references(path, rows)
+
+    def encode_checked(*, first_row: int, end_row: int) -> Examples:
+        read(first_row, end_row)
+        return encode(first_row=first_row, end_row=end_row)
+
+    return encode_checked
 
 
 def read_references(value: Any, names: list[str], where: Callable[[], str]) -> list[str]:

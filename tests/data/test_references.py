@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from ptune_dist.data.references import build_references
 from ptune_dist.data.sources import Rows, load_rows
 from ptune_dist.errors import UserError
-from ptune_dist.evaluation.references import build_references
 
 
 @pytest.fixture

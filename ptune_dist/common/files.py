@@ -30,6 +30,13 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.ELOOP: "remove its symbolic links",
 }
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+
+
+def text_suffix(path: Path) -> str:
+    """What kind of file it is once it is decompressed."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED_SUFFIXES else suffix
 
 
 def explain(error: OSError, path: Path | str | None = None) -> str:

@@ -1,9 +1,11 @@
 """The section `data`: every key with its type, default and meaning."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from ptune_dist.common.files import text_suffix
 from ptune_dist.config.fields import (
     Label,
     NotNegative,
@@ -165,7 +167,7 @@ class DataConfig(Section):
     @property
     def is_plain_text(self) -> bool:
         """Whether the training rows have no input and no target."""
-        return any(source.lower().endswith(".txt") for source in self.train_sources)
+        return any(text_suffix(Path(source)) == ".txt" for source in self.train_sources)
 
     @model_validator(mode="after")
     def check_tasks(self) -> "DataConfig":

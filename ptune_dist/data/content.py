@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from ptune_dist.common.files import COMPRESSED_SUFFIXES, text_suffix
 from ptune_dist.common.progress_line import REPORT_S, ProgressLine, is_first_here
 from ptune_dist.data.recoding import recode
 from ptune_dist.errors import UserError
 
-COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 # How files begin that are sometimes named as text.
 KINDS = {
     ".gz": re.compile(rb"\x1f\x8b"),
@@ -116,11 +116,6 @@ class Content:
 
     def encoding_hint(self) -> str:
         return ", or give data.csv.encoding" if self.suffix in (".csv", ".tsv") else ""
-
-
-def text_suffix(path: Path) -> str:
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in COMPRESSED_SUFFIXES else suffix
 
 
 def open_decompressed(path: Path, name: str) -> IO[bytes]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptune_dist.data.content import COMPRESSED_SUFFIXES, text_suffix
+from ptune_dist.common.files import COMPRESSED_SUFFIXES, text_suffix
 from ptune_dist.data.delimited import CsvDialect
 from ptune_dist.data.readers import TEXT_SUFFIXES, TextTable, open_table
 from ptune_dist.errors import UserError

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from ptune_dist.common.files import text_suffix
 from ptune_dist.config.schema import DataConfig
 from ptune_dist.config.sections import CsvConfig
 from ptune_dist.data.alternatives import find_path, spread_alternatives
 from ptune_dist.data.chat import spread_turns
-from ptune_dist.data.content import text_suffix
 from ptune_dist.data.delimited import DELIMITED_SUFFIXES, CsvDialect
 from ptune_dist.data.encode import Encoding
 from ptune_dist.data.held_out import HeldOut

@@ -197,6 +197,11 @@ def test_the_marker_is_a_column_like_any_other_where_the_placement_is_not_the_te
     assert load_config(write(SMALL), ["data.template={{ prompt }} {{ prompt }}"]).prompt.placement == "prefix"
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.GZ"])
+def test_text_needs_no_template(write, name):
+    assert load_config(write(f"output_dir: x\nmodel: {{path: b}}\ndata: {{train: {name}}}\n")).data.is_plain_text
+
+
 @pytest.mark.parametrize("placement", ["infix", "encoder", "decoder", "template"])
 def test_text_without_inputs_takes_a_prompt_at_its_beginning_only(write, placement):
     assert load_config(write(SMALL), ["data.train=a.txt"])
@@ -316,6 +321,7 @@ def test_what_must_be_given_is_named_when_it_is_not(write, missing):
         (["evaluate.best_metric=exact_match"], ["evaluate.best_metric", "evaluate.metrics"]),
         (["evaluate.patience=2"], ["evaluate.patience", "data.validation"]),
         (["data.train=a.txt", "evaluate.metrics=[exact_match]"], ["evaluate.metrics", ".txt"]),
+        (["data.train=a.txt.gz", "evaluate.metrics=[exact_match]"], ["evaluate.metrics", ".txt"]),
         (["train.warmup_steps=10", "train.max_steps=10"], ["train.warmup_steps", "train.max_steps"]),
     ],
 )

@@ -27,7 +27,7 @@ from ptune_dist.evaluation.baselines import evaluate_baselines, render_baselines
 from ptune_dist.evaluation.evaluator import Evaluator, MemberAnswers, build_evaluator
 from ptune_dist.evaluation.generate import generate_of_tasks, pad_id
 from ptune_dist.evaluation.predictions import find_intervals, list_predictions, to_probabilities
-from ptune_dist.evaluation.row_scores import add_scores, build_row_scores
+from ptune_dist.evaluation.row_scores import add_scores, build_row_scores, keep_apart
 from ptune_dist.evaluation.scoring import Scorer
 from ptune_dist.evaluation.splits import check_inputs, check_lengths
 from ptune_dist.export.runs import ExportRequest, export_prompts
@@ -109,8 +109,10 @@ def choose_labels(config: Config) -> Config:
 
 def print_predictions(evaluator: Evaluator, answers: MemberAnswers, out: TextIO) -> None:
     """Each validation row, with its own columns, and what was answered to it, as JSON lines."""
-    for number, found in enumerate(list_predictions(evaluator, answers)):
-        row = evaluator.split.rows.read(number, number + 1)[0]
+    predictions = list_predictions(evaluator, answers)
+    names = {name for found in predictions for name in found}  # not all rows have all
+    for number, found in enumerate(predictions):
+        row = keep_apart(evaluator.split.rows.read(number, number + 1)[0], names)
         print(dump_json(row | found, ensure_ascii=False, default=str), file=out, flush=True)
 
 

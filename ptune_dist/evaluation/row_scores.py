@@ -1,7 +1,7 @@
 """What is right for rows that `generate` answers, where they say so, and how good each answer is."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,10 @@ class RowScores:
                 found[metric.name] = float(metric.compute([own], [references]))
         return found
 
+    def names(self) -> list[str]:
+        """What may be added to a row beside its answer."""
+        return ["gold", *(["gold_label"] if self.label is not None else []), *(metric.name for metric in self.metrics)]
+
     def read_accepted(self, row: dict[str, Any], where: Callable[[], str]) -> list[str]:
         """The acceptable answers. Raises UserError for a row without any."""
         if self.target is None:
@@ -97,4 +101,16 @@ def add_scores(scores: RowScores | None, rows: Rows, number: int, found: dict[st
     """A row with its answer and, where the row says what is right, its scores."""
     (row,) = rows.read(number, number + 1)
     own = scores(row, found["generated"], functools.partial(rows.where, number)) if scores else {}
-    return row | found | own
+    names = {*found, *scores.names()} if scores else found.keys()
+    return keep_apart(row, names) | found | own
+
+
+def keep_apart(row: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """A row whose columns have none of these names, which results are written under: `row_` is put before them."""
+    kept: dict[str, Any] = {}
+    for column, value in row.items():
+        name = column
+        while name in names or (name != column and name in row):
+            name = f"row_{name}"
+        kept[name] = value
+    return kept

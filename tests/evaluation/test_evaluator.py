@@ -115,7 +115,10 @@ def test_predictions_of_labels_have_probabilities(commands, tmp_path):
         train={"max_steps": 1, "batch_size": 4},
         evaluate={"every": 0, "metrics": ["accuracy"], "max_new_tokens": 2},
     )
-    rows = [row | {"answer": "ABC"[i % 3]} for i, row in enumerate(read_rows(TINY / "data" / "validation.jsonl")[:9])]
+    rows = [
+        row | {"answer": "ABC"[i % 3], "label": "own"}
+        for i, row in enumerate(read_rows(TINY / "data" / "validation.jsonl")[:9])
+    ]
     for which in ("train", "validation"):
         (tmp_path / f"{which}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [f"data.{which}={tmp_path / which}.jsonl" for which in ("train", "validation")]
@@ -125,6 +128,6 @@ def test_predictions_of_labels_have_probabilities(commands, tmp_path):
     for row, prediction in zip(rows, read_rows(tmp_path / "out.jsonl"), strict=True):
         shares = prediction["probabilities"]
         assert prediction["gold_label"] == prediction["gold"] == row["answer"] and shares.keys() == {"A", "B", "C"}
-        assert prediction["label"] == max(shares, key=shares.get)
+        assert prediction["label"] == max(shares, key=shares.get) and prediction["row_label"] == "own"
         assert sum(shares.values()) == pytest.approx(1)
         assert prediction["accuracy"] == float(prediction["label"] == row["answer"])

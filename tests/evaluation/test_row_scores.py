@@ -65,3 +65,10 @@ def test_a_conversation_that_ends_with_an_answer_says_it(score):
         {"generated": "ONE", "gold": "ONE", "exact_match": 1.0}
     ]
     assert score([{"talk": talk[:1]}], ["ONE"], ["exact_match"], **keys) == [{"generated": "ONE"}]
+
+
+def test_columns_that_are_named_as_results_are_kept_under_other_names(score):
+    rows = [{"q": "x", "a": "A"}, {"q": "y", "a": "B", "generated": 1, "row_generated": 2, "gold": 3}]
+    assert score(rows, ["A", "B"], [])[1] == {
+        "generated": "B", "gold": "B", "row_row_generated": 1, "row_generated": 2, "row_gold": 3
+    }  # fmt: skip

@@ -148,8 +148,7 @@ class Evaluator:
         samples = []
         for i, answer in enumerate(answers.texts[: self.num_samples]):
             if self.split.rows.kind == "text":
-                before, wanted = self._halves(i)
-                shown = [decode(self.tokenizer, ids).strip() for ids in (before, wanted)]
+                shown = self.show_halves(i)
             else:
                 shown = [self.show_input(i).strip(), self.references["answers"][i][0]]
             samples.append({"input": shown[0], "wanted": shown[1], "answer": answer})
@@ -160,6 +159,10 @@ class Evaluator:
         block = self.split.examples.target_ids(index)
         count = min(len(block) // 2, self.decoding.max_new_tokens)
         return block[:count], block[count : count + self.decoding.max_new_tokens]
+
+    def show_halves(self, index: int) -> list[str]:
+        """`_halves` as texts."""
+        return [decode(self.tokenizer, ids).strip() for ids in self._halves(index)]
 
     def show_input(self, index: int) -> str:
         """The text of a row's input; special tokens that its template has are shown, those around it are not."""

@@ -54,10 +54,17 @@ def list_predictions(evaluator: Evaluator, answers: MemberAnswers) -> list[dict[
 
 
 def write_predictions(folder: Path, evaluator: Evaluator, answers: MemberAnswers) -> None:
-    """Write a run's predictions.jsonl: each validation row's input as text, and its prediction. Raises RunFault."""
+    """Write a run's predictions.jsonl: each validation row's input as text, and its prediction. Raises RunFault.
+
+    A block of plain text has its beginning for an input, and what follows as `continuation`.
+    """
     lines = []
     for number, found in enumerate(list_predictions(evaluator, answers)):
-        row = {"row": number, "input": evaluator.show_input(number)} | found
+        if evaluator.split.rows.kind == "text":
+            shown = dict(zip(("input", "continuation"), evaluator.show_halves(number), strict=True))
+        else:
+            shown = {"input": evaluator.show_input(number)}
+        row = {"row": number} | shown | found
         lines.append(dump_json(row, ensure_ascii=False, default=str) + "\n")
     with fault_on_failed_write(folder / PREDICTIONS):
         replace_file(folder / PREDICTIONS, "".join(lines).encode())

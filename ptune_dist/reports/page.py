@@ -57,7 +57,10 @@ def list_before(results: Sequence[Result]) -> dict[str, dict[str, float]]:
 
 
 def list_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The held-out rows: input, what is right, and each result's answer; null where a result has another row there."""
+    """The held-out rows: input, what is right, and each result's answer and whether it is right.
+
+    An answer is null where a result has another row there.
+    """
     if not results:
         return []
     longest = max(results, key=lambda result: len(result.predictions)).predictions
@@ -65,15 +68,26 @@ def list_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     for number, row in enumerate(longest[:MOST_ROWS]):
         others = [result.predictions[number] if number < len(result.predictions) else None for result in results]
         gold = right_of(row)
-        answers = [answer_of(other) if other and right_of(other) == gold else None for other in others]
-        found.append({"input": row["input"], "gold": gold, "answers": answers})
+        same = [other if other and right_of(other) == gold else None for other in others]
+        answers = [answer_of(other) if other else None for other in same]
+        right = [is_right(other) if other else None for other in same]
+        found.append({"input": row["input"], "gold": gold, "answers": answers, "right": right})
     return found
 
 
 def right_of(row: dict[str, Any]) -> str:
     """What is right, as one text."""
-    gold = row.get("gold_label", row.get("gold", ""))
+    gold = row.get("gold_label", row.get("gold", row.get("continuation", "")))
     return " | ".join(map(str, gold)) if isinstance(gold, list) else str(gold)
+
+
+def is_right(row: dict[str, Any]) -> bool | None:
+    """Whether the label or the text is what is right; None of numbers, and without an answer or anything right."""
+    answer = row.get("label", row.get("generated"))
+    gold = row.get("gold_label", row.get("gold"))
+    if answer is None or gold is None:
+        return None
+    return str(answer).strip() in map(str, gold if isinstance(gold, list) else [gold])
 
 
 def answer_of(row: dict[str, Any]) -> str:

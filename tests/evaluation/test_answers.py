@@ -135,6 +135,8 @@ def test_a_prompt_for_plain_text_continues_the_given_text(commands, plain, tmp_p
     samples = json.loads((plain / "summary.json").read_text())["samples"]
     assert len(samples) == 5 and all(sample["trained"] and sample["wanted"] for sample in samples)
     assert samples[0]["input"] == LONG[:32].strip()
+    prediction = json.loads((plain / "predictions.jsonl").read_text().splitlines()[0])
+    assert (prediction["input"], prediction["continuation"]) == (samples[0]["input"], samples[0]["wanted"])
     (tmp_path / "in.txt").write_text("the quick\nbrown fox")
     write_rows(tmp_path / "in.jsonl", [{"text": "the quick"}, {"text": "brown fox"}])
     found = []

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from ptune_dist.cli import main
 from ptune_dist.errors import UserError
 from ptune_dist.metrics import METRICS
 from ptune_dist.metrics.intervals import bootstrap, paired_p_value
+from ptune_dist.reports.page import list_rows
 from ptune_dist.reports.results import differing_keys, read_results, short_names
 from tests.commands import Commands
 from tests.conftest import TINY, write_config
@@ -64,10 +66,26 @@ def test_the_page_holds_charts_and_rows_and_needs_no_network(tmp_path):
     assert page.count("<svg") >= 4
     assert not re.search(r'(src|href)="https?://', page)
     rows = json.loads(re.search(r"const rows = (.*);\n", page).group(1))
-    assert rows[3] == {"input": "text 3 </script>", "gold": "no", "answers": ["yes", "yes"]}
+    assert rows[3] == {"input": "text 3 </script>", "gold": "no", "answers": ["yes", "yes"], "right": [False] * 2}
     assert page.count("</script>") == 1
     for name in ("loss", "learning_rate", "tokens_per_s", "validation-accuracy"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "row, shown",
+    [
+        ({"gold": "a"}, ("a", "loss 0.5000", None)),
+        ({"gold": ["a", "b"], "generated": " b"}, ("a | b", " b", True)),
+        ({"gold": "a", "generated": "c"}, ("a", "c", False)),
+        ({"gold": 1.5, "predicted": 1.5}, ("1.5", "1.5", None)),
+        ({"continuation": "then", "generated": "this"}, ("then", "this", None)),
+    ],
+)
+def test_only_labels_and_generated_answers_are_right_or_wrong(row, shown):
+    own = {"input": "x", "loss": 0.5} | row
+    (found,) = list_rows([SimpleNamespace(predictions=[own])])
+    assert (found["gold"], *found["answers"], *found["right"]) == shown
 
 
 def test_members_of_a_sweep_are_compared_and_plotted_over_the_swept_key(tmp_path):

@@ -59,6 +59,13 @@ def test_it_is_silent_while_progress_is_counted(capsys):
     assert {part.split(":")[0] for part in capsys.readouterr().err.splitlines()} == {"rows"}
 
 
+def test_the_time_left_is_told_once_a_part_is_done():
+    line = ProgressLine("rows", 4)
+    assert line.render(65.0) == "rows: 0/4, 0:01:05 so far"
+    line.done = 1
+    assert line.render(65.0) == "rows: 1/4, ETA 0:03:15"
+
+
 def test_only_the_first_rank_of_a_node_prints(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with BusyLine("loading the base", first_s=0.01):

@@ -24,6 +24,8 @@ from ptune_dist.base.source import check_hub_name
 from ptune_dist.common.files import explain
 from ptune_dist.errors import UserError
 
+ARCHIVES = (".whl", ".zip")
+FILES = (".gguf", ".bin", *ARCHIVES)
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 # PEFT's types that add positions instead of changing weights.
@@ -115,11 +117,13 @@ def unpacked(source: str) -> Iterator[Source]:
     if path.is_dir():
         yield find_in_folder(path)
     elif not path.exists():
+        if path.suffix in FILES:
+            raise UserError(f"{source}: there is no such file")
         check_hub_name("import-base", source)
         yield Source(source)  # a name on the hub
     elif path.suffix == ".gguf":
         yield Source(str(path.parent), path.name)
-    elif path.suffix in (".whl", ".zip") and zipfile.is_zipfile(path):
+    elif path.suffix in ARCHIVES and zipfile.is_zipfile(path):
         with tempfile.TemporaryDirectory(prefix="ptune-import-") as folder:
             yield unpack(path, Path(folder))
     elif path.suffix == ".bin":

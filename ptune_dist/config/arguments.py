@@ -55,6 +55,8 @@ def explain_words(words: Sequence[str], command: str) -> str:
         return f"{word}: write {key}={value}, without dashes and spaces"
     if word.startswith("-"):
         return f"unrecognized arguments: {' '.join(words)}"
+    if command.endswith(" export") and "=" not in word:
+        return f"{word}: there is no such folder of a run, and it is not key.path=value"
     return f"{word!r} is not key.path=value"
 
 

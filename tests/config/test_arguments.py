@@ -40,6 +40,8 @@ def folder(tmp_path, monkeypatch):
         ("train rows.jsonl", "rows.jsonl: rows, and no config: a YAML file names them in data.train"),
         ("evaluate my.yaml", "my.yaml: a file: give the folder of a run"),
         ("evaluate runs/nope", "runs/nope: there is no such folder"),
+        ("export run runs/nope --to model --out out", "runs/nope: there is no such folder of a run, and it is not key"),
+        ("import-base nope.gguf --out out", "nope.gguf: there is no such file"),
         ("env x", "unrecognized arguments: x"),
     ],
 )

@@ -219,10 +219,10 @@ class Replicas:
         cover = group.cover(step)
         if any(cover.values()):
             self._total = add_pieces(self.num_blocks, cover)
-        own = group.view.own
         agreed = group.end_step(step)
         if not agreed.is_leaving:
             return (), agreed, group.view.is_writer
+        own = next(member for member in agreed.members if member.id == group.view.own_id)
         stay = [member for member in (*agreed.members, *agreed.joining) if member not in agreed.leaving]
         return (), agreed, is_writer and all(member.folder != own.folder for member in stay)
 

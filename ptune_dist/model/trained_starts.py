@@ -5,9 +5,9 @@ import torch
 from ptune_dist.base.trained import is_outside
 from ptune_dist.errors import UserError
 from ptune_dist.model.prompted_model import PromptedModel
-from ptune_dist.prompts.head_start import HEAD, VALUE_HEAD
+from ptune_dist.prompts.head_start import HEAD
 from ptune_dist.prompts.method import Method
-from ptune_dist.prompts.start import BASE
+from ptune_dist.prompts.start import BASE, VALUE_HEAD
 
 
 @torch.no_grad()
@@ -16,7 +16,7 @@ def start_trained(model: PromptedModel) -> None:
     for member, prompt in enumerate(model.members()):
         if prompt.base_start is not None:
             start_base(model, member, prompt.base_start)
-        elif prompt.head_start is not None:
+        if prompt.head_start is not None:
             start_head(model, member)
 
 
@@ -25,7 +25,7 @@ def start_base(model: PromptedModel, member: int, start: dict[str, torch.Tensor]
 
     Raises UserError where other tensors were trained.
     """
-    own = model.trainable(member)
+    own = {name: p for name, p in model.trainable(member).items() if name.startswith(BASE)}
     differing = sorted(own.keys() ^ start.keys())
     if differing:
         name = differing[0].removeprefix(BASE)

@@ -19,7 +19,7 @@ from ptune_dist.prompts.late_prompt import GENERATOR
 from ptune_dist.prompts.late_prompt import VECTORS as LATE_VECTORS
 from ptune_dist.prompts.peft_prefix import as_cartridge, for_decoder
 from ptune_dist.prompts.prefix_file import PLAIN
-from ptune_dist.prompts.start import BASE, read_adapter_settings
+from ptune_dist.prompts.start import BASE, VALUE_HEAD, read_adapter_settings
 
 # PEFT's types that exports are of.
 OWN_ADAPTERS = (
@@ -34,7 +34,6 @@ OWN_ADAPTERS = (
 CARTRIDGE = "cartridge"
 SEQ2SEQ = "seq2seq"
 POOLER = ".pooler."
-VALUE_HEAD = "value_head."
 
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from ptune_dist.prompts.start import Source, Start
+from ptune_dist.prompts.start import VALUE_HEAD, Source, Start
 
 HEAD = "head."
-VALUE_HEAD = "value_head."
 OF_PEFT = ("base_model.model.", "base_model.")
 NOT_OF_HEAD = ("trainable_tokens_delta", "adaption_")  # what PEFT's adapters hold under such names beside a head
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from ptune_dist.prompts.head_start import HeadStart, read_head
 from ptune_dist.prompts.start import Start
 from ptune_dist.prompts.store import load_prompt, save_prompt
+from tests.commands import run_command
 from tests.conftest import LABELS
 from tests.numerics.methods import labelled, write_run
 from tests.numerics.plain import read_rows
@@ -24,22 +25,31 @@ STEADY = {"optimizer": "sgd", "learning_rate": 0.3, "schedule": "constant", "bat
 def test_training_goes_on_with_the_head_as_one_run_would(tiny_bases, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", read_rows()[:NUM_ROWS])
     number = {"train": str(rows), "target": "{{ word|length }}"}
-    cases = {"bert": (labelled(rows), {}), "llama": (number, {"objective": "mse", "learning_rate": 0.03})}
+    numbers = {"objective": "mse", "learning_rate": 0.03}
+    cases = {
+        "bert": (labelled(rows), {}, {}),
+        "llama": (number, numbers, {}),
+        "llama-norms": (number, numbers, {"method": "norms_only", "num_virtual_tokens": 0}),
+        "llama-head": (number, numbers, {"method": "head_only", "num_virtual_tokens": 0}),
+    }
     specs = []
-    for kind, (data, objective) in cases.items():
+    for kind, (data, objective, method) in cases.items():
         for name, steps, prompt in (
             ("whole", NUM_STEPS, {}),
             ("half", NUM_STEPS // 2, {}),
             ("further", NUM_STEPS // 2, {"init": "file", "init_file": str(tmp_path / f"{kind}-half")}),
         ):
             train = STEADY | objective | {"max_steps": steps}
-            specs.append(write_run(tmp_path, f"{kind}-{name}", tiny_bases[kind], prompt, data=data, train=train))
+            base = tiny_bases[kind.partition("-")[0]]
+            specs.append(write_run(tmp_path, f"{kind}-{name}", base, method | prompt, data=data, train=train))
     runs = train_all(specs, tmp_path, num_ranks=1)
     for kind in cases:
         whole = curve(runs[f"{kind}-whole"])
         assert all(abs(after - before) > 1e-3 * before for before, after in itertools.pairwise(whole))
         assert curve(runs[f"{kind}-further"]) == pytest.approx(whole[2:], rel=1e-5)
         assert "the head starts as that of" in (runs[f"{kind}-further"] / "train.log").read_text()
+    failed = run_command("export", str(runs["llama-norms-half"]), "--to", "model", "--out", str(tmp_path / "out"))
+    assert "--to model: this run was trained with a head that answers numbers" in failed.stderr
 
 
 def test_a_head_among_the_tensors_of_a_base_starts_anew_with_other_labels(tiny_bases, tmp_path):

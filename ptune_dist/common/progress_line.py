@@ -47,11 +47,12 @@ class ProgressLine:
             say(self.render(now - self._began))
 
     def render(self, seconds: float) -> str:
-        left_s = seconds * (self.total - self.done) / max(1, self.done)
         counts = f"{self.done:,}/{self.total:,}"
         if self.unit == "GiB":
             counts = f"{self.done / BYTES_PER_GIB:,.2f}/{self.total / BYTES_PER_GIB:,.2f} GiB"
-        return f"{self.what}: {counts}, ETA {render_duration(left_s)}"
+        if not self.done:
+            return f"{self.what}: {counts}, {render_duration(seconds)} so far"
+        return f"{self.what}: {counts}, ETA {render_duration(seconds * (self.total - self.done) / self.done)}"
 
 
 class WaitingLine:

@@ -112,7 +112,7 @@ WARNED = {
     ),
     "cut example": (
         {"prompt": {"method": "cpt", "num_virtual_tokens": 20}},
-        "prompt.num_virtual_tokens: the first 2 rows have 36 tokens and the prompt 20: the first 16 tokens are left out",
+        "prompt.num_virtual_tokens: the first 2 rows have 36 tokens and the prompt 20: the first 16 tokens are",
     ),
     "short answers": (
         {"held_out": ROWS, "evaluate": {"metrics": ["exact_match"], "max_new_tokens": 3}},

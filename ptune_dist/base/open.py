@@ -122,14 +122,11 @@ def open_base(
     untie_trained(model, opened.trained)
     merged = merge_projections(model, opened.names, {name.rpartition(".")[0] for name in opened.trained})
     opened.weights = MergedWeights(opened.weights, merged)
-    if int8 is not None:
-        make_int8(
-            model, dtype=dtype, skip=modules_with_trained_weights(model, opened.trained) | read_directly(model), **int8
-        )
-    if fp8 is not None:
-        make_fp8(
-            model, dtype=dtype, skip=modules_with_trained_weights(model, opened.trained) | read_directly(model), **fp8
-        )
+    trained = modules_with_trained_weights(model, opened.trained)
+    for make, options in ((make_int8, int8), (make_fp8, fp8)):
+        if options is not None:
+            refuse_trained_head(model, trained, options["include"])
+            make(model, dtype=dtype, skip=trained | read_directly(model), **options)
     check_trained(model, opened.trained)
     for module in model.modules():  # T5's stacks have configs of their own
         if isinstance(module, PreTrainedModel):
@@ -146,6 +143,13 @@ def open_base(
 def modules_with_trained_weights(model: PreTrainedModel, trained: set[str]) -> set[str]:
     """Modules that are not quantized; one of which only the bias is trained is."""
     return {name.rpartition(".")[0] for name in trained if model.get_parameter(name).dim() > 1}
+
+
+def refuse_trained_head(model: PreTrainedModel, trained: set[str], include: list[str]) -> None:
+    """Raise UserError where a head is to be in 8 bits that is trained."""
+    head = model.get_output_embeddings()
+    if "head" in include and any(module is head for name, module in model.named_modules() if name in trained):
+        raise UserError("model.int8_include: the head is trained, so it is not quantized: leave out head")
 
 
 def check_trained(model: PreTrainedModel, trained: set[str]) -> None:

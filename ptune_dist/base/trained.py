@@ -55,6 +55,11 @@ def trained_parameters(base: PreTrainedModel) -> dict[str, nn.Parameter]:
     return named | base.__dict__.get(ATTRIBUTE, {})
 
 
+def is_outside(model: PreTrainedModel, name: str) -> bool:
+    """Whether a classifier's parameter stands outside of its encoder: DeBERTa's pooler does, BERT's does not."""
+    return not name.startswith(f"{model.base_model_prefix}.")
+
+
 def choose_parameters(model: PreTrainedModel, is_chosen: Callable[[nn.Module, str], bool]) -> set[str]:
     """All names of the parameters of which `is_chosen(module, leaf)` is true."""
     return {

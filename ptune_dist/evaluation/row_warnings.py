@@ -39,6 +39,7 @@ def find_warnings(reading: Reading, read: RunRows) -> list[str]:
 def warn_of_member(reading: Reading, member: Config, split: Split, evaluator: Evaluator | None) -> Iterator[str]:
     yield from warn_of_start(reading, member)
     yield from warn_of_start_rows(member, split.examples)
+    yield from warn_of_cut_example(member, split.examples)
     yield from warn_of_text(member)
     yield from warn_of_length(member, split.num_rows)
     if split.rows.kind != "text":
@@ -93,6 +94,26 @@ def warn_of_start_rows(member: Config, examples: Examples) -> Iterator[str]:
             f"prompt.init_rows: the first {count} rows have {num_tokens} tokens and the prompt {num_virtual} "
             f"positions: the last {num_tokens - num_virtual} tokens are left out"
         )
+
+
+def warn_of_cut_example(member: Config, examples: Examples) -> Iterator[str]:
+    """In-context examples of `cpt`, the earliest of which is cut at its beginning."""
+    prompt = member.prompt
+    if prompt.method != "cpt" or prompt.init != "rows" or getattr(prompt, "cpt_token_ids", None) is not None:
+        return
+    chunk = slice(0, prompt.num_virtual_tokens)  # a row has a token or more
+    lengths = examples.lengths_in(chunk)
+    if examples.numbers is not None:
+        lengths = lengths - examples.num_targets[chunk]
+    totals = np.cumsum(lengths)
+    count = int(np.searchsorted(totals, prompt.num_virtual_tokens)) + 1
+    if count > len(totals) or totals[count - 1] == prompt.num_virtual_tokens:
+        return
+    what = f"the first {count:,} rows have" if count > 1 else "the first row has"
+    yield (
+        f"prompt.num_virtual_tokens: {what} {totals[count - 1]:,} tokens and the prompt {prompt.num_virtual_tokens:,}: "
+        f"the first {totals[count - 1] - prompt.num_virtual_tokens:,} tokens are left out"
+    )
 
 
 def warn_of_length(member: Config, num_rows: int) -> Iterator[str]:

@@ -12,7 +12,8 @@ from safetensors.torch import save
 
 from ptune_dist.errors import UserError
 from ptune_dist.families import FAMILIES
-from ptune_dist.prompts.export import differ_by_layer, is_of_seq2seq, write_folder
+from ptune_dist.prompts.export import differ_by_layer, is_of_seq2seq, name_other_export, write_folder
+from ptune_dist.prompts.start import VALUE_HEAD
 
 FILES = ("past_key_values.safetensors", "past_key_values.json")
 
@@ -46,12 +47,14 @@ def check_for_kv(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> Non
     name = facts.get("method", "prompt_tuning")
     family = FAMILIES.get(facts.get("base", {}).get("family", ""))
     if "prefix_keys" not in tensors:
-        other = "model" if "virtual_tokens" in tensors else "peft"
-        raise UserError(f"--to kv: this is for keys and values, and {name} trains none: use --to {other}")
-    if any(key.startswith("value_head.") for key in tensors):
+        has_vectors = "virtual_tokens" in tensors and not any(key.startswith(VALUE_HEAD) for key in tensors)
+        goes_in_model = has_vectors and facts["placement"] != "decoder"
+        other = ": use --to model" if goes_in_model else name_other_export(tensors, facts)
+        raise UserError(f"--to kv: this is for keys and values, and {name} trains none{other}")
+    if any(key.startswith(VALUE_HEAD) for key in tensors):
         raise UserError("--to kv: this prompt was trained with a head that answers numbers, which no cache holds")
     if family and family.trains_head:
-        raise UserError("--to kv: an encoder has no cache: use --to peft")
+        raise UserError(f"--to kv: an encoder has no cache{name_other_export(tensors, facts)}")
     wanted = "decoder" if is_of_seq2seq(facts) else "prefix"
     if facts["placement"] != wanted:
         raise UserError(

@@ -152,7 +152,7 @@ def export_one(config: Config, run_dir: Path, request: ExportRequest, read_rows:
     if request.text is not None or request.file is not None:
         inputs = build_inputs(config.data, read_rows(), reading.encoding(config))
     dtype = getattr(torch, config.model.dtype)
-    export_prompt_embeds(tensors, open_base_of(reading).embed, inputs, dtype, out, pad_id(reading.tokenizer))
+    export_prompt_embeds(tensors, open_base_of(reading).embed, inputs, dtype, out, pad_id(reading.tokenizer), facts)
 
 
 def export_adapter(

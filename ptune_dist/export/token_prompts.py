@@ -9,6 +9,8 @@ import torch
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from ptune_dist.errors import UserError
+from ptune_dist.export.kv import check_for_kv
+from ptune_dist.prompts.export import fits, name_other_export
 from ptune_dist.prompts.start import BASE
 from ptune_dist.run.reading import Reading
 
@@ -73,13 +75,14 @@ def check_vectors(prompt: TrainedPrompt) -> None:
     method = prompt.facts.get("method", "prompt_tuning")
     tensors = prompt.tensors
     if "prefix_keys" in tensors:
-        raise UserError(f"--to model: {method} trains keys and values, which are no tokens: use --to kv")
-    if "late_tokens" in tensors:
-        raise UserError(f"--to model: {method} trains more than the base has: use --to vectors")
+        fits_cache = fits(check_for_kv, tensors, prompt.facts)
+        other = ": use --to kv" if fits_cache else name_other_export(tensors, prompt.facts)
+        raise UserError(f"--to model: {method} trains keys and values, which are no tokens{other}")
     if "virtual_tokens" not in tensors:
         if any(name.startswith(BASE) for name in tensors):
             raise UserError(f"--to model: {method} trains tensors of the base, so its run makes a model alone")
-        raise UserError(f"--to model: {method} trains more than the base has: use --to peft")
+        other = name_other_export(tensors, prompt.facts)
+        raise UserError(f"--to model: {method} trains more than the base has{other}")
     if any(name.startswith("value_head.") for name in tensors):
         raise UserError("--to model: this prompt was trained with a head that answers numbers, which no server has")
     if prompt.vectors.dim() == 3:

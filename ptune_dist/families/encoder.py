@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ptune_dist.base.architecture import model_types
+from ptune_dist.base.trained import is_outside
 from ptune_dist.data.batches import Batch, Unit, pad_rows
 from ptune_dist.data.examples import Examples
 from ptune_dist.data.framing import Framing, LabelTargets, NumberTargets, Targets
@@ -207,8 +208,3 @@ class Encoder(Family):
 
     def generation_config(self, shape: PretrainedConfig) -> None:
         return None
-
-
-def is_outside(model: PreTrainedModel, name: str) -> bool:
-    """Whether a classifier's parameter stands outside of its encoder: DeBERTa's pooler does, BERT's does not."""
-    return not name.startswith(f"{model.base_model_prefix}.")

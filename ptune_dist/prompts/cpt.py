@@ -94,9 +94,7 @@ class Cpt(Method):
             return cls._from_file(options, (num_virtual_tokens, base.width), start)
         if options.cpt_token_ids is not None:
             ids = options.cpt_token_ids
-            unknown = [number for number in ids if not 0 <= number < (start.num_embeddings or len(start.tokenizer))]
-            if unknown:
-                raise ValueError(f"prompt.cpt_token_ids: {unknown[0]} is not a token of the base")
+            check_known(ids, start, "prompt.cpt_token_ids")
             kinds = options.cpt_tokens_type_mask or [INPUT] * len(ids)
         else:
             ids, kinds = join_examples(start.examples(), num_virtual_tokens)
@@ -105,7 +103,10 @@ class Cpt(Method):
 
     @classmethod
     def _from_file(cls, options: CptOptions, shape: tuple[int, int], start: Start) -> "Cpt":
-        """An earlier prompt, or an adapter of PEFT's, which holds the sum of embeddings and steps. Raises UserError."""
+        """An earlier prompt, or an adapter of PEFT's, which holds the sum of embeddings and steps.
+
+        Raises UserError, ValueError.
+        """
         source = start.read()
         vectors = start.vectors(*shape)
         ids = source.settings.get("cpt_token_ids")
@@ -122,7 +123,11 @@ class Cpt(Method):
         ):
             if given is not None and given != stored:
                 raise UserError(f"prompt.{name}: {source.file} has other ones: leave it out to train that prompt")
-        prompt = cls(source.tensors.get("embedding", start.lookup(ids)), ids, kinds, options)
+        embedding = source.tensors.get("embedding")
+        if embedding is None:
+            check_known(ids, start, f"prompt.init_file: {source.file}")
+            embedding = start.lookup(ids)
+        prompt = cls(embedding, ids, kinds, options)
         prompt.delta.data.copy_(source.tensors.get("delta", vectors - prompt.embedding))
         return prompt
 
@@ -191,6 +196,14 @@ def check_tokens(options: CptOptions, num_virtual_tokens: int) -> None:
         raise ValueError("prompt.cpt_tokens_type_mask: kinds cannot be negative")
     if options.opt_weighted_loss_type == "none" and options.opt_loss_decay_factor != 1:
         raise ValueError("prompt.opt_loss_decay_factor is for prompt.opt_weighted_loss_type=decay")
+
+
+def check_known(ids: list[int], start: Start, where: str) -> None:
+    """Raise ValueError, which begins with `where`, for an id whose embedding the base lacks."""
+    num = start.num_embeddings or len(start.tokenizer)
+    unknown = next((number for number in ids if not 0 <= number < num), None)
+    if unknown is not None:
+        raise ValueError(f"{where}: {unknown} is not a token of the base")
 
 
 def check_moving(kinds: list[int]) -> None:

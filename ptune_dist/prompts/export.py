@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ptune_dist.prompts.late_prompt import GENERATOR
 from ptune_dist.prompts.late_prompt import VECTORS as LATE_VECTORS
 from ptune_dist.prompts.peft_prefix import as_cartridge, for_decoder
 from ptune_dist.prompts.prefix_file import PLAIN
-from ptune_dist.prompts.start import BASE, read_adapter_settings
+from ptune_dist.prompts.start import BASE, VALUE_HEAD, read_adapter_settings
 
 # PEFT's types that exports are of.
 OWN_ADAPTERS = (
@@ -34,7 +34,6 @@ OWN_ADAPTERS = (
 CARTRIDGE = "cartridge"
 SEQ2SEQ = "seq2seq"
 POOLER = ".pooler."
-VALUE_HEAD = "value_head."
 
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -69,7 +68,7 @@ def check_for_peft(tensors: dict[str, torch.Tensor], facts: dict[str, Any], to: 
     """Raise UserError for a prompt that PEFT cannot place: it puts virtual tokens before everything."""
     name = facts.get("method", "prompt_tuning")
     if METHODS[name].trains_base:
-        raise UserError(f"--to {to}: PEFT has no {name}: use --to model")
+        raise UserError(f"--to {to}: PEFT has no {name}{name_other_export(tensors)}")
     if LATE_VECTORS in tensors:
         other = name_other_export(tensors)
         raise UserError(f"--to {to}: PEFT has no method whose virtual tokens enter at a later layer{other}")
@@ -186,6 +185,7 @@ def export_prompt_embeds(
     dtype: torch.dtype,
     out: Path,
     placeholder: int = 0,
+    facts: dict[str, Any] | None = None,
 ) -> None:
     """Write `prompt_embeds.safetensors`: `virtual_tokens` [P, D], and `prompt_embeds.I` [T, D] for each input.
 
@@ -196,7 +196,7 @@ def export_prompt_embeds(
     at least one, to [T, D]. The tensors are in the base's dtype, as vLLM wants them; those of a seq2seq base are its
     encoder's `inputs_embeds`. Raises UserError, also for an encoder: its answers need its head.
     """
-    other = name_other_export(tensors)
+    other = name_other_export(tensors, facts)
     if any(name.startswith("head.") for name in tensors):
         raise UserError(f"--to prompt-embeds: this prompt was trained with a classification head{other}")
     if any(name.startswith(VALUE_HEAD) for name in tensors):
@@ -257,12 +257,27 @@ def has_generator(tensors: dict[str, torch.Tensor]) -> bool:
     return any(name.startswith(GENERATOR) for name in tensors)
 
 
-def name_other_export(tensors: dict[str, torch.Tensor]) -> str:
-    """Advice on what a prompt or the trained tensors of a base can be exported to; empty where there is nothing."""
+def name_other_export(tensors: dict[str, torch.Tensor], facts: dict[str, Any] | None = None) -> str:
+    """Advice on what a prompt or the trained tensors of a base can be exported to; empty where there is nothing.
+
+    With facts, PEFT is named only where it takes this prompt.
+    """
     if LATE_VECTORS in tensors:
         return "" if has_generator(tensors) else ": use --to vectors"
-    is_of_base = any(name.startswith(BASE) for name in tensors)
-    return ": use --to model" if is_of_base else ": use --to peft"
+    if any(name.startswith(VALUE_HEAD) for name in tensors):
+        return ""
+    if any(name.startswith(BASE) for name in tensors):
+        return ": use --to model"
+    return ": use --to peft" if facts is None or fits(check_for_peft, tensors, facts) else ""
+
+
+def fits(check: Callable[..., None], tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> bool:
+    """Whether the check of an export passes."""
+    try:
+        check(tensors, facts)
+    except UserError:
+        return False
+    return True
 
 
 def export_vectors(tensors: dict[str, torch.Tensor], facts: dict[str, Any], layer: str, out: Path) -> None:

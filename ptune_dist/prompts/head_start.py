@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from ptune_dist.prompts.start import Source, Start
+from ptune_dist.prompts.start import VALUE_HEAD, Source, Start
 
 HEAD = "head."
-VALUE_HEAD = "value_head."
 OF_PEFT = ("base_model.model.", "base_model.")
 NOT_OF_HEAD = ("trainable_tokens_delta", "adaption_")  # what PEFT's adapters hold under such names beside a head
 
@@ -23,12 +22,14 @@ NOT_OF_HEAD = ("trainable_tokens_delta", "adaption_")  # what PEFT's adapters ho
 class HeadStart:
     """What the head of a run may start from; `tensors` are empty where the file has no head for the same labels.
 
-    scale: mean and standard deviation of the numbers that a head was trained to answer.
+    scale: mean and standard deviation of the numbers that a head was trained to answer. has_labels: whether the file is
+    of a run with the same labels; None where it does not say.
     """
 
     file: Path
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     scale: dict[str, float] | None = None
+    has_labels: bool | None = None
 
     def tensors_for(self, mean: float, std: float) -> dict[str, torch.Tensor]:
         """The tensors, with those of a head that answers numbers for targets of another mean and deviation."""
@@ -47,10 +48,11 @@ def read_head(start: Start, labels: list[str] | None) -> HeadStart:
     if source.settings:
         found |= {HEAD + strip(name): tensor.float() for name, tensor in source.tensors.items() if is_of_head(name)}
     known = stored_labels(source)
-    if known is not None and known != labels:
+    has_labels = None if known is None else known == labels
+    if has_labels is False:
         found = {}
     scale = source.facts.get("target_scale") if f"{VALUE_HEAD}weight" in found else None
-    return HeadStart(source.file, found, scale)
+    return HeadStart(source.file, found, scale, has_labels)
 
 
 def is_of_head(name: str) -> bool:

@@ -5,7 +5,7 @@ a generator, the virtual tokens depend on what these layers leave.
 Shapes: P virtual tokens, H hidden size.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -111,6 +111,9 @@ class LatePrompt(Method):
         vectors = self.late_tokens + self.generator(rows, self.num_virtual_tokens)
         return [Contribution(vectors=own, start_layer=self.start_layer) for own in vectors]
 
+    def settled_options(self) -> dict[str, Any]:
+        return {"start_layer": self.start_layer}
+
     def plain(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
@@ -130,7 +133,9 @@ def middle_layer(base: BaseFacts) -> int:
 
 def check_stored_layer(layer: int, base: BaseFacts, start: Start) -> None:
     """Raise ValueError where the prompt in `prompt.init_file` is known to enter at another layer. Raises UserError."""
-    options = start.read().facts.get("options", {})
+    facts = start.read().facts
+    options = facts.get("options", {}) | facts.get("settled_options", {})
+    # Older prompts without the option do not say; the middle layer of this base is likely the same one.
     stored = (options["start_layer"] or middle_layer(base)) if "start_layer" in options else layer
     if stored != layer:
         raise ValueError(

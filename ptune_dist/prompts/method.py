@@ -229,7 +229,9 @@ class Method(nn.Module):
         """Called before the passes of optimizer step `step`: for methods whose forward draws random numbers."""
 
     def settled_options(self) -> dict[str, Any]:
-        """What the options `of_file` have come to."""
+        """What options that a config leaves out have come to. They are stored with the prompt; those `of_file` are put
+        into the run's config.
+        """
         return {}
 
     @property

@@ -23,6 +23,7 @@ PROMPT_FILES = ("prompt/prompt.safetensors", "prompt.safetensors", "adapter_mode
 VECTOR_ADAPTERS = ("PROMPT_TUNING", "P_TUNING", "CPT")  # PEFT's types whose prompt_embeddings are virtual tokens
 VECTOR_NAMES = ("virtual_tokens", "prompt_embeddings")  # ours and PEFT's
 BASE = "base."  # tensors of the base that a method has trained
+VALUE_HEAD = "value_head."  # the head that answers numbers
 
 NOTHING = "nothing"
 
@@ -136,11 +137,14 @@ class Start:
         return repeat(found, num)[:num]
 
     def base_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of the base that `prompt.init_file` holds, by their names there, in float32. Raises UserError."""
+        """The tensors of the base that `prompt.init_file` holds, by their names there, in float32.
+
+        A run that answers numbers may have trained its head alone. Raises UserError.
+        """
         file = find_prompt_file(self.file or "")
         stored = read_tensors(file)
         found = {name: tensor.float() for name, tensor in stored.items() if name.startswith(BASE)}
-        if not found:
+        if not found and not any(name.startswith(VALUE_HEAD) for name in stored):
             raise UserError(f"prompt.init_file: {file} has no tensors of a base, {describe_held(file, stored)}")
         return found
 

@@ -126,6 +126,9 @@ def prompt_facts(job: Job, member: str, *, step: int, metrics: dict[str, float])
     options = check_options(config.prompt).model_dump()
     if options:
         facts["options"] = options
+    settled = job.prompts[member].settled_options()
+    if settled:
+        facts["settled_options"] = settled
     if model.predicts_numbers:
         scale = model.target_scales[list(job.members).index(member)]
         facts["objective"] = config.train.objective

@@ -11,7 +11,7 @@ from ptune_dist.base.source import load_shape
 from ptune_dist.common.files import share_as_folder
 from ptune_dist.errors import UserError
 from ptune_dist.prompts.export import name_other_export
-from ptune_dist.prompts.start import BASE
+from ptune_dist.prompts.start import BASE, VALUE_HEAD
 from ptune_dist.prompts.trainable_tokens import INDICES, ROWS
 from ptune_dist.run.parts import open_base_of
 from ptune_dist.run.reading import Reading
@@ -19,6 +19,8 @@ from ptune_dist.run.reading import Reading
 
 def export_model(reading: Reading, tensors: dict[str, torch.Tensor], out: Path) -> None:
     """Write a folder for `from_pretrained`, in the dtype of the run. The whole base is in memory. Raises UserError."""
+    if any(name.startswith(VALUE_HEAD) for name in tensors):
+        raise UserError("--to model: this run was trained with a head that answers numbers, which no model has")
     trained = {name.removeprefix(BASE): tensor for name, tensor in tensors.items() if name.startswith(BASE)}
     rows = tensors.get(ROWS)
     if len(trained) + 2 * (rows is not None) < len(tensors):

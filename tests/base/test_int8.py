@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ptune_dist.base.int8 import Int8Embedding, Int8Linear, quantize_rows
 from ptune_dist.base.load import fill_whole
 from ptune_dist.base.quantized import QuantizedWeight
+from ptune_dist.base.trained import parameters_of_head
 from tests.base.bases import IDS, error_of, load, logits_of, open_only
 from tests.conftest import ARCHITECTURES, ENCODERS, LABELS, SEQ2SEQ
 
@@ -272,6 +273,11 @@ def test_one_of_two_that_are_tied_is_refused(tiny_bases, kind, one):
 
 def test_a_head_that_an_encoder_has_not_is_refused(tiny_bases):
     error_of(load, tiny_bases["bert"], int8=PLAIN | {"include": ["head"]}, starts="model.int8_include: ")
+
+
+def test_a_head_that_is_trained_is_refused(tiny_bases):
+    options = {"int8": PLAIN | {"include": ["head"]}, "choose_trained": parameters_of_head}
+    error_of(load, tiny_bases["llama"], **options, starts="model.int8_include: the head is trained")
 
 
 def test_embeddings_that_do_more_than_look_up_are_refused_by_their_type(tiny_bases):

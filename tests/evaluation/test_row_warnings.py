@@ -110,6 +110,10 @@ WARNED = {
         {"prompt": {"method": "prefix_tuning", "init": "rows", "init_rows": 2}},
         "prompt.init_rows: the first 2 rows have ",
     ),
+    "cut example": (
+        {"prompt": {"method": "cpt", "num_virtual_tokens": 20}},
+        "prompt.num_virtual_tokens: the first 2 rows have 36 tokens and the prompt 20: the first 16 tokens are",
+    ),
     "short answers": (
         {"held_out": ROWS, "evaluate": {"metrics": ["exact_match"], "max_new_tokens": 3}},
         "evaluate.max_new_tokens 3 is less than the targets of 8 of the 8 validation rows have, up to 10",

@@ -287,6 +287,14 @@ def test_what_cannot_be_tokens_of_a_model_is_refused_in_one_line(tiny_bases, tmp
     twin = write_trained(tmp_path / "other" / "a", base, "llama", vectors)
     elsewhere = write_trained(tmp_path / "b", tiny_bases["qwen2"], "qwen2", vectors)
     prefix = write_trained(tmp_path / "c", base, "llama", keys, "prefix_tuning")
+    infix = write_trained(tmp_path / "d", base, "llama", keys, "prefix_tuning", prompt={"placement": "infix"})
+    no_prompt = {"num_virtual_tokens": 0}
+    norms = write_trained(tmp_path / "e", base, "llama", {"base.w": torch.ones(8)}, "norms_only", prompt=no_prompt)
+    late = write_trained(tmp_path / "f", base, "llama", {"late_tokens": draw(32)}, "late_prompt")
+    own = {"late_tokens": draw(32), "generator.up": draw(32)}
+    generated = write_trained(tmp_path / "g", base, "llama", own, "late_prompt", prompt={"generator": "pooled"})
+    gates = {"adaption_tokens": draw(32)}
+    adapters = write_trained(tmp_path / "h", tiny_bases["qwen2"], "qwen2", gates, "adaption_prompt", prompt=no_prompt)
     cases = {
         "use --to kv": ([prefix], {}),
         "--names: two runs are called a": ([good, twin], {}),
@@ -297,11 +305,21 @@ def test_what_cannot_be_tokens_of_a_model_is_refused_in_one_line(tiny_bases, tmp
         "--names: only for --to model": ([good], {"to": "peft", "names": ("x",)}),
         "holds another model or other files": ([good], {"out": base}),
         "--to kv: this is for keys and values, and prompt_tuning trains none: use --to model": ([good], {"to": "kv"}),
+        "and norms_only trains none: use --to model": ([norms], {"to": "kv"}),
+        "and late_prompt trains none: use --to vectors": ([late], {"to": "kv"}),
     }
     for message, (runs, options) in cases.items():
         with pytest.raises(UserError) as refused:
             export(runs, **{"out": tmp_path / "out"} | options)
         assert message in str(refused.value) and "\n" not in str(refused.value)
+    nowhere = {  # no other format takes these
+        "late_prompt trains more than the base has": generated,
+        "prefix_tuning trains keys and values, which are no tokens": infix,
+        "adaption_prompt trains more than the base has": adapters,
+    }
+    for message, run in nowhere.items():
+        with pytest.raises(UserError, match=f"^--to model: {message}$"):
+            export([run], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from ptune_dist.prompts.head_start import HeadStart, read_head
 from ptune_dist.prompts.start import Start
-from ptune_dist.prompts.store import save_prompt
+from ptune_dist.prompts.store import load_prompt, save_prompt
+from tests.commands import run_command
 from tests.conftest import LABELS
 from tests.numerics.methods import labelled, write_run
 from tests.numerics.plain import read_rows
@@ -24,22 +25,55 @@ STEADY = {"optimizer": "sgd", "learning_rate": 0.3, "schedule": "constant", "bat
 def test_training_goes_on_with_the_head_as_one_run_would(tiny_bases, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", read_rows()[:NUM_ROWS])
     number = {"train": str(rows), "target": "{{ word|length }}"}
-    cases = {"bert": (labelled(rows), {}), "llama": (number, {"objective": "mse", "learning_rate": 0.03})}
+    numbers = {"objective": "mse", "learning_rate": 0.03}
+    cases = {
+        "bert": (labelled(rows), {}, {}),
+        "llama": (number, numbers, {}),
+        "llama-norms": (number, numbers, {"method": "norms_only", "num_virtual_tokens": 0}),
+        "llama-head": (number, numbers, {"method": "head_only", "num_virtual_tokens": 0}),
+    }
     specs = []
-    for kind, (data, objective) in cases.items():
+    for kind, (data, objective, method) in cases.items():
         for name, steps, prompt in (
             ("whole", NUM_STEPS, {}),
             ("half", NUM_STEPS // 2, {}),
             ("further", NUM_STEPS // 2, {"init": "file", "init_file": str(tmp_path / f"{kind}-half")}),
         ):
             train = STEADY | objective | {"max_steps": steps}
-            specs.append(write_run(tmp_path, f"{kind}-{name}", tiny_bases[kind], prompt, data=data, train=train))
+            base = tiny_bases[kind.partition("-")[0]]
+            specs.append(write_run(tmp_path, f"{kind}-{name}", base, method | prompt, data=data, train=train))
     runs = train_all(specs, tmp_path, num_ranks=1)
     for kind in cases:
         whole = curve(runs[f"{kind}-whole"])
         assert all(abs(after - before) > 1e-3 * before for before, after in itertools.pairwise(whole))
         assert curve(runs[f"{kind}-further"]) == pytest.approx(whole[2:], rel=1e-5)
         assert "the head starts as that of" in (runs[f"{kind}-further"] / "train.log").read_text()
+    failed = run_command("export", str(runs["llama-norms-half"]), "--to", "model", "--out", str(tmp_path / "out"))
+    assert "--to model: this run was trained with a head that answers numbers" in failed.stderr
+
+
+def test_a_head_among_the_tensors_of_a_base_starts_anew_with_other_labels(tiny_bases, tmp_path):
+    rows = labelled(write_rows(tmp_path / "rows.jsonl", read_rows()[:NUM_ROWS]))
+    prompt = {"method": "last_layers", "num_virtual_tokens": 0}
+    further = prompt | {"init": "file", "init_file": str(tmp_path / "first")}
+    train = STEADY | {"max_steps": 1, "learning_rate": 1e-12}
+    cases = {"first": (prompt, LABELS, 0.3), "same": (further, LABELS, 1e-12), "fewer": (further, LABELS[:2], 1e-12)}
+    cases["other"] = (further, LABELS[::-1], 1e-12)
+    specs = []
+    for name, (own, labels, rate) in cases.items():
+        target = "{{ label if label != 'long' else 'short' }}"
+        data = rows | {"labels": labels, "target": target}
+        sections = {"data": data, "train": train | {"learning_rate": rate}}
+        specs.append(write_run(tmp_path, name, tiny_bases["bert"], own, **sections))
+    runs = train_all(specs, tmp_path, num_ranks=1)
+    stored, *found = (load_prompt(runs[name] / "prompt")[0] for name in cases)
+    for name, tensors in zip(list(cases)[1:], found, strict=True):
+        layers = [key for key in stored if "classifier" not in key]
+        assert all(torch.allclose(tensors[key], stored[key], atol=1e-6) for key in layers), name
+        head = "base.classifier.weight"
+        is_same = tensors[head].shape == stored[head].shape and torch.allclose(tensors[head], stored[head], atol=1e-6)
+        assert is_same == (name == "same")
+        assert ("starts as that of" if is_same else "starts anew") in (runs[name] / "train.log").read_text()
 
 
 def test_a_head_answers_the_same_numbers_under_another_scale():

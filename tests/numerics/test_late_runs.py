@@ -15,12 +15,12 @@ from ptune_dist.objectives.cross_entropy import CrossEntropy
 from ptune_dist.prompts.late_prompt import LatePrompt
 from ptune_dist.run.checkpoint import list_checkpoints
 from ptune_dist.run.metrics_log import read_metrics
-from tests.commands import run_commands
+from tests.commands import run_command, run_commands
 from tests.conftest import build_tiny_base
 from tests.numerics.banks import assert_ends_as_alone, check_members, write_alone, write_bank
 from tests.numerics.banks import write_rows as write_bank_rows
 from tests.numerics.late import plain_late_logits
-from tests.numerics.methods import FEW, RECOMPUTED, WAYS, check_ways, pick, write_ways
+from tests.numerics.methods import FEW, RECOMPUTED, WAYS, check_ways, pick, write_run, write_ways
 from tests.numerics.plain import NUM_VIRTUAL, load_plain, padded_batches, run_loop
 from tests.numerics.test_curves import curve, train_all, zero_json
 from tests.processes import ROOT
@@ -65,6 +65,16 @@ def plain_curve(base_dir: Path, prompt: dict[str, torch.Tensor]) -> list[float]:
 
     batches = padded_batches(AutoTokenizer.from_pretrained(base_dir))
     return run_loop(list(trained.values()), loss_of, batches, num_steps=FEW)
+
+
+def test_a_deeper_base_does_not_move_a_prompt_to_its_own_middle(tiny_bases, base, tmp_path):
+    config, _ = write_run(tmp_path, "first", tiny_bases["llama"], {"method": "late_prompt"}, train={"max_steps": 1})
+    train_all([(config, [])], tmp_path, num_ranks=1)
+    further = {"method": "late_prompt", "init": "file", "init_file": str(tmp_path / "first")}
+    config, _ = write_run(tmp_path, "further", base, further)
+    failed = run_command("train", config)
+    assert failed.returncode == 2, failed.stderr
+    assert "that prompt enters at layer 1, this one at layer 2: set prompt.start_layer=1" in failed.stderr
 
 
 def test_the_curve_depends_on_no_stage_no_cache_and_no_way_of_computing(base, tmp_path):

@@ -1,7 +1,10 @@
 """Context-aware prompts: which tokens of the rows they take, of what kind they are, and what is refused."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ptune_dist.errors import UserError
 from ptune_dist.prompts.cpt import Cpt, CptOptions, join_examples
@@ -81,6 +84,14 @@ def test_wrong_tokens_and_kinds_take_one_line():
             build(2, **options)
     with pytest.raises(ValueError, match="prompt.num_virtual_tokens: all 1 tokens of the examples belong to targets"):
         build(1)
+
+
+def test_an_adapter_of_tokens_that_the_base_lacks_is_refused(tmp_path):
+    save_file({"prompt_embeddings": EMBEDDINGS[:3]}, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "CPT", "cpt_token_ids": [5, 9000, 7], "cpt_tokens_type_mask": [1, 2, 3]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"^prompt.init_file: .*/adapter_model.safetensors: 9000 is not a token of"):
+        build(3, "file", str(tmp_path))
 
 
 def test_an_earlier_prompt_keeps_its_tokens_and_others_are_refused(tmp_path):

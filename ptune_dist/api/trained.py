@@ -36,21 +36,23 @@ def load(run: str | Path, *, member: str | None = None, overrides: Overrides = (
     from ptune_dist.run.resolve import resolve
 
     run_dir = find_member_dir(Path(run), member)
-    return TrainedPrompt(run_dir, read_run_config(run_dir, to_words(overrides), resolve=resolve))
+    words = to_words(overrides)
+    return TrainedPrompt(run_dir, read_run_config(run_dir, words, resolve=resolve), words)
 
 
 class TrainedPrompt:
     """A prompt and how its run renders and reads rows. Made by `ptune_dist.load`.
 
     folder: of the run, or of the member of a sweep. config: the run's. facts: what is stored beside the prompt
-    (`prompt/prompt.json`).
+    (`prompt/prompt.json`). overrides: those of the run's config that `config` has, as on the command line.
     """
 
-    def __init__(self, folder: Path, config: Config):
+    def __init__(self, folder: Path, config: Config, overrides: Sequence[str] = ()):
         from ptune_dist.prompts.store import load_prompt
         from ptune_dist.run.reading import build_reading
 
         self.folder = folder
+        self._overrides = list(overrides)
         self._tensors, self.facts = load_prompt(folder / "prompt")
         # One process holds the base whole, so that nothing of it depends on a process group between two calls.
         self._job: Job | None = None
@@ -169,11 +171,11 @@ class TrainedPrompt:
         """Write the prompt for other software into a folder, which is returned.
 
         to: "peft", "prompt-embeds" or another value of `ptune-dist export --to`. options: more words of that command,
-        such as "--task", "nli". Raises UserError.
+        such as "--task", "nli". The overrides of `load` apply. Raises UserError.
         """
         from ptune_dist.command_line.arguments import parse
 
-        parsed = parse(["export", str(self.folder), "--to", to, "--out", str(out), *options])
+        parsed = parse(["export", str(self.folder), "--to", to, "--out", str(out), *options, *self._overrides])
         parsed.run(parsed)
         return Path(out)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,17 @@ def test_answers_scores_and_evaluations_are_those_of_the_command(run, tmp_path, 
     evaluated = json.loads((run / "evaluation.json").read_text())
     found = ptune_dist.evaluate(run, {"data.validation": str(file)})
     assert json.loads(json.dumps(found)) == evaluated
+
+
+def test_an_export_follows_the_overrides_of_load(run, tmp_path):
+    moved = tmp_path / "base"
+    moved.symlink_to(TINY / "causal")
+    lost = tmp_path / "run"
+    shutil.copytree(run, lost)
+    config = (lost / "config.yaml").read_text()
+    (lost / "config.yaml").write_text(config.replace(str(TINY / "causal"), str(tmp_path / "old")))
+    prompt = ptune_dist.load(lost, overrides={"model.path": moved})
+    assert (prompt.export("model", tmp_path / "model") / "model.safetensors").exists()
 
 
 def test_an_attached_model_answers_as_the_command_does(run):

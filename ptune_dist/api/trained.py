@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptune_dist.api.configs import Overrides, to_words
+from ptune_dist.api.inputs import check_options, list_inputs
 from ptune_dist.api.session import process_group
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
@@ -99,6 +100,7 @@ class TrainedPrompt:
         from ptune_dist.commands import GenerateRequest, build_decoding, find_tasks, prepare_texts
 
         options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        check_options({"max_new_tokens": max_new_tokens, **options, "seed": seed})
         given = {name: value for name, value in options.items() if value is not None}
         request = GenerateRequest(
             None, None, None, max_new_tokens, {"do_sample": True, **given} if given else None, seed, task=task
@@ -109,8 +111,8 @@ class TrainedPrompt:
             decoding = build_decoding(job, self.folder, request)
             return [found["generated"] for _, some in answer(job, decoding) for found in some]
 
-    def score(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """How well the prompt predicts the target of each row.
+    def score(self, rows: Row | Sequence[Row]) -> list[dict[str, Any]]:
+        """How well the prompt predicts the target of a row, or of each of several.
 
         Of each row: `loss` (the mean negative log-likelihood of its target's tokens, or what the run's objective is),
         `num_tokens` and `gold`; where the run has data.labels, also the likeliest `label`, `gold_label` and
@@ -120,9 +122,10 @@ class TrainedPrompt:
         from ptune_dist.commands import build_run_evaluator
         from ptune_dist.evaluation.predictions import list_predictions
 
-        if not rows:
+        several = list_inputs(rows)
+        if not several:
             return []
-        with process_group() as world, self._file_of(rows) as file:
+        with process_group() as world, self._file_of(several) as file:
             evaluator = build_run_evaluator(self._scoring_of(file), self.folder)
             engine = self._open(world).engine
             (answers,) = evaluator.read(engine, engine.members).values()
@@ -186,7 +189,7 @@ class TrainedPrompt:
 
         data = self.config.data
         prompt = self.config.prompt
-        several = [inputs] if isinstance(inputs, (str, Mapping)) else list(inputs)
+        several = list_inputs(inputs)
         if not several:
             raise UserError("inputs: there are none")
         rows: list[Row] = []

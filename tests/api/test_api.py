@@ -102,6 +102,7 @@ def test_answers_scores_and_evaluations_are_those_of_the_command(run, tmp_path, 
     written = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in scores] == pytest.approx([line["loss"] for line in written], rel=1e-5)
     assert [row["gold"] for row in scores] == [row["answer"] for row in rows]
+    assert prompt.score(rows[0])[0]["loss"] == pytest.approx(scores[0]["loss"], rel=1e-5)
     evaluated = json.loads((run / "evaluation.json").read_text())
     found = ptune_dist.evaluate(run, {"data.validation": str(file)})
     assert json.loads(json.dumps(found)) == evaluated
@@ -158,6 +159,13 @@ def test_mistakes_are_exceptions_that_name_the_key(run):
         ptune_dist.load(run).generate([{"wrd": "x"}])
     with pytest.raises(ptune_dist.UserError, match="inputs: there are none"):
         ptune_dist.load(run).generate([])
+    wrong = {"temperature": 0, "top_k": -1, "top_p": 3.0, "max_new_tokens": 0, "seed": 0.5}
+    for name, value in wrong.items():
+        with pytest.raises(ptune_dist.UserError, match=f"^{name}: {value} is not "):
+            ptune_dist.load(run).generate("x", **{name: value})
+    for ask in (ptune_dist.load(run).generate, ptune_dist.load(run).score):
+        with pytest.raises(ptune_dist.UserError, match="^inputs: give a row .*, not int"):
+            ask(5)
     with pytest.raises(ptune_dist.UserError, match="there is no such folder"):
         ptune_dist.load(run / "nothing")
     assert not dist.is_initialized()

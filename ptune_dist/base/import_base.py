@@ -19,23 +19,18 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from ptune_dist.base.other_folders import describe_other_folder, describe_other_weights, is_installed
+from ptune_dist.base.other_folders import (
+    PROMPT_METHODS,
+    describe_other_folder,
+    describe_other_weights,
+    is_installed,
+)
 from ptune_dist.base.source import check_hub_name
 from ptune_dist.common.files import explain
 from ptune_dist.errors import UserError
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
-# PEFT's types that add positions instead of changing weights.
-PROMPT_METHODS = (
-    "PROMPT_TUNING",
-    "P_TUNING",
-    "PREFIX_TUNING",
-    "CARTRIDGE",
-    "MULTITASK_PROMPT_TUNING",
-    "CPT",
-    "ADAPTION_PROMPT",
-)
 MOST_NAMES = 5  # in a message
 
 

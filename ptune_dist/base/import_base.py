@@ -179,7 +179,11 @@ def load_model(source: Source, dtype: str) -> PreTrainedModel:
         raise UserError("reading a GGUF file needs a package: pip install 'gguf>=0.17'")
     shape = AutoConfig.from_pretrained(source.folder, **source.arguments)
     kind = find_class(shape)
-    model, report = kind.from_pretrained(source.folder, dtype=dtype, output_loading_info=True, **source.arguments)
+    arguments: dict[str, Any] = dict(source.arguments)
+    if dtype == "auto" and not source.gguf_file and not hasattr(shape, "quantization_config"):
+        shape.dtype = None  # transformers would round to what the config names, not what the weights are
+        arguments["config"] = shape
+    model, report = kind.from_pretrained(source.folder, dtype=dtype, output_loading_info=True, **arguments)
     missing = sorted(report["missing_keys"])
     if missing:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""

@@ -136,7 +136,10 @@ def test_an_attached_model_answers_as_the_command_does(run):
 
 def test_a_finished_run_has_a_page_of_its_own(run):
     page = (run / "report.html").read_text()
-    assert all(text in page for text in ("base without prompt", "before training", "trained prompt", "<svg"))
+    assert all(
+        text in page
+        for text in ("base without prompt", "before training", "trained prompt", "peak memory, MiB", "<svg")
+    )
     first = json.loads(re.search(r"const rows = (.*);\n", page).group(1))[0]
     assert first["input"] == f"{read_rows(1)[0]['word']} =" and first["gold"] == read_rows(1)[0]["answer"]
 

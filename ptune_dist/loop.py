@@ -43,7 +43,7 @@ from ptune_dist.run.open_log import open_metrics
 from ptune_dist.run.open_nodes import describe_traffic, open_nodes, settle_nodes
 from ptune_dist.run.progress import Progress, checkpoint, store_prompt
 from ptune_dist.run.reading import build_reading
-from ptune_dist.run.replicas import Replicas
+from ptune_dist.run.replicas import FinishedByOthers, Replicas
 from ptune_dist.run.resolve import resolve_whole
 from ptune_dist.run.shared_pen import Log, SharedPen
 from ptune_dist.run.slow_start import find_slow_starts
@@ -160,6 +160,9 @@ def train_job(
                 except StopAgreed:
                     more = "the other nodes continue" if nodes.has_left else "the same command resumes"
                     training.say(f"stopped at step {progress.step} on request; {more}")
+                except FinishedByOthers as finished:
+                    summary = finished.summary
+                    end = Outcome(DONE)
             write(world, lambda: end_status(run_dir, end))
         if end.kind == DONE:
             write(world, lambda: write_run_report(run_dir))

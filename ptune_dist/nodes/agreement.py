@@ -54,8 +54,8 @@ class View:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this node writes the run folder."""
-        return self.writer == self.own_id
+        """Whether this node writes the run folder. One that leaves does not, once there is a view without it."""
+        return any(member.id == self.own_id for member in self.members) and self.writer == self.own_id
 
     @property
     def writer(self) -> str:

@@ -77,7 +77,8 @@ class Coordination:
         decision = self.change and self.change.decision
         if decision and held == decision.view:
             return self._succeed(decision)
-        if held.members and self.member.own.id not in held.ids:
+        is_unknown_end = not held.members and held.number > self.base.number + 1  # of a view without this member
+        if is_unknown_end or (held.members and self.member.own.id not in held.ids):
             return self.member.leave_behind("the others continue without it")
         if held.number > self.base.number:
             members = held.members or self.base.members  # an empty view: those who were in it have left
@@ -89,7 +90,7 @@ class Coordination:
 
     def give_up(self) -> None:
         """Stop an attempt for which nothing is being claimed."""
-        for node in self.change.states if self.change else ():
+        for node in self.change.proposal if self.change else ():
             if node != self.member.own.id:
                 self.member.outside.send(node, {"kind": "release"}, [])
         self.change = None

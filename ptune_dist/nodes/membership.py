@@ -158,6 +158,7 @@ class Membership:
     def on_link(self, node: str) -> None:
         """A link to a node is up, perhaps again: it may lack what was on its way."""
         self.coordination.on_new_link(node)
+        self.newcomers.on_link(node)
         if node in self.view.ids and not self.end:
             self.exchange.resend(node)
 
@@ -246,8 +247,12 @@ class Membership:
             self.coordination.on_newer_view(held)
 
     def on_latest(self, held: ViewRecord) -> None:
-        if self.is_member and held.number > self.view.number:
+        if not self.is_member:
+            return
+        if held.number > self.view.number:
             self.coordination.on_newer_view(held)
+        elif held.number == self.view.number and held != self.view:  # each side of a cut from the rendezvous made one
+            self.leave_behind("the others continue without it")
 
     def install(self, new: NewView) -> None:
         """Take over the decision of a coordinator."""

@@ -29,6 +29,7 @@ class Newcomers:
         self.waiting: dict[str, Member] = {}  # that this member is linked to
         self._member = member
         self._served: set[str] = set()  # that this member has sent its state
+        self._sent: tuple[Message, bytes] | None = None
 
     def start_view(self) -> None:
         self.waiting = {node: each for node, each in self.waiting.items() if node not in self._member.view.ids}
@@ -70,6 +71,13 @@ class Newcomers:
         for node in self.to_serve():
             member.outside.send(node, message, [snapshot])
             self._served.add(node)
+        self._sent = (message, snapshot)
+
+    def on_link(self, node: str) -> None:
+        """A link is made again: a state that was on its way is lost, and this member may have begun the turn."""
+        if self._sent and node in self._served and node in self._member.plan.newcomers:
+            message, snapshot = self._sent
+            self._member.outside.send(node, message, [snapshot])
 
     def to_json(self) -> list[dict[str, str]]:
         """Those that wait, for this member's report."""

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import json
+import secrets
 import shutil
 import time
 import zipfile
@@ -26,8 +27,9 @@ from ptune_dist.errors import RunFault, UserError
 from ptune_dist.run.folder import list_checkpoints
 
 TENSOR_FILES = ("prompt", "optimizer")
-OF_TWO_WRITERS = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)  # each removes what the other is writing
+OF_TWO_WRITERS = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)  # another node has saved the same step at this moment
 OTHER_WRITER_S = 10.0
+LEFTOVER_AGE_S = 600.0
 
 
 @dataclass
@@ -48,13 +50,15 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int, may_be_late:
     Raises RunFault if it cannot be written. Earlier checkpoints are kept until the new one is complete.
     """
     final = folder / f"step-{snapshot.step:08d}"
-    temporary = folder / f".writing-{final.name}"
+    temporary = folder / f".writing-{final.name}{f'-{secrets.token_hex(4)}' if may_be_late else ''}"
+    others_age_s = LEFTOVER_AGE_S if may_be_late else 0.0
 
     if may_be_late and is_sound(final):
         return final
 
     def write() -> None:
-        remove_leftovers(folder)
+        remove_leftovers(folder, others_age_s)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         write_snapshot(temporary, snapshot)
         if may_be_late and is_sound(final):  # another node has saved meanwhile
@@ -76,11 +80,12 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int, may_be_late:
             f"{describe_kept(folder, final)}"
         ) from None
     drop_old_checkpoints(folder, final, keep, drops_later=not may_be_late)
+    remove_leftovers(folder, others_age_s)
     return final
 
 
 def wait_until_sound(path: Path) -> bool:
-    """Wait a moment for another node that saves the same step: it has removed what this one was writing."""
+    """Wait a moment for another node that saves the same step."""
     give_up_at = time.monotonic() + OTHER_WRITER_S
     while not is_sound(path):
         if time.monotonic() > give_up_at:
@@ -118,7 +123,6 @@ def drop_old_checkpoints(folder: Path, newest: Path, keep: int, *, drops_later: 
     for old in set(found if drops_later else sound) - set(sound[-keep:]):
         with contextlib.suppress(OSError):
             old.rename(folder / f".old-{old.name}")
-    remove_leftovers(folder)
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
@@ -160,9 +164,13 @@ def digest_state(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed writer left behind."""
-    for leftover in (*folder.glob(".writing-*"), *folder.glob(".old-*")):
+def remove_leftovers(folder: Path, age_s: float) -> None:
+    """Delete what a killed writer left behind: `age_s` ago, or another node may be writing it."""
+    for leftover in folder.glob(".writing-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime >= age_s:
+                shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(".old-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

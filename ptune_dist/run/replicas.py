@@ -18,7 +18,6 @@ import torch.distributed as dist
 from ptune_dist.data.blocks import divide
 from ptune_dist.data.training_rows import TrainingRows
 from ptune_dist.distributed.world import World, from_main, to_device, together
-from ptune_dist.errors import RunFault
 from ptune_dist.nodes.agreement import Agreed, Joined, LeftBehind, OwnReport, StoppedWaiting
 from ptune_dist.nodes.blocks import Range
 from ptune_dist.nodes.group import NodeGroup
@@ -43,6 +42,14 @@ T = TypeVar("T")
 # Of subtrees of blocks, their sums on rank 0. Called again where a node is lost, for what this one computes instead.
 Compute = Callable[[Sequence[Range]], dict[Range, torch.Tensor]]
 PATIENCE_S = 15.0  # for the end of a step, of a node that is asked to stop
+
+
+class FinishedByOthers(Exception):
+    """The other nodes have finished the run without this one; `summary` is what they have written."""
+
+    def __init__(self, summary: dict[str, Any]):
+        super().__init__("the other nodes have finished the run without this one")
+        self.summary = summary
 
 
 class Replicas:
@@ -75,6 +82,7 @@ class Replicas:
         self._progress: Progress | None = None
         self._agreed: Agreed | None = None  # after the last step
         self._has_left = False  # as it waited for more nodes, which continue to wait
+        self._is_stuck = False  # a call of the group did not return in time
         self._is_last = False  # all nodes have left as they waited for more
         self._total = torch.zeros(0)  # on rank 0: the sums of the step
         self._waiting = Waiting(Path(job.config.output_dir), world.pen, lines.put)
@@ -211,10 +219,10 @@ class Replicas:
         cover = group.cover(step)
         if any(cover.values()):
             self._total = add_pieces(self.num_blocks, cover)
-        own = group.view.own
         agreed = group.end_step(step)
         if not agreed.is_leaving:
             return (), agreed, group.view.is_writer
+        own = next(member for member in agreed.members if member.id == group.view.own_id)
         stay = [member for member in (*agreed.members, *agreed.joining) if member not in agreed.leaving]
         return (), agreed, is_writer and all(member.folder != own.folder for member in stay)
 
@@ -249,8 +257,9 @@ class Replicas:
         self._hold_pen(False)
         found, is_writer = self._enter()
         if found is None:
-            if from_main(self._world, lambda: is_finished(self._job.config)):
-                raise RunFault("the other nodes have finished the run without this one, which has not seen its end")
+            if summary := from_main(self._world, lambda: is_finished(self._job.config)):
+                self._pen.pass_on()  # nothing of it is to be written
+                raise FinishedByOthers(summary)
             found = self._find_later(progress)
         if found is not None:
             self._pen.pass_on()  # others have written what this node has kept, and what came later
@@ -287,6 +296,8 @@ class Replicas:
 
         Where all end, it waits until they have: another node writes where the writer is lost.
         """
+        if self._is_stuck:  # it leaves without a word
+            return
         is_last = is_done or self._is_last or (self._agreed is not None and self._agreed.is_last)
         with contextlib.suppress(LeftBehind, StopAgreed):  # the others write
             self._ask(lambda group: group.finish(self._write_end) if is_last else group.leave(), patience_s=PATIENCE_S)
@@ -312,7 +323,7 @@ class Replicas:
             self._is_last = stopped.is_last
             self._has_left = not stopped.is_last
         except OutOfPatience:
-            pass
+            self._is_stuck = True
         if self._progress is not None and self._progress.step:
             checkpoint(self._job, self._progress, self._world)
         raise StopAgreed

@@ -334,3 +334,46 @@ def test_a_node_is_asked_for_by_its_candidate_again_and_again():
     for outside.seconds in (5.0, 5.5, 6.1):
         candidate.ask_again()
     assert [(node, message["kind"]) for node, message in outside.sent] == [(node, "join") for node in "abab"]
+
+
+def test_an_end_that_comes_after_an_unknown_view_leaves_a_member_behind():
+    outside = FakeOutside()
+    for number, is_behind in ((4, False), (5, True)):
+        member = lead_without_c(outside)
+        member.on_latest(view(number))
+        assert bool(member.end) == is_behind
+
+
+def test_of_two_views_with_one_number_that_at_the_rendezvous_holds():
+    outside = FakeOutside()
+    member = lead_without_c(outside)
+    member.on_latest(view(3, "a", "b", "c"))
+    assert not member.end
+    member.on_latest(view(3, "a", "b"))
+    assert member.end
+
+
+def test_who_gives_up_a_change_releases_those_too_that_have_not_answered():
+    outside = FakeOutside()
+    rules = Rules(2, 1, 8)
+    before = view(3, "a", "b", "c")
+    member = Membership(
+        before.members[0], rules, Limits(), outside, before, replace(first_plan(before.members[0], rules))
+    )
+    member.coordination.mute = {"c"}
+    member.coordination.tick(set(), set())
+    member.coordination.give_up()
+    assert ("b", "release") in [(node, message["kind"]) for node, message in outside.sent]
+
+
+def test_a_state_that_a_broken_link_may_have_lost_is_sent_again():
+    outside = FakeOutside()
+    rules = Rules(2, 1, 8)
+    before = view(3, "a", "b")
+    plan = replace(first_plan(before.members[0], rules), members=before.members, newcomers=("b",))
+    member = Membership(before.members[0], rules, Limits(), outside, before, plan)
+    member.newcomers.serve(7, b"state")
+    member.begin()
+    member.on_link("b")
+    sent = [(node, message["step"]) for node, message in outside.sent if message["kind"] == "snapshot"]
+    assert sent == [("b", 7), ("b", 7)]

@@ -93,6 +93,29 @@ def test_a_node_that_was_left_behind_and_then_writes_keeps_the_lines_of_the_step
     assert cluster.steps() == [*range(1, 25)]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("is_finished", [True, pytest.param(False, marks=pytest.mark.extended)])
+def test_a_node_that_was_frozen_beyond_the_end_of_the_others_leaves_what_they_have_done(tmp_path, is_finished):
+    """They have finished the run, or saved it after a request to stop."""
+    train = {**SHORT, "batch_size": 64, "max_steps": 12 if is_finished else 40, "stall_timeout_s": 2}
+    cluster = Cluster(tmp_path / "frozen", train=train)
+    first = cluster.start("first")
+    cluster.wait_for_step(1)
+    second = cluster.start("second")
+    cluster.wait_for_member("second")
+    second.send(signal.SIGSTOP)
+    if not is_finished:
+        cluster.wait_for_step(len(cluster.steps()) + 4)
+        first.stop()
+    assert first.finish() == {0 if is_finished else 75}, first.output
+    before = (cluster.run / "metrics.jsonl").read_bytes()
+    second.send(signal.SIGCONT)
+    assert second.finish() == {0}, second.output
+    after = (cluster.run / "metrics.jsonl").read_bytes()
+    assert after == before if is_finished else after.startswith(before)
+    assert cluster.steps() == [*range(1, train["max_steps"] + 1)] and cluster.status()["state"] == "done"
+
+
 @pytest.mark.extended
 def test_a_spare_that_is_asked_to_stop_ends_with_75_and_leaves_the_run_alone(tmp_path):
     cluster = Cluster(tmp_path / "spare", train=SHORT | {"max_steps": 10_000, "max_nodes": 1})

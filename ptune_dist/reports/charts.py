@@ -74,11 +74,10 @@ def draw_evaluations(result: Result, name: str) -> Series:
 def draw_swept(results: Sequence[Result], name: str, key: str) -> Chart:
     """A point for each result. Members that differ in other keys too have a point each at one place."""
     values = [result.settings.get(key) for result in results]
-    names: list[str] = []
-    if not all(is_number(value) for value in values):
-        values = ["" if value is None else str(value) for value in values]
-        names = list(dict.fromkeys(values))
-    x = [float(names.index(value) if names else value) for value in values]
+    numbers = [float(value) for value in values if value is not None and is_number(value)]
+    words = ["" if value is None else str(value) for value in values]
+    names = [] if len(numbers) == len(values) else list(dict.fromkeys(words))
+    x = [float(names.index(word)) for word in words] if names else numbers
     points = Series("", x, [result.validation[name] for result in results])
     is_wide = min(x) > 0 and max(x) / min(x) > WIDE_RANGE
     return Chart(file_name(f"{name}-over-{key}"), f"{name} over {key}", key, [points], "points", is_wide, names)

@@ -19,7 +19,7 @@ fi
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 run=runs/sentiment-smollm2-$(date +%Y%m%d-%H%M%S)
 .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node 2 \
-  -m ptune_dist train configs/recipes/sentiment_smollm2.yaml "output_dir=$run" "$@"
+  -m ptune_dist train configs/recipes/sentiment_smollm2.yaml "model.path=$base" "output_dir=$run" "$@"
 
 cat <<TEXT
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptune_dist.api.configs import Overrides, to_words
+from ptune_dist.api.inputs import check_options, list_inputs
 from ptune_dist.api.session import process_group
 from ptune_dist.config.schema import Config
 from ptune_dist.errors import UserError
@@ -36,21 +37,23 @@ def load(run: str | Path, *, member: str | None = None, overrides: Overrides = (
     from ptune_dist.run.resolve import resolve
 
     run_dir = find_member_dir(Path(run), member)
-    return TrainedPrompt(run_dir, read_run_config(run_dir, to_words(overrides), resolve=resolve))
+    words = to_words(overrides)
+    return TrainedPrompt(run_dir, read_run_config(run_dir, words, resolve=resolve), words)
 
 
 class TrainedPrompt:
     """A prompt and how its run renders and reads rows. Made by `ptune_dist.load`.
 
     folder: of the run, or of the member of a sweep. config: the run's. facts: what is stored beside the prompt
-    (`prompt/prompt.json`).
+    (`prompt/prompt.json`). overrides: those of the run's config that `config` has, as on the command line.
     """
 
-    def __init__(self, folder: Path, config: Config):
+    def __init__(self, folder: Path, config: Config, overrides: Sequence[str] = ()):
         from ptune_dist.prompts.store import load_prompt
         from ptune_dist.run.reading import build_reading
 
         self.folder = folder
+        self._overrides = list(overrides)
         self._tensors, self.facts = load_prompt(folder / "prompt")
         # One process holds the base whole, so that nothing of it depends on a process group between two calls.
         self._job: Job | None = None
@@ -97,6 +100,7 @@ class TrainedPrompt:
         from ptune_dist.commands import GenerateRequest, build_decoding, find_tasks, prepare_texts
 
         options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        check_options({"max_new_tokens": max_new_tokens, **options, "seed": seed})
         given = {name: value for name, value in options.items() if value is not None}
         request = GenerateRequest(
             None, None, None, max_new_tokens, {"do_sample": True, **given} if given else None, seed, task=task
@@ -107,8 +111,8 @@ class TrainedPrompt:
             decoding = build_decoding(job, self.folder, request)
             return [found["generated"] for _, some in answer(job, decoding) for found in some]
 
-    def score(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """How well the prompt predicts the target of each row.
+    def score(self, rows: Row | Sequence[Row]) -> list[dict[str, Any]]:
+        """How well the prompt predicts the target of a row, or of each of several.
 
         Of each row: `loss` (the mean negative log-likelihood of its target's tokens, or what the run's objective is),
         `num_tokens` and `gold`; where the run has data.labels, also the likeliest `label`, `gold_label` and
@@ -118,9 +122,10 @@ class TrainedPrompt:
         from ptune_dist.commands import build_run_evaluator
         from ptune_dist.evaluation.predictions import list_predictions
 
-        if not rows:
+        several = list_inputs(rows)
+        if not several:
             return []
-        with process_group() as world, self._file_of(rows) as file:
+        with process_group() as world, self._file_of(several) as file:
             evaluator = build_run_evaluator(self._scoring_of(file), self.folder)
             engine = self._open(world).engine
             (answers,) = evaluator.read(engine, engine.members).values()
@@ -169,11 +174,11 @@ class TrainedPrompt:
         """Write the prompt for other software into a folder, which is returned.
 
         to: "peft", "prompt-embeds" or another value of `ptune-dist export --to`. options: more words of that command,
-        such as "--task", "nli". Raises UserError.
+        such as "--task", "nli". The overrides of `load` apply. Raises UserError.
         """
         from ptune_dist.command_line.arguments import parse
 
-        parsed = parse(["export", str(self.folder), "--to", to, "--out", str(out), *options])
+        parsed = parse(["export", str(self.folder), "--to", to, "--out", str(out), *options, *self._overrides])
         parsed.run(parsed)
         return Path(out)
 
@@ -184,7 +189,7 @@ class TrainedPrompt:
 
         data = self.config.data
         prompt = self.config.prompt
-        several = [inputs] if isinstance(inputs, (str, Mapping)) else list(inputs)
+        several = list_inputs(inputs)
         if not several:
             raise UserError("inputs: there are none")
         rows: list[Row] = []

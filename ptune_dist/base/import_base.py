@@ -19,7 +19,12 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from ptune_dist.base.other_folders import describe_other_folder, describe_other_weights, is_installed
+from ptune_dist.base.other_folders import (
+    PROMPT_METHODS,
+    describe_other_folder,
+    describe_other_weights,
+    is_installed,
+)
 from ptune_dist.base.source import check_hub_name
 from ptune_dist.common.files import explain
 from ptune_dist.errors import UserError
@@ -28,16 +33,6 @@ ARCHIVES = (".whl", ".zip")
 FILES = (".gguf", ".bin", *ARCHIVES)
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
-# PEFT's types that add positions instead of changing weights.
-PROMPT_METHODS = (
-    "PROMPT_TUNING",
-    "P_TUNING",
-    "PREFIX_TUNING",
-    "CARTRIDGE",
-    "MULTITASK_PROMPT_TUNING",
-    "CPT",
-    "ADAPTION_PROMPT",
-)
 MOST_NAMES = 5  # in a message
 
 
@@ -188,7 +183,11 @@ def load_model(source: Source, dtype: str) -> PreTrainedModel:
         raise UserError("reading a GGUF file needs a package: pip install 'gguf>=0.17'")
     shape = AutoConfig.from_pretrained(source.folder, **source.arguments)
     kind = find_class(shape)
-    model, report = kind.from_pretrained(source.folder, dtype=dtype, output_loading_info=True, **source.arguments)
+    arguments: dict[str, Any] = dict(source.arguments)
+    if dtype == "auto" and not source.gguf_file and not hasattr(shape, "quantization_config"):
+        shape.dtype = None  # transformers would round to what the config names, not what the weights are
+        arguments["config"] = shape
+    model, report = kind.from_pretrained(source.folder, dtype=dtype, output_loading_info=True, **arguments)
     missing = sorted(report["missing_keys"])
     if missing:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""

@@ -11,6 +11,16 @@ INDEX = "model.safetensors.index.json"
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 OTHER_TOKENIZERS = ("tekken.json", "tiktoken.model", "qwen.tiktoken")
 OWN_CODE = "is code of its own (auto_map), which is not run: give a base that transformers has a class for"
+# PEFT's types that add positions instead of changing weights.
+PROMPT_METHODS = (
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CARTRIDGE",
+    "MULTITASK_PROMPT_TUNING",
+    "CPT",
+    "ADAPTION_PROMPT",
+)
 # Weights that are not read, by the name of their files, and what they are called.
 ELSEWHERE = {
     "consolidated*": "weights in the layout of its publisher (consolidated)",
@@ -82,9 +92,14 @@ def describe_gguf(file: Path) -> str:
 
 def describe_adapter(place: Path) -> str:
     try:
-        base = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
+        settings = json.loads((place / "adapter_config.json").read_text())
+        base = settings["base_model_name_or_path"]
+        method = settings.get("peft_type")
     except (OSError, ValueError, KeyError, TypeError):
         base = "its base"
+        method = None
+    if method in PROMPT_METHODS:
+        return f"is a PEFT prompt ({method}) of {base}: give that base, and the prompt as prompt.init_file"
     return f"is a PEFT adapter of {base}: give that base, or merge them: {import_command(str(place))}"
 
 

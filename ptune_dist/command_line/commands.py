@@ -126,6 +126,8 @@ def read_trained_run(parsed: argparse.Namespace) -> "tuple[Path, Config]":
 def run_generate(parsed: argparse.Namespace) -> None:
     if parsed.interactive and (parsed.output or parsed.member_column or parsed.member == ALL_MEMBERS):
         raise UserError("--interactive: a chat is with one prompt, in a terminal: leave the other options out")
+    if parsed.interactive and parsed.labels is not None:
+        raise UserError("--labels: a chat (--interactive) has free text for answers: give --input or --input-file")
     is_of_several = parsed.member == ALL_MEMBERS or parsed.member_column is not None
     run_dir, config = read_sweep(parsed) if is_of_several else read_trained_run(parsed)
     with without_garbage_collection():

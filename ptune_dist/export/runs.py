@@ -96,6 +96,9 @@ def check_request(request: ExportRequest, num_runs: int) -> None:
     for flag, value in given.items():
         if value and request.to != "model":
             raise UserError(f"{flag}: only for --to model")
+    for flag, value in {"--input": request.text, "--input-file": request.file}.items():
+        if value is not None and request.to != "prompt-embeds":
+            raise UserError(f"{flag}: only for --to prompt-embeds")
 
 
 def export_to_model(runs: list[tuple[Config, Path]], request: ExportRequest) -> list[str]:

@@ -26,7 +26,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """name: for a file. kind: what is drawn of each series; of `bars`, each series has one number."""
+    """name: for a file. kind: what is drawn of each series; of `bars`, each series has one number.
+
+    x_names: of the places 0, 1, ... on the horizontal axis, where it is one of words.
+    """
 
     name: str
     title: str
@@ -34,6 +37,7 @@ class Chart:
     series: list[Series] = field(default_factory=list)
     kind: Literal["lines", "lines and points", "points", "bars"] = "lines"
     has_log_x: bool = False
+    x_names: list[str] = field(default_factory=list)
 
 
 def list_charts(results: Sequence[Result]) -> Iterator[Chart]:
@@ -47,11 +51,12 @@ def list_charts(results: Sequence[Result]) -> Iterator[Chart]:
         if any(own.x for own in series):
             yield Chart(file_name(f"validation-{name}"), f"{name} on validation", "step", series, "lines and points")
     peaks = [result for result in results if "peak_memory_bytes" in result.summary]
-    if len(results) > 1 and peaks:
+    if peaks:
         series = [Series(result.name, [0], [result.summary["peak_memory_bytes"] / MIB]) for result in peaks]
         yield Chart("peak-memory", "peak memory, MiB", "", series, "bars")
+    is_sweep = all(result.folder.parent.name == "members" for result in results)
     for key, values in differing_keys(results).items():
-        if len(results) > 2 and all(is_number(value) for value in values):
+        if is_sweep or (len(results) > 2 and all(is_number(value) for value in values)):
             for name in common_metrics(results):
                 yield draw_swept(results, name, key)
 
@@ -68,10 +73,14 @@ def draw_evaluations(result: Result, name: str) -> Series:
 
 def draw_swept(results: Sequence[Result], name: str, key: str) -> Chart:
     """A point for each result. Members that differ in other keys too have a point each at one place."""
-    x = [float(result.settings[key]) for result in results]
+    values = [result.settings.get(key) for result in results]
+    numbers = [float(value) for value in values if value is not None and is_number(value)]
+    words = ["" if value is None else str(value) for value in values]
+    names = [] if len(numbers) == len(values) else list(dict.fromkeys(words))
+    x = [float(names.index(word)) for word in words] if names else numbers
     points = Series("", x, [result.validation[name] for result in results])
     is_wide = min(x) > 0 and max(x) / min(x) > WIDE_RANGE
-    return Chart(file_name(f"{name}-over-{key}"), f"{name} over {key}", key, [points], "points", is_wide)
+    return Chart(file_name(f"{name}-over-{key}"), f"{name} over {key}", key, [points], "points", is_wide, names)
 
 
 def file_name(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from ptune_dist.errors import UserError
 from ptune_dist.reports.page import write_page
@@ -42,14 +42,14 @@ def print_tables(results: Sequence[Result], scores: Scores, console: Console) ->
     """The differing keys, then the metrics."""
     keys = differing_keys(results)
     if keys:
-        table = Table("key", *(result.name for result in results), title="what differs", title_justify="left")
+        table = new_table("key", results, "what differs")
         for key, values in keys.items():
             table.add_row(key, *(show_value(value) for value in values))
         console.print(table)
     title = "validation: value, 95% interval"
     if len(results) > 1:
         title += f", p value of the difference from {results[0].name}"
-    table = Table("metric", *(result.name for result in results), title=title, title_justify="left")
+    table = new_table("metric", results, title)
     for name, own in scores.items():
         best = (max if is_higher_better(name) else min)(score.value for score in own)
         table.add_row(name, *(show_score(each, is_best=each.value == best and len(own) > 1) for each in own))
@@ -60,6 +60,12 @@ def print_tables(results: Sequence[Result], scores: Scores, console: Console) ->
     if others:
         why = f"evaluated on other rows than {results[0].name}, or by an older version"
         console.print(f"no p values for {', '.join(others)}: {why}", highlight=False, soft_wrap=True, markup=False)
+
+
+def new_table(first: str, results: Sequence[Result], title: str) -> Table:
+    """A table with a column for each result. Long names are folded: cut off, two members would look the same."""
+    columns = (Column(name, overflow="fold") for name in (first, *(escape(result.name) for result in results)))
+    return Table(*columns, title=title, title_justify="left")
 
 
 def show_value(value: Any) -> str:

@@ -32,6 +32,8 @@ def plot(chart: Chart) -> "Figure":
             axes.legend(fontsize=8, frameon=False)
     if chart.has_log_x:
         axes.set_xscale("log")
+    if chart.x_names:
+        axes.set_xticks(range(len(chart.x_names)), chart.x_names)
     axes.set_title(chart.title, fontsize=10, loc="left")
     axes.set_xlabel(chart.x_label)
     axes.grid(alpha=0.3)

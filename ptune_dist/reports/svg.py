@@ -77,7 +77,7 @@ def render_svg(chart: Chart) -> str:
     height = HEIGHT + LEGEND_ROW * len(named)
     x = Axis([v for own in series for v in own.x], LEFT, WIDTH - RIGHT, is_log=chart.has_log_x)
     y = Axis([v for own in series for v in own.y], HEIGHT - BOTTOM, TOP)
-    parts = [text(LEFT, 16, chart.title, size=13), *render_grid(x, y, chart.x_label)]
+    parts = [text(LEFT, 16, chart.title, size=13), *render_grid(x, y, chart)]
     for number, own in enumerate(series):
         color = COLORS[number % len(COLORS)]
         points = [(x.place(a), y.place(b)) for a, b in zip(own.x, own.y, strict=True)]
@@ -94,18 +94,19 @@ def render_svg(chart: Chart) -> str:
     return element(height, parts)
 
 
-def render_grid(x: Axis, y: Axis, x_label: str) -> list[str]:
-    """Grid lines, their numbers, and the name of the horizontal axis."""
+def render_grid(x: Axis, y: Axis, chart: Chart) -> list[str]:
+    """Grid lines, their numbers or names, and the name of the horizontal axis."""
     parts = []
     for tick in y.ticks:
         place = y.place(tick)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:g}" y2="{place:g}" stroke="#e3e3e3"/>')
         parts.append(text(LEFT - 6, place + 4, show(tick), anchor="end"))
-    for tick in x.ticks:
+    ticks = list(enumerate(chart.x_names)) or [(tick, show(tick)) for tick in x.ticks]
+    for tick, name in ticks:
         place = x.place(tick)
         parts.append(f'<line x1="{place:g}" x2="{place:g}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#f0f0f0"/>')
-        parts.append(text(place, HEIGHT - BOTTOM + 15, show(tick), anchor="middle"))
-    parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, anchor="middle"))
+        parts.append(text(place, HEIGHT - BOTTOM + 15, name, anchor="middle"))
+    parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, chart.x_label, anchor="middle"))
     return parts
 
 

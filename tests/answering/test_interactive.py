@@ -82,6 +82,8 @@ def test_lines_are_answered_as_generate_does_until_an_empty_one(run, capsys, mon
     shown = capsys.readouterr().out
     assert shown.strip() == ptune_dist.load(run).generate("one")[0]
     assert main(["generate", str(run), "--interactive", "--output", "x"]) == 2
+    assert main(["generate", str(run), "--interactive", "--labels", "ONE,TWO"]) == 2
+    assert "--labels: a chat" in capsys.readouterr().err
 
 
 def test_ctrl_c_stops_an_answer_and_the_chat_continues(run, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,9 +102,21 @@ def test_answers_scores_and_evaluations_are_those_of_the_command(run, tmp_path, 
     written = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in scores] == pytest.approx([line["loss"] for line in written], rel=1e-5)
     assert [row["gold"] for row in scores] == [row["answer"] for row in rows]
+    assert prompt.score(rows[0])[0]["loss"] == pytest.approx(scores[0]["loss"], rel=1e-5)
     evaluated = json.loads((run / "evaluation.json").read_text())
     found = ptune_dist.evaluate(run, {"data.validation": str(file)})
     assert json.loads(json.dumps(found)) == evaluated
+
+
+def test_an_export_follows_the_overrides_of_load(run, tmp_path):
+    moved = tmp_path / "base"
+    moved.symlink_to(TINY / "causal")
+    lost = tmp_path / "run"
+    shutil.copytree(run, lost)
+    config = (lost / "config.yaml").read_text()
+    (lost / "config.yaml").write_text(config.replace(str(TINY / "causal"), str(tmp_path / "old")))
+    prompt = ptune_dist.load(lost, overrides={"model.path": moved})
+    assert (prompt.export("model", tmp_path / "model") / "model.safetensors").exists()
 
 
 def test_an_attached_model_answers_as_the_command_does(run):
@@ -123,7 +136,10 @@ def test_an_attached_model_answers_as_the_command_does(run):
 
 def test_a_finished_run_has_a_page_of_its_own(run):
     page = (run / "report.html").read_text()
-    assert all(text in page for text in ("base without prompt", "before training", "trained prompt", "<svg"))
+    assert all(
+        text in page
+        for text in ("base without prompt", "before training", "trained prompt", "peak memory, MiB", "<svg")
+    )
     first = json.loads(re.search(r"const rows = (.*);\n", page).group(1))[0]
     assert first["input"] == f"{read_rows(1)[0]['word']} =" and first["gold"] == read_rows(1)[0]["answer"]
 
@@ -146,6 +162,13 @@ def test_mistakes_are_exceptions_that_name_the_key(run):
         ptune_dist.load(run).generate([{"wrd": "x"}])
     with pytest.raises(ptune_dist.UserError, match="inputs: there are none"):
         ptune_dist.load(run).generate([])
+    wrong = {"temperature": 0, "top_k": -1, "top_p": 3.0, "max_new_tokens": 0, "seed": 0.5}
+    for name, value in wrong.items():
+        with pytest.raises(ptune_dist.UserError, match=f"^{name}: {value} is not "):
+            ptune_dist.load(run).generate("x", **{name: value})
+    for ask in (ptune_dist.load(run).generate, ptune_dist.load(run).score):
+        with pytest.raises(ptune_dist.UserError, match="^inputs: give a row .*, not int"):
+            ask(5)
     with pytest.raises(ptune_dist.UserError, match="there is no such folder"):
         ptune_dist.load(run / "nothing")
     assert not dist.is_initialized()

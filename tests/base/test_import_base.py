@@ -161,6 +161,19 @@ def test_what_cannot_be_imported_is_told_in_one_line_and_leaves_nothing(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
 
 
+def test_weights_are_not_rounded_to_the_type_that_a_config_names(tmp_path):
+    shutil.copytree(TINY, tmp_path / "given")
+    (tmp_path / "given/model.safetensors").unlink()
+    shape = json.loads((TINY / "config.json").read_text())
+    (tmp_path / "given/config.json").write_text(json.dumps(shape | {"dtype": "float16"}))
+    tensors = {name: tensor.float() + 1e-6 for name, tensor in load_file(TINY / "model.safetensors").items()}
+    torch.save(tensors, tmp_path / "given/pytorch_model.bin")
+    import_base(str(tmp_path / "given"), tmp_path / "base", "auto")
+    written = load_file(tmp_path / "base/model.safetensors")
+    assert all(tensor.equal(tensors[name]) for name, tensor in written.items())
+    assert json.loads((tmp_path / "base/config.json").read_text())["dtype"] == "float32"
+
+
 def test_a_base_with_missing_weights_is_refused(tmp_path):
     shutil.copytree(TINY, tmp_path / "given")
     tensors = load_file(TINY / "model.safetensors")

@@ -112,6 +112,10 @@ def test_a_missing_or_damaged_tokenizer_is_refused(base, content):
     "files, expected",
     [
         ({"adapter_config.json": '{"base_model_name_or_path": "org/base"}'}, "is a PEFT adapter of org/base"),
+        (
+            {"adapter_config.json": '{"base_model_name_or_path": "org/base", "peft_type": "P_TUNING"}'},
+            "is a PEFT prompt (P_TUNING) of org/base: give that base, and the prompt as prompt.init_file",
+        ),
         ({"model-Q4_K_M.gguf": "GGUF"}, "ptune-dist import-base"),
         ({}, "is an empty folder"),
         ({"config.yaml": "", "status.json": "{}"}, "is a run of ptune-dist"),

@@ -303,6 +303,8 @@ def test_what_cannot_be_tokens_of_a_model_is_refused_in_one_line(tiny_bases, tmp
         "--reserved: the base reserves 0 tokens and the prompts need 4": ([good], {"uses_reserved": True}),
         "several runs: only for --to model": ([good, twin], {"to": "peft"}),
         "--names: only for --to model": ([good], {"to": "peft", "names": ("x",)}),
+        "--input: only for --to prompt-embeds": ([good], {"text": "x"}),
+        "--input-file: only for --to prompt-embeds": ([good], {"to": "peft", "file": "x.jsonl"}),
         "holds another model or other files": ([good], {"out": base}),
         "--to kv: this is for keys and values, and prompt_tuning trains none: use --to model": ([good], {"to": "kv"}),
         "and norms_only trains none: use --to model": ([norms], {"to": "kv"}),

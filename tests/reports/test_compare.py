@@ -99,6 +99,25 @@ def test_members_of_a_sweep_are_compared_and_plotted_over_the_swept_key(tmp_path
     assert (tmp_path / "out/accuracy-over-train.learning_rate.png").exists()
 
 
+def test_two_members_of_a_sweep_are_plotted_over_words_too(tmp_path):
+    for number, method in enumerate(("prompt_tuning", "p_tuning")):
+        folder = write_run(tmp_path / "sweep/members" / method, ["yes"] * (50 + number) + ["no"] * (10 - number))
+        content = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump(content | {"prompt": {"method": method}}))
+    assert main(["compare", str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/accuracy-over-prompt.method.png").exists()
+    page = (tmp_path / "out/report.html").read_text()
+    assert ">prompt_tuning</text>" in page and "bootstrap. p: of" in page
+
+
+def test_names_and_values_are_whole_in_a_narrow_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    folders = [write_run(tmp_path / f"learning_rate={rate},seed=0", GOLD, rate) for rate in (0.1, 0.2, 0.3)]
+    assert main(["compare", *map(str, folders)]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+
+
 def test_other_rows_have_no_p_value_and_say_so(tmp_path, capsys):
     folders = [write_run(tmp_path / "a", ["yes"] * 60), write_run(tmp_path / "b", ["yes"] * 40, gold=GOLD[:40])]
     assert main(["compare", *map(str, folders), "--out", str(tmp_path / "out")]) == 0

@@ -126,17 +126,16 @@ def replace_file(path: Path, data: bytes) -> None:
     def replace() -> None:
         try:
             write_durably(temporary, data)
-            try:
-                os.replace(temporary, path)
-            except FileNotFoundError:  # another process has replaced the same file meanwhile
-                write_durably(temporary, data)
-                os.replace(temporary, path)
+            os.replace(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
 
-    try_again(replace)
+    try:
+        try_again(replace)
+    except FileNotFoundError:  # another process has replaced the same file meanwhile
+        replace()
     sync_folder(path.parent)
 
 

@@ -142,7 +142,7 @@ def fill(folder, files: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "files, source, expected",
     [
-        ({}, "missing.gguf", "no folder"),
+        ({}, "missing.gguf", "there is no such file"),
         ({"a.gguf": "GGUF"}, "a.gguf", "this model cannot be read"),
         ({"a.gguf": "", "b.gguf": ""}, ".", "holds 2 GGUF files (a.gguf, b.gguf): give one of them"),
         ({"notes.txt": "x"}, "notes.txt", "give a GGUF file, a folder"),

@@ -33,7 +33,7 @@ AREAS = {
             (FILES, "        os.fsync(handle)", "        pass"),
             (FILES, "        flush(file.fileno())\n\n\ndef replace_file", "        pass\n\n\ndef replace_file"),
             (FILES, "        flush(handle)", "        pass"),
-            (FILES, "    try_again(replace)\n    sync_folder(path.parent)", "    try_again(replace)"),
+            (FILES, "        replace()\n    sync_folder(path.parent)", "        replace()"),
             (
                 FILES,
                 "        path.mkdir(exist_ok=True)\n        sync_folder(path.parent)",

@@ -84,7 +84,12 @@ def list_cases(num_ranks: int, is_whole: bool) -> list[tuple[str, str, str, int]
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("num_ranks", "is_whole"),
-    extended_beyond([(1, False), (2, False)], [(1, False), (2, False), (4, False), (2, True)]),
+    [
+        (1, False),
+        (2, False),
+        pytest.param(4, False, marks=pytest.mark.extended),
+        pytest.param(2, True, marks=pytest.mark.extended),
+    ],
 )
 def test_curves_and_bases_do_not_depend_on_stage_and_ranks(tiny_bases, references, tmp_path, num_ranks, is_whole):
     specs = [

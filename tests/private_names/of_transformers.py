@@ -177,7 +177,6 @@ TABLE: Table = {
     "families/encoder.py": [
         attribute(f"{AUTO}:MODEL_FOR_MASKED_LM_MAPPING_NAMES", "know the family of an architecture"),
         attribute(f"{AUTO}:MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "know the family of an architecture"),
-        attribute(f"{MODEL}.base_model_prefix", "tell a classifier's head from its encoder"),
         attribute(f"{MODEL}.base_model", "tell an encoder's parts from its heads"),
     ],
     "base/architecture.py": [

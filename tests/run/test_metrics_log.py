@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -65,6 +66,7 @@ def test_resuming_drops_lines_beyond_the_checkpoint(tmp_path):
             metrics.step(line(step, loss=7.0), {})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # a kill in the middle of a line
+    time.sleep(1 - time.time() % 1)  # TensorBoard orders files of one second by a counter that is read as text
     with MetricsWriter(tmp_path, max_steps=9, first_step=4) as metrics:
         for step in range(4, 10):
             metrics.step(line(step), {})

@@ -3,11 +3,12 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 from ptune_dist.run.checkpoint import list_checkpoints
-from tests.replicas.nodes import VALIDATION, ZERO3, Cluster, train_alone
+from tests.replicas.nodes import VALIDATION, ZERO3, Cluster, Node, train_alone
 
 STEPS = 16
 ONE_WORLD = ("train.nodes=one_world", "train.num_blocks=auto")
@@ -73,14 +74,20 @@ def test_nodes_leave_and_join_and_the_last_one_saves(tmp_path, alone):
     check_same(cluster, alone)
 
 
-@pytest.mark.long
-def test_a_node_that_was_left_behind_and_then_writes_keeps_the_lines_of_the_steps_that_it_missed(tmp_path):
-    train = {"max_steps": 24, "batch_size": 64, "num_blocks": 4, "stall_timeout_s": 2}
-    cluster = Cluster(tmp_path / "frozen", train=train)
+def start_two(folder: Path, train: dict) -> tuple[Cluster, Node, Node]:
+    """A run, the node that writes it, and one that has joined."""
+    cluster = Cluster(folder / "run", train=train)
     first = cluster.start("first")
     cluster.wait_for_step(1)
     second = cluster.start("second")
     cluster.wait_for_member("second")
+    return cluster, first, second
+
+
+@pytest.mark.long
+def test_a_node_that_was_left_behind_and_then_writes_keeps_the_lines_of_the_steps_that_it_missed(tmp_path):
+    train = {"max_steps": 24, "batch_size": 64, "num_blocks": 4, "stall_timeout_s": 2}
+    cluster, first, second = start_two(tmp_path, train)
     second.send(signal.SIGSTOP)
     cluster.wait_for_view(lambda found: "second" not in found["blocks"])
     missed = cluster.history()[-1]["step"]
@@ -99,11 +106,7 @@ def test_a_node_that_was_left_behind_and_then_writes_keeps_the_lines_of_the_step
 def test_a_node_that_was_frozen_beyond_the_end_of_the_others_leaves_what_they_have_done(tmp_path, is_finished):
     """They have finished the run, or saved it after a request to stop."""
     train = {**SHORT, "batch_size": 64, "max_steps": 12 if is_finished else 40, "stall_timeout_s": 2}
-    cluster = Cluster(tmp_path / "frozen", train=train)
-    first = cluster.start("first")
-    cluster.wait_for_step(1)
-    second = cluster.start("second")
-    cluster.wait_for_member("second")
+    cluster, first, second = start_two(tmp_path, train)
     second.send(signal.SIGSTOP)
     if not is_finished:
         cluster.wait_for_step(len(cluster.steps()) + 4)
